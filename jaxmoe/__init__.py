@@ -1,0 +1,48 @@
+"""Mixture-of-Experts checkpoints on a (dp, tp, ep) mesh of GPUs, with JAX.
+
+The public names are imported on first use, so that ``import jaxmoe`` is cheap,
+does not import JAX and starts no backend: a script may still choose its devices
+(:func:`jaxmoe.mesh.simulate_devices`) after the import.
+"""
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+_HOME = {
+    "make_mesh": "jaxmoe.mesh",
+    "simulate_devices": "jaxmoe.mesh",
+    "MoEConfig": "jaxmoe.config",
+    "RouterConfig": "jaxmoe.config",
+    "ExpertPlacement": "jaxmoe.placement",
+    "MoE": "jaxmoe.layers",
+    "MoEStats": "jaxmoe.layers",
+    "load": "jaxmoe.checkpoint.load",
+    "generate": "jaxmoe.generate",
+}
+
+__all__ = [*_HOME, "__version__"]
+
+if TYPE_CHECKING:
+    from jaxmoe.checkpoint.load import load as load
+    from jaxmoe.config import MoEConfig as MoEConfig
+    from jaxmoe.config import RouterConfig as RouterConfig
+    from jaxmoe.generate import generate as generate
+    from jaxmoe.layers import MoE as MoE
+    from jaxmoe.layers import MoEStats as MoEStats
+    from jaxmoe.mesh import make_mesh as make_mesh
+    from jaxmoe.mesh import simulate_devices as simulate_devices
+    from jaxmoe.placement import ExpertPlacement as ExpertPlacement
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module 'jaxmoe' has no attribute {name!r}")
+    value = getattr(importlib.import_module(_HOME[name]), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_HOME})

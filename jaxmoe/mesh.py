@@ -1,0 +1,124 @@
+"""The (dp, tp, ep) device mesh: axis names, construction, simulated devices.
+
+``dp`` replicates the model over groups of sequences, ``tp`` splits heads, vocabulary
+and expert width, ``ep`` splits the experts. Attention is data-parallel over ``ep`` as
+well, so the batch dim of activations is sharded over ``("dp", "ep")``.
+"""
+
+import math
+
+import jax
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+DP, TP, EP = "dp", "tp", "ep"
+AXES = (DP, TP, EP)
+
+
+def make_mesh(dp: int = 1, tp: int = 1, ep: int = 1, *, devices: list[jax.Device] | None = None) -> Mesh:
+    """Make the mesh every jaxmoe model lives on.
+
+    Args:
+        dp: replicas of the model, each serving its own sequences.
+        tp: devices that share each head group, vocabulary slice and expert width.
+        ep: devices that share the experts.
+        devices: the devices to use; by default all of ``jax.devices()``.
+
+    Returns:
+        A ``jax.sharding.Mesh`` of shape (dp, tp, ep) with axes ``("dp", "tp", "ep")``.
+
+    Raises:
+        ValueError: a size is below 1, or dp·tp·ep is not the number of devices.
+
+    Example:
+        >>> make_mesh(ep=jax.device_count()).axis_names
+        ('dp', 'tp', 'ep')
+    """
+    sizes = {DP: dp, TP: tp, EP: ep}
+    for axis, size in sizes.items():
+        if not isinstance(size, int) or size < 1:
+            raise ValueError(f"a mesh axis needs a whole number of at least 1: {axis}={size!r}")
+    devices = jax.devices() if devices is None else list(devices)
+    needed = math.prod(sizes.values())
+    if needed != len(devices):
+        raise ValueError(
+            f"a mesh uses every device exactly once: dp={dp} x tp={tp} x ep={ep} is {needed} devices, but there "
+            f"are {len(devices)} ({devices[0].platform}); change the sizes, pass devices= (a list of {needed}), "
+            f"or simulate {needed} CPU devices with jaxmoe.simulate_devices({needed}) (--simulate {needed})"
+        )
+    return jax.make_mesh((dp, tp, ep), AXES, axis_types=(AxisType.Auto,) * 3, devices=devices)
+
+
+def parse_mesh(text: str) -> dict[str, int]:
+    """Read ``"dp=1,tp=2,ep=4"`` into ``{"dp": 1, "tp": 2, "ep": 4}``; axes left out are 1.
+
+    Raises:
+        ValueError: an unknown or repeated axis, or a size that is not a whole number of at least 1.
+    """
+    sizes: dict[str, int] = {}
+    for part in text.split(","):
+        axis, _, size = part.strip().partition("=")
+        if axis not in AXES or axis in sizes or not size.isdecimal() or int(size) < 1:
+            raise ValueError(f"a mesh is written dp=1,tp=2,ep=4, each axis at most once and at least 1; got {text!r}")
+        sizes[axis] = int(size)
+    return {axis: sizes.get(axis, 1) for axis in AXES}
+
+
+def simulate_devices(count: int) -> None:
+    """Make JAX offer `count` simulated CPU devices; call it before anything uses a device.
+
+    Raises:
+        ValueError: `count` is below 1.
+        RuntimeError: a JAX backend is already running with another number of devices.
+    """
+    if count < 1:
+        raise ValueError(f"simulated devices are counted from 1; got {count}")
+    try:
+        jax.config.update("jax_platforms", "cpu")
+        jax.config.update("jax_num_cpu_devices", count)
+        started = jax.device_count()
+    except RuntimeError as error:
+        # Raised by jax once a backend runs; fine where that backend already has these devices.
+        if jax.default_backend() == "cpu" and jax.device_count() == count:
+            return
+        raise RuntimeError(
+            f"devices are simulated before JAX starts: {jax.device_count()} {jax.default_backend()} devices are "
+            f"already running; call simulate_devices({count}) first thing in the program"
+        ) from error
+    if started != count:
+        raise RuntimeError(
+            f"asked for {count} simulated devices but JAX offers {started}; "
+            f"unset xla_force_host_platform_device_count in XLA_FLAGS, or make it {count}"
+        )
+
+
+def axes_size(mesh: Mesh, axes: tuple[str, ...]) -> int:
+    """Number of devices along `axes` of `mesh`; 1 for no axes."""
+    return math.prod(mesh.shape[axis] for axis in axes)
+
+
+def batch_axes(mesh: Mesh, batch_size: int) -> tuple[str, ...]:
+    """Mesh axes that a batch dim of `batch_size` rows is sharded over.
+
+    The choice leaves each device the fewest rows, and among those adds the fewest padding
+    rows: eight sequences on (2, 2, 2) use ``("dp", "ep")``, two use ``("dp",)``, one is
+    computed alike on all of them.
+    """
+    choices = ((), (DP,), (EP,), (DP, EP))
+
+    def rows_then_padding(axes: tuple[str, ...]) -> tuple[int, int]:
+        size = axes_size(mesh, axes)
+        rows = -(-batch_size // size)
+        return rows, rows * size
+
+    return min(choices, key=rows_then_padding)
+
+
+def padded_batch(mesh: Mesh, batch_size: int) -> int:
+    """The smallest number of rows from `batch_size` up that `batch_axes` splits evenly."""
+    size = axes_size(mesh, batch_axes(mesh, batch_size))
+    return -(-batch_size // size) * size
+
+
+def named(mesh: Mesh, *dims: str | tuple[str, ...] | None) -> NamedSharding:
+    """``NamedSharding`` over `mesh`, one entry per array dim."""
+    return NamedSharding(mesh, PartitionSpec(*dims))

@@ -1,0 +1,36 @@
+"""A progress bar on stderr for work that is counted in bytes."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+ProgressCallback = Callable[[int, int], None]
+
+
+@contextmanager
+def byte_progress(title: str, progress: bool | ProgressCallback) -> Iterator[ProgressCallback | None]:
+    """Give the callback ``(bytes_done, bytes_total)`` to report to.
+
+    Args:
+        title: what stands before the bar.
+        progress: True draws a bar, False reports nothing, a callable is used as it is.
+    """
+    if progress is False:
+        yield None
+        return
+    if progress is not True:
+        yield progress
+        return
+
+    from rich.console import Console
+    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+
+    columns = (
+        TextColumn("[bold]{task.description}"),
+        BarColumn(),
+        DownloadColumn(),
+        TransferSpeedColumn(),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=Console(stderr=True)) as bar:
+        task = bar.add_task(title, total=None)
+        yield lambda done, total: bar.update(task, completed=done, total=total)
