@@ -1,0 +1,238 @@
+"""`ExpertPlacement`: which physical slot of which device holds which logical expert."""
+
+import dataclasses
+import json
+from collections.abc import Sequence
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+
+_FORMAT = "jaxmoe.expert_placement"
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class ExpertPlacement:
+    """The map from the physical slots of one MoE layer to its logical experts.
+
+    Device r of `ep` owns the slots r·P/ep to (r+1)·P/ep. A slot holds one logical expert,
+    which may be in several slots (replicas), or nothing (-1, padding).
+
+    Attributes:
+        num_experts: logical experts E.
+        ep: devices that share them.
+        slot_to_expert: int32 [P], the logical expert in each slot, -1 for padding.
+
+    Raises:
+        ValueError: P is not a multiple of `ep`, an id is outside -1..E-1, or an expert has no slot.
+
+    Example:
+        >>> ExpertPlacement.linear(num_experts=3, ep=2).slot_to_expert.tolist()
+        [0, 1, 2, -1]
+    """
+
+    num_experts: int
+    ep: int
+    slot_to_expert: np.ndarray
+
+    def __post_init__(self) -> None:
+        slots = np.array(self.slot_to_expert, dtype=np.int32)
+        slots.setflags(write=False)
+        object.__setattr__(self, "slot_to_expert", slots)
+        if self.num_experts < 1 or self.ep < 1:
+            raise ValueError(
+                f"a placement needs at least one expert and one device; got num_experts={self.num_experts}, ep={self.ep}"
+            )
+        if slots.ndim != 1 or slots.size == 0 or slots.size % self.ep:
+            raise ValueError(
+                f"every device owns the same number of slots: slot_to_expert has shape {slots.shape}, which does not "
+                f"split over ep={self.ep}; pad it with -1"
+            )
+        outside = slots[(slots < -1) | (slots >= self.num_experts)]
+        if outside.size:
+            raise ValueError(f"a slot holds an expert 0..{self.num_experts - 1} or -1 (padding); got {outside[0]}")
+        missing = np.flatnonzero(self.replica_counts == 0)
+        if missing.size:
+            raise ValueError(
+                f"every expert needs a slot: {missing.size} of {self.num_experts} have none, the first is {missing[0]}"
+            )
+
+    @classmethod
+    def linear(
+        cls, num_experts: int, ep: int, *, num_slots: int | None = None, allow_padding: bool = True
+    ) -> "ExpertPlacement":
+        """Contiguous blocks of experts, the remainder on the lowest devices; slots beyond E hold replicas modulo E."""
+        from jaxmoe.placement.linear import linear
+
+        return linear(num_experts, ep, num_slots=num_slots, allow_padding=allow_padding)
+
+    @classmethod
+    def round_robin(
+        cls, num_experts: int, ep: int, *, num_slots: int | None = None, allow_padding: bool = True
+    ) -> "ExpertPlacement":
+        """Expert e on device e mod ep; slots beyond E are dealt on, with replicas modulo E."""
+        from jaxmoe.placement.round_robin import round_robin
+
+        return round_robin(num_experts, ep, num_slots=num_slots, allow_padding=allow_padding)
+
+    @classmethod
+    def from_counts(
+        cls, counts: np.ndarray, *, ep: int, num_slots: int | None = None, num_groups: int = 1, num_nodes: int = 1
+    ) -> "ExpertPlacement | list[ExpertPlacement]":
+        """Level the devices' loads by EPLB as published: replicate heavy experts, pack replicas.
+
+        Args:
+            counts: how often each expert was chosen: [E] for one layer, [layers, E] for several.
+            ep: devices.
+            num_slots: slots over all devices, a multiple of `ep`; None for the fewest that hold E experts.
+            num_groups: groups of experts that the router limits tokens to.
+            num_nodes: nodes that the devices are on; hierarchical where it divides `num_groups`, else global.
+
+        Returns:
+            One placement for counts [E]; a list with one for each layer for counts [layers, E].
+
+        Raises:
+            ValueError: the slots, groups or nodes do not split evenly, or counts are no loads.
+
+        Example:
+            >>> ExpertPlacement.from_counts(np.array([1, 6, 2]), ep=2, num_slots=4).slot_to_expert.tolist()
+            [1, 0, 1, 2]
+        """
+        from jaxmoe.placement.eplb import eplb
+
+        layers = np.atleast_2d(counts)
+        placements = eplb(layers, ep, num_slots=num_slots, num_groups=num_groups, num_nodes=num_nodes)
+        return placements[0] if np.ndim(counts) == 1 else placements
+
+    @classmethod
+    def from_device_experts(
+        cls, num_experts: int, device_experts: list[np.ndarray], *, allow_padding: bool = True
+    ) -> "ExpertPlacement":
+        """Build a placement from the experts of each device, padding the shorter lists.
+
+        Raises:
+            ValueError: the lists differ in length and `allow_padding` is False.
+        """
+        ep = len(device_experts)
+        per_device = max(1, *(len(experts) for experts in device_experts)) if ep else 1
+        padding = ep * per_device - sum(len(experts) for experts in device_experts)
+        if padding and not allow_padding:
+            raise ValueError(
+                f"num_experts ({num_experts}) does not fill {ep} expert-parallel devices evenly: "
+                f"{padding} slots would be padding (pass allow_padding=True to accept them)"
+            )
+        slots = np.full((ep, per_device), -1, np.int32)
+        for device, experts in enumerate(device_experts):
+            slots[device, : len(experts)] = experts
+        return cls(num_experts, ep, slots.reshape(-1))
+
+    @property
+    def num_slots(self) -> int:
+        """Physical slots P over the whole mesh, padding included."""
+        return self.slot_to_expert.size
+
+    @property
+    def slots_per_device(self) -> int:
+        """Physical slots p of one device, padding included."""
+        return self.num_slots // self.ep
+
+    @property
+    def num_padding(self) -> int:
+        """Slots that hold nothing."""
+        return int(np.count_nonzero(self.slot_to_expert < 0))
+
+    @cached_property
+    def replica_counts(self) -> np.ndarray:
+        """int32 [E], the number of slots that hold each expert."""
+        held = self.slot_to_expert[self.slot_to_expert >= 0]
+        return np.bincount(held, minlength=self.num_experts).astype(np.int32)
+
+    @cached_property
+    def expert_to_slots(self) -> np.ndarray:
+        """int32 [E, max replicas], the slots of each expert in rising order, padded with -1."""
+        table = np.full((self.num_experts, self.replica_counts.max()), -1, np.int32)
+        filled = np.zeros(self.num_experts, np.int32)
+        for slot, expert in enumerate(self.slot_to_expert):
+            if expert >= 0:
+                table[expert, filled[expert]] = slot
+                filled[expert] += 1
+        return table
+
+    @cached_property
+    def device_replicas(self) -> np.ndarray:
+        """int64 [ep, E], how many slots of each device hold each expert."""
+        slots = np.flatnonzero(self.slot_to_expert >= 0)
+        table = np.zeros((self.ep, self.num_experts), np.int64)
+        np.add.at(table, (slots // self.slots_per_device, self.slot_to_expert[slots]), 1)
+        return table
+
+    def device_experts(self, device: int) -> list[int]:
+        """The logical experts that device `device` (0..ep-1) holds, in slot order."""
+        p = self.slots_per_device
+        return [int(e) for e in self.slot_to_expert[device * p : (device + 1) * p] if e >= 0]
+
+    def to_json(self) -> str:
+        """The placement as a JSON object; `from_json` reads it back."""
+        return json.dumps(
+            {
+                "format": _FORMAT,
+                "version": 1,
+                "num_experts": self.num_experts,
+                "ep": self.ep,
+                "slot_to_expert": self.slot_to_expert.tolist(),
+            }
+        )
+
+    @classmethod
+    def from_json(cls, text: str) -> "ExpertPlacement":
+        """Read what `to_json` wrote.
+
+        Raises:
+            ValueError: `text` is no JSON, no placement, or of a version this jaxmoe does not know.
+        """
+        return cls._from_dict(_parse(text))
+
+    @classmethod
+    def _from_dict(cls, fields: Any) -> "ExpertPlacement":
+        if not isinstance(fields, dict) or fields.get("format") != _FORMAT:
+            raise ValueError(f'a placement file is a JSON object with "format": "{_FORMAT}"; this one is not')
+        if fields.get("version") != 1:
+            raise ValueError(
+                f"placement files of version 1 are known here; got {fields.get('version')!r}; upgrade jaxmoe"
+            )
+        try:
+            return cls(int(fields["num_experts"]), int(fields["ep"]), np.array(fields["slot_to_expert"], np.int32))
+        except (KeyError, TypeError, OverflowError) as error:
+            raise ValueError(
+                f"a placement file has num_experts, ep and slot_to_expert, all whole numbers: {error!r}"
+            ) from error
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, ExpertPlacement):
+            return NotImplemented
+        same_sizes = (self.num_experts, self.ep) == (other.num_experts, other.ep)
+        return same_sizes and np.array_equal(self.slot_to_expert, other.slot_to_expert)
+
+    def __hash__(self) -> int:
+        return hash((self.num_experts, self.ep, self.slot_to_expert.tobytes()))
+
+
+def placements_to_json(placements: Sequence[ExpertPlacement]) -> str:
+    """A JSON array with one placement per MoE layer; `placements_from_json` reads it back."""
+    # A layer a line: a file of 60 layers can then be read, and compared with another, by eye.
+    return "[\n" + ",\n".join(placement.to_json() for placement in placements) + "\n]\n"
+
+
+def placements_from_json(text: str) -> ExpertPlacement | list[ExpertPlacement]:
+    """Read one placement, or a JSON array with one per MoE layer."""
+    fields = _parse(text)
+    if isinstance(fields, list):
+        return [ExpertPlacement._from_dict(layer) for layer in fields]
+    return ExpertPlacement._from_dict(fields)
+
+
+def _parse(text: str) -> Any:
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"a placement file is JSON, as ExpertPlacement.to_json writes it: {error}") from error

@@ -1,0 +1,139 @@
+"""What every placement strategy is given, and the entry of one in `STRATEGIES`."""
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any, Literal
+
+import numpy as np
+
+from jaxmoe.placement.base import ExpertPlacement
+from jaxmoe.placement.trace import RoutingTrace
+
+_MISSING = {
+    "counts": "expert counts (counts= or trace=)",
+    "trace": "a routing trace with token-level expert ids (trace=)",
+    "map": "the experts of each device (device_experts=)",
+}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PlacementTask:
+    """A placement problem: how many experts for how many devices, and what is known of both.
+
+    Attributes:
+        num_experts: logical experts E of every layer.
+        ep: devices that share them.
+        num_layers: MoE layers L; taken from `counts` where those are given.
+        num_slots: slots to fill, replicas included; None for one per expert (some strategies
+            round up to equal shares, see theirs).
+        num_groups: groups of experts that the router limits tokens to; 1 for none.
+        num_nodes: nodes of ep / num_nodes devices with a fast network inside.
+        counts: [L, E], expected load of every expert; taken from `trace` where that is given.
+        trace: token-level choices, for strategies that look at which experts fire together.
+        device_slots: [ep], slots that each device's memory has room for; None for equal shares.
+        device_speeds: [ep], relative speed of each device; None for equal ones.
+        device_experts: the explicit map, a list of experts for each device.
+
+    Raises:
+        ValueError: a size is below 1, or the counts or the device lists are of other sizes.
+    """
+
+    num_experts: int
+    ep: int
+    num_layers: int = 1
+    num_slots: int | None = None
+    num_groups: int = 1
+    num_nodes: int = 1
+    counts: np.ndarray | None = None
+    trace: RoutingTrace | None = None
+    device_slots: Sequence[int] | None = None
+    device_speeds: Sequence[float] | None = None
+    device_experts: Sequence[Sequence[int]] | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("num_experts", "ep", "num_layers", "num_groups", "num_nodes"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} is at least 1; got {getattr(self, name)}")
+        if self.ep % self.num_nodes:
+            raise ValueError(f"nodes hold equally many devices: ep={self.ep} is no multiple of {self.num_nodes} nodes")
+        counts = self.counts
+        if counts is None and self.trace is not None:
+            counts = self.trace.total_counts
+        if counts is not None:
+            counts = check_counts(counts)
+            counts = counts[None] if counts.ndim == 1 else counts
+            if counts.shape[1] != self.num_experts:
+                raise ValueError(f"counts are of {self.num_experts} experts; got {counts.shape[1]}")
+            object.__setattr__(self, "counts", counts)
+            object.__setattr__(self, "num_layers", len(counts))
+        for name in ("device_slots", "device_speeds", "device_experts"):
+            values = getattr(self, name)
+            if values is not None and len(values) != self.ep:
+                raise ValueError(f"{name} has one entry for each of {self.ep} devices; got {len(values)}")
+
+    @property
+    def expert_ids(self) -> np.ndarray | None:
+        """int32 [T, L, K], the trace's token-level choices; None where there are none."""
+        return None if self.trace is None else self.trace.expert_ids
+
+    @classmethod
+    def from_trace(cls, trace: RoutingTrace, ep: int, **fields: Any) -> "PlacementTask":
+        """The task of placing a trace's experts on `ep` devices."""
+        return cls(num_experts=trace.num_experts, ep=ep, trace=trace, **fields)
+
+
+@dataclasses.dataclass(frozen=True)
+class Strategy:
+    """A way to place experts: an entry of `STRATEGIES`, called with a task.
+
+    Attributes:
+        name: its key.
+        needs: what the task must hold beyond sizes: "nothing", "counts", "trace" (token-level) or
+            "map" (an explicit one).
+        make: ``(task) -> one placement per layer``.
+
+    Example:
+        >>> def first_device_idles(task):
+        ...     blocks = np.array_split(np.arange(task.num_experts), task.ep - 1)
+        ...     return [ExpertPlacement.from_device_experts(task.num_experts, [[], *blocks])] * task.num_layers
+        >>> Strategy("idle", "nothing", first_device_idles)(PlacementTask(num_experts=4, ep=3))[0].slot_to_expert.tolist()
+        [-1, -1, 0, 1, 2, 3]
+    """
+
+    name: str
+    needs: Literal["nothing", "counts", "trace", "map"]
+    make: Callable[[PlacementTask], list[ExpertPlacement]]
+
+    def can_place(self, task: PlacementTask) -> bool:
+        """Whether `task` holds what this strategy needs."""
+        if self.needs == "counts":
+            return task.counts is not None
+        if self.needs == "trace":
+            return task.expert_ids is not None
+        if self.needs == "map":
+            return task.device_experts is not None
+        return True
+
+    def __call__(self, task: PlacementTask) -> list[ExpertPlacement]:
+        """One placement per layer.
+
+        Raises:
+            ValueError: the task lacks what the strategy needs, or its numbers do not fit.
+        """
+        if not self.can_place(task):
+            raise ValueError(f"placement {self.name!r} is made from {_MISSING[self.needs]}, and none was given")
+        return self.make(task)
+
+
+def check_counts(counts: np.ndarray) -> np.ndarray:
+    """`counts` as an array, refused unless it is [E] or [L, E] of finite numbers from 0 up.
+
+    Raises:
+        ValueError: another shape, or a number that is no load.
+    """
+    counts = np.asarray(counts)
+    if counts.ndim not in (1, 2) or counts.size == 0 or counts.dtype.kind not in "iuf":
+        raise ValueError(f"counts are numbers, [E] or [layers, E]; got {counts.dtype} of shape {counts.shape}")
+    if not np.isfinite(counts).all() or counts.min() < 0:
+        raise ValueError("counts are loads: finite and at least 0")
+    return counts

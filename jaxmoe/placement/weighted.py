@@ -1,0 +1,68 @@
+"""Placement on unequal devices: slots by memory, load by speed."""
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from jaxmoe.placement.base import ExpertPlacement
+from jaxmoe.placement.eplb_uneven import level_loads
+from jaxmoe.placement.strategy import PlacementTask, Strategy, check_counts
+
+
+def weighted(
+    counts: np.ndarray,
+    ep: int,
+    *,
+    device_slots: Sequence[int] | None = None,
+    device_speeds: Sequence[float] | None = None,
+    num_slots: int | None = None,
+) -> list[ExpertPlacement]:
+    """Give each device as many experts as fit its memory, and load in proportion to its speed.
+
+    Minimises max over devices of load / speed, greedily. Decoding is bound by memory bandwidth and
+    prefill by arithmetic: pass as speed the ratio of whichever limits the workload.
+
+    Args:
+        counts: [L, E], the load of each expert in each layer.
+        ep: devices.
+        device_slots: [ep], slots that each device has room for; None shares out `num_slots` evenly.
+        device_speeds: [ep], relative speed of each device; None for equal ones.
+        num_slots: slots to fill, used without `device_slots`; None for one per expert.
+
+    Returns:
+        One placement per layer. Every device owns as many slots as the largest; smaller ones are padded.
+
+    Raises:
+        ValueError: the slots do not hold every expert, or a speed is not above 0.
+
+    Example:
+        >>> weighted(np.array([[1, 1, 1, 1]]), ep=2, device_slots=[3, 1])[0].slot_to_expert.tolist()
+        [0, 2, 3, 1, -1, -1]
+    """
+    E = check_counts(counts).shape[-1]
+    if device_slots is None:
+        filled = E if num_slots is None else num_slots
+        slots = np.array([len(block) for block in np.array_split(np.arange(filled), ep)])
+    else:
+        # More slots than experts on one device would hold doubles only.
+        slots = np.minimum(np.asarray(device_slots, np.int64), E)
+    speeds = np.ones(ep) if device_speeds is None else np.asarray(device_speeds, np.float64)
+    if slots.shape != (ep,) or speeds.shape != (ep,):
+        raise ValueError(f"device_slots and device_speeds have one entry for each of {ep} devices")
+    if slots.min() < 0 or not (np.isfinite(speeds).all() and speeds.min() > 0):
+        raise ValueError("device_slots are at least 0 and device_speeds are finite and above 0")
+    return level_loads(counts, slots, speeds)
+
+
+def _make(task: PlacementTask) -> list[ExpertPlacement]:
+    assert task.counts is not None
+    return weighted(
+        task.counts,
+        task.ep,
+        device_slots=task.device_slots,
+        device_speeds=task.device_speeds,
+        num_slots=task.num_slots,
+    )
+
+
+WEIGHTED = Strategy("weighted", "counts", _make)
