@@ -1,0 +1,10 @@
+"""Matrix products over rows sorted by group: the arithmetic of a Mixture-of-Experts layer.
+
+`api` checks the arguments and chooses a backend; `reference` is the oracle of the tests; every other file is one
+backend or what backends share.
+"""
+
+from jaxmoe.kernels.grouped_matmul.activations import ACTIVATIONS
+from jaxmoe.kernels.grouped_matmul.api import BACKENDS, expert_mlp, grouped_matmul
+
+__all__ = ["ACTIVATIONS", "BACKENDS", "expert_mlp", "grouped_matmul"]

@@ -1,0 +1,158 @@
+"""The public grouped products: argument checks and the choice of a backend.
+
+Letters beyond the design's: G groups, K inner dimension, N output dimension. Groups are the p physical slots of the
+experts here, or anything else that owns a run of consecutive rows.
+"""
+
+from types import ModuleType
+
+import jax
+import jax.numpy as jnp
+from jax.typing import DTypeLike
+
+from jaxmoe.kernels.grouped_matmul import portable, reference
+from jaxmoe.kernels.grouped_matmul.activations import ACTIVATIONS
+
+# A backend is a module with the two functions of this file, less the checks: `activation` arrives as a function,
+# `out_dtype` as a dtype.
+BACKENDS: dict[str, ModuleType] = {
+    "portable": portable,
+    "reference": reference,
+}
+
+
+def grouped_matmul(
+    lhs_RK: jax.Array,
+    rhs_GNK: jax.Array,
+    group_sizes_G: jax.Array,
+    *,
+    out_dtype: DTypeLike | None = None,
+    backend: str = "auto",
+) -> jax.Array:
+    """Multiply each row by the matrix of its group.
+
+    out[r] = rhs[g(r)] @ lhs[r], where group g owns the rows from sum(group_sizes[:g]) up to sum(group_sizes[:g+1]).
+
+    Args:
+        lhs_RK: rows, sorted by group. There may be more of them than the groups own: time follows the rows owned.
+        rhs_GNK: one matrix a group, (out, in) as in torch; of lhs_RK's dtype.
+        group_sizes_G: int32, rows of each group; zeros are welcome.
+        out_dtype: dtype of the result, lhs_RK's by default. Sums are float32 whatever it is.
+        backend: a name in `BACKENDS`, or "auto".
+
+    Returns:
+        out_RN. Rows at or beyond sum(group_sizes) are zeros, whatever lhs_RK holds there.
+
+    Raises:
+        ValueError: the shapes or dtypes do not fit together, or the backend is unknown.
+
+    >>> import jax.numpy as jnp
+    >>> lhs_RK = jnp.ones((3, 2))
+    >>> rhs_GNK = jnp.array([[[1.0, 2.0]], [[3.0, 4.0]]])
+    >>> grouped_matmul(lhs_RK, rhs_GNK, jnp.array([1, 1], jnp.int32)).tolist()
+    [[3.0], [7.0], [0.0]]
+    """
+    _check_ranks(lhs=(lhs_RK, "RK"), rhs=(rhs_GNK, "GNK"), group_sizes=(group_sizes_G, "G"))
+    _check_rows(lhs_RK, group_sizes_G)
+    _check_matrix("rhs", rhs_GNK, (rhs_GNK.shape[1], lhs_RK.shape[1]), lhs_RK, group_sizes_G)
+    return _backend(backend).grouped_matmul(
+        lhs_RK, rhs_GNK, group_sizes_G, out_dtype=jnp.dtype(out_dtype or lhs_RK.dtype)
+    )
+
+
+def expert_mlp(
+    x_RD: jax.Array,
+    w_gate_up_p2FD: jax.Array,
+    w_down_pDF: jax.Array,
+    group_sizes_p: jax.Array,
+    *,
+    activation: str = "silu",
+    out_dtype: DTypeLike | None = None,
+    backend: str = "auto",
+) -> jax.Array:
+    """Pass each row through the gated feed-forward network of its expert (Shazeer, 2020, "GLU Variants").
+
+    y = W_down[g] @ h, with h = act(W_gate[g] @ x) * (W_up[g] @ x) rounded to x's dtype.
+
+    Where F is split over devices the results are partial sums: add them up afterwards, in an `out_dtype` of your choice.
+
+    Args:
+        x_RD: rows sorted by physical slot, possibly followed by unused ones.
+        w_gate_up_p2FD: gate at [:, 0], up at [:, 1]; of x_RD's dtype.
+        w_down_pDF: of x_RD's dtype.
+        group_sizes_p: int32, rows of each slot; zeros are welcome.
+        activation: a name in `ACTIVATIONS`, computed in float32.
+        out_dtype: dtype of the result, x_RD's by default. Sums are float32 whatever it is.
+        backend: a name in `BACKENDS`, or "auto".
+
+    Returns:
+        y_RD. Rows at or beyond sum(group_sizes) are zeros, whatever x_RD holds there.
+
+    Raises:
+        ValueError: the shapes or dtypes do not fit together, or the activation or backend is unknown.
+
+    >>> import jax.numpy as jnp
+    >>> w_gate_up_p2FD, w_down_pDF = jnp.ones((2, 2, 3, 4)), jnp.ones((2, 4, 3))
+    >>> group_sizes_p = jnp.array([0, 5], jnp.int32)
+    >>> expert_mlp(jnp.ones((8, 4)), w_gate_up_p2FD, w_down_pDF, group_sizes_p, activation="relu")[:, 0].tolist()
+    [48.0, 48.0, 48.0, 48.0, 48.0, 0.0, 0.0, 0.0]
+    """
+    _check_ranks(
+        x=(x_RD, "RD"),
+        w_gate_up=(w_gate_up_p2FD, "p2FD"),
+        w_down=(w_down_pDF, "pDF"),
+        group_sizes=(group_sizes_p, "p"),
+    )
+    _check_rows(x_RD, group_sizes_p)
+    D, F = x_RD.shape[1], w_down_pDF.shape[2]
+    _check_matrix("w_gate_up", w_gate_up_p2FD, (2, F, D), x_RD, group_sizes_p)
+    _check_matrix("w_down", w_down_pDF, (D, F), x_RD, group_sizes_p)
+    if activation not in ACTIVATIONS:
+        raise ValueError(f"activation must be one of {sorted(ACTIVATIONS)}; got {activation!r}. Add it to ACTIVATIONS.")
+    return _backend(backend).expert_mlp(
+        x_RD,
+        w_gate_up_p2FD,
+        w_down_pDF,
+        group_sizes_p,
+        activation=ACTIVATIONS[activation],
+        out_dtype=jnp.dtype(out_dtype or x_RD.dtype),
+    )
+
+
+def _backend(name: str) -> ModuleType:
+    if name == "auto":
+        name = "portable"
+    if name not in BACKENDS:
+        raise ValueError(f"backend must be 'auto' or one of {sorted(BACKENDS)}; got {name!r}. Name one of these.")
+    return BACKENDS[name]
+
+
+def _check_ranks(**arrays: tuple[jax.Array, str]) -> None:
+    for name, (array, dims) in arrays.items():
+        if array.ndim != len(dims):
+            raise ValueError(
+                f"{name} must have {len(dims)} dimensions, [{', '.join(dims)}]; got shape {array.shape}. "
+                "Reshape it, or see the docstring for the layout."
+            )
+
+
+def _check_rows(rows: jax.Array, group_sizes: jax.Array) -> None:
+    if not jnp.issubdtype(rows.dtype, jnp.floating):
+        raise ValueError(f"rows must be floating point; got {rows.dtype}. Convert them with astype.")
+    if group_sizes.dtype != jnp.int32:
+        raise ValueError(f"group_sizes must be int32; got {group_sizes.dtype}. Convert with astype(jnp.int32).")
+
+
+def _check_matrix(
+    name: str, matrix: jax.Array, shape: tuple[int, ...], rows: jax.Array, group_sizes: jax.Array
+) -> None:
+    expected = (group_sizes.shape[0], *shape)
+    if matrix.shape != expected:
+        raise ValueError(
+            f"{name} must have shape {expected} to fit rows of shape {rows.shape} and {group_sizes.shape[0]} groups; "
+            f"got {matrix.shape}. Weights are (out, in) as in torch: transpose the last two dims if they are (in, out)."
+        )
+    if matrix.dtype != rows.dtype:
+        raise ValueError(
+            f"{name} must have the dtype of the rows, {rows.dtype}; got {matrix.dtype}. Convert one of them with astype."
+        )
