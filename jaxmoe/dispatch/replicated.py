@@ -1,0 +1,36 @@
+"""Replicated dispatch: every expert-parallel device sees all tokens and computes its own experts.
+
+No row is exchanged; one psum adds up what the devices computed. Best for few tokens.
+"""
+
+import jax
+import jax.numpy as jnp
+
+from jaxmoe.dispatch.base import ApplyExperts, Dispatch, DispatchLayout, DispatchStats, apply_grouped, weighted_sum
+from jaxmoe.mesh import AXES, TP
+
+
+def token_axes(layout: DispatchLayout) -> tuple[str, ...]:
+    """Tokens are split over the axes that neither share experts nor split one."""
+    return tuple(axis for axis in AXES if axis not in layout.expert_axes and axis != TP)
+
+
+def run(
+    x_TD: jax.Array, slots_TK: jax.Array, weights_TK: jax.Array, apply_experts: ApplyExperts, layout: DispatchLayout
+) -> tuple[jax.Array, DispatchStats]:
+    """Compute this device's share of every token's sum, then add up the shares."""
+    p = layout.slots_per_device
+    # Another device's slot falls outside 0..p-1 and so into no group.
+    local_TK = jnp.where(slots_TK >= 0, slots_TK - jax.lax.axis_index(layout.expert_axes) * p, -1)
+    rows_TKD = apply_grouped(x_TD, local_TK, apply_experts, p, jnp.dtype(jnp.float32))
+    y_TD = weighted_sum(weights_TK, rows_TKD)
+    return jax.lax.psum(y_TD, layout.expert_axes + layout.partial_axes), DispatchStats(rounds=jnp.int32(0))
+
+
+def wire_bytes(T: int, K: int, D: int, itemsize: int, layout: DispatchLayout) -> float:
+    """Tokens gathered over the expert axes, then a ring all-reduce of float32 sums."""
+    n = layout.num_devices
+    return (n - 1) / n * T * D * (itemsize + 2 * 4)
+
+
+REPLICATED = Dispatch("replicated", token_axes, run, wire_bytes)

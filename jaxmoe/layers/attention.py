@@ -1,0 +1,191 @@
+"""Grouped-query attention with a key/value cache, heads over tp and sequences over dp and ep.
+
+Letters besides design's: H query heads, G key/value heads, q query heads of one key/value
+head, h head_dim, C positions of the cache. On a device H and G are its own.
+"""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.sharding import PartitionSpec as P
+
+from jaxmoe.config import AttentionConfig
+from jaxmoe.layers.norm import rms_norm
+from jaxmoe.layers.param import ParamFactory, RowMap, ones, zeros
+from jaxmoe.layers.rope import apply_rope, rope_angles
+from jaxmoe.mesh import TP
+
+# Queries of a long prompt are taken this many at a time, which bounds the score matrix.
+_QUERY_BLOCK = 512
+
+
+class KVCache(NamedTuple):
+    """Keys and values of the positions seen so far, each [B, G, C, h]; position i lies at index i.
+
+    Also holds what describes them: their shapes, or their partition specs.
+    """
+
+    k: Any
+    v: Any
+
+
+def attend(
+    q_BSHh: jax.Array,
+    k_BGCh: jax.Array,
+    v_BGCh: jax.Array,
+    positions_BS: jax.Array,
+    *,
+    scale: float,
+    sliding_window: int | None = None,
+) -> jax.Array:
+    """softmax(scale · q kᵀ + causal mask) v, the softmax in float32; returns [B, S, H, h].
+
+    A query at position t sees the keys at indices 0..t, or with a sliding window the last
+    `sliding_window` of them. Indices beyond t may hold anything finite.
+    """
+    B, S, H, h = q_BSHh.shape
+    G, C = k_BGCh.shape[1:3]
+    index_C = jnp.arange(C)
+
+    def block(q_BsHh: jax.Array, positions_Bs: jax.Array) -> jax.Array:
+        q_BsGqh = q_BsHh.reshape(B, -1, G, H // G, h)
+        scores = jnp.einsum("bsgqh,bgch->bgqsc", q_BsGqh, k_BGCh, preferred_element_type=jnp.float32) * scale
+        seen_BsC = index_C <= positions_Bs[..., None]
+        if sliding_window is not None:
+            seen_BsC &= index_C > positions_Bs[..., None] - sliding_window
+        scores = jnp.where(seen_BsC[:, None, None], scores, -jnp.inf)
+        probabilities = jax.nn.softmax(scores, axis=-1).astype(v_BGCh.dtype)
+        return jnp.einsum("bgqsc,bgch->bsgqh", probabilities, v_BGCh).reshape(B, -1, H, h)
+
+    if S <= _QUERY_BLOCK:
+        return block(q_BSHh, positions_BS)
+    blocks = -(-S // _QUERY_BLOCK)
+    padding = blocks * _QUERY_BLOCK - S
+
+    def split(x: jax.Array) -> jax.Array:
+        padded = jnp.pad(x, [(0, 0), (0, padding)] + [(0, 0)] * (x.ndim - 2))
+        return jnp.moveaxis(padded.reshape(B, blocks, _QUERY_BLOCK, *x.shape[2:]), 1, 0)
+
+    out = jax.lax.map(lambda args: block(*args), (split(q_BSHh), split(positions_BS)))
+    return jnp.moveaxis(out, 0, 1).reshape(B, -1, H, h)[:, :S]
+
+
+def _write_prompt(cache: jax.Array, new_BGSh: jax.Array) -> jax.Array:
+    return jax.lax.dynamic_update_slice(cache, new_BGSh.astype(cache.dtype), (0, 0, 0, 0))
+
+
+def _write_token(cache: jax.Array, new_BG1h: jax.Array, position_B: jax.Array) -> jax.Array:
+    # A slice update per row is done in place; a scatter over rows is a serial loop on CPU.
+    for row in range(cache.shape[0]):
+        new = new_BG1h[row : row + 1].astype(cache.dtype)
+        cache = jax.lax.dynamic_update_slice(cache, new, (row, 0, position_B[row], 0))
+    return cache
+
+
+class Attention(nnx.Module):
+    """Grouped-query attention; each tp rank has its own query heads and the key/value heads they use.
+
+    With fewer key/value heads than tp ranks, each rank holds a copy of the one it uses.
+    """
+
+    def __init__(self, config: AttentionConfig, hidden_size: int, eps: float, *, param: ParamFactory):
+        h, tp = config.head_dim, param.mesh.shape[TP]
+        self.config, self.eps, self.mesh = config, eps, param.mesh
+        self.kv_heads = max(config.num_kv_heads, tp)
+        kv_rows = None
+        if self.kv_heads != config.num_kv_heads:
+            copies = self.kv_heads // config.num_kv_heads
+            kv_rows = RowMap(tuple(i // copies for i in range(self.kv_heads)), config.num_kv_heads)
+
+        self.w_q = param((config.num_heads * h, hidden_size), TP, None)
+        self.w_k = param((self.kv_heads * h, hidden_size), TP, None, rows=kv_rows)
+        self.w_v = param((self.kv_heads * h, hidden_size), TP, None, rows=kv_rows)
+        self.w_o = param((hidden_size, config.num_heads * h), None, TP)
+        if config.bias:
+            self.b_q = param((config.num_heads * h,), TP, init=zeros)
+            self.b_k = param((self.kv_heads * h,), TP, init=zeros, rows=kv_rows)
+            self.b_v = param((self.kv_heads * h,), TP, init=zeros, rows=kv_rows)
+            self.b_o = param((hidden_size,), init=zeros)
+        if config.qk_norm:
+            self.q_norm = param((h,), init=ones)
+            self.k_norm = param((h,), init=ones)
+
+    def cache_shape(self, batch_size: int, max_length: int) -> tuple[int, ...]:
+        """[B, G, C, h], sharded over (batch axes, tp)."""
+        return batch_size, self.kv_heads, max_length, self.config.head_dim
+
+    def __call__(
+        self,
+        x_BSD: jax.Array,
+        positions_BS: jax.Array,
+        cache: KVCache | None,
+        batch: tuple[str, ...],
+        *,
+        decode: bool = False,
+    ) -> tuple[jax.Array, KVCache | None]:
+        """Attend within a prompt, or from one new token to the cache.
+
+        Args:
+            x_BSD: normed activations, the batch dim sharded over the axes `batch`.
+            positions_BS: int32, where each token stands; 0..S-1 unless `decode`.
+            cache: filled with the new keys and values where given.
+            batch: mesh axes of the batch dim.
+            decode: S is 1 and the token attends to the cache at its position and before.
+
+        Returns:
+            [B, S, D], and the cache with the new tokens in it.
+        """
+        tp_axis = {"w_o": 1}
+        weights = {
+            name: (param[...], P() if name in ("q_norm", "k_norm", "b_o") else P(*(None,) * tp_axis.get(name, 0), TP))
+            for name, param in vars(self).items()
+            if isinstance(param, nnx.Param)
+        }
+        cache_spec = None if cache is None else KVCache(P(batch, TP), P(batch, TP))
+
+        def local(
+            w: dict[str, jax.Array], x_BSD: jax.Array, positions_BS: jax.Array, cache: KVCache | None
+        ) -> tuple[jax.Array, KVCache | None]:
+            q_BSHh, k_BSGh, v_BSGh = self._project(w, x_BSD, positions_BS)
+            k_BGSh, v_BGSh = k_BSGh.swapaxes(1, 2), v_BSGh.swapaxes(1, 2)
+            if cache is not None and decode:
+                position_B = positions_BS[:, 0]
+                cache = KVCache(_write_token(cache.k, k_BGSh, position_B), _write_token(cache.v, v_BGSh, position_B))
+            elif cache is not None:
+                cache = KVCache(_write_prompt(cache.k, k_BGSh), _write_prompt(cache.v, v_BGSh))
+            keys, values = cache if cache is not None and decode else (k_BGSh, v_BGSh)
+            config = self.config
+            o_BSHh = attend(
+                q_BSHh, keys, values, positions_BS, scale=config.head_dim**-0.5, sliding_window=config.sliding_window
+            )
+            o_BSA = o_BSHh.reshape(*o_BSHh.shape[:2], -1)
+            y_BSD = jnp.einsum("bsa,da->bsd", o_BSA, w["w_o"], preferred_element_type=jnp.float32)
+            y_BSD = jax.lax.psum(y_BSD, TP).astype(x_BSD.dtype)
+            return y_BSD + w["b_o"] if "b_o" in w else y_BSD, cache
+
+        return jax.shard_map(
+            local,
+            mesh=self.mesh,
+            in_specs=({name: spec for name, (_, spec) in weights.items()}, P(batch), P(batch), cache_spec),
+            out_specs=(P(batch), cache_spec),
+            check_vma=False,
+        )({name: value for name, (value, _) in weights.items()}, x_BSD, positions_BS, cache)
+
+    def _project(
+        self, w: dict[str, jax.Array], x_BSD: jax.Array, positions_BS: jax.Array
+    ) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """This rank's queries [B, S, H, h], keys and values [B, S, G, h], normed and rotated."""
+
+        def heads(name: str) -> jax.Array:
+            y_BSA = jnp.einsum("bsd,ad->bsa", x_BSD, w[f"w_{name}"])
+            if self.config.bias:
+                y_BSA += w[f"b_{name}"]
+            return y_BSA.reshape(*y_BSA.shape[:2], -1, self.config.head_dim)
+
+        q, k, v = heads("q"), heads("k"), heads("v")
+        if self.config.qk_norm:
+            q, k = rms_norm(q, w["q_norm"], self.eps), rms_norm(k, w["k_norm"], self.eps)
+        angles = rope_angles(positions_BS, self.config.rope)
+        return apply_rope(q, angles), apply_rope(k, angles), v

@@ -1,0 +1,49 @@
+"""Token embedding and output projection, both with the vocabulary split over tp."""
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.sharding import Mesh
+from jax.sharding import PartitionSpec as P
+
+from jaxmoe.layers.param import ParamFactory, RowMap
+from jaxmoe.mesh import TP
+
+
+class VocabTable(nnx.Module):
+    """A [vocabulary, D] table, its rows split over tp; a vocabulary that does not divide is padded with zero rows.
+
+    It serves as embedding (`embed`), as output projection (`logits`), or as both where they are tied.
+    """
+
+    def __init__(self, vocab_size: int, hidden_size: int, *, param: ParamFactory):
+        tp = param.mesh.shape[TP]
+        padded = -(-vocab_size // tp) * tp
+        self.weight = param((padded, hidden_size), TP, None, rows=RowMap.padded(vocab_size, padded))
+        self.vocab_size = vocab_size
+        self.mesh: Mesh = param.mesh
+
+    def embed(self, tokens_BS: jax.Array, batch: tuple[str, ...]) -> jax.Array:
+        """Rows of the table, [B, S, D]; each tp rank looks up what it holds and one psum brings them together."""
+
+        def local(weight_VD: jax.Array, tokens_BS: jax.Array) -> jax.Array:
+            rows = weight_VD.shape[0]
+            local_BS = tokens_BS - jax.lax.axis_index(TP) * rows
+            held_BS = (local_BS >= 0) & (local_BS < rows)
+            x_BSD = jnp.take(weight_VD, jnp.where(held_BS, local_BS, 0), axis=0, mode="clip")
+            return jax.lax.psum(jnp.where(held_BS[..., None], x_BSD, 0), TP)
+
+        return jax.shard_map(
+            local, mesh=self.mesh, in_specs=(P(TP, None), P(batch, None)), out_specs=P(batch), check_vma=False
+        )(self.weight[...], tokens_BS)
+
+    def logits(self, x_BSD: jax.Array, batch: tuple[str, ...]) -> jax.Array:
+        """x @ table.T in float32, [B, S, vocabulary], the vocabulary split over tp until it is used."""
+
+        def local(weight_VD: jax.Array, x_BSD: jax.Array) -> jax.Array:
+            return jnp.einsum("bsd,vd->bsv", x_BSD, weight_VD, preferred_element_type=jnp.float32)
+
+        logits_BSV = jax.shard_map(
+            local, mesh=self.mesh, in_specs=(P(TP, None), P(batch)), out_specs=P(batch, None, TP), check_vma=False
+        )(self.weight[...], x_BSD)
+        return logits_BSV[..., : self.vocab_size]
