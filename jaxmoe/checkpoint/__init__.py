@@ -1,0 +1,36 @@
+"""Checkpoints: strict readers, the plan of what goes where, and the loader that carries it out."""
+
+from jaxmoe.checkpoint.blocks import Block, whole_tensor_blocks
+from jaxmoe.checkpoint.errors import CheckpointError
+from jaxmoe.checkpoint.execute import load_arrays, load_shards
+from jaxmoe.checkpoint.experts import (
+    expert_blocks,
+    find_expert_layout,
+    fused_expert_blocks,
+    per_expert_blocks,
+)
+from jaxmoe.checkpoint.files import Checkpoint, open_checkpoint
+from jaxmoe.checkpoint.plan import IgnoreRule, LoadPlan, make_load_plan
+from jaxmoe.checkpoint.report import LoadReport
+from jaxmoe.checkpoint.safetensors import SafetensorsFile, TensorInfo, read_safetensors
+
+__all__ = [
+    "Block",
+    "Checkpoint",
+    "CheckpointError",
+    "IgnoreRule",
+    "LoadPlan",
+    "LoadReport",
+    "SafetensorsFile",
+    "TensorInfo",
+    "expert_blocks",
+    "find_expert_layout",
+    "fused_expert_blocks",
+    "load_arrays",
+    "load_shards",
+    "make_load_plan",
+    "open_checkpoint",
+    "per_expert_blocks",
+    "read_safetensors",
+    "whole_tensor_blocks",
+]

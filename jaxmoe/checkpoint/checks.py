@@ -1,0 +1,110 @@
+"""The proofs of a load plan: every tensor is right and used, every parameter is filled exactly once."""
+
+from collections import defaultdict
+from collections.abc import Callable, Mapping, Sequence
+
+import jax
+
+from jaxmoe.checkpoint.blocks import Block
+from jaxmoe.checkpoint.boxes import Box, Cover, contains, intersect, whole
+from jaxmoe.checkpoint.dtypes import can_cast
+from jaxmoe.checkpoint.errors import Problems
+from jaxmoe.checkpoint.files import Checkpoint
+from jaxmoe.checkpoint.safetensors import TensorInfo
+from jaxmoe.layers.param import ParamSpec
+
+
+def check_tensors(
+    checkpoint: Checkpoint, specs: Sequence[ParamSpec], by_param: Mapping[str, Sequence[Block]], problems: Problems
+) -> None:
+    """Every tensor that a block names is there and is what the block expects."""
+    for spec in specs:
+        if jax.dtypes.canonicalize_dtype(spec.dtype) != spec.dtype:
+            problems.add(
+                f"{spec.path} is to be {spec.dtype}, which JAX holds only with jax_enable_x64; ask for 32 bits"
+            )
+        # A fused tensor has a block per slot: what is wrong with it is said once per parameter.
+        wrong: dict[str, str] = {}
+        for block in by_param[spec.path]:
+            if block.tensor is not None and block.tensor not in wrong:
+                problem = _tensor_problem(checkpoint.tensors.get(block.tensor), spec, block)
+                if problem:
+                    wrong[block.tensor] = problem
+        for problem in wrong.values():
+            problems.add(problem)
+
+
+def _tensor_problem(tensor: TensorInfo | None, spec: ParamSpec, block: Block) -> str | None:
+    if tensor is None:
+        return f"tensor {block.tensor!r} is missing: {spec.path} needs it with shape {block.tensor_shape}"
+    if tensor.shape != block.tensor_shape:
+        return _shape_problem(tensor, block)
+    if not contains(whole(tensor.shape), block.tensor_box):
+        return f"{spec.path} needs {_region(block.tensor_box)} of tensor {tensor.name!r} {tensor.shape}, outside of it"
+    if tensor.dtype is None or not can_cast(tensor.dtype, spec.dtype):
+        return (
+            f"tensor {tensor.name!r} is {tensor.dtype_name}, and {spec.path} is {spec.dtype}: only BF16, F16, F32 and "
+            "F64 are cast to one another; a quantised checkpoint needs the reader of its format"
+        )
+    return None
+
+
+def _shape_problem(tensor: TensorInfo, block: Block) -> str:
+    expected = block.tensor_shape
+    text = f"tensor {tensor.name!r} has shape {tensor.shape}; {block.param} needs {expected}"
+    if tensor.shape == (*expected[:-2], *expected[:-3:-1]):
+        text += " (its last two dims are swapped: this is an (in, out) layout under the same name)"
+    return f"{text}; does config.json belong to this checkpoint?"
+
+
+def check_all_used(
+    checkpoint: Checkpoint,
+    by_param: Mapping[str, Sequence[Block]],
+    rule_for: Callable[[str], str | None],
+    problems: Problems,
+) -> dict[str, tuple[str, ...]]:
+    """Every element of every tensor goes somewhere, or a rule says why not; returns what rules cover."""
+    used: dict[str, set[Box]] = defaultdict(set)
+    for blocks in by_param.values():
+        for block in blocks:
+            if block.tensor is not None:
+                used[block.tensor].add(block.tensor_box)
+    ignored: dict[str, list[str]] = defaultdict(list)
+    for name, tensor in checkpoint.tensors.items():
+        if name not in used:
+            rule = rule_for(name)
+            if rule is None:
+                problems.add(f"tensor {name!r} {tensor.shape} fills no parameter and no rule ignores it")
+            else:
+                ignored[rule].append(name)
+            continue
+        everything = whole(tensor.shape)
+        boxes = used[name]
+        if everything in boxes or not all(len(box) == len(everything) and contains(everything, box) for box in boxes):
+            continue  # a box outside the tensor is reported with its parameter
+        cover = Cover(tensor.shape, tuple(boxes))
+        if not cover.counts.all():
+            gap = cover.first(cover.counts == 0)
+            problems.add(f"{_region(gap)} of tensor {name!r} {tensor.shape} fills no parameter")
+    return {rule: tuple(names) for rule, names in ignored.items()}
+
+
+def check_filled_once(spec: ParamSpec, blocks: Sequence[Block], problems: Problems) -> None:
+    """Every element of the parameter is filled by exactly one block."""
+    boxes = [block.param_box for block in blocks]
+    outside = [box for box in boxes if not contains(whole(spec.shape), box)]
+    if outside:
+        problems.add(f"{spec.path} {spec.shape} is to be filled at {_region(outside[0])}, outside of it")
+        return
+    cover = Cover(spec.shape, boxes)
+    if (cover.counts == 0).any():
+        problems.add(f"{_region(cover.first(cover.counts == 0))} of {spec.path} {spec.shape} is filled by nothing")
+    if (cover.counts > 1).any():
+        twice = cover.first(cover.counts > 1)
+        names = [block.tensor for block, box in zip(blocks, boxes, strict=True) if intersect(box, twice)]
+        problems.add(f"{_region(twice)} of {spec.path} {spec.shape} is filled {len(names)} times, by {names[:3]}")
+
+
+def _region(box: Box) -> str:
+    """`box` the way it is written in Python."""
+    return f"[{', '.join(f'{start}:{stop}' for start, stop in box)}]"

@@ -1,0 +1,74 @@
+r"""Low-rank updates of checkpoint tensors (LoRA, Hu et al. 2021), computed for the part of a tensor that is needed.
+
+An adapted weight is :math:`W + s B A` with A [r, in] and B [out, r]. A device that holds a part of W needs the same
+part of the product alone, which is rows of B times columns of A.
+"""
+
+import dataclasses
+from collections.abc import Iterable, Mapping
+
+import numpy as np
+
+from jaxmoe.checkpoint.boxes import Box, box_shape, intersect
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class LowRankUpdate:
+    """One matrix of a checkpoint tensor to which scale·B·A, or its transpose, is added.
+
+    Attributes:
+        target: the checkpoint tensor.
+        box: the matrix in it: of extent 1 in all dims but the last two.
+        expert: the logical expert it belongs to, None if to none.
+        a: name of the adapter's tensor A [rank rows, in].
+        b: name of B [out, rank columns].
+        rank_a: the rows of `a` that count.
+        rank_b: the columns of `b` that count, in the same order.
+        scale: the factor s.
+        out_start: the row of `b` that makes the first output in the matrix.
+        in_start: the column of `a` that makes the first input.
+        transposed: whether the matrix is stored [in, out].
+    """
+
+    target: str
+    box: Box
+    expert: int | None
+    a: str
+    b: str
+    rank_a: slice
+    rank_b: slice
+    scale: float
+    out_start: int = 0
+    in_start: int = 0
+    transposed: bool = False
+
+
+def delta_weight(updates: Iterable[LowRankUpdate], box: Box, factors: Mapping[str, np.ndarray]) -> np.ndarray:
+    r"""Compute :math:`\Delta W` of a region of a tensor.
+
+    Args:
+        updates: those of that tensor; of others they would be wrong. One that does not touch the region costs nothing.
+        box: the region.
+        factors: the adapter's tensors by name.
+
+    Returns:
+        float32, of the shape of the region; computed in float32 whatever the factors are.
+    """
+    result = np.zeros(box_shape(box), np.float32)
+    for update in updates:
+        part = intersect(box, update.box)
+        if part is None:
+            continue
+        outs, ins = (_shifted(part, update.box, dim) for dim in ((-1, -2) if update.transposed else (-2, -1)))
+        a = factors[update.a][update.rank_a, update.in_start + ins[0] : update.in_start + ins[1]]
+        b = factors[update.b][update.out_start + outs[0] : update.out_start + outs[1], update.rank_b]
+        delta = np.float32(update.scale) * (b.astype(np.float32) @ a.astype(np.float32))
+        place = [slice(*_shifted(part, box, dim)) for dim in range(len(box))]
+        result[tuple(place)] += delta.T if update.transposed else delta
+    return result
+
+
+def _shifted(part: Box, box: Box, dim: int) -> tuple[int, int]:
+    """The range of `part` along `dim`, counted from the corner of `box`."""
+    start, stop = part[dim]
+    return start - box[dim][0], stop - box[dim][0]

@@ -1,0 +1,36 @@
+"""What a load did."""
+
+import dataclasses
+from typing import Any
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LoadReport:
+    """What one process read and now holds.
+
+    Attributes:
+        bytes_read: bytes of tensor data that the system reported as read.
+        bytes_needed: bytes on disk that this process's devices need, each counted once.
+        seconds: wall-clock time of reading and placing.
+        tensors_read: tensors of which something was read.
+        bytes_per_device: {device id: bytes of parameters on it}.
+        expert_bytes_per_device: {device id: bytes of expert stacks on it, padding slots included}.
+        ignored: {rule name: tensors of the checkpoint that were not needed}.
+    """
+
+    bytes_read: int
+    bytes_needed: int
+    seconds: float
+    tensors_read: int
+    bytes_per_device: dict[int, int]
+    expert_bytes_per_device: dict[int, int]
+    ignored: dict[str, tuple[str, ...]]
+
+    @property
+    def bytes_per_second(self) -> float:
+        """Rate of the whole load."""
+        return self.bytes_read / self.seconds if self.seconds else 0.0
+
+    def to_dict(self) -> dict[str, Any]:
+        """The same as plain types, for JSON."""
+        return dataclasses.asdict(self)

@@ -1,0 +1,237 @@
+#!/usr/bin/env python3
+"""How fast does jaxmoe load a checkpoint onto a simulated (2, 2, 2) mesh?
+
+Writes a checkpoint of more than 1 GB with Qwen3-MoE's names into a temporary directory, loads it in turns with
+
+* jaxmoe: expert stacks sharded over ep and tp, replicated over dp;
+* safetensors.flax.load_file, then jax.device_put tensor by tensor, each expert whole on one device;
+
+and reads it into memory without doing anything with it, once into memory already in use and once into fresh memory,
+which is what the hardware permits. The page cache is warm for all of them: this measures software, not the disk.
+Removes what it wrote, also on Ctrl-C.
+
+    python scripts/bench_load.py
+    python scripts/bench_load.py --dtype float32 --json
+"""
+
+import argparse
+import json
+import os
+import signal
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import jax
+import ml_dtypes
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from jaxmoe.checkpoint import (
+    Block,
+    LoadReport,
+    expert_blocks,
+    load_arrays,
+    make_load_plan,
+    open_checkpoint,
+    whole_tensor_blocks,
+)
+from jaxmoe.checkpoint.buffers import aligned_array
+from jaxmoe.checkpoint.threads import run_in_threads
+from jaxmoe.layers.param import ParamSpec
+from jaxmoe.mesh import make_mesh, simulate_devices
+from jaxmoe.models.family import ExpertTensors
+
+# Qwen3-30B-A3B's widths; its 128 experts and 48 layers are cut down to the size asked for.
+MODEL, WIDTH, VOCAB = 2048, 768, 32768
+EXPERTS = 32
+DTYPES = {"bfloat16": ("BF16", np.dtype(ml_dtypes.bfloat16)), "float32": ("F32", np.dtype(np.float32))}
+NAMES = ExpertTensors(
+    gate="model.layers.{layer}.mlp.experts.{expert}.gate_proj.weight",
+    up="model.layers.{layer}.mlp.experts.{expert}.up_proj.weight",
+    down="model.layers.{layer}.mlp.experts.{expert}.down_proj.weight",
+    fused_gate_up="model.layers.{layer}.mlp.experts.gate_up_proj",
+    fused_down="model.layers.{layer}.mlp.experts.down_proj",
+)
+
+
+def main() -> None:
+    """Parse the command line, run, print."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--dtype", choices=DTYPES, default="bfloat16", help="of the checkpoint and of the arrays")
+    parser.add_argument("--gigabytes", type=float, default=1.25, help="size of the checkpoint (default 1.25)")
+    parser.add_argument("--repeats", type=int, default=7, help="loads by each way (default 7)")
+    parser.add_argument("--threads", type=int, help="that read (default: jaxmoe's choice)")
+    parser.add_argument("--staging", action="store_true", help="load through staging memory, as for a GPU")
+    parser.add_argument("--directory", help="where to write the checkpoint (default: the system's temporary directory)")
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+    args = parser.parse_args()
+    # An exit by signal has to pass through the `with` below like any other.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    simulate_devices(8)
+    with tempfile.TemporaryDirectory(prefix="jaxmoe-bench-", dir=args.directory) as directory:
+        layers = write_checkpoint(Path(directory), args.dtype, int(args.gigabytes * 1e9))
+        result = measure(Path(directory), args, layers)
+    print(json.dumps(result) if args.json else as_text(result))
+
+
+def layer_tensors(layer: int) -> Iterator[tuple[str, tuple[int, ...]]]:
+    """Names and shapes of one layer, and of the embedding with the first."""
+    names = NAMES.for_layer(layer)
+    if layer == 0:
+        yield "model.embed_tokens.weight", (VOCAB, MODEL)
+    yield f"model.layers.{layer}.mlp.gate.weight", (EXPERTS, MODEL)
+    for expert in range(EXPERTS):
+        gate, up, down = names.per_expert(expert)
+        yield from ((gate, (WIDTH, MODEL)), (up, (WIDTH, MODEL)), (down, (MODEL, WIDTH)))
+
+
+def write_checkpoint(directory: Path, dtype_name: str, nbytes: int) -> int:
+    """Write a checkpoint of at least `nbytes` bytes, one file per layer; returns the number of layers."""
+    label, dtype = DTYPES[dtype_name]
+    values = np.random.default_rng(0).standard_normal(VOCAB * MODEL, np.float32).astype(dtype).view(np.uint8)
+    weight_map: dict[str, str] = {}
+    written = layer = 0
+    while written < nbytes:
+        file = f"model-{layer + 1:05d}.safetensors"
+        header, end = {}, 0
+        for name, shape in layer_tensors(layer):
+            begin, end = end, end + int(np.prod(shape)) * dtype.itemsize
+            header[name] = {"dtype": label, "shape": shape, "data_offsets": [begin, end]}
+            weight_map[name] = file
+        text = json.dumps(header).encode()
+        text += b" " * (-len(text) % 8)
+        with open(directory / file, "wb") as out:
+            out.write(len(text).to_bytes(8, "little") + text)
+            for position, entry in enumerate(header.values()):
+                begin, stop = entry["data_offsets"]
+                # Another start in the random values for each tensor, so that a mix-up of tensors would show.
+                start = position * 4096 * dtype.itemsize if stop - begin < values.size // 2 else 0
+                out.write(values[start : start + stop - begin])
+        written += end
+        layer += 1
+    (directory / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+    return layer
+
+
+def load_with_jaxmoe(
+    directory: Path, mesh: Mesh, layers: int, dtype: np.dtype, **options: int | bool | None
+) -> tuple[dict[str, jax.Array], LoadReport]:
+    """Headers, plan and load: all that `jaxmoe.load` does about weights."""
+
+    def spec(path: str, shape: tuple[int, ...], *dims: str | None, stack: bool = False) -> ParamSpec:
+        sharding = NamedSharding(mesh, PartitionSpec(*dims))
+        rows = {"rows": tuple(range(EXPERTS)), "source_groups": EXPERTS} if stack else {}
+        return ParamSpec(path=path, shape=shape, dtype=dtype, sharding=sharding, **rows)
+
+    checkpoint = open_checkpoint(directory)
+    specs = [spec("embed", (VOCAB, MODEL), "tp", None)]
+    blocks: list[Block] = whole_tensor_blocks(specs[0], "model.embed_tokens.weight")
+    for layer in range(layers):
+        router = spec(f"layers.{layer}.router", (EXPERTS, MODEL))
+        gate_up = spec(f"layers.{layer}.w_gate_up", (EXPERTS, 2, WIDTH, MODEL), "ep", None, "tp", None, stack=True)
+        down = spec(f"layers.{layer}.w_down", (EXPERTS, MODEL, WIDTH), "ep", None, "tp", stack=True)
+        specs += [router, gate_up, down]
+        blocks += whole_tensor_blocks(router, f"model.layers.{layer}.mlp.gate.weight")
+        blocks += expert_blocks(gate_up, down, NAMES.for_layer(layer), checkpoint.tensors)
+    arrays, report = load_arrays(make_load_plan(checkpoint, specs, blocks), **options)
+    jax.block_until_ready(arrays)
+    assert report.bytes_read == report.bytes_needed == checkpoint.nbytes
+    return arrays, report
+
+
+def load_with_safetensors(directory: Path) -> dict[str, jax.Array]:
+    """What people do today: every tensor whole, experts dealt out to the devices."""
+    from safetensors.flax import load_file
+
+    devices, arrays = jax.devices(), {}
+    for file in sorted(directory.glob("*.safetensors")):
+        for name, tensor in load_file(file).items():
+            parts = name.split(".")
+            expert = int(parts[5]) if "experts" in parts else 0
+            arrays[name] = jax.device_put(tensor, devices[expert * len(devices) // EXPERTS])
+    return jax.block_until_ready(arrays)
+
+
+def read_only(directory: Path, threads: int, memory: list[np.ndarray]) -> None:
+    """Read every file into its array of `memory`, in pieces, and do nothing else."""
+    piece = 4 * 2**20
+    files = sorted(directory.glob("*.safetensors"))
+    descriptors = [os.open(file, os.O_RDONLY) for file in files]
+
+    def read(item: tuple[int, int]) -> None:
+        file, offset = item
+        os.preadv(descriptors[file], [memory[file][offset : offset + piece].data], offset)
+
+    pieces = [(file, offset) for file, array in enumerate(memory) for offset in range(0, array.size, piece)]
+    run_in_threads(read, pieces, threads)
+    for descriptor in descriptors:
+        os.close(descriptor)
+
+
+def measure(directory: Path, args: argparse.Namespace, layers: int) -> dict:
+    """Time each way `args.repeats` times, taking turns."""
+    mesh = make_mesh(dp=2, tp=2, ep=2)
+    threads = args.threads or min(8, os.cpu_count() or 2)
+    options = {"threads": args.threads, "staging": args.staging}
+    dtype = DTYPES[args.dtype][1]
+    sizes = [file.stat().st_size for file in sorted(directory.glob("*.safetensors"))]
+    used = [np.ones(size, np.uint8) for size in sizes]
+    check_alike(load_with_jaxmoe(directory, mesh, layers, dtype, **options)[0], load_with_safetensors(directory))
+    ways: dict[str, Callable[[], object]] = {
+        "jaxmoe": lambda: load_with_jaxmoe(directory, mesh, layers, dtype, **options),
+        "safetensors.flax + device_put": lambda: load_with_safetensors(directory),
+        "read only, memory in use": lambda: read_only(directory, threads, used),
+        "read only, fresh memory": lambda: read_only(
+            directory, threads, [aligned_array((size,), np.dtype(np.uint8)) for size in sizes]
+        ),
+    }
+    seconds: dict[str, list[float]] = {name: [] for name in ways}
+    for _ in range(args.repeats):
+        for name, way in ways.items():
+            start = time.perf_counter()
+            loaded = way()
+            seconds[name].append(time.perf_counter() - start)
+            del loaded
+    total = sum(sizes)
+    rates = {name: total / statistics.median(times) / 1e9 for name, times in seconds.items()}
+    return {
+        "bytes": total,
+        "dtype": args.dtype,
+        "jax": jax.__version__,
+        "cores": os.cpu_count(),
+        "threads": threads,
+        "staging": args.staging,
+        "repeats": args.repeats,
+        "gigabytes_per_second": {name: round(rate, 2) for name, rate in rates.items()},
+        "best_gigabytes_per_second": {name: round(total / min(times) / 1e9, 2) for name, times in seconds.items()},
+        "ratio": round(rates["jaxmoe"] / rates["safetensors.flax + device_put"], 2),
+    }
+
+
+def check_alike(ours: dict[str, jax.Array], theirs: dict[str, jax.Array]) -> None:
+    """A load that is quick and wrong is not measured."""
+    for layer, expert in ((0, 0), (0, EXPERTS - 1), (1, EXPERTS // 2)):
+        gate, up, down = (np.asarray(theirs[name]) for name in NAMES.for_layer(layer).per_expert(expert))
+        gate_up = np.asarray(ours[f"layers.{layer}.w_gate_up"][expert])
+        np.testing.assert_array_equal(gate_up, np.stack([gate, up]))
+        np.testing.assert_array_equal(np.asarray(ours[f"layers.{layer}.w_down"][expert]), down)
+
+
+def as_text(result: dict) -> str:
+    """The result for people."""
+    lines = [
+        f"{result['bytes'] / 1e9:.2f} GB of {result['dtype']}, jax {result['jax']}, {result['cores']} cores, "
+        f"{result['threads']} threads, {result['repeats']} repeats in turns; GB/s, median (best)"
+    ]
+    for name, rate in result["gigabytes_per_second"].items():
+        lines.append(f"  {name:32s} {rate:6.2f} ({result['best_gigabytes_per_second'][name]:.2f})")
+    lines.append(f"  jaxmoe is {result['ratio']} times as fast as safetensors.flax + device_put")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    main()

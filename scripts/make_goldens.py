@@ -1,0 +1,98 @@
+#!/usr/bin/env python3
+"""Make tests/goldens: tiny random checkpoints of every family, and what transformers computes from them.
+
+Needs torch and transformers (the "parity" extra). The same seed gives the same files:
+
+    python scripts/make_goldens.py [FAMILY ...]
+"""
+
+import argparse
+import json
+import shutil
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import transformers
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+from tests.families import EOS, FAMILIES, NEW_TOKENS, PROMPT_LENGTHS
+
+
+def make_model(model_type: str, seed: int, **changes: Any) -> torch.nn.Module:
+    """A random transformers model in float32 whose experts, norms and biases all matter."""
+    config = transformers.AutoConfig.for_model(model_type, **{**FAMILIES[model_type], **changes})
+    config.dtype = torch.float32
+    model = transformers.AutoModelForCausalLM.from_config(config).float().eval()
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, parameter in sorted(model.named_parameters()):
+            noise = torch.randn(parameter.shape, generator=generator)
+            if parameter.ndim == 1:
+                parameter.copy_(noise * 0.2 + (0.0 if name.endswith("bias") else 1.0))
+            else:
+                parameter.copy_(noise * (2.0 if "embed" in name else 1.5 * parameter.shape[-1] ** -0.5))
+    return model
+
+
+def make_prompts(vocab_size: int, seed: int) -> list[list[int]]:
+    """Prompts of different lengths, without the end-of-sequence token."""
+    rng = np.random.default_rng(seed)
+    return [rng.integers(EOS + 1, vocab_size, length).tolist() for length in PROMPT_LENGTHS]
+
+
+@torch.inference_mode()
+def reference(model: torch.nn.Module, prompts: list[list[int]], new_tokens: int = NEW_TOKENS) -> dict[str, np.ndarray]:
+    """Logits of each prompt's every position, and the tokens that follow it greedily, each prompt on its own."""
+    expected = {}
+    for i, prompt in enumerate(prompts):
+        ids = torch.tensor([prompt])
+        expected[f"prompt_{i}"] = np.array(prompt, np.int32)
+        expected[f"logits_{i}"] = model(ids).logits[0].numpy()
+        out = model.generate(
+            ids,
+            attention_mask=torch.ones_like(ids),
+            max_new_tokens=new_tokens,
+            min_new_tokens=new_tokens,
+            do_sample=False,
+            eos_token_id=None,
+            pad_token_id=0,
+        )
+        expected[f"greedy_{i}"] = out[0, len(prompt) :].numpy().astype(np.int32)
+    return expected
+
+
+def save_forms(model: torch.nn.Module, directory: Path) -> None:
+    """Write both forms: as released (one file) and as transformers 5 holds it (fused experts, sharded)."""
+    model.save_pretrained(directory / "original")
+    model.save_pretrained(directory / "fused", save_original_format=False, max_shard_size="60KB")
+    for form in ("original", "fused"):
+        # The version of transformers is no part of what is tested.
+        for path in (directory / form / "config.json", directory / form / "generation_config.json"):
+            fields = json.loads(path.read_text())
+            fields.pop("transformers_version", None)
+            path.write_text(json.dumps(fields, indent=2, sort_keys=True) + "\n")
+
+
+def main() -> None:
+    """Remake the goldens of the named families, or of all."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("families", nargs="*", default=list(FAMILIES), help="default: all")
+    for model_type in parser.parse_args().families:
+        directory = ROOT / "tests" / "goldens" / model_type
+        shutil.rmtree(directory, ignore_errors=True)
+        model = make_model(model_type, seed=0)
+        save_forms(model, directory)
+        expected = reference(model, make_prompts(model.config.vocab_size, seed=1))
+        np.savez_compressed(directory / "expected.npz", **expected)
+        print(
+            f"{directory.relative_to(ROOT)}: {sum(f.stat().st_size for f in directory.rglob('*') if f.is_file())} bytes"
+        )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,119 @@
+"""Every family against what transformers computed, on every mesh: logits, greedy tokens, both checkpoint forms."""
+
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+import jaxmoe
+from jaxmoe.layers import params_by_path
+from tests.conftest import MESH_SHAPES, mesh_of
+from tests.families import FAMILIES, NEW_TOKENS
+
+GOLDENS = Path(__file__).resolve().parent.parent / "goldens"
+# The error is given as a share of the largest absolute logit.
+LOGIT_TOLERANCE = 2e-4
+
+
+def read_expected(family: str) -> dict[str, list[np.ndarray]]:
+    with np.load(GOLDENS / family / "expected.npz") as arrays:
+        count = len(arrays.files) // 3
+        return {kind: [arrays[f"{kind}_{i}"] for i in range(count)] for kind in ("prompt", "logits", "greedy")}
+
+
+def check_logits(model, expected: dict[str, list[np.ndarray]]) -> None:
+    """The logits of each prompt alone, and of all in one batch padded with anything."""
+    largest = max(np.abs(logits).max() for logits in expected["logits"])
+    longest = max(map(len, expected["prompt"]))
+    batch = np.full((len(expected["prompt"]), longest), 5)
+    for row, prompt in zip(batch, expected["prompt"], strict=True):
+        row[: len(prompt)] = prompt
+    together = np.asarray(model(batch))
+    assert together.dtype == np.float32
+    for row, logits in zip(together, expected["logits"], strict=True):
+        assert np.abs(row[: len(logits)] - logits).max() < LOGIT_TOLERANCE * largest
+    alone = np.asarray(model(expected["prompt"][0][None]))[0]
+    assert np.abs(alone - expected["logits"][0]).max() < LOGIT_TOLERANCE * largest
+
+
+def check_greedy(model, expected: dict[str, list[np.ndarray]]) -> None:
+    """The greedy tokens of a batch of prompts of different lengths, and of one prompt alone."""
+    prompts = [prompt.tolist() for prompt in expected["prompt"]]
+    new_tokens = len(expected["greedy"][0])
+    outs = jaxmoe.generate(model, prompts, max_new_tokens=new_tokens, ignore_eos=True)
+    for out, greedy in zip(outs, expected["greedy"], strict=True):
+        assert out.token_ids == greedy.tolist()
+    (alone,) = jaxmoe.generate(model, prompts[1:2], max_new_tokens=new_tokens, ignore_eos=True)
+    assert alone.token_ids == expected["greedy"][1].tolist()
+
+
+@pytest.mark.parametrize("mesh_shape", [(1, 1, 1), *MESH_SHAPES], ids=lambda shape: "dp{}-tp{}-ep{}".format(*shape))
+@pytest.mark.parametrize("placement", ["linear", "round_robin"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_logits_and_greedy_tokens(family, placement, mesh_shape):
+    if placement == "round_robin" and mesh_shape in ((1, 1, 1), (8, 1, 1), (1, 8, 1)):
+        pytest.skip("with ep=1 every placement is the same")
+    expected = read_expected(family)
+    mesh = mesh_of(*mesh_shape)
+    model = jaxmoe.load(GOLDENS / family / "original", mesh=mesh, placement=placement, check_finite=True)
+    report = model.load_report
+    assert report.bytes_read == report.bytes_needed
+    assert len(set(report.expert_bytes_per_device.values())) == 1
+    check_logits(model, expected)
+    check_greedy(model, expected)
+    assert len(expected["greedy"][0]) == NEW_TOKENS
+
+
+@pytest.mark.parametrize("dispatch", ["replicated", "all_to_all"])
+@pytest.mark.parametrize("expert_axes", [("ep",), ("ep", "tp")])
+def test_every_dispatch_and_expert_axes(dispatch, expert_axes):
+    expected = read_expected("qwen3_moe")
+    model = jaxmoe.load(
+        GOLDENS / "qwen3_moe" / "original", mesh=mesh_of(2, 2, 2), dispatch=dispatch, expert_axes=expert_axes
+    )
+    check_logits(model, expected)
+
+
+@pytest.mark.parametrize("mesh_shape", [(1, 1, 1), *MESH_SHAPES], ids=lambda shape: "dp{}-tp{}-ep{}".format(*shape))
+@pytest.mark.parametrize("family", FAMILIES)
+def test_fused_and_sharded_form_is_the_same_model(family, mesh_shape):
+    mesh = mesh_of(*mesh_shape)
+    original, fused = (
+        jaxmoe.load(GOLDENS / family / form, mesh=mesh, placement="round_robin") for form in ("original", "fused")
+    )
+    theirs = params_by_path(fused)
+    for path, param in params_by_path(original).items():
+        ours, other = param[...], theirs[path][...]
+        assert ours.sharding == other.sharding
+        np.testing.assert_array_equal(ours, other, err_msg=path)
+    assert fused.load_report.bytes_read == fused.load_report.bytes_needed == original.load_report.bytes_read
+
+
+def test_bfloat16_follows_float32():
+    expected = read_expected("qwen3_moe")
+    model = jaxmoe.load(GOLDENS / "qwen3_moe" / "original", mesh=mesh_of(1, 2, 4), dtype="bfloat16")
+    assert all(
+        param[...].dtype == ("float32" if path.endswith("w_router") else "bfloat16")
+        for path, param in params_by_path(model).items()
+    )
+    logits = np.asarray(model(expected["prompt"][0][None]))[0]
+    assert np.corrcoef(logits.ravel(), expected["logits"][0].ravel())[0, 1] > 0.98
+
+
+def test_experts_are_never_gathered():
+    """The compiled prefill of a model on ep=4 holds a quarter of the experts and moves none."""
+    from flax import nnx
+
+    model = jaxmoe.load(GOLDENS / "qwen3_moe" / "original", mesh=mesh_of(1, 2, 4))
+    graphdef, state = nnx.split(model)
+    cache = model.init_cache(4, 32)
+    compiled = (
+        jax.jit(lambda state, *args: nnx.merge(graphdef, state).prefill(*args))
+        .lower(state, np.zeros((4, 16), np.int32), np.full(4, 16, np.int32), cache)
+        .compile()
+    )
+    text = compiled.as_text()
+    assert "f32[3,2,12,32]" in text  # 3 of 12 slots, half the width
+    for whole in ("f32[12,2,12,32]", "f32[12,2,24,32]", "f32[3,2,24,32]", "f32[12,32,24]", "f32[12,32,12]"):
+        assert whole not in text
