@@ -1,0 +1,305 @@
+"""The ``jaxmoe`` command.
+
+A command is two functions, one that adds its options and one that runs it, and a line in
+`COMMANDS`. Nothing heavy is imported before the arguments are read, so ``--help`` is
+quick and ``--simulate`` can still choose the devices.
+"""
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+if TYPE_CHECKING:
+    from jax.sharding import Mesh
+
+    from jaxmoe.generate import GenerationStats, Output, TokenEvent
+
+# What bad input raises. Anything else is a bug in jaxmoe and keeps its traceback.
+_INPUT_ERRORS = (ValueError, OSError, RuntimeError, ImportError)
+
+
+class Command(NamedTuple):
+    """One subcommand."""
+
+    help: str
+    add_options: Callable[[argparse.ArgumentParser], None]
+    run: Callable[[argparse.Namespace], None]
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line.
+
+    Args:
+        argv: arguments without the program's name; those of the process by default.
+
+    Returns:
+        The exit status: 0, or 1 for an error in the input, which is told in one line on stderr.
+
+    Raises:
+        SystemExit: with status 2 for wrong usage, 0 for ``--help`` and ``--version``.
+    """
+    args = _parser().parse_args(argv)
+    try:
+        args.run(args)
+        sys.stdout.flush()
+    except KeyboardInterrupt:
+        return 130
+    except BrokenPipeError:
+        # The reader has left (`| head`). Python flushes stdout once more at exit, into nothing then.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except _INPUT_ERRORS as error:
+        if args.debug:
+            raise
+        print(f"jaxmoe: error: {_one_line(error)}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    from jaxmoe import __version__
+
+    parser = argparse.ArgumentParser(
+        prog="jaxmoe", description="Torch Mixture-of-Experts checkpoints on a (dp, tp, ep) mesh, with JAX."
+    )
+    parser.add_argument("--version", action="version", version=f"jaxmoe {__version__}")
+    subparsers = parser.add_subparsers(metavar="COMMAND", required=True)
+    for name, command in COMMANDS.items():
+        subparser = subparsers.add_parser(name, help=command.help, description=f"{command.help}.")
+        command.add_options(subparser)
+        subparser.add_argument("--debug", action="store_true", help="show the traceback of an error")
+        subparser.set_defaults(run=command.run, usage_error=subparser.error)
+    return parser
+
+
+# --- options and steps that several commands share
+
+
+def _add_mesh_options(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("devices")
+    group.add_argument(
+        "--mesh",
+        type=_mesh_sizes,
+        metavar="dp=1,tp=2,ep=4",
+        help="mesh sizes, axes left out being 1 (default: every device on ep)",
+    )
+    group.add_argument("--simulate", type=_count, metavar="N", help="use N simulated CPU devices")
+
+
+def _add_load_options(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("loading")
+    group.add_argument("--placement", default="linear", metavar="NAME|FILE.json", help="where experts go (linear)")
+    group.add_argument("--dtype", help="of weights and activations (default: the checkpoint's own)")
+    group.add_argument("--dispatch", default="auto", metavar="NAME", help="how tokens travel to experts (auto)")
+    group.add_argument("--kernels", default="auto", metavar="NAME", help="grouped matmul backend (auto)")
+    group.add_argument("--check-finite", action="store_true", help="refuse a checkpoint with NaN or infinity")
+    group.add_argument("--no-progress", action="store_true", help="draw no progress bar")
+
+
+def _make_mesh(args: argparse.Namespace) -> "Mesh":
+    from jaxmoe.mesh import make_mesh, simulate_devices
+
+    if args.simulate is not None:
+        simulate_devices(args.simulate)
+    import jax
+
+    return make_mesh(**(args.mesh or {"ep": jax.device_count()}))
+
+
+def _load(args: argparse.Namespace, mesh: "Mesh") -> Any:
+    import jaxmoe
+
+    return jaxmoe.load(
+        args.checkpoint,
+        mesh=mesh,
+        placement=_placement(args.placement),
+        dtype=args.dtype,
+        dispatch=args.dispatch,
+        kernels=args.kernels,
+        # A bar in a log file is noise.
+        progress=sys.stderr.isatty() and not args.no_progress,
+        check_finite=args.check_finite,
+    )
+
+
+def _placement(text: str) -> Any:
+    if not text.endswith(".json"):
+        return text
+    from pathlib import Path
+
+    from jaxmoe.placement import placements_from_json
+
+    if not Path(text).is_file():
+        raise FileNotFoundError(f"the placement file {text} does not exist")
+    return placements_from_json(Path(text).read_text(encoding="utf-8"))
+
+
+def _describe(mesh: "Mesh") -> str:
+    sizes = ",".join(f"{axis}={size}" for axis, size in mesh.shape.items())
+    return f"mesh {sizes} on {mesh.size} {mesh.devices.flat[0].platform} device{'s' if mesh.size > 1 else ''}"
+
+
+def _mesh_sizes(text: str) -> dict[str, int]:
+    from jaxmoe.mesh import parse_mesh
+
+    try:
+        return parse_mesh(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
+
+
+def _count(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"a whole number of at least 1; got {text!r}")
+    return int(text)
+
+
+def _one_line(error: BaseException) -> str:
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+# --- jaxmoe generate
+
+
+def _add_generate_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("checkpoint", help="a checkpoint directory, as transformers writes it")
+    source = parser.add_argument_group("prompts, from one of").add_mutually_exclusive_group(required=True)
+    source.add_argument("--prompt", action="append", metavar="TEXT", help="a text, - for all of stdin (repeatable)")
+    source.add_argument(
+        "--prompt-ids", action="append", type=_token_ids, metavar="5,6,7", help="token ids (repeatable)"
+    )
+    source.add_argument(
+        "--prompt-file",
+        metavar="FILE",
+        help='one prompt a line, or .jsonl with {"prompt": ...}; - for stdin',
+    )
+    parser.add_argument("--chat", action="store_true", help="put prompts through the chat template")
+    parser.add_argument("--system", metavar="TEXT", help="system message, with --chat")
+    parser.add_argument("--batch-size", type=_count, default=32, metavar="N", help="prompts at a time (32)")
+
+    group = parser.add_argument_group("generation")
+    group.add_argument("--max-new-tokens", type=int, default=64, metavar="N", help="tokens per prompt (64)")
+    group.add_argument("--temperature", type=float, default=0.0, metavar="T", help="0 takes the likeliest token (0)")
+    group.add_argument("--top-k", type=int, default=0, metavar="K", help="only the K likeliest, 0 for all (0)")
+    group.add_argument("--top-p", type=float, default=1.0, metavar="P", help="only the likeliest up to P (1)")
+    group.add_argument("--min-p", type=float, default=0.0, metavar="P", help="at least P as likely as the top (0)")
+    group.add_argument("--repetition-penalty", type=float, default=1.0, metavar="X", help="above 1 discourages (1)")
+    group.add_argument("--seed", type=int, metavar="N", help="same seed and prompt, same text (default: fresh)")
+    group.add_argument("--stop", action="append", metavar="TEXT", help="end the text here (repeatable)")
+    group.add_argument("--ignore-eos", action="store_true", help="go on to --max-new-tokens")
+
+    _add_mesh_options(parser)
+    _add_load_options(parser)
+    parser.add_argument("--json", action="store_true", help="one JSON object a line for each prompt")
+    parser.add_argument("-v", "--verbose", action="store_true", help="a table of expert bytes per device, on stderr")
+
+
+def _generate(args: argparse.Namespace) -> None:
+    if args.system is not None and not args.chat:
+        args.usage_error("--system goes with --chat")
+    if args.chat and args.prompt_ids:
+        args.usage_error("--chat is for text: --prompt or --prompt-file")
+    prompts = _read_prompts(args)
+    mesh = _make_mesh(args)
+    model = _load(args, mesh)
+
+    from jaxmoe.generate import GenerationStats, encode, generate
+
+    if args.verbose:
+        _print_expert_bytes(model)
+    # All prompts are checked before the first is answered.
+    token_ids = encode(model, _conversations(prompts, args), max_new_tokens=args.max_new_tokens)
+    live = len(prompts) == 1 and not args.json and sys.stdout.isatty()
+    total = GenerationStats()
+    for start in range(0, len(prompts), args.batch_size):
+        batch = slice(start, start + args.batch_size)
+        stats = GenerationStats()
+        outputs = generate(
+            model,
+            token_ids[batch],
+            max_new_tokens=args.max_new_tokens,
+            temperature=args.temperature,
+            top_k=args.top_k,
+            top_p=args.top_p,
+            min_p=args.min_p,
+            repetition_penalty=args.repetition_penalty,
+            seed=args.seed,
+            stop=args.stop,
+            ignore_eos=args.ignore_eos,
+            stream=_print_piece if live else None,
+            stats=stats,
+        )
+        total += stats
+        for index, output in enumerate(outputs, start):
+            if args.json:
+                print(json.dumps(_record(prompts[index], output, stats)), flush=True)
+            elif not live:
+                title = f"[{index}] {prompts[index]}\n" if len(prompts) > 1 else ""
+                print(f"{title}{_readable(output.text, output.token_ids)}", flush=True)
+    print(f"{_describe(mesh)}: {total.summary()}", file=sys.stderr)
+
+
+def _read_prompts(args: argparse.Namespace) -> list[Any]:
+    from jaxmoe.generate import read_prompt_file
+
+    if args.prompt_file is not None:
+        return read_prompt_file(args.prompt_file)
+    if args.prompt_ids is not None:
+        return args.prompt_ids
+    return [sys.stdin.read() if prompt == "-" else prompt for prompt in args.prompt]
+
+
+def _conversations(prompts: list[Any], args: argparse.Namespace) -> list[Any]:
+    """With --chat, texts as conversations; what a .jsonl file gives as token ids or messages stays."""
+    if not args.chat:
+        return prompts
+    system = [{"role": "system", "content": args.system}] if args.system is not None else []
+    return [[*system, {"role": "user", "content": text}] if isinstance(text, str) else text for text in prompts]
+
+
+def _record(prompt: Any, output: "Output", stats: "GenerationStats") -> dict[str, Any]:
+    """A line of --json; the timing is that of the whole batch."""
+    return {
+        "prompt": prompt,
+        "token_ids": output.token_ids,
+        "text": output.text,
+        "finish_reason": output.finish_reason,
+        "timing": stats.to_dict(),
+    }
+
+
+def _print_piece(event: "TokenEvent") -> None:
+    separator = "," if event.text is None and not event.finish_reason else ""
+    end = "\n" if event.finish_reason else separator
+    print(_readable(event.text, [event.token_id]), end=end, flush=True)
+
+
+def _readable(text: str | None, token_ids: list[int]) -> str:
+    from jaxmoe.generate import terminal_text
+
+    if text is None:
+        return ",".join(map(str, token_ids))
+    return terminal_text(text) if sys.stdout.isatty() else text
+
+
+def _print_expert_bytes(model: Any) -> None:
+    from rich.console import Console
+
+    from jaxmoe.generate import expert_bytes_table
+
+    Console(stderr=True).print(expert_bytes_table(model.load_report.expert_bytes_per_device))
+
+
+def _token_ids(text: str) -> list[int]:
+    parts = [part.strip() for part in text.split(",")]
+    if not all(part.isdecimal() for part in parts):
+        raise argparse.ArgumentTypeError(f"token ids are whole numbers between commas, as 5,6,7; got {text!r}")
+    return [int(part) for part in parts]
+
+
+COMMANDS = {
+    "generate": Command("generate text from prompts", _add_generate_options, _generate),
+}

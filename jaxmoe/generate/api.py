@@ -1,0 +1,212 @@
+"""`generate`: prompts in, text out."""
+
+import functools
+import secrets
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from jaxmoe.generate.output import Output, TokenEvent
+from jaxmoe.generate.params import SamplingParams
+from jaxmoe.generate.stats import GenerationStats
+
+if TYPE_CHECKING:
+    from jaxmoe.generate.detokenize import TextStream
+    from jaxmoe.generate.engine import FinishReason, Row
+    from jaxmoe.generate.prompts import Prompt
+    from jaxmoe.generate.tokenizer import Tokenizer
+
+StreamCallback = Callable[[TokenEvent], None]
+
+
+def generate(
+    model: Any,
+    prompts: "str | Iterable[Prompt]",
+    *,
+    max_new_tokens: int = 64,
+    temperature: float = 0.0,
+    top_k: int | None = None,
+    top_p: float = 1.0,
+    min_p: float = 0.0,
+    repetition_penalty: float = 1.0,
+    seed: int | Sequence[int] | None = None,
+    eos_token_id: int | Sequence[int] | None = None,
+    ignore_eos: bool = False,
+    stop: str | Sequence[str] | None = None,
+    chat: bool = False,
+    chat_template_kwargs: Mapping[str, Any] | None = None,
+    tokenizer: "Tokenizer | None" = None,
+    stream: StreamCallback | None = None,
+    stats: GenerationStats | None = None,
+) -> list[Output]:
+    """Generate text (or token ids) for every prompt.
+
+    A prompt gives the same output alone and in any batch. Nothing is compiled twice: prompt
+    and cache lengths are rounded up to few sizes, and programs are kept with the model.
+
+    Args:
+        model: from `jaxmoe.load`.
+        prompts: list of texts, of lists of token ids, or of conversations (lists of
+            ``{"role": ..., "content": ...}``, put through the chat template); or one text.
+        max_new_tokens: tokens per prompt, at least 1.
+        temperature: 0.0 takes the likeliest token; see `SamplingParams` for this and the next four.
+        top_k: only the k likeliest tokens; None or 0 for all.
+        top_p: only the likeliest tokens up to this probability.
+        min_p: only tokens at least this fraction as likely as the likeliest.
+        repetition_penalty: above 1.0 discourages tokens of the prompt and the text so far.
+        seed: an int for every prompt alike, so that a prompt's text depends on nothing else; or one
+            int per prompt; None draws a fresh one for each.
+        eos_token_id: token or tokens that end the text; None for those that
+            generation_config.json, else config.json, names.
+        ignore_eos: generate max_new_tokens whatever comes.
+        stop: text or texts that end the output, and are cut off it.
+        chat: text prompts are user messages, put through the chat template.
+        chat_template_kwargs: more variables for the template, such as ``{"enable_thinking": False}``.
+        tokenizer: instead of the checkpoint's.
+        stream: called with a `TokenEvent` for every token, in the order in which they come.
+        stats: filled with counts and times.
+
+    Returns:
+        One `Output` per prompt, in order.
+
+    Raises:
+        ValueError: a setting out of range, a prompt that is empty or of no known kind, a token outside the
+            vocabulary, or more positions than the model has.
+        FileNotFoundError: text prompts or stop strings, and the checkpoint has no tokenizer.json.
+
+    Example:
+        >>> outs = jaxmoe.generate(model, ["Once upon a time"], max_new_tokens=32)  # doctest: +SKIP
+        >>> outs[0].text, outs[0].finish_reason  # doctest: +SKIP
+        (' there was a small mesh', 'length')
+    """
+    begin = time.perf_counter()
+    # Here and not above: `import jaxmoe.generate` starts no JAX.
+    from jaxmoe.generate.engine import Engine
+
+    params = SamplingParams(
+        temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, repetition_penalty=repetition_penalty
+    )
+    stop = _stop_strings(stop)
+    token_ids = encode(
+        model,
+        prompts,
+        max_new_tokens=max_new_tokens,
+        chat=chat,
+        chat_template_kwargs=chat_template_kwargs,
+        tokenizer=tokenizer,
+    )
+    texts = _text_streams(len(token_ids), model, tokenizer, stop)
+    stats = GenerationStats() if stats is None else stats
+    compiled_before = stats.compile_seconds
+
+    def on_token(index: int, token_id: int, reason: "FinishReason | None") -> bool:
+        if stats.first_token_seconds is None:
+            stats.first_token_seconds = time.perf_counter() - begin - (stats.compile_seconds - compiled_before)
+        piece = None
+        if texts is not None:
+            text = texts[index]
+            # Of itself the engine stops at EOS only, and that token is no text even where it is not marked special.
+            piece = "" if reason == "stop" else text.push(token_id)
+            reason = "stop" if text.stopped else reason
+            piece += text.finish() if reason else ""
+        if stream is not None:
+            stream(TokenEvent(index, token_id, piece, reason))
+        return reason == "stop"
+
+    rows = Engine(model).run(
+        token_ids,
+        params,
+        max_new_tokens=max_new_tokens,
+        eos_token_ids=() if ignore_eos else _eos_token_ids(model, eos_token_id),
+        seeds=None if params.greedy else _seeds(seed, len(token_ids)),
+        on_token=on_token,
+        stats=stats,
+    )
+    return [
+        _output(prompt, row, None if texts is None else texts[index].text)
+        for index, (prompt, row) in enumerate(zip(token_ids, rows, strict=True))
+    ]
+
+
+def encode(
+    model: Any,
+    prompts: "str | Iterable[Prompt]",
+    *,
+    max_new_tokens: int,
+    chat: bool = False,
+    chat_template_kwargs: Mapping[str, Any] | None = None,
+    tokenizer: "Tokenizer | None" = None,
+) -> list[list[int]]:
+    """The token ids that `generate` gives to the model; arguments and errors are the same as there.
+
+    For callers who want every prompt checked before the first of many batches.
+    """
+    from jaxmoe.generate.prompts import check_prompts, encode_prompts
+
+    token_ids = encode_prompts(
+        prompts, functools.partial(_tokenizer, model, tokenizer), chat=chat, chat_template_kwargs=chat_template_kwargs
+    )
+    check_prompts(
+        token_ids,
+        vocab_size=model.config.vocab_size,
+        max_new_tokens=max_new_tokens,
+        max_position_embeddings=model.config.max_position_embeddings,
+    )
+    return token_ids
+
+
+def _tokenizer(model: Any, given: "Tokenizer | None") -> "Tokenizer":
+    from jaxmoe.generate.tokenizer import tokenizer_of
+
+    if given is not None:
+        return given
+    if model.source is None:
+        raise ValueError(
+            "text needs a tokenizer, and this model comes from no checkpoint directory: pass token ids or tokenizer="
+        )
+    return tokenizer_of(model.source)
+
+
+def _text_streams(
+    count: int, model: Any, tokenizer: "Tokenizer | None", stop: Sequence[str]
+) -> "list[TextStream] | None":
+    """One stream per prompt; None without a tokenizer, which only stop strings insist on."""
+    from jaxmoe.generate.detokenize import TextStream
+
+    try:
+        decode = _tokenizer(model, tokenizer).decode
+    except (FileNotFoundError, ValueError):
+        if stop:
+            raise
+        return None
+    return [TextStream(decode, stop) for _ in range(count)]
+
+
+def _stop_strings(stop: str | Sequence[str] | None) -> list[str]:
+    stop = [] if stop is None else [stop] if isinstance(stop, str) else list(stop)
+    if not all(isinstance(text, str) and text for text in stop):
+        raise ValueError(f"a stop string is a text of at least one character; got {stop!r}")
+    return stop
+
+
+def _output(prompt: list[int], row: "Row", text: str | None) -> Output:
+    assert row.finish_reason is not None
+    return Output(prompt_token_ids=prompt, token_ids=row.token_ids, text=text, finish_reason=row.finish_reason)
+
+
+def _seeds(seed: int | Sequence[int] | None, count: int) -> list[int]:
+    if seed is None:
+        return [secrets.randbits(64) for _ in range(count)]
+    if isinstance(seed, Sequence):
+        if len(seed) != count:
+            raise ValueError(f"seed is one int or one for each prompt: got {len(seed)} seeds for {count} prompts")
+        return list(seed)
+    return [seed] * count
+
+
+def _eos_token_ids(model: Any, given: int | Sequence[int] | None) -> frozenset[int]:
+    if given is None and model.source is not None:
+        from jaxmoe.generate.eos import eos_token_ids
+
+        return eos_token_ids(model.source)
+    return frozenset([given] if isinstance(given, int) else given or ())

@@ -1,0 +1,149 @@
+"""Token ids to text as they come: whole characters only, stop strings never shown."""
+
+from collections.abc import Callable, Sequence
+
+# What decoders write for bytes that are no UTF-8.
+REPLACEMENT = "�"
+
+# The longest character that may still be completed is four bytes, of which three are there. A byte-level
+# decoder writes one replacement for them, a byte-fallback decoder one each.
+_MAX_INCOMPLETE = 3
+
+
+class Detokenizer:
+    """Turns a growing list of token ids into pieces of text.
+
+    A piece is handed out once no later token can complete it differently. For byte-level
+    tokenizers the pieces joined are exactly ``decode(all ids)``. A byte-fallback decoder may
+    take characters back (it gives up a whole run of bytes for one bad byte at its end); what was
+    shown stays shown.
+
+    Only a window of the last tokens is decoded each time, so the cost of a token does not grow
+    with the text. The window begins with tokens whose text is out already: many decoders treat the
+    first token differently (they drop its leading space).
+
+    Args:
+        decode: token ids to text.
+
+    Example:
+        >>> detokenizer = Detokenizer(lambda ids: bytes(ids).decode(errors="replace"))
+        >>> [detokenizer.push(byte) for byte in "aé".encode()]
+        ['a', '', 'é']
+    """
+
+    def __init__(self, decode: Callable[[Sequence[int]], str]):
+        self._decode = decode
+        self._window: list[int] = []
+        self._context = 0  # tokens at the start of the window that a whole number of characters ends with
+        self._shown = ""  # text of the window that is out already
+
+    def push(self, token_id: int) -> str:
+        """Add a token; returns the text that is certain now, often "" in the middle of a character."""
+        self._window.append(token_id)
+        text = self._decode(self._window)
+        certain = _without_incomplete_end(text)
+        if certain != text and not certain.startswith(self._shown):
+            # A run of fallback bytes reads as replacements up to the byte that completes its last character.
+            return ""
+        piece = certain[len(self._shown) :]
+        if piece and certain == text:
+            self._window = self._window[self._context :]
+            self._context = len(self._window)
+            self._shown = self._decode(self._window)
+        elif piece:
+            self._shown = certain
+        return piece
+
+    def finish(self) -> str:
+        """What was held back: the replacement characters of an unfinished end."""
+        text = self._decode(self._window) if self._window else ""
+        piece = text[len(self._shown) :]
+        self._shown = text
+        return piece
+
+
+class StopStrings:
+    """Passes text on up to the first stop string, holding back what may be the beginning of one.
+
+    Args:
+        stop: non-empty strings; none of them: everything passes.
+
+    Example:
+        >>> stop = StopStrings(["END"])
+        >>> stop.push("the E"), stop.push("N"), stop.push("D of it"), stop.found
+        ('the ', '', '', True)
+    """
+
+    def __init__(self, stop: Sequence[str]):
+        self._stop = tuple(stop)
+        self._held = ""
+        self.found = False
+
+    def push(self, text: str) -> str:
+        """Add text; returns what may be shown. Nothing passes once a stop string was found."""
+        if self.found:
+            return ""
+        text = self._held + text
+        starts = [start for start in (text.find(stop) for stop in self._stop) if start >= 0]
+        if starts:
+            self.found, self._held = True, ""
+            return text[: min(starts)]
+        cut = len(text) - self._possible_start(text)
+        self._held = text[cut:]
+        return text[:cut]
+
+    def finish(self) -> str:
+        """What was held back and turned out to be no stop string."""
+        held, self._held = self._held, ""
+        return held
+
+    def _possible_start(self, text: str) -> int:
+        """Length of the longest end of `text` that a stop string begins with."""
+        longest = max((len(stop) for stop in self._stop), default=0)
+        for length in range(min(longest - 1, len(text)), 0, -1):
+            if text.endswith(tuple(stop[:length] for stop in self._stop if len(stop) > length)):
+                return length
+        return 0
+
+
+class TextStream:
+    """`Detokenizer` and `StopStrings` in a row, for one generated text.
+
+    Args:
+        decode: token ids to text.
+        stop: stop strings.
+    """
+
+    def __init__(self, decode: Callable[[Sequence[int]], str], stop: Sequence[str] = ()):
+        self._detokenizer = Detokenizer(decode)
+        self._stop = StopStrings(stop)
+        self._pieces: list[str] = []
+
+    def push(self, token_id: int) -> str:
+        """Add a token; returns the piece of text to show."""
+        return self._show(self._stop.push(self._detokenizer.push(token_id)))
+
+    def finish(self) -> str:
+        """The last piece; call it once, after the last token."""
+        return self._show(self._stop.push(self._detokenizer.finish()) + self._stop.finish())
+
+    @property
+    def stopped(self) -> bool:
+        """Whether a stop string was reached."""
+        return self._stop.found
+
+    @property
+    def text(self) -> str:
+        """Everything shown so far."""
+        return "".join(self._pieces)
+
+    def _show(self, piece: str) -> str:
+        self._pieces.append(piece)
+        return piece
+
+
+def _without_incomplete_end(text: str) -> str:
+    end = len(text)
+    while end > 0 and len(text) - end < _MAX_INCOMPLETE and text[end - 1] == REPLACEMENT:
+        end -= 1
+    return text[:end]

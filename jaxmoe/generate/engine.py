@@ -1,0 +1,192 @@
+"""The generation loop. It knows token ids only; text stays outside."""
+
+import dataclasses
+import time
+from collections.abc import Callable, Collection, Sequence
+from typing import Any, Literal
+
+import jax
+import numpy as np
+
+from jaxmoe.generate.params import SamplingParams
+from jaxmoe.generate.programs import Leaves, Sampled, Shape, bucket_length, programs_of
+from jaxmoe.generate.sampling import Controls, Mode, seed_words
+from jaxmoe.generate.stats import GenerationStats
+
+FinishReason = Literal["length", "stop"]
+
+# Told of every token: (row, token id, finish reason or None). Returning True ends the row there.
+OnToken = Callable[[int, int, FinishReason | None], bool]
+
+
+@dataclasses.dataclass
+class Row:
+    """The generated part of one prompt; `finish_reason` is None while it runs."""
+
+    token_ids: list[int] = dataclasses.field(default_factory=list)
+    finish_reason: FinishReason | None = None
+
+
+class Engine:
+    """Generates from token ids with one model.
+
+    Making an engine takes the model's weights as they are at that moment and finds the
+    programs that earlier engines compiled for it, so it is cheap to make one per call.
+
+    Args:
+        model: see `jaxmoe.generate.programs.Model`.
+
+    Example:
+        >>> rows = Engine(model).run([[5, 6, 7]], SamplingParams(), max_new_tokens=8)  # doctest: +SKIP
+        >>> rows[0].token_ids  # doctest: +SKIP
+        [17, 3, 3, 8, 1, 4, 4, 2]
+    """
+
+    def __init__(self, model: Any):
+        self._model = model
+        self.programs = programs_of(model)
+        self._leaves: Leaves = self.programs.bind(model)
+
+    def run(
+        self,
+        prompts: Sequence[Sequence[int]],
+        params: SamplingParams,
+        *,
+        max_new_tokens: int,
+        eos_token_ids: Collection[int] = (),
+        seeds: Sequence[int] | None = None,
+        on_token: OnToken | None = None,
+        stats: GenerationStats | None = None,
+    ) -> list[Row]:
+        """Generate one batch.
+
+        The token of step t is read by the host while the devices already compute step t + 1,
+        so finding the end of the text (and whatever `on_token` does) costs them no time. A row that
+        has ended stays in the batch; its tokens are dropped and reach no expert any more.
+
+        Args:
+            prompts: token ids, at least one prompt of at least one token.
+            params: how tokens are chosen.
+            max_new_tokens: a row ends with reason "length" after as many.
+            eos_token_ids: a row ends with reason "stop" at one of them, which stays in its tokens.
+            seeds: one per prompt; needed unless greedy.
+            on_token: see `OnToken`; a row it ends has reason "stop".
+            stats: counts and times are added to it.
+
+        Returns:
+            One row per prompt.
+        """
+        stats = GenerationStats() if stats is None else stats
+        rows = [Row() for _ in prompts]
+        compiled_before = self.programs.compile_seconds
+        batch = _Batch(self, prompts, params, max_new_tokens, seeds)
+        stats.prompts += len(prompts)
+        stats.prompt_tokens += sum(map(len, prompts))
+        stats.compile_seconds += self.programs.compile_seconds - compiled_before
+
+        ready = first = time.perf_counter()
+        coming = batch.prefill()
+        for step in range(1, max_new_tokens + 1):
+            arrived = coming
+            if step < max_new_tokens:
+                coming = batch.decode(arrived)
+            tokens = np.asarray(arrived.token).tolist()
+            if step == 1:
+                first = time.perf_counter()
+                stats.prefill_seconds += first - ready
+            running = [index for index, row in enumerate(rows) if row.finish_reason is None]
+            for index in running:
+                _extend(rows[index], index, tokens[index], step == max_new_tokens, eos_token_ids, on_token)
+            stats.generated_tokens += len(running)
+            stats.decode_tokens += len(running) if step > 1 else 0
+            ended = [index for index in running if rows[index].finish_reason]
+            if len(ended) == len(running):
+                break
+            if ended:
+                batch.retire(ended)
+        stats.decode_seconds += time.perf_counter() - first
+        return rows
+
+
+def _extend(
+    row: Row, index: int, token: int, last: bool, eos_token_ids: Collection[int], on_token: OnToken | None
+) -> None:
+    row.token_ids.append(token)
+    if token in eos_token_ids:
+        row.finish_reason = "stop"
+    elif last:
+        row.finish_reason = "length"
+    if on_token is not None and on_token(index, token, row.finish_reason):
+        row.finish_reason = "stop"
+
+
+class _Batch:
+    """The device side of one `Engine.run`: padded inputs, the cache and the programs for their shape."""
+
+    def __init__(
+        self,
+        engine: Engine,
+        prompts: Sequence[Sequence[int]],
+        params: SamplingParams,
+        max_new_tokens: int,
+        seeds: Sequence[int] | None,
+    ):
+        model, programs, leaves = engine._model, engine.programs, engine._leaves
+        config = model.config
+        longest = max(map(len, prompts))
+        shape = Shape(
+            rows=model.padded_batch(len(prompts)),
+            prompt=bucket_length(longest, config.max_position_embeddings),
+            cache=bucket_length(longest + max_new_tokens, config.max_position_embeddings),
+        )
+        mode = Mode.of(params)
+        init_cache = programs.init_cache(leaves, shape)
+        self._leaves = leaves
+        self._prefill = programs.prefill(leaves, shape)
+        self._decode = programs.decode(leaves, shape) if max_new_tokens > 1 else None
+        self._sample = programs.sampler(shape, config.vocab_size, mode)
+
+        tokens = np.zeros((shape.rows, shape.prompt), np.int32)
+        lengths = np.zeros(shape.rows, np.int32)
+        for index, prompt in enumerate(prompts):
+            tokens[index, : len(prompt)] = prompt
+            lengths[index] = len(prompt)
+        self._tokens, self._lengths = programs.put(tokens), programs.put(lengths)
+        self._controls = jax.tree.map(programs.put, Controls.of(params))
+        padding = [0] * (shape.rows - len(prompts))
+        self._seeds = programs.put(seed_words([*(seeds or [0] * len(prompts)), *padding]))
+        # The sampler advances by one, so it starts one before the first generated token.
+        self._position, self._step = programs.put(lengths - 1), programs.put(np.int32(0))
+        seen = _seen(tokens, lengths, config.vocab_size) if mode.penalizes else None
+        self._seen = None if seen is None else programs.put(seen, rows=True)
+        self._active = np.arange(shape.rows) < len(prompts)
+        self._active_on_device = programs.put(self._active.copy())
+        self._put = programs.put
+        self._cache = init_cache(leaves)
+
+    def retire(self, rows: Sequence[int]) -> None:
+        """Spare the experts these rows from the next step on."""
+        self._active[list(rows)] = False
+        self._active_on_device = self._put(self._active.copy())  # a CPU device may keep using the array it is given
+
+    def prefill(self) -> Sampled:
+        logits, self._cache = self._prefill(self._leaves, self._tokens, self._lengths, self._cache)
+        return self._choose(logits, self._position, self._step, self._seen)
+
+    def decode(self, last: Sampled) -> Sampled:
+        assert self._decode is not None
+        logits, self._cache = self._decode(self._leaves, last.token, last.position, self._active_on_device, self._cache)
+        return self._choose(logits, last.position, last.step, last.seen)
+
+    def _choose(self, logits: jax.Array, position: jax.Array, step: jax.Array, seen: jax.Array | None) -> Sampled:
+        chosen = self._sample(logits, self._seeds, position, step, seen, self._controls)
+        chosen.token.copy_to_host_async()
+        return chosen
+
+
+def _seen(tokens_BS: np.ndarray, lengths_B: np.ndarray, vocab_size: int) -> np.ndarray:
+    """Bool [B, V]: the tokens of each prompt."""
+    seen = np.zeros((len(tokens_BS), vocab_size), bool)
+    for row, tokens, length in zip(seen, tokens_BS, lengths_B, strict=True):
+        row[tokens[:length]] = True
+    return seen

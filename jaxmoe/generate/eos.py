@@ -1,0 +1,29 @@
+"""Which tokens end a text, as a checkpoint says it."""
+
+from pathlib import Path
+
+from jaxmoe.generate.json_file import read_json
+
+
+def eos_token_ids(directory: str | Path) -> frozenset[int]:
+    """``eos_token_id`` of ``generation_config.json``, else of ``config.json``; a number or a list there.
+
+    The first wins because chat models add their end of turn there and leave ``config.json`` as
+    the base model had it.
+
+    Returns:
+        The ids; empty where no file names any, and text goes on to the token limit.
+
+    Raises:
+        ValueError: a file is not readable, or names something else than token ids.
+    """
+    for name in ("generation_config.json", "config.json"):
+        config = read_json(Path(directory) / name)
+        value = config.get("eos_token_id", config.get("text_config", {}).get("eos_token_id"))
+        if value is None:
+            continue
+        ids = value if isinstance(value, list) else [value]
+        if not all(isinstance(token, int) for token in ids):
+            raise ValueError(f"eos_token_id is a token id or a list of them; {Path(directory) / name} has {value!r}")
+        return frozenset(ids)
+    return frozenset()

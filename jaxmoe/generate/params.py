@@ -1,0 +1,57 @@
+"""How the next token is chosen: `SamplingParams`."""
+
+import dataclasses
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SamplingParams:
+    """Settings of one generation, in the order in which they act on the logits.
+
+    Attributes:
+        repetition_penalty: logits of tokens that the prompt or the text so far holds are divided
+            by it where positive and multiplied where negative; 1.0 for none.
+        temperature: logits are divided by it; 0.0 takes the likeliest token, the lowest id among equals.
+        top_k: only the k likeliest tokens stay, and those tied with the last of them; 0 or None for all.
+        top_p: only the smallest set of likeliest tokens whose probabilities sum to it stays; 1.0 for all.
+        min_p: only tokens at least this fraction as likely as the likeliest stay; 0.0 for all.
+
+    Raises:
+        ValueError: a setting is outside its range.
+
+    Example:
+        >>> SamplingParams(temperature=0.7, top_k=40).greedy
+        False
+    """
+
+    temperature: float = 0.0
+    top_k: int | None = None
+    top_p: float = 1.0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+
+    def __post_init__(self) -> None:
+        # Written so that NaN fails each of them.
+        self._require("temperature", 0.0 <= self.temperature < float("inf"), "at least 0 (0 is greedy) and finite")
+        self._require("top_k", self.top_k is None or self.top_k >= 0, "a whole number of at least 0 (0 keeps all)")
+        self._require("top_p", 0.0 < self.top_p <= 1.0, "above 0 and at most 1 (1 keeps all)")
+        self._require("min_p", 0.0 <= self.min_p <= 1.0, "from 0 (keeps all) to 1")
+        self._require("repetition_penalty", 0.0 < self.repetition_penalty < float("inf"), "above 0 (1 is none)")
+
+    def _require(self, name: str, holds: bool, rule: str) -> None:
+        if not holds:
+            raise ValueError(f"{name} is {rule}; got {getattr(self, name)!r}")
+
+    @property
+    def greedy(self) -> bool:
+        """Whether the likeliest token is taken, with nothing left to chance."""
+        return self.temperature == 0.0
+
+    @property
+    def truncates(self) -> bool:
+        """Whether top-k or top-p leaves tokens out."""
+        return bool(self.top_k) or self.top_p < 1.0
+
+    @property
+    def penalizes(self) -> bool:
+        """Whether tokens seen before count less (or more)."""
+        return self.repetition_penalty != 1.0

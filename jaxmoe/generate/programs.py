@@ -1,0 +1,242 @@
+"""The compiled functions of one model: cache, prefill, decode step, sampler.
+
+They are compiled ahead of their first call. That keeps compile time out of every
+measured time, and makes "which programs exist" a dictionary to look at. The sampler is a
+program of its own: a change from greedy to sampled text compiles a few reductions, not the
+whole model again. The price is one more launch a step, about 5 us on one device.
+"""
+
+import time
+from collections.abc import Callable
+from typing import Any, NamedTuple, Protocol
+from weakref import WeakKeyDictionary
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax.sharding import Mesh
+
+from jaxmoe.generate import sampling
+from jaxmoe.generate.params import SamplingParams
+from jaxmoe.mesh import batch_axes, named
+
+Leaves = list[jax.Array]
+
+
+class Model(Protocol):
+    """What generation asks of a model; `jaxmoe.models.Decoder` is one.
+
+    The three array methods are pure and traceable. B is a number that `padded_batch` returned.
+    """
+
+    config: Any
+    mesh: Mesh
+
+    def padded_batch(self, batch_size: int) -> int:
+        """Rows to compute for `batch_size` sequences on this mesh."""
+        ...
+
+    def init_cache(self, batch_size: int, max_length: int) -> Any:
+        """An empty KV cache, a pytree of sharded arrays."""
+        ...
+
+    def prefill(self, tokens_BS: jax.Array, lengths_B: jax.Array, cache: Any) -> tuple[jax.Array, Any]:
+        """Logits [B, V] of each row's last token, and the filled cache.
+
+        Rows are padded on the right; a row of length 0 is no prompt.
+        """
+        ...
+
+    def decode(
+        self, tokens_B: jax.Array, positions_B: jax.Array, cache: Any, active_B: jax.Array
+    ) -> tuple[jax.Array, Any]:
+        """Logits [B, V] after one more token a row, and the cache. What inactive rows give is never read."""
+        ...
+
+
+class Shape(NamedTuple):
+    """Padded sizes of a batch; one set of programs serves every batch of the same shape."""
+
+    rows: int
+    prompt: int
+    cache: int
+
+
+class Sampled(NamedTuple):
+    """What one step leaves on the devices for the next one.
+
+    Attributes:
+        token: int32 [B], the chosen tokens, on every device.
+        position: int32 [B], where they stand.
+        step: int32 scalar, tokens generated before them.
+        seen: bool [B, V], tokens up to and including them; None without a repetition penalty.
+    """
+
+    token: jax.Array
+    position: jax.Array
+    step: jax.Array
+    seen: jax.Array | None
+
+
+def bucket_length(length: int, limit: int, minimum: int = 16) -> int:
+    """Round a length up, so that few different ones are ever compiled.
+
+    Powers of two; above 512 also the middle between two of them, so that a long cache is at
+    most a third larger than needed.
+
+    Args:
+        length: tokens needed, at most `limit`.
+        limit: never exceeded (a model's last position).
+        minimum: the smallest bucket.
+
+    Example:
+        >>> [bucket_length(n, limit=4096) for n in (1, 17, 300, 600, 800, 4000)]
+        [16, 32, 512, 768, 1024, 4096]
+    """
+    power = max(minimum, 1 << (length - 1).bit_length())
+    middle = power * 3 // 4
+    return min(limit, middle if power > 512 and length <= middle else power)
+
+
+class Programs:
+    """Compiles on demand and remembers; holds no weights and no reference to the model.
+
+    Attributes:
+        mesh: the model's.
+        compiled: the programs by name and sizes.
+        compile_seconds: time spent tracing and compiling since the start.
+    """
+
+    def __init__(self, mesh: Mesh):
+        self.mesh = mesh
+        self.compiled: dict[tuple, jax.stages.Compiled] = {}
+        self.compile_seconds = 0.0
+        self._graphdef: Any = None
+        self._treedef: Any = None
+        self._signature: Any = None
+        self._cache_specs: dict[tuple[int, int], Any] = {}
+
+    def bind(self, model: Any) -> Leaves:
+        """The model's arrays as they are now, in the order in which the programs take them.
+
+        Weights may have been swapped since the last call (other values: nothing is compiled
+        again) or reshaped and resharded (everything is).
+        """
+        graphdef, state = nnx.split(model)
+        leaves, treedef = jax.tree.flatten(state)
+        signature = tuple((leaf.shape, leaf.dtype, leaf.sharding) for leaf in leaves)
+        if (graphdef, treedef, signature) != (self._graphdef, self._treedef, self._signature):
+            self._graphdef, self._treedef, self._signature = graphdef, treedef, signature
+            self.compiled.clear()
+            self._cache_specs.clear()
+        return leaves
+
+    def init_cache(self, leaves: Leaves, shape: Shape) -> Callable[[Leaves], Any]:
+        """``(leaves) -> cache``."""
+        key = ("init_cache", shape.rows, shape.cache)
+        if key not in self.compiled:
+            start = time.perf_counter()
+
+            def init(leaves: Leaves) -> Any:
+                return self._model(leaves).init_cache(shape.rows, shape.cache)
+
+            lowered = jax.jit(init).lower(leaves)
+            compiled = self.compiled[key] = lowered.compile()
+            # Prefill and decode hand the cache on exactly as it was laid out here, so that it can be donated
+            # and the next step finds what it was compiled for.
+            self._cache_specs[shape.rows, shape.cache] = jax.tree.map(
+                lambda info, sharding: jax.ShapeDtypeStruct(info.shape, info.dtype, sharding=sharding),
+                lowered.out_info,
+                compiled.output_shardings,
+            )
+            self.compile_seconds += time.perf_counter() - start
+        return self.compiled[key]
+
+    def prefill(self, leaves: Leaves, shape: Shape) -> Callable[..., tuple[jax.Array, Any]]:
+        """``(leaves, tokens_BS, lengths_B, cache) -> (logits_BV, cache)``; the cache is donated."""
+
+        def prefill(leaves: Leaves, tokens: jax.Array, lengths: jax.Array, cache: Any) -> tuple[jax.Array, Any]:
+            return self._model(leaves).prefill(tokens, lengths, cache)
+
+        args = (self._spec(jnp.int32, shape.rows, shape.prompt), self._spec(jnp.int32, shape.rows))
+        return self._model_step(("prefill", *shape), prefill, leaves, shape, args)
+
+    def decode(self, leaves: Leaves, shape: Shape) -> Callable[..., tuple[jax.Array, Any]]:
+        """``(leaves, token_B, position_B, active_B, cache) -> (logits_BV, cache)``; the cache is donated."""
+
+        def decode(
+            leaves: Leaves, token: jax.Array, position: jax.Array, active: jax.Array, cache: Any
+        ) -> tuple[jax.Array, Any]:
+            return self._model(leaves).decode(token, position, cache, active)
+
+        args = (self._spec(jnp.int32, shape.rows), self._spec(jnp.int32, shape.rows), self._spec(jnp.bool_, shape.rows))
+        return self._model_step(("decode", shape.rows, shape.cache), decode, leaves, shape, args)
+
+    def sampler(self, shape: Shape, vocab_size: int, mode: sampling.Mode) -> Callable[..., Sampled]:
+        """``(logits_BV, seeds_B2, position_B, step, seen_BV | None, controls) -> Sampled``; `seen` is donated."""
+
+        def sample(
+            logits: jax.Array,
+            seeds: jax.Array,
+            position: jax.Array,
+            step: jax.Array,
+            seen: jax.Array | None,
+            controls: sampling.Controls,
+        ) -> Sampled:
+            token = sampling.choose(logits, seeds, step, seen, controls, mode)
+            if seen is not None:
+                seen = seen.at[jnp.arange(shape.rows), token].set(True)
+            return Sampled(token, position + 1, step + 1, seen)
+
+        everywhere, rows = named(self.mesh), self._rows(shape.rows)
+        args = (
+            jax.ShapeDtypeStruct((shape.rows, vocab_size), jnp.float32, sharding=rows),
+            self._spec(jnp.uint32, shape.rows, 2),
+            self._spec(jnp.int32, shape.rows),
+            self._spec(jnp.int32),
+            jax.ShapeDtypeStruct((shape.rows, vocab_size), jnp.bool_, sharding=rows) if mode.penalizes else None,
+            jax.tree.map(lambda value: self._spec(value.dtype), sampling.Controls.of(SamplingParams())),
+        )
+        # The token comes back on every device: the host reads it from its own, and decode takes it as it is.
+        out = Sampled(everywhere, everywhere, everywhere, rows if mode.penalizes else None)  # type: ignore[arg-type]
+        return self._compile(("sample", shape.rows, mode), sample, args, out, donate=(4,) if mode.penalizes else ())
+
+    def put(self, value: np.ndarray | np.generic, *, rows: bool = False) -> jax.Array:
+        """Place a host array on the mesh: on every device, or dim 0 split like the batch."""
+        return jax.device_put(value, self._rows(value.shape[0]) if rows else named(self.mesh))
+
+    def _spec(self, dtype: Any, *dims: int) -> jax.ShapeDtypeStruct:
+        """A small argument, the whole of it on every device."""
+        return jax.ShapeDtypeStruct(dims, dtype, sharding=named(self.mesh))
+
+    def _rows(self, rows: int) -> jax.sharding.NamedSharding:
+        return named(self.mesh, batch_axes(self.mesh, rows) or None)
+
+    def _model(self, leaves: Leaves) -> Any:
+        return nnx.merge(self._graphdef, jax.tree.unflatten(self._treedef, leaves))
+
+    def _model_step(self, key: tuple, step: Callable, leaves: Leaves, shape: Shape, args: tuple) -> Callable:
+        cache = self._cache_specs[shape.rows, shape.cache]
+        out = (self._rows(shape.rows), jax.tree.map(lambda spec: spec.sharding, cache))
+        return self._compile(key, step, (leaves, *args, cache), out, donate=(len(args) + 1,))
+
+    def _compile(self, key: tuple, function: Callable, args: tuple, out: Any, donate: tuple[int, ...]) -> Callable:
+        if key not in self.compiled:
+            start = time.perf_counter()
+            jitted = jax.jit(function, donate_argnums=donate, out_shardings=out)
+            self.compiled[key] = jitted.lower(*args).compile()
+            self.compile_seconds += time.perf_counter() - start
+        return self.compiled[key]
+
+
+# Programs outlive a call of `generate` and die with their model. An attribute of the model would do the same,
+# but everything set on an nnx module is part of its graph: it would be split, merged, compared and saved with it.
+_PROGRAMS: WeakKeyDictionary[nnx.Module, Programs] = WeakKeyDictionary()
+
+
+def programs_of(model: Any) -> Programs:
+    """The programs compiled for this model so far, in this process."""
+    if model not in _PROGRAMS:
+        _PROGRAMS[model] = Programs(model.mesh)
+    return _PROGRAMS[model]

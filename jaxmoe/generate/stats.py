@@ -1,0 +1,75 @@
+"""What a generation took: `GenerationStats`."""
+
+import dataclasses
+from typing import Any
+
+
+@dataclasses.dataclass
+class GenerationStats:
+    """Counts and times of one `jaxmoe.generate` call; pass one in and read it afterwards.
+
+    Times are wall clock in seconds and none of them holds compile time, which stands apart.
+
+    Attributes:
+        prompts: prompts served.
+        prompt_tokens: real tokens in them (padding not counted).
+        generated_tokens: tokens handed out, over all prompts.
+        decode_tokens: those of them that a decode step made; the first of each prompt comes from prefill.
+        compile_seconds: tracing and compiling; 0 when every program was there already.
+        prefill_seconds: from prompts on the devices to first tokens on the host.
+        decode_seconds: from the first tokens to the last.
+        first_token_seconds: from the call to the first token of the first batch, without compiling.
+
+    Example:
+        >>> GenerationStats(decode_tokens=30, decode_seconds=0.5).decode_tokens_per_second
+        60.0
+    """
+
+    prompts: int = 0
+    prompt_tokens: int = 0
+    generated_tokens: int = 0
+    decode_tokens: int = 0
+    compile_seconds: float = 0.0
+    prefill_seconds: float = 0.0
+    decode_seconds: float = 0.0
+    first_token_seconds: float | None = None
+
+    def __add__(self, other: "GenerationStats") -> "GenerationStats":
+        """The two calls one after the other; the first token is that of the first."""
+        names = [field.name for field in dataclasses.fields(self) if field.name != "first_token_seconds"]
+        total = GenerationStats(**{name: getattr(self, name) + getattr(other, name) for name in names})
+        first = self if self.first_token_seconds is not None else other
+        total.first_token_seconds = first.first_token_seconds
+        return total
+
+    @property
+    def prefill_tokens_per_second(self) -> float:
+        """Prompt tokens per second of prefill."""
+        return _rate(self.prompt_tokens, self.prefill_seconds)
+
+    @property
+    def decode_tokens_per_second(self) -> float:
+        """Tokens per second of decoding, over all rows; 0 where nothing was decoded."""
+        return _rate(self.decode_tokens, self.decode_seconds)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Everything above as plain numbers, for JSON."""
+        return {
+            **dataclasses.asdict(self),
+            "prefill_tokens_per_second": self.prefill_tokens_per_second,
+            "decode_tokens_per_second": self.decode_tokens_per_second,
+        }
+
+    def summary(self) -> str:
+        """One line for a person."""
+        parts = [f"prefill {self.prompt_tokens} tokens at {self.prefill_tokens_per_second:,.0f} tok/s"]
+        if self.decode_tokens:
+            parts.append(f"decode {self.decode_tokens} tokens at {self.decode_tokens_per_second:,.1f} tok/s")
+        if self.first_token_seconds is not None:
+            parts.append(f"first token after {self.first_token_seconds:.3f} s")
+        parts.append(f"compile {self.compile_seconds:.1f} s")
+        return ", ".join(parts)
+
+
+def _rate(count: int, seconds: float) -> float:
+    return count / seconds if seconds > 0 else 0.0

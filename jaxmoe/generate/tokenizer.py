@@ -1,0 +1,98 @@
+"""A checkpoint's tokenizer: text to token ids and back."""
+
+import functools
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from tokenizers import Tokenizer as RustTokenizer
+
+from jaxmoe.generate.chat import ChatTemplate, Message
+from jaxmoe.generate.json_file import read_json
+
+
+class Tokenizer:
+    """``tokenizer.json`` and the checkpoint's chat template.
+
+    Args:
+        rust: a tokenizer of the ``tokenizers`` library.
+        chat_template: None where the checkpoint has none.
+
+    Example:
+        >>> tokenizer = Tokenizer.from_directory("path/to/checkpoint")  # doctest: +SKIP
+        >>> tokenizer.decode(tokenizer.encode("Hello"))  # doctest: +SKIP
+        'Hello'
+    """
+
+    def __init__(self, rust: RustTokenizer, chat_template: ChatTemplate | None = None):
+        self._rust = rust
+        # Settings of the training run that some files still carry; a prompt is neither cut nor filled up.
+        rust.no_truncation()
+        rust.no_padding()
+        self.chat_template = chat_template
+
+    @classmethod
+    def from_directory(cls, directory: str | Path) -> "Tokenizer":
+        """Read ``tokenizer.json``, ``tokenizer_config.json`` and ``chat_template.jinja``.
+
+        Raises:
+            FileNotFoundError: there is no ``tokenizer.json``.
+            ValueError: a file is there but not readable as what it should be.
+        """
+        directory = Path(directory)
+        path = directory / "tokenizer.json"
+        if not path.is_file():
+            raise FileNotFoundError(
+                f"text prompts need the checkpoint's tokenizer.json, and {directory} has none; "
+                f"pass token ids instead (lists of int, --prompt-ids), or put the file there"
+            )
+        try:
+            rust = RustTokenizer.from_file(str(path))
+        except Exception as error:  # the library raises bare Exception
+            raise ValueError(f"{path} is not readable as a tokenizer: {error}") from error
+        config = read_json(directory / "tokenizer_config.json")
+        return cls(rust, ChatTemplate.from_directory(directory, config))
+
+    def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
+        """Token ids of a text.
+
+        Args:
+            text: anything.
+            add_special_tokens: let the tokenizer's own post-processor add what it adds (often a
+                leading BOS). False for text that a chat template made, which has them already.
+        """
+        return self._rust.encode(text, add_special_tokens=add_special_tokens).ids
+
+    def decode(self, token_ids: Sequence[int]) -> str:
+        """The text of token ids, special tokens left out."""
+        return self._rust.decode(list(token_ids), skip_special_tokens=True)
+
+    def apply_chat_template(
+        self, messages: Sequence[Message], *, add_generation_prompt: bool = True, **variables: Any
+    ) -> str:
+        """The prompt text of a conversation; see `ChatTemplate.render`.
+
+        Raises:
+            ValueError: the checkpoint has no chat template, or it refused the messages.
+        """
+        if self.chat_template is None:
+            raise ValueError(
+                "a chat needs the checkpoint's chat template, and there is neither chat_template.jinja nor "
+                'a "chat_template" in tokenizer_config.json; give the prompt as plain text instead'
+            )
+        return self.chat_template.render(messages, add_generation_prompt=add_generation_prompt, **variables)
+
+
+def tokenizer_of(directory: str | Path) -> Tokenizer:
+    """`Tokenizer.from_directory`, read again only when ``tokenizer.json`` has changed.
+
+    A vocabulary of 150,000 takes about half a second to read, too long for every call.
+    """
+    path = Path(directory) / "tokenizer.json"
+    return _read(Path(directory), path.stat().st_mtime_ns if path.is_file() else None)
+
+
+@functools.lru_cache(maxsize=4)
+def _read(directory: Path, changed: int | None) -> Tokenizer:
+    del changed  # part of the key only
+    return Tokenizer.from_directory(directory)
