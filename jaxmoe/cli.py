@@ -12,6 +12,8 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from jaxmoe import cli_place
+
 if TYPE_CHECKING:
     from jax.sharding import Mesh
 
@@ -302,4 +304,5 @@ def _token_ids(text: str) -> list[int]:
 
 COMMANDS = {
     "generate": Command("generate text from prompts", _add_generate_options, _generate),
+    "place": Command(cli_place.HELP, cli_place.add_options, cli_place.run),
 }

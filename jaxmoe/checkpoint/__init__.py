@@ -10,6 +10,7 @@ from jaxmoe.checkpoint.experts import (
     per_expert_blocks,
 )
 from jaxmoe.checkpoint.files import Checkpoint, open_checkpoint
+from jaxmoe.checkpoint.load import load
 from jaxmoe.checkpoint.plan import IgnoreRule, LoadPlan, make_load_plan
 from jaxmoe.checkpoint.report import LoadReport
 from jaxmoe.checkpoint.safetensors import SafetensorsFile, TensorInfo, read_safetensors
@@ -26,6 +27,7 @@ __all__ = [
     "expert_blocks",
     "find_expert_layout",
     "fused_expert_blocks",
+    "load",
     "load_arrays",
     "load_shards",
     "make_load_plan",

@@ -1,6 +1,6 @@
 """The error of an unusable checkpoint, and the list that gathers several before raising one."""
 
-_SHOWN = 8
+_SHOWN = 4
 
 
 class CheckpointError(ValueError):
@@ -16,8 +16,7 @@ class Problems:
         >>> problems.raise_if_any()
         Traceback (most recent call last):
         ...
-        jaxmoe.checkpoint.errors.CheckpointError: the load plan of /models/tiny has 1 problem:
-          - tensor 'a' is missing
+        jaxmoe.checkpoint.errors.CheckpointError: the load plan of /models/tiny has 1 problem: tensor 'a' is missing
     """
 
     def __init__(self, subject: str) -> None:
@@ -29,15 +28,15 @@ class Problems:
         self.found.append(problem)
 
     def raise_if_any(self) -> None:
-        """Raise what was found, the first few in full and all of them counted.
+        """Raise what was found, in one line: the first few in full and all of them counted.
 
         Raises:
             CheckpointError: at least one problem was added.
         """
         if not self.found:
             return
-        lines = [f"{self.subject} has {len(self.found)} problem{'s' if len(self.found) > 1 else ''}:"]
-        lines += [f"  - {problem}" for problem in self.found[:_SHOWN]]
+        shown = self.found[:_SHOWN]
         if len(self.found) > _SHOWN:
-            lines.append(f"  ... and {len(self.found) - _SHOWN} more")
-        raise CheckpointError("\n".join(lines))
+            shown.append(f"and {len(self.found) - _SHOWN} more")
+        count = f"{len(self.found)} problem{'s' if len(self.found) > 1 else ''}"
+        raise CheckpointError(f"{self.subject} has {count}: {'; '.join(shown)}")

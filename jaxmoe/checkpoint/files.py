@@ -1,15 +1,43 @@
-"""The files of a checkpoint: a directory, or one safetensors file, as one set of tensors."""
+"""The files of a checkpoint: a directory, or one file of weights, as one set of tensors."""
 
 import dataclasses
 import os
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 from jaxmoe.checkpoint.errors import CheckpointError, Problems
 from jaxmoe.checkpoint.index import read_index
 from jaxmoe.checkpoint.safetensors import SafetensorsFile, TensorInfo, read_safetensors
+from jaxmoe.checkpoint.torch_file import TorchFile, read_torch_file
 
-SINGLE_FILE = "model.safetensors"
-INDEX_FILE = "model.safetensors.index.json"
+
+@dataclasses.dataclass(frozen=True)
+class Container:
+    """A format of files of weights.
+
+    Attributes:
+        single: the file's name where there is one.
+        index: the name of the index where there are several.
+        suffixes: how names of files of this format end; the first is that of files in an index.
+        read: reads what is in a file, but no weights.
+    """
+
+    single: str
+    index: str
+    suffixes: tuple[str, ...]
+    read: Callable[[Path], SafetensorsFile | TorchFile]
+
+
+SAFETENSORS = Container("model.safetensors", "model.safetensors.index.json", (".safetensors",), read_safetensors)
+TORCH = Container(
+    "pytorch_model.bin",
+    "pytorch_model.bin.index.json",
+    (".bin", ".pt", ".pth"),
+    partial(read_torch_file, allow_permuted=True),
+)
+CONTAINERS = (SAFETENSORS, TORCH)
+"""In the order in which they are looked for: a directory that has both is read as safetensors."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -18,12 +46,12 @@ class Checkpoint:
 
     Attributes:
         path: the directory, or the file.
-        files: its safetensors files.
+        files: its files.
         tensors: name -> `TensorInfo`, over all files.
     """
 
     path: Path
-    files: tuple[SafetensorsFile, ...]
+    files: tuple[SafetensorsFile | TorchFile, ...]
     tensors: dict[str, TensorInfo]
 
     @property
@@ -33,12 +61,13 @@ class Checkpoint:
 
 
 def open_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
-    """Read the headers of a checkpoint in safetensors format; no tensor data is read.
+    """Read what is in the files of a checkpoint; no tensor data is read.
 
     Args:
         path: a directory with ``model.safetensors`` or ``model.safetensors.index.json`` and the files that names,
-            or one ``.safetensors`` file. Files may be symbolic links, as they are in the Hugging Face hub's cache;
-            the names in an index may not lead out of the directory.
+            or the same with ``pytorch_model.bin``, or one ``.safetensors``, ``.bin`` or ``.pt`` file. Files may be
+            symbolic links, as they are in the Hugging Face hub's cache; the names in an index may not lead out of the
+            directory.
 
     Returns:
         Every tensor that is there, whether or not an index lists it.
@@ -53,33 +82,37 @@ def open_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
     """
     path = Path(path)
     if path.is_file():
-        return _merge(path, [read_safetensors(path)])
+        container = TORCH if path.suffix in TORCH.suffixes else SAFETENSORS
+        return _merge(path, [container.read(path)])
     if not path.is_dir():
-        raise FileNotFoundError(f"{path}: there is no such directory; name one with {SINGLE_FILE} or {INDEX_FILE}")
-    single, index = path / SINGLE_FILE, path / INDEX_FILE
-    if index.is_file():
-        return _open_sharded(path)
-    if single.is_file():
-        return _merge(path, [read_safetensors(single)])
+        raise FileNotFoundError(
+            f"{path}: there is no such directory; name one with {SAFETENSORS.single} or {SAFETENSORS.index}"
+        )
+    for container in CONTAINERS:
+        if (path / container.index).is_file():
+            return _open_sharded(path, container)
+        if (path / container.single).is_file():
+            return _merge(path, [container.read(path / container.single)])
     raise _nothing_found(path)
 
 
-def _open_sharded(path: Path) -> Checkpoint:
-    weight_map = read_index(path / INDEX_FILE)
+def _open_sharded(path: Path, container: Container) -> Checkpoint:
+    single, index = container.single, container.index
+    weight_map = read_index(path / index, container.suffixes[0])
     names = sorted(set(weight_map.values()))
-    if (path / SINGLE_FILE).is_file() and SINGLE_FILE not in names:
+    if (path / single).is_file() and single not in names:
         raise CheckpointError(
-            f"{path}: a checkpoint is one {SINGLE_FILE} or the files of an index; both are there and the index does "
-            f"not name {SINGLE_FILE}; remove the one that is not meant"
+            f"{path}: a checkpoint is one {single} or the files of an index; both are there and the index does "
+            f"not name {single}; remove the one that is not meant"
         )
     missing = [name for name in names if not (path / name).is_file()]
     if missing:
         raise FileNotFoundError(
-            f"{path}: {len(missing)} of the {len(names)} files that {INDEX_FILE} names are missing, the first is "
+            f"{path}: {len(missing)} of the {len(names)} files that {index} names are missing, the first is "
             f"{missing[0]!r}; finish the download"
         )
-    checkpoint = _merge(path, [read_safetensors(path / name) for name in names])
-    problems = Problems(str(path / INDEX_FILE))
+    checkpoint = _merge(path, [container.read(path / name) for name in names])
+    problems = Problems(str(path / index))
     for tensor, name in weight_map.items():
         found = checkpoint.tensors.get(tensor)
         if found is None:
@@ -90,7 +123,7 @@ def _open_sharded(path: Path) -> Checkpoint:
     return checkpoint
 
 
-def _merge(path: Path, files: list[SafetensorsFile]) -> Checkpoint:
+def _merge(path: Path, files: list[SafetensorsFile | TorchFile]) -> Checkpoint:
     tensors: dict[str, TensorInfo] = {}
     problems = Problems(str(path))
     for file in files:
@@ -103,12 +136,10 @@ def _merge(path: Path, files: list[SafetensorsFile]) -> Checkpoint:
 
 
 def _nothing_found(path: Path) -> FileNotFoundError:
-    """Say what is there instead: most often the torch .bin format, or a lone file of another name."""
+    """Say what is there instead: most often a lone file of another name."""
     other = sorted(file.name for file in path.iterdir() if file.suffix in (".safetensors", ".bin", ".pt", ".pth"))
-    if any(name.endswith(".safetensors") for name in other):
+    if other:
         hint = f"it holds {', '.join(other[:3])}; if one file is the whole checkpoint, name that file"
-    elif other:
-        hint = f"it holds {', '.join(other[:3])}; save it as safetensors first"
     else:
         hint = "it holds no weights at all; is this the right directory?"
-    return FileNotFoundError(f"{path}: a checkpoint needs {SINGLE_FILE} or {INDEX_FILE}; {hint}")
+    return FileNotFoundError(f"{path}: a checkpoint needs {SAFETENSORS.single} or {SAFETENSORS.index}; {hint}")

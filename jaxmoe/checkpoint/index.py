@@ -10,11 +10,12 @@ from jaxmoe.checkpoint.safetensors import parse_json
 MAX_INDEX_BYTES = 200_000_000
 
 
-def read_index(path: str | os.PathLike[str]) -> dict[str, str]:
+def read_index(path: str | os.PathLike[str], suffix: str = ".safetensors") -> dict[str, str]:
     """Read the index of a sharded checkpoint.
 
     Args:
         path: ``model.safetensors.index.json``: ``{"metadata": {...}, "weight_map": {tensor: file}}``.
+        suffix: how the names of its files end; ".bin" in ``pytorch_model.bin.index.json``.
 
     Returns:
         tensor name -> file name, a plain name beside the index.
@@ -42,14 +43,14 @@ def read_index(path: str | os.PathLike[str]) -> dict[str, str]:
     for tensor, file in weight_map.items():
         if not isinstance(file, str):
             refuse("a file name in the weight_map must be a string", f"that of {tensor!r} is {file!r}")
-        if not _is_plain(file):
+        if not _is_plain(file, suffix):
             refuse(
-                "the weight_map must name .safetensors files beside the index, without any path",
+                f"the weight_map must name {suffix} files beside the index, without any path",
                 f"tensor {tensor!r} is said to be in {file!r}",
             )
     return weight_map
 
 
-def _is_plain(name: str) -> bool:
-    """Whether `name` is that of a safetensors file in the same directory, whatever the system's path rules."""
-    return name.endswith(".safetensors") and not name.startswith(".") and not any(bad in name for bad in "/\\:\0")
+def _is_plain(name: str, suffix: str) -> bool:
+    """Whether `name` is that of a file of weights in the same directory, whatever the system's path rules."""
+    return name.endswith(suffix) and not name.startswith(".") and not any(bad in name for bad in "/\\:\0")

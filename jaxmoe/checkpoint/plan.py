@@ -3,7 +3,7 @@
 import dataclasses
 import re
 from collections import defaultdict
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -15,6 +15,7 @@ from jaxmoe.checkpoint.checks import check_all_used, check_filled_once, check_te
 from jaxmoe.checkpoint.errors import Problems
 from jaxmoe.checkpoint.files import Checkpoint
 from jaxmoe.checkpoint.safetensors import SafetensorsFile, TensorInfo
+from jaxmoe.checkpoint.torch_file import TorchFile
 from jaxmoe.layers.param import ParamSpec
 
 
@@ -118,7 +119,7 @@ class LoadPlan:
     """
 
     path: Path
-    files: tuple[SafetensorsFile, ...]
+    files: tuple[SafetensorsFile | TorchFile, ...]
     specs: tuple[ParamSpec, ...]
     shards: tuple[Shard, ...]
     reads: tuple[Read, ...]
@@ -177,11 +178,13 @@ def make_load_plan(
     copies: dict[str, list[Copy]] = defaultdict(list)
     for spec, parts in zip(specs, placed, strict=True):
         for box, devices in parts.items():
-            filled = _copies_into(box, len(shards), by_param[spec.path], copies)
+            filled = _copies_into(box, len(shards), by_param[spec.path], checkpoint.tensors, copies)
             shards.append(Shard(spec, box, devices, filled))
-    reads = [read for name, targets in copies.items() for read in _reads_of(checkpoint.tensors[name], targets)]
+    reads = [
+        read for name, targets in copies.items() for read in _reads_of(checkpoint.tensors[name].as_stored(), targets)
+    ]
     reads.sort(key=lambda read: (read.tensor.file, read.tensor.offset))
-    needed = sum(_bytes_needed(checkpoint.tensors[name], targets) for name, targets in copies.items())
+    needed = sum(_bytes_needed(checkpoint.tensors[name].as_stored(), targets) for name, targets in copies.items())
     return LoadPlan(
         path=checkpoint.path,
         files=checkpoint.files,
@@ -216,7 +219,13 @@ def _local_parts(
     return {box: tuple(devices) for box, devices in parts.items()}
 
 
-def _copies_into(shard_box: Box, shard: int, blocks: Sequence[Block], copies: dict[str, list[Copy]]) -> int:
+def _copies_into(
+    shard_box: Box,
+    shard: int,
+    blocks: Sequence[Block],
+    tensors: Mapping[str, TensorInfo],
+    copies: dict[str, list[Copy]],
+) -> int:
     """Note the copies that fill one shard, by tensor; returns how many elements they fill."""
     filled = 0
     for block in blocks:
@@ -233,8 +242,12 @@ def _copies_into(shard_box: Box, shard: int, blocks: Sequence[Block], copies: di
             else:
                 shift = start - block.param_start[dim]
                 tensor_box.append((part[dim][0] + shift, part[dim][1] + shift))
+        # In the order of the file, in which it is read.
+        order = tensors[block.tensor].dim_order or range(len(tensor_box))
+        dims = tuple([block.dims[dim] for dim in order])
+        tensor_box = [tensor_box[dim] for dim in order]
         corner = tuple([a - origin for (a, _), (origin, _) in zip(part, shard_box, strict=True)])
-        copies[block.tensor].append(Copy(shard, tuple(tensor_box), corner, block.dims))
+        copies[block.tensor].append(Copy(shard, tuple(tensor_box), corner, dims))
     return filled
 
 

@@ -12,10 +12,11 @@ import numpy as np
 from jaxmoe.checkpoint.boxes import Box, box_shape, contiguous_suffix
 from jaxmoe.checkpoint.errors import CheckpointError
 from jaxmoe.checkpoint.safetensors import SafetensorsFile, TensorInfo
+from jaxmoe.checkpoint.torch_file import TorchFile
 
 
 @contextmanager
-def open_files(files: Iterable[SafetensorsFile]) -> Iterator[dict[Path, int]]:
+def open_files(files: Iterable[SafetensorsFile | TorchFile]) -> Iterator[dict[Path, int]]:
     """Open `files` for reading: path -> file descriptor, closed on the way out.
 
     Raises:

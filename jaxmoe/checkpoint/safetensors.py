@@ -45,8 +45,10 @@ class TensorInfo:
         dtype: the same as a NumPy dtype; None for types smaller than a byte.
         shape: its dims.
         file: the file it is in.
-        offset: byte of `file` at which its row-major data starts; need not be aligned to anything.
+        offset: byte of `file` at which its data starts; need not be aligned to anything.
         nbytes: bytes of data.
+        dim_order: its dims from the outermost in the file to the innermost, where they are not in the order of `shape`:
+            (1, 0) is a matrix that was saved transposed. None where they are, as in all safetensors.
     """
 
     name: str
@@ -56,6 +58,14 @@ class TensorInfo:
     file: Path
     offset: int
     nbytes: int
+    dim_order: tuple[int, ...] | None = None
+
+    def as_stored(self) -> "TensorInfo":
+        """The same bytes as a row-major tensor, whose dim j is dim ``dim_order[j]`` of this one."""
+        if self.dim_order is None:
+            return self
+        shape = tuple([self.shape[dim] for dim in self.dim_order])
+        return dataclasses.replace(self, shape=shape, dim_order=None)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -53,35 +53,13 @@ _DTYPE_NAMES = {
 """torch's name of an element type -> the name in `ELEMENT_TYPES`."""
 
 
-@dataclasses.dataclass(frozen=True, slots=True)
-class TorchTensorInfo(TensorInfo):
-    """Where one tensor of a ``.bin`` file is and what it is.
-
-    Attributes:
-        dim_order: the tensor's dims from the outermost in the file to the innermost; (0, 1, ...) is row-major, (1, 0)
-            the transpose of a matrix that was saved without ``.contiguous()``.
-    """
-
-    dim_order: tuple[int, ...]
-
-    @property
-    def is_row_major(self) -> bool:
-        """Whether the data is in the order of `shape`."""
-        return self.dim_order == tuple(range(len(self.shape)))
-
-    def as_stored(self) -> TensorInfo:
-        """The same bytes as a row-major tensor, whose dim j is dim ``dim_order[j]`` of this one."""
-        shape = tuple([self.shape[dim] for dim in self.dim_order])
-        return TensorInfo(self.name, self.dtype_name, self.dtype, shape, self.file, self.offset, self.nbytes)
-
-
 @dataclasses.dataclass(frozen=True)
 class TorchFile:
     """The tensors of one file, and enough of its state to notice that it changed afterwards.
 
     Attributes:
         path: the file.
-        tensors: name -> `TorchTensorInfo`, in the order of the state dict.
+        tensors: name -> `TensorInfo`, in the order of the state dict.
         metadata: empty; the format has none.
         size: bytes of the file when it was read.
         mtime_ns: its modification time then.
@@ -89,7 +67,7 @@ class TorchFile:
     """
 
     path: Path
-    tensors: dict[str, TorchTensorInfo]
+    tensors: dict[str, TensorInfo]
     metadata: dict[str, str]
     size: int
     mtime_ns: int
@@ -101,7 +79,7 @@ def read_torch_file(path: str | os.PathLike[str], *, allow_permuted: bool = Fals
 
     Args:
         path: the file. A symbolic link is followed (the Hugging Face hub's cache is made of them).
-        allow_permuted: accept tensors that were saved transposed, for a caller that asks `TorchTensorInfo.dim_order`.
+        allow_permuted: accept tensors that were saved transposed, for a caller that asks `TensorInfo.dim_order`.
 
     Returns:
         Its tensors; no tensor data is read. A state dict may be the whole object, or be in it under ``state_dict``,
@@ -130,7 +108,7 @@ def read_torch_file(path: str | os.PathLike[str], *, allow_permuted: bool = Fals
         tensors, skipped = archive.tensors(status.st_size)
     finally:
         os.close(descriptor)
-    permuted = [tensor for tensor in tensors.values() if not tensor.is_row_major]
+    permuted = [tensor for tensor in tensors.values() if tensor.dim_order is not None]
     if permuted and not allow_permuted:
         archive.refuse("tensors must be contiguous here", f"{permuted[0].name!r} is transposed", _CONTIGUOUS)
     return TorchFile(path, tensors, {}, status.st_size, status.st_mtime_ns, skipped)
@@ -185,7 +163,7 @@ class _Archive:
         # Its CRC is not asked: torch has an option to write files without, and does not ask either.
         return os.pread(self.descriptor, entry.size, entry.offset)
 
-    def tensors(self, file_size: int) -> tuple[dict[str, TorchTensorInfo], tuple[str, ...]]:
+    def tensors(self, file_size: int) -> tuple[dict[str, TensorInfo], tuple[str, ...]]:
         """The tensors of the state dict, and the keys that were passed over."""
         if f"{self.root}/byteorder" in self.entries:
             order = self.read("byteorder", 16)
@@ -193,7 +171,7 @@ class _Archive:
                 self.refuse("numbers must be stored little-endian", f"the byteorder is {order!r}")
         document = read_torch_pickle(self.read("data.pkl", MAX_PICKLE_BYTES), f"{self.path}, {self.root}/data.pkl")
         state, skipped = self.find_state_dict(document)
-        tensors: dict[str, TorchTensorInfo] = {}
+        tensors: dict[str, TensorInfo] = {}
         for name, value in state.items():
             if type(value) is TensorRef:
                 self.check_name(name)
@@ -241,7 +219,7 @@ class _Archive:
         if "\0" in name or ".." in name.replace("\\", "/").split("/"):
             self.refuse("a tensor name must hold no NUL and no '..' path component", f"one is {name!r}")
 
-    def locate(self, name: str, tensor: TensorRef) -> TorchTensorInfo:
+    def locate(self, name: str, tensor: TensorRef) -> TensorInfo:
         """Find and check the byte range of one tensor."""
         dtype_name = _DTYPE_NAMES[tensor.dtype]
         # torch counts packed pairs of 4-bit numbers as elements, safetensors the numbers.
@@ -261,13 +239,14 @@ class _Archive:
                 "a tensor must lie inside its storage",
                 f"{name!r} needs bytes {start} to {start + nbytes} of storage {tensor.storage.key!r} of {entry.size}",
             )
-        shape = tensor.shape
+        shape, row_major = tensor.shape, tuple(range(len(tensor.shape)))
         if dtype_name == "F4":
-            if not shape or order != tuple(range(len(shape))):
+            if not shape or order != row_major:
                 self.refuse("a packed 4-bit tensor must be row-major", f"{name!r} is {shape} in the order {order}")
             shape = (*shape[:-1], 2 * shape[-1])
-        return TorchTensorInfo(
-            name, dtype_name, ELEMENT_TYPES[dtype_name].dtype, shape, self.path, entry.offset + start, nbytes, order
+        dim_order = None if order == row_major else order
+        return TensorInfo(
+            name, dtype_name, ELEMENT_TYPES[dtype_name].dtype, shape, self.path, entry.offset + start, nbytes, dim_order
         )
 
     def storage_entry(self, name: str, storage: StorageRef) -> ZipEntry:

@@ -87,7 +87,7 @@ def make_placement(
 
     Example:
         >>> make_placement("eplb", 3, 2, counts=np.array([1, 6, 2]), num_slots=4).slot_to_expert.tolist()
-        [1, 0, 1, 2]
+        [1, 2, 1, 0]
     """
     if isinstance(placement, str):
         strategy = get_strategy(placement)

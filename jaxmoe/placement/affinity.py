@@ -64,6 +64,7 @@ class Replicas:
     """
 
     def __init__(self, ids_TK: np.ndarray, num_experts: int, num_slots: int, ep: int) -> None:
+        # Experts that were never chosen count a little, so that spare slots go round among them.
         counts_E = np.bincount(ids_TK[ids_TK >= 0], minlength=num_experts) + 1e-6
         expert_XP, replicas_XE = replicate_experts(counts_E[None].astype(np.float32), num_slots, max_replicas=ep)
         self.expert_P, self.replicas_E = expert_XP[0], replicas_XE[0]

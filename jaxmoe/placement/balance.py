@@ -21,8 +21,8 @@ def max_over_mean(loads: np.ndarray) -> np.ndarray:
 def vllm_balancedness(loads: np.ndarray) -> float:
     """Σ mean / Σ max over layers (and windows), from 1/n to 1: busy layers count for more.
 
-    vLLM's log means this; from 0.9.2 its code takes mean and maximum over layers instead of over
-    devices, which is a different number.
+    vLLM describes and first computed it so; later versions take mean and maximum over layers where
+    they mean devices, and log another number.
 
     Example:
         >>> vllm_balancedness(np.array([[3, 1], [2, 2]]))

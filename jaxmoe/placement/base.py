@@ -96,7 +96,7 @@ class ExpertPlacement:
 
         Example:
             >>> ExpertPlacement.from_counts(np.array([1, 6, 2]), ep=2, num_slots=4).slot_to_expert.tolist()
-            [1, 0, 1, 2]
+            [1, 2, 1, 0]
         """
         from jaxmoe.placement.eplb import eplb
 

@@ -86,7 +86,7 @@ class _Packing:
     def _make_room(self, item: int) -> None:
         """Move replicas along the shortest chain of devices that ends at a free slot, as in bipartite matching."""
         expert = self.experts_N[item]
-        starts = np.flatnonzero(~self.holds[:, expert] & (self.free <= 0) & (self.slots_used() > 0))
+        starts = np.flatnonzero(~self.holds[:, expert])
         came_from: dict[int, tuple[int, int] | None] = {int(device): None for device in starts}
         queue = deque(came_from)
         while queue:
@@ -101,9 +101,6 @@ class _Packing:
                         return
                     queue.append(int(target))
         # No chain: every arrangement doubles this expert somewhere, so the replica is left out.
-
-    def slots_used(self) -> np.ndarray:
-        return self.holds.sum(axis=1)
 
     def _shift(self, target: int, came_from: dict[int, tuple[int, int] | None], item: int) -> None:
         step = came_from[target]

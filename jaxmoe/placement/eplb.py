@@ -15,7 +15,7 @@ def eplb(
     Hierarchical where `num_groups` is a multiple of `num_nodes`: groups of experts are packed on
     nodes, experts replicated within their node, replicas packed on the node's devices; a token
     limited to few groups then reaches few nodes. Otherwise global, as if there were one group
-    and one node.
+    and one node. Of equal weights the lower index goes first, which the published code leaves open.
 
     Args:
         counts: [L, E], the load of each expert in each layer.
@@ -32,7 +32,7 @@ def eplb(
 
     Example:
         >>> eplb(np.array([[1, 6, 2]]), ep=2, num_slots=4)[0].slot_to_expert.tolist()
-        [1, 0, 1, 2]
+        [1, 2, 1, 0]
 
     Source: DeepSeek's EPLB (2025); in DeepSeek-V3 (arXiv 2412.19437), section 3.4.
     """

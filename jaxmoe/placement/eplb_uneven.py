@@ -30,7 +30,7 @@ def eplb_uneven(counts: np.ndarray, ep: int, *, num_slots: int | None = None) ->
 
     Example:
         >>> eplb_uneven(np.array([[1, 6, 2]]), ep=2, num_slots=4)[0].slot_to_expert.tolist()
-        [1, 0, 1, 2]
+        [1, 2, 0, 1]
     """
     E = check_counts(counts).shape[-1]
     num_slots = E if num_slots is None else num_slots

@@ -54,6 +54,11 @@ class PlacementMetrics:
         return float(self.layer_max_over_mean.mean())
 
     @property
+    def mean_over_max(self) -> float:
+        """The mean of `layer_mean_over_max`."""
+        return float(self.layer_mean_over_max.mean())
+
+    @property
     def layer_mean_over_max(self) -> np.ndarray:
         """float64 [L], the inverse of `layer_max_over_mean`: the part of the devices' time that is used."""
         return 1 / self.layer_max_over_mean
@@ -153,7 +158,7 @@ def expected_destinations(num_experts: int, experts_per_token: int, ep: int) -> 
 
     Example:
         >>> round(expected_destinations(256, 8, 32), 2)
-        7.2
+        7.27
     """
     sizes = [len(block) for block in np.array_split(np.arange(num_experts), ep)]
     all_ways = math.comb(num_experts, experts_per_token)

@@ -64,6 +64,10 @@ class PlacementTask:
             counts = counts[None] if counts.ndim == 1 else counts
             if counts.shape[1] != self.num_experts:
                 raise ValueError(f"counts are of {self.num_experts} experts; got {counts.shape[1]}")
+            if self.trace is not None and len(counts) != self.trace.num_layers:
+                raise ValueError(
+                    f"counts and trace are of the same layers; got {len(counts)} and {self.trace.num_layers}"
+                )
             object.__setattr__(self, "counts", counts)
             object.__setattr__(self, "num_layers", len(counts))
         for name in ("device_slots", "device_speeds", "device_experts"):

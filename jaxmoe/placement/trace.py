@@ -152,7 +152,7 @@ class RoutingTrace:
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the trace as a compressed .npz, which `load` reads back."""
-        arrays = {"counts": self.counts}
+        arrays: dict[str, Any] = {"counts": self.counts}
         if self.expert_ids is not None and self.window_sizes is not None:
             arrays |= {"expert_ids": self.expert_ids, "window_sizes": self.window_sizes}
         # An open file keeps NumPy from adding a suffix to the name that was asked for.

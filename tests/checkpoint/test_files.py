@@ -113,9 +113,9 @@ def test_what_is_there_instead_is_said(tmp_path):
         open_checkpoint(tmp_path / "absent")
     with pytest.raises(FileNotFoundError, match="holds no weights at all"):
         open_checkpoint(tmp_path)
-    (tmp_path / "pytorch_model.bin").touch()
-    with pytest.raises(FileNotFoundError, match=r"pytorch_model.bin; save it as safetensors"):
+    (tmp_path / "adapter_model.bin").touch()
+    with pytest.raises(FileNotFoundError, match=r"adapter_model.bin; .* name that file"):
         open_checkpoint(tmp_path)
     (tmp_path / "consolidated.safetensors").touch()
-    with pytest.raises(FileNotFoundError, match=r"consolidated.safetensors, .* name that file"):
+    with pytest.raises(FileNotFoundError, match=r"adapter_model.bin, consolidated.safetensors; .* name that file"):
         open_checkpoint(tmp_path)

@@ -49,7 +49,7 @@ def test_a_plan_reads_no_weights(case, tmp_path, monkeypatch):
 
 def test_missing_tensor(case, tmp_path):
     del case.tensors["b.weight"]
-    assert "1 problem:\n  - tensor 'b.weight' is missing: b needs it with shape (8,)" in refused(case, tmp_path)
+    assert "1 problem: tensor 'b.weight' is missing: b needs it with shape (8,)" in refused(case, tmp_path)
 
 
 def test_wrong_shape(case, tmp_path):
@@ -129,8 +129,8 @@ def test_all_problems_are_counted_and_the_first_are_listed(case, tmp_path):
         del case.tensors[f"model.layers.0.mlp.experts.{expert}.up_proj.weight"]
     message = refused(case, tmp_path)
     assert "has 12 problems" in message
-    assert message.count("\n  - tensor ") == 8
-    assert message.endswith("... and 4 more")
+    assert message.count("tensor '") == 4
+    assert message.endswith("; and 8 more")
 
 
 def test_an_unplaced_expert_is_noticed(tmp_path):

@@ -13,19 +13,20 @@ import pytest
 
 from jaxmoe.checkpoint import torch_file, torch_pickle
 from jaxmoe.checkpoint.errors import CheckpointError
-from jaxmoe.checkpoint.torch_file import TorchTensorInfo, read_torch_file
+from jaxmoe.checkpoint.safetensors import TensorInfo
+from jaxmoe.checkpoint.torch_file import read_torch_file
 from jaxmoe.checkpoint.torch_pickle import read_torch_pickle
 
 DATA = Path(__file__).parent / "data"
 
 
-def load(tensor: TorchTensorInfo) -> np.ndarray:
+def load(tensor: TensorInfo) -> np.ndarray:
     """A tensor by its byte range alone."""
     stored = tensor.as_stored()
     with open(tensor.file, "rb") as file:
         file.seek(tensor.offset)
         data = np.frombuffer(file.read(tensor.nbytes), stored.dtype).reshape(stored.shape)
-    return data.transpose(np.argsort(tensor.dim_order))
+    return data if tensor.dim_order is None else data.transpose(np.argsort(tensor.dim_order))
 
 
 def count(*shape: int, start: int = 0) -> np.ndarray:

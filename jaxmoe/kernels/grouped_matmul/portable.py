@@ -57,7 +57,7 @@ def expert_mlp(
     p, _, F, D = w_gate_up_p2FD.shape
     w_gate_up_pND = w_gate_up_p2FD.reshape(p, 2 * F, D)
 
-    def tile(slot, x_mD):
+    def tile(slot: jax.Array, x_mD: jax.Array) -> jax.Array:
         gate_up_mN = _product(x_mD, w_gate_up_pND, slot)
         h_mF = activation(gate_up_mN[:, :F]) * gate_up_mN[:, F:]
         return _product(h_mF.astype(x_mD.dtype), w_down_pDF, slot)

@@ -1,0 +1,29 @@
+"""Plots of placements, routing and what they cost. One call each, which returns the matplotlib Axes.
+
+Colours are readable by the colour-blind and keep their order when printed in grey; where colour
+tells things apart, hatches or markers do too.
+"""
+
+try:
+    import matplotlib as _matplotlib  # noqa: F401
+except ImportError as error:
+    raise ImportError("plots are drawn by matplotlib: pip install matplotlib (or jaxmoe[notebooks])") from error
+
+from jaxmoe.viz.balance import balance_over_time
+from jaxmoe.viz.coactivation import coactivation_matrix
+from jaxmoe.viz.heatmap import expert_heatmap
+from jaxmoe.viz.load import device_loads
+from jaxmoe.viz.memory import device_memory, expert_memory
+from jaxmoe.viz.ownership import ownership_map
+from jaxmoe.viz.traffic import traffic_matrix
+
+__all__ = [
+    "balance_over_time",
+    "coactivation_matrix",
+    "device_loads",
+    "device_memory",
+    "expert_heatmap",
+    "expert_memory",
+    "ownership_map",
+    "traffic_matrix",
+]

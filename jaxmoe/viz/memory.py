@@ -1,0 +1,84 @@
+"""Memory by device."""
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.ticker import MaxNLocator
+
+from jaxmoe.placement import ExpertPlacement
+from jaxmoe.viz.style import COLORS, HATCHES, axes_or_new, plain
+
+
+def device_memory(parts: Mapping[str, np.ndarray], *, capacity: float | None = None, ax: Axes | None = None) -> Axes:
+    """Draw what fills each device's memory, stacked.
+
+    Args:
+        parts: label to [n] bytes, from the bottom up; `expert_memory` gives those of the experts.
+        capacity: bytes of a device's memory, drawn as a line; None for no line.
+        ax: where to draw; None for a new figure.
+
+    Returns:
+        The axes.
+
+    Raises:
+        ValueError: there is no part, or they are of different numbers of devices.
+
+    Example:
+        >>> device_memory({"experts": np.array([3e9, 2e9])}).get_ylabel()
+        'GB'
+    """
+    if len({np.size(sizes) for sizes in parts.values()}) != 1:
+        raise ValueError(f"parts are of the same devices; got { ({label: np.size(s) for label, s in parts.items()}) }")
+    n = np.size(next(iter(parts.values())))
+    ax = axes_or_new(ax, min(12.0, max(5.0, 2.0 + 0.3 * n)), 3.6)
+    bottom = np.zeros(n)
+    for number, (label, sizes) in enumerate(parts.items()):
+        height = np.asarray(sizes, np.float64) / 1e9
+        ax.bar(
+            np.arange(n),
+            height,
+            0.8,
+            bottom=bottom,
+            color=COLORS[number % len(COLORS)],
+            hatch=HATCHES[number % len(HATCHES)],
+            edgecolor="black",
+            linewidth=0.4,
+            label=label,
+        )
+        bottom += height
+    if capacity is not None:
+        ax.axhline(capacity / 1e9, color="black", linewidth=1.2, linestyle="--", label="capacity")
+    ax.set(xlabel="device", ylabel="GB", xlim=(-0.6, n - 0.4))
+    ax.xaxis.set_major_locator(MaxNLocator(nbins=min(16, n + 1), integer=True))
+    ax.set_ylim(0, ax.get_ylim()[1] * 1.3)  # Room for the legend above the bars.
+    ax.legend(frameon=False, ncols=3, loc="upper left", fontsize="small")
+    return plain(ax)
+
+
+def expert_memory(placements: Sequence[ExpertPlacement], expert_bytes: float) -> dict[str, np.ndarray]:
+    """Bytes of each device's slots over all layers: experts, the replicas beyond one of each, and padding.
+
+    Of an expert's slots the first counts as the expert and the others as replicas.
+
+    Args:
+        placements: one per layer.
+        expert_bytes: of one expert.
+
+    Returns:
+        "experts", "replicas" and "padding", each float64 [n].
+
+    Example:
+        >>> p = ExpertPlacement(num_experts=2, ep=2, slot_to_expert=[0, -1, 1, 0])
+        >>> {name: sizes.tolist() for name, sizes in expert_memory([p], 10).items()}
+        {'experts': [10.0, 10.0], 'replicas': [0.0, 10.0], 'padding': [10.0, 0.0]}
+    """
+    n = placements[0].ep
+    experts, replicas, padding = np.zeros(n), np.zeros(n), np.zeros(n)
+    for placement in placements:
+        slots = placement.slot_to_expert
+        first = np.zeros(slots.size, bool)
+        first[placement.expert_to_slots[:, 0]] = True
+        for total, chosen in ((experts, first), (replicas, (slots >= 0) & ~first), (padding, slots < 0)):
+            total += chosen.reshape(n, -1).sum(axis=1)
+    return {"experts": experts * expert_bytes, "replicas": replicas * expert_bytes, "padding": padding * expert_bytes}

@@ -1,0 +1,92 @@
+"""``jaxmoe place``, as a person types it."""
+
+import argparse
+import json
+
+import numpy as np
+import pytest
+
+from jaxmoe import ExpertPlacement, cli_place
+from jaxmoe.placement import placements_from_json, placements_to_json
+from jaxmoe.placement.synthetic import synthetic_trace
+
+WIDTHS = ["--hidden-size", "64", "--moe-intermediate-size", "32"]
+
+
+@pytest.fixture
+def trace_file(tmp_path):
+    path = tmp_path / "trace.npz"
+    synthetic_trace(num_experts=16, experts_per_token=2, num_layers=2, num_windows=4, tokens_per_window=64).save(path)
+    return str(path)
+
+
+def place(*words: str) -> None:
+    parser = argparse.ArgumentParser()
+    cli_place.add_options(parser)
+    parser.set_defaults(usage_error=parser.error)
+    cli_place.run(parser.parse_args(words))
+
+
+def test_a_table_and_the_best_placement(trace_file, tmp_path, capsys) -> None:
+    output = tmp_path / "best.json"
+    place(trace_file, "--ep", "4", "--num-slots", "20", "--by", "vllm_balancedness", "-o", str(output), *WIDTHS)
+    out, err = capsys.readouterr()
+    assert out.splitlines()[0].startswith("strategy")
+    assert {line.split()[0] for line in out.splitlines()[1:]} >= {"linear", "eplb", "affinity"}
+    assert f"written to {output}" in err
+    placements = placements_from_json(output.read_text())
+    assert [(p.num_experts, p.ep, p.num_slots) for p in placements] == [(16, 4, 20)] * 2
+
+
+def test_json_for_machines(trace_file, tmp_path, capsys) -> None:
+    now = tmp_path / "now.json"
+    now.write_text(placements_to_json([ExpertPlacement.linear(16, 4)] * 2))
+    mine = tmp_path / "mine.json"
+    mine.write_text(ExpertPlacement.round_robin(16, 4).to_json())
+    words = ["--before", str(now), "--include", str(mine), "--strategies", "linear,eplb", "--num-nodes", "2", "--bound"]
+    place(trace_file, "--ep", "4", "--json", *words, *WIDTHS)
+    out, err = capsys.readouterr()
+    result = json.loads(out)
+    assert err == ""
+    assert list(result["strategies"]) == [str(mine), "linear", "eplb"]
+    assert result["best"] in result["strategies"]
+    assert sum(result["strategies"]["linear"]["migration_bytes"].values()) == 0
+    assert result["strategies"]["eplb"]["replica_bound"] >= 1
+
+
+def test_a_config_alone_is_enough(tmp_path, capsys) -> None:
+    config = {"model_type": "qwen3_moe", "hidden_size": 64, "moe_intermediate_size": 32, "num_experts": 8}
+    (tmp_path / "config.json").write_text(json.dumps(config | {"num_experts_per_tok": 2, "num_hidden_layers": 2}))
+    place("--synthetic", "--config", str(tmp_path), "--ep", "2", "--strategies", "linear,eplb")
+    assert "2 layers of 8 experts" in capsys.readouterr().err
+
+
+def test_a_trace_of_vllm(tmp_path, capsys) -> None:
+    np.save(tmp_path / "routed.npy", np.random.default_rng(0).integers(0, 8, (64, 2, 2)))
+    place(str(tmp_path / "routed.npy"), "--num-experts", "8", "--window", "16", "--ep", "2", *WIDTHS)
+    assert "2 layers of 8 experts, 4 windows, 64 tokens" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["absent.npz", *WIDTHS], "the trace absent.npz does not exist"),
+        (["TRACE"], "pass --config, or --hidden-size and --moe-intermediate-size"),
+        (["TRACE", "--strategies", "best", *WIDTHS], "placement strategies are .*; got 'best'"),
+        (["TRACE", "--by", "beauty", *WIDTHS], "strategies are ranked by"),
+        (["TRACE", "--before", "absent.json", *WIDTHS], "the placement file absent.json does not exist"),
+        (["TRACE", "--num-nodes", "3", *WIDTHS], "ep=4 is no multiple of 3 nodes"),
+        (["--synthetic", *WIDTHS], "--synthetic takes the numbers of experts, choices and layers from --config"),
+    ],
+)
+def test_what_does_not_fit_is_told_in_a_line(trace_file, words, message) -> None:
+    with pytest.raises((ValueError, OSError), match=message):
+        place(*[trace_file if word == "TRACE" else word for word in words], "--ep", "4")
+
+
+@pytest.mark.parametrize("words", [[], ["--ep", "4"], ["TRACE", "--synthetic", "--ep", "4"], ["TRACE", "--ep", "0"]])
+def test_wrong_usage(trace_file, words, capsys) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        place(*[trace_file if word == "TRACE" else word for word in words])
+    assert stopped.value.code == 2
+    assert capsys.readouterr().err
