@@ -63,6 +63,9 @@ def main() -> None:
         serve(*args.worker)
         return
 
+    cpus = os.cpu_count()
+    if os.getloadavg()[0] > cpus / 4:
+        say(f"other programs are at work (load {os.getloadavg()[0]:.1f} on {cpus} CPUs): these figures mean little")
     with tempfile.TemporaryDirectory() as folder:
         say("making the checkpoint")
         subprocess.run([sys.executable, __file__, "--worker", "make", folder], check=True, stdout=sys.stderr)
@@ -75,7 +78,7 @@ def main() -> None:
         finally:
             for side in sides.values():
                 side.close()
-    report = compare(seconds)
+    report = {"cpus": cpus, "python": platform.python_version(), "tasks": compare(seconds)}
     if args.json:
         print(json.dumps(report, indent=2))
     else:
@@ -129,22 +132,22 @@ def take_turns(sides: dict[str, Side], rounds: int) -> dict[str, dict[str, list[
 
 
 def compare(seconds: dict[str, dict[str, list[float]]]) -> dict[str, Any]:
-    """Median tokens a second of every side, the best of both, and their ratio."""
-    report: dict[str, Any] = {"cpus": len(os.sched_getaffinity(0)), "python": platform.python_version(), "tasks": {}}
+    """By task: median tokens a second of every side, the best of both, and their ratio."""
+    results = {}
     for task, by_side in seconds.items():
         size = TASKS[task]
         tokens = size["batch"] * (size["prompt"] if size["new"] == 1 else size["new"] - 1)
         rates = {name: tokens / statistics.median(times) for name, times in by_side.items()}
         jaxmoe = max((name for name in rates if name.startswith("jaxmoe")), key=rates.__getitem__)
         theirs = max((name for name in rates if not name.startswith("jaxmoe")), key=rates.__getitem__)
-        report["tasks"][task] = {
+        results[task] = {
             "tokens_per_second": rates,
             "best": {"jaxmoe": jaxmoe, "transformers": theirs},
             "ratio": rates[jaxmoe] / rates[theirs],
             "aim": size["aim"],
             "seconds": by_side,
         }
-    return report
+    return results
 
 
 def show(report: dict[str, Any]) -> None:

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from jax.sharding import PartitionSpec as P
 
 from jaxmoe.kernels.grouped_matmul import ACTIVATIONS, BACKENDS, expert_mlp, grouped_matmul
-from jaxmoe.kernels.grouped_matmul.tiles import map_tiles, rows_per_tile
+from jaxmoe.kernels.grouped_matmul.tiles import map_rows, map_tiles, rows_per_tile
 from tests.conftest import mesh_of
 
 G, D, F = 6, 48, 16
@@ -222,7 +222,7 @@ def test_small_tiles(R, groups, tile):
     assert rows_per_tile(R, groups) == tile
 
 
-@pytest.mark.parametrize(("R", "groups", "tile"), [(4096, 64, 64), (1024, 64, 16), (10**6, 8, 64), (1500, 64, 16)])
+@pytest.mark.parametrize(("R", "groups", "tile"), [(4096, 64, 40), (1024, 64, 8), (10**6, 8, 128), (1500, 64, 8)])
 def test_large_tiles(R, groups, tile):
     assert rows_per_tile(R, groups) == tile
 
@@ -232,18 +232,25 @@ def test_trips_follow_the_filled_rows(R, groups):
     """Neither the rows allocated nor the groups left empty add a tile."""
     sizes = np.zeros(groups, int)
     sizes[[0, groups - 1]] = 9, 11
-    tiles = []
+    loaded, tiles = [], []
+
+    def load(group):
+        loaded.append(int(group))
+        return group
 
     def tile_fn(group, x_mK):
         tiles.append(int(group))
         return x_mK
 
+    args = jnp.ones((R, 2)), int32(sizes), jax.ShapeDtypeStruct((R, 2), jnp.float32)
+    m = rows_per_tile(R, groups)
     with jax.disable_jit():
-        map_tiles(
-            tile_fn, jnp.ones((R, 2)), int32(sizes), jax.ShapeDtypeStruct((R, 2), jnp.float32), varying=frozenset()
-        )
-    trips = np.ceil(sizes / rows_per_tile(R, groups)).astype(int)
-    np.testing.assert_array_equal(tiles, np.repeat(np.arange(groups), trips))
+        if m == 1:
+            map_rows(tile_fn, *args, varying=frozenset())
+        else:
+            map_tiles(load, tile_fn, *args, varying=frozenset())
+            assert loaded == [0, groups - 1]
+    np.testing.assert_array_equal(tiles, np.repeat(np.arange(groups), np.ceil(sizes / m).astype(int)))
 
 
 def portable_hlo(R, groups, N, K):

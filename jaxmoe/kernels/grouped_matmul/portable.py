@@ -1,13 +1,14 @@
-"""The backend for every platform: plain XLA, one loop over row tiles.
+"""The backend for every platform: plain XLA, loops over the rows that are filled.
 
 Two products, chosen by the static number of rows a group:
 
-* many rows: slice the group's matrix out of the stack and multiply; the copy that XLA makes of the slice is small
-  beside the product;
+* many rows: slice the group's matrix out of the stack, once, and multiply it with tiles of rows; the copy that XLA
+  makes of the slice is small beside the products;
 * few rows: the time is that of reading the matrices, so `_lane_product` is written for XLA to fuse the slice and to
   vectorise the sum, and nothing is copied.
 """
 
+from collections.abc import Callable
 from math import gcd
 
 import jax
@@ -15,7 +16,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from jaxmoe.kernels.grouped_matmul.activations import Activation
-from jaxmoe.kernels.grouped_matmul.tiles import map_tiles, varying_axes
+from jaxmoe.kernels.grouped_matmul.tiles import map_rows, map_tiles, rows_per_tile, varying_axes
 
 # float32 numbers in the widest vector register of current CPUs, and the narrowest worth using.
 LANES, MIN_LANES = 16, 8
@@ -23,20 +24,16 @@ LANES, MIN_LANES = 16, 8
 BLOCK = 32
 
 
+# From the index of a stack and rows [m, K] to their product [m, N] with the group's matrix, in float32.
+Product = Callable[[int, jax.Array], jax.Array]
+
+
 def grouped_matmul(
     lhs_RK: jax.Array, rhs_GNK: jax.Array, group_sizes_G: jax.Array, *, out_dtype: jnp.dtype
 ) -> jax.Array:
     """out[r] = rhs[g(r)] @ lhs[r]; see `api.grouped_matmul`."""
-    out_shape = (lhs_RK.shape[0], rhs_GNK.shape[1])
-    if 0 in (*lhs_RK.shape, *rhs_GNK.shape):
-        return jnp.zeros(out_shape, out_dtype)
-    return map_tiles(
-        lambda g, lhs_mK: _product(lhs_mK, rhs_GNK, g),
-        lhs_RK,
-        group_sizes_G,
-        jax.ShapeDtypeStruct(out_shape, out_dtype),
-        varying=varying_axes(lhs_RK, rhs_GNK, group_sizes_G),
-    )
+    out = jax.ShapeDtypeStruct((lhs_RK.shape[0], rhs_GNK.shape[1]), out_dtype)
+    return _map_groups(lambda x_mK, product: product(0, x_mK), lhs_RK, (rhs_GNK,), group_sizes_G, out)
 
 
 def expert_mlp(
@@ -52,26 +49,54 @@ def expert_mlp(
 
     Both products of a tile happen in one trip, so that h stays in cache and is never stored for all rows.
     """
-    if 0 in (*x_RD.shape, *w_gate_up_p2FD.shape):
-        return jnp.zeros(x_RD.shape, out_dtype)
     p, _, F, D = w_gate_up_p2FD.shape
-    w_gate_up_pND = w_gate_up_p2FD.reshape(p, 2 * F, D)
 
-    def tile(slot: jax.Array, x_mD: jax.Array) -> jax.Array:
-        gate_up_mN = _product(x_mD, w_gate_up_pND, slot)
+    def mlp(x_mD: jax.Array, product: Product) -> jax.Array:
+        gate_up_mN = product(0, x_mD)
         h_mF = activation(gate_up_mN[:, :F]) * gate_up_mN[:, F:]
-        return _product(h_mF.astype(x_mD.dtype), w_down_pDF, slot)
+        return product(1, h_mF.astype(x_mD.dtype))
 
-    varying = varying_axes(x_RD, w_gate_up_p2FD, w_down_pDF, group_sizes_p)
-    return map_tiles(tile, x_RD, group_sizes_p, jax.ShapeDtypeStruct(x_RD.shape, out_dtype), varying=varying)
+    stacks = (w_gate_up_p2FD.reshape(p, 2 * F, D), w_down_pDF)
+    return _map_groups(mlp, x_RD, stacks, group_sizes_p, jax.ShapeDtypeStruct(x_RD.shape, out_dtype))
 
 
-def _product(x_mK: jax.Array, w_GNK: jax.Array, group: jax.Array) -> jax.Array:
-    """w[group] @ x for each of the m rows, in float32."""
+def _map_groups(
+    fn: Callable[[jax.Array, Product], jax.Array],
+    x_RK: jax.Array,
+    stacks: tuple[jax.Array, ...],
+    group_sizes_G: jax.Array,
+    out: jax.ShapeDtypeStruct,
+) -> jax.Array:
+    """Apply `fn(rows, product)` to the rows of every group, `product` being with the group's matrices."""
+    if 0 in x_RK.shape or any(0 in stack.shape for stack in stacks):
+        return jnp.zeros(out.shape, out.dtype)
+    varying = varying_axes(x_RK, *stacks, group_sizes_G)
+
+    if rows_per_tile(x_RK.shape[0], group_sizes_G.shape[0]) == 1:
+
+        def row_fn(group: jax.Array, x_1K: jax.Array) -> jax.Array:
+            return fn(x_1K, lambda index, y_1K: _row_product(y_1K, stacks[index], group))
+
+        return map_rows(row_fn, x_RK, group_sizes_G, out, varying=varying)
+
+    def load(group: jax.Array) -> tuple[jax.Array, ...]:
+        return tuple(lax.dynamic_index_in_dim(stack, group, keepdims=False) for stack in stacks)
+
+    def tile_fn(matrices: tuple[jax.Array, ...], x_mK: jax.Array) -> jax.Array:
+        return fn(x_mK, lambda index, y_mK: _matmul(y_mK, matrices[index]))
+
+    return map_tiles(load, tile_fn, x_RK, group_sizes_G, out, varying=varying)
+
+
+def _row_product(x_1K: jax.Array, w_GNK: jax.Array, group: jax.Array) -> jax.Array:
+    """w[group] @ x for one row, in float32."""
     lanes = gcd(w_GNK.shape[2], LANES)
-    if x_mK.shape[0] == 1 and lanes >= MIN_LANES:
-        return _lane_product(x_mK[0], w_GNK, group, lanes)[None]
-    w_NK = lax.dynamic_index_in_dim(w_GNK, group, keepdims=False)
+    if lanes >= MIN_LANES:
+        return _lane_product(x_1K[0], w_GNK, group, lanes)[None]
+    return _matmul(x_1K, lax.dynamic_index_in_dim(w_GNK, group, keepdims=False))
+
+
+def _matmul(x_mK: jax.Array, w_NK: jax.Array) -> jax.Array:
     return jnp.matmul(x_mK, w_NK.T, preferred_element_type=jnp.float32)
 
 

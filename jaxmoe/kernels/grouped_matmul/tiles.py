@@ -1,6 +1,7 @@
-"""Cutting rows sorted by group into tiles, each within one group, and a loop over the tiles that hold rows."""
+"""Cutting rows sorted by group into tiles, each within one group, and loops over the tiles that hold rows."""
 
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -9,35 +10,34 @@ from jax import lax
 # Up to this many rows a group on average, a tile is a single row: padding tiles would cost more than reading the
 # matrix again, out of cache, for the few groups that have several rows.
 SINGLE_ROW_LIMIT = 4
-# Rows a tile above that. Small tiles read the matrix too often; tiles larger than a typical group multiply padding,
-# and the number of rows allocated may be several times the number filled.
-MIN_TILE, MAX_TILE = 8, 64
+# Above that, a tile has five eighths of an average group's rows: two tiles then hold a group that is up to a quarter
+# larger than the average, and little of them is padding. Lower tiles multiply badly; higher ones pad small groups.
+MIN_TILE, MAX_TILE = 8, 128
 
 
 def rows_per_tile(R: int, G: int) -> int:
-    """Tile height for R allocated rows in G groups: 1, or a power of two that fits a group of average size."""
+    """Tile height for R allocated rows in G groups: 1, or a multiple of 8."""
     if R <= SINGLE_ROW_LIMIT * G:
         return 1
-    tile = MIN_TILE
-    while 2 * tile <= min(R // G, MAX_TILE):
-        tile *= 2
-    return min(tile, R)
+    wanted = R * 5 // (G * 8) // MIN_TILE * MIN_TILE
+    return min(R, max(MIN_TILE, min(wanted, MAX_TILE)))
 
 
-def map_tiles(
-    tile_fn: Callable[[jax.Array, jax.Array], jax.Array],
+def map_rows(
+    row_fn: Callable[[jax.Array, jax.Array], jax.Array],
     x_RK: jax.Array,
     group_sizes_G: jax.Array,
     out: jax.ShapeDtypeStruct,
     *,
     varying: frozenset[str],
 ) -> jax.Array:
-    """Apply `tile_fn(group, x_mK) -> y_mN` to every tile of rows, and nothing to the rows that no group owns.
+    """Apply `row_fn(group, x_1K) -> y_1N` to every row that a group owns, one trip of a loop each.
 
-    Trips of the loop: at most sum(ceil(group_sizes / m)), with m = `rows_per_tile`; neither R nor G adds any.
+    The loop is flat. XLA would hoist out of an inner loop over a group's rows what `row_fn` reads of the group's
+    matrix, and so copy it.
 
     Args:
-        tile_fn: must treat rows independently, for a tile at a group's border also holds its neighbours' rows.
+        row_fn: from a group and one of its rows to a row of the result.
         x_RK: rows sorted by group.
         group_sizes_G: rows of each group.
         out: shape [R, N] and dtype of the result.
@@ -46,32 +46,73 @@ def map_tiles(
     Returns:
         out_RN, zeros where no group owns the row.
     """
-    R, G = x_RK.shape[0], group_sizes_G.shape[0]
-    m = rows_per_tile(R, G)
-    end_G = jnp.minimum(jnp.cumsum(group_sizes_G), R)
-    # Non-empty groups in order: a tile that reaches the end of its group passes on to the next of these.
-    group_G = jnp.sort(jnp.where(group_sizes_G > 0, jnp.arange(G, dtype=jnp.int32), G - 1))
+    end_G, group_G, _ = _filled_groups(x_RK.shape[0], group_sizes_G)
 
-    def body(carry: tuple[jax.Array, jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array, jax.Array]:
+    def body(carry: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
         row, i, out_RN = carry
         group = group_G[i]
-        end = end_G[group]
-        # The last tile of all may not stick out below row R: it starts earlier instead, and the mask does the rest.
-        first = jnp.minimum(row, R - m)
-        y_mN = tile_fn(group, lax.dynamic_slice_in_dim(x_RK, first, m)).astype(out_RN.dtype)
-        if m > 1:
+        y_1N = row_fn(group, lax.dynamic_slice_in_dim(x_RK, row, 1)).astype(out_RN.dtype)
+        out_RN = lax.dynamic_update_slice_in_dim(out_RN, y_1N, row, 0)
+        return row + 1, i + (row + 1 == end_G[group]), out_RN
+
+    start = (jnp.int32(0), jnp.int32(0), jnp.zeros(out.shape, out.dtype))
+    row_axes = varying_axes(group_sizes_G)
+    start = tuple(_mark_varying(a, axes) for a, axes in zip(start, (row_axes, row_axes, varying), strict=True))
+    return lax.while_loop(lambda carry: carry[0] < end_G[-1], body, start)[2]
+
+
+def map_tiles(
+    load: Callable[[jax.Array], Any],
+    tile_fn: Callable[[Any, jax.Array], jax.Array],
+    x_RK: jax.Array,
+    group_sizes_G: jax.Array,
+    out: jax.ShapeDtypeStruct,
+    *,
+    varying: frozenset[str],
+) -> jax.Array:
+    """Apply `tile_fn(load(group), x_mK) -> y_mN` to every tile of rows, and nothing to the rows that no group owns.
+
+    `load` is called once for a non-empty group, `tile_fn` ceil(size / m) times, with m = `rows_per_tile`; neither R
+    nor G adds any.
+
+    Args:
+        load: what a group's tiles share, such as its slice of a stack of matrices.
+        tile_fn: must treat rows independently, for a tile at a group's border also holds its neighbours' rows.
+        x_RK, group_sizes_G, out, varying: as for `map_rows`.
+
+    Returns:
+        out_RN, zeros where no group owns the row.
+    """
+    R, m = x_RK.shape[0], rows_per_tile(x_RK.shape[0], group_sizes_G.shape[0])
+    end_G, group_G, filled = _filled_groups(R, group_sizes_G)
+
+    def one_group(i: jax.Array, out_RN: jax.Array) -> jax.Array:
+        group = group_G[i]
+        start, end = end_G[group] - group_sizes_G[group], end_G[group]
+        # The barrier keeps the slice out of the inner loop, where it would be taken again for each tile.
+        shared = lax.optimization_barrier(load(group))
+
+        def one_tile(t: jax.Array, out_RN: jax.Array) -> jax.Array:
+            row = start + t * m
+            # The last tile of all may not stick out below row R: it starts earlier instead, and the mask does the rest.
+            first = jnp.minimum(row, R - m)
+            y_mN = tile_fn(shared, lax.dynamic_slice_in_dim(x_RK, first, m)).astype(out_RN.dtype)
             row_m = first + jnp.arange(m, dtype=jnp.int32)
             own_m1 = ((row_m >= row) & (row_m < end))[:, None]
             y_mN = jnp.where(own_m1, y_mN, lax.dynamic_slice_in_dim(out_RN, first, m))
-        out_RN = lax.dynamic_update_slice_in_dim(out_RN, y_mN, first, 0)
-        next_row = jnp.minimum(row + m, end)
-        return next_row, i + (next_row == end), out_RN
+            return lax.dynamic_update_slice_in_dim(out_RN, y_mN, first, 0)
 
-    row_axes = varying_axes(group_sizes_G)
-    row = _mark_varying(jnp.int32(0), row_axes)
-    i = _mark_varying(jnp.int32(0), row_axes)
-    out_RN = _mark_varying(jnp.zeros(out.shape, out.dtype), varying)
-    return lax.while_loop(lambda carry: carry[0] < end_G[-1], body, (row, i, out_RN))[2]
+        return lax.fori_loop(0, (end - start + m - 1) // m, one_tile, out_RN)
+
+    return lax.fori_loop(0, filled, one_group, _mark_varying(jnp.zeros(out.shape, out.dtype), varying))
+
+
+def _filled_groups(R: int, group_sizes_G: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """End row of each group, the non-empty groups in order (then any), and how many those are."""
+    G = group_sizes_G.shape[0]
+    end_G = jnp.minimum(jnp.cumsum(group_sizes_G), R)
+    group_G = jnp.sort(jnp.where(group_sizes_G > 0, jnp.arange(G, dtype=jnp.int32), G - 1))
+    return end_G, group_G, jnp.sum(group_sizes_G > 0, dtype=jnp.int32)
 
 
 def varying_axes(*arrays: jax.Array) -> frozenset[str]:
