@@ -8,7 +8,9 @@ import dataclasses
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
+
+from jaxmoe.rotary import RopeConfig
 
 _REQUIRED = object()
 
@@ -21,25 +23,6 @@ def _check_positive(config: Any, *names: str) -> None:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class RopeConfig:
-    """Rotary position embedding (Su et al. 2021, arXiv:2104.09864).
-
-    Attributes:
-        theta: base of the geometric series of wavelengths.
-        rotary_dim: leading dims of each head that rotate.
-        linear_factor: positions are divided by it (linear scaling; 1.0 for none).
-    """
-
-    theta: float
-    rotary_dim: int
-    linear_factor: float = 1.0
-
-    def __post_init__(self) -> None:
-        if self.rotary_dim < 2 or self.rotary_dim % 2:
-            raise ValueError(f"rotary_dim is even and at least 2; got {self.rotary_dim}")
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
 class AttentionConfig:
     """Grouped-query attention (Ainslie et al. 2023, arXiv:2305.13245).
 
@@ -47,18 +30,29 @@ class AttentionConfig:
         num_heads: query heads.
         num_kv_heads: key and value heads; divides `num_heads`.
         head_dim: width of one head.
-        rope: rotary embedding of queries and keys.
-        qk_norm: RMS-normalise each query and key head before the rotation.
-        bias: q, k, v (and o) projections have a bias.
+        rope: rotary embedding of queries and keys; None for no position embedding.
+        qk_norm: RMS-normalise queries and keys, per "head" or over the "full" width of all heads;
+            None for not at all.
+        qk_norm_after_rope: normalise after the rotation instead of before.
+        bias: q, k and v projections have a bias.
+        out_bias: the output projection has one.
+        scale: of the scores; head_dim^-0.5 where None.
+        clip: queries, keys and values are clipped to ±clip after their projection.
+        sinks: each head has one more logit, whose probability is dropped (attention sinks).
         sliding_window: a token sees this many positions, itself included; None for all.
     """
 
     num_heads: int
     num_kv_heads: int
     head_dim: int
-    rope: RopeConfig
-    qk_norm: bool = False
+    rope: RopeConfig | None
+    qk_norm: Literal["head", "full"] | None = None
+    qk_norm_after_rope: bool = False
     bias: bool = False
+    out_bias: bool = False
+    scale: float | None = None
+    clip: float | None = None
+    sinks: bool = False
     sliding_window: int | None = None
 
     def __post_init__(self) -> None:
@@ -72,30 +66,59 @@ class AttentionConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class RouterConfig:
-    """How a router turns logits into experts and weights; see `jaxmoe.layers.router`.
+    """How a router turns logits into experts and weights; see `jaxmoe.layers.router.route`.
 
     Attributes:
-        score: the function from logits [E] to scores [E], a name in `SCORES`.
-        renormalize: divide the chosen scores by their sum.
+        score: from logits to scores, a name in `jaxmoe.layers.router.SCORES`.
+        score_after_top_k: choose by the logits, and score only the K chosen ones.
+        renormalize: divide the weights by their sum.
+        sum_epsilon: added to that sum.
+        min_sum: the sum is at least this.
+        p_norm: divide the weights by their p-norm instead of their sum.
+        logit_bias: the router's projection has a bias.
+        correction_bias: a bias per expert that counts for the choice and not for the weight.
+        num_groups: experts are in this many groups, of which `topk_groups` are eligible for a token.
+        topk_groups: see `num_groups`.
+        group_score: a group counts as its largest score, or as the sum of its two largest.
+        scale: the weights are multiplied by it.
     """
 
     score: str = "softmax"
+    score_after_top_k: bool = False
     renormalize: bool = True
+    sum_epsilon: float = 0.0
+    min_sum: float = 0.0
+    p_norm: float | None = None
+    logit_bias: bool = False
+    correction_bias: bool = False
+    num_groups: int = 1
+    topk_groups: int = 1
+    group_score: Literal["max", "top2_sum"] = "top2_sum"
+    scale: float = 1.0
+
+    def __post_init__(self) -> None:
+        _check_positive(self, "num_groups", "topk_groups")
+        if self.topk_groups > self.num_groups:
+            raise ValueError(f"topk_groups={self.topk_groups} is above num_groups={self.num_groups}")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class MLPConfig:
-    """A dense gated MLP: down(act(gate x) · up x).
+    """A dense MLP: down(act(gate x) · up x).
 
     Attributes:
         hidden_size: D.
         intermediate_size: width between the products.
         activation: a name in `jaxmoe.kernels.grouped_matmul.ACTIVATIONS`.
+        bias: every projection has a bias.
+        gated: False for down(act(up x)), without a gate.
     """
 
     hidden_size: int
     intermediate_size: int
     activation: str = "silu"
+    bias: bool = False
+    gated: bool = True
 
     def __post_init__(self) -> None:
         _check_positive(self, "hidden_size", "intermediate_size")
@@ -103,7 +126,7 @@ class MLPConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class MoEConfig:
-    """A layer of routed experts, each a gated MLP.
+    """A layer of routed experts, each a gated MLP, and perhaps experts that serve every token.
 
     Attributes:
         num_experts: logical experts E.
@@ -111,10 +134,16 @@ class MoEConfig:
         hidden_size: model width D.
         moe_intermediate_size: expert width F.
         activation: a name in `jaxmoe.kernels.grouped_matmul.ACTIVATIONS`.
+        activation_limit: bound of a clamped activation, for those that have one.
+        bias: every expert's projections have a bias.
+        gated: False for down(act(up x)), without a gate.
         router: how experts are chosen and weighted.
+        weights_on_input: the weight multiplies what goes into an expert instead of what comes out.
+        shared: the experts that serve every token, as one MLP; None for none.
+        shared_gate: the shared experts' output is multiplied by sigmoid(w · x).
 
     Raises:
-        ValueError: a size below 1, or K above E.
+        ValueError: a size below 1, K above E, or E not divisible by the router's groups.
     """
 
     num_experts: int
@@ -122,7 +151,13 @@ class MoEConfig:
     hidden_size: int
     moe_intermediate_size: int
     activation: str = "silu"
+    activation_limit: float | None = None
+    bias: bool = False
+    gated: bool = True
     router: RouterConfig = RouterConfig()
+    weights_on_input: bool = False
+    shared: MLPConfig | None = None
+    shared_gate: bool = False
 
     def __post_init__(self) -> None:
         _check_positive(self, "num_experts", "num_experts_per_tok", "hidden_size", "moe_intermediate_size")
@@ -130,6 +165,11 @@ class MoEConfig:
             raise ValueError(
                 f"a token goes to at most all experts: num_experts_per_tok={self.num_experts_per_tok} is above "
                 f"num_experts={self.num_experts}"
+            )
+        if self.num_experts % self.router.num_groups:
+            raise ValueError(
+                f"expert groups are of equal size: num_experts={self.num_experts} is no multiple of "
+                f"num_groups={self.router.num_groups}"
             )
 
 
@@ -150,10 +190,15 @@ class DecoderConfig:
         vocab_size: tokens the model knows.
         hidden_size: D.
         layers: one config per layer, first to last.
-        norm_eps: epsilon of every RMS norm.
+        norm_eps: epsilon of every norm.
+        norm: "rms", or "layer" with mean and bias.
         tie_word_embeddings: the output projection is the embedding.
         max_position_embeddings: positions the model was made for.
         dtype: the checkpoint's own dtype by name, None where it does not say.
+        embedding_multiplier: the embedding is multiplied by it.
+        residual_multiplier: what a layer's halves add to the residual stream is multiplied by it.
+        logits_scaling: the logits are divided by it.
+        lm_head_bias: the output projection has a bias.
     """
 
     model_type: str
@@ -164,6 +209,11 @@ class DecoderConfig:
     tie_word_embeddings: bool
     max_position_embeddings: int
     dtype: str | None = None
+    norm: Literal["rms", "layer"] = "rms"
+    embedding_multiplier: float = 1.0
+    residual_multiplier: float = 1.0
+    logits_scaling: float = 1.0
+    lm_head_bias: bool = False
 
     def __post_init__(self) -> None:
         _check_positive(self, "vocab_size", "hidden_size", "max_position_embeddings")
@@ -218,21 +268,3 @@ def read_dtype(config: Mapping[str, Any]) -> str | None:
     """The dtype's name in either spelling: ``"dtype": "bfloat16"`` or ``"torch_dtype": "torch.bfloat16"``."""
     name = pick(config, "dtype", "torch_dtype", default=None)
     return None if name is None else str(name).removeprefix("torch.")
-
-
-def read_rope(config: Mapping[str, Any], *, head_dim: int, default_theta: float) -> RopeConfig:
-    """Read rotary settings in the v5 (``rope_parameters``) or v4 (``rope_theta``, ``rope_scaling``) spelling.
-
-    Raises:
-        ValueError: the scaling is of a kind that is not known here.
-    """
-    rope = {**(config.get("rope_scaling") or {}), **(config.get("rope_parameters") or {})}
-    kind = pick(rope, "rope_type", "type", default="default")
-    if kind not in ("default", "linear"):
-        raise ValueError(f"rope scaling can be default or linear; config.json asks for {kind!r}")
-    partial = pick(rope, "partial_rotary_factor", default=pick(config, "partial_rotary_factor", default=1.0))
-    return RopeConfig(
-        theta=float(pick(rope, "rope_theta", default=pick(config, "rope_theta", default=default_theta))),
-        rotary_dim=int(head_dim * partial),
-        linear_factor=float(rope["factor"]) if kind == "linear" else 1.0,
-    )

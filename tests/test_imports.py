@@ -14,7 +14,7 @@ PACKAGE = Path(__file__).resolve().parent.parent / "jaxmoe"
 
 # Lowest first; two on one line never import each other. A new package gets its place here.
 ORDER = [
-    ["progress"],
+    ["progress", "rotary"],
     ["mesh", "config"],
     ["quant"],
     ["placement"],

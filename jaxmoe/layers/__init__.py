@@ -1,17 +1,19 @@
 """The parts a decoder is composed of, as Flax nnx modules and the pure functions they call."""
 
-from jaxmoe.layers.attention import Attention, KVCache
+from jaxmoe.layers.attention import Attention, CacheArray, KVCache
 from jaxmoe.layers.embedding import VocabTable
 from jaxmoe.layers.host_data import HostData
 from jaxmoe.layers.mlp import MLP
 from jaxmoe.layers.moe import MoE, MoEStats, check_expert_axes
-from jaxmoe.layers.norm import RMSNorm
+from jaxmoe.layers.norm import NORMS, RMSNorm
 from jaxmoe.layers.param import ParamFactory, ParamSpec, param_specs, params_by_path
 from jaxmoe.layers.router import route
 
 __all__ = [
     "MLP",
+    "NORMS",
     "Attention",
+    "CacheArray",
     "HostData",
     "KVCache",
     "MoE",

@@ -4,6 +4,7 @@ Letters besides design's: H query heads, G key/value heads, q query heads of one
 head, h head_dim, C positions of the cache. On a device H and G are its own.
 """
 
+import dataclasses
 from typing import Any, NamedTuple
 
 import jax
@@ -14,11 +15,19 @@ from jax.sharding import PartitionSpec as P
 from jaxmoe.config import AttentionConfig
 from jaxmoe.layers.norm import rms_norm
 from jaxmoe.layers.param import ParamFactory, RowMap, ones, zeros
-from jaxmoe.layers.rope import apply_rope, rope_angles
+from jaxmoe.layers.rope import apply_rope
 from jaxmoe.mesh import TP
 
 # Queries of a long prompt are taken this many at a time, which bounds the score matrix.
 _QUERY_BLOCK = 512
+
+
+@dataclasses.dataclass(frozen=True)
+class CacheArray:
+    """One array of a layer's cache, before it exists: its shape, and the mesh axis each dim after the batch is over."""
+
+    shape: tuple[int, ...]
+    dims: tuple[str | None, ...] = ()
 
 
 class KVCache(NamedTuple):
@@ -39,11 +48,13 @@ def attend(
     *,
     scale: float,
     sliding_window: int | None = None,
+    sinks_H: jax.Array | None = None,
 ) -> jax.Array:
     """softmax(scale · q kᵀ + causal mask) v, the softmax in float32; returns [B, S, H, h].
 
     A query at position t sees the keys at indices 0..t, or with a sliding window the last
-    `sliding_window` of them. Indices beyond t may hold anything finite.
+    `sliding_window` of them. Indices beyond t may hold anything finite. A head's sink is one more
+    logit that takes its share of the softmax and adds nothing (Xiao et al. 2023, arXiv:2309.17453).
     """
     B, S, H, h = q_BSHh.shape
     G, C = k_BGCh.shape[1:3]
@@ -56,8 +67,8 @@ def attend(
         if sliding_window is not None:
             seen_BsC &= index_C > positions_Bs[..., None] - sliding_window
         scores = jnp.where(seen_BsC[:, None, None], scores, -jnp.inf)
-        probabilities = jax.nn.softmax(scores, axis=-1).astype(v_BGCh.dtype)
-        return jnp.einsum("bgqsc,bgch->bsgqh", probabilities, v_BGCh).reshape(B, -1, H, h)
+        probabilities = _softmax(scores, sinks_H).astype(v_BGCh.dtype)
+        return jnp.einsum("bgqsc,bgch->bsgqh", probabilities, v_BGCh).reshape(B, -1, H, v_BGCh.shape[-1])
 
     if S <= _QUERY_BLOCK:
         return block(q_BSHh, positions_BS)
@@ -69,7 +80,16 @@ def attend(
         return jnp.moveaxis(padded.reshape(B, blocks, _QUERY_BLOCK, *x.shape[2:]), 1, 0)
 
     out = jax.lax.map(lambda args: block(*args), (split(q_BSHh), split(positions_BS)))
-    return jnp.moveaxis(out, 0, 1).reshape(B, -1, H, h)[:, :S]
+    return jnp.moveaxis(out, 0, 1).reshape(B, -1, H, v_BGCh.shape[-1])[:, :S]
+
+
+def _softmax(scores_BGqSC: jax.Array, sinks_H: jax.Array | None) -> jax.Array:
+    if sinks_H is None:
+        return jax.nn.softmax(scores_BGqSC, axis=-1)
+    sinks = sinks_H.astype(jnp.float32).reshape(1, scores_BGqSC.shape[1], -1, 1, 1)
+    largest = jnp.maximum(jnp.max(scores_BGqSC, axis=-1, keepdims=True), sinks)
+    exponentials = jnp.exp(scores_BGqSC - largest)
+    return exponentials / (jnp.sum(exponentials, axis=-1, keepdims=True) + jnp.exp(sinks - largest))
 
 
 def _write_prompt(cache: jax.Array, new_BGSh: jax.Array) -> jax.Array:
@@ -107,14 +127,21 @@ class Attention(nnx.Module):
             self.b_q = param((config.num_heads * h,), TP, init=zeros)
             self.b_k = param((self.kv_heads * h,), TP, init=zeros, rows=kv_rows)
             self.b_v = param((self.kv_heads * h,), TP, init=zeros, rows=kv_rows)
+        if config.out_bias:
             self.b_o = param((hidden_size,), init=zeros)
-        if config.qk_norm:
+        if config.qk_norm == "head":
             self.q_norm = param((h,), init=ones)
             self.k_norm = param((h,), init=ones)
+        elif config.qk_norm == "full":
+            self.q_norm = param((config.num_heads * h,), TP, init=ones)
+            self.k_norm = param((self.kv_heads * h,), TP, init=ones, rows=kv_rows)
+        if config.sinks:
+            self.sinks = param((config.num_heads,), TP, init=zeros)
 
-    def cache_shape(self, batch_size: int, max_length: int) -> tuple[int, ...]:
-        """[B, G, C, h], sharded over (batch axes, tp)."""
-        return batch_size, self.kv_heads, max_length, self.config.head_dim
+    def cache_arrays(self, batch_size: int, max_length: int) -> KVCache:
+        """The layer's cache, as a `KVCache` of `CacheArray`."""
+        array = CacheArray((batch_size, self.kv_heads, max_length, self.config.head_dim), (TP,))
+        return KVCache(array, array)
 
     def __call__(
         self,
@@ -137,12 +164,9 @@ class Attention(nnx.Module):
         Returns:
             [B, S, D], and the cache with the new tokens in it.
         """
-        tp_axis = {"w_o": 1}
-        weights = {
-            name: (param[...], P() if name in ("q_norm", "k_norm", "b_o") else P(*(None,) * tp_axis.get(name, 0), TP))
-            for name, param in vars(self).items()
-            if isinstance(param, nnx.Param)
-        }
+        weights = {name: param[...] for name, param in vars(self).items() if isinstance(param, nnx.Param)}
+        whole = {"b_o", *(("q_norm", "k_norm") if self.config.qk_norm == "head" else ())}
+        specs = {name: P() if name in whole else P(None, TP) if name == "w_o" else P(TP) for name in weights}
         cache_spec = None if cache is None else KVCache(P(batch, TP), P(batch, TP))
 
         def local(
@@ -158,7 +182,13 @@ class Attention(nnx.Module):
             keys, values = cache if cache is not None and decode else (k_BGSh, v_BGSh)
             config = self.config
             o_BSHh = attend(
-                q_BSHh, keys, values, positions_BS, scale=config.head_dim**-0.5, sliding_window=config.sliding_window
+                q_BSHh,
+                keys,
+                values,
+                positions_BS,
+                scale=config.head_dim**-0.5 if config.scale is None else config.scale,
+                sliding_window=config.sliding_window,
+                sinks_H=w.get("sinks"),
             )
             o_BSA = o_BSHh.reshape(*o_BSHh.shape[:2], -1)
             y_BSD = jnp.einsum("bsa,da->bsd", o_BSA, w["w_o"], preferred_element_type=jnp.float32)
@@ -168,24 +198,48 @@ class Attention(nnx.Module):
         return jax.shard_map(
             local,
             mesh=self.mesh,
-            in_specs=({name: spec for name, (_, spec) in weights.items()}, P(batch), P(batch), cache_spec),
+            in_specs=(specs, P(batch), P(batch), cache_spec),
             out_specs=(P(batch), cache_spec),
             check_vma=False,
-        )({name: value for name, (value, _) in weights.items()}, x_BSD, positions_BS, cache)
+        )(weights, x_BSD, positions_BS, cache)
 
     def _project(
         self, w: dict[str, jax.Array], x_BSD: jax.Array, positions_BS: jax.Array
     ) -> tuple[jax.Array, jax.Array, jax.Array]:
         """This rank's queries [B, S, H, h], keys and values [B, S, G, h], normed and rotated."""
+        config = self.config
 
-        def heads(name: str) -> jax.Array:
+        def project(name: str) -> jax.Array:
             y_BSA = jnp.einsum("bsd,ad->bsa", x_BSD, w[f"w_{name}"])
-            if self.config.bias:
+            if config.bias:
                 y_BSA += w[f"b_{name}"]
-            return y_BSA.reshape(*y_BSA.shape[:2], -1, self.config.head_dim)
+            return y_BSA if config.clip is None else jnp.clip(y_BSA, -config.clip, config.clip)
 
-        q, k, v = heads("q"), heads("k"), heads("v")
-        if self.config.qk_norm:
-            q, k = rms_norm(q, w["q_norm"], self.eps), rms_norm(k, w["k_norm"], self.eps)
-        angles = rope_angles(positions_BS, self.config.rope)
-        return apply_rope(q, angles), apply_rope(k, angles), v
+        def norm(y_BSA: jax.Array, weight: jax.Array) -> jax.Array:
+            if config.qk_norm == "full":
+                return _norm_over_tp(y_BSA, weight, self.eps)
+            y_BSHh = y_BSA.reshape(*y_BSA.shape[:2], -1, config.head_dim)
+            return rms_norm(y_BSHh, weight, self.eps).reshape(y_BSA.shape)
+
+        def turn(y_BSA: jax.Array) -> jax.Array:
+            if config.rope is None:
+                return y_BSA
+            y_BSHh = y_BSA.reshape(*y_BSA.shape[:2], -1, config.head_dim)
+            return apply_rope(y_BSHh, positions_BS, config.rope).reshape(y_BSA.shape)
+
+        q, k, v = project("q"), project("k"), project("v")
+        if config.qk_norm and not config.qk_norm_after_rope:
+            q, k = norm(q, w["q_norm"]), norm(k, w["k_norm"])
+        q, k = turn(q), turn(k)
+        if config.qk_norm and config.qk_norm_after_rope:
+            q, k = norm(q, w["q_norm"]), norm(k, w["k_norm"])
+        shape = (*x_BSD.shape[:2], -1, config.head_dim)
+        return q.reshape(shape), k.reshape(shape), v.reshape(shape)
+
+
+def _norm_over_tp(y_BSA: jax.Array, weight_A: jax.Array, eps: float) -> jax.Array:
+    """RMS norm over the full width, of which this rank has a part. Copies of a head leave the mean as it is."""
+    y32 = y_BSA.astype(jnp.float32)
+    squares = jax.lax.psum(jnp.sum(jnp.square(y32), axis=-1, keepdims=True), TP)
+    scale = jax.lax.rsqrt(squares / (y_BSA.shape[-1] * jax.lax.axis_size(TP)) + eps)
+    return weight_A * (y32 * scale).astype(y_BSA.dtype)

@@ -6,7 +6,7 @@ from flax import nnx
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
-from jaxmoe.layers.param import ParamFactory, RowMap
+from jaxmoe.layers.param import ParamFactory, RowMap, zeros
 from jaxmoe.mesh import TP
 
 
@@ -16,10 +16,13 @@ class VocabTable(nnx.Module):
     It serves as embedding (`embed`), as output projection (`logits`), or as both where they are tied.
     """
 
-    def __init__(self, vocab_size: int, hidden_size: int, *, param: ParamFactory):
+    def __init__(self, vocab_size: int, hidden_size: int, *, param: ParamFactory, bias: bool = False):
         tp = param.mesh.shape[TP]
         padded = -(-vocab_size // tp) * tp
-        self.weight = param((padded, hidden_size), TP, None, rows=RowMap.padded(vocab_size, padded))
+        rows = RowMap.padded(vocab_size, padded)
+        self.weight = param((padded, hidden_size), TP, None, rows=rows)
+        if bias:
+            self.bias = param((padded,), TP, init=zeros, rows=rows)
         self.vocab_size = vocab_size
         self.mesh: Mesh = param.mesh
 
@@ -38,7 +41,7 @@ class VocabTable(nnx.Module):
         )(self.weight[...], tokens_BS)
 
     def logits(self, x_BSD: jax.Array, batch: tuple[str, ...]) -> jax.Array:
-        """x @ table.T in float32, [B, S, vocabulary], the vocabulary split over tp until it is used."""
+        """x @ table.T + bias in float32, [B, S, vocabulary], the vocabulary split over tp until it is used."""
 
         def local(weight_VD: jax.Array, x_BSD: jax.Array) -> jax.Array:
             return jnp.einsum("bsd,vd->bsv", x_BSD, weight_VD, preferred_element_type=jnp.float32)
@@ -46,4 +49,6 @@ class VocabTable(nnx.Module):
         logits_BSV = jax.shard_map(
             local, mesh=self.mesh, in_specs=(P(TP, None), P(batch)), out_specs=P(batch, None, TP), check_vma=False
         )(self.weight[...], x_BSD)
+        if hasattr(self, "bias"):
+            logits_BSV += self.bias[...].astype(jnp.float32)
         return logits_BSV[..., : self.vocab_size]

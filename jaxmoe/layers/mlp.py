@@ -1,4 +1,4 @@
-"""The dense gated MLP of layers without routed experts."""
+"""The dense MLP: of layers without routed experts, and of the experts that serve every token."""
 
 import jax
 import jax.numpy as jnp
@@ -7,7 +7,7 @@ from jax.sharding import PartitionSpec as P
 
 from jaxmoe.config import MLPConfig
 from jaxmoe.kernels.grouped_matmul import ACTIVATIONS
-from jaxmoe.layers.param import ParamFactory
+from jaxmoe.layers.param import ParamFactory, zeros
 from jaxmoe.mesh import TP
 
 
@@ -16,27 +16,34 @@ class MLP(nnx.Module):
 
     def __init__(self, config: MLPConfig, *, param: ParamFactory):
         hidden, width = config.hidden_size, config.intermediate_size
-        self.w_gate = param((width, hidden), TP, None)
+        if config.gated:
+            self.w_gate = param((width, hidden), TP, None)
         self.w_up = param((width, hidden), TP, None)
         self.w_down = param((hidden, width), None, TP)
+        if config.bias:
+            if config.gated:
+                self.b_gate = param((width,), TP, init=zeros)
+            self.b_up = param((width,), TP, init=zeros)
+            self.b_down = param((hidden,), init=zeros)
         self.config = config
         self.mesh = param.mesh
 
     def __call__(self, x_BSD: jax.Array, batch: tuple[str, ...]) -> jax.Array:
         """Map x [B, S, D], its batch dim sharded over the axes `batch`, to [B, S, D]."""
         activation = ACTIVATIONS[self.config.activation]
+        weights = {name: param[...] for name, param in vars(self).items() if isinstance(param, nnx.Param)}
+        specs = {name: P() if name == "b_down" else P(None, TP) if name == "w_down" else P(TP) for name in weights}
 
-        def local(x_BSD: jax.Array, w_gate_FD: jax.Array, w_up_FD: jax.Array, w_down_DF: jax.Array) -> jax.Array:
-            gate_BSF = jnp.einsum("bsd,fd->bsf", x_BSD, w_gate_FD)
-            up_BSF = jnp.einsum("bsd,fd->bsf", x_BSD, w_up_FD)
-            h_BSF = activation(gate_BSF) * up_BSF
-            y_BSD = jnp.einsum("bsf,df->bsd", h_BSF, w_down_DF, preferred_element_type=jnp.float32)
-            return jax.lax.psum(y_BSD, TP).astype(x_BSD.dtype)
+        def local(w: dict[str, jax.Array], x_BSD: jax.Array) -> jax.Array:
+            def project(name: str) -> jax.Array:
+                y_BSF = jnp.einsum("bsd,fd->bsf", x_BSD, w[f"w_{name}"])
+                return y_BSF + w[f"b_{name}"] if self.config.bias else y_BSF
 
-        return jax.shard_map(
-            local,
-            mesh=self.mesh,
-            in_specs=(P(batch), P(TP, None), P(TP, None), P(None, TP)),
-            out_specs=P(batch),
-            check_vma=False,
-        )(x_BSD, self.w_gate[...], self.w_up[...], self.w_down[...])
+            h_BSF = activation(project("gate")) * project("up") if self.config.gated else activation(project("up"))
+            y_BSD = jnp.einsum("bsf,df->bsd", h_BSF, w["w_down"], preferred_element_type=jnp.float32)
+            y_BSD = jax.lax.psum(y_BSD, TP).astype(x_BSD.dtype)
+            return y_BSD + w["b_down"] if self.config.bias else y_BSD
+
+        return jax.shard_map(local, mesh=self.mesh, in_specs=(specs, P(batch)), out_specs=P(batch), check_vma=False)(
+            weights, x_BSD
+        )

@@ -11,12 +11,13 @@ from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
 from jaxmoe.config import MoEConfig
-from jaxmoe.dispatch import Dispatch, DispatchLayout, choose, get_dispatch
-from jaxmoe.kernels.grouped_matmul import expert_mlp
+from jaxmoe.dispatch import ApplyExperts, Dispatch, DispatchLayout, choose, get_dispatch
+from jaxmoe.kernels.grouped_matmul import combine_halves, expert_mlp
 from jaxmoe.layers.host_data import HostData
-from jaxmoe.layers.param import ParamFactory, RowMap
+from jaxmoe.layers.mlp import MLP
+from jaxmoe.layers.param import ParamFactory, RowMap, zeros
 from jaxmoe.layers.router import route
-from jaxmoe.mesh import EP, TP, axes_size, named
+from jaxmoe.mesh import EP, TP, axes_size, batch_axes, named, padded_batch
 from jaxmoe.placement import ExpertPlacement, make_placement
 
 
@@ -105,9 +106,22 @@ class MoE(nnx.Module):
         slots = RowMap(tuple(self.placement.slot_to_expert.tolist()), E)
         slot_count = self.placement.num_slots
         param = ParamFactory(mesh, dtype, rngs)
+        halves = 2 if config.gated else 1
+        combine_halves(config.activation, config.activation_limit, gated=config.gated)
         self.w_router = param((E, D), dtype=jnp.float32)
-        self.w_gate_up = param((slot_count, 2, F, D), expert_axes, None, width_axis, None, rows=slots)
+        if config.router.logit_bias:
+            self.b_router = param((E,), init=zeros, dtype=jnp.float32)
+        if config.router.correction_bias:
+            self.correction_bias = param((E,), init=zeros, dtype=jnp.float32)
+        self.w_gate_up = param((slot_count, halves, F, D), expert_axes, None, width_axis, None, rows=slots)
         self.w_down = param((slot_count, D, F), expert_axes, None, width_axis, rows=slots)
+        if config.bias:
+            self.b_gate_up = param((slot_count, halves, F), expert_axes, None, width_axis, init=zeros, rows=slots)
+            self.b_down = param((slot_count, D), expert_axes, init=zeros, rows=slots)
+        if config.shared is not None:
+            self.shared = MLP(config.shared, param=param)
+        if config.shared_gate:
+            self.w_shared_gate = param((1, D))
         self.expert_to_slots = PlacementTable(jax.device_put(self.placement.expert_to_slots, named(mesh)))
         self.replica_counts = PlacementTable(jax.device_put(self.placement.replica_counts, named(mesh)))
 
@@ -130,17 +144,20 @@ class MoE(nnx.Module):
             raise ValueError(f"the last dim of x is hidden_size={self.config.hidden_size}; got shape {x.shape}")
         x_TD = x.reshape(-1, x.shape[-1])
         mask_T = jnp.ones(x_TD.shape[0], bool) if token_mask is None else token_mask.reshape(-1)
-        y_TD, stats = _forward(
-            x_TD,
-            mask_T,
-            self.w_router[...],
-            self.w_gate_up[...],
-            self.w_down[...],
-            self.expert_to_slots[...],
-            self.replica_counts[...],
-            plan=self._plan(x_TD.shape[0], x.dtype),
-        )
+        params = {name: param[...] for name, param in vars(self).items() if isinstance(param, nnx.Variable)}
+        y_TD, stats = _forward(x_TD, mask_T, params, plan=self._plan(x_TD.shape[0], x.dtype))
+        if self.config.shared is not None:
+            y_TD = y_TD + jnp.where(mask_T[:, None], self._shared(x_TD), 0)
         return y_TD.reshape(x.shape), stats
+
+    def _shared(self, x_TD: jax.Array) -> jax.Array:
+        """What the experts that serve every token add; it depends on no exchange, so it can overlap one."""
+        T = x_TD.shape[0]
+        padded_TD = jnp.pad(x_TD, ((0, padded_batch(self.mesh, T) - T), (0, 0)))
+        y_TD = self.shared(padded_TD[:, None], batch_axes(self.mesh, T))[:T, 0]
+        if not self.config.shared_gate:
+            return y_TD
+        return jax.nn.sigmoid(x_TD @ self.w_shared_gate[...].T) * y_TD
 
     def _plan(self, T: int, dtype: Any) -> _Plan:
         partial_axes = () if TP in self.expert_axes else (TP,)
@@ -172,48 +189,28 @@ def check_expert_axes(expert_axes: tuple[str, ...]) -> None:
 
 @partial(jax.jit, static_argnames="plan")
 def _forward(
-    x_TD: jax.Array,
-    mask_T: jax.Array,
-    w_router_ED: jax.Array,
-    w_gate_up_P2FD: jax.Array,
-    w_down_PDF: jax.Array,
-    expert_to_slots: jax.Array,
-    replica_counts_E: jax.Array,
-    *,
-    plan: _Plan,
+    x_TD: jax.Array, mask_T: jax.Array, params: dict[str, jax.Array], *, plan: _Plan
 ) -> tuple[jax.Array, MoEStats]:
-    """The layer as one shard_map over all three axes; tokens are padded to split evenly."""
+    """The routed experts as one shard_map over all three axes; tokens are padded to split evenly."""
     layout, config = plan.layout, plan.config
     token_axes = plan.dispatch.token_axes(layout)
     T = x_TD.shape[0]
     padding = -T % layout.size(token_axes)
     x_TD = jnp.pad(x_TD, ((0, padding), (0, 0)))
     mask_T = jnp.pad(mask_T, (0, padding))
+    width_axis = TP if TP in layout.partial_axes else None
+    expert_specs = {
+        "w_gate_up": P(layout.expert_axes, None, width_axis),
+        "w_down": P(layout.expert_axes, None, width_axis),
+        "b_gate_up": P(layout.expert_axes, None, width_axis),
+        "b_down": P(layout.expert_axes),
+    }
 
-    def local(
-        x_TD: jax.Array,
-        mask_T: jax.Array,
-        w_router_ED: jax.Array,
-        w_gate_up_p2FD: jax.Array,
-        w_down_pDF: jax.Array,
-        expert_to_slots: jax.Array,
-        replica_counts_E: jax.Array,
-    ) -> tuple[jax.Array, MoEStats]:
-        def apply_experts(rows_RD: jax.Array, sizes_p: jax.Array, dtype: jnp.dtype) -> jax.Array:
-            return expert_mlp(
-                rows_RD,
-                w_gate_up_p2FD,
-                w_down_pDF,
-                sizes_p,
-                activation=config.activation,
-                out_dtype=dtype,
-                backend=plan.kernels,
-            )
-
-        ids_TK, weights_TK = route(x_TD, w_router_ED, config.num_experts_per_tok, config.router)
-        slots_TK = choose_slots(ids_TK, expert_to_slots, replica_counts_E)
+    def local(x_TD: jax.Array, mask_T: jax.Array, params: dict[str, jax.Array]) -> tuple[jax.Array, MoEStats]:
+        ids_TK, weights_TK = route(x_TD, params, config.num_experts_per_tok, config.router)
+        slots_TK = choose_slots(ids_TK, params["expert_to_slots"], params["replica_counts"])
         slots_TK = jnp.where(mask_T[:, None], slots_TK, -1)
-        y_TD, dispatched = plan.dispatch.run(x_TD, slots_TK, weights_TK, apply_experts, layout)
+        y_TD, dispatched = plan.dispatch.run(x_TD, slots_TK, weights_TK, _experts(params, plan), layout)
 
         pairs_TK = jnp.where(mask_T[:, None], ids_TK, config.num_experts)
         counts_E = jnp.bincount(pairs_TK.reshape(-1), length=config.num_experts).astype(jnp.int32)
@@ -221,23 +218,39 @@ def _forward(
             counts_E = jax.lax.psum(counts_E, token_axes)
         return y_TD.astype(x_TD.dtype), MoEStats(counts_E, dispatched.rounds)
 
-    width_axis = TP if TP in layout.partial_axes else None
     y_TD, stats = jax.shard_map(
         local,
         mesh=plan.mesh,
-        in_specs=(
-            P(token_axes),
-            P(token_axes),
-            P(),
-            P(layout.expert_axes, None, width_axis),
-            P(layout.expert_axes, None, width_axis),
-            P(),
-            P(),
-        ),
+        in_specs=(P(token_axes), P(token_axes), {name: expert_specs.get(name, P()) for name in params}),
         out_specs=(P(token_axes), P()),
         check_vma=False,
-    )(x_TD, mask_T, w_router_ED, w_gate_up_P2FD, w_down_PDF, expert_to_slots, replica_counts_E)
+    )(x_TD, mask_T, params)
     return y_TD[:T], stats
+
+
+def _experts(params: dict[str, jax.Array], plan: _Plan) -> ApplyExperts:
+    """The local experts as the function a dispatch applies to rows grouped by slot."""
+    config, b_down_pD = plan.config, params.get("b_down")
+    if b_down_pD is not None and plan.layout.partial_axes:
+        # The results are partial sums over tp: one rank adds the bias for all.
+        first = jax.lax.axis_index(plan.layout.partial_axes) == 0
+        b_down_pD = jnp.where(first, b_down_pD, 0)
+
+    def apply_experts(rows_RD: jax.Array, sizes_p: jax.Array, dtype: jnp.dtype) -> jax.Array:
+        return expert_mlp(
+            rows_RD,
+            params["w_gate_up"],
+            params["w_down"],
+            sizes_p,
+            b_gate_up_p2F=params.get("b_gate_up"),
+            b_down_pD=b_down_pD,
+            activation=config.activation,
+            limit=config.activation_limit,
+            out_dtype=dtype,
+            backend=plan.kernels,
+        )
+
+    return apply_experts
 
 
 def choose_slots(ids_TK: jax.Array, expert_to_slots: jax.Array, replica_counts_E: jax.Array) -> jax.Array:

@@ -1,10 +1,10 @@
-"""RMS normalisation."""
+"""Normalisation of activations."""
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from jaxmoe.layers.param import ParamFactory, ones
+from jaxmoe.layers.param import ParamFactory, ones, zeros
 
 
 def rms_norm(x: jax.Array, weight: jax.Array, eps: float) -> jax.Array:
@@ -28,3 +28,30 @@ class RMSNorm(nnx.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         """Normalise x [..., size]."""
         return rms_norm(x, self.weight[...], self.eps)
+
+
+class LayerNorm(nnx.Module):
+    """weight · (x - mean) / sqrt(variance + eps) + bias over the last dim, computed in float32.
+
+    Ba et al. 2016 (arXiv:1607.06450).
+    """
+
+    def __init__(self, size: int, eps: float, *, param: ParamFactory, bias: bool = True):
+        self.weight = param((size,), init=ones)
+        if bias:
+            self.bias = param((size,), init=zeros)
+        self.eps = eps
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """Normalise x [..., size]."""
+        x32 = x.astype(jnp.float32)
+        centred = x32 - jnp.mean(x32, axis=-1, keepdims=True)
+        y = centred * jax.lax.rsqrt(jnp.mean(jnp.square(centred), axis=-1, keepdims=True) + self.eps)
+        y = y * self.weight[...].astype(jnp.float32)
+        if hasattr(self, "bias"):
+            y += self.bias[...].astype(jnp.float32)
+        return y.astype(x.dtype)
+
+
+# A kind of norm is a class and a line here; `DecoderConfig.norm` names it.
+NORMS: dict[str, type[RMSNorm] | type[LayerNorm]] = {"rms": RMSNorm, "layer": LayerNorm}

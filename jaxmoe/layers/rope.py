@@ -3,26 +3,22 @@
 import jax
 import jax.numpy as jnp
 
-from jaxmoe.config import RopeConfig
+from jaxmoe.rotary import RopeConfig
 
 
-def rope_angles(positions_BS: jax.Array, config: RopeConfig) -> jax.Array:
-    """Angle of every pair of dims at every position: position · theta^(-2i/rotary_dim).
+def apply_rope(x_BSHh: jax.Array, positions_BS: jax.Array, config: RopeConfig) -> jax.Array:
+    """Rotate pairs of the leading dims of each head by position · frequency.
 
-    Su et al. 2021 (arXiv:2104.09864), equation 15.
-
-    Returns:
-        float32 [B, S, rotary_dim / 2], in radians.
+    Su et al. 2021 (arXiv:2104.09864), equation 34. Angles are float32; the rotation is in x's dtype.
     """
-    exponents = jnp.arange(0, config.rotary_dim, 2, dtype=jnp.float32) / config.rotary_dim
-    frequencies = 1.0 / (config.theta**exponents) / config.linear_factor
-    return positions_BS.astype(jnp.float32)[..., None] * frequencies
-
-
-def apply_rope(x_BSHh: jax.Array, angles_BSr: jax.Array) -> jax.Array:
-    """Rotate the leading ``2 r`` dims of each head; dim i is paired with dim i + r (the "rotate half" pairing)."""
+    angles_BSr = positions_BS.astype(jnp.float32)[..., None] * jnp.asarray(config.frequencies, jnp.float32)
+    cos = (jnp.cos(angles_BSr) * config.scale)[:, :, None].astype(x_BSHh.dtype)
+    sin = (jnp.sin(angles_BSr) * config.scale)[:, :, None].astype(x_BSHh.dtype)
     r = angles_BSr.shape[-1]
-    cos = jnp.cos(angles_BSr)[:, :, None].astype(x_BSHh.dtype)
-    sin = jnp.sin(angles_BSr)[:, :, None].astype(x_BSHh.dtype)
-    first, second, rest = x_BSHh[..., :r], x_BSHh[..., r : 2 * r], x_BSHh[..., 2 * r :]
+    turning, rest = x_BSHh[..., : 2 * r], x_BSHh[..., 2 * r :]
+    if config.interleaved:
+        first, second = turning[..., 0::2], turning[..., 1::2]
+        turned = jnp.stack([first * cos - second * sin, second * cos + first * sin], axis=-1)
+        return jnp.concatenate([turned.reshape(turning.shape), rest], axis=-1)
+    first, second = turning[..., :r], turning[..., r:]
     return jnp.concatenate([first * cos - second * sin, second * cos + first * sin, rest], axis=-1)

@@ -1,6 +1,10 @@
-"""Routers: from activations to experts and weights, as pure functions."""
+"""Routers: from activations to experts and weights, as pure functions.
 
-from collections.abc import Callable
+A score is a function from logits to scores and a line in `SCORES`; `route` composes the rest
+from a `RouterConfig`.
+"""
+
+from collections.abc import Callable, Mapping
 
 import jax
 import jax.numpy as jnp
@@ -8,30 +12,71 @@ import jax.numpy as jnp
 from jaxmoe.config import RouterConfig
 
 SCORES: dict[str, Callable[[jax.Array], jax.Array]] = {
-    "softmax": lambda logits_TE: jax.nn.softmax(logits_TE, axis=-1),
+    "softmax": lambda logits: jax.nn.softmax(logits, axis=-1),
     "sigmoid": jax.nn.sigmoid,
+    "sqrt_softplus": lambda logits: jnp.sqrt(jax.nn.softplus(logits)),
 }
 
 
 def route(
-    x_TD: jax.Array, w_router_ED: jax.Array, num_experts_per_tok: int, config: RouterConfig
+    x_TD: jax.Array, params: Mapping[str, jax.Array], num_experts_per_tok: int, config: RouterConfig
 ) -> tuple[jax.Array, jax.Array]:
     """Choose K experts for each token and weight them, in float32.
 
-    scores = score(x @ w_routerᵀ); the K largest are chosen, the lowest index first among equals,
-    and their scores are the weights, divided by their sum with ``config.renormalize``.
-    Shazeer et al. 2017 (arXiv:1701.06538), section 2.1.
+    1. logits = x @ wᵀ (+ logit bias); scores = score(logits).
+    2. The K largest of scores + correction bias, in the eligible groups, are chosen, the lowest
+       index first among equals.
+    3. The chosen scores, without that bias, are the weights: divided by their sum or p-norm, then scaled.
+
+    Shazeer et al. 2017 (arXiv:1701.06538), section 2.1; grouped choice and correction bias:
+    DeepSeek-V3 (arXiv:2412.19437), section 2.1.2.
+
+    Args:
+        x_TD: activations.
+        params: "w_router" [E, D]; "b_router" [E] with a logit bias; "correction_bias" [E] with that.
+        num_experts_per_tok: K.
+        config: which of the steps apply.
 
     Returns:
-        int32 [T, K] logical experts and float32 [T, K] weights, largest first.
+        int32 [T, K] logical experts and float32 [T, K] weights, first choice first.
     """
     logits_TE = jnp.einsum(
         "td,ed->te",
         x_TD.astype(jnp.float32),
-        w_router_ED.astype(jnp.float32),
+        params["w_router"].astype(jnp.float32),
         precision=jax.lax.Precision.HIGHEST,
     )
-    weights_TK, ids_TK = jax.lax.top_k(SCORES[config.score](logits_TE), num_experts_per_tok)
-    if config.renormalize:
-        weights_TK /= jnp.sum(weights_TK, axis=-1, keepdims=True)
-    return ids_TK, weights_TK
+    if config.logit_bias:
+        logits_TE += params["b_router"].astype(jnp.float32)
+    score = SCORES[config.score]
+    scores_TE = logits_TE if config.score_after_top_k else score(logits_TE)
+    choice_TE = scores_TE
+    if config.correction_bias:
+        choice_TE = scores_TE + params["correction_bias"].astype(jnp.float32)
+    if config.num_groups > 1:
+        choice_TE = jnp.where(eligible(choice_TE, config), choice_TE, -jnp.inf)
+    _, ids_TK = jax.lax.top_k(choice_TE, num_experts_per_tok)
+    weights_TK = jnp.take_along_axis(scores_TE, ids_TK, axis=-1)
+    if config.score_after_top_k:
+        weights_TK = score(weights_TK)
+    return ids_TK, _normalize(weights_TK, config) * config.scale
+
+
+def eligible(choice_TE: jax.Array, config: RouterConfig) -> jax.Array:
+    """Bool [T, E], whether an expert is in one of the token's `topk_groups` best groups."""
+    T, E = choice_TE.shape
+    groups_TGe = choice_TE.reshape(T, config.num_groups, -1)
+    count = 1 if config.group_score == "max" else min(2, groups_TGe.shape[-1])
+    group_TG = jnp.sum(jax.lax.top_k(groups_TGe, count)[0], axis=-1)
+    _, best_TB = jax.lax.top_k(group_TG, config.topk_groups)
+    chosen_TG = jnp.any(best_TB[:, :, None] == jnp.arange(config.num_groups), axis=1)
+    return jnp.repeat(chosen_TG, E // config.num_groups, axis=1, total_repeat_length=E)
+
+
+def _normalize(weights_TK: jax.Array, config: RouterConfig) -> jax.Array:
+    if config.p_norm is not None:
+        return weights_TK / jnp.sum(weights_TK**config.p_norm, axis=-1, keepdims=True) ** (1 / config.p_norm)
+    if not config.renormalize:
+        return weights_TK
+    total_T1 = jnp.sum(weights_TK, axis=-1, keepdims=True) + config.sum_epsilon
+    return weights_TK / jnp.maximum(total_T1, config.min_sum)

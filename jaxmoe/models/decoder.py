@@ -12,7 +12,18 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from jaxmoe.config import DecoderConfig, LayerConfig, MoEConfig
-from jaxmoe.layers import MLP, Attention, HostData, KVCache, MoE, ParamFactory, RMSNorm, VocabTable, check_expert_axes
+from jaxmoe.layers import (
+    MLP,
+    NORMS,
+    Attention,
+    CacheArray,
+    HostData,
+    KVCache,
+    MoE,
+    ParamFactory,
+    VocabTable,
+    check_expert_axes,
+)
 from jaxmoe.mesh import EP, TP, axes_size, batch_axes, named, padded_batch
 from jaxmoe.placement import ExpertPlacement, make_placements
 
@@ -27,8 +38,7 @@ class DecoderLayer(nnx.Module):
     def __init__(
         self,
         config: LayerConfig,
-        hidden_size: int,
-        eps: float,
+        decoder: DecoderConfig,
         *,
         param: ParamFactory,
         placement: ExpertPlacement | None,
@@ -36,9 +46,12 @@ class DecoderLayer(nnx.Module):
         dispatch: str,
         kernels: str,
     ):
-        self.attention_norm = RMSNorm(hidden_size, eps, param=param)
+        norm = NORMS[decoder.norm]
+        hidden_size, eps = decoder.hidden_size, decoder.norm_eps
+        self.residual_multiplier = decoder.residual_multiplier
+        self.attention_norm = norm(hidden_size, eps, param=param)
         self.attention = Attention(config.attention, hidden_size, eps, param=param)
-        self.feed_forward_norm = RMSNorm(hidden_size, eps, param=param)
+        self.feed_forward_norm = norm(hidden_size, eps, param=param)
         self.sparse = isinstance(config.feed_forward, MoEConfig)
         if isinstance(config.feed_forward, MoEConfig):
             assert placement is not None
@@ -67,14 +80,14 @@ class DecoderLayer(nnx.Module):
     ) -> tuple[jax.Array, KVCache | None]:
         """Apply the layer; tokens where `mask_BS` is False reach no routed expert."""
         attended, cache = self.attention(self.attention_norm(x_BSD), positions_BS, cache, batch, decode=decode)
-        x_BSD = x_BSD + attended
+        x_BSD = x_BSD + attended * self.residual_multiplier
         normed = self.feed_forward_norm(x_BSD)
         if self.sparse:
             y_BSD, _ = self.moe(normed, mask_BS)
             y_BSD = jax.lax.with_sharding_constraint(y_BSD, named(self.moe.mesh, batch))
         else:
             y_BSD = self.mlp(normed, batch)
-        return x_BSD + y_BSD, cache
+        return x_BSD + y_BSD * self.residual_multiplier, cache
 
 
 class Decoder(nnx.Module):
@@ -124,8 +137,7 @@ class Decoder(nnx.Module):
         self.layers = nnx.List(
             DecoderLayer(
                 layer,
-                config.hidden_size,
-                config.norm_eps,
+                config,
                 param=param,
                 placement=placements.get(i),
                 expert_axes=expert_axes,
@@ -134,9 +146,9 @@ class Decoder(nnx.Module):
             )
             for i, layer in enumerate(config.layers)
         )
-        self.norm = RMSNorm(config.hidden_size, config.norm_eps, param=param)
+        self.norm = NORMS[config.norm](config.hidden_size, config.norm_eps, param=param)
         if not config.tie_word_embeddings:
-            self.lm_head = VocabTable(config.vocab_size, config.hidden_size, param=param)
+            self.lm_head = VocabTable(config.vocab_size, config.hidden_size, param=param, bias=config.lm_head_bias)
 
     @property
     def source(self) -> Path | None:
@@ -177,9 +189,8 @@ class Decoder(nnx.Module):
 
     def init_cache(self, batch_size: int, max_length: int) -> Cache:
         """An empty key/value cache for `batch_size` sequences (see `padded_batch`) of up to `max_length` tokens."""
-        sharding = named(self.mesh, batch_axes(self.mesh, batch_size), TP)
-        shapes = [layer.attention.cache_shape(batch_size, max_length) for layer in self.layers]
-        return _zeros(tuple(KVCache(shape, shape) for shape in shapes), self.dtype, sharding)
+        arrays = tuple(layer.attention.cache_arrays(batch_size, max_length) for layer in self.layers)
+        return _empty(arrays, self.dtype, self.mesh, batch_axes(self.mesh, batch_size))
 
     def padded_batch(self, batch_size: int) -> int:
         """Rows to use for `batch_size` sequences, so that the batch splits evenly over the mesh."""
@@ -230,7 +241,7 @@ class Decoder(nnx.Module):
         decode: bool = False,
     ) -> tuple[jax.Array, Cache]:
         batch = batch_axes(self.mesh, tokens_BS.shape[0])
-        x_BSD = self.embed.embed(tokens_BS, batch)
+        x_BSD = self.embed.embed(tokens_BS, batch) * self.config.embedding_multiplier
         caches = []
         for i, layer in enumerate(self.layers):
             layer_cache = None if cache is None else cache[i]
@@ -240,7 +251,7 @@ class Decoder(nnx.Module):
 
     def _logits(self, x_BSD: jax.Array) -> jax.Array:
         table = self.embed if self.config.tie_word_embeddings else self.lm_head
-        return table.logits(x_BSD, batch_axes(self.mesh, x_BSD.shape[0]))
+        return table.logits(x_BSD, batch_axes(self.mesh, x_BSD.shape[0])) / self.config.logits_scaling
 
 
 @partial(jax.jit, static_argnums=0)
@@ -251,12 +262,12 @@ def _all_logits(graphdef: nnx.GraphDef, state: nnx.State, tokens_BS: jax.Array, 
     return model._logits(x_BSD)
 
 
-@partial(jax.jit, static_argnums=(0, 1, 2))
-def _zeros(shapes: tuple[KVCache, ...], dtype: jnp.dtype, sharding: jax.sharding.NamedSharding) -> Cache:
-    def one(shape: tuple[int, ...]) -> jax.Array:
-        return jax.lax.with_sharding_constraint(jnp.zeros(shape, dtype), sharding)
+@partial(jax.jit, static_argnums=(0, 1, 2, 3))
+def _empty(arrays: Any, dtype: jnp.dtype, mesh: Mesh, batch: tuple[str, ...]) -> Cache:
+    def one(array: CacheArray) -> jax.Array:
+        return jax.lax.with_sharding_constraint(jnp.zeros(array.shape, dtype), named(mesh, batch, *array.dims))
 
-    return tuple(KVCache(one(shape.k), one(shape.v)) for shape in shapes)
+    return jax.tree.map(one, arrays)
 
 
 def bucket(length: int) -> int:

@@ -55,6 +55,8 @@ class Family:
         experts: names of the routed experts.
         ignored: rule name -> regular expression (of whole tensor names) for tensors that are
             rightly in a checkpoint and not in the model.
+        spellings: parts of names that mean the same, where transformers calls a module otherwise than files do: an
+            adapter's names are looked for in each spelling.
     """
 
     model_type: str
@@ -62,6 +64,7 @@ class Family:
     tensors: Mapping[str, tuple[str, ...]]
     experts: ExpertTensors
     ignored: Mapping[str, str]
+    spellings: tuple[tuple[str, ...], ...] = ()
 
 
 def llama_tensors(feed_forward: Mapping[str, tuple[str, ...]]) -> dict[str, tuple[str, ...]]:

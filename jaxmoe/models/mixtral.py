@@ -11,9 +11,9 @@ from jaxmoe.config import (
     RouterConfig,
     pick,
     read_dtype,
-    read_rope,
 )
 from jaxmoe.models.family import ROTARY_BUFFERS, ExpertTensors, Family, llama_tensors
+from jaxmoe.rotary import read_rope
 
 
 def read_config(config: Mapping[str, Any]) -> DecoderConfig:
@@ -70,4 +70,5 @@ MIXTRAL = Family(
         fused_down="model.layers.{layer}.mlp.experts.down_proj",
     ),
     ignored=ROTARY_BUFFERS,
+    spellings=((".mlp.", ".block_sparse_moe."),),
 )

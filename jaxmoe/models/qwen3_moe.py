@@ -12,9 +12,9 @@ from jaxmoe.config import (
     RouterConfig,
     pick,
     read_dtype,
-    read_rope,
 )
 from jaxmoe.models.family import ROTARY_BUFFERS, ExpertTensors, Family, llama_tensors
+from jaxmoe.rotary import read_rope
 
 
 def read_config(config: Mapping[str, Any]) -> DecoderConfig:
@@ -23,13 +23,15 @@ def read_config(config: Mapping[str, Any]) -> DecoderConfig:
     heads = pick(config, "num_attention_heads")
     head_dim = pick(config, "head_dim", default=hidden // heads)
     sliding = pick(config, "sliding_window", default=None) if config.get("use_sliding_window") else None
+    bias = pick(config, "attention_bias", default=False)
     attention = AttentionConfig(
         num_heads=heads,
         num_kv_heads=pick(config, "num_key_value_heads", default=heads),
         head_dim=head_dim,
         rope=read_rope(config, head_dim=head_dim, default_theta=10000.0),
-        qk_norm=True,
-        bias=pick(config, "attention_bias", default=False),
+        qk_norm="head",
+        bias=bias,
+        out_bias=bias,
         sliding_window=sliding,
     )
     activation = pick(config, "hidden_act", default="silu")

@@ -4,7 +4,7 @@
 backend or what backends share.
 """
 
-from jaxmoe.kernels.grouped_matmul.activations import ACTIVATIONS
+from jaxmoe.kernels.grouped_matmul.activations import ACTIVATIONS, combine_halves
 from jaxmoe.kernels.grouped_matmul.api import BACKENDS, expert_mlp, grouped_matmul
 
-__all__ = ["ACTIVATIONS", "BACKENDS", "expert_mlp", "grouped_matmul"]
+__all__ = ["ACTIVATIONS", "BACKENDS", "combine_halves", "expert_mlp", "grouped_matmul"]

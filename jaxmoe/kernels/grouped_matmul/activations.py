@@ -1,4 +1,4 @@
-"""Activations of the gate, by the names that checkpoints use."""
+"""What stands between an expert's two products, by the names that checkpoints use."""
 
 from collections.abc import Callable
 from functools import partial
@@ -23,3 +23,50 @@ ACTIVATIONS: dict[str, Activation] = {
     "relu": jax.nn.relu,
     "relu2": relu2,
 }
+
+
+def clamped_swiglu(gate: jax.Array, up: jax.Array, limit: float) -> jax.Array:
+    """(u + 1) · g · sigmoid(1.702 g), with g the gate cut off above `limit` and u the other half within ±`limit`.
+
+    The expert function of gpt-oss.
+    """
+    gate = jnp.minimum(gate, limit)
+    up = jnp.clip(up, -limit, limit)
+    return (up + 1) * gate * jax.nn.sigmoid(1.702 * gate)
+
+
+# Functions of gate, up and a limit, where the two halves are not simply act(gate) · up.
+CLAMPED: dict[str, Callable[[jax.Array, jax.Array, float], jax.Array]] = {"clamped_swiglu": clamped_swiglu}
+
+# From the product with gate and up (with up alone, where there is no gate) to what goes into the second product.
+Combine = Callable[[jax.Array], jax.Array]
+
+
+def combine_halves(activation: str, limit: float | None, *, gated: bool) -> Combine:
+    """The function of [..., gate | up] (or of [..., up]) to [..., F] that an expert applies, in float32.
+
+    Raises:
+        ValueError: no such activation, or one that needs a limit and a gate has not got them.
+    """
+    if activation in CLAMPED:
+        if limit is None or not gated:
+            raise ValueError(f"activation {activation!r} needs a gate and a limit; got gated={gated}, limit={limit}")
+        clamped, bound = CLAMPED[activation], limit
+
+        def clamp(both: jax.Array) -> jax.Array:
+            gate, up = jnp.split(both, 2, axis=-1)
+            return clamped(gate, up, bound)
+
+        return clamp
+    if activation not in ACTIVATIONS:
+        known = sorted([*ACTIVATIONS, *CLAMPED])
+        raise ValueError(f"activation must be one of {known}; got {activation!r}. Add it to ACTIVATIONS.")
+    act = ACTIVATIONS[activation]
+    if not gated:
+        return act
+
+    def gate_times_up(both: jax.Array) -> jax.Array:
+        gate, up = jnp.split(both, 2, axis=-1)
+        return act(gate) * up
+
+    return gate_times_up

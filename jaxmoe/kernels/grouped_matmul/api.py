@@ -11,10 +11,10 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 
 from jaxmoe.kernels.grouped_matmul import portable, reference
-from jaxmoe.kernels.grouped_matmul.activations import ACTIVATIONS
+from jaxmoe.kernels.grouped_matmul.activations import combine_halves
 
-# A backend is a module with the two functions of this file, less the checks: `activation` arrives as a function,
-# `out_dtype` as a dtype.
+# A backend is a module with the two functions of this file, less the checks: gate and up arrive as one stack
+# [p, N, D] with a function that combines the halves, `out_dtype` as a dtype.
 BACKENDS: dict[str, ModuleType] = {
     "portable": portable,
     "reference": reference,
@@ -66,22 +66,30 @@ def expert_mlp(
     w_down_pDF: jax.Array,
     group_sizes_p: jax.Array,
     *,
+    b_gate_up_p2F: jax.Array | None = None,
+    b_down_pD: jax.Array | None = None,
     activation: str = "silu",
+    limit: float | None = None,
     out_dtype: DTypeLike | None = None,
     backend: str = "auto",
 ) -> jax.Array:
     """Pass each row through the gated feed-forward network of its expert (Shazeer, 2020, "GLU Variants").
 
-    y = W_down[g] @ h, with h = act(W_gate[g] @ x) * (W_up[g] @ x) rounded to x's dtype.
+    y = W_down[g] @ h + b_down[g], with h = act(W_gate[g] @ x + b_gate[g]) * (W_up[g] @ x + b_up[g]) rounded to
+    x's dtype. A stack with one matrix in its second dim has no gate: h = act(W_up[g] @ x + b_up[g]).
 
-    Where F is split over devices the results are partial sums: add them up afterwards, in an `out_dtype` of your choice.
+    Where F is split over devices the results are partial sums: add them up afterwards, in an `out_dtype` of your
+    choice, and give `b_down_pD` to one of the devices only.
 
     Args:
         x_RD: rows sorted by physical slot, possibly followed by unused ones.
-        w_gate_up_p2FD: gate at [:, 0], up at [:, 1]; of x_RD's dtype.
+        w_gate_up_p2FD: gate at [:, 0], up at [:, 1]; or up alone at [:, 0]. Of x_RD's dtype.
         w_down_pDF: of x_RD's dtype.
         group_sizes_p: int32, rows of each slot; zeros are welcome.
-        activation: a name in `ACTIVATIONS`, computed in float32.
+        b_gate_up_p2F: biases of the first product.
+        b_down_pD: biases of the second.
+        activation: a name in `ACTIVATIONS` or `CLAMPED`, computed in float32.
+        limit: of a clamped activation.
         out_dtype: dtype of the result, x_RD's by default. Sums are float32 whatever it is.
         backend: a name in `BACKENDS`, or "auto".
 
@@ -105,16 +113,22 @@ def expert_mlp(
     )
     _check_rows(x_RD, group_sizes_p)
     D, F = x_RD.shape[1], w_down_pDF.shape[2]
-    _check_matrix("w_gate_up", w_gate_up_p2FD, (2, F, D), x_RD, group_sizes_p)
+    p, halves = w_gate_up_p2FD.shape[:2]
+    if halves not in (1, 2):
+        raise ValueError(f"w_gate_up holds gate and up, or up alone, in its second dim; got {w_gate_up_p2FD.shape}")
+    _check_matrix("w_gate_up", w_gate_up_p2FD, (halves, F, D), x_RD, group_sizes_p)
     _check_matrix("w_down", w_down_pDF, (D, F), x_RD, group_sizes_p)
-    if activation not in ACTIVATIONS:
-        raise ValueError(f"activation must be one of {sorted(ACTIVATIONS)}; got {activation!r}. Add it to ACTIVATIONS.")
+    for name, bias, shape in (("b_gate_up", b_gate_up_p2F, (p, halves, F)), ("b_down", b_down_pD, (p, D))):
+        if bias is not None and bias.shape != shape:
+            raise ValueError(f"{name} must have shape {shape} to fit the matrices; got {bias.shape}.")
     return _backend(backend).expert_mlp(
         x_RD,
-        w_gate_up_p2FD,
+        w_gate_up_p2FD.reshape(p, halves * F, D),
         w_down_pDF,
         group_sizes_p,
-        activation=ACTIVATIONS[activation],
+        b_up_pN=None if b_gate_up_p2F is None else b_gate_up_p2F.reshape(p, halves * F),
+        b_down_pD=b_down_pD,
+        combine=combine_halves(activation, limit, gated=halves == 2),
         out_dtype=jnp.dtype(out_dtype or x_RD.dtype),
     )
 

@@ -10,12 +10,13 @@ Two products, chosen by the static number of rows a group:
 
 from collections.abc import Callable
 from math import gcd
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jaxmoe.kernels.grouped_matmul.activations import Activation
+from jaxmoe.kernels.grouped_matmul.activations import Combine
 from jaxmoe.kernels.grouped_matmul.tiles import map_rows, map_tiles, rows_per_tile, varying_axes
 
 # float32 numbers in the widest vector register of current CPUs, and the narrowest worth using.
@@ -24,66 +25,82 @@ LANES, MIN_LANES = 16, 8
 BLOCK = 32
 
 
-# From the index of a stack and rows [m, K] to their product [m, N] with the group's matrix, in float32.
-Product = Callable[[int, jax.Array], jax.Array]
-
-
 def grouped_matmul(
     lhs_RK: jax.Array, rhs_GNK: jax.Array, group_sizes_G: jax.Array, *, out_dtype: jnp.dtype
 ) -> jax.Array:
     """out[r] = rhs[g(r)] @ lhs[r]; see `api.grouped_matmul`."""
     out = jax.ShapeDtypeStruct((lhs_RK.shape[0], rhs_GNK.shape[1]), out_dtype)
-    return _map_groups(lambda x_mK, product: product(0, x_mK), lhs_RK, (rhs_GNK,), group_sizes_G, out)
+    return _map_groups(lambda x_mK, affine: affine(0, x_mK), lhs_RK, [(rhs_GNK, None)], group_sizes_G, out)
 
 
 def expert_mlp(
     x_RD: jax.Array,
-    w_gate_up_p2FD: jax.Array,
+    w_up_pND: jax.Array,
     w_down_pDF: jax.Array,
     group_sizes_p: jax.Array,
     *,
-    activation: Activation,
+    b_up_pN: jax.Array | None,
+    b_down_pD: jax.Array | None,
+    combine: Combine,
     out_dtype: jnp.dtype,
 ) -> jax.Array:
-    """y = W_down[g] @ (act(W_gate[g] @ x) * (W_up[g] @ x)); see `api.expert_mlp`.
+    """y = W_down[g] @ combine(W_up[g] @ x + b_up[g]) + b_down[g]; see `api.expert_mlp`.
 
     Both products of a tile happen in one trip, so that h stays in cache and is never stored for all rows.
     """
-    p, _, F, D = w_gate_up_p2FD.shape
 
-    def mlp(x_mD: jax.Array, product: Product) -> jax.Array:
-        gate_up_mN = product(0, x_mD)
-        h_mF = activation(gate_up_mN[:, :F]) * gate_up_mN[:, F:]
-        return product(1, h_mF.astype(x_mD.dtype))
+    def mlp(x_mD: jax.Array, affine: Affine) -> jax.Array:
+        h_mF = combine(affine(0, x_mD)).astype(x_mD.dtype)
+        return affine(1, h_mF)
 
-    stacks = (w_gate_up_p2FD.reshape(p, 2 * F, D), w_down_pDF)
-    return _map_groups(mlp, x_RD, stacks, group_sizes_p, jax.ShapeDtypeStruct(x_RD.shape, out_dtype))
+    maps = [(w_up_pND, b_up_pN), (w_down_pDF, b_down_pD)]
+    return _map_groups(mlp, x_RD, maps, group_sizes_p, jax.ShapeDtypeStruct(x_RD.shape, out_dtype))
+
+
+# From the index of one of a group's affine maps and rows [m, K] to W x + b [m, N], in float32.
+Affine = Callable[[int, jax.Array], jax.Array]
 
 
 def _map_groups(
-    fn: Callable[[jax.Array, Product], jax.Array],
+    fn: Callable[[jax.Array, Affine], jax.Array],
     x_RK: jax.Array,
-    stacks: tuple[jax.Array, ...],
+    maps: list[tuple[jax.Array, jax.Array | None]],
     group_sizes_G: jax.Array,
     out: jax.ShapeDtypeStruct,
 ) -> jax.Array:
-    """Apply `fn(rows, product)` to the rows of every group, `product` being with the group's matrices."""
+    """Apply `fn(rows, affine)` to the rows of every group; `maps` are stacks of matrices and of biases, if any."""
+    stacks = [stack for pair in maps for stack in pair if stack is not None]
     if 0 in x_RK.shape or any(0 in stack.shape for stack in stacks):
         return jnp.zeros(out.shape, out.dtype)
     varying = varying_axes(x_RK, *stacks, group_sizes_G)
 
+    def slice_of(stack: jax.Array, group: jax.Array) -> jax.Array:
+        return lax.dynamic_index_in_dim(stack, group, keepdims=False)
+
+    def add_bias(y_mN: jax.Array, bias_N: jax.Array | None) -> jax.Array:
+        return y_mN if bias_N is None else y_mN + bias_N.astype(jnp.float32)
+
     if rows_per_tile(x_RK.shape[0], group_sizes_G.shape[0]) == 1:
 
         def row_fn(group: jax.Array, x_1K: jax.Array) -> jax.Array:
-            return fn(x_1K, lambda index, y_1K: _row_product(y_1K, stacks[index], group))
+            def affine(index: int, y_1K: jax.Array) -> jax.Array:
+                matrices, biases = maps[index]
+                bias_N = None if biases is None else slice_of(biases, group)
+                return add_bias(_row_product(y_1K, matrices, group), bias_N)
+
+            return fn(x_1K, affine)
 
         return map_rows(row_fn, x_RK, group_sizes_G, out, varying=varying)
 
-    def load(group: jax.Array) -> tuple[jax.Array, ...]:
-        return tuple(lax.dynamic_index_in_dim(stack, group, keepdims=False) for stack in stacks)
+    def load(group: jax.Array) -> Any:
+        return jax.tree.map(lambda stack: slice_of(stack, group), maps)
 
-    def tile_fn(matrices: tuple[jax.Array, ...], x_mK: jax.Array) -> jax.Array:
-        return fn(x_mK, lambda index, y_mK: _matmul(y_mK, matrices[index]))
+    def tile_fn(loaded: Any, x_mK: jax.Array) -> jax.Array:
+        def affine(index: int, y_mK: jax.Array) -> jax.Array:
+            matrix_NK, bias_N = loaded[index]
+            return add_bias(_matmul(y_mK, matrix_NK), bias_N)
+
+        return fn(x_mK, affine)
 
     return map_tiles(load, tile_fn, x_RK, group_sizes_G, out, varying=varying)
 

@@ -3,7 +3,7 @@
 import jax
 import jax.numpy as jnp
 
-from jaxmoe.kernels.grouped_matmul.activations import Activation
+from jaxmoe.kernels.grouped_matmul.activations import Combine
 
 
 def grouped_matmul(
@@ -26,15 +26,23 @@ def grouped_matmul(
 
 def expert_mlp(
     x_RD: jax.Array,
-    w_gate_up_p2FD: jax.Array,
+    w_up_pND: jax.Array,
     w_down_pDF: jax.Array,
     group_sizes_p: jax.Array,
     *,
-    activation: Activation,
+    b_up_pN: jax.Array | None,
+    b_down_pD: jax.Array | None,
+    combine: Combine,
     out_dtype: jnp.dtype,
 ) -> jax.Array:
-    """y = W_down[g] @ (act(W_gate[g] @ x) * (W_up[g] @ x)); see `api.expert_mlp`."""
-    gate_RF = grouped_matmul(x_RD, w_gate_up_p2FD[:, 0], group_sizes_p, out_dtype=jnp.float32)
-    up_RF = grouped_matmul(x_RD, w_gate_up_p2FD[:, 1], group_sizes_p, out_dtype=jnp.float32)
-    h_RF = (activation(gate_RF) * up_RF).astype(x_RD.dtype)
-    return grouped_matmul(h_RF, w_down_pDF, group_sizes_p, out_dtype=out_dtype)
+    """y = W_down[g] @ combine(W_up[g] @ x + b_up[g]) + b_down[g]; see `api.expert_mlp`."""
+    slot_R = jnp.repeat(jnp.arange(len(group_sizes_p)), group_sizes_p, total_repeat_length=len(x_RD))
+    owned_R1 = (jnp.arange(len(x_RD)) < jnp.sum(group_sizes_p))[:, None]
+    up_RN = grouped_matmul(x_RD, w_up_pND, group_sizes_p, out_dtype=jnp.dtype(jnp.float32))
+    if b_up_pN is not None:
+        up_RN += b_up_pN[slot_R].astype(jnp.float32)
+    h_RF = combine(up_RN).astype(x_RD.dtype)
+    y_RD = grouped_matmul(h_RF, w_down_pDF, group_sizes_p, out_dtype=jnp.dtype(jnp.float32))
+    if b_down_pD is not None:
+        y_RD += b_down_pD[slot_R].astype(jnp.float32)
+    return jnp.where(owned_R1, y_RD, 0).astype(out_dtype)

@@ -48,16 +48,19 @@ def map_rows(
     """
     end_G, group_G, _ = _filled_groups(x_RK.shape[0], group_sizes_G)
 
-    def body(carry: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
+    def body(carry: tuple[Any, ...]) -> tuple[Any, ...]:
         row, i, out_RN = carry
         group = group_G[i]
         y_1N = row_fn(group, lax.dynamic_slice_in_dim(x_RK, row, 1)).astype(out_RN.dtype)
         out_RN = lax.dynamic_update_slice_in_dim(out_RN, y_1N, row, 0)
         return row + 1, i + (row + 1 == end_G[group]), out_RN
 
-    start = (jnp.int32(0), jnp.int32(0), jnp.zeros(out.shape, out.dtype))
     row_axes = varying_axes(group_sizes_G)
-    start = tuple(_mark_varying(a, axes) for a, axes in zip(start, (row_axes, row_axes, varying), strict=True))
+    start: tuple[Any, ...] = (
+        _mark_varying(jnp.int32(0), row_axes),
+        _mark_varying(jnp.int32(0), row_axes),
+        _mark_varying(jnp.zeros(out.shape, out.dtype), varying),
+    )
     return lax.while_loop(lambda carry: carry[0] < end_G[-1], body, start)[2]
 
 
@@ -78,7 +81,10 @@ def map_tiles(
     Args:
         load: what a group's tiles share, such as its slice of a stack of matrices.
         tile_fn: must treat rows independently, for a tile at a group's border also holds its neighbours' rows.
-        x_RK, group_sizes_G, out, varying: as for `map_rows`.
+        x_RK: as for `map_rows`, like the rest.
+        group_sizes_G: rows of each group.
+        out: shape [R, N] and dtype of the result.
+        varying: mesh axes over which the result varies.
 
     Returns:
         out_RN, zeros where no group owns the row.

@@ -1,0 +1,159 @@
+"""Rotary frequencies: how config.json's rope settings become numbers. NumPy only.
+
+A scaling kind is one function and a line in `SCALINGS`.
+"""
+
+import dataclasses
+import math
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import numpy as np
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RopeConfig:
+    """Rotary position embedding (Su et al. 2021, arXiv:2104.09864).
+
+    Attributes:
+        frequencies: radians per position of each rotated pair of dims; the leading
+            ``2 * len(frequencies)`` dims of a head rotate.
+        scale: cosines and sines are multiplied by it.
+        interleaved: pairs are neighbouring dims (2i, 2i + 1) instead of (i, i + r).
+    """
+
+    frequencies: tuple[float, ...]
+    scale: float = 1.0
+    interleaved: bool = False
+
+    def __post_init__(self) -> None:
+        if not self.frequencies:
+            raise ValueError("a rotary embedding rotates at least one pair of dims; got none")
+
+    @property
+    def rotary_dim(self) -> int:
+        """Dims of a head that rotate."""
+        return 2 * len(self.frequencies)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _Settings:
+    """What a scaling is computed from: the rope dictionary, and what stands beside it in config.json."""
+
+    rope: Mapping[str, Any]
+    base: np.ndarray
+    theta: float
+    max_position_embeddings: int
+
+
+def _base_frequencies(theta: float, rotary_dim: int) -> np.ndarray:
+    """theta^(-2i / rotary_dim), float32 as the reference implementations compute it."""
+    exponents = np.arange(0, rotary_dim, 2, dtype=np.float32) / np.float32(rotary_dim)
+    return (np.float32(1.0) / np.float32(theta) ** exponents).astype(np.float32)
+
+
+def _default(settings: _Settings) -> tuple[np.ndarray, float]:
+    return settings.base, 1.0
+
+
+def _linear(settings: _Settings) -> tuple[np.ndarray, float]:
+    """Positions divided by a factor (Chen et al. 2023, arXiv:2306.15595)."""
+    return settings.base / np.float32(settings.rope["factor"]), 1.0
+
+
+def _llama3(settings: _Settings) -> tuple[np.ndarray, float]:
+    """Long wavelengths divided by a factor, short ones kept, those between blended (Llama 3.1)."""
+    rope = settings.rope
+    factor, original = rope["factor"], rope["original_max_position_embeddings"]
+    low, high = rope["low_freq_factor"], rope["high_freq_factor"]
+    wavelengths = 2 * np.pi / settings.base
+    blend = np.clip((original / wavelengths - low) / (high - low), 0, 1).astype(np.float32)
+    return (1 - blend) * settings.base / np.float32(factor) + blend * settings.base, 1.0
+
+
+def _yarn(settings: _Settings) -> tuple[np.ndarray, float]:
+    """YaRN (Peng et al. 2023, arXiv:2309.00071), section 3: blend by rotations over the original context."""
+    rope, dim = settings.rope, 2 * len(settings.base)
+    original = rope.get("original_max_position_embeddings") or settings.max_position_embeddings
+    factor = rope.get("factor") or settings.max_position_embeddings / original
+
+    def dim_of(rotations: float) -> float:
+        return dim * math.log(original / (rotations * 2 * math.pi)) / (2 * math.log(settings.theta))
+
+    low, high = dim_of(rope.get("beta_fast") or 32), dim_of(rope.get("beta_slow") or 1)
+    if rope.get("truncate", True):
+        low, high = math.floor(low), math.ceil(high)
+    low, high = max(low, 0), min(high, dim - 1)
+    ramp = np.clip((np.arange(dim // 2, dtype=np.float32) - low) / max(high - low, 0.001), 0, 1).astype(np.float32)
+    frequencies = settings.base / np.float32(factor) * ramp + settings.base * (1 - ramp)
+    return frequencies, _yarn_scale(rope, factor)
+
+
+def _yarn_scale(rope: Mapping[str, Any], factor: float) -> float:
+    if rope.get("attention_factor") is not None:
+        return float(rope["attention_factor"])
+    if rope.get("mscale") and rope.get("mscale_all_dim"):
+        return yarn_mscale(factor, rope["mscale"]) / yarn_mscale(factor, rope["mscale_all_dim"])
+    return yarn_mscale(factor, 1.0)
+
+
+def yarn_mscale(factor: float, mscale: float) -> float:
+    """0.1 · mscale · ln(factor) + 1, YaRN's correction of the softmax temperature."""
+    return 1.0 if factor <= 1 else 0.1 * mscale * math.log(factor) + 1.0
+
+
+SCALINGS: dict[str, Callable[[_Settings], tuple[np.ndarray, float]]] = {
+    "default": _default,
+    "linear": _linear,
+    "llama3": _llama3,
+    "yarn": _yarn,
+}
+
+
+def rope_settings(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The rope dictionary in the v5 (``rope_parameters``) and v4 (``rope_scaling``, ``rope_theta``) spellings."""
+    rope = {**(config.get("rope_scaling") or {}), **(config.get("rope_parameters") or {})}
+    for name in ("rope_theta", "partial_rotary_factor"):
+        if rope.get(name) is None and config.get(name) is not None:
+            rope[name] = config[name]
+    return rope
+
+
+def read_rope(
+    config: Mapping[str, Any],
+    *,
+    head_dim: int,
+    default_theta: float,
+    interleaved: bool = False,
+    rope: Mapping[str, Any] | None = None,
+) -> RopeConfig:
+    """Read a config.json's rotary settings.
+
+    Args:
+        config: the dictionary of config.json.
+        head_dim: dims of a head that may rotate.
+        default_theta: the family's theta where the config gives none.
+        interleaved: see `RopeConfig`.
+        rope: the rope dictionary where a family keeps several; `rope_settings` of `config` by default.
+
+    Raises:
+        ValueError: the scaling is of a kind that is not known here.
+    """
+    rope = rope_settings(config) if rope is None else rope
+    kind = rope.get("rope_type") or rope.get("type") or "default"
+    if kind not in SCALINGS:
+        raise ValueError(f"rope scaling can be {', '.join(SCALINGS)}; config.json asks for {kind!r}")
+    theta = float(rope.get("rope_theta") or default_theta)
+    rotary_dim = int(head_dim * (rope.get("partial_rotary_factor") or 1.0))
+    try:
+        frequencies, scale = SCALINGS[kind](
+            _Settings(
+                rope=rope,
+                base=_base_frequencies(theta, rotary_dim),
+                theta=theta,
+                max_position_embeddings=config.get("max_position_embeddings") or 0,
+            )
+        )
+    except KeyError as error:
+        raise ValueError(f"rope scaling {kind!r} needs {error} in config.json's rope settings") from error
+    return RopeConfig(frequencies=tuple(frequencies.tolist()), scale=scale, interleaved=interleaved)
