@@ -39,7 +39,8 @@ MODEL = {
     "eos_token_id": None,
     "tie_word_embeddings": False,
 }
-MESHES = ["dp=1,tp=1,ep=1", "dp=1,tp=2,ep=1", "dp=1,tp=4,ep=1", "dp=1,tp=1,ep=4"]
+# Behind the mesh, the axes that share the experts, where those are not the default ("ep",).
+MESHES = ["dp=1,tp=1,ep=1", "dp=1,tp=2,ep=1", "dp=1,tp=4,ep=1", "dp=1,tp=4,ep=1 experts=ep,tp", "dp=1,tp=1,ep=4"]
 
 # What is timed: sequences, tokens of each prompt, tokens generated. The first token comes out of prefill, so decode
 # is the time of the tokens after it.
@@ -246,9 +247,10 @@ def jaxmoe_timer(mesh: str, checkpoint: str) -> Timer:
     from jaxmoe.generate import GenerationStats
     from jaxmoe.mesh import parse_mesh
 
+    mesh, _, axes = mesh.partition(" experts=")
     sizes = parse_mesh(mesh)
     jaxmoe.simulate_devices(math.prod(sizes.values()))
-    model = jaxmoe.load(checkpoint, mesh=jaxmoe.make_mesh(**sizes), progress=False)
+    model = jaxmoe.load(checkpoint, mesh=jaxmoe.make_mesh(**sizes), expert_axes=tuple((axes or "ep").split(",")))
 
     def timer(prompts: list[list[int]], new: int) -> float:
         stats = GenerationStats()

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from jaxmoe.dispatch.base import (
     ApplyExperts,
     Dispatch,
+    DispatchCost,
     DispatchLayout,
     DispatchStats,
     apply_grouped,
@@ -80,10 +81,12 @@ def run(
     return y_TD, DispatchStats(rounds=rounds)
 
 
-def wire_bytes(T: int, K: int, D: int, itemsize: int, layout: DispatchLayout) -> float:
-    """One round of rows there and back, padding included."""
-    n = layout.num_devices
-    return 2 * (n - 1) * capacity(-(-T // n), K, n) * D * itemsize
+def cost(T: int, K: int, D: int, itemsize: int, layout: DispatchLayout) -> DispatchCost:
+    """One round, padding included: rows and slots there, results back, each row regrouped on both sides."""
+    n, own = layout.num_devices, -(-T // layout.num_devices)
+    rows = n * capacity(own, K, n)
+    wire = 2 * (n - 1) / n * rows * D * itemsize
+    return DispatchCost(wire, memory_bytes=(5 * rows * itemsize + own * K * 4) * D, collectives=4)
 
 
-ALL_TO_ALL = Dispatch("all_to_all", token_axes, run, wire_bytes)
+ALL_TO_ALL = Dispatch("all_to_all", token_axes, run, cost)

@@ -50,6 +50,20 @@ class DispatchLayout:
         return self.num_slots // self.num_devices
 
 
+class DispatchCost(NamedTuple):
+    """What a device moves in one call; its own experts' work is the same with every backend and left out.
+
+    Attributes:
+        wire_bytes: sent to other devices.
+        memory_bytes: copied from place to place in its own memory.
+        collectives: operations that all devices meet in.
+    """
+
+    wire_bytes: float
+    memory_bytes: float
+    collectives: int
+
+
 class DispatchStats(NamedTuple):
     """What an exchange did, the same on every device.
 
@@ -70,14 +84,14 @@ class Dispatch:
             axes each device is given the same tokens and returns the same sums.
         run: ``(x_TD, slots_TK, weights_TK, apply_experts, layout) -> (y_TD float32, DispatchStats)``,
             where a slot of -1 means no expert.
-        wire_bytes: ``(T, K, D, itemsize, layout) -> bytes`` that a device sends for T tokens over
-            all of `expert_axes`; what `choose` compares.
+        cost: ``(T, K, D, itemsize, layout) -> DispatchCost`` of T tokens over all of `expert_axes`
+            with even routing; what `jaxmoe.dispatch.choose` compares.
     """
 
     name: str
     token_axes: Callable[[DispatchLayout], tuple[str, ...]]
     run: Callable[[jax.Array, jax.Array, jax.Array, ApplyExperts, DispatchLayout], tuple[jax.Array, DispatchStats]]
-    wire_bytes: Callable[[int, int, int, int, DispatchLayout], float]
+    cost: Callable[[int, int, int, int, DispatchLayout], DispatchCost]
 
 
 def group_rows(slots_R: jax.Array, slots_per_device: int) -> tuple[jax.Array, jax.Array]:

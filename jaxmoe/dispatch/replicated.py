@@ -6,7 +6,15 @@ No row is exchanged; one psum adds up what the devices computed. Best for few to
 import jax
 import jax.numpy as jnp
 
-from jaxmoe.dispatch.base import ApplyExperts, Dispatch, DispatchLayout, DispatchStats, apply_grouped, weighted_sum
+from jaxmoe.dispatch.base import (
+    ApplyExperts,
+    Dispatch,
+    DispatchCost,
+    DispatchLayout,
+    DispatchStats,
+    apply_grouped,
+    weighted_sum,
+)
 from jaxmoe.mesh import AXES, TP
 
 
@@ -27,10 +35,11 @@ def run(
     return jax.lax.psum(y_TD, layout.expert_axes + layout.partial_axes), DispatchStats(rounds=jnp.int32(0))
 
 
-def wire_bytes(T: int, K: int, D: int, itemsize: int, layout: DispatchLayout) -> float:
-    """Tokens gathered over the expert axes, then a ring all-reduce of float32 sums."""
+def cost(T: int, K: int, D: int, itemsize: int, layout: DispatchLayout) -> DispatchCost:
+    """Tokens gathered over the expert axes, rows of all K choices there and back, a ring all-reduce of float32 sums."""
     n = layout.num_devices
-    return (n - 1) / n * T * D * (itemsize + 2 * 4)
+    wire = (n - 1) / n * T * D * (itemsize + 2 * 4)
+    return DispatchCost(wire, memory_bytes=T * K * D * (itemsize + 2 * 4), collectives=2 if n > 1 else 0)
 
 
-REPLICATED = Dispatch("replicated", token_axes, run, wire_bytes)
+REPLICATED = Dispatch("replicated", token_axes, run, cost)

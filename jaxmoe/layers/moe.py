@@ -11,7 +11,7 @@ from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
 from jaxmoe.config import MoEConfig
-from jaxmoe.dispatch import ApplyExperts, Dispatch, DispatchLayout, choose, get_dispatch
+from jaxmoe.dispatch import ApplyExperts, Dispatch, DispatchLayout, choose_dispatch, get_dispatch
 from jaxmoe.kernels.grouped_matmul import combine_halves, expert_mlp
 from jaxmoe.layers.host_data import HostData
 from jaxmoe.layers.mlp import MLP
@@ -171,7 +171,8 @@ class MoE(nnx.Module):
             # Devices off the expert axes (dp) each take their own part of the tokens.
             groups = self.mesh.size // layout.num_devices // layout.size(partial_axes)
             K, D = self.config.num_experts_per_tok, self.config.hidden_size
-            dispatch = choose(-(-T // groups), K, D, jnp.dtype(dtype).itemsize, layout)
+            platform = self.mesh.devices.flat[0].platform
+            dispatch = choose_dispatch(-(-T // groups), K, D, jnp.dtype(dtype).itemsize, layout, platform)
         else:
             dispatch = get_dispatch(self.dispatch)
         return _Plan(self.config, self.mesh, layout, dispatch, self.kernels)

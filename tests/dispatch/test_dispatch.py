@@ -10,8 +10,9 @@ import pytest
 from hypothesis import example, given, settings
 from jax.sharding import PartitionSpec as P
 
-from jaxmoe.dispatch import DISPATCHES, DispatchLayout, choose, get_dispatch
+from jaxmoe.dispatch import DISPATCHES, DispatchLayout, choose_dispatch, get_dispatch
 from jaxmoe.dispatch.all_to_all import capacity
+from jaxmoe.dispatch.choose import RATES
 from jaxmoe.kernels.grouped_matmul import expert_mlp
 from jaxmoe.placement import ExpertPlacement
 from tests.conftest import MESH_SHAPES, mesh_of
@@ -167,18 +168,21 @@ def test_names():
         get_dispatch("alltoall")
 
 
-def test_choice_follows_the_bytes():
-    layout = DispatchLayout(
-        mesh_shape=(("dp", 1), ("tp", 1), ("ep", 8)), expert_axes=("ep",), partial_axes=("tp",), num_slots=64
+def layout_of(n: int) -> DispatchLayout:
+    return DispatchLayout(
+        mesh_shape=(("dp", 1), ("tp", 1), ("ep", n)), expert_axes=("ep",), partial_axes=("tp",), num_slots=64
     )
-    assert choose(1, 8, 2048, 2, layout).name == "replicated"
-    few, many = (
-        {name: backend.wire_bytes(tokens, 2, 4096, 2, layout) for name, backend in DISPATCHES.items()}
-        for tokens in (1, 16384)
-    )
-    assert choose(1, 2, 4096, 2, layout).name == min(few, key=few.get)
-    assert choose(16384, 2, 4096, 2, layout).name == min(many, key=many.get) == "all_to_all"
-    alone = DispatchLayout(
-        mesh_shape=(("dp", 1), ("tp", 1), ("ep", 1)), expert_axes=("ep",), partial_axes=("tp",), num_slots=8
-    )
-    assert choose(4096, 2, 4096, 2, alone).name == "replicated"
+
+
+@pytest.mark.parametrize("platform", ["gpu", "cpu"])
+def test_few_tokens_are_replicated_and_many_exchanged(platform):
+    assert choose_dispatch(1, 8, 4096, 2, layout_of(8), platform).name == "replicated"
+    assert choose_dispatch(16384, 2, 4096, 2, layout_of(8), platform).name == "all_to_all"
+    # Nothing is exchanged where one device holds every expert.
+    assert choose_dispatch(16384, 2, 4096, 2, layout_of(1), platform).name == "replicated"
+
+
+def test_choice_is_the_least_modelled_time():
+    for T in (1, 8, 64, 512, 4096):
+        seconds = {name: RATES["gpu"].seconds(d.cost(T, 8, 2048, 2, layout_of(4))) for name, d in DISPATCHES.items()}
+        assert choose_dispatch(T, 8, 2048, 2, layout_of(4), "gpu").name == min(seconds, key=seconds.get)

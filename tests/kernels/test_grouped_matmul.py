@@ -79,6 +79,41 @@ def test_reference_is_a_loop_over_rows():
 
 @each_backend
 @each_regime
+@pytest.mark.parametrize("gated", [True, False])
+@pytest.mark.parametrize(("activation", "limit"), [("silu", None), ("relu2", None), ("clamped_swiglu", 0.7)])
+def test_biases_and_other_expert_functions(backend, R, gated, activation, limit):
+    if activation == "clamped_swiglu" and not gated:
+        pytest.skip("a clamped activation needs a gate")
+    sizes, halves = [R // 3, 0, 4, 1, 0, 3], 2 if gated else 1
+    x_RD, w_up, w_down, b_up, b_down = arrays(5, (R, D), (G, halves, F, D), (G, D, F), (G, halves, F), (G, D))
+    actual = expert_mlp(
+        poison(x_RD, sizes),
+        w_up,
+        w_down,
+        int32(sizes),
+        b_gate_up_p2F=b_up,
+        b_down_pD=b_down,
+        activation=activation,
+        limit=limit,
+        backend=backend,
+    )
+    x_RD, w_up, w_down, b_up, b_down = (np.asarray(a, np.float64) for a in (x_RD, w_up, w_down, b_up, b_down))
+    y_RD = np.zeros((R, D))
+    for r, g in enumerate(np.repeat(np.arange(G), sizes)):
+        halves_F = w_up[g] @ x_RD[r] + b_up[g]
+        if activation == "clamped_swiglu":
+            gate, up = np.minimum(halves_F[0], limit), np.clip(halves_F[1], -limit, limit)
+            h_F = (up + 1) * gate / (1 + np.exp(-1.702 * gate))
+        else:
+            first = halves_F[0]
+            h_F = first / (1 + np.exp(-first)) if activation == "silu" else np.maximum(first, 0) ** 2
+            h_F = h_F * halves_F[1] if gated else h_F
+        y_RD[r] = w_down[g] @ h_F + b_down[g]
+    assert_close(actual, y_RD, sizes)
+
+
+@each_backend
+@each_regime
 def test_all_patterns_of_empty_groups(backend, R):
     for pattern in product([0, 1], repeat=G):
         check_mlp(backend, R, np.array(pattern) * (R // G))
