@@ -19,6 +19,8 @@ _HOME = {
     "MoE": "jaxmoe.layers",
     "MoEStats": "jaxmoe.layers",
     "load": "jaxmoe.checkpoint.load",
+    "save": "jaxmoe.checkpoint.save",
+    "convert": "jaxmoe.checkpoint.save",
     "generate": "jaxmoe.generate",
 }
 
@@ -26,6 +28,8 @@ __all__ = [*_HOME, "__version__"]
 
 if TYPE_CHECKING:
     from jaxmoe.checkpoint.load import load as load
+    from jaxmoe.checkpoint.save import convert as convert
+    from jaxmoe.checkpoint.save import save as save
     from jaxmoe.config import MoEConfig as MoEConfig
     from jaxmoe.config import RouterConfig as RouterConfig
     from jaxmoe.generate import generate as generate

@@ -10,9 +10,10 @@ import json
 import os
 import sys
 from collections.abc import Callable, Sequence
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from jaxmoe import cli_place
+from jaxmoe import cli_convert, cli_inspect, cli_options, cli_place
 
 if TYPE_CHECKING:
     from jax.sharding import Mesh
@@ -80,35 +81,18 @@ def _parser() -> argparse.ArgumentParser:
 # --- options and steps that several commands share
 
 
-def _add_mesh_options(parser: argparse.ArgumentParser) -> None:
-    group = parser.add_argument_group("devices")
-    group.add_argument(
-        "--mesh",
-        type=_mesh_sizes,
-        metavar="dp=1,tp=2,ep=4",
-        help="mesh sizes, axes left out being 1 (default: every device on ep)",
-    )
-    group.add_argument("--simulate", type=_count, metavar="N", help="use N simulated CPU devices")
-
-
 def _add_load_options(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("loading")
     group.add_argument("--placement", default="linear", metavar="NAME|FILE.json", help="where experts go (linear)")
     group.add_argument("--dtype", help="of weights and activations (default: the checkpoint's own)")
+    group.add_argument("--adapter", metavar="DIR", help="a LoRA adapter to merge into the weights")
+    group.add_argument(
+        "--expert-axes", type=_axes, default=("ep",), metavar="ep,tp", help="mesh axes that share the experts (ep)"
+    )
     group.add_argument("--dispatch", default="auto", metavar="NAME", help="how tokens travel to experts (auto)")
     group.add_argument("--kernels", default="auto", metavar="NAME", help="grouped matmul backend (auto)")
     group.add_argument("--check-finite", action="store_true", help="refuse a checkpoint with NaN or infinity")
     group.add_argument("--no-progress", action="store_true", help="draw no progress bar")
-
-
-def _make_mesh(args: argparse.Namespace) -> "Mesh":
-    from jaxmoe.mesh import make_mesh, simulate_devices
-
-    if args.simulate is not None:
-        simulate_devices(args.simulate)
-    import jax
-
-    return make_mesh(**(args.mesh or {"ep": jax.device_count()}))
 
 
 def _load(args: argparse.Namespace, mesh: "Mesh") -> Any:
@@ -117,8 +101,10 @@ def _load(args: argparse.Namespace, mesh: "Mesh") -> Any:
     return jaxmoe.load(
         args.checkpoint,
         mesh=mesh,
-        placement=_placement(args.placement),
+        placement=cli_options.read_placement(args.placement),
         dtype=args.dtype,
+        adapter=args.adapter,
+        expert_axes=args.expert_axes,
         dispatch=args.dispatch,
         kernels=args.kernels,
         # A bar in a log file is noise.
@@ -127,36 +113,13 @@ def _load(args: argparse.Namespace, mesh: "Mesh") -> Any:
     )
 
 
-def _placement(text: str) -> Any:
-    if not text.endswith(".json"):
-        return text
-    from pathlib import Path
-
-    from jaxmoe.placement import placements_from_json
-
-    if not Path(text).is_file():
-        raise FileNotFoundError(f"the placement file {text} does not exist")
-    return placements_from_json(Path(text).read_text(encoding="utf-8"))
-
-
 def _describe(mesh: "Mesh") -> str:
     sizes = ",".join(f"{axis}={size}" for axis, size in mesh.shape.items())
     return f"mesh {sizes} on {mesh.size} {mesh.devices.flat[0].platform} device{'s' if mesh.size > 1 else ''}"
 
 
-def _mesh_sizes(text: str) -> dict[str, int]:
-    from jaxmoe.mesh import parse_mesh
-
-    try:
-        return parse_mesh(text)
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(str(error)) from error
-
-
-def _count(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"a whole number of at least 1; got {text!r}")
-    return int(text)
+def _axes(text: str) -> tuple[str, ...]:
+    return tuple(axis.strip() for axis in text.split(","))
 
 
 def _one_line(error: BaseException) -> str:
@@ -180,7 +143,7 @@ def _add_generate_options(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--chat", action="store_true", help="put prompts through the chat template")
     parser.add_argument("--system", metavar="TEXT", help="system message, with --chat")
-    parser.add_argument("--batch-size", type=_count, default=32, metavar="N", help="prompts at a time (32)")
+    parser.add_argument("--batch-size", type=cli_options.count, default=32, metavar="N", help="prompts at a time (32)")
 
     group = parser.add_argument_group("generation")
     group.add_argument("--max-new-tokens", type=int, default=64, metavar="N", help="tokens per prompt (64)")
@@ -193,7 +156,7 @@ def _add_generate_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--stop", action="append", metavar="TEXT", help="end the text here (repeatable)")
     group.add_argument("--ignore-eos", action="store_true", help="go on to --max-new-tokens")
 
-    _add_mesh_options(parser)
+    cli_options.add_mesh_options(parser)
     _add_load_options(parser)
     parser.add_argument("--json", action="store_true", help="one JSON object a line for each prompt")
     parser.add_argument("-v", "--verbose", action="store_true", help="a table of expert bytes per device, on stderr")
@@ -205,15 +168,19 @@ def _generate(args: argparse.Namespace) -> None:
     if args.chat and args.prompt_ids:
         args.usage_error("--chat is for text: --prompt or --prompt-file")
     prompts = _read_prompts(args)
-    mesh = _make_mesh(args)
-    model = _load(args, mesh)
+    mesh = cli_options.make_mesh(args)
+
+    from pathlib import Path
 
     from jaxmoe.generate import GenerationStats, encode, generate
+    from jaxmoe.models import read_model_config
 
+    # All prompts are checked before the weights are read, which may take minutes.
+    outline = SimpleNamespace(config=read_model_config(args.checkpoint)[1], source=Path(args.checkpoint))
+    token_ids = encode(outline, _conversations(prompts, args), max_new_tokens=args.max_new_tokens)
+    model = _load(args, mesh)
     if args.verbose:
         _print_expert_bytes(model)
-    # All prompts are checked before the first is answered.
-    token_ids = encode(model, _conversations(prompts, args), max_new_tokens=args.max_new_tokens)
     live = len(prompts) == 1 and not args.json and sys.stdout.isatty()
     total = GenerationStats()
     for start in range(0, len(prompts), args.batch_size):
@@ -304,5 +271,7 @@ def _token_ids(text: str) -> list[int]:
 
 COMMANDS = {
     "generate": Command("generate text from prompts", _add_generate_options, _generate),
+    "inspect": Command(cli_inspect.HELP, cli_inspect.add_options, cli_inspect.run),
+    "convert": Command(cli_convert.HELP, cli_convert.add_options, cli_convert.run),
     "place": Command(cli_place.HELP, cli_place.add_options, cli_place.run),
 }

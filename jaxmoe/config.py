@@ -31,22 +31,25 @@ class AttentionConfig:
         num_kv_heads: key and value heads; divides `num_heads`.
         head_dim: width of one head.
         rope: rotary embedding of queries and keys; None for no position embedding.
-        qk_norm: RMS-normalise queries and keys, per "head" or over the "full" width of all heads;
-            None for not at all.
+        qk_norm: RMS-normalise queries and keys, per "head", over the "full" width of all heads, or per head without
+            a weight, "unweighted"; None for not at all.
         qk_norm_after_rope: normalise after the rotation instead of before.
         bias: q, k and v projections have a bias.
         out_bias: the output projection has one.
         scale: of the scores; head_dim^-0.5 where None.
-        clip: queries, keys and values are clipped to ±clip after their projection.
+        clip: queries, keys and values are clipped to ±clip before the rotation, after a norm that is before it.
         sinks: each head has one more logit, whose probability is dropped (attention sinks).
         sliding_window: a token sees this many positions, itself included; None for all.
+        chunk: positions are in chunks of this many, and a token sees its own chunk only; None for all.
+        temperature: (floor, slope) with which queries far from the start are made longer, by
+            slope · ln(1 + floor((position + 1) / floor)) + 1; None for not at all.
     """
 
     num_heads: int
     num_kv_heads: int
     head_dim: int
     rope: RopeConfig | None
-    qk_norm: Literal["head", "full"] | None = None
+    qk_norm: Literal["head", "full", "unweighted"] | None = None
     qk_norm_after_rope: bool = False
     bias: bool = False
     out_bias: bool = False
@@ -54,6 +57,8 @@ class AttentionConfig:
     clip: float | None = None
     sinks: bool = False
     sliding_window: int | None = None
+    chunk: int | None = None
+    temperature: tuple[float, float] | None = None
 
     def __post_init__(self) -> None:
         _check_positive(self, "num_heads", "num_kv_heads", "head_dim")
@@ -81,6 +86,7 @@ class RouterConfig:
         topk_groups: see `num_groups`.
         group_score: a group counts as its largest score, or as the sum of its two largest.
         scale: the weights are multiplied by it.
+        sparsemixer: choose and weight by `jaxmoe.layers.router.sparsemixer` with this jitter; None for the above.
     """
 
     score: str = "softmax"
@@ -95,6 +101,7 @@ class RouterConfig:
     topk_groups: int = 1
     group_score: Literal["max", "top2_sum"] = "top2_sum"
     scale: float = 1.0
+    sparsemixer: float | None = None
 
     def __post_init__(self) -> None:
         _check_positive(self, "num_groups", "topk_groups")
@@ -191,7 +198,7 @@ class DecoderConfig:
         hidden_size: D.
         layers: one config per layer, first to last.
         norm_eps: epsilon of every norm.
-        norm: "rms", or "layer" with mean and bias.
+        norm: "rms", "layer" with mean and bias, or "layer_without_bias".
         tie_word_embeddings: the output projection is the embedding.
         max_position_embeddings: positions the model was made for.
         dtype: the checkpoint's own dtype by name, None where it does not say.
@@ -209,7 +216,7 @@ class DecoderConfig:
     tie_word_embeddings: bool
     max_position_embeddings: int
     dtype: str | None = None
-    norm: Literal["rms", "layer"] = "rms"
+    norm: Literal["rms", "layer", "layer_without_bias"] = "rms"
     embedding_multiplier: float = 1.0
     residual_multiplier: float = 1.0
     logits_scaling: float = 1.0

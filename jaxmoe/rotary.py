@@ -20,11 +20,15 @@ class RopeConfig:
             ``2 * len(frequencies)`` dims of a head rotate.
         scale: cosines and sines are multiplied by it.
         interleaved: pairs are neighbouring dims (2i, 2i + 1) instead of (i, i + r).
+        long: frequencies and scale of sequences longer than `long_above`; None where length makes no difference.
+        long_above: see `long`.
     """
 
     frequencies: tuple[float, ...]
     scale: float = 1.0
     interleaved: bool = False
+    long: "RopeConfig | None" = None
+    long_above: int = 0
 
     def __post_init__(self) -> None:
         if not self.frequencies:
@@ -102,11 +106,34 @@ def yarn_mscale(factor: float, mscale: float) -> float:
     return 1.0 if factor <= 1 else 0.1 * mscale * math.log(factor) + 1.0
 
 
+def _longrope(settings: _Settings, kind: str = "short") -> tuple[np.ndarray, float]:
+    """LongRoPE (Ding et al. 2024, arXiv:2402.13753): each frequency divided by a searched factor of its own.
+
+    There are two sets of factors, for sequences within the original context and beyond it.
+    """
+    rope = settings.rope
+    frequencies = settings.base / np.asarray(rope[f"{kind}_factor"], np.float32)
+    scale = rope.get(f"{kind}_mscale") or rope.get("attention_factor")
+    if scale is None:
+        original = rope["original_max_position_embeddings"]
+        factor = rope.get("factor") or settings.max_position_embeddings / original
+        scale = 1.0 if factor <= 1 else math.sqrt(1 + math.log(factor) / math.log(original))
+    return frequencies, float(scale)
+
+
+def _dynamic(settings: _Settings) -> tuple[np.ndarray, float]:
+    """NTK-aware scaling with a fixed alpha: theta is stretched so that the slowest pair turns alpha times slower."""
+    dim = 2 * len(settings.base)
+    return _base_frequencies(settings.theta * settings.rope["alpha"] ** (dim / (dim - 2)), dim), 1.0
+
+
 SCALINGS: dict[str, Callable[[_Settings], tuple[np.ndarray, float]]] = {
     "default": _default,
+    "dynamic": _dynamic,
     "linear": _linear,
     "llama3": _llama3,
     "yarn": _yarn,
+    "longrope": _longrope,
 }
 
 
@@ -145,15 +172,22 @@ def read_rope(
         raise ValueError(f"rope scaling can be {', '.join(SCALINGS)}; config.json asks for {kind!r}")
     theta = float(rope.get("rope_theta") or default_theta)
     rotary_dim = int(head_dim * (rope.get("partial_rotary_factor") or 1.0))
+    settings = _Settings(
+        rope=rope,
+        base=_base_frequencies(theta, rotary_dim),
+        theta=theta,
+        max_position_embeddings=config.get("max_position_embeddings") or 0,
+    )
     try:
-        frequencies, scale = SCALINGS[kind](
-            _Settings(
-                rope=rope,
-                base=_base_frequencies(theta, rotary_dim),
-                theta=theta,
-                max_position_embeddings=config.get("max_position_embeddings") or 0,
-            )
+        frequencies, scale = SCALINGS[kind](settings)
+        result = RopeConfig(frequencies=tuple(frequencies.tolist()), scale=scale, interleaved=interleaved)
+        if kind != "longrope":
+            return result
+        frequencies, scale = _longrope(settings, "long")
+        return dataclasses.replace(
+            result,
+            long=dataclasses.replace(result, frequencies=tuple(frequencies.tolist()), scale=scale),
+            long_above=rope["original_max_position_embeddings"],
         )
     except KeyError as error:
         raise ValueError(f"rope scaling {kind!r} needs {error} in config.json's rope settings") from error
-    return RopeConfig(frequencies=tuple(frequencies.tolist()), scale=scale, interleaved=interleaved)

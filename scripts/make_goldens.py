@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 import transformers
+from safetensors import safe_open
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
@@ -30,9 +31,11 @@ def make_model(model_type: str, seed: int, **changes: Any) -> torch.nn.Module:
     model = transformers.AutoModelForCausalLM.from_config(config).float().eval()
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
-        for name, parameter in sorted(model.named_parameters()):
+        # Some families hold the router's correction bias as a buffer.
+        biases = [buffer for buffer in model.named_buffers() if buffer[0].endswith("correction_bias")]
+        for name, parameter in sorted([*model.named_parameters(), *biases]):
             noise = torch.randn(parameter.shape, generator=generator)
-            if parameter.ndim == 1:
+            if parameter.ndim == 1 or name.endswith("correction_bias"):
                 parameter.copy_(noise * 0.2 + (0.0 if name.endswith("bias") else 1.0))
             else:
                 parameter.copy_(noise * (2.0 if "embed" in name else 1.5 * parameter.shape[-1] ** -0.5))
@@ -67,15 +70,26 @@ def reference(model: torch.nn.Module, prompts: list[list[int]], new_tokens: int 
 
 
 def save_forms(model: torch.nn.Module, directory: Path) -> None:
-    """Write both forms: as released (one file) and as transformers 5 holds it (fused experts, sharded)."""
+    """Write both forms: as released (one file) and as transformers 5 holds it (fused experts, sharded), if that differs."""
     model.save_pretrained(directory / "original")
     model.save_pretrained(directory / "fused", save_original_format=False, max_shard_size="60KB")
-    for form in ("original", "fused"):
+    if tensor_names(directory / "original") == tensor_names(directory / "fused"):
+        shutil.rmtree(directory / "fused")
+    for form in directory.iterdir():
         # The version of transformers is no part of what is tested.
-        for path in (directory / form / "config.json", directory / form / "generation_config.json"):
+        for path in (form / "config.json", form / "generation_config.json"):
             fields = json.loads(path.read_text())
             fields.pop("transformers_version", None)
             path.write_text(json.dumps(fields, indent=2, sort_keys=True) + "\n")
+
+
+def tensor_names(directory: Path) -> set[str]:
+    """Names of the tensors of a checkpoint."""
+    names: set[str] = set()
+    for path in directory.glob("*.safetensors"):
+        with safe_open(path, "pt") as file:
+            names.update(file.keys())
+    return names
 
 
 def main() -> None:

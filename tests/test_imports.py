@@ -26,7 +26,8 @@ ORDER = [
     ["generate"],
     ["plan"],
     ["viz"],
-    ["cli_place"],
+    ["cli_options"],
+    ["cli_convert", "cli_inspect", "cli_place"],
     ["cli"],
     ["__main__"],
 ]

@@ -1,5 +1,6 @@
 """Checkpoints: strict readers, the plan of what goes where, and the loader that carries it out."""
 
+from jaxmoe.checkpoint.adapter import Adapter, merge_adapter, open_adapter
 from jaxmoe.checkpoint.blocks import Block, whole_tensor_blocks
 from jaxmoe.checkpoint.errors import CheckpointError
 from jaxmoe.checkpoint.execute import load_arrays, load_shards
@@ -12,10 +13,13 @@ from jaxmoe.checkpoint.experts import (
 from jaxmoe.checkpoint.files import Checkpoint, open_checkpoint
 from jaxmoe.checkpoint.load import load
 from jaxmoe.checkpoint.plan import IgnoreRule, LoadPlan, make_load_plan
-from jaxmoe.checkpoint.report import LoadReport
+from jaxmoe.checkpoint.report import AdapterReport, LoadReport
 from jaxmoe.checkpoint.safetensors import SafetensorsFile, TensorInfo, read_safetensors
+from jaxmoe.checkpoint.save import SaveReport, convert, save
 
 __all__ = [
+    "Adapter",
+    "AdapterReport",
     "Block",
     "Checkpoint",
     "CheckpointError",
@@ -23,7 +27,9 @@ __all__ = [
     "LoadPlan",
     "LoadReport",
     "SafetensorsFile",
+    "SaveReport",
     "TensorInfo",
+    "convert",
     "expert_blocks",
     "find_expert_layout",
     "fused_expert_blocks",
@@ -31,8 +37,11 @@ __all__ = [
     "load_arrays",
     "load_shards",
     "make_load_plan",
+    "merge_adapter",
+    "open_adapter",
     "open_checkpoint",
     "per_expert_blocks",
     "read_safetensors",
+    "save",
     "whole_tensor_blocks",
 ]

@@ -1,11 +1,12 @@
 """Blocks: which region of which checkpoint tensor fills which region of which parameter."""
 
 import dataclasses
+import itertools
 
 import numpy as np
 
 from jaxmoe.checkpoint.boxes import Box
-from jaxmoe.checkpoint.safetensors import TensorInfo
+from jaxmoe.checkpoint.safetensors import Split, TensorInfo
 from jaxmoe.layers.param import ParamSpec
 
 
@@ -17,6 +18,9 @@ class Block:
     `dims` keep the order of the elements and others transpose. A dim of extent 1 needs no partner on the other side:
     ``None`` in `dims`, or a parameter dim that `dims` does not name.
 
+    Where one dim of a tensor holds what are several dims of a parameter, `tensor_split` says so: columns in which gate
+    and up alternate are a dim 2F that is split in (F, 2). `tensor_start`, `dims` and `tensor_box` then count split dims.
+
     Attributes:
         param: path of the parameter.
         param_start: first element of the region, global.
@@ -25,6 +29,8 @@ class Block:
         tensor_shape: the shape that tensor must have.
         tensor_start: first element of the region of the tensor.
         dims: parameter dim that each tensor dim runs along.
+        tensor_split: for each dim of `tensor_shape` the dims it is split in, outermost first; () where none is split.
+            All blocks of a tensor split it alike.
 
     Example:
         Expert 7's down projection [D, F] into slot 3 of ``w_down`` [P, D, F]:
@@ -45,6 +51,12 @@ class Block:
     tensor_shape: tuple[int, ...] = ()
     tensor_start: tuple[int, ...] = ()
     dims: tuple[int | None, ...] = ()
+    tensor_split: Split = ()
+
+    @property
+    def split_shape(self) -> tuple[int, ...]:
+        """The shape of the tensor with its dims split, that which `tensor_box` is in."""
+        return tuple(itertools.chain(*self.tensor_split)) if self.tensor_split else self.tensor_shape
 
     @property
     def param_box(self) -> Box:
@@ -53,7 +65,7 @@ class Block:
 
     @property
     def tensor_box(self) -> Box:
-        """The region of the tensor."""
+        """The region of the tensor, its dims split."""
         return tuple(
             [
                 (start, start + (1 if dim is None else self.shape[dim]))
@@ -62,7 +74,9 @@ class Block:
         )
 
 
-def whole_tensor_blocks(spec: ParamSpec, name: str, info: TensorInfo | None = None) -> list[Block]:
+def whole_tensor_blocks(
+    spec: ParamSpec, name: str, info: TensorInfo | None = None, *, joined: tuple[int, int] | None = None
+) -> list[Block]:
     """Blocks of a parameter that is one checkpoint tensor, or rows of it (`ParamSpec.rows`).
 
     Args:
@@ -70,6 +84,8 @@ def whole_tensor_blocks(spec: ParamSpec, name: str, info: TensorInfo | None = No
         name: the tensor.
         info: what the checkpoint has under that name. It is asked only whether the tensor has dims of size 1 more
             or less than the parameter; that it is there and has the right shape is checked by the plan.
+        joined: (first row, rows in all) of a tensor that holds other parameters beside this one; None for one of its
+            own.
 
     Returns:
         One block per run of consecutive rows that is also a run in the tensor.
@@ -82,7 +98,10 @@ def whole_tensor_blocks(spec: ParamSpec, name: str, info: TensorInfo | None = No
         shape = (spec.source_groups * group, *spec.shape[1:])
         runs = [(start * group, row * group, count * group) for start, row, count in _row_runs(spec.rows)]
     dims: tuple[int | None, ...] = tuple(range(len(shape)))
-    if info is not None and info.shape != shape:
+    first_row = 0
+    if joined is not None:
+        first_row, shape = joined[0], (joined[1], *shape[1:])
+    elif info is not None and info.shape != shape:
         shape, dims = _align(info.shape, shape) or (shape, dims)
 
     blocks = []
@@ -93,10 +112,18 @@ def whole_tensor_blocks(spec: ParamSpec, name: str, info: TensorInfo | None = No
             shape=(*size, *spec.shape[1:]),
         )
         if source >= 0:
-            tensor_start = tuple([source if dim == 0 else 0 for dim in dims])
+            tensor_start = tuple([first_row + source if dim == 0 else 0 for dim in dims])
             region = dataclasses.replace(region, tensor=name, tensor_shape=shape, tensor_start=tensor_start, dims=dims)
         blocks.append(region)
     return blocks
+
+
+def rows_on_disk(spec: ParamSpec) -> int:
+    """Size of dim 0 of the checkpoint's tensor for a parameter, see `ParamSpec.rows`."""
+    if spec.rows is None:
+        return spec.shape[0]
+    assert spec.source_groups is not None, f"{spec.path}: rows without source_groups"
+    return spec.shape[0] // len(spec.rows) * spec.source_groups
 
 
 def _row_runs(rows: tuple[int, ...]) -> list[tuple[int, int, int]]:

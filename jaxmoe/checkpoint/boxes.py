@@ -59,6 +59,28 @@ def is_contiguous(box: Box, shape: Sequence[int]) -> bool:
     return all(stop - start == 1 for start, stop in box[: max(partial, 0)])
 
 
+def join_dims(box: Box, split: Sequence[Sequence[int]]) -> Box:
+    """The smallest box of an array that holds `box` of the same array with its dims split.
+
+    Args:
+        box: of the split array.
+        split: for each dim of the array the dims it is split in, outermost first.
+    """
+    dims, joined = iter(box), []
+    for sizes in split:
+        part = [next(dims) for _ in sizes]
+        strides = [math.prod(sizes[dim + 1 :]) for dim in range(len(sizes))]
+        outer = first_extended(part)
+        start = sum(first * stride for (first, _), stride in zip(part[: outer + 1], strides, strict=False))
+        joined.append((start, start + (part[outer][1] - part[outer][0]) * strides[outer]))
+    return tuple(joined)
+
+
+def first_extended(box: Sequence[tuple[int, int]]) -> int:
+    """The first dim along which `box` has more than one element, or the last dim."""
+    return next((dim for dim, (start, stop) in enumerate(box) if stop - start > 1), len(box) - 1)
+
+
 class Cover:
     """How often each element of an array is covered by boxes, on the grid that the boxes' edges make.
 

@@ -1,16 +1,17 @@
 """The proofs of a load plan: every tensor is right and used, every parameter is filled exactly once."""
 
+import itertools
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 
 import jax
 
 from jaxmoe.checkpoint.blocks import Block
-from jaxmoe.checkpoint.boxes import Box, Cover, contains, intersect, whole
+from jaxmoe.checkpoint.boxes import Box, Cover, contains, intersect, join_dims, whole
 from jaxmoe.checkpoint.dtypes import can_cast
 from jaxmoe.checkpoint.errors import Problems
 from jaxmoe.checkpoint.files import Checkpoint
-from jaxmoe.checkpoint.safetensors import TensorInfo
+from jaxmoe.checkpoint.safetensors import Split, TensorInfo
 from jaxmoe.layers.param import ParamSpec
 
 
@@ -39,8 +40,8 @@ def _tensor_problem(tensor: TensorInfo | None, spec: ParamSpec, block: Block) ->
         return f"tensor {block.tensor!r} is missing: {spec.path} needs it with shape {block.tensor_shape}"
     if tensor.shape != block.tensor_shape:
         return _shape_problem(tensor, block)
-    if not contains(whole(tensor.shape), block.tensor_box):
-        return f"{spec.path} needs {_region(block.tensor_box)} of tensor {tensor.name!r} {tensor.shape}, outside of it"
+    if not contains(whole(block.split_shape), block.tensor_box):
+        return f"{spec.path} needs {_region(block.tensor_box)} of tensor {tensor.name!r} {block.split_shape}, outside of it"
     if tensor.dtype is None or not can_cast(tensor.dtype, spec.dtype):
         return (
             f"tensor {tensor.name!r} is {tensor.dtype_name}, and {spec.path} is {spec.dtype}: only BF16, F16, F32 and "
@@ -65,10 +66,13 @@ def check_all_used(
 ) -> dict[str, tuple[str, ...]]:
     """Every element of every tensor goes somewhere, or a rule says why not; returns what rules cover."""
     used: dict[str, set[Box]] = defaultdict(set)
+    splits: dict[str, Split] = {}
     for blocks in by_param.values():
         for block in blocks:
             if block.tensor is not None:
                 used[block.tensor].add(block.tensor_box)
+                split = splits.setdefault(block.tensor, block.tensor_split)
+                assert split == block.tensor_split, f"{block.tensor!r} is split as {split} and {block.tensor_split}"
     ignored: dict[str, list[str]] = defaultdict(list)
     for name, tensor in checkpoint.tensors.items():
         if name not in used:
@@ -78,13 +82,15 @@ def check_all_used(
             else:
                 ignored[rule].append(name)
             continue
-        everything = whole(tensor.shape)
+        shape = tuple(itertools.chain(*splits[name])) or tensor.shape
+        everything = whole(shape)
         boxes = used[name]
         if everything in boxes or not all(len(box) == len(everything) and contains(everything, box) for box in boxes):
             continue  # a box outside the tensor is reported with its parameter
-        cover = Cover(tensor.shape, tuple(boxes))
+        cover = Cover(shape, tuple(boxes))
         if not cover.counts.all():
             gap = cover.first(cover.counts == 0)
+            gap = join_dims(gap, splits[name]) if splits[name] else gap
             problems.add(f"{_region(gap)} of tensor {name!r} {tensor.shape} fills no parameter")
     return {rule: tuple(names) for rule, names in ignored.items()}
 

@@ -4,7 +4,7 @@ import os
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import jax
@@ -15,6 +15,7 @@ from jaxmoe.checkpoint.buffers import Scratch
 from jaxmoe.checkpoint.delivery import deliver
 from jaxmoe.checkpoint.dtypes import is_float
 from jaxmoe.checkpoint.errors import CheckpointError
+from jaxmoe.checkpoint.lora import TensorDelta
 from jaxmoe.checkpoint.plan import LoadPlan, Read
 from jaxmoe.checkpoint.reading import open_files, read_box
 from jaxmoe.checkpoint.report import LoadReport
@@ -24,7 +25,7 @@ from jaxmoe.checkpoint.threads import run_in_threads
 STAGING_BYTES = 256 * 2**20
 _MAX_CHUNK_BYTES = 4 * 2**20
 # A thread holds what it read, the same cast (twice the bytes at worst), and as much again inside a transfer; shards
-# that are put whole take another chunk per thread.
+# that are put whole take another chunk per thread. Adding an adapter's update takes as much, before there is a cast.
 _CHUNKS_PER_THREAD = 8
 
 
@@ -81,6 +82,7 @@ def load_arrays(
         bytes_per_device=plan.bytes_per_device,
         expert_bytes_per_device=plan.expert_bytes_per_device,
         ignored=plan.ignored,
+        adapter=plan.adapter,
     )
     return result, report
 
@@ -107,7 +109,7 @@ def load_shards(
     targets = _make_targets(plan, whole_up_to=chunk_bytes if staging else None)
     with open_files(plan.files) as descriptors:
         tally = _Tally(plan.bytes_needed, progress)
-        worker = _Worker(descriptors, targets, tally, check_finite)
+        worker = _Worker(descriptors, targets, plan.deltas, tally, check_finite)
         run_in_threads(worker, _chunks(_reading_order(plan, staging), chunk_bytes), threads)
     arrays = []
     for target in targets:
@@ -168,10 +170,16 @@ class _Worker:
     """Reads one chunk and delivers it to every shard that wants some of it."""
 
     def __init__(
-        self, descriptors: dict[Path, int], targets: Sequence[Target], tally: _Tally, check_finite: bool
+        self,
+        descriptors: dict[Path, int],
+        targets: Sequence[Target],
+        deltas: Mapping[str, TensorDelta],
+        tally: _Tally,
+        check_finite: bool,
     ) -> None:
         self._descriptors = descriptors
         self._targets = targets
+        self._deltas = deltas
         self._tally = tally
         self._check_finite = check_finite
         self._own = threading.local()
@@ -183,10 +191,11 @@ class _Worker:
         if not hasattr(self._own, "read"):
             self._own.read, self._own.cast = Scratch(), Scratch()
         deliveries = [delivery for copy in read.copies if (delivery := deliver(copy, box)) is not None]
+        delta = self._deltas[tensor.name].of(box) if tensor.name in self._deltas else None
 
         # Where one shard takes the chunk as it is on disk, it is read to its place and others copy from there.
         values, direct = None, None
-        for delivery in deliveries:
+        for delivery in deliveries if delta is None else ():
             if delivery.in_order and delivery.part == box:
                 values = self._targets[delivery.shard].window(delivery.shard_box, dtype)
                 if values is not None:
@@ -200,6 +209,14 @@ class _Worker:
                 f"{tensor.file}: check_finite refuses infinities and NaNs, and tensor {tensor.name!r} holds some; "
                 "load without check_finite to look at it, or get the checkpoint again"
             )
+        if delta is not None:
+            delta += values
+            values = delta
+            if self._check_finite and not np.isfinite(values).all():
+                raise CheckpointError(
+                    f"check_finite refuses infinities and NaNs, and tensor {tensor.name!r} has some once the adapter is "
+                    "merged; load without the adapter, or get it again"
+                )
         for delivery in deliveries:
             target = self._targets[delivery.shard]
             if delivery is direct:

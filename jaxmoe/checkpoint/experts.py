@@ -1,24 +1,50 @@
 """Blocks of expert stacks: which of a checkpoint's expert layouts a layer uses, and what fills each slot.
 
 A layer's experts are two parameters, ``w_gate_up`` [P, 2, F, D] (gate, then up) and ``w_down`` [P, D, F], whose
-`ParamSpec.rows` is the layer's ``slot_to_expert``. On disk they are one of two layouts (the bare letters A and B are
-used in messages and tests):
-
-* A, per expert: gate and up [F, D], down [D, F], one tensor each per expert;
-* B, fused: gate_up [E, 2F, D] with the gate's rows first, down [E, D, F].
+`ParamSpec.rows` is the layer's ``slot_to_expert``; experts without a gate have ``w_gate_up`` [P, 1, F, D], and those with
+biases ``b_gate_up`` [P, 2, F] and ``b_down`` [P, D] besides. On disk they are one tensor each per expert (layout A), or
+fused, all experts in one tensor, in the family's one of `FUSED` (layouts B to E).
 
 One checkpoint may use both, in different layers, so each layer is asked on its own.
 """
 
+import math
 from collections.abc import Collection
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from jaxmoe.checkpoint.blocks import Block
 from jaxmoe.checkpoint.errors import CheckpointError
 from jaxmoe.layers.param import ParamSpec
-from jaxmoe.models.family import ExpertTensors
+from jaxmoe.models.family import ExpertTensors, FusedLayout
 
 ExpertLayout = Literal["per_expert", "fused"]
+
+
+class _Pattern(NamedTuple):
+    """The dims of an expert's tensors, outermost first, in letters: E experts, 2 gate and up, F and D their widths.
+
+    A dim of several letters holds them row-major: "2F" is all of gate before all of up, "F2" both in turns. Without a
+    "2" gate and up are a tensor each. The biases of `up` have no D, those of `down` no F.
+    """
+
+    up: str
+    down: str
+
+    @property
+    def biases(self) -> "_Pattern":
+        return _Pattern(self.up.replace("D", "").strip(), self.down.replace("F", "").strip())
+
+
+PER_EXPERT = _Pattern("F D", "D F")
+
+FUSED: dict[FusedLayout, _Pattern] = {
+    "fused": _Pattern("E 2F D", "E D F"),
+    "fused_transposed": _Pattern("E D 2F", "E F D"),
+    "fused_interleaved": _Pattern("E D F2", "E F D"),
+    "stacked": _Pattern("E F D", "E D F"),
+    "stacked_rows": _Pattern("EF D", "EF D"),
+}
+"""Layouts B, C, D and E, the last one as Step-3 has it and as DBRX has it, with 2-D tensors and the down matrix turned."""
 
 
 def find_expert_layout(names: ExpertTensors, tensors: Collection[str], num_experts: int) -> ExpertLayout:
@@ -43,64 +69,119 @@ def find_expert_layout(names: ExpertTensors, tensors: Collection[str], num_exper
             "are there, and nothing says which is meant; remove one of the two from the checkpoint"
         )
     if not fused and not per_expert:
+        known = [repr(form[0]) for form in (names.fused, names.per_expert(0)) if form]
         raise CheckpointError(
-            f"the experts of a layer must be there as {names.fused_gate_up!r} or as {names.per_expert(0)[0]!r} and so "
-            "on; the checkpoint has neither; does its config.json belong to it?"
+            f"the experts of a layer must be there as {' or as '.join(known)} and so on; the checkpoint has "
+            f"{'neither' if len(known) == 2 else 'none'}; does its config.json belong to it?"
         )
     return "fused" if fused else "per_expert"
 
 
-def expert_blocks(gate_up: ParamSpec, down: ParamSpec, names: ExpertTensors, tensors: Collection[str]) -> list[Block]:
+def expert_blocks(
+    gate_up: ParamSpec,
+    down: ParamSpec,
+    names: ExpertTensors,
+    tensors: Collection[str],
+    *,
+    gate_up_bias: ParamSpec | None = None,
+    down_bias: ParamSpec | None = None,
+) -> list[Block]:
     """Blocks of one layer's expert stacks, from whichever layout the layer has.
 
     Args:
-        gate_up: ``w_gate_up`` [P, 2, F, D].
+        gate_up: ``w_gate_up`` [P, 2, F, D], or [P, 1, F, D] of experts without a gate.
         down: ``w_down`` [P, D, F].
         names: of this layer.
         tensors: names in the checkpoint.
+        gate_up_bias: ``b_gate_up`` [P, 2, F], or [P, 1, F].
+        down_bias: ``b_down`` [P, D].
 
     Raises:
         CheckpointError: as `find_expert_layout`.
     """
-    assert down.source_groups is not None, f"{down.path}: rows without source_groups"
-    layout = find_expert_layout(names, tensors, down.source_groups)
-    build = fused_expert_blocks if layout == "fused" else per_expert_blocks
-    return build(gate_up, down, names)
+    stacks = _Stacks(gate_up, down, names)
+    fused = find_expert_layout(names, tensors, stacks.sizes["E"]) == "fused"
+    blocks = stacks.fused_blocks() if fused else stacks.per_expert_blocks()
+    if gate_up_bias is not None and down_bias is not None:
+        assert fused, f"{gate_up_bias.path}: biases of experts one by one have no names"
+        blocks += stacks.bias_blocks(gate_up_bias, down_bias)
+    return blocks
 
 
 def per_expert_blocks(gate_up: ParamSpec, down: ParamSpec, names: ExpertTensors) -> list[Block]:
     """Blocks of one layer's expert stacks from layout A; arguments as `expert_blocks`."""
-    model, width = _widths(gate_up, down)
-    blocks = []
-    for slot, expert in _filled_slots(down):
-        *halves, down_name = names.per_expert(expert)
-        for half, name in enumerate(halves):
-            blocks.append(_block(gate_up, (slot, half), name, (width, model), (0, 0), (2, 3)))
-        blocks.append(_block(down, (slot,), down_name, (model, width), (0, 0), (1, 2)))
-    return blocks + _padding_blocks(gate_up) + _padding_blocks(down)
+    return _Stacks(gate_up, down, names).per_expert_blocks()
 
 
 def fused_expert_blocks(gate_up: ParamSpec, down: ParamSpec, names: ExpertTensors) -> list[Block]:
-    """Blocks of one layer's expert stacks from layout B; arguments as `expert_blocks`."""
-    model, width = _widths(gate_up, down)
-    experts = down.source_groups
-    assert experts is not None, f"{down.path}: rows without source_groups"
-    gate_up_shape, down_shape = (experts, 2 * width, model), (experts, model, width)
-    blocks = []
-    for slot, expert in _filled_slots(down):
-        for half in range(2):
-            start = (expert, half * width, 0)
-            blocks.append(_block(gate_up, (slot, half), names.fused_gate_up, gate_up_shape, start, (0, 2, 3)))
-        blocks.append(_block(down, (slot,), names.fused_down, down_shape, (expert, 0, 0), (0, 1, 2)))
-    return blocks + _padding_blocks(gate_up) + _padding_blocks(down)
+    """Blocks of one layer's expert stacks from the family's fused layout; arguments as `expert_blocks`."""
+    return _Stacks(gate_up, down, names).fused_blocks()
 
 
-def _widths(gate_up: ParamSpec, down: ParamSpec) -> tuple[int, int]:
-    """D and F of a pair of stacks that belong together."""
-    slots, model, width = down.shape
-    assert gate_up.shape == (slots, 2, width, model), f"{gate_up.path} {gate_up.shape} with {down.shape}"
-    assert gate_up.rows == down.rows, f"{gate_up.path} and {down.path} hold different experts"
-    return model, width
+class _Stacks:
+    """The stacks of one layer, which belong together, and where they come from."""
+
+    def __init__(self, gate_up: ParamSpec, down: ParamSpec, names: ExpertTensors) -> None:
+        slots, model, width = down.shape
+        halves = gate_up.shape[1]
+        assert gate_up.shape == (slots, halves, width, model), f"{gate_up.path} {gate_up.shape} with {down.shape}"
+        assert gate_up.rows == down.rows, f"{gate_up.path} and {down.path} hold different experts"
+        assert down.source_groups is not None, f"{down.path}: rows without source_groups"
+        self.gate_up, self.down, self.names = gate_up, down, names
+        self.halves = range(halves)
+        self.sizes = {"E": down.source_groups, "2": halves, "F": width, "D": model}
+
+    def per_expert_blocks(self) -> list[Block]:
+        """From layout A."""
+        blocks = []
+        for slot, expert in _filled_slots(self.down):
+            *halves, down = self.names.per_expert(expert)
+            for half, name in zip(self.halves, halves, strict=True):
+                blocks.append(self._block(self.gate_up, "E2FD", PER_EXPERT.up, name, slot, expert, half))
+            blocks.append(self._block(self.down, "EDF", PER_EXPERT.down, down, slot, expert))
+        return blocks + _padding_blocks(self.gate_up) + _padding_blocks(self.down)
+
+    def fused_blocks(self) -> list[Block]:
+        """From one of layouts B to E."""
+        pattern = FUSED[self.names.fused_layout]
+        *ups, down = self.names.fused_weights
+        return self._from_fused(self.gate_up, "E2FD", pattern.up, ups) + self._from_fused(
+            self.down, "EDF", pattern.down, [down]
+        )
+
+    def bias_blocks(self, gate_up: ParamSpec, down: ParamSpec) -> list[Block]:
+        """Of the biases that go with `fused_blocks`."""
+        pattern = FUSED[self.names.fused_layout].biases
+        *ups, name = self.names.fused_biases
+        return self._from_fused(gate_up, "E2F", pattern.up, ups) + self._from_fused(down, "ED", pattern.down, [name])
+
+    def _from_fused(self, spec: ParamSpec, letters: str, pattern: str, tensors: list[str]) -> list[Block]:
+        """One block per slot and tensor: gate and up are in one tensor or in two."""
+        blocks = [
+            self._block(spec, letters, pattern, name, slot, expert, half)
+            for slot, expert in _filled_slots(spec)
+            for half, name in enumerate(tensors)
+        ]
+        return blocks + _padding_blocks(spec)
+
+    def _block(
+        self, spec: ParamSpec, letters: str, pattern: str, name: str, slot: int, expert: int, half: int = 0
+    ) -> Block:
+        """What one expert's part of tensor `name`, of dims `pattern`, fills of a slot of a stack with dims `letters`."""
+        split = tuple([tuple([self.sizes[letter] for letter in dim]) for dim in pattern.split()])
+        parts = pattern.replace(" ", "")
+        # What is no dim of the tensor is one place of the stack, and so is always the slot.
+        single = {"E", *letters} - set(parts) | {"E"}
+        return Block(
+            param=spec.path,
+            param_start=tuple([{"E": slot, "2": half}.get(letter, 0) for letter in letters]),
+            shape=tuple([1 if letter in single else size for letter, size in zip(letters, spec.shape, strict=True)]),
+            tensor=name,
+            tensor_shape=tuple([math.prod(sizes) for sizes in split]),
+            tensor_start=tuple([expert if letter == "E" else 0 for letter in parts]),
+            dims=tuple([letters.index(letter) for letter in parts]),
+            tensor_split=split if len(parts) > len(split) else (),
+        )
 
 
 def _filled_slots(spec: ParamSpec) -> list[tuple[int, int]]:
@@ -118,24 +199,3 @@ def _padding_blocks(spec: ParamSpec) -> list[Block]:
         for slot, expert in enumerate(spec.rows or ())
         if expert < 0
     ]
-
-
-def _block(
-    spec: ParamSpec,
-    place: tuple[int, ...],
-    name: str,
-    tensor_shape: tuple[int, ...],
-    tensor_start: tuple[int, ...],
-    dims: tuple[int, ...],
-) -> Block:
-    """The matrix at `place` (slot, or slot and half) of a stack, from a matrix of a tensor."""
-    matrix = spec.shape[len(place) :]
-    return Block(
-        param=spec.path,
-        param_start=(*place, 0, 0),
-        shape=(*[1] * len(place), *matrix),
-        tensor=name,
-        tensor_shape=tensor_shape,
-        tensor_start=tensor_start,
-        dims=dims,
-    )

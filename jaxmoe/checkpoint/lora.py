@@ -9,7 +9,8 @@ from collections.abc import Iterable, Mapping
 
 import numpy as np
 
-from jaxmoe.checkpoint.boxes import Box, box_shape, intersect
+from jaxmoe.checkpoint.boxes import Box, box_shape, first_extended, intersect, join_dims
+from jaxmoe.checkpoint.safetensors import Split
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -43,6 +44,47 @@ class LowRankUpdate:
     transposed: bool = False
 
 
+@dataclasses.dataclass(frozen=True, slots=True)
+class TensorDelta:
+    """All updates of one tensor, and what computing them takes.
+
+    Attributes:
+        updates: of that tensor.
+        factors: the adapter's tensors by name.
+        dim_order: as in `TensorInfo`: boxes and values here are in the order of the file.
+        split: how the tensor's dims are split in those boxes; the updates know nothing of it.
+    """
+
+    updates: tuple[LowRankUpdate, ...]
+    factors: Mapping[str, np.ndarray]
+    dim_order: tuple[int, ...] | None = None
+    split: Split = ()
+
+    def of(self, box: Box) -> np.ndarray | None:
+        """The float32 update of a region of the tensor, None where there is none."""
+        order = self.dim_order or tuple(range(len(box)))
+        part = tuple([dim for _, dim in sorted(zip(order, box, strict=True))])
+        joined = join_dims(part, self.split) if self.split else part
+        touching = [update for update in self.updates if intersect(joined, update.box) is not None]
+        if not touching:
+            return None
+        values = delta_weight(touching, joined, self.factors)
+        return (_cut(values, part, self.split) if self.split else values).transpose(order)
+
+
+def _cut(values: np.ndarray, part: Box, split: Split) -> np.ndarray:
+    """What `part` is of the values of `join_dims(part, split)`."""
+    dims = iter(part)
+    shape: list[int] = []
+    places: list[slice] = []
+    for sizes in split:
+        inner = [next(dims) for _ in sizes]
+        outer = first_extended(inner) + 1
+        shape += [*box_shape(tuple(inner[:outer])), *sizes[outer:]]
+        places += [*[slice(None)] * outer, *[slice(*edges) for edges in inner[outer:]]]
+    return values.reshape(shape)[tuple(places)]
+
+
 def delta_weight(updates: Iterable[LowRankUpdate], box: Box, factors: Mapping[str, np.ndarray]) -> np.ndarray:
     r"""Compute :math:`\Delta W` of a region of a tensor.
 
@@ -62,7 +104,8 @@ def delta_weight(updates: Iterable[LowRankUpdate], box: Box, factors: Mapping[st
         outs, ins = (_shifted(part, update.box, dim) for dim in ((-1, -2) if update.transposed else (-2, -1)))
         a = factors[update.a][update.rank_a, update.in_start + ins[0] : update.in_start + ins[1]]
         b = factors[update.b][update.out_start + outs[0] : update.out_start + outs[1], update.rank_b]
-        delta = np.float32(update.scale) * (b.astype(np.float32) @ a.astype(np.float32))
+        # B takes the scale, and not the product: that would be one more array of the size of the region.
+        delta = (np.float32(update.scale) * b.astype(np.float32)) @ a.astype(np.float32)
         place = [slice(*_shifted(part, box, dim)) for dim in range(len(box))]
         result[tuple(place)] += delta.T if update.transposed else delta
     return result

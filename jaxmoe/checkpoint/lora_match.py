@@ -16,10 +16,11 @@ from collections import defaultdict
 from collections.abc import Callable, Mapping
 
 from jaxmoe.checkpoint.boxes import Box, whole
-from jaxmoe.checkpoint.errors import CheckpointError
+from jaxmoe.checkpoint.errors import CheckpointError, Problems
 from jaxmoe.checkpoint.layouts import detect_expert_layout
 from jaxmoe.checkpoint.lora import LowRankUpdate
 from jaxmoe.checkpoint.lora_config import LoraConfig
+from jaxmoe.checkpoint.nearest import nearest_name
 
 Shape = tuple[int, ...]
 
@@ -76,28 +77,38 @@ def find_updates(
         The updates. Every tensor of the adapter is in at least one.
 
     Raises:
-        CheckpointError: the adapter has other tensors than A and B, or they fit no tensor of the checkpoint.
+        CheckpointError: the adapter has other tensors than A and B, or they fit no tensor of the checkpoint. One error
+            for all modules that do not fit.
     """
     modules: dict[str, list[_Pair]] = defaultdict(list)
     for pair in _pairs(adapter):
         modules[pair.module].append(pair)
     target = _Checkpoint(tensors, rename)
+    problems = Problems("the adapter")
     updates = []
     for module, pairs in modules.items():
-        parameters = _target_parameters(config, module)
-        expert = _EXPERT.fullmatch(module)
-        if len(pairs) == 1 and len(tensors.get(rename(f"{module}.weight"), ())) == 2:
-            updates.append(_plain(config, pairs[0], target))
-        elif expert and len(pairs) == 1:
-            updates.append(_one_expert(config, pairs[0], target, expert[1], int(expert[2]), expert[3]))
-        elif parameters:
-            updates += _fused(config, pairs, target, parameters)
-        else:
-            raise CheckpointError(
-                f"an adapted module must be in the checkpoint; {rename(f'{module}.weight')!r} is not; is the adapter for "
-                "this model, and does its configuration list all target_parameters?"
-            )
+        try:
+            updates += _module(config, module, pairs, target)
+        except CheckpointError as error:
+            problems.add(str(error))
+    problems.raise_if_any()
     return updates
+
+
+def _module(config: LoraConfig, module: str, pairs: list[_Pair], target: "_Checkpoint") -> list[LowRankUpdate]:
+    """The updates by all pairs of one module."""
+    parameters = _target_parameters(config, module)
+    expert = _EXPERT.fullmatch(module)
+    weight = target.rename(f"{module}.weight")
+    if len(pairs) == 1 and len(target.tensors.get(weight, ())) == 2:
+        # A 2-D parameter that is targeted itself has its own name in rank and alpha patterns.
+        return [_plain(config, pairs[0], target, f"{module}.weight" if "weight" in parameters else module)]
+    if expert and len(pairs) == 1:
+        return [_one_expert(config, pairs[0], target, expert[1], int(expert[2]), expert[3])]
+    if parameters:
+        return _fused(config, pairs, target, parameters)
+    hint = "is the adapter for this model, and does its configuration list all target_parameters?"
+    raise target.missing("an adapted module", weight, hint)
 
 
 def _pairs(adapter: Mapping[str, Shape]) -> list[_Pair]:
@@ -107,9 +118,13 @@ def _pairs(adapter: Mapping[str, Shape]) -> list[_Pair]:
         match = _NAME.fullmatch(name)
         if match is None:
             reason = " (DoRA)" if "lora_magnitude_vector" in name else ""
+            way_out = "merge it with PEFT (merge_and_unload) and load the result"
+            if name.endswith(("embed_tokens.base_layer.weight", "lm_head.base_layer.weight")):
+                # PEFT saves these with the factors unless it is told not to.
+                reason = " but a copy of the base model's"
+                way_out = "save the adapter with save_embedding_layers=False, or " + way_out
             raise CheckpointError(
-                f"an adapter's tensors are lora_A and lora_B of its modules; {name!r} is neither{reason}; merge it with "
-                "PEFT (merge_and_unload) and load the result"
+                f"an adapter's tensors are lora_A and lora_B of its modules; {name!r} is neither{reason}; {way_out}"
             )
         module, wrappers, embedding, side = match.groups()
         # Of a wrapped module inside a wrapped one the name has base_layer in the middle as well.
@@ -140,6 +155,15 @@ class _Checkpoint:
     def __init__(self, tensors: Mapping[str, Shape], rename: Callable[[str], str]) -> None:
         self.tensors = tensors
         self.rename = rename
+        # An adapter for another model misses thousands of names: the first tells as much as all of them.
+        self._suggest = True
+
+    def missing(self, what: str, name: str, hint: str = "is the adapter for this model?") -> CheckpointError:
+        """The error that `name` is not there."""
+        nearest = nearest_name(name, self.tensors) if self._suggest else None
+        self._suggest = False
+        suggestion = f"; the nearest is {nearest!r}" if nearest else ""
+        return CheckpointError(f"{what} must be in the checkpoint; {name!r} is not{suggestion}; {hint}")
 
     def find(self, *names: str) -> str | None:
         """The name on disk of the first that is there."""
@@ -159,10 +183,8 @@ class _Checkpoint:
             parts = {"gate_up_proj": (gate, up), "down_proj": (down,), "up_proj": (up,)}.get(parameter, ())
             if parts and self.find(f"{module}.0.{parts[0]}.weight"):
                 return self.per_expert(module, parts)
-        raise CheckpointError(
-            f"an adapted parameter must be in the checkpoint; {self.rename(f'{module}.{parameter}')!r} is not, and its "
-            "experts are not there one by one; is the adapter for this model?"
-        )
+        name = self.rename(f"{module}.{parameter}")
+        raise self.missing("an adapted parameter, or its experts one by one,", name)
 
     def per_expert(self, module: str, parts: tuple[str, ...]) -> tuple[Shape, list[_Piece]]:
         """The same of experts that have a tensor each, or two that follow each other in the fused parameter."""
@@ -200,10 +222,10 @@ def _check_rank(config: LoraConfig, pair: _Pair, key: str, experts: int = 1) -> 
     return rank
 
 
-def _plain(config: LoraConfig, pair: _Pair, target: _Checkpoint) -> LowRankUpdate:
-    """The update of one whole matrix."""
+def _plain(config: LoraConfig, pair: _Pair, target: _Checkpoint, key: str) -> LowRankUpdate:
+    """The update of one whole matrix; `key` is what patterns of the configuration are matched with."""
     name = target.rename(f"{pair.module}.weight")
-    rank = _check_rank(config, pair, pair.module)
+    rank = _check_rank(config, pair, key)
     size = (pair.shape_b[0], pair.shape_a[1])
     # The factors of an embedding [vocabulary, width] are those of its transpose, which is what it multiplies with.
     transposed = pair.embedding or config.fan_in_fan_out
@@ -221,7 +243,7 @@ def _plain(config: LoraConfig, pair: _Pair, target: _Checkpoint) -> LowRankUpdat
         b=pair.b,
         rank_a=slice(0, rank),
         rank_b=slice(0, rank),
-        scale=config.scale_of(pair.module),
+        scale=config.scale_of(key),
         transposed=transposed,
     )
 
@@ -234,10 +256,7 @@ def _one_expert(
     out, inputs = pair.shape_b[0], pair.shape_a[1]
     fused = names is not None and target.find(f"{module}.gate_up_proj", f"{module}.down_proj")
     if names is None or not fused:
-        raise CheckpointError(
-            f"an adapted module must be in the checkpoint; {target.rename(f'{pair.module}.weight')!r} is not; is the "
-            "adapter for this model?"
-        )
+        raise target.missing("an adapted module", target.rename(f"{pair.module}.weight"))
     place = names.index(part)
     width, model = (inputs, out) if place == 2 else (out, inputs)
     prefix = fused.rpartition(".")[0]

@@ -14,7 +14,9 @@ from jaxmoe.checkpoint.boxes import Box, box_shape, disjoint_union, intersect, u
 from jaxmoe.checkpoint.checks import check_all_used, check_filled_once, check_tensors
 from jaxmoe.checkpoint.errors import Problems
 from jaxmoe.checkpoint.files import Checkpoint
-from jaxmoe.checkpoint.safetensors import SafetensorsFile, TensorInfo
+from jaxmoe.checkpoint.lora import TensorDelta
+from jaxmoe.checkpoint.report import AdapterReport
+from jaxmoe.checkpoint.safetensors import SafetensorsFile, Split, TensorInfo
 from jaxmoe.checkpoint.torch_file import TorchFile
 from jaxmoe.layers.param import ParamSpec
 
@@ -87,7 +89,7 @@ class Copy(NamedTuple):
 class Read(NamedTuple):
     """A region of a tensor that is read once, and the copies that all or part of it goes to.
 
-    The regions of a plan's reads are disjoint.
+    The regions of a plan's reads are disjoint. The tensor is as stored, with its dims split (`LoadPlan.splits`).
     """
 
     tensor: TensorInfo
@@ -116,6 +118,9 @@ class LoadPlan:
         bytes_per_device: {device id: bytes of all its shards}, local devices only.
         expert_bytes_per_device: the same for expert stacks alone, padding slots included.
         ignored: {rule name: tensors that it covers}.
+        splits: {tensor: how its dims are split}, for those that are; see `Block`.
+        deltas: {tensor: what is added to it on the way}, where an adapter is merged; see `merge_adapter`.
+        adapter: what that adapter is, for the report.
     """
 
     path: Path
@@ -127,6 +132,9 @@ class LoadPlan:
     bytes_per_device: dict[int, int]
     expert_bytes_per_device: dict[int, int]
     ignored: dict[str, tuple[str, ...]]
+    splits: Mapping[str, Split] = dataclasses.field(default_factory=dict)
+    deltas: Mapping[str, TensorDelta] = dataclasses.field(default_factory=dict)
+    adapter: AdapterReport | None = None
 
 
 def make_load_plan(
@@ -174,17 +182,22 @@ def make_load_plan(
     placed = [_local_parts(spec, local_devices, problems) for spec in specs]
     problems.raise_if_any()
 
+    splits = {
+        block.tensor: block.tensor_split
+        for own in by_param.values()
+        for block in own
+        if block.tensor is not None and block.tensor_split
+    }
+    tensors = {name: tensor.split(splits.get(name, ())) for name, tensor in checkpoint.tensors.items()}
     shards: list[Shard] = []
     copies: dict[str, list[Copy]] = defaultdict(list)
     for spec, parts in zip(specs, placed, strict=True):
         for box, devices in parts.items():
-            filled = _copies_into(box, len(shards), by_param[spec.path], checkpoint.tensors, copies)
+            filled = _copies_into(box, len(shards), by_param[spec.path], tensors, copies)
             shards.append(Shard(spec, box, devices, filled))
-    reads = [
-        read for name, targets in copies.items() for read in _reads_of(checkpoint.tensors[name].as_stored(), targets)
-    ]
+    reads = [read for name, targets in copies.items() for read in _reads_of(tensors[name].as_stored(), targets)]
     reads.sort(key=lambda read: (read.tensor.file, read.tensor.offset))
-    needed = sum(_bytes_needed(checkpoint.tensors[name].as_stored(), targets) for name, targets in copies.items())
+    needed = sum(_bytes_needed(tensors[name].as_stored(), targets) for name, targets in copies.items())
     return LoadPlan(
         path=checkpoint.path,
         files=checkpoint.files,
@@ -195,6 +208,7 @@ def make_load_plan(
         bytes_per_device=_bytes_per_device(shards),
         expert_bytes_per_device=_bytes_per_device([shard for shard in shards if shard.spec.path in expert_params]),
         ignored=ignored,
+        splits=splits,
     )
 
 

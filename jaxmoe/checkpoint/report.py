@@ -5,17 +5,35 @@ from typing import Any
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class AdapterReport:
+    """What a load merged of a LoRA adapter.
+
+    Attributes:
+        path: the adapter's directory.
+        factors: tensors of the adapter; every one of them is merged.
+        bytes_read: bytes of those that this process read.
+        merged: {name of a tensor, with * for the numbers of layers and experts: how many of that name were changed}.
+    """
+
+    path: str
+    factors: int
+    bytes_read: int
+    merged: dict[str, int]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class LoadReport:
     """What one process read and now holds.
 
     Attributes:
-        bytes_read: bytes of tensor data that the system reported as read.
+        bytes_read: bytes of the checkpoint's tensor data that the system reported as read.
         bytes_needed: bytes on disk that this process's devices need, each counted once.
         seconds: wall-clock time of reading and placing.
         tensors_read: tensors of which something was read.
         bytes_per_device: {device id: bytes of parameters on it}.
         expert_bytes_per_device: {device id: bytes of expert stacks on it, padding slots included}.
         ignored: {rule name: tensors of the checkpoint that were not needed}.
+        adapter: what was merged, None where nothing was.
     """
 
     bytes_read: int
@@ -25,6 +43,7 @@ class LoadReport:
     bytes_per_device: dict[int, int]
     expert_bytes_per_device: dict[int, int]
     ignored: dict[str, tuple[str, ...]]
+    adapter: AdapterReport | None = None
 
     @property
     def bytes_per_second(self) -> float:

@@ -8,6 +8,7 @@ make a small file expand to a huge model.
 """
 
 import dataclasses
+import itertools
 import json
 import math
 import os
@@ -22,6 +23,9 @@ import numpy as np
 
 from jaxmoe.checkpoint.dtypes import ELEMENT_TYPES
 from jaxmoe.checkpoint.errors import CheckpointError
+
+Split = tuple[tuple[int, ...], ...]
+"""For each dim of a tensor the dims that it is split in, outermost first; () where none is split."""
 
 MAX_HEADER_BYTES = 100_000_000  # the reference reader's cap
 MAX_TENSORS = 1_000_000
@@ -66,6 +70,20 @@ class TensorInfo:
             return self
         shape = tuple([self.shape[dim] for dim in self.dim_order])
         return dataclasses.replace(self, shape=shape, dim_order=None)
+
+    def split(self, split: Split) -> "TensorInfo":
+        """The same bytes with each dim as the dims that it is split in; () leaves it as it is."""
+        if not split:
+            return self
+        assert self.shape == tuple([math.prod(sizes) for sizes in split]), f"{self.name} {self.shape} as {split}"
+        shape = tuple(itertools.chain(*split))
+        if self.dim_order is None:
+            return dataclasses.replace(self, shape=shape)
+        count = itertools.count()
+        parts = [[next(count) for _ in sizes] for sizes in split]
+        return dataclasses.replace(
+            self, shape=shape, dim_order=tuple(itertools.chain(*[parts[dim] for dim in self.dim_order]))
+        )
 
 
 @dataclasses.dataclass(frozen=True)

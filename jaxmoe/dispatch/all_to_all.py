@@ -18,6 +18,7 @@ from jaxmoe.dispatch.base import (
     apply_grouped,
     group_rows,
     invert,
+    weigh,
     weighted_sum,
 )
 from jaxmoe.mesh import AXES, DP, EP
@@ -39,12 +40,18 @@ def capacity(T: int, K: int, num_devices: int) -> int:
 
 
 def run(
-    x_TD: jax.Array, slots_TK: jax.Array, weights_TK: jax.Array, apply_experts: ApplyExperts, layout: DispatchLayout
+    x_TD: jax.Array,
+    slots_TK: jax.Array,
+    weights_TK: jax.Array,
+    apply_experts: ApplyExperts,
+    layout: DispatchLayout,
+    weights_on_input: bool = False,
 ) -> tuple[jax.Array, DispatchStats]:
     """Exchange rows over the expert axes until all have been served."""
     (T, K), D = slots_TK.shape, x_TD.shape[1]
     n, p = layout.num_devices, layout.slots_per_device
     C = capacity(T, K, n)
+    before_N, after_TK = weights_TK.reshape(-1), jnp.ones_like(weights_TK) if weights_on_input else weights_TK
 
     # Rows sorted by slot are sorted by destination too: device d's are one run of the order.
     order_N, slot_sizes_P = group_rows(slots_TK.reshape(-1), n * p)
@@ -64,13 +71,16 @@ def run(
         row_nC = order_N[jnp.where(sent_nC, dest_starts_n[:, None] + rank_C, 0)]
         slot_nC = jnp.where(sent_nC, slots_TK.reshape(-1)[row_nC] % p, -1)
 
-        x_RD = exchange(x_TD[row_nC // K].reshape(n * C, D))
+        x_nCD = x_TD[row_nC // K]
+        if weights_on_input:
+            x_nCD = weigh(x_nCD, before_N[row_nC])
+        x_RD = exchange(x_nCD.reshape(n * C, D))
         slot_R = exchange(slot_nC.reshape(n * C))
         out_RD = exchange(apply_grouped(x_RD, slot_R[:, None], apply_experts, p, x_TD.dtype)[:, 0])
 
         served_TK = (slots_TK >= 0) & (rank_TK // C == index)
         place_TK = jnp.where(served_TK, dest_TK * C + rank_TK % C, 0)
-        return index + 1, y_TD + weighted_sum(jnp.where(served_TK, weights_TK, 0), out_RD[place_TK])
+        return index + 1, y_TD + weighted_sum(jnp.where(served_TK, after_TK, 0), out_RD[place_TK])
 
     # The bound is the same on every device of the mesh: collectives in the loop meet their partners.
     rounds = jax.lax.pmax(-(-jnp.max(dest_sizes_n) // C), AXES)

@@ -82,15 +82,17 @@ class Dispatch:
         name: its key in `DISPATCHES`.
         token_axes: mesh axes the token dim is split over when `run` is called; over all other
             axes each device is given the same tokens and returns the same sums.
-        run: ``(x_TD, slots_TK, weights_TK, apply_experts, layout) -> (y_TD float32, DispatchStats)``,
-            where a slot of -1 means no expert.
+        run: ``(x_TD, slots_TK, weights_TK, apply_experts, layout, weights_on_input) -> (y_TD float32, DispatchStats)``,
+            where a slot of -1 means no expert, and a weight multiplies what goes into an expert or what comes out.
         cost: ``(T, K, D, itemsize, layout) -> DispatchCost`` of T tokens over all of `expert_axes`
             with even routing; what `jaxmoe.dispatch.choose` compares.
     """
 
     name: str
     token_axes: Callable[[DispatchLayout], tuple[str, ...]]
-    run: Callable[[jax.Array, jax.Array, jax.Array, ApplyExperts, DispatchLayout], tuple[jax.Array, DispatchStats]]
+    run: Callable[
+        [jax.Array, jax.Array, jax.Array, ApplyExperts, DispatchLayout, bool], tuple[jax.Array, DispatchStats]
+    ]
     cost: Callable[[int, int, int, int, DispatchLayout], DispatchCost]
 
 
@@ -115,13 +117,26 @@ def invert(order_R: jax.Array) -> jax.Array:
 
 
 def apply_grouped(
-    x_TD: jax.Array, slots_TK: jax.Array, apply_experts: ApplyExperts, p: int, dtype: jnp.dtype
+    x_TD: jax.Array,
+    slots_TK: jax.Array,
+    apply_experts: ApplyExperts,
+    p: int,
+    dtype: jnp.dtype,
+    input_weights_TK: jax.Array | None = None,
 ) -> jax.Array:
     """Apply experts to every (token, choice); [T, K, D], zeros where the slot is not one of this device's p."""
     T, K = slots_TK.shape
     order_N, sizes_p = group_rows(slots_TK.reshape(-1), p)
-    out_ND = apply_experts(x_TD[order_N // K], sizes_p, dtype)
+    rows_ND = x_TD[order_N // K]
+    if input_weights_TK is not None:
+        rows_ND = weigh(rows_ND, input_weights_TK.reshape(-1)[order_N])
+    out_ND = apply_experts(rows_ND, sizes_p, dtype)
     return out_ND[invert(order_N)].reshape(T, K, -1)
+
+
+def weigh(rows: jax.Array, weights: jax.Array) -> jax.Array:
+    """Rows [..., D] times one weight each [...], in the rows' dtype."""
+    return (rows * weights[..., None]).astype(rows.dtype)
 
 
 def weighted_sum(weights_TK: jax.Array, rows_TKD: jax.Array) -> jax.Array:

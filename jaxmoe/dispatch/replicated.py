@@ -24,14 +24,20 @@ def token_axes(layout: DispatchLayout) -> tuple[str, ...]:
 
 
 def run(
-    x_TD: jax.Array, slots_TK: jax.Array, weights_TK: jax.Array, apply_experts: ApplyExperts, layout: DispatchLayout
+    x_TD: jax.Array,
+    slots_TK: jax.Array,
+    weights_TK: jax.Array,
+    apply_experts: ApplyExperts,
+    layout: DispatchLayout,
+    weights_on_input: bool = False,
 ) -> tuple[jax.Array, DispatchStats]:
     """Compute this device's share of every token's sum, then add up the shares."""
     p = layout.slots_per_device
     # Another device's slot falls outside 0..p-1 and so into no group.
     local_TK = jnp.where(slots_TK >= 0, slots_TK - jax.lax.axis_index(layout.expert_axes) * p, -1)
-    rows_TKD = apply_grouped(x_TD, local_TK, apply_experts, p, jnp.dtype(jnp.float32))
-    y_TD = weighted_sum(weights_TK, rows_TKD)
+    before_TK, after_TK = (weights_TK, jnp.ones_like(weights_TK)) if weights_on_input else (None, weights_TK)
+    rows_TKD = apply_grouped(x_TD, local_TK, apply_experts, p, jnp.dtype(jnp.float32), before_TK)
+    y_TD = weighted_sum(after_TK, rows_TKD)
     return jax.lax.psum(y_TD, layout.expert_axes + layout.partial_axes), DispatchStats(rounds=jnp.int32(0))
 
 

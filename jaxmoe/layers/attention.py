@@ -48,13 +48,15 @@ def attend(
     *,
     scale: float,
     sliding_window: int | None = None,
+    chunk: int | None = None,
     sinks_H: jax.Array | None = None,
 ) -> jax.Array:
     """softmax(scale · q kᵀ + causal mask) v, the softmax in float32; returns [B, S, H, h].
 
     A query at position t sees the keys at indices 0..t, or with a sliding window the last
-    `sliding_window` of them. Indices beyond t may hold anything finite. A head's sink is one more
-    logit that takes its share of the softmax and adds nothing (Xiao et al. 2023, arXiv:2309.17453).
+    `sliding_window` of them, or with chunks those of its own chunk. Indices beyond t may hold anything
+    finite. A head's sink is one more logit that takes its share of the softmax and adds nothing
+    (Xiao et al. 2023, arXiv:2309.17453).
     """
     B, S, H, h = q_BSHh.shape
     G, C = k_BGCh.shape[1:3]
@@ -66,6 +68,8 @@ def attend(
         seen_BsC = index_C <= positions_Bs[..., None]
         if sliding_window is not None:
             seen_BsC &= index_C > positions_Bs[..., None] - sliding_window
+        if chunk is not None:
+            seen_BsC &= index_C >= positions_Bs[..., None] // chunk * chunk
         scores = jnp.where(seen_BsC[:, None, None], scores, -jnp.inf)
         probabilities = _softmax(scores, sinks_H).astype(v_BGCh.dtype)
         return jnp.einsum("bgqsc,bgch->bsgqh", probabilities, v_BGCh).reshape(B, -1, H, v_BGCh.shape[-1])
@@ -188,6 +192,7 @@ class Attention(nnx.Module):
                 positions_BS,
                 scale=config.head_dim**-0.5 if config.scale is None else config.scale,
                 sliding_window=config.sliding_window,
+                chunk=config.chunk,
                 sinks_H=w.get("sinks"),
             )
             o_BSA = o_BSHh.reshape(*o_BSHh.shape[:2], -1)
@@ -211,14 +216,13 @@ class Attention(nnx.Module):
 
         def project(name: str) -> jax.Array:
             y_BSA = jnp.einsum("bsd,ad->bsa", x_BSD, w[f"w_{name}"])
-            if config.bias:
-                y_BSA += w[f"b_{name}"]
-            return y_BSA if config.clip is None else jnp.clip(y_BSA, -config.clip, config.clip)
+            return y_BSA + w[f"b_{name}"] if config.bias else y_BSA
 
-        def norm(y_BSA: jax.Array, weight: jax.Array) -> jax.Array:
+        def norm(y_BSA: jax.Array, name: str) -> jax.Array:
             if config.qk_norm == "full":
-                return _norm_over_tp(y_BSA, weight, self.eps)
+                return _norm_over_tp(y_BSA, w[name], self.eps)
             y_BSHh = y_BSA.reshape(*y_BSA.shape[:2], -1, config.head_dim)
+            weight = jnp.ones((), y_BSA.dtype) if config.qk_norm == "unweighted" else w[name]
             return rms_norm(y_BSHh, weight, self.eps).reshape(y_BSA.shape)
 
         def turn(y_BSA: jax.Array) -> jax.Array:
@@ -229,10 +233,16 @@ class Attention(nnx.Module):
 
         q, k, v = project("q"), project("k"), project("v")
         if config.qk_norm and not config.qk_norm_after_rope:
-            q, k = norm(q, w["q_norm"]), norm(k, w["k_norm"])
+            q, k = norm(q, "q_norm"), norm(k, "k_norm")
+        if config.clip is not None:
+            q, k, v = (jnp.clip(y_BSA, -config.clip, config.clip) for y_BSA in (q, k, v))
         q, k = turn(q), turn(k)
         if config.qk_norm and config.qk_norm_after_rope:
-            q, k = norm(q, w["q_norm"]), norm(k, w["k_norm"])
+            q, k = norm(q, "q_norm"), norm(k, "k_norm")
+        if config.temperature is not None:
+            floor, slope = config.temperature
+            longer_BS = slope * jnp.log1p(jnp.floor((positions_BS.astype(jnp.float32) + 1) / floor)) + 1
+            q = (q * longer_BS[..., None]).astype(q.dtype)
         shape = (*x_BSD.shape[:2], -1, config.head_dim)
         return q.reshape(shape), k.reshape(shape), v.reshape(shape)
 

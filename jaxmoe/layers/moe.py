@@ -51,7 +51,8 @@ class _Plan:
 class MoE(nnx.Module):
     """Routed experts over a (dp, tp, ep) mesh, each device holding its own experts only.
 
-    y = Σ_k weight_k · expert_{id_k}(x), with expert(x) = W_down (act(W_gate x) · W_up x).
+    y = Σ_k weight_k · expert_{id_k}(x), with expert(x) = W_down (act(W_gate x) · W_up x); or
+    Σ_k expert_{id_k}(weight_k · x) with `MoEConfig.weights_on_input`.
     The stacks `w_gate_up` [P, 2, F, D] and `w_down` [P, D, F] are sharded over `expert_axes`
     on their slot dim, and over tp on F unless tp is one of `expert_axes`.
 
@@ -211,7 +212,9 @@ def _forward(
         ids_TK, weights_TK = route(x_TD, params, config.num_experts_per_tok, config.router)
         slots_TK = choose_slots(ids_TK, params["expert_to_slots"], params["replica_counts"])
         slots_TK = jnp.where(mask_T[:, None], slots_TK, -1)
-        y_TD, dispatched = plan.dispatch.run(x_TD, slots_TK, weights_TK, _experts(params, plan), layout)
+        y_TD, dispatched = plan.dispatch.run(
+            x_TD, slots_TK, weights_TK, _experts(params, plan), layout, config.weights_on_input
+        )
 
         pairs_TK = jnp.where(mask_T[:, None], ids_TK, config.num_experts)
         counts_E = jnp.bincount(pairs_TK.reshape(-1), length=config.num_experts).astype(jnp.int32)

@@ -1,5 +1,8 @@
 """Normalisation of activations."""
 
+from collections.abc import Callable
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -54,4 +57,8 @@ class LayerNorm(nnx.Module):
 
 
 # A kind of norm is a class and a line here; `DecoderConfig.norm` names it.
-NORMS: dict[str, type[RMSNorm] | type[LayerNorm]] = {"rms": RMSNorm, "layer": LayerNorm}
+NORMS: dict[str, Callable[..., RMSNorm | LayerNorm]] = {
+    "rms": RMSNorm,
+    "layer": LayerNorm,
+    "layer_without_bias": partial(LayerNorm, bias=False),
+}

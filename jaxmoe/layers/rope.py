@@ -9,11 +9,18 @@ from jaxmoe.rotary import RopeConfig
 def apply_rope(x_BSHh: jax.Array, positions_BS: jax.Array, config: RopeConfig) -> jax.Array:
     """Rotate pairs of the leading dims of each head by position · frequency.
 
-    Su et al. 2021 (arXiv:2104.09864), equation 34. Angles are float32; the rotation is in x's dtype.
+    Su et al. 2021 (arXiv:2104.09864), equation 34. Angles are float32; the rotation is in x's dtype. A sequence is as
+    long as its last position here says. One that grows beyond `RopeConfig.long_above` keeps the keys in its cache as
+    they were turned; transformers computes such a cache anew.
     """
-    angles_BSr = positions_BS.astype(jnp.float32)[..., None] * jnp.asarray(config.frequencies, jnp.float32)
-    cos = (jnp.cos(angles_BSr) * config.scale)[:, :, None].astype(x_BSHh.dtype)
-    sin = (jnp.sin(angles_BSr) * config.scale)[:, :, None].astype(x_BSHh.dtype)
+    frequencies, scale = jnp.asarray(config.frequencies, jnp.float32), jnp.float32(config.scale)
+    if config.long is not None:
+        is_long_B11 = jnp.max(positions_BS, axis=1)[:, None, None] >= config.long_above
+        frequencies = jnp.where(is_long_B11, jnp.asarray(config.long.frequencies, jnp.float32), frequencies)
+        scale = jnp.where(is_long_B11, config.long.scale, scale)
+    angles_BSr = positions_BS.astype(jnp.float32)[..., None] * frequencies
+    cos = (jnp.cos(angles_BSr) * scale)[:, :, None].astype(x_BSHh.dtype)
+    sin = (jnp.sin(angles_BSr) * scale)[:, :, None].astype(x_BSHh.dtype)
     r = angles_BSr.shape[-1]
     turning, rest = x_BSHh[..., : 2 * r], x_BSHh[..., 2 * r :]
     if config.interleaved:

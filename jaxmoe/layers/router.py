@@ -48,6 +48,9 @@ def route(
     )
     if config.logit_bias:
         logits_TE += params["b_router"].astype(jnp.float32)
+    if config.sparsemixer is not None:
+        ids_TK, weights_TK = sparsemixer(logits_TE, num_experts_per_tok, config.sparsemixer)
+        return ids_TK, _normalize(weights_TK, config) * config.scale
     score = SCORES[config.score]
     scores_TE = logits_TE if config.score_after_top_k else score(logits_TE)
     choice_TE = scores_TE
@@ -60,6 +63,28 @@ def route(
     if config.score_after_top_k:
         weights_TK = score(weights_TK)
     return ids_TK, _normalize(weights_TK, config) * config.scale
+
+
+def sparsemixer(logits_TE: jax.Array, num_experts_per_tok: int, jitter: float) -> tuple[jax.Array, jax.Array]:
+    """Choose one expert after the other, each weighted by a softmax over those left that come near it.
+
+    Near the largest logit m are the logits s with (m - s) / max(|s|, m) of at most 2 · jitter; two experts close to each
+    other so share a weight, and one far ahead of all has weight 1. What SparseMixer-v2 (GRIN-MoE, arXiv:2409.12136)
+    leaves of itself at inference.
+
+    Returns:
+        int32 [T, K] experts and float32 [T, K] weights, first choice first.
+    """
+    left_TE, ids, weights = logits_TE, [], []
+    for _ in range(num_experts_per_tok):
+        largest_T1 = jnp.max(left_TE, axis=-1, keepdims=True)
+        far_TE = (largest_T1 - logits_TE) / jnp.maximum(jnp.abs(logits_TE), largest_T1) > 2 * jitter
+        id_T = jnp.argmax(left_TE, axis=-1)
+        # The softmax's value at its largest logit.
+        weights.append(1 / jnp.sum(jnp.where(far_TE, 0, jnp.exp(left_TE - largest_T1)), axis=-1))
+        ids.append(id_T)
+        left_TE = jnp.where(jnp.arange(logits_TE.shape[1]) == id_T[:, None], -jnp.inf, left_TE)
+    return jnp.stack(ids, axis=-1).astype(jnp.int32), jnp.stack(weights, axis=-1)
 
 
 def eligible(choice_TE: jax.Array, config: RouterConfig) -> jax.Array:

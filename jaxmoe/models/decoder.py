@@ -207,9 +207,9 @@ class Decoder(nnx.Module):
         Returns:
             float32 [B, vocab_size], the logits after each prompt's last token, and the cache.
         """
-        B, S = tokens_BS.shape
-        positions_BS = jnp.broadcast_to(jnp.arange(S), (B, S))
-        x_BSD, cache = self._hidden(tokens_BS, positions_BS, positions_BS < lengths_B[:, None], cache)
+        S = tokens_BS.shape[1]
+        positions_BS, mask_BS = prompt_positions(lengths_B, S)
+        x_BSD, cache = self._hidden(tokens_BS, positions_BS, mask_BS, cache)
         last_B1D = jnp.take_along_axis(x_BSD, jnp.maximum(lengths_B - 1, 0)[:, None, None], axis=1)
         return self._logits(last_B1D)[:, 0], cache
 
@@ -257,8 +257,8 @@ class Decoder(nnx.Module):
 @partial(jax.jit, static_argnums=0)
 def _all_logits(graphdef: nnx.GraphDef, state: nnx.State, tokens_BS: jax.Array, lengths_B: jax.Array) -> jax.Array:
     model = nnx.merge(graphdef, state)
-    positions_BS = jnp.broadcast_to(jnp.arange(tokens_BS.shape[1]), tokens_BS.shape)
-    x_BSD, _ = model._hidden(tokens_BS, positions_BS, positions_BS < lengths_B[:, None], None)
+    positions_BS, mask_BS = prompt_positions(lengths_B, tokens_BS.shape[1])
+    x_BSD, _ = model._hidden(tokens_BS, positions_BS, mask_BS, None)
     return model._logits(x_BSD)
 
 
@@ -268,6 +268,15 @@ def _empty(arrays: Any, dtype: jnp.dtype, mesh: Mesh, batch: tuple[str, ...]) ->
         return jax.lax.with_sharding_constraint(jnp.zeros(array.shape, dtype), named(mesh, batch, *array.dims))
 
     return jax.tree.map(one, arrays)
+
+
+def prompt_positions(lengths_B: jax.Array, S: int) -> tuple[jax.Array, jax.Array]:
+    """Positions of prompts padded to S, and a mask of their tokens; padding stands where the last token does.
+
+    So a row's largest position tells the prompt's own length, which some position embeddings depend on.
+    """
+    index_S, lengths_B1 = jnp.arange(S), lengths_B[:, None]
+    return jnp.minimum(index_S, jnp.maximum(lengths_B1 - 1, 0)), index_S < lengths_B1
 
 
 def bucket(length: int) -> int:

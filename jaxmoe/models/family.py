@@ -2,44 +2,71 @@
 
 import dataclasses
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, Literal
 
 from jaxmoe.config import DecoderConfig
+
+FusedLayout = Literal["fused", "fused_transposed", "fused_interleaved", "stacked", "stacked_rows"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ExpertTensors:
-    """Where routed experts are in a checkpoint, in the two layouts transformers writes.
+    """Where routed experts are in a checkpoint: one tensor each per expert, or fused, all experts in one tensor.
 
     Every name has ``{layer}`` in it until `for_layer` fills it in, the per-expert ones ``{expert}``
-    too. Which layout a layer has is decided by the names that exist.
+    too. A family has names for one of the two ways or for both, and then the names that exist decide
+    which of them a layer uses. Orders of dims that share their names are told apart by the family alone.
 
     Attributes:
-        gate, up, down: one 2-D tensor per expert, [F, D], [F, D] and [D, F].
-        fused_gate_up: all experts in one tensor [E, 2 F, D], the rows of gate before those of up.
-        fused_down: all experts in one tensor [E, D, F].
+        gate, up, down: one 2-D tensor per expert, [F, D], [F, D] and [D, F]; no `gate` where experts have none.
+        fused_gate_up: gate and up of all experts in one tensor.
+        fused_gate, fused_up: a tensor for each instead, in the stacked layouts; no gate where experts have none.
+        fused_down: down of all experts.
+        fused_gate_up_bias, fused_down_bias: the biases that go with them.
+        fused_layout: the dims of the fused tensors:
+
+            * "fused": gate_up [E, 2 F, D], gate's rows before up's; down [E, D, F];
+            * "fused_transposed": gate_up [E, D, 2 F], gate's columns before up's; down [E, F, D];
+            * "fused_interleaved": gate_up [E, D, 2 F], gate in even columns, up in odd ones; down [E, F, D];
+            * "stacked": gate and up [E, F, D]; down [E, D, F];
+            * "stacked_rows": gate, up and down [E F, D], the last one turned.
     """
 
-    gate: str
-    up: str
-    down: str
-    fused_gate_up: str
-    fused_down: str
+    gate: str | None = None
+    up: str | None = None
+    down: str | None = None
+    fused_gate_up: str | None = None
+    fused_gate: str | None = None
+    fused_up: str | None = None
+    fused_down: str | None = None
+    fused_gate_up_bias: str | None = None
+    fused_down_bias: str | None = None
+    fused_layout: FusedLayout = "fused"
 
     def for_layer(self, layer: int) -> "ExpertTensors":
         """The names of layer `layer`."""
-        names = {name: template.replace("{layer}", str(layer)) for name, template in dataclasses.asdict(self).items()}
-        return ExpertTensors(**names)
+        names = {key: name for key, name in dataclasses.asdict(self).items() if name and key != "fused_layout"}
+        return dataclasses.replace(self, **{key: name.replace("{layer}", str(layer)) for key, name in names.items()})
 
-    def per_expert(self, expert: int) -> tuple[str, str, str]:
-        """Names of one expert's gate, up and down tensors."""
-        gate, up, down = (name.replace("{expert}", str(expert)) for name in (self.gate, self.up, self.down))
-        return gate, up, down
+    def per_expert(self, expert: int) -> tuple[str, ...]:
+        """Names of one expert's gate, if it has one, up and down tensors; () if the family has none."""
+        return tuple([name.replace("{expert}", str(expert)) for name in (self.gate, self.up, self.down) if name])
 
     @property
-    def fused(self) -> tuple[str, str]:
-        """Names of the fused gate_up and down tensors."""
-        return self.fused_gate_up, self.fused_down
+    def fused_weights(self) -> tuple[str, ...]:
+        """Names of the fused gate_up tensor, or of gate, if there is one, and up, and of the down tensor."""
+        names = (self.fused_gate_up, self.fused_gate, self.fused_up, self.fused_down)
+        return tuple([name for name in names if name])
+
+    @property
+    def fused_biases(self) -> tuple[str, ...]:
+        """Names of the biases of gate and up, and of down."""
+        return tuple([name for name in (self.fused_gate_up_bias, self.fused_down_bias) if name])
+
+    @property
+    def fused(self) -> tuple[str, ...]:
+        """Names of all fused tensors; () if the family has none."""
+        return self.fused_weights + self.fused_biases
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -51,8 +78,10 @@ class Family:
         read_config: from config.json's dictionary to the decoder's config.
         tensors: parameter path -> the checkpoint's names for it, the first that exists is used;
             ``{layer}`` stands for the layer's index in both. Parameters a model does not have
-            (biases, a tied output projection) are left out of it.
+            (biases, a tied output projection) are left out of it. Parameters of one name are one
+            tensor, the rows of each after those of the one before (queries, keys and values).
         experts: names of the routed experts.
+        renamed_experts: names that a checkpoint may have for them instead, where the fused tensors have two spellings.
         ignored: rule name -> regular expression (of whole tensor names) for tensors that are
             rightly in a checkpoint and not in the model.
         spellings: parts of names that mean the same, where transformers calls a module otherwise than files do: an
@@ -65,6 +94,7 @@ class Family:
     experts: ExpertTensors
     ignored: Mapping[str, str]
     spellings: tuple[tuple[str, ...], ...] = ()
+    renamed_experts: ExpertTensors | None = None
 
 
 def llama_tensors(feed_forward: Mapping[str, tuple[str, ...]]) -> dict[str, tuple[str, ...]]:
@@ -86,6 +116,24 @@ def llama_tensors(feed_forward: Mapping[str, tuple[str, ...]]) -> dict[str, tupl
         "lm_head.weight": ("lm_head.weight",),
     }
 
+
+def mlp_tensors(path: str, module: str) -> dict[str, tuple[str, ...]]:
+    """The usual names of a dense MLP's projections, for the parameters at `path` of a layer and the layer's `module`."""
+    return {
+        f"layers.{{layer}}.{path}.{kind}_{part}": (f"model.layers.{{layer}}.{module}.{part}_proj.{suffix}",)
+        for part in ("gate", "up", "down")
+        for kind, suffix in (("w", "weight"), ("b", "bias"))
+    }
+
+
+# The names that most families give their experts.
+MLP_EXPERTS = ExpertTensors(
+    gate="model.layers.{layer}.mlp.experts.{expert}.gate_proj.weight",
+    up="model.layers.{layer}.mlp.experts.{expert}.up_proj.weight",
+    down="model.layers.{layer}.mlp.experts.{expert}.down_proj.weight",
+    fused_gate_up="model.layers.{layer}.mlp.experts.gate_up_proj",
+    fused_down="model.layers.{layer}.mlp.experts.down_proj",
+)
 
 # Buffers that old exporters wrote beside the weights.
 ROTARY_BUFFERS = {"rotary buffers": r".*\.rotary_emb\.inv_freq"}

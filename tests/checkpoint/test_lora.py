@@ -235,6 +235,11 @@ def test_configuration_file(tmp_path: Path) -> None:
     ("config", "adapter", "message"),
     [
         ({}, {"q.lora_magnitude_vector": (5,)}, r"neither \(DoRA\); merge it with PEFT"),
+        (
+            {},
+            {"lm_head.base_layer.weight": (5, 3)},
+            "but a copy of the base model's; save .* save_embedding_layers=False",
+        ),
         ({}, {"q.weight": (5, 3)}, "are lora_A and lora_B of its modules; 'q.weight' is neither"),
         ({}, {"q.lora_A.weight": (R, 3)}, "come in pairs; of 'q' there is 'q.lora_A.weight' only"),
         ({}, {"q.lora_A.weight": (R, 3), "q.lora_A.x.weight": (R, 3)}, "are for the same"),
@@ -246,11 +251,11 @@ def test_configuration_file(tmp_path: Path) -> None:
             "gives 'q' the rank 4; 'q.lora_A.weight'",
         ),
         ({}, {"q.lora_A.weight": (R, 4), "q.lora_B.weight": (5, R)}, r"has \(5, 4\), and 'q.weight' has \(5, 3\)"),
-        ({}, pair("k", 5, 3), "'k.weight' is not; is the adapter for this model"),
+        ({}, pair("k", 5, 3), "'k.weight' is not; the nearest is 'q.weight'; is the adapter for this model"),
         ({}, pair(MODULE, D, F, R * E), "list all target_parameters"),
         ({}, pair(f"{MODULE}.11.up_proj", F, D), "adapts expert 11; .* has 11 experts"),
         ({}, pair(f"{MODULE}.1.up_proj", F + 1, D), "fused experts of D=6 and F=5 are"),
-        ({}, pair(f"{MODULE}.1.other", F, D), "is not; is the adapter for this model"),
+        ({}, pair(f"{MODULE}.1.other", F, D), "'model.layers.0.mlp.experts.1.other.weight' is not; the nearest"),
         (
             {"target_parameters": ("experts.down_proj", "experts.gate_up_proj")},
             pair(MODULE, D, F, R * E),
@@ -258,7 +263,7 @@ def test_configuration_file(tmp_path: Path) -> None:
         ),
         ({"target_parameters": ("experts.down_proj",)}, pair(MODULE, D, F + 1, R * E), "the factors must fit"),
         ({"target_parameters": ("experts.down_proj",)}, pair(MODULE, D, F, R * 4), "the rank 2 for each of 11 experts"),
-        ({"target_parameters": ("experts.bias",)}, pair(MODULE, D, F, R * E), "experts are not there one by one"),
+        ({"target_parameters": ("experts.bias",)}, pair(MODULE, D, F, R * E), "or its experts one by one, must be in"),
         ({"target_parameters": ("s.experts.square",)}, pair("s.experts", 5, 5, R * 3), "of 's.experts' are square"),
     ],
 )

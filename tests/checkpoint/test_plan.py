@@ -136,7 +136,7 @@ def test_all_problems_are_counted_and_the_first_are_listed(case, tmp_path):
 def test_an_unplaced_expert_is_noticed(tmp_path):
     case = Case()
     add_experts(case, mesh_of(2, 2, 2), np.random.default_rng(0), range(10), 11, "fused")
-    assert "[10:11, 0:16, 0:8] of tensor 'model.layers.0.mlp.experts.gate_up_proj'" in refused(case, tmp_path)
+    assert "[10:11, 0:32, 0:8] of tensor 'model.layers.0.mlp.experts.gate_up_proj'" in refused(case, tmp_path)
 
 
 def test_dims_of_size_one_may_differ(tmp_path):

@@ -30,7 +30,11 @@ def checkpoint(tmp_path, monkeypatch):
         model.load_report = SimpleNamespace(expert_bytes_per_device={device.id: 10 for device in mesh.devices.flat})
         return model
 
+    def read_model_config(path):
+        return None, FakeConfig(vocab_size=found.vocab_size)
+
     monkeypatch.setitem(vars(jaxmoe), "load", load)
+    monkeypatch.setattr("jaxmoe.models.read_model_config", read_model_config)
     return found
 
 
@@ -71,6 +75,7 @@ def test_options_reach_the_loader(checkpoint, capsys, tmp_path) -> None:
     (tmp_path / "placement.json").write_text(placement.to_json())
     argv = ["--mesh", "dp=2,ep=2,tp=2", "--placement", str(tmp_path / "placement.json"), "--dtype", "bfloat16"]
     argv += ["--dispatch", "replicated", "--kernels", "portable", "--check-finite", "--simulate", "8"]
+    argv += ["--adapter", "path/to/adapter", "--expert-axes", "ep,tp"]
     assert run(capsys, checkpoint.path, "--prompt-ids", "1", "--max-new-tokens", "1", *argv).status == 0
     (loaded,) = checkpoint.loaded
     assert dict(loaded.pop("mesh").shape) == {"dp": 2, "tp": 2, "ep": 2}
@@ -78,6 +83,8 @@ def test_options_reach_the_loader(checkpoint, capsys, tmp_path) -> None:
         "path": checkpoint.path,
         "placement": placement,
         "dtype": "bfloat16",
+        "adapter": "path/to/adapter",
+        "expert_axes": ("ep", "tp"),
         "dispatch": "replicated",
         "kernels": "portable",
         "progress": False,

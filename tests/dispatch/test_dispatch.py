@@ -63,7 +63,7 @@ def dispatched(name: str, mesh_shape: tuple[int, int, int], expert_axes: tuple[s
         def apply_experts(rows, sizes, dtype):
             return expert_mlp(rows, w_gate_up, w_down, sizes, out_dtype=dtype)
 
-        y_TD, stats = backend.run(x_TD, slots_TK, weights_TK, apply_experts, layout)
+        y_TD, stats = backend.run(x_TD, slots_TK, weights_TK, apply_experts, layout, False)
         return y_TD, stats.rounds
 
     w_gate_up, w_down = (stack(placement, w) for w in weights())

@@ -1,5 +1,7 @@
 """The MoE layer over the shared meshes: values against the dense oracle, shardings, bytes and bad input."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -72,6 +74,19 @@ def test_replicas_and_padding_anywhere(dispatch):
     x = np.random.default_rng(4).normal(size=(64, 16)).astype(np.float32)
     y, _ = layer(jnp.asarray(x))
     np.testing.assert_allclose(np.asarray(y), expected(layer, x), atol=3e-6)
+
+
+@pytest.mark.parametrize("dispatch", ["replicated", "all_to_all"])
+def test_weights_on_the_input(mesh, dispatch):
+    """Every choice as a token of its own: its row times its weight, and what comes out as it is."""
+    config = dataclasses.replace(CONFIG, weights_on_input=True)
+    layer = jaxmoe.MoE(config, mesh=mesh, dispatch=dispatch, rngs=nnx.Rngs(0))
+    x = np.random.default_rng(5).normal(size=(13, 16)).astype(np.float32)
+    ids_TK, weights_TK = softmax_top_k(x, np.asarray(layer.w_router[...]), 3)
+    rows = (x[:, None] * weights_TK[..., None]).reshape(-1, 16)
+    outs = dense_moe(rows, ids_TK.reshape(-1, 1), np.ones((39, 1)), *logical(layer))
+    y, _ = layer(jnp.asarray(x))
+    np.testing.assert_allclose(np.asarray(y), outs.reshape(13, 3, 16).sum(axis=1), atol=3e-6)
 
 
 @pytest.mark.parametrize("expert_axes", [("ep",), ("ep", "tp")])

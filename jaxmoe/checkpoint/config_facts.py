@@ -1,0 +1,86 @@
+"""What a config.json says of a model whose family may not be known: sizes and quantisation, in any spelling."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+_SPELLINGS = {
+    "layers": ("num_hidden_layers", "n_layers", "num_layers"),
+    "experts": ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts"),
+    "experts_per_token": (
+        "num_experts_per_tok",
+        "num_experts_per_token",
+        "moe_k",
+        "moe_topk",
+        "top_k_experts",
+        "moe_top_k",
+    ),
+    "model_width": ("hidden_size", "d_model"),
+    "expert_width": ("moe_intermediate_size", "intermediate_size", "ffn_hidden_size"),
+}
+_NESTED = ("text_config", "ffn_config")
+_QUANTIZATION_KEYS = ("quantization_config", "compression_config")
+_QUANTIZATION_FILES = ("hf_quant_config.json", "quantize_config.json")
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The JSON object in a file; empty where there is no such file.
+
+    Raises:
+        ValueError: there is something else in it.
+    """
+    if not path.is_file():
+        return {}
+    try:
+        document = json.loads(path.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is not readable as JSON: {error}") from error
+    if not isinstance(document, dict):
+        raise ValueError(f"{path} must hold a JSON object; it holds a {type(document).__name__}")
+    return document
+
+
+def find_size(config: Mapping[str, Any], size: str) -> int | None:
+    """A size of a model, None where the config does not say it or says it differently for each layer.
+
+    Args:
+        config: of config.json.
+        size: "layers", "experts", "experts_per_token", "model_width" or "expert_width".
+    """
+    for part in (config, *[config[key] for key in _NESTED if isinstance(config.get(key), dict)]):
+        for name in _SPELLINGS[size]:
+            value = part.get(name)
+            if isinstance(value, list) and value and all(item == value[0] for item in value):
+                value = value[0]
+            if isinstance(value, int) and not isinstance(value, bool):
+                return value
+    return None
+
+
+def find_quantization(directory: Path, config: Mapping[str, Any]) -> dict[str, Any] | None:
+    """The quantisation that a checkpoint's files declare.
+
+    Returns:
+        Its entries, with "method" and "from", the name of the file; None where none is declared.
+    """
+    parts = [config, *[config[key] for key in _NESTED if isinstance(config.get(key), dict)]]
+    for part in parts:
+        for key in _QUANTIZATION_KEYS:
+            if isinstance(part.get(key), dict):
+                return _described(part[key], "config.json")
+    for name in _QUANTIZATION_FILES:
+        document = read_json(directory / name)
+        if document:
+            # ModelOpt has its settings one level down, beside the producer's name.
+            inner = document.get("quantization")
+            return _described(inner if isinstance(inner, dict) else document, name)
+    return None
+
+
+def _described(settings: Mapping[str, Any], file: str) -> dict[str, Any]:
+    method = settings.get("quant_method") or settings.get("quant_algo") or "unnamed"
+    # Lists of modules have an entry for each layer and say little.
+    plain = {key: value for key, value in settings.items() if isinstance(value, str | int | float) or value is None}
+    sizes = {key: value for key, value in settings.items() if key == "weight_block_size"}
+    return {"method": method, "from": file, **plain, **sizes}

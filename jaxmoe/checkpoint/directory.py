@@ -1,0 +1,111 @@
+"""A checkpoint directory that is there whole or not at all, and the files in one that hold no weights."""
+
+import json
+import os
+import shutil
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+_SIDE_FILES = (
+    "generation_config.json",
+    "tokenizer*",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.*",
+    "merges.txt",
+    "*.tiktoken",
+    "chat_template*",
+    "*processor_config.json",
+    "configuration_*.py",
+    "modeling_*.py",
+    "tokenization_*.py",
+    "LICENSE*",
+)
+
+
+@contextmanager
+def new_directory(path: str | os.PathLike[str], *, overwrite: bool) -> Iterator[Path]:
+    """Give a directory under another name, which gets the name `path` if the block ends well, else is removed.
+
+    Args:
+        path: the directory to be.
+        overwrite: replace a checkpoint directory that is there, with all that is in it.
+
+    Raises:
+        FileExistsError: there is something at `path` that is not to be replaced.
+    """
+    path = Path(path).resolve()
+    _check_free(path, overwrite)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    token = uuid.uuid4().hex[:8]
+    partial = path.with_name(f".{path.name}.partial-{token}")
+    partial.mkdir()
+    try:
+        yield partial
+        _check_free(path, overwrite)
+        if path.exists():
+            replaced = path.with_name(f".{path.name}.replaced-{token}")
+            path.rename(replaced)
+            partial.rename(path)
+            shutil.rmtree(replaced)
+        else:
+            partial.rename(path)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def copy_side_files(source: Path, directory: Path, *, dtype: str | None) -> None:
+    """Copy ``config.json``, the tokenizer and the like.
+
+    Args:
+        source: a checkpoint directory.
+        directory: where to.
+        dtype: of the weights beside the copy, by name; None where it is that of the source.
+    """
+    raw = (source / "config.json").read_text(encoding="utf-8")
+    config = json.loads(raw)
+    changed = _without_quantization(_with_dtype(config, dtype))
+    # Byte for byte where nothing is different: numbers and key order are the author's.
+    text = raw if changed == config else json.dumps(changed, indent=2, ensure_ascii=False) + "\n"
+    (directory / "config.json").write_text(text, encoding="utf-8")
+    for pattern in _SIDE_FILES:
+        for file in source.glob(pattern):
+            if file.is_file() and not (directory / file.name).exists():
+                shutil.copyfile(file, directory / file.name)
+
+
+def _check_free(path: Path, overwrite: bool) -> None:
+    if not path.exists() or (path.is_dir() and not any(path.iterdir())):
+        return
+    if not overwrite:
+        raise FileExistsError(f"a checkpoint is written to a new directory; {path} is there; overwrite replaces it")
+    if not (path / "config.json").is_file():
+        raise FileExistsError(
+            f"overwrite replaces a checkpoint, with all that is in its directory; {path} has no config.json and so is "
+            "none; name another directory, or remove this one"
+        )
+
+
+def _with_dtype(config: dict[str, Any], dtype: str | None) -> dict[str, Any]:
+    """`config` naming `dtype`, under the keys that name one now, in the text part of a multimodal config too."""
+    if dtype is None:
+        return config
+    keys = [key for key in ("dtype", "torch_dtype") if key in config]
+    result: dict[str, Any] = {**config, **dict.fromkeys(keys, dtype)}
+    text = config.get("text_config")
+    if isinstance(text, dict):
+        result["text_config"] = _with_dtype(text, dtype)
+    elif not keys:
+        result["dtype"] = dtype
+    return result
+
+
+def _without_quantization(config: dict[str, Any]) -> dict[str, Any]:
+    """`config` of the weights as they are on a mesh: plain floats, whatever they were read from."""
+    kept = {key: value for key, value in config.items() if key not in ("quantization_config", "compression_config")}
+    if isinstance(kept.get("text_config"), dict):
+        kept["text_config"] = _without_quantization(kept["text_config"])
+    return kept

@@ -1,0 +1,64 @@
+"""What a tensor is for, by its name alone: families differ in names, and less than one would think."""
+
+import re
+
+GROUPS = (
+    "embedding",
+    "attention",
+    "routed experts",
+    "shared experts",
+    "router",
+    "dense MLP",
+    "norms",
+    "head",
+    "other",
+    "ignored by rule",
+)
+"""In the order of a table."""
+
+_NAMES = (
+    # The first that is found counts: norms and shared experts stand inside other parts.
+    ("shared experts", r"\bshared?_(expert|mlp)"),
+    (
+        "router",
+        r"router|e_score_correction_bias|\bexpert_bias|\bmoe_statics\b|(mlp|moe|mixer|feed_forward|ffn)\.gate\.",
+    ),
+    ("routed experts", r"\bexperts\.|moe\.(input_linear|output_linear|gate_proj|up_proj|down_proj)\b"),
+    ("norms", r"norm(_?\d|_f)?(\.(weight|bias|scale))?$|\bln_\w+\."),
+    ("embedding", r"\b(embed_tokens|embed|embeddings|word_embeddings|wte|tok_embeddings)\."),
+    ("head", r"\b(lm_head|embed_out|output|head)\."),
+    ("attention", r"(attn|attention|mamba|mixer|\bconv)\w*\."),
+    ("dense MLP", r"(mlp|feed_forward|ffn)\."),
+)
+
+_SCALES = (
+    r"weight_scale|weight_scale_inv|weight_scale_2|weight_global_scale|input_global_scale|input_scale|activation_scale"
+    r"|weight_shape|weight_zero_point|weight_g_idx|qzeros|scales|scale|scale_inv|g_idx|SCB|weight_format|k_scale|v_scale"
+    r"|weight\.(absmax|quant_map|nested_absmax|nested_quant_map|quant_state\..*)"
+)
+_PACKED = r"weight_packed|qweight|blocks"
+_COMPANION = re.compile(rf"(.*?)[._](?:(?P<packed>{_PACKED})|(?:{_SCALES}))")
+
+
+def group_of(name: str) -> str:
+    """The group of `GROUPS` that a tensor of this name belongs to; "ignored by rule" is never it.
+
+    Example:
+        >>> group_of("model.layers.0.self_attn.q_norm.weight")
+        'norms'
+    """
+    return next((group for group, pattern in _NAMES if re.search(pattern, name)), "other")
+
+
+def quantized_base(name: str) -> tuple[str, bool] | None:
+    """What the name of a part of a quantised tensor starts with, and whether that part is its packed values.
+
+    Returns:
+        None where the name is not of that kind. A plain weight of 8 bits keeps its name, so it is not either.
+
+    Example:
+        >>> quantized_base("model.layers.0.mlp.up_proj.weight_scale_inv")
+        ('model.layers.0.mlp.up_proj', False)
+    """
+    match = _COMPANION.fullmatch(name)
+    return None if match is None else (match[1], match["packed"] is not None)

@@ -1,0 +1,82 @@
+"""``jaxmoe convert``: a checkpoint in, the same weights out in the form that is asked for."""
+
+import argparse
+import json
+import sys
+from typing import TYPE_CHECKING
+
+from jaxmoe import cli_options
+
+if TYPE_CHECKING:
+    from jaxmoe.checkpoint import SaveReport
+
+HELP = "write a checkpoint in another form"
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """Add the options of ``jaxmoe convert``."""
+    parser.add_argument("source", metavar="SRC", help="a checkpoint directory, of safetensors or .bin files")
+    parser.add_argument("directory", metavar="DST", help="the checkpoint directory to make")
+    parser.add_argument("--to", default="safetensors", choices=("safetensors",), help="what to write (safetensors)")
+    parser.add_argument(
+        "--form",
+        default="per_expert",
+        choices=("per_expert", "fused"),
+        help="one tensor for each expert, or one for all experts of a layer (per_expert)",
+    )
+    parser.add_argument("--dtype", metavar="NAME", help="of the weights, as bfloat16 (default: as they are)")
+    parser.add_argument("--max-shard-size", default="5GB", metavar="SIZE", help="bytes of one file (5GB)")
+    parser.add_argument("--overwrite", action="store_true", help="replace a checkpoint directory that is there")
+    parser.add_argument("--json", action="store_true", help="what was written as one JSON object")
+    parser.add_argument("--no-progress", action="store_true", help="draw no progress bar")
+
+    cli_options.add_mesh_options(parser)
+    group = parser.add_argument_group(
+        "by way of a model", "With one of these, or a mesh, the model is loaded and saved. Without, no device is used."
+    )
+    group.add_argument("--placement", metavar="NAME|FILE.json", help="where experts go (linear)")
+    group.add_argument("--adapter", metavar="DIR", help="a LoRA adapter to merge into the weights")
+
+
+def run(args: argparse.Namespace) -> None:
+    """Convert and say what was written."""
+    import jaxmoe
+
+    progress = sys.stderr.isatty() and not args.no_progress
+    if any((args.mesh, args.simulate, args.placement, args.adapter)):
+        model = jaxmoe.load(
+            args.source,
+            mesh=cli_options.make_mesh(args),
+            placement=cli_options.read_placement(args.placement or "linear"),
+            dtype=args.dtype,
+            adapter=args.adapter,
+            progress=progress,
+        )
+        report = jaxmoe.save(
+            model,
+            args.directory,
+            form=args.form,
+            max_shard_size=args.max_shard_size,
+            overwrite=args.overwrite,
+            progress=progress,
+        )
+    else:
+        report = jaxmoe.convert(
+            args.source,
+            args.directory,
+            form=args.form,
+            dtype=args.dtype,
+            max_shard_size=args.max_shard_size,
+            overwrite=args.overwrite,
+            progress=progress,
+        )
+    print(json.dumps(report.to_dict()) if args.json else _sentence(report))
+
+
+def _sentence(report: "SaveReport") -> str:
+    count, files = len(report.files), "file" if len(report.files) == 1 else "files"
+    text = (
+        f"{report.path}: {report.tensors} tensors ({report.form}), {report.bytes_written / 1e9:.3g} GB "
+        f"in {count} {files}, {report.seconds:.1f} s"
+    )
+    return f"{text}; {report.carried} of them copied as they were" if report.carried else text

@@ -1,0 +1,120 @@
+"""``jaxmoe inspect``: what is in a checkpoint, without reading a weight."""
+
+import argparse
+import json
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from jaxmoe.checkpoint.summary import CheckpointSummary
+
+HELP = "tell what is in a checkpoint, without reading a weight"
+
+_SHOWN = 8
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """Add the options of ``jaxmoe inspect``."""
+    parser.add_argument("checkpoint", metavar="PATH", help="a checkpoint directory, or one file of weights")
+    parser.add_argument("--json", action="store_true", help="everything as one JSON object")
+
+
+def run(args: argparse.Namespace) -> None:
+    """Print the summary. A family that is not known is no error: what can be told is told."""
+    from jaxmoe.checkpoint.summary import summarize
+
+    summary = summarize(args.checkpoint)
+    if args.json:
+        print(json.dumps(summary.to_dict()))
+    else:
+        _print(summary)
+
+
+def _print(summary: "CheckpointSummary") -> None:
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    console = Console()
+    facts = Table(box=None, show_header=False, pad_edge=False)
+    for name, value in _facts(summary):
+        facts.add_row(name, Text(value))
+    console.print(facts)
+
+    table = Table(title="What the bytes are", title_justify="left")
+    table.add_column("group")
+    for column in ("tensors", "parameters", "bytes", "share"):
+        table.add_column(column, justify="right")
+    for group, sizes in summary.groups.items():
+        size = sizes["bytes"] or 0
+        share = f"{size / summary.bytes:.1%}" if summary.bytes else ""
+        table.add_row(group, f"{sizes['tensors']:,}", _count(sizes["parameters"]), _bytes(size), share)
+    console.print(table)
+    for problem in _first(summary.problems, "problems"):
+        console.print(Text(f"not loadable: {problem}"))
+
+
+def _facts(summary: "CheckpointSummary") -> Iterable[tuple[str, str]]:
+    family = summary.model_type or "not given"
+    yield "checkpoint", summary.path
+    yield "family", family if summary.known else f"{family} (family unknown)"
+    yield "layers", f"{_count(summary.layers)}, {_count(summary.moe_layers)} of them with routed experts"
+    yield "experts", f"{_count(summary.experts)} a layer, {_count(summary.experts_per_token)} for each token"
+    for layout, layers in summary.layouts.items():
+        yield "expert layout", f"{layout} in layers {_ranges(layers)}"
+    yield "dtypes", ", ".join(f"{name} {_bytes(size)}" for name, size in summary.dtypes.items())
+    yield "quantisation", _quantization(summary)
+    yield "parameters", f"{_count(summary.parameters)}, {_count(summary.active_parameters)} active per token"
+    yield "bytes", f"{_bytes(summary.bytes)} in {summary.files} file{'' if summary.files == 1 else 's'}"
+    for rule, names in summary.ignored.items():
+        yield "ignored", f"{len(names):,} tensors ({rule})"
+    if summary.uncovered:
+        yield "uncovered", "; ".join(_first(summary.uncovered, "tensors"))
+
+
+def _quantization(summary: "CheckpointSummary") -> str:
+    if summary.quantization is None:
+        return "none"
+    settings = {key: value for key, value in summary.quantization.items() if value is not None}
+    method, file = settings.pop("method"), settings.pop("from")
+    settings.pop("quant_method", None)
+    listed = ", ".join(f"{key} {value}" for key, value in settings.items())
+    return f"{method}, says {file}{': ' if listed else ''}{listed}"
+
+
+def _first(items: Sequence[str], what: str) -> list[str]:
+    """The first few of `items`, and how many are left."""
+    more = [f"and {len(items) - _SHOWN:,} more {what}"] if len(items) > _SHOWN else []
+    return [*items[:_SHOWN], *more]
+
+
+def _ranges(numbers: Sequence[int]) -> str:
+    """Ascending whole numbers as ranges.
+
+    Example:
+        >>> _ranges([0, 1, 2, 5])
+        '0-2, 5'
+    """
+    parts: list[list[int]] = []
+    for number in numbers:
+        if parts and number == parts[-1][-1] + 1:
+            parts[-1] = [parts[-1][0], number]
+        else:
+            parts.append([number])
+    return ", ".join("-".join(map(str, part)) for part in parts)
+
+
+def _count(value: int | None) -> str:
+    if value is None:
+        return "unknown"
+    for unit, size in (("T", 1e12), ("B", 1e9), ("M", 1e6)):
+        if value >= size:
+            return f"{value / size:.3g}{unit}"
+    return f"{value:,}"
+
+
+def _bytes(value: int) -> str:
+    for unit, size in (("TB", 1e12), ("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if value >= size:
+            return f"{value / size:.3g} {unit}"
+    return f"{value} bytes"

@@ -1,0 +1,60 @@
+"""Options that several commands share, and the steps that they stand for."""
+
+import argparse
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from jax.sharding import Mesh
+
+
+def add_mesh_options(parser: argparse.ArgumentParser) -> None:
+    """Add ``--mesh`` and ``--simulate``."""
+    group = parser.add_argument_group("devices")
+    group.add_argument(
+        "--mesh",
+        type=mesh_sizes,
+        metavar="dp=1,tp=2,ep=4",
+        help="mesh sizes, axes left out being 1 (default: every device on ep)",
+    )
+    group.add_argument("--simulate", type=count, metavar="N", help="use N simulated CPU devices")
+
+
+def make_mesh(args: argparse.Namespace) -> "Mesh":
+    """The mesh that ``--mesh`` and ``--simulate`` ask for."""
+    from jaxmoe.mesh import make_mesh, simulate_devices
+
+    if args.simulate is not None:
+        simulate_devices(args.simulate)
+    import jax
+
+    return make_mesh(**(args.mesh or {"ep": jax.device_count()}))
+
+
+def read_placement(text: str) -> Any:
+    """The value of ``--placement``: a strategy's name, or what is in a file that ``jaxmoe place`` wrote."""
+    if not text.endswith(".json"):
+        return text
+    from pathlib import Path
+
+    from jaxmoe.placement import placements_from_json
+
+    if not Path(text).is_file():
+        raise FileNotFoundError(f"the placement file {text} does not exist")
+    return placements_from_json(Path(text).read_text(encoding="utf-8"))
+
+
+def mesh_sizes(text: str) -> dict[str, int]:
+    """Type of ``--mesh``."""
+    from jaxmoe.mesh import parse_mesh
+
+    try:
+        return parse_mesh(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
+
+
+def count(text: str) -> int:
+    """Type of options that are a whole number of at least 1."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"a whole number of at least 1; got {text!r}")
+    return int(text)

@@ -1,0 +1,103 @@
+"""gpt-oss: attention sinks, every other layer with a window, experts with biases and a clamped SwiGLU."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from jaxmoe.config import AttentionConfig, DecoderConfig, LayerConfig, MoEConfig, RouterConfig, pick, read_dtype
+from jaxmoe.models.family import ROTARY_BUFFERS, ExpertTensors, Family, llama_tensors
+from jaxmoe.rotary import read_rope, rope_settings
+
+# What the family means where config.json gives no rope scaling.
+_YARN = {
+    "rope_type": "yarn",
+    "factor": 32.0,
+    "beta_fast": 32.0,
+    "beta_slow": 1.0,
+    "truncate": False,
+    "original_max_position_embeddings": 4096,
+}
+# The factor in the experts' sigmoid is part of the activation here.
+_SWIGLU_ALPHA = 1.702
+
+
+def read_config(config: Mapping[str, Any]) -> DecoderConfig:
+    """Read the config.json of a gpt_oss checkpoint.
+
+    Raises:
+        ValueError: a setting is missing, or asks for a sigmoid factor that no released model has.
+    """
+    alpha = pick(config, "swiglu_alpha", default=_SWIGLU_ALPHA)
+    if alpha != _SWIGLU_ALPHA:
+        raise ValueError(
+            f"the experts of gpt_oss have the factor {_SWIGLU_ALPHA} in their sigmoid; swiglu_alpha={alpha}"
+        )
+    hidden = pick(config, "hidden_size")
+    heads = pick(config, "num_attention_heads")
+    head_dim = pick(config, "head_dim", default=hidden // heads)
+    bias = pick(config, "attention_bias", default=True)
+    settings = rope_settings(config)
+    rope = read_rope(
+        config,
+        head_dim=head_dim,
+        default_theta=150000.0,
+        rope=settings if settings.keys() & {"rope_type", "type"} else {**_YARN, **settings},
+    )
+    moe = MoEConfig(
+        num_experts=pick(config, "num_local_experts", "num_experts"),
+        num_experts_per_tok=pick(config, "num_experts_per_tok", "experts_per_token"),
+        hidden_size=hidden,
+        moe_intermediate_size=pick(config, "intermediate_size"),
+        activation="clamped_swiglu",
+        activation_limit=pick(config, "swiglu_limit", default=7.0),
+        bias=True,
+        # A softmax over the chosen logits adds up to one already.
+        router=RouterConfig(score="softmax", score_after_top_k=True, renormalize=False, logit_bias=True),
+    )
+    count = pick(config, "num_hidden_layers")
+    usual = ["full_attention" if i % 2 else "sliding_attention" for i in range(count)]
+    return DecoderConfig(
+        model_type=config["model_type"],
+        vocab_size=pick(config, "vocab_size"),
+        hidden_size=hidden,
+        layers=tuple(
+            LayerConfig(
+                attention=AttentionConfig(
+                    num_heads=heads,
+                    num_kv_heads=pick(config, "num_key_value_heads", default=heads),
+                    head_dim=head_dim,
+                    rope=rope,
+                    bias=bias,
+                    out_bias=bias,
+                    sinks=True,
+                    sliding_window=pick(config, "sliding_window", default=128) if kind == "sliding_attention" else None,
+                ),
+                feed_forward=moe,
+            )
+            for kind in pick(config, "layer_types", default=usual)
+        ),
+        norm_eps=pick(config, "rms_norm_eps", default=1e-5),
+        tie_word_embeddings=pick(config, "tie_word_embeddings", default=False),
+        max_position_embeddings=pick(config, "max_position_embeddings", default=131072),
+        dtype=read_dtype(config),
+    )
+
+
+GPT_OSS = Family(
+    model_type="gpt_oss",
+    read_config=read_config,
+    tensors=llama_tensors(
+        {
+            "layers.{layer}.attention.sinks": ("model.layers.{layer}.self_attn.sinks",),
+            "layers.{layer}.moe.w_router": ("model.layers.{layer}.mlp.router.weight",),
+            "layers.{layer}.moe.b_router": ("model.layers.{layer}.mlp.router.bias",),
+        }
+    ),
+    experts=ExpertTensors(
+        fused_gate_up="model.layers.{layer}.mlp.experts.gate_up_proj",
+        fused_down="model.layers.{layer}.mlp.experts.down_proj",
+        fused_gate_up_bias="model.layers.{layer}.mlp.experts.gate_up_proj_bias",
+        fused_down_bias="model.layers.{layer}.mlp.experts.down_proj_bias",
+        fused_layout="fused_interleaved",
+    ),
+    ignored=ROTARY_BUFFERS,
+)

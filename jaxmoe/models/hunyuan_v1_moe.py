@@ -1,0 +1,100 @@
+"""Hunyuan MoE V1: query/key norms after the rotation, shared experts, some settings one value for each layer."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from jaxmoe.config import (
+    AttentionConfig,
+    DecoderConfig,
+    LayerConfig,
+    MLPConfig,
+    MoEConfig,
+    RouterConfig,
+    pick,
+    read_dtype,
+)
+from jaxmoe.models.family import MLP_EXPERTS, ROTARY_BUFFERS, Family, llama_tensors, mlp_tensors
+from jaxmoe.rotary import read_rope
+
+
+def read_config(config: Mapping[str, Any]) -> DecoderConfig:
+    """Read the config.json of a hunyuan_v1_moe checkpoint.
+
+    Raises:
+        ValueError: keys and values shared across layers, or dense layers before the sparse ones.
+    """
+    if config.get("use_cla") and pick(config, "cla_share_factor", default=1) > 1:
+        raise ValueError(
+            f"every layer has keys and values of its own; config.json shares those of a layer with the next ones "
+            f"(use_cla with cla_share_factor={config['cla_share_factor']})"
+        )
+    if pick(config, "moe_layer_num_skipped", default=0):
+        raise ValueError(
+            f"every layer is sparse; config.json makes the first ones dense "
+            f"(moe_layer_num_skipped={config['moe_layer_num_skipped']})"
+        )
+    hidden = pick(config, "hidden_size")
+    heads = pick(config, "num_attention_heads")
+    head_dim = pick(config, "head_dim", "attention_head_dim", default=hidden // heads)
+    bias = pick(config, "attention_bias", default=False)
+    attention = AttentionConfig(
+        num_heads=heads,
+        num_kv_heads=pick(config, "num_key_value_heads", default=heads),
+        head_dim=head_dim,
+        rope=read_rope(config, head_dim=head_dim, default_theta=10000.0),
+        qk_norm="head" if pick(config, "use_qk_norm", default=True) else None,
+        qk_norm_after_rope=True,
+        bias=bias,
+        out_bias=bias,
+    )
+    return DecoderConfig(
+        model_type=config["model_type"],
+        vocab_size=pick(config, "vocab_size"),
+        hidden_size=hidden,
+        layers=tuple(
+            LayerConfig(attention=attention, feed_forward=_read_moe(config, layer))
+            for layer in range(pick(config, "num_hidden_layers"))
+        ),
+        norm_eps=pick(config, "rms_norm_eps", default=1e-5),
+        tie_word_embeddings=pick(config, "tie_word_embeddings", default=False),
+        max_position_embeddings=pick(config, "max_position_embeddings"),
+        dtype=read_dtype(config),
+    )
+
+
+def _read_moe(config: Mapping[str, Any], layer: int) -> MoEConfig:
+    hidden, width = pick(config, "hidden_size"), pick(config, "intermediate_size")
+    activation = pick(config, "hidden_act", default="silu")
+
+    def of_layer(*names: str, **default: int) -> int:
+        value = pick(config, *names, **default)
+        return value[layer] if isinstance(value, list) else value
+
+    shared = of_layer("num_shared_expert", default=1) if pick(config, "use_mixed_mlp_moe", default=True) else 0
+    return MoEConfig(
+        num_experts=of_layer("num_experts", "num_local_experts"),
+        num_experts_per_tok=of_layer("moe_topk", "num_experts_per_tok"),
+        hidden_size=hidden,
+        moe_intermediate_size=of_layer("moe_intermediate_size", default=width),
+        activation=activation,
+        router=RouterConfig(score="softmax", renormalize=True),
+        shared=(
+            MLPConfig(hidden_size=hidden, intermediate_size=width * shared, activation=activation) if shared else None
+        ),
+    )
+
+
+HUNYUAN_V1_MOE = Family(
+    model_type="hunyuan_v1_moe",
+    read_config=read_config,
+    tensors=llama_tensors(
+        {
+            "layers.{layer}.attention.q_norm": ("model.layers.{layer}.self_attn.query_layernorm.weight",),
+            "layers.{layer}.attention.k_norm": ("model.layers.{layer}.self_attn.key_layernorm.weight",),
+            "layers.{layer}.moe.w_router": ("model.layers.{layer}.mlp.gate.wg.weight",),
+            **mlp_tensors("moe.shared", "mlp.shared_mlp"),
+        }
+    ),
+    experts=MLP_EXPERTS,
+    ignored=ROTARY_BUFFERS,
+)

@@ -1,0 +1,111 @@
+"""Llama 4, its text part: one sigmoid-weighted expert a token beside a shared one, attention in chunks.
+
+Layers take turns: most rotate positions and attend within a chunk; every fourth or so has no position embedding, sees
+everything, and makes its queries longer the farther they are from the start. The router's weight multiplies what goes
+into an expert.
+"""
+
+from collections.abc import Mapping
+from typing import Any, Literal
+
+from jaxmoe.config import (
+    AttentionConfig,
+    DecoderConfig,
+    LayerConfig,
+    MLPConfig,
+    MoEConfig,
+    RouterConfig,
+    pick,
+    read_dtype,
+)
+from jaxmoe.models.family import ROTARY_BUFFERS, ExpertTensors, Family, llama_tensors, mlp_tensors
+from jaxmoe.rotary import read_rope
+
+
+def read_config(config: Mapping[str, Any]) -> DecoderConfig:
+    """Read the config.json of a llama4_text checkpoint."""
+    hidden = pick(config, "hidden_size")
+    width = pick(config, "intermediate_size")
+    activation = pick(config, "hidden_act", default="silu")
+    dense = MLPConfig(
+        hidden_size=hidden,
+        intermediate_size=pick(config, "intermediate_size_mlp", default=16384),
+        activation=activation,
+    )
+    moe = MoEConfig(
+        num_experts=pick(config, "num_local_experts", "num_experts"),
+        num_experts_per_tok=pick(config, "num_experts_per_tok", default=1),
+        hidden_size=hidden,
+        moe_intermediate_size=width,
+        activation=activation,
+        router=RouterConfig(score="sigmoid", score_after_top_k=True, renormalize=False),
+        weights_on_input=True,
+        shared=MLPConfig(hidden_size=hidden, intermediate_size=width, activation=activation),
+    )
+    count = pick(config, "num_hidden_layers")
+    step = pick(config, "interleave_moe_layer_step", default=1)
+    moe_layers = pick(config, "moe_layers", default=range(step - 1, count, step))
+    return DecoderConfig(
+        model_type=config["model_type"],
+        vocab_size=pick(config, "vocab_size"),
+        hidden_size=hidden,
+        layers=tuple(
+            LayerConfig(attention=attention, feed_forward=moe if i in moe_layers else dense)
+            for i, attention in enumerate(_read_attention(config, count))
+        ),
+        norm_eps=pick(config, "rms_norm_eps", default=1e-5),
+        tie_word_embeddings=pick(config, "tie_word_embeddings", default=False),
+        max_position_embeddings=pick(config, "max_position_embeddings"),
+        dtype=read_dtype(config),
+    )
+
+
+def _read_attention(config: Mapping[str, Any], count: int) -> list[AttentionConfig]:
+    """The attention of each layer, with or without positions and chunks."""
+    heads = pick(config, "num_attention_heads")
+    head_dim = pick(config, "head_dim", default=pick(config, "hidden_size") // heads)
+    bias = pick(config, "attention_bias", default=False)
+    rope = read_rope(config, head_dim=head_dim, default_theta=500000.0, interleaved=True)
+    qk_norm: Literal["unweighted"] | None = "unweighted" if pick(config, "use_qk_norm", default=True) else None
+    temperature = None
+    if pick(config, "attn_temperature_tuning", default=True):
+        temperature = (float(pick(config, "floor_scale", default=8192)), float(pick(config, "attn_scale", default=0.1)))
+    interval = pick(config, "no_rope_layer_interval", default=4)
+    # 1 for a layer with positions, whatever the setting's name says; an empty list counts as none.
+    rotates = config.get("no_rope_layers") or [int((i + 1) % interval != 0) for i in range(count)]
+    usual = ["chunked_attention" if rotate else "full_attention" for rotate in rotates]
+    chunk = pick(config, "attention_chunk_size", default=8192)
+    return [
+        AttentionConfig(
+            num_heads=heads,
+            num_kv_heads=pick(config, "num_key_value_heads", default=heads),
+            head_dim=head_dim,
+            rope=rope if rotate else None,
+            qk_norm=qk_norm if rotate else None,
+            qk_norm_after_rope=True,
+            bias=bias,
+            out_bias=bias,
+            chunk=chunk if kind == "chunked_attention" else None,
+            temperature=None if rotate else temperature,
+        )
+        for rotate, kind in zip(rotates[:count], pick(config, "layer_types", default=usual)[:count], strict=True)
+    ]
+
+
+LLAMA4_TEXT = Family(
+    model_type="llama4_text",
+    read_config=read_config,
+    tensors=llama_tensors(
+        {
+            "layers.{layer}.moe.w_router": ("model.layers.{layer}.feed_forward.router.weight",),
+            **mlp_tensors("moe.shared", "feed_forward.shared_expert"),
+            **mlp_tensors("mlp", "feed_forward"),
+        }
+    ),
+    experts=ExpertTensors(
+        fused_gate_up="model.layers.{layer}.feed_forward.experts.gate_up_proj",
+        fused_down="model.layers.{layer}.feed_forward.experts.down_proj",
+        fused_layout="fused_transposed",
+    ),
+    ignored=ROTARY_BUFFERS,
+)

@@ -1,0 +1,297 @@
+"""load, save, load again: the same bits, from any mesh and placement, in either form."""
+
+import json
+import shutil
+import tracemalloc
+from pathlib import Path
+
+import jax
+import ml_dtypes
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import jaxmoe
+from jaxmoe.checkpoint import CheckpointError, open_checkpoint, values
+from jaxmoe.checkpoint.boxes import whole
+from jaxmoe.checkpoint.directory import copy_side_files
+from jaxmoe.checkpoint.outputs import OutputTensor
+from jaxmoe.checkpoint.values import ModelValues, read_tensor
+from jaxmoe.checkpoint.write import divide_into_files, parse_size, write_files
+from jaxmoe.layers import params_by_path
+from jaxmoe.models import Decoder, get_family
+from jaxmoe.placement import ExpertPlacement
+from tests.checkpoint.writing import write_checkpoint
+from tests.conftest import MESH_SHAPES, mesh_of
+from tests.families import FAMILIES
+
+GOLDENS = Path(__file__).resolve().parent.parent / "goldens"
+# Families with the forms in which transformers saves them.
+SOURCES = [path for path in sorted(GOLDENS.glob("*/*")) if path.parent.name in FAMILIES and path.is_dir()]
+FORMS = ("per_expert", "fused")
+ONE_FORM = [name for name in FAMILIES if not get_family(name).experts.per_expert(0)]
+
+
+def read_all(directory: Path) -> dict[str, np.ndarray]:
+    """Every tensor of a checkpoint."""
+    result = {}
+    for name, tensor in open_checkpoint(directory).tensors.items():
+        with open(tensor.file, "rb") as file:
+            result[name] = read_tensor(file.fileno(), tensor, whole(tensor.shape))
+    return result
+
+
+def assert_same_tensors(ours: Path, theirs: Path) -> None:
+    found, expected = read_all(ours), read_all(theirs)
+    assert found.keys() == expected.keys()
+    for name, value in expected.items():
+        assert found[name].dtype == value.dtype, name
+        assert found[name].tobytes() == value.tobytes(), name
+
+
+def assert_a_form_of_transformers(ours: Path, family: str) -> None:
+    """The same tensors, bit for bit, as in one of the forms in which transformers saves the model."""
+    names = open_checkpoint(ours).tensors.keys()
+    theirs = [path for path in SOURCES if path.parent.name == family and open_checkpoint(path).tensors.keys() == names]
+    assert theirs, f"transformers writes no such names: {sorted(names)}"
+    assert_same_tensors(ours, theirs[0])
+
+
+def assert_same_parameters(ours: Decoder, theirs: Decoder) -> None:
+    expected = params_by_path(theirs)
+    for path, param in params_by_path(ours).items():
+        found, other = np.asarray(param[...]), np.asarray(expected[path][...])
+        assert found.dtype == other.dtype, path
+        assert found.tobytes() == other.tobytes(), path
+
+
+@st.composite
+def placements(draw, experts: int, ep: int):
+    """Every expert somewhere, then replicas and padding, in any order."""
+    extra = draw(st.lists(st.integers(0, experts - 1), max_size=ep))
+    padding = -(experts + len(extra)) % ep
+    slots = draw(st.permutations([*range(experts), *extra, *[-1] * padding]))
+    return ExpertPlacement(num_experts=experts, ep=ep, slot_to_expert=np.array(slots))
+
+
+@settings(max_examples=12)
+@given(data=st.data())
+def test_round_trip(data, tmp_path_factory):
+    source, form = data.draw(st.sampled_from(SOURCES), "source"), data.draw(st.sampled_from(FORMS), "form")
+    family = source.parent.name
+    mesh = mesh_of(*data.draw(st.sampled_from([(1, 1, 1), *MESH_SHAPES]), "mesh"))
+    config = get_family(family).read_config(json.loads((source / "config.json").read_text()))
+    experts = [config.layers[i].feed_forward.num_experts for i in config.moe_layers]
+    placed = [data.draw(placements(count, mesh.shape["ep"]), "placement") for count in experts]
+    dtype = data.draw(st.sampled_from([None, "bfloat16"]), "dtype")
+    model = jaxmoe.load(source, mesh=mesh, placement=placed, dtype=dtype)
+    directory = tmp_path_factory.mktemp("saved") / "checkpoint"
+    size = data.draw(st.sampled_from(["5GB", "100KB", 1]), "size")
+    report = jaxmoe.save(model, directory, form=form, max_shard_size=size)
+    assert report.tensors == len(open_checkpoint(directory).tensors)
+    assert (len(report.files) > 1) == (directory / "model.safetensors.index.json").exists() == (size != "5GB")
+    assert_same_parameters(jaxmoe.load(directory, mesh=mesh, placement=placed), model)
+    if dtype is None:
+        assert_a_form_of_transformers(directory, family)
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("source", SOURCES, ids=lambda path: f"{path.parent.name}-{path.name}")
+def test_converting_gives_what_transformers_writes(source, form, tmp_path):
+    calls = []
+    report = jaxmoe.convert(
+        source, tmp_path / "out", form=form, max_shard_size="70KB", progress=lambda *call: calls.append(call)
+    )
+    assert_a_form_of_transformers(tmp_path / "out", source.parent.name)
+    assert report.form == (form if source.parent.name not in ONE_FORM else "fused")
+    config = (tmp_path / "out" / "config.json").read_bytes()
+    assert config == (source / "config.json").read_bytes()
+    assert (tmp_path / "out" / "generation_config.json").exists()
+    assert calls[-1] == (report.bytes_written, report.bytes_written)
+    assert [done for done, _ in calls] == sorted(done for done, _ in calls)
+    index = json.loads((tmp_path / "out" / "model.safetensors.index.json").read_text())
+    assert index["metadata"]["total_size"] == report.bytes_written
+    assert index["metadata"]["total_parameters"] == report.bytes_written // 4
+    assert json.loads(json.dumps(report.to_dict()))["bytes_written"] == sum(report.files.values())
+
+
+@pytest.mark.parity
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_transformers_loads_it_with_equal_logits(family, form, tmp_path):
+    torch = pytest.importorskip("torch")
+    transformers = pytest.importorskip("transformers")
+    source = GOLDENS / family / "original"
+    model = jaxmoe.load(source, mesh=mesh_of(2, 2, 2), placement="round_robin")
+    jaxmoe.save(model, tmp_path / "out", form=form, max_shard_size="60KB")
+    tokens = torch.tensor([[1, 5, 9, 33, 2, 7]])
+    logits = []
+    for directory in (source, tmp_path / "out"):
+        loaded, info = transformers.AutoModelForCausalLM.from_pretrained(directory, output_loading_info=True)
+        assert not info["missing_keys"]
+        assert not info["unexpected_keys"]
+        with torch.no_grad():
+            logits.append(loaded(tokens).logits.numpy())
+    np.testing.assert_array_equal(logits[1], logits[0])
+
+
+def test_one_tensor_is_in_memory_at_a_time(tmp_path):
+    """Values are asked for when their turn comes, and nobody keeps them."""
+    size = 2**20
+    tensors = [
+        OutputTensor(name=str(i), dtype_name="F32", shape=(size,), nbytes=4 * size, values=lambda: np.ones(size, "f4"))
+        for i in range(8)
+    ]
+    tracemalloc.start()
+    try:
+        write_files(tmp_path, divide_into_files(tensors, 16 * size))
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert peak < 1.5 * 4 * size
+    assert sorted(path.name for path in tmp_path.glob("*.safetensors")) == [
+        "model-00001-of-00002.safetensors",
+        "model-00002-of-00002.safetensors",
+    ]
+    assert (read_all(tmp_path)["7"] == 1).all()
+
+
+def test_parts_on_an_accelerator_are_cut_there(monkeypatch):
+    """The same values where no view of a device's memory is to be had."""
+    model = jaxmoe.load(GOLDENS / "mixtral" / "original", mesh=mesh_of(1, 2, 4))
+    arrays = {path: param.get_value() for path, param in params_by_path(model).items()}
+    path = "layers.1.moe.w_gate_up"
+    box = ((2, 5), (1, 2), (3, 20), (0, 31))
+    expected = np.asarray(arrays[path])[2:5, 1:2, 3:20, 0:31]
+    np.testing.assert_array_equal(ModelValues(arrays).read(path, box), expected)
+    cut = values._cut
+    monkeypatch.setattr(
+        values,
+        "_fetch",
+        lambda data, box: np.asarray(cut(data, np.array([a for a, _ in box], np.int32), tuple(b - a for a, b in box))),
+    )
+    np.testing.assert_array_equal(ModelValues(arrays).read(path, box), expected)
+
+
+def test_routers_are_rounded_only_where_nothing_changes(tmp_path):
+    """A model holds its routers in float32; those of a bfloat16 checkpoint go back to bfloat16."""
+    source, mesh = GOLDENS / "qwen3_moe" / "original", mesh_of(1, 1, 2)
+    jaxmoe.save(jaxmoe.load(source, mesh=mesh, dtype="bfloat16"), tmp_path / "mixed")
+    gates = {name: value.dtype for name, value in read_all(tmp_path / "mixed").items() if value.dtype == "float32"}
+    assert gates.keys() == {f"model.layers.{i}.mlp.gate.weight" for i in range(2)}
+    assert json.loads((tmp_path / "mixed" / "config.json").read_text())["dtype"] == "bfloat16"
+
+    rounded = {name: value.astype(ml_dtypes.bfloat16) for name, value in read_all(source).items()}
+    shutil.copytree(source, tmp_path / "bf16")
+    write_checkpoint(tmp_path / "bf16", rounded)
+    copy_side_files(tmp_path / "mixed", tmp_path / "bf16", dtype=None)
+    report = jaxmoe.save(jaxmoe.load(tmp_path / "bf16", mesh=mesh), tmp_path / "again")
+    assert report.dtypes.keys() == {"BF16"}
+    assert_same_tensors(tmp_path / "again", tmp_path / "bf16")
+    assert jaxmoe.convert(tmp_path / "bf16", tmp_path / "wide", dtype="float32").dtypes.keys() == {"F32"}
+
+
+def test_tensors_that_a_rule_ignores_are_carried_over(tmp_path):
+    source = tmp_path / "source"
+    shutil.copytree(GOLDENS / "qwen3_moe" / "original", source)
+    extra = {"model.layers.0.self_attn.rotary_emb.inv_freq": np.arange(4, dtype=np.float64)}
+    write_checkpoint(source, read_all(source) | extra)
+    model = jaxmoe.load(source, mesh=mesh_of(1, 1, 1), dtype="bfloat16")
+    assert jaxmoe.save(model, tmp_path / "saved", form="fused").carried == 1
+    assert jaxmoe.convert(source, tmp_path / "converted").carried == 1
+    for directory in ("saved", "converted"):
+        ((name, value),) = extra.items()
+        np.testing.assert_array_equal(read_all(tmp_path / directory)[name], value)
+    assert_same_tensors(tmp_path / "converted", source)
+
+
+def test_a_torch_file_is_converted(tmp_path):
+    torch = pytest.importorskip("torch")
+    source = tmp_path / "source"
+    shutil.copytree(GOLDENS / "mixtral" / "original", source)
+    # A transposed tensor is stored in another order than its dims.
+    tensors = {name: torch.from_numpy(value) for name, value in read_all(source).items()}
+    name = "model.layers.0.self_attn.q_proj.weight"
+    tensors[name] = tensors[name].T.contiguous().T
+    (source / "model.safetensors").unlink()
+    torch.save(tensors, source / "pytorch_model.bin")
+    jaxmoe.convert(source, tmp_path / "out")
+    assert_same_tensors(tmp_path / "out", GOLDENS / "mixtral" / "original")
+
+
+def test_nothing_half_written_is_left(tmp_path, monkeypatch):
+    source = GOLDENS / "qwen3_moe" / "original"
+    calls = []
+
+    def fail(done, total):
+        calls.append(done)
+        assert [path.name[:5] for path in tmp_path.iterdir()] == [".out."]
+        if done > total / 2:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        jaxmoe.convert(source, tmp_path / "out", max_shard_size="50KB", progress=fail)
+    assert len(calls) > 1
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_overwriting(tmp_path):
+    source = tmp_path / "source"
+    shutil.copytree(GOLDENS / "qwen3_moe" / "original", source)
+    (tmp_path / "empty").mkdir()
+    jaxmoe.convert(source, tmp_path / "empty")
+    with pytest.raises(FileExistsError, match="written to a new directory; .* is there; overwrite replaces it"):
+        jaxmoe.convert(source, tmp_path / "empty")
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "notes.txt").touch()
+    with pytest.raises(FileExistsError, match=r"replaces a checkpoint, .* has no config\.json and so is none"):
+        jaxmoe.convert(source, tmp_path / "mine", overwrite=True)
+    with pytest.raises(ValueError, match="not written over a directory that its source is in"):
+        jaxmoe.convert(source, tmp_path, overwrite=True)
+    # In its own place: the source is read to its end before it goes.
+    jaxmoe.convert(source, source, form="fused", overwrite=True)
+    assert_same_tensors(source, GOLDENS / "qwen3_moe" / "fused")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["empty", "mine", "source"]
+
+
+def test_arguments_are_checked(tmp_path):
+    source, out = GOLDENS / "qwen3_moe" / "original", tmp_path / "out"
+    with pytest.raises(ValueError, match="form is one of per_expert, fused; got 'stacked'"):
+        jaxmoe.convert(source, out, form="stacked")
+    with pytest.raises(ValueError, match="dtype is float32, bfloat16, .* got 'int8'"):
+        jaxmoe.convert(source, out, dtype="int8")
+    with pytest.raises(ValueError, match="got 'float7'"):
+        jaxmoe.convert(source, out, dtype="float7")
+    for size in ("", "5 parsecs", "0GB", -1):
+        with pytest.raises(ValueError, match=f'"5GB" or "2GiB"; got {size!r}'):
+            jaxmoe.convert(source, out, max_shard_size=size)
+    assert [parse_size(size) for size in (7, "1.5kB", "2GiB")] == [7, 1500, 2**31]
+    config = get_family("qwen3_moe").read_config(json.loads((source / "config.json").read_text()))
+    mesh = jaxmoe.make_mesh(devices=jax.devices()[:1])
+    with pytest.raises(ValueError, match=r"this model has random weights and came from none"):
+        jaxmoe.save(Decoder(config, mesh=mesh), out)
+    assert not out.exists()
+
+
+def test_a_checkpoint_that_does_not_fit_is_refused(tmp_path):
+    source = tmp_path / "source"
+    shutil.copytree(GOLDENS / "mixtral" / "original", source)
+    tensors = read_all(source)
+    del tensors["lm_head.weight"]
+    write_checkpoint(source, tensors | {"stray": np.zeros(3, np.float32)})
+    with pytest.raises(CheckpointError, match="has 2 problems: tensor 'lm_head.weight' is missing.*'stray'"):
+        jaxmoe.convert(source, tmp_path / "out")
+
+
+def test_the_config_of_dequantised_weights_names_no_quantisation(tmp_path):
+    (tmp_path / "a").mkdir()
+    (tmp_path / "b").mkdir()
+    text = {"torch_dtype": "float16", "quantization_config": {"quant_method": "fp8"}}
+    (tmp_path / "a" / "config.json").write_text(json.dumps({"model_type": "x", "text_config": text}))
+    (tmp_path / "a" / "tokenizer.json").write_text("{}")
+    (tmp_path / "a" / "optimizer.bin").write_text("large")
+    copy_side_files(tmp_path / "a", tmp_path / "b", dtype="bfloat16")
+    assert sorted(path.name for path in (tmp_path / "b").iterdir()) == ["config.json", "tokenizer.json"]
+    config = json.loads((tmp_path / "b" / "config.json").read_text())
+    assert config == {"model_type": "x", "text_config": {"torch_dtype": "bfloat16"}}

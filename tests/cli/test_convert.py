@@ -1,0 +1,71 @@
+"""``jaxmoe convert`` through `main`: both ways, outputs, exit statuses."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from jaxmoe.checkpoint import open_checkpoint
+from jaxmoe.cli import main
+from tests.checkpoint.test_save import assert_same_tensors
+
+GOLDENS = Path(__file__).resolve().parent.parent / "goldens" / "qwen3_moe"
+DEMO = Path(__file__).resolve().parents[2] / "demo"
+
+
+@pytest.mark.parametrize(
+    "devices", [[], ["--mesh", "dp=2,tp=2,ep=2", "--simulate", "8", "--placement", "round_robin"], ["--simulate", "8"]]
+)
+def test_both_ways_write_the_same(devices, tmp_path, capsys) -> None:
+    out = tmp_path / "out"
+    argv = ["convert", str(GOLDENS / "original"), str(out), "--to", "safetensors", "--form", "fused", "--json"]
+    assert main([*argv, "--max-shard-size", "70KB", *devices]) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert report["path"] == str(out)
+    assert report["form"] == "fused"
+    assert len(report["files"]) > 1
+    assert report["tensors"] == len(open_checkpoint(out).tensors)
+    assert_same_tensors(out, GOLDENS / "fused")
+
+
+def test_a_sentence_for_people_and_the_side_files(tmp_path, capsys) -> None:
+    out = tmp_path / "out"
+    assert main(["convert", str(DEMO), str(out), "--dtype", "float32"]) == 0
+    sentence = capsys.readouterr().out
+    assert sentence.startswith(f"{out}: ")
+    assert "(per_expert), 0.00244 GB in 1 file, " in sentence
+    assert {path.name for path in out.iterdir()} == {path.name for path in DEMO.iterdir()}
+    assert {tensor.dtype_name for tensor in open_checkpoint(out).tensors.values()} == {"F32"}
+    assert json.loads((out / "config.json").read_text())["dtype"] == "float32"
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["nowhere", "out"], "config.json does not exist"),
+        ([str(DEMO), "."], "is there; overwrite replaces it"),
+        ([str(DEMO), "out", "--dtype", "int4"], "dtype is float32"),
+        ([str(DEMO), "out", "--max-shard-size", "much"], "a file size is a number of bytes"),
+        ([str(DEMO), "out", "--placement", "x.json"], "the placement file x.json does not exist"),
+    ],
+)
+def test_an_error_in_the_input_is_one_line_and_status_1(argv, message, tmp_path, monkeypatch, capsys) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "here").touch()
+    assert main(["convert", *argv]) == 1
+    out, err = capsys.readouterr()
+    assert out == ""
+    (line,) = err.splitlines()
+    assert line.startswith("jaxmoe: error: ")
+    assert message in line
+    assert [path.name for path in tmp_path.iterdir()] == ["here"]
+
+
+@pytest.mark.parametrize(
+    "argv", [[], [str(DEMO)], [str(DEMO), "out", "--to", "gguf"], [str(DEMO), "out", "--form", "x"]]
+)
+def test_wrong_usage_is_status_2(argv, capsys) -> None:
+    with pytest.raises(SystemExit) as error:
+        main(["convert", *argv])
+    assert error.value.code == 2
+    assert capsys.readouterr().err.startswith("usage: jaxmoe convert")

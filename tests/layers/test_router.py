@@ -1,0 +1,229 @@
+"""Every family's router against its formula in NumPy."""
+
+import dataclasses
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxmoe.config import RouterConfig
+from jaxmoe.layers import route
+
+E, K, T, GROUPS = 12, 3, 50, 4
+
+
+def softmax(logits: np.ndarray) -> np.ndarray:
+    exponentials = np.exp(logits - logits.max())
+    return exponentials / exponentials.sum()
+
+
+def sigmoid(logits: np.ndarray) -> np.ndarray:
+    return 1 / (1 + np.exp(-logits))
+
+
+def sqrt_softplus(logits: np.ndarray) -> np.ndarray:
+    return np.sqrt(np.log1p(np.exp(logits)))
+
+
+def best(values: np.ndarray, count: int) -> np.ndarray:
+    """Indices of the `count` largest, the lowest index first among equals."""
+    return np.argsort(-values, kind="stable")[:count]
+
+
+def in_best_groups(choice: np.ndarray, count: int, group_score: Callable[[np.ndarray], float]) -> np.ndarray:
+    """`choice` where an expert's group is one of the `count` best, -inf elsewhere."""
+    groups = choice.reshape(GROUPS, -1)
+    masked = np.full_like(groups, -np.inf)
+    for group in best(np.array([group_score(group) for group in groups]), count):
+        masked[group] = groups[group]
+    return masked.ravel()
+
+
+def top2_sum(group: np.ndarray) -> float:
+    return np.sort(group)[-2:].sum()
+
+
+def sparsemixer(logits: np.ndarray, ids: np.ndarray, jitter: float) -> np.ndarray:
+    """Weights of `ids`, chosen one after the other: a softmax over those left that come near the largest left."""
+    left, weights = logits.copy(), []
+    for id in ids:
+        with np.errstate(divide="ignore", invalid="ignore"):  # a logit of 0 is near
+            far = (left[id] - logits) / np.maximum(np.abs(logits), left[id]) > 2 * jitter
+        weights.append(softmax(np.where(far, -np.inf, left))[id])
+        left[id] = -np.inf
+    return np.array(weights)
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """A router as its config, and as formulas over one token's logits z [E] and the correction bias b [E].
+
+    `choose(z, b)` is what the K largest are chosen of; `weigh(z, ids)` the weights of the chosen.
+    """
+
+    config: RouterConfig
+    choose: Callable[[np.ndarray, np.ndarray], np.ndarray]
+    weigh: Callable[[np.ndarray, np.ndarray], np.ndarray]
+
+
+def normalized(weights: np.ndarray, epsilon: float = 0.0) -> np.ndarray:
+    return weights / (weights.sum() + epsilon)
+
+
+ROWS = {
+    "mixtral, qwen3_5, hunyuan_v1": Row(
+        RouterConfig(),
+        lambda z, b: softmax(z),
+        lambda z, ids: normalized(softmax(z)[ids]),
+    ),
+    "qwen2, qwen3, olmoe, jamba": Row(
+        RouterConfig(renormalize=False),
+        lambda z, b: softmax(z),
+        lambda z, ids: softmax(z)[ids],
+    ),
+    "dbrx": Row(
+        RouterConfig(p_norm=1.0),
+        lambda z, b: softmax(z),
+        lambda z, ids: normalized(softmax(z)[ids]),
+    ),
+    "dbrx, p=2": Row(
+        RouterConfig(p_norm=2.0),
+        lambda z, b: softmax(z),
+        lambda z, ids: softmax(z)[ids] / np.linalg.norm(softmax(z)[ids]),
+    ),
+    "gpt_oss, granitemoe": Row(
+        RouterConfig(score_after_top_k=True, renormalize=False),
+        lambda z, b: z,
+        lambda z, ids: softmax(z[ids]),
+    ),
+    "llama4": Row(
+        RouterConfig(score="sigmoid", score_after_top_k=True, renormalize=False),
+        lambda z, b: z,
+        lambda z, ids: sigmoid(z[ids]),
+    ),
+    "deepseek_v2": Row(
+        RouterConfig(renormalize=False, num_groups=GROUPS, topk_groups=2, group_score="max", scale=16.0),
+        lambda z, b: in_best_groups(softmax(z), 2, np.max),
+        lambda z, ids: softmax(z)[ids] * 16.0,
+    ),
+    "deepseek_v3": Row(
+        RouterConfig(
+            score="sigmoid", correction_bias=True, num_groups=GROUPS, topk_groups=2, sum_epsilon=1e-20, scale=2.5
+        ),
+        lambda z, b: in_best_groups(sigmoid(z) + b, 2, top2_sum),
+        lambda z, ids: normalized(sigmoid(z)[ids], 1e-20) * 2.5,
+    ),
+    "deepseek_v3, one group": Row(
+        RouterConfig(score="sigmoid", correction_bias=True, num_groups=GROUPS, topk_groups=1, renormalize=False),
+        lambda z, b: in_best_groups(sigmoid(z) + b, 1, top2_sum),
+        lambda z, ids: sigmoid(z)[ids],
+    ),
+    "glm4_moe, hy_v3": Row(
+        RouterConfig(score="sigmoid", correction_bias=True, sum_epsilon=1e-20, scale=1.5),
+        lambda z, b: sigmoid(z) + b,
+        lambda z, ids: normalized(sigmoid(z)[ids], 1e-20) * 1.5,
+    ),
+    "minimax_m2": Row(
+        RouterConfig(score="sigmoid", correction_bias=True),
+        lambda z, b: sigmoid(z) + b,
+        lambda z, ids: normalized(sigmoid(z)[ids]),
+    ),
+    "ernie4_5_moe": Row(
+        RouterConfig(correction_bias=True, min_sum=1e-12),
+        lambda z, b: softmax(z) + b,
+        lambda z, ids: softmax(z)[ids] / max(softmax(z)[ids].sum(), 1e-12),
+    ),
+    "deepseek_v4": Row(
+        RouterConfig(score="sqrt_softplus", correction_bias=True, sum_epsilon=1e-20, scale=1.5),
+        lambda z, b: sqrt_softplus(z) + b,
+        lambda z, ids: normalized(sqrt_softplus(z)[ids], 1e-20) * 1.5,
+    ),
+    "phimoe": Row(
+        RouterConfig(sparsemixer=0.2, renormalize=False),
+        lambda z, b: z,
+        lambda z, ids: sparsemixer(z, ids, 0.2),
+    ),
+}
+
+
+def random_case(rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+    return rng.normal(0, 2, (T, E)), rng.normal(0, 0.3, E)
+
+
+def tied_case(rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+    """Few different logits and biases, so that most tokens have equal choices."""
+    return rng.integers(-1, 2, (T, E)).astype(float), rng.choice([-0.3, 0.0], E)
+
+
+def negative_case(rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+    """Every corrected score is below zero: a mask of zeros would choose what it masks."""
+    return rng.normal(0, 2, (T, E)), rng.uniform(-7, -5, E)
+
+
+def tiny_case(rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+    """The chosen scores are so small that what keeps their sum from zero decides."""
+    logits = rng.normal(-55, 2, (T, E))
+    logits[:, 0] = 0.0
+    return logits, np.where(np.arange(E) == 0, -9.0, rng.normal(0, 0.3, E))
+
+
+CASES = (random_case, tied_case, negative_case, tiny_case)
+
+
+def run(config: RouterConfig, k: int, logits: np.ndarray, bias: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """`route` with an identity for a projection, so that the logits are exactly those given."""
+    params = {"w_router": jnp.eye(E), "correction_bias": jnp.asarray(bias, jnp.float32)}
+    ids_TK, weights_TK = jax.jit(route, static_argnums=(2, 3))(jnp.asarray(logits, jnp.float32), params, k, config)
+    assert (ids_TK.dtype, weights_TK.dtype) == ("int32", "float32")
+    return np.asarray(ids_TK), np.asarray(weights_TK)
+
+
+@pytest.mark.parametrize("k", [1, K])
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.__name__)
+@pytest.mark.parametrize("row", ROWS.values(), ids=ROWS)
+def test_formula(row: Row, case, k: int):
+    logits, bias = (array.astype(np.float32).astype(np.float64) for array in case(np.random.default_rng(0)))
+    ids_TK, weights_TK = run(row.config, k, logits, bias)
+    for ids, weights, token in zip(ids_TK, weights_TK, logits, strict=True):
+        expected = best(row.choose(token, bias), k)
+        np.testing.assert_array_equal(ids, expected)
+        np.testing.assert_allclose(weights, row.weigh(token, expected), rtol=3e-5)
+
+
+@pytest.mark.parametrize("row", [row for row in ROWS.values() if row.config.num_groups == 1])
+def test_all_experts(row: Row):
+    logits, bias = random_case(np.random.default_rng(1))
+    ids_TK, _ = run(row.config, E, logits, bias)
+    np.testing.assert_array_equal(np.sort(ids_TK), np.broadcast_to(np.arange(E), (T, E)))
+
+
+def test_equal_logits_choose_the_first_experts():
+    ids_TK, weights_TK = run(RouterConfig(), K, np.zeros((2, E)), np.zeros(E))
+    np.testing.assert_array_equal(ids_TK, [[0, 1, 2]] * 2)
+    np.testing.assert_allclose(weights_TK, 1 / K, rtol=1e-6)
+
+
+def test_equal_groups_choose_the_first():
+    config = RouterConfig(num_groups=GROUPS, topk_groups=2)
+    ids_TK, _ = run(config, 6, np.zeros((1, E)), np.zeros(E))
+    np.testing.assert_array_equal(ids_TK, [range(6)])
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_projection_and_its_bias_are_float32(dtype):
+    rng = np.random.default_rng(2)
+    x_TD, w_ED, b_E = (jnp.asarray(rng.normal(size=shape), dtype) for shape in ((T, 7), (E, 7), (E,)))
+    config = RouterConfig(score_after_top_k=True, renormalize=False, logit_bias=True)
+    ids_TK, weights_TK = route(x_TD, {"w_router": w_ED, "b_router": b_E}, K, config)
+    assert weights_TK.dtype == "float32"
+    logits_TE = np.asarray(x_TD, np.float64) @ np.asarray(w_ED, np.float64).T + np.asarray(b_E, np.float64)
+    for ids, weights, logits in zip(np.asarray(ids_TK), np.asarray(weights_TK), logits_TE, strict=True):
+        np.testing.assert_array_equal(ids, best(logits, K))
+        np.testing.assert_allclose(weights, softmax(logits[ids]), rtol=1e-5)
+
+
+def test_more_groups_chosen_than_there_are():
+    with pytest.raises(ValueError, match="topk_groups=3 is above num_groups=2"):
+        RouterConfig(num_groups=2, topk_groups=3)
