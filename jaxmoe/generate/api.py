@@ -173,9 +173,12 @@ def _text_streams(
     """One stream per prompt; None without a tokenizer, which only stop strings insist on."""
     from jaxmoe.generate.detokenize import TextStream
 
+    if tokenizer is None and model.source is None and not stop:
+        return None
     try:
         decode = _tokenizer(model, tokenizer).decode
-    except (FileNotFoundError, ValueError):
+    except FileNotFoundError:
+        # No tokenizer is fine for token ids; a broken one is an error.
         if stop:
             raise
         return None

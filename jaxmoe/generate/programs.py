@@ -79,26 +79,6 @@ class Sampled(NamedTuple):
     seen: jax.Array | None
 
 
-def bucket_length(length: int, limit: int, minimum: int = 16) -> int:
-    """Round a length up, so that few different ones are ever compiled.
-
-    Powers of two; above 512 also the middle between two of them, so that a long cache is at
-    most a third larger than needed.
-
-    Args:
-        length: tokens needed, at most `limit`.
-        limit: never exceeded (a model's last position).
-        minimum: the smallest bucket.
-
-    Example:
-        >>> [bucket_length(n, limit=4096) for n in (1, 17, 300, 600, 800, 4000)]
-        [16, 32, 512, 768, 1024, 4096]
-    """
-    power = max(minimum, 1 << (length - 1).bit_length())
-    middle = power * 3 // 4
-    return min(limit, middle if power > 512 and length <= middle else power)
-
-
 class Programs:
     """Compiles on demand and remembers; holds no weights and no reference to the model.
 

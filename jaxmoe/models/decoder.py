@@ -181,7 +181,7 @@ class Decoder(nnx.Module):
             check_token_ids(token_ids, self.config.vocab_size)
         B, S = token_ids.shape
         # Padded to a few sizes, so that a series of calls compiles a few programs.
-        rows, length = self.padded_batch(B), bucket(S)
+        rows, length = self.padded_batch(B), bucket_length(S)
         tokens_BS = jnp.pad(jnp.asarray(token_ids, jnp.int32), ((0, rows - B), (0, length - S)))
         lengths_B = jnp.where(jnp.arange(rows) < B, S, 0)
         graphdef, state = nnx.split(self)
@@ -279,10 +279,24 @@ def prompt_positions(lengths_B: jax.Array, S: int) -> tuple[jax.Array, jax.Array
     return jnp.minimum(index_S, jnp.maximum(lengths_B1 - 1, 0)), index_S < lengths_B1
 
 
-def bucket(length: int) -> int:
-    """The padded size for `length` tokens: a power of two, or three quarters of one, of at least 16."""
+def bucket_length(length: int, limit: int | None = None) -> int:
+    """Round a length up, so that few different ones are ever compiled.
+
+    Powers of two from 16 up; above 512 also the middle between two of them, so that a long cache
+    is at most a third larger than needed.
+
+    Args:
+        length: tokens needed, at most `limit`.
+        limit: never exceeded (a model's last position).
+
+    Example:
+        >>> [bucket_length(n, limit=4000) for n in (1, 17, 300, 600, 800, 3800)]
+        [16, 32, 512, 768, 1024, 4000]
+    """
     power = max(_SMALLEST_BUCKET, 1 << (length - 1).bit_length())
-    return power * 3 // 4 if power > _SMALLEST_BUCKET and length <= power * 3 // 4 else power
+    middle = power * 3 // 4
+    rounded = middle if power > 512 and length <= middle else power
+    return rounded if limit is None else min(limit, rounded)
 
 
 def check_token_ids(token_ids: np.ndarray, vocab_size: int) -> None:

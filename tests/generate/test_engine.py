@@ -9,7 +9,8 @@ import pytest
 from flax import nnx
 
 from jaxmoe.generate import Engine, GenerationStats, SamplingParams
-from jaxmoe.generate.programs import Programs, bucket_length, programs_of
+from jaxmoe.generate.programs import Programs, programs_of
+from jaxmoe.models.decoder import bucket_length
 from tests.conftest import mesh_of
 from tests.generate.fake import VOCAB, FakeModel, expected, next_logits
 
