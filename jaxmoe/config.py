@@ -275,3 +275,16 @@ def read_dtype(config: Mapping[str, Any]) -> str | None:
     """The dtype's name in either spelling: ``"dtype": "bfloat16"`` or ``"torch_dtype": "torch.bfloat16"``."""
     name = pick(config, "dtype", "torch_dtype", default=None)
     return None if name is None else str(name).removeprefix("torch.")
+
+
+def read_common(config: Mapping[str, Any], *, norm_eps: float) -> dict[str, Any]:
+    """The fields of a `DecoderConfig` that most families spell alike; `norm_eps` is the family's default."""
+    return {
+        "model_type": config["model_type"],
+        "vocab_size": pick(config, "vocab_size"),
+        "hidden_size": pick(config, "hidden_size"),
+        "norm_eps": pick(config, "rms_norm_eps", default=norm_eps),
+        "tie_word_embeddings": pick(config, "tie_word_embeddings", default=False),
+        "max_position_embeddings": pick(config, "max_position_embeddings"),
+        "dtype": read_dtype(config),
+    }

@@ -11,7 +11,7 @@ from jaxmoe.config import (
     MoEConfig,
     RouterConfig,
     pick,
-    read_dtype,
+    read_common,
 )
 from jaxmoe.models.family import MLP_EXPERTS, ROTARY_BUFFERS, Family, llama_tensors, mlp_tensors
 from jaxmoe.rotary import read_rope
@@ -48,17 +48,11 @@ def read_config(config: Mapping[str, Any]) -> DecoderConfig:
         out_bias=bias,
     )
     return DecoderConfig(
-        model_type=config["model_type"],
-        vocab_size=pick(config, "vocab_size"),
-        hidden_size=hidden,
+        **read_common(config, norm_eps=1e-5),
         layers=tuple(
             LayerConfig(attention=attention, feed_forward=_read_moe(config, layer))
             for layer in range(pick(config, "num_hidden_layers"))
         ),
-        norm_eps=pick(config, "rms_norm_eps", default=1e-5),
-        tie_word_embeddings=pick(config, "tie_word_embeddings", default=False),
-        max_position_embeddings=pick(config, "max_position_embeddings"),
-        dtype=read_dtype(config),
     )
 
 

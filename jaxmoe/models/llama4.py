@@ -16,7 +16,7 @@ from jaxmoe.config import (
     MoEConfig,
     RouterConfig,
     pick,
-    read_dtype,
+    read_common,
 )
 from jaxmoe.models.family import ROTARY_BUFFERS, ExpertTensors, Family, llama_tensors, mlp_tensors
 from jaxmoe.rotary import read_rope
@@ -46,17 +46,11 @@ def read_config(config: Mapping[str, Any]) -> DecoderConfig:
     step = pick(config, "interleave_moe_layer_step", default=1)
     moe_layers = pick(config, "moe_layers", default=range(step - 1, count, step))
     return DecoderConfig(
-        model_type=config["model_type"],
-        vocab_size=pick(config, "vocab_size"),
-        hidden_size=hidden,
+        **read_common(config, norm_eps=1e-5),
         layers=tuple(
             LayerConfig(attention=attention, feed_forward=moe if i in moe_layers else dense)
             for i, attention in enumerate(_read_attention(config, count))
         ),
-        norm_eps=pick(config, "rms_norm_eps", default=1e-5),
-        tie_word_embeddings=pick(config, "tie_word_embeddings", default=False),
-        max_position_embeddings=pick(config, "max_position_embeddings"),
-        dtype=read_dtype(config),
     )
 
 

@@ -10,7 +10,7 @@ from jaxmoe.config import (
     MoEConfig,
     RouterConfig,
     pick,
-    read_dtype,
+    read_common,
 )
 from jaxmoe.models.family import ROTARY_BUFFERS, ExpertTensors, Family, llama_tensors
 from jaxmoe.rotary import read_rope
@@ -39,14 +39,8 @@ def read_config(config: Mapping[str, Any]) -> DecoderConfig:
         ),
     )
     return DecoderConfig(
-        model_type=config["model_type"],
-        vocab_size=pick(config, "vocab_size"),
-        hidden_size=hidden,
+        **read_common(config, norm_eps=1e-5),
         layers=(layer,) * pick(config, "num_hidden_layers"),
-        norm_eps=pick(config, "rms_norm_eps", default=1e-5),
-        tie_word_embeddings=pick(config, "tie_word_embeddings", default=False),
-        max_position_embeddings=pick(config, "max_position_embeddings"),
-        dtype=read_dtype(config),
     )
 
 

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
-from jaxmoe.config import AttentionConfig, DecoderConfig, LayerConfig, MoEConfig, RouterConfig, pick, read_dtype
+from jaxmoe.config import AttentionConfig, DecoderConfig, LayerConfig, MoEConfig, RouterConfig, pick, read_common
 from jaxmoe.models.family import MLP_EXPERTS, ROTARY_BUFFERS, Family, llama_tensors
 from jaxmoe.rotary import read_rope
 
@@ -35,14 +35,8 @@ def read_config(config: Mapping[str, Any]) -> DecoderConfig:
         ),
     )
     return DecoderConfig(
-        model_type=config["model_type"],
-        vocab_size=pick(config, "vocab_size"),
-        hidden_size=hidden,
+        **read_common(config, norm_eps=1e-5),
         layers=(layer,) * pick(config, "num_hidden_layers"),
-        norm_eps=pick(config, "rms_norm_eps", default=1e-5),
-        tie_word_embeddings=pick(config, "tie_word_embeddings", default=False),
-        max_position_embeddings=pick(config, "max_position_embeddings"),
-        dtype=read_dtype(config),
     )
 
 

@@ -11,7 +11,7 @@ from jaxmoe.config import (
     MoEConfig,
     RouterConfig,
     pick,
-    read_dtype,
+    read_common,
 )
 from jaxmoe.models.family import ROTARY_BUFFERS, ExpertTensors, Family, llama_tensors
 from jaxmoe.rotary import read_rope
@@ -47,17 +47,11 @@ def read_config(config: Mapping[str, Any]) -> DecoderConfig:
     dense_layers = pick(config, "mlp_only_layers", default=[])
     step = pick(config, "decoder_sparse_step", default=1)
     return DecoderConfig(
-        model_type=config["model_type"],
-        vocab_size=pick(config, "vocab_size"),
-        hidden_size=hidden,
+        **read_common(config, norm_eps=1e-6),
         layers=tuple(
             LayerConfig(attention=attention, feed_forward=dense if i in dense_layers or (i + 1) % step else moe)
             for i in range(pick(config, "num_hidden_layers"))
         ),
-        norm_eps=pick(config, "rms_norm_eps", default=1e-6),
-        tie_word_embeddings=pick(config, "tie_word_embeddings", default=False),
-        max_position_embeddings=pick(config, "max_position_embeddings"),
-        dtype=read_dtype(config),
     )
 
 
