@@ -9,7 +9,7 @@ import pytest
 
 from jaxmoe.checkpoint.boxes import whole
 from jaxmoe.checkpoint.errors import CheckpointError
-from jaxmoe.checkpoint.lora import delta_weight
+from jaxmoe.checkpoint.lora import LowRankUpdate, TensorDelta, delta_weight
 from jaxmoe.checkpoint.lora_config import LoraConfig, parse_lora_config, read_lora_config
 from jaxmoe.checkpoint.lora_match import find_updates
 
@@ -391,3 +391,34 @@ def test_configuration_of_peft_is_read(tmp_path: Path) -> None:
     document = json.loads((tmp_path / "adapter_config.json").read_text())
     with pytest.raises(CheckpointError, match="use_dora"):
         parse_lora_config(document | {"use_dora": True})
+
+
+@pytest.mark.parametrize("dim_order", [None, (0, 3, 4, 1, 2)])
+@pytest.mark.parametrize(
+    "box",
+    [
+        ((1, 2), (0, 1), (1, 3), (0, 2), (1, 3)),
+        ((1, 2), (1, 2), (0, 3), (1, 2), (0, 3)),
+        ((0, 2), (0, 2), (1, 2), (0, 1), (2, 3)),
+    ],
+)
+def test_the_delta_of_a_tensor_whose_dims_are_split(box, dim_order):
+    rng = np.random.default_rng(0)
+    factors = {"a": rng.standard_normal((2, 6), np.float32), "b": rng.standard_normal((6, 2), np.float32)}
+    update = LowRankUpdate(
+        target="w",
+        box=((1, 2), (0, 6), (0, 6)),
+        expert=1,
+        a="a",
+        b="b",
+        rank_a=slice(0, 2),
+        rank_b=slice(0, 2),
+        scale=2,
+    )
+    whole = delta_weight([update], ((0, 2), (0, 6), (0, 6)), factors)
+    assert whole is not None
+    stored = dim_order or tuple(range(5))
+    delta = TensorDelta((update,), factors, dim_order, ((2,), (2, 3), (2, 3)))
+    expected = whole.reshape(2, 2, 3, 2, 3)[tuple(slice(*extent) for extent in box)].transpose(stored)
+    actual = delta.of(tuple(box[dim] for dim in stored))
+    np.testing.assert_allclose(np.zeros_like(expected) if actual is None else actual, expected, rtol=1e-5)
