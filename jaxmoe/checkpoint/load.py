@@ -84,7 +84,7 @@ def load(
         checkpoint,
         specs.values(),
         model_blocks(specs, family, checkpoint.tensors),
-        ignore=[IgnoreRule(name=name, pattern=pattern) for name, pattern in family.ignored.items()],
+        ignore=[IgnoreRule(name=name, pattern=pattern) for name, pattern in family.ignored_in(config).items()],
         expert_params=[path for path in specs if is_expert_stack(path)],
     )
     if adapter is not None:

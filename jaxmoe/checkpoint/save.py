@@ -24,9 +24,9 @@ from jaxmoe.checkpoint.plan import IgnoreRule
 from jaxmoe.checkpoint.reading import open_files
 from jaxmoe.checkpoint.values import CheckpointValues, ModelValues
 from jaxmoe.checkpoint.write import divide_into_files, parse_size, write_files
-from jaxmoe.config import read_config_json
+from jaxmoe.config import DecoderConfig
 from jaxmoe.layers import ParamSpec, param_specs, params_by_path
-from jaxmoe.models import Decoder, Family, get_family
+from jaxmoe.models import Decoder, Family, read_model_config
 from jaxmoe.progress import ProgressCallback, byte_progress
 
 
@@ -127,7 +127,7 @@ def save(
             "checkpoint's files instead (jaxmoe.convert), or load the model in one process"
         )
     specs = {spec.path: spec for spec in param_specs(model)}
-    family = get_family(read_config_json(source)["model_type"])
+    family, _ = read_model_config(source)
     ignored = [] if model.load_report is None else [t for names in model.load_report.ignored.values() for t in names]
     checkpoint = _open_source(source, needed=bool(ignored))
     with open_files(checkpoint.files if ignored and checkpoint else ()) as descriptors:
@@ -170,12 +170,11 @@ def convert(
     """
     options = _check_options(form, max_shard_size, overwrite, progress)
     target, source = _plain_dtype(dtype), Path(source)
-    raw_config = read_config_json(source)
-    family = get_family(raw_config["model_type"])
+    family, config = read_model_config(source)
     checkpoint = open_checkpoint(source)
-    specs = abstract_specs(family.read_config(raw_config), target or np.dtype(np.float32))
+    specs = abstract_specs(config, target or np.dtype(np.float32))
     blocks = list(model_blocks(specs, family, checkpoint.tensors))
-    ignored = _check_complete(checkpoint, specs, blocks, family)
+    ignored = _check_complete(checkpoint, specs, blocks, family, config)
     with open_files(checkpoint.files) as descriptors:
         values = CheckpointValues(blocks, checkpoint.tensors, descriptors)
         wanted = wanted_names(specs, family, form, checkpoint.tensors)
@@ -252,13 +251,17 @@ def _open_source(source: Path, *, needed: bool) -> Checkpoint | None:
 
 
 def _check_complete(
-    checkpoint: Checkpoint, specs: dict[str, ParamSpec], blocks: Iterable[Block], family: Family
+    checkpoint: Checkpoint,
+    specs: dict[str, ParamSpec],
+    blocks: Iterable[Block],
+    family: Family,
+    config: DecoderConfig,
 ) -> list[str]:
     """The checks of a load plan: nothing is left out silently. Returns the tensors that rules ignore."""
     by_param: dict[str, list[Block]] = {path: [] for path in specs}
     for block in blocks:
         by_param[block.param].append(block)
-    rules = [IgnoreRule(name=name, pattern=pattern) for name, pattern in family.ignored.items()]
+    rules = [IgnoreRule(name=name, pattern=pattern) for name, pattern in family.ignored_in(config).items()]
     problems = Problems(f"the conversion of {checkpoint.path}")
     check_tensors(checkpoint, list(specs.values()), by_param, problems)
     ignored = check_all_used(

@@ -190,7 +190,7 @@ def _map(checkpoint: Checkpoint, family: Family, config: DecoderConfig, *, quant
         problems.append(str(error))
         blocks = list(model_blocks(specs, family, wanted_names(specs, family, "per_expert")))
     needed = {block.tensor: block.tensor_shape for block in blocks if block.tensor is not None}
-    rules = [IgnoreRule(name=name, pattern=pattern) for name, pattern in family.ignored.items()]
+    rules = [IgnoreRule(name=name, pattern=pattern) for name, pattern in family.ignored_in(config).items()]
     ignored: dict[str, list[str]] = defaultdict(list)
     uncovered = []
     for name in checkpoint.tensors:

@@ -7,6 +7,7 @@ from jaxmoe.models.dbrx import DBRX
 from jaxmoe.models.decoder import Decoder
 from jaxmoe.models.ernie4_5_moe import ERNIE4_5_MOE
 from jaxmoe.models.family import ExpertTensors, Family
+from jaxmoe.models.glm4_moe import GLM4_MOE
 from jaxmoe.models.gpt_oss import GPT_OSS
 from jaxmoe.models.granitemoe import GRANITEMOE
 from jaxmoe.models.hunyuan_v1_moe import HUNYUAN_V1_MOE
@@ -25,6 +26,7 @@ FAMILIES: dict[str, Family] = {
     for family in (
         DBRX,
         ERNIE4_5_MOE,
+        GLM4_MOE,
         GPT_OSS,
         GRANITEMOE,
         HUNYUAN_V1_MOE,

@@ -83,7 +83,7 @@ class Family:
         experts: names of the routed experts.
         renamed_experts: names that a checkpoint may have for them instead, where the fused tensors have two spellings.
         ignored: rule name -> regular expression (of whole tensor names) for tensors that are
-            rightly in a checkpoint and not in the model.
+            rightly in a checkpoint and not in the model; ``{num_layers}`` stands for the number of layers.
         spellings: parts of names that mean the same, where transformers calls a module otherwise than files do: an
             adapter's names are looked for in each spelling.
     """
@@ -95,6 +95,11 @@ class Family:
     ignored: Mapping[str, str]
     spellings: tuple[tuple[str, ...], ...] = ()
     renamed_experts: ExpertTensors | None = None
+
+    def ignored_in(self, config: DecoderConfig) -> dict[str, str]:
+        """`ignored` for a model of that config."""
+        layers = str(len(config.layers))
+        return {name: pattern.replace("{num_layers}", layers) for name, pattern in self.ignored.items()}
 
 
 def llama_tensors(feed_forward: Mapping[str, tuple[str, ...]]) -> dict[str, tuple[str, ...]]:
@@ -137,3 +142,6 @@ MLP_EXPERTS = ExpertTensors(
 
 # Buffers that old exporters wrote beside the weights.
 ROTARY_BUFFERS = {"rotary buffers": r".*\.rotary_emb\.inv_freq"}
+
+# Layers that predict the tokens after the next one stand behind the model's own.
+MTP_LAYERS = {"multi-token prediction": r"model\.layers\.{num_layers}\..*"}

@@ -1,10 +1,14 @@
 """Every family against what transformers computed, on every mesh: logits, greedy tokens, both checkpoint forms."""
 
+import json
+import shutil
 from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
+from safetensors import safe_open
+from safetensors.numpy import save_file
 
 import jaxmoe
 from jaxmoe.layers import params_by_path
@@ -132,3 +136,22 @@ def test_experts_are_never_gathered():
     assert "f32[3,2,12,32]" in text  # 3 of 12 slots, half the width
     for whole in ("f32[12,2,12,32]", "f32[12,2,24,32]", "f32[3,2,24,32]", "f32[12,32,24]", "f32[12,32,12]"):
         assert whole not in text
+
+
+def test_layers_behind_the_models_own_are_ignored_by_name(tmp_path):
+    """Multi-token-prediction layers; what no rule names is still refused."""
+    shutil.copytree(GOLDENS / "glm4_moe" / "original", tmp_path / "glm")
+    save_file({"model.layers.2.eh_proj.weight": np.ones((2, 2), np.float32)}, tmp_path / "glm" / "mtp.safetensors")
+    names = {}
+    for file in ("model.safetensors", "mtp.safetensors"):
+        with safe_open(tmp_path / "glm" / file, "np") as opened:
+            names |= dict.fromkeys(opened.keys(), file)
+    index = tmp_path / "glm" / "model.safetensors.index.json"
+    index.write_text(json.dumps({"metadata": {}, "weight_map": names}))
+    model = jaxmoe.load(tmp_path / "glm", mesh=mesh_of(1, 1, 1))
+    assert model.load_report.ignored == {"multi-token prediction": ("model.layers.2.eh_proj.weight",)}
+    save_file({"model.layers.3.eh_proj.weight": np.ones((2, 2), np.float32)}, tmp_path / "glm" / "mtp.safetensors")
+    names = {name.replace("layers.2.eh", "layers.3.eh"): file for name, file in names.items()}
+    index.write_text(json.dumps({"metadata": {}, "weight_map": names}))
+    with pytest.raises(ValueError, match=r"layers\.3\.eh_proj.*no rule ignores it"):
+        jaxmoe.load(tmp_path / "glm", mesh=mesh_of(1, 1, 1))
