@@ -49,7 +49,11 @@ def new_directory(path: str | os.PathLike[str], *, overwrite: bool) -> Iterator[
         if path.exists():
             replaced = path.with_name(f".{path.name}.replaced-{token}")
             path.rename(replaced)
-            partial.rename(path)
+            try:
+                partial.rename(path)
+            except BaseException:
+                replaced.rename(path)
+                raise
             shutil.rmtree(replaced)
         else:
             partial.rename(path)

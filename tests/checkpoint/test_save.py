@@ -236,6 +236,23 @@ def test_nothing_half_written_is_left(tmp_path, monkeypatch):
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_checkpoint_that_cannot_be_replaced_stays(tmp_path, monkeypatch):
+    source = GOLDENS / "qwen3_moe" / "original"
+    jaxmoe.convert(source, tmp_path / "out")
+    rename = Path.rename
+
+    def fail(self, target):
+        if ".partial-" in self.name:
+            raise OSError("no")
+        return rename(self, target)
+
+    monkeypatch.setattr(Path, "rename", fail)
+    with pytest.raises(OSError, match="no"):
+        jaxmoe.convert(source, tmp_path / "out", form="fused", overwrite=True)
+    assert_same_tensors(tmp_path / "out", source)
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
 def test_overwriting(tmp_path):
     source = tmp_path / "source"
     shutil.copytree(GOLDENS / "qwen3_moe" / "original", source)

@@ -20,7 +20,12 @@ EXPERTS_KEYS = {"num_experts", "num_local_experts", "n_routed_experts", "moe_num
 
 
 def with_experts(sizes: dict[str, Any], experts: int) -> dict[str, Any]:
-    """The arguments of a config that give it so many experts; DBRX has them a level deeper."""
+    """The arguments of a config that give it so many experts; DBRX has them a level deeper.
+
+    Experts in groups stay as many as they are: any other number might not divide.
+    """
+    if sizes.get("n_group", 1) > 1:
+        return {}
     if "ffn_config" in sizes:
         return {"ffn_config": {**sizes["ffn_config"], **with_experts(sizes["ffn_config"], experts)}}
     (key,) = EXPERTS_KEYS & sizes.keys()
