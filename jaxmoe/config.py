@@ -22,8 +22,16 @@ def _check_positive(config: Any, *names: str) -> None:
             raise ValueError(f"{type(config).__name__}.{name} is a whole number of at least 1; got {value!r}")
 
 
+class TokenMixerConfig:
+    """What the layers have in common through which a token sees the ones before it; see `jaxmoe.layers.mixers`."""
+
+    def tp_faults(self, tp: int) -> list[str]:
+        """What does not split over `tp` ranks, as "name=value"."""
+        raise NotImplementedError
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class AttentionConfig:
+class AttentionConfig(TokenMixerConfig):
     """Grouped-query attention (Ainslie et al. 2023, arXiv:2305.13245).
 
     Attributes:
@@ -67,6 +75,13 @@ class AttentionConfig:
                 f"each key/value head serves the same number of query heads: num_heads={self.num_heads} is no "
                 f"multiple of num_kv_heads={self.num_kv_heads}"
             )
+
+    def tp_faults(self, tp: int) -> list[str]:
+        """Heads are split over tp; with fewer key/value heads than ranks, ranks share one."""
+        faults = [f"num_attention_heads={self.num_heads}"] if self.num_heads % tp else []
+        if self.num_kv_heads % tp and tp % self.num_kv_heads:
+            faults.append(f"num_key_value_heads={self.num_kv_heads} (neither divides the other)")
+        return faults
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -182,10 +197,17 @@ class MoEConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LayerConfig:
-    """One decoder layer: attention, then a dense MLP or routed experts."""
+    """One decoder layer: attention or a recurrent layer in its place, then a dense MLP or routed experts.
 
-    attention: AttentionConfig
-    feed_forward: MLPConfig | MoEConfig
+    Either half may be None, for a layer that has only the other.
+    """
+
+    attention: TokenMixerConfig | None
+    feed_forward: MLPConfig | MoEConfig | None
+
+    def __post_init__(self) -> None:
+        if self.attention is None and self.feed_forward is None:
+            raise ValueError("a layer has attention, a feed-forward part or both; got neither")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

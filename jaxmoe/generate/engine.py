@@ -12,7 +12,7 @@ from jaxmoe.generate.params import SamplingParams
 from jaxmoe.generate.programs import Leaves, Sampled, Shape, programs_of
 from jaxmoe.generate.sampling import Controls, Mode, seed_words
 from jaxmoe.generate.stats import GenerationStats
-from jaxmoe.models.decoder import bucket_length
+from jaxmoe.models.padding import bucket_length
 
 FinishReason = Literal["length", "stop"]
 

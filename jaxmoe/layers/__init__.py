@@ -1,8 +1,10 @@
 """The parts a decoder is composed of, as Flax nnx modules and the pure functions they call."""
 
-from jaxmoe.layers.attention import Attention, CacheArray, KVCache
+from jaxmoe.layers.attention import Attention, KVCache
+from jaxmoe.layers.cache import CacheArray
 from jaxmoe.layers.embedding import VocabTable
 from jaxmoe.layers.host_data import HostData
+from jaxmoe.layers.mixers import TOKEN_MIXERS, make_token_mixer
 from jaxmoe.layers.mlp import MLP
 from jaxmoe.layers.moe import MoE, MoEStats, check_expert_axes
 from jaxmoe.layers.norm import NORMS, RMSNorm
@@ -12,6 +14,7 @@ from jaxmoe.layers.router import route
 __all__ = [
     "MLP",
     "NORMS",
+    "TOKEN_MIXERS",
     "Attention",
     "CacheArray",
     "HostData",
@@ -23,6 +26,7 @@ __all__ = [
     "RMSNorm",
     "VocabTable",
     "check_expert_axes",
+    "make_token_mixer",
     "param_specs",
     "params_by_path",
     "route",

@@ -4,7 +4,6 @@ Letters besides design's: H query heads, G key/value heads, q query heads of one
 head, h head_dim, C positions of the cache. On a device H and G are its own.
 """
 
-import dataclasses
 from typing import Any, NamedTuple
 
 import jax
@@ -13,6 +12,7 @@ from flax import nnx
 from jax.sharding import PartitionSpec as P
 
 from jaxmoe.config import AttentionConfig
+from jaxmoe.layers.cache import CacheArray, write_prompt, write_token
 from jaxmoe.layers.norm import rms_norm
 from jaxmoe.layers.param import ParamFactory, RowMap, ones, zeros
 from jaxmoe.layers.rope import apply_rope
@@ -20,14 +20,6 @@ from jaxmoe.mesh import TP
 
 # Queries of a long prompt are taken this many at a time, which bounds the score matrix.
 _QUERY_BLOCK = 512
-
-
-@dataclasses.dataclass(frozen=True)
-class CacheArray:
-    """One array of a layer's cache, before it exists: its shape, and the mesh axis each dim after the batch is over."""
-
-    shape: tuple[int, ...]
-    dims: tuple[str | None, ...] = ()
 
 
 class KVCache(NamedTuple):
@@ -94,18 +86,6 @@ def _softmax(scores_BGqSC: jax.Array, sinks_H: jax.Array | None) -> jax.Array:
     largest = jnp.maximum(jnp.max(scores_BGqSC, axis=-1, keepdims=True), sinks)
     exponentials = jnp.exp(scores_BGqSC - largest)
     return exponentials / (jnp.sum(exponentials, axis=-1, keepdims=True) + jnp.exp(sinks - largest))
-
-
-def _write_prompt(cache: jax.Array, new_BGSh: jax.Array) -> jax.Array:
-    return jax.lax.dynamic_update_slice(cache, new_BGSh.astype(cache.dtype), (0, 0, 0, 0))
-
-
-def _write_token(cache: jax.Array, new_BG1h: jax.Array, position_B: jax.Array) -> jax.Array:
-    # A slice update per row is done in place; a scatter over rows is a serial loop on CPU.
-    for row in range(cache.shape[0]):
-        new = new_BG1h[row : row + 1].astype(cache.dtype)
-        cache = jax.lax.dynamic_update_slice(cache, new, (row, 0, position_B[row], 0))
-    return cache
 
 
 class Attention(nnx.Module):
@@ -180,9 +160,9 @@ class Attention(nnx.Module):
             k_BGSh, v_BGSh = k_BSGh.swapaxes(1, 2), v_BSGh.swapaxes(1, 2)
             if cache is not None and decode:
                 position_B = positions_BS[:, 0]
-                cache = KVCache(_write_token(cache.k, k_BGSh, position_B), _write_token(cache.v, v_BGSh, position_B))
+                cache = KVCache(write_token(cache.k, k_BGSh, position_B), write_token(cache.v, v_BGSh, position_B))
             elif cache is not None:
-                cache = KVCache(_write_prompt(cache.k, k_BGSh), _write_prompt(cache.v, v_BGSh))
+                cache = KVCache(write_prompt(cache.k, k_BGSh), write_prompt(cache.v, v_BGSh))
             keys, values = cache if cache is not None and decode else (k_BGSh, v_BGSh)
             config = self.config
             o_BSHh = attend(

@@ -11,83 +11,16 @@ import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
 
-from jaxmoe.config import DecoderConfig, LayerConfig, MoEConfig
-from jaxmoe.layers import (
-    MLP,
-    NORMS,
-    Attention,
-    CacheArray,
-    HostData,
-    KVCache,
-    MoE,
-    ParamFactory,
-    VocabTable,
-    check_expert_axes,
-)
+from jaxmoe.config import DecoderConfig, MoEConfig
+from jaxmoe.layers import NORMS, CacheArray, HostData, MoEStats, ParamFactory, VocabTable, check_expert_axes
 from jaxmoe.mesh import EP, TP, axes_size, batch_axes, named, padded_batch
+from jaxmoe.models.checks import check_token_ids, check_tp
+from jaxmoe.models.decoder_layer import DecoderLayer
+from jaxmoe.models.padding import bucket_length, prompt_positions
 from jaxmoe.placement import ExpertPlacement, make_placements
 
-Cache = tuple[KVCache | None, ...]
-
-_SMALLEST_BUCKET = 16
-
-
-class DecoderLayer(nnx.Module):
-    """x + attention(norm(x)), then x + feed_forward(norm(x))."""
-
-    def __init__(
-        self,
-        config: LayerConfig,
-        decoder: DecoderConfig,
-        *,
-        param: ParamFactory,
-        placement: ExpertPlacement | None,
-        expert_axes: tuple[str, ...],
-        dispatch: str,
-        kernels: str,
-    ):
-        norm = NORMS[decoder.norm]
-        hidden_size, eps = decoder.hidden_size, decoder.norm_eps
-        self.residual_multiplier = decoder.residual_multiplier
-        self.attention_norm = norm(hidden_size, eps, param=param)
-        self.attention = Attention(config.attention, hidden_size, eps, param=param)
-        self.feed_forward_norm = norm(hidden_size, eps, param=param)
-        self.sparse = isinstance(config.feed_forward, MoEConfig)
-        if isinstance(config.feed_forward, MoEConfig):
-            assert placement is not None
-            self.moe = MoE(
-                config.feed_forward,
-                mesh=param.mesh,
-                placement=placement,
-                expert_axes=expert_axes,
-                dispatch=dispatch,
-                kernels=kernels,
-                dtype=param.dtype,
-                rngs=param.rngs,
-            )
-        else:
-            self.mlp = MLP(config.feed_forward, param=param)
-
-    def __call__(
-        self,
-        x_BSD: jax.Array,
-        positions_BS: jax.Array,
-        mask_BS: jax.Array,
-        cache: KVCache | None,
-        batch: tuple[str, ...],
-        *,
-        decode: bool = False,
-    ) -> tuple[jax.Array, KVCache | None]:
-        """Apply the layer; tokens where `mask_BS` is False reach no routed expert."""
-        attended, cache = self.attention(self.attention_norm(x_BSD), positions_BS, cache, batch, decode=decode)
-        x_BSD = x_BSD + attended * self.residual_multiplier
-        normed = self.feed_forward_norm(x_BSD)
-        if self.sparse:
-            y_BSD, _ = self.moe(normed, mask_BS)
-            y_BSD = jax.lax.with_sharding_constraint(y_BSD, named(self.moe.mesh, batch))
-        else:
-            y_BSD = self.mlp(normed, batch)
-        return x_BSD + y_BSD * self.residual_multiplier, cache
+# What every layer keeps of the tokens seen, first to last; None for a layer that keeps nothing.
+Cache = tuple[Any, ...]
 
 
 class Decoder(nnx.Module):
@@ -188,8 +121,8 @@ class Decoder(nnx.Module):
         return _all_logits(graphdef, state, tokens_BS, lengths_B)[:B, :S]
 
     def init_cache(self, batch_size: int, max_length: int) -> Cache:
-        """An empty key/value cache for `batch_size` sequences (see `padded_batch`) of up to `max_length` tokens."""
-        arrays = tuple(layer.attention.cache_arrays(batch_size, max_length) for layer in self.layers)
+        """An empty cache for `batch_size` sequences (see `padded_batch`) of up to `max_length` tokens."""
+        arrays = tuple(layer.cache_arrays(batch_size, max_length) for layer in self.layers)
         return _empty(arrays, self.dtype, self.mesh, batch_axes(self.mesh, batch_size))
 
     def padded_batch(self, batch_size: int) -> int:
@@ -209,7 +142,7 @@ class Decoder(nnx.Module):
         """
         S = tokens_BS.shape[1]
         positions_BS, mask_BS = prompt_positions(lengths_B, S)
-        x_BSD, cache = self._hidden(tokens_BS, positions_BS, mask_BS, cache)
+        x_BSD, cache, _ = self._hidden(tokens_BS, positions_BS, mask_BS, cache)
         last_B1D = jnp.take_along_axis(x_BSD, jnp.maximum(lengths_B - 1, 0)[:, None, None], axis=1)
         return self._logits(last_B1D)[:, 0], cache
 
@@ -228,8 +161,22 @@ class Decoder(nnx.Module):
             float32 [B, vocab_size], the logits after each token, and the cache.
         """
         mask_B1 = jnp.ones((len(tokens_B), 1), bool) if active_B is None else active_B[:, None]
-        x_B1D, cache = self._hidden(tokens_B[:, None], positions_B[:, None], mask_B1, cache, decode=True)
+        x_B1D, cache, _ = self._hidden(tokens_B[:, None], positions_B[:, None], mask_B1, cache, decode=True)
         return self._logits(x_B1D)[:, 0], cache
+
+    def logits_and_stats(self, tokens_BS: jax.Array, lengths_B: jax.Array) -> tuple[jax.Array, tuple[MoEStats, ...]]:
+        """Logits of every position, and what each MoE layer did; pure and traceable, for training and measuring.
+
+        Args:
+            tokens_BS: int32, padded on the right, B a number that `padded_batch` gives.
+            lengths_B: int32, tokens of each row; 0 for a padding row.
+
+        Returns:
+            float32 [B, S, vocab_size], and one `MoEStats` per MoE layer.
+        """
+        positions_BS, mask_BS = prompt_positions(lengths_B, tokens_BS.shape[1])
+        x_BSD, _, stats = self._hidden(tokens_BS, positions_BS, mask_BS, None)
+        return self._logits(x_BSD), stats
 
     def _hidden(
         self,
@@ -239,15 +186,17 @@ class Decoder(nnx.Module):
         cache: Cache | None,
         *,
         decode: bool = False,
-    ) -> tuple[jax.Array, Cache]:
+    ) -> tuple[jax.Array, Cache, tuple[MoEStats, ...]]:
         batch = batch_axes(self.mesh, tokens_BS.shape[0])
         x_BSD = self.embed.embed(tokens_BS, batch) * self.config.embedding_multiplier
-        caches = []
+        caches, stats = [], []
         for i, layer in enumerate(self.layers):
             layer_cache = None if cache is None else cache[i]
-            x_BSD, layer_cache = layer(x_BSD, positions_BS, mask_BS, layer_cache, batch, decode=decode)
+            x_BSD, layer_cache, layer_stats = layer(x_BSD, positions_BS, mask_BS, layer_cache, batch, decode=decode)
             caches.append(layer_cache)
-        return self.norm(x_BSD), tuple(caches)
+            if layer_stats is not None:
+                stats.append(layer_stats)
+        return self.norm(x_BSD), tuple(caches), tuple(stats)
 
     def _logits(self, x_BSD: jax.Array) -> jax.Array:
         table = self.embed if self.config.tie_word_embeddings else self.lm_head
@@ -256,93 +205,14 @@ class Decoder(nnx.Module):
 
 @partial(jax.jit, static_argnums=0)
 def _all_logits(graphdef: nnx.GraphDef, state: nnx.State, tokens_BS: jax.Array, lengths_B: jax.Array) -> jax.Array:
-    model = nnx.merge(graphdef, state)
-    positions_BS, mask_BS = prompt_positions(lengths_B, tokens_BS.shape[1])
-    x_BSD, _ = model._hidden(tokens_BS, positions_BS, mask_BS, None)
-    return model._logits(x_BSD)
+    return nnx.merge(graphdef, state).logits_and_stats(tokens_BS, lengths_B)[0]
 
 
 @partial(jax.jit, static_argnums=(0, 1, 2, 3))
 def _empty(arrays: Any, dtype: jnp.dtype, mesh: Mesh, batch: tuple[str, ...]) -> Cache:
     def one(array: CacheArray) -> jax.Array:
-        return jax.lax.with_sharding_constraint(jnp.zeros(array.shape, dtype), named(mesh, batch, *array.dims))
+        return jax.lax.with_sharding_constraint(
+            jnp.zeros(array.shape, array.dtype or dtype), named(mesh, batch, *array.dims)
+        )
 
     return jax.tree.map(one, arrays)
-
-
-def prompt_positions(lengths_B: jax.Array, S: int) -> tuple[jax.Array, jax.Array]:
-    """Positions of prompts padded to S, and a mask of their tokens; padding stands where the last token does.
-
-    So a row's largest position tells the prompt's own length, which some position embeddings depend on.
-    """
-    index_S, lengths_B1 = jnp.arange(S), lengths_B[:, None]
-    return jnp.minimum(index_S, jnp.maximum(lengths_B1 - 1, 0)), index_S < lengths_B1
-
-
-def bucket_length(length: int, limit: int | None = None) -> int:
-    """Round a length up, so that few different ones are ever compiled.
-
-    Powers of two from 16 up; above 512 also the middle between two of them, so that a long cache
-    is at most a third larger than needed.
-
-    Args:
-        length: tokens needed, at most `limit`.
-        limit: never exceeded (a model's last position).
-
-    Example:
-        >>> [bucket_length(n, limit=4000) for n in (1, 17, 300, 600, 800, 3800)]
-        [16, 32, 512, 768, 1024, 4000]
-    """
-    power = max(_SMALLEST_BUCKET, 1 << (length - 1).bit_length())
-    middle = power * 3 // 4
-    rounded = middle if power > 512 and length <= middle else power
-    return rounded if limit is None else min(limit, rounded)
-
-
-def check_token_ids(token_ids: np.ndarray, vocab_size: int) -> None:
-    """Refuse what an embedding lookup would silently clip.
-
-    Raises:
-        ValueError: not whole numbers [B, S] with at least one token, all in 0..vocab_size-1.
-    """
-    if token_ids.ndim != 2 or token_ids.size == 0 or not np.issubdtype(token_ids.dtype, np.integer):
-        raise ValueError(
-            f"token ids are whole numbers [batch, sequence], at least one; got {token_ids.dtype} {token_ids.shape}"
-        )
-    if token_ids.min() < 0 or token_ids.max() >= vocab_size:
-        raise ValueError(
-            f"token ids are 0..{vocab_size - 1}; got {token_ids.min()}..{token_ids.max()}; "
-            f"use the tokenizer of this checkpoint"
-        )
-
-
-def check_tp(config: DecoderConfig, tp: int, expert_axes: tuple[str, ...]) -> None:
-    """Refuse a tp that does not split heads and widths evenly.
-
-    Raises:
-        ValueError: names what does not divide, and every tp that would do.
-    """
-
-    def faults(tp: int) -> list[str]:
-        found = []
-        for layer in config.layers:
-            heads, kv_heads = layer.attention.num_heads, layer.attention.num_kv_heads
-            if heads % tp:
-                found.append(f"num_attention_heads={heads}")
-            if kv_heads % tp and tp % kv_heads:
-                found.append(f"num_key_value_heads={kv_heads} (neither divides the other)")
-            ffn = layer.feed_forward
-            if isinstance(ffn, MoEConfig):
-                if TP not in expert_axes and ffn.moe_intermediate_size % tp:
-                    found.append(f"the expert width {ffn.moe_intermediate_size}")
-            elif ffn.intermediate_size % tp:
-                found.append(f"intermediate_size={ffn.intermediate_size}")
-        return found
-
-    if found := faults(tp):
-        most = max(layer.attention.num_heads for layer in config.layers)
-        would_do = [str(size) for size in range(1, most + 1) if not faults(size)]
-        raise ValueError(
-            f"heads and widths are split evenly over tp: tp={tp} does not divide {found[0]}; "
-            f"tp can be {', '.join(would_do)}"
-        )

@@ -10,7 +10,7 @@ from flax import nnx
 
 from jaxmoe.generate import Engine, GenerationStats, SamplingParams
 from jaxmoe.generate.programs import Programs, programs_of
-from jaxmoe.models.decoder import bucket_length
+from jaxmoe.models.padding import bucket_length
 from tests.conftest import mesh_of
 from tests.generate.fake import VOCAB, FakeModel, expected, next_logits
 

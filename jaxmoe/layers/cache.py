@@ -1,0 +1,35 @@
+"""What a layer keeps of the tokens seen so far, described before it exists, and the writing of keys and values."""
+
+import dataclasses
+
+import jax
+
+
+@dataclasses.dataclass(frozen=True)
+class CacheArray:
+    """One array of a layer's cache, before it exists.
+
+    Attributes:
+        shape: global shape; dim 0 is the batch.
+        dims: the mesh axis that each dim after the batch is over.
+        dtype: by name; None for the model's own.
+    """
+
+    shape: tuple[int, ...]
+    dims: tuple[str | None, ...] = ()
+    dtype: str | None = None
+
+
+def write_prompt(cache: jax.Array, new: jax.Array) -> jax.Array:
+    """A cache [B, ..., C, h] with the values [B, ..., S, h] of a prompt at its start."""
+    return jax.lax.dynamic_update_slice(cache, new.astype(cache.dtype), (0,) * cache.ndim)
+
+
+def write_token(cache: jax.Array, new: jax.Array, position_B: jax.Array) -> jax.Array:
+    """A cache [B, ..., C, h] with one token's values [B, ..., 1, h] at each row's own position."""
+    # A slice update per row is done in place; a scatter over rows is a serial loop on CPU.
+    between = (0,) * (cache.ndim - 3)
+    for row in range(cache.shape[0]):
+        update = new[row : row + 1].astype(cache.dtype)
+        cache = jax.lax.dynamic_update_slice(cache, update, (row, *between, position_B[row], 0))
+    return cache

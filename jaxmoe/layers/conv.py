@@ -1,0 +1,38 @@
+"""The short causal convolution in front of recurrent layers, with the inputs it keeps between calls."""
+
+import jax
+import jax.numpy as jnp
+
+
+def causal_conv(
+    x_BSA: jax.Array,
+    weight_AW: jax.Array,
+    bias_A: jax.Array | None,
+    state_BVA: jax.Array | None,
+    lengths_B: jax.Array,
+) -> tuple[jax.Array, jax.Array]:
+    """y_t = Σ_w weight_w · x_{t-W+1+w} + bias, each channel for itself.
+
+    Letters: A channels, W taps, V = W - 1 inputs kept.
+
+    Args:
+        x_BSA: inputs, rows padded on the right.
+        weight_AW: taps of every channel, the last one for the newest input.
+        bias_A: added to the result; None for none.
+        state_BVA: the V inputs before `x_BSA`, oldest first; None for the zeros before a sequence's start.
+        lengths_B: int32, inputs of each row that count.
+
+    Returns:
+        [B, S, A], and the V inputs up to each row's length, for the next call.
+    """
+    B, S, A = x_BSA.shape
+    V = weight_AW.shape[1] - 1
+    before = jnp.zeros((B, V, A), x_BSA.dtype) if state_BVA is None else state_BVA.astype(x_BSA.dtype)
+    inputs = jnp.concatenate([before, x_BSA], axis=1)
+    y_BSA = jnp.zeros_like(x_BSA)
+    for tap in range(V + 1):
+        y_BSA += inputs[:, tap : tap + S] * weight_AW[:, tap]
+    if bias_A is not None:
+        y_BSA = y_BSA + bias_A
+    kept_BV = lengths_B[:, None] + jnp.arange(V)
+    return y_BSA, jnp.take_along_axis(inputs, kept_BV[:, :, None], axis=1)

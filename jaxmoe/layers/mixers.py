@@ -1,0 +1,39 @@
+"""The layers through which a token sees the tokens before it: attention, and recurrent layers in its place.
+
+A kind is a frozen config, an nnx module in a file of its own, and a line in `TOKEN_MIXERS`.
+"""
+
+from collections.abc import Callable
+from typing import Any, Protocol
+
+import jax
+
+from jaxmoe.config import AttentionConfig, TokenMixerConfig
+from jaxmoe.layers.attention import Attention
+from jaxmoe.layers.param import ParamFactory
+
+
+class TokenMixer(Protocol):
+    """What a decoder layer asks of every kind."""
+
+    def cache_arrays(self, batch_size: int, max_length: int) -> Any:
+        """What the layer keeps of the tokens seen, as a pytree of `CacheArray`."""
+        ...
+
+    def __call__(
+        self, x_BSD: jax.Array, positions_BS: jax.Array, cache: Any, batch: tuple[str, ...], *, decode: bool = False
+    ) -> tuple[jax.Array, Any]:
+        """[B, S, D], and the cache (where given) with the new tokens in it.
+
+        Rows are padded on the right, and padding stands where a row's last token does: a row's
+        length is its largest position + 1. In `decode` S is 1 and the cache holds all tokens before.
+        """
+        ...
+
+
+TOKEN_MIXERS: dict[type[TokenMixerConfig], Callable[..., TokenMixer]] = {AttentionConfig: Attention}
+
+
+def make_token_mixer(config: TokenMixerConfig, hidden_size: int, eps: float, *, param: ParamFactory) -> TokenMixer:
+    """The layer that `config` describes, for activations of width `hidden_size` and norms with epsilon `eps`."""
+    return TOKEN_MIXERS[type(config)](config, hidden_size, eps, param=param)
