@@ -16,6 +16,8 @@ _HOME = {
     "MoEConfig": "jaxmoe.config",
     "RouterConfig": "jaxmoe.config",
     "ExpertPlacement": "jaxmoe.placement",
+    "RoutingTrace": "jaxmoe.placement",
+    "Balancer": "jaxmoe.placement.balancer",
     "MoE": "jaxmoe.layers",
     "MoEStats": "jaxmoe.layers",
     "load": "jaxmoe.checkpoint.load",
@@ -38,6 +40,8 @@ if TYPE_CHECKING:
     from jaxmoe.mesh import make_mesh as make_mesh
     from jaxmoe.mesh import simulate_devices as simulate_devices
     from jaxmoe.placement import ExpertPlacement as ExpertPlacement
+    from jaxmoe.placement import RoutingTrace as RoutingTrace
+    from jaxmoe.placement.balancer import Balancer as Balancer
 
 
 def __getattr__(name: str) -> Any:

@@ -15,6 +15,7 @@ import numpy as np
 from jaxmoe.checkpoint.boxes import Box, is_contiguous, volume
 from jaxmoe.checkpoint.buffers import Scratch, aligned_array
 from jaxmoe.checkpoint.plan import Shard
+from jaxmoe.layers.in_place import update_slice
 
 
 class Target(Protocol):
@@ -137,13 +138,7 @@ class DeviceTarget:
 @functools.partial(jax.jit, donate_argnums=0)
 def _insert(whole: jax.Array, piece: jax.Array, corner: jax.Array) -> jax.Array:
     """`whole` with `piece` at `corner`, in the memory of `whole`."""
-    starts, dtype = [corner[dim] for dim in range(whole.ndim)], whole.dtype
-    if jnp.issubdtype(dtype, jnp.floating):
-        # As integers: XLA's CPU backend would convert all of a bfloat16 `whole` to float32 and back for every piece.
-        bits = {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32, 8: jnp.uint64}[dtype.itemsize]
-        whole, piece = (jax.lax.bitcast_convert_type(array, bits) for array in (whole, piece))
-    whole = jax.lax.dynamic_update_slice(whole, piece, starts)
-    return jax.lax.bitcast_convert_type(whole, dtype) if whole.dtype != dtype else whole
+    return update_slice(whole, piece, tuple([corner[dim] for dim in range(whole.ndim)]))
 
 
 def _slices(box: Box) -> tuple[Any, ...]:

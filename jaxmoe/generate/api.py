@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from jaxmoe.generate.engine import FinishReason, Row
     from jaxmoe.generate.prompts import Prompt
     from jaxmoe.generate.tokenizer import Tokenizer
+    from jaxmoe.placement.balancer import Balancer
 
 StreamCallback = Callable[[TokenEvent], None]
 
@@ -38,6 +39,7 @@ def generate(
     tokenizer: "Tokenizer | None" = None,
     stream: StreamCallback | None = None,
     stats: GenerationStats | None = None,
+    balancer: "Balancer | None" = None,
 ) -> list[Output]:
     """Generate text (or token ids) for every prompt.
 
@@ -65,6 +67,7 @@ def generate(
         tokenizer: instead of the checkpoint's.
         stream: called with a `TokenEvent` for every token, in the order in which they come.
         stats: filled with counts and times.
+        balancer: rebalances the model's experts between steps when the devices' loads have become uneven.
 
     Returns:
         One `Output` per prompt, in order.
@@ -121,6 +124,7 @@ def generate(
         seeds=None if params.greedy else _seeds(seed, len(token_ids)),
         on_token=on_token,
         stats=stats,
+        balancer=balancer,
     )
     return [
         _output(prompt, row, None if texts is None else texts[index].text)

@@ -3,16 +3,18 @@
 import dataclasses
 import time
 from collections.abc import Callable, Collection, Sequence
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import jax
 import numpy as np
 
 from jaxmoe.generate.params import SamplingParams
-from jaxmoe.generate.programs import Leaves, Sampled, Shape, programs_of
+from jaxmoe.generate.programs import Leaves, Record, Sampled, Shape, programs_of
 from jaxmoe.generate.sampling import Controls, Mode, seed_words
 from jaxmoe.generate.stats import GenerationStats
 from jaxmoe.models.padding import bucket_length
+from jaxmoe.models.routing import Routing, RoutingRecorder
+from jaxmoe.placement.balancer import Balancer
 
 FinishReason = Literal["length", "stop"]
 
@@ -47,6 +49,7 @@ class Engine:
         self._model = model
         self.programs = programs_of(model)
         self._leaves: Leaves = self.programs.bind(model)
+        self._recorder: RoutingRecorder | None = getattr(model, "recorder", None)
 
     def run(
         self,
@@ -58,6 +61,7 @@ class Engine:
         seeds: Sequence[int] | None = None,
         on_token: OnToken | None = None,
         stats: GenerationStats | None = None,
+        balancer: Balancer | None = None,
     ) -> list[Row]:
         """Generate one batch.
 
@@ -73,6 +77,8 @@ class Engine:
             seeds: one per prompt; needed unless greedy.
             on_token: see `OnToken`; a row it ends has reason "stop".
             stats: counts and times are added to it.
+            balancer: told of every step's routing; where it proposes a placement, the model is rebalanced between
+                two steps.
 
         Returns:
             One row per prompt.
@@ -80,7 +86,7 @@ class Engine:
         stats = GenerationStats() if stats is None else stats
         rows = [Row() for _ in prompts]
         compiled_before = self.programs.compile_seconds
-        batch = _Batch(self, prompts, params, max_new_tokens, seeds)
+        batch = _Batch(self, prompts, params, max_new_tokens, seeds, self._record(balancer))
         stats.prompts += len(prompts)
         stats.prompt_tokens += sum(map(len, prompts))
         stats.compile_seconds += self.programs.compile_seconds - compiled_before
@@ -91,7 +97,7 @@ class Engine:
             arrived = coming
             if step < max_new_tokens:
                 coming = batch.decode(arrived)
-            tokens = np.asarray(arrived.token).tolist()
+            tokens = np.asarray(arrived.sampled.token).tolist()
             if step == 1:
                 first = time.perf_counter()
                 stats.prefill_seconds += first - ready
@@ -100,6 +106,8 @@ class Engine:
                 _extend(rows[index], index, tokens[index], step == max_new_tokens, eos_token_ids, on_token)
             stats.generated_tokens += len(running)
             stats.decode_tokens += len(running) if step > 1 else 0
+            if arrived.routing is not None and self._watch(arrived.routing, balancer):
+                batch.leaves = self._leaves = self.programs.bind(self._model)
             ended = [index for index in running if rows[index].finish_reason]
             if len(ended) == len(running):
                 break
@@ -107,6 +115,25 @@ class Engine:
                 batch.retire(ended)
         stats.decode_seconds += time.perf_counter() - first
         return rows
+
+    def _record(self, balancer: Balancer | None) -> Record:
+        """What the steps have to tell of their routing."""
+        if self._recorder is not None and self._recorder.token_ids:
+            return "token_ids"
+        return "nothing" if self._recorder is None and balancer is None else "counts"
+
+    def _watch(self, routing: Routing, balancer: Balancer | None) -> bool:
+        """Pass a step's routing on; whether the model's experts were moved."""
+        if self._recorder is not None:
+            self._recorder.add(routing)
+        if balancer is None:
+            return False
+        balancer.observe(np.asarray(routing.counts))
+        placements = balancer.propose(self._model.placements)
+        if placements is None:
+            return False
+        self._model.rebalance(placements, num_nodes=balancer.num_nodes)
+        return True
 
 
 def _extend(
@@ -121,6 +148,13 @@ def _extend(
         row.finish_reason = "stop"
 
 
+class _Step(NamedTuple):
+    """One step under way on the devices."""
+
+    sampled: Sampled
+    routing: Routing | None
+
+
 class _Batch:
     """The device side of one `Engine.run`: padded inputs, the cache and the programs for their shape."""
 
@@ -131,6 +165,7 @@ class _Batch:
         params: SamplingParams,
         max_new_tokens: int,
         seeds: Sequence[int] | None,
+        record: Record,
     ):
         model, programs, leaves = engine._model, engine.programs, engine._leaves
         config = model.config
@@ -142,9 +177,9 @@ class _Batch:
         )
         mode = Mode.of(params)
         init_cache = programs.init_cache(leaves, shape)
-        self._leaves = leaves
-        self._prefill = programs.prefill(leaves, shape)
-        self._decode = programs.decode(leaves, shape) if max_new_tokens > 1 else None
+        self.leaves = leaves
+        self._prefill = programs.prefill(leaves, shape, record)
+        self._decode = programs.decode(leaves, shape, record) if max_new_tokens > 1 else None
         self._sample = programs.sampler(shape, config.vocab_size, mode)
 
         tokens = np.zeros((shape.rows, shape.prompt), np.int32)
@@ -170,14 +205,15 @@ class _Batch:
         self._active[list(rows)] = False
         self._active_on_device = self._put(self._active.copy())  # a CPU device may keep using the array it is given
 
-    def prefill(self) -> Sampled:
-        logits, self._cache = self._prefill(self._leaves, self._tokens, self._lengths, self._cache)
-        return self._choose(logits, self._position, self._step, self._seen)
+    def prefill(self) -> _Step:
+        logits, self._cache, routing = self._prefill(self.leaves, self._tokens, self._lengths, self._cache)
+        return _Step(self._choose(logits, self._position, self._step, self._seen), routing)
 
-    def decode(self, last: Sampled) -> Sampled:
+    def decode(self, last: _Step) -> _Step:
         assert self._decode is not None
-        logits, self._cache = self._decode(self._leaves, last.token, last.position, self._active_on_device, self._cache)
-        return self._choose(logits, last.position, last.step, last.seen)
+        token, position, step, seen = last.sampled
+        logits, self._cache, routing = self._decode(self.leaves, token, position, self._active_on_device, self._cache)
+        return _Step(self._choose(logits, position, step, seen), routing)
 
     def _choose(self, logits: jax.Array, position: jax.Array, step: jax.Array, seen: jax.Array | None) -> Sampled:
         chosen = self._sample(logits, self._seeds, position, step, seen, self._controls)

@@ -8,7 +8,7 @@ whole model again. The price is one more launch a step, about 5 us on one device
 
 import time
 from collections.abc import Callable
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Literal, NamedTuple, Protocol
 from weakref import WeakKeyDictionary
 
 import jax
@@ -20,6 +20,7 @@ from jax.sharding import Mesh
 from jaxmoe.generate import sampling
 from jaxmoe.generate.params import SamplingParams
 from jaxmoe.mesh import batch_axes, named
+from jaxmoe.models.routing import Routing, routing_of
 
 Leaves = list[jax.Array]
 
@@ -53,6 +54,25 @@ class Model(Protocol):
     ) -> tuple[jax.Array, Any]:
         """Logits [B, V] after one more token a row, and the cache. What inactive rows give is never read."""
         ...
+
+
+class RecordedModel(Model, Protocol):
+    """What recording and balancing ask of a model besides."""
+
+    def prefill_and_stats(self, tokens_BS: jax.Array, lengths_B: jax.Array, cache: Any) -> tuple[jax.Array, Any, Any]:
+        """`prefill`, and one `MoEStats` per MoE layer."""
+        ...
+
+    def decode_and_stats(
+        self, tokens_B: jax.Array, positions_B: jax.Array, cache: Any, active_B: jax.Array
+    ) -> tuple[jax.Array, Any, Any]:
+        """`decode`, and one `MoEStats` per MoE layer."""
+        ...
+
+
+# What a step tells of its routing: nothing, counts, or the choices of every token too.
+Record = Literal["nothing", "counts", "token_ids"]
+Step = Callable[..., tuple[jax.Array, Any, Routing | None]]
 
 
 class Shape(NamedTuple):
@@ -133,25 +153,31 @@ class Programs:
             self.compile_seconds += time.perf_counter() - start
         return self.compiled[key]
 
-    def prefill(self, leaves: Leaves, shape: Shape) -> Callable[..., tuple[jax.Array, Any]]:
-        """``(leaves, tokens_BS, lengths_B, cache) -> (logits_BV, cache)``; the cache is donated."""
+    def prefill(self, leaves: Leaves, shape: Shape, record: Record) -> Step:
+        """``(leaves, tokens_BS, lengths_B, cache) -> (logits_BV, cache, routing)``; the cache is donated."""
 
-        def prefill(leaves: Leaves, tokens: jax.Array, lengths: jax.Array, cache: Any) -> tuple[jax.Array, Any]:
-            return self._model(leaves).prefill(tokens, lengths, cache)
+        def prefill(leaves: Leaves, tokens: jax.Array, lengths: jax.Array, cache: Any) -> tuple:
+            model = self._model(leaves)
+            if record == "nothing":
+                return *model.prefill(tokens, lengths, cache), None
+            logits, cache, stats = model.prefill_and_stats(tokens, lengths, cache)
+            return logits, cache, routing_of(stats, self.mesh, token_ids=record == "token_ids")
 
         args = (self._spec(jnp.int32, shape.rows, shape.prompt), self._spec(jnp.int32, shape.rows))
-        return self._model_step(("prefill", *shape), prefill, leaves, shape, args)
+        return self._model_step(("prefill", *shape, record), prefill, leaves, shape, args)
 
-    def decode(self, leaves: Leaves, shape: Shape) -> Callable[..., tuple[jax.Array, Any]]:
-        """``(leaves, token_B, position_B, active_B, cache) -> (logits_BV, cache)``; the cache is donated."""
+    def decode(self, leaves: Leaves, shape: Shape, record: Record) -> Step:
+        """``(leaves, token_B, position_B, active_B, cache) -> (logits_BV, cache, routing)``; the cache is donated."""
 
-        def decode(
-            leaves: Leaves, token: jax.Array, position: jax.Array, active: jax.Array, cache: Any
-        ) -> tuple[jax.Array, Any]:
-            return self._model(leaves).decode(token, position, cache, active)
+        def decode(leaves: Leaves, token: jax.Array, position: jax.Array, active: jax.Array, cache: Any) -> tuple:
+            model = self._model(leaves)
+            if record == "nothing":
+                return *model.decode(token, position, cache, active), None
+            logits, cache, stats = model.decode_and_stats(token, position, cache, active)
+            return logits, cache, routing_of(stats, self.mesh, token_ids=record == "token_ids")
 
         args = (self._spec(jnp.int32, shape.rows), self._spec(jnp.int32, shape.rows), self._spec(jnp.bool_, shape.rows))
-        return self._model_step(("decode", shape.rows, shape.cache), decode, leaves, shape, args)
+        return self._model_step(("decode", shape.rows, shape.cache, record), decode, leaves, shape, args)
 
     def sampler(self, shape: Shape, vocab_size: int, mode: sampling.Mode) -> Callable[..., Sampled]:
         """``(logits_BV, seeds_B2, position_B, step, seen_BV | None, controls) -> Sampled``; `seen` is donated."""
@@ -198,7 +224,7 @@ class Programs:
 
     def _model_step(self, key: tuple, step: Callable, leaves: Leaves, shape: Shape, args: tuple) -> Callable:
         cache = self._cache_specs[shape.rows, shape.cache]
-        out = (self._rows(shape.rows), jax.tree.map(lambda spec: spec.sharding, cache))
+        out = (self._rows(shape.rows), jax.tree.map(lambda spec: spec.sharding, cache), None)
         return self._compile(key, step, (leaves, *args, cache), out, donate=(len(args) + 1,))
 
     def _compile(self, key: tuple, function: Callable, args: tuple, out: Any, donate: tuple[int, ...]) -> Callable:

@@ -10,6 +10,7 @@ from jaxmoe.layers.moe import MoE, MoEStats, check_expert_axes
 from jaxmoe.layers.norm import NORMS, RMSNorm
 from jaxmoe.layers.param import ParamFactory, ParamSpec, param_specs, params_by_path
 from jaxmoe.layers.router import route
+from jaxmoe.layers.swap import MovedBytes, check_swap, swap_experts
 
 __all__ = [
     "MLP",
@@ -21,13 +22,16 @@ __all__ = [
     "KVCache",
     "MoE",
     "MoEStats",
+    "MovedBytes",
     "ParamFactory",
     "ParamSpec",
     "RMSNorm",
     "VocabTable",
     "check_expert_axes",
+    "check_swap",
     "make_token_mixer",
     "param_specs",
     "params_by_path",
     "route",
+    "swap_experts",
 ]

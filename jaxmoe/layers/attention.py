@@ -105,12 +105,14 @@ class Attention(nnx.Module):
 
         self.w_q = param((config.num_heads * h, hidden_size), TP, None)
         self.w_k = param((self.kv_heads * h, hidden_size), TP, None, rows=kv_rows)
-        self.w_v = param((self.kv_heads * h, hidden_size), TP, None, rows=kv_rows)
+        if not config.values_are_keys:
+            self.w_v = param((self.kv_heads * h, hidden_size), TP, None, rows=kv_rows)
         self.w_o = param((hidden_size, config.num_heads * h), None, TP)
         if config.bias:
             self.b_q = param((config.num_heads * h,), TP, init=zeros)
             self.b_k = param((self.kv_heads * h,), TP, init=zeros, rows=kv_rows)
-            self.b_v = param((self.kv_heads * h,), TP, init=zeros, rows=kv_rows)
+            if not config.values_are_keys:
+                self.b_v = param((self.kv_heads * h,), TP, init=zeros, rows=kv_rows)
         if config.out_bias:
             self.b_o = param((hidden_size,), init=zeros)
         if config.qk_norm == "head":
@@ -199,10 +201,10 @@ class Attention(nnx.Module):
             return y_BSA + w[f"b_{name}"] if config.bias else y_BSA
 
         def norm(y_BSA: jax.Array, name: str) -> jax.Array:
-            if config.qk_norm == "full":
+            if config.qk_norm == "full" and name != "v_norm":
                 return _norm_over_tp(y_BSA, w[name], self.eps)
             y_BSHh = y_BSA.reshape(*y_BSA.shape[:2], -1, config.head_dim)
-            weight = jnp.ones((), y_BSA.dtype) if config.qk_norm == "unweighted" else w[name]
+            weight = w.get(name, jnp.ones((), y_BSA.dtype))
             return rms_norm(y_BSHh, weight, self.eps).reshape(y_BSA.shape)
 
         def turn(y_BSA: jax.Array) -> jax.Array:
@@ -211,7 +213,10 @@ class Attention(nnx.Module):
             y_BSHh = y_BSA.reshape(*y_BSA.shape[:2], -1, config.head_dim)
             return apply_rope(y_BSHh, positions_BS, config.rope).reshape(y_BSA.shape)
 
-        q, k, v = project("q"), project("k"), project("v")
+        q, k = project("q"), project("k")
+        v = k if config.values_are_keys else project("v")
+        if config.v_norm:
+            v = norm(v, "v_norm")
         if config.qk_norm and not config.qk_norm_after_rope:
             q, k = norm(q, "q_norm"), norm(k, "k_norm")
         if config.clip is not None:

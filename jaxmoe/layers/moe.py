@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
@@ -14,9 +15,10 @@ from jaxmoe.config import MoEConfig
 from jaxmoe.dispatch import ApplyExperts, Dispatch, DispatchLayout, choose_dispatch, get_dispatch
 from jaxmoe.kernels.grouped_matmul import combine_halves, expert_mlp
 from jaxmoe.layers.host_data import HostData
+from jaxmoe.layers.losses import RouterSums, load_balancing_loss, router_sums, router_z_loss
 from jaxmoe.layers.mlp import MLP
-from jaxmoe.layers.param import ParamFactory, RowMap, zeros
-from jaxmoe.layers.router import route
+from jaxmoe.layers.param import ParamFactory, RowMap, set_row_map, zeros
+from jaxmoe.layers.router import choose_experts, router_logits
 from jaxmoe.mesh import EP, TP, axes_size, batch_axes, named, padded_batch
 from jaxmoe.placement import ExpertPlacement, make_placement
 
@@ -26,11 +28,20 @@ class MoEStats(NamedTuple):
 
     Attributes:
         expert_counts: int32 [E], (token, choice) pairs that went to each logical expert.
+        expert_ids: int32 [T, K], the logical experts of each token, -1 where `token_mask` is False.
         dispatch_rounds: int32, exchanges the dispatch needed; 0 where it exchanges no rows.
+        load_balancing_loss: float32, see `jaxmoe.layers.losses.load_balancing_loss`; differentiable.
+        router_z_loss: float32, see `jaxmoe.layers.losses.router_z_loss`; differentiable.
     """
 
     expert_counts: jax.Array
+    expert_ids: jax.Array
     dispatch_rounds: jax.Array
+    load_balancing_loss: jax.Array
+    router_z_loss: jax.Array
+
+
+_EXPERT_STACKS = ("w_gate_up", "w_down", "b_gate_up", "b_down")
 
 
 class PlacementTable(nnx.Variable):
@@ -123,13 +134,27 @@ class MoE(nnx.Module):
             self.shared = MLP(config.shared, param=param)
         if config.shared_gate:
             self.w_shared_gate = param((1, D))
-        self.expert_to_slots = PlacementTable(jax.device_put(self.placement.expert_to_slots, named(mesh)))
-        self.replica_counts = PlacementTable(jax.device_put(self.placement.replica_counts, named(mesh)))
+        expert_to_slots, replica_counts = _placement_tables(self.placement)
+        self.expert_to_slots = PlacementTable(jax.device_put(expert_to_slots, named(mesh)))
+        self.replica_counts = PlacementTable(jax.device_put(replica_counts, named(mesh)))
 
     @property
     def placement(self) -> ExpertPlacement:
         """Which slot holds which expert."""
         return self._placement.value
+
+    def expert_stacks(self) -> list[nnx.Param]:
+        """The parameters whose dim 0 is the physical slots."""
+        return [getattr(self, name) for name in _EXPERT_STACKS if hasattr(self, name)]
+
+    def set_placement(self, placement: ExpertPlacement) -> None:
+        """Say that the stacks hold what `placement` says; `jaxmoe.layers.swap_experts` brings them there."""
+        self._placement.value = placement
+        for stack in self.expert_stacks():
+            set_row_map(stack, RowMap(tuple(placement.slot_to_expert.tolist()), placement.num_experts))
+        tables = zip((self.expert_to_slots, self.replica_counts), _placement_tables(placement), strict=True)
+        for variable, table in tables:
+            variable.set_value(jax.device_put(table, named(self.mesh)))
 
     def __call__(self, x: jax.Array, token_mask: jax.Array | None = None) -> tuple[jax.Array, MoEStats]:
         """Apply the layer.
@@ -209,27 +234,31 @@ def _forward(
     }
 
     def local(x_TD: jax.Array, mask_T: jax.Array, params: dict[str, jax.Array]) -> tuple[jax.Array, MoEStats]:
-        ids_TK, weights_TK = route(x_TD, params, config.num_experts_per_tok, config.router)
+        logits_TE = router_logits(x_TD, params, config.router)
+        ids_TK, weights_TK = choose_experts(logits_TE, params, config.num_experts_per_tok, config.router)
         slots_TK = choose_slots(ids_TK, params["expert_to_slots"], params["replica_counts"])
         slots_TK = jnp.where(mask_T[:, None], slots_TK, -1)
         y_TD, dispatched = plan.dispatch.run(
             x_TD, slots_TK, weights_TK, _experts(params, plan), layout, config.weights_on_input
         )
+        sums: RouterSums = jax.lax.psum(router_sums(logits_TE, ids_TK, mask_T), token_axes)
+        return y_TD.astype(x_TD.dtype), MoEStats(
+            expert_counts=sums.expert_counts,
+            expert_ids=jnp.where(mask_T[:, None], ids_TK, -1),
+            dispatch_rounds=dispatched.rounds,
+            load_balancing_loss=load_balancing_loss(sums),
+            router_z_loss=router_z_loss(sums),
+        )
 
-        pairs_TK = jnp.where(mask_T[:, None], ids_TK, config.num_experts)
-        counts_E = jnp.bincount(pairs_TK.reshape(-1), length=config.num_experts).astype(jnp.int32)
-        if token_axes:
-            counts_E = jax.lax.psum(counts_E, token_axes)
-        return y_TD.astype(x_TD.dtype), MoEStats(counts_E, dispatched.rounds)
-
+    stats_specs: Any = dict.fromkeys(MoEStats._fields, P()) | {"expert_ids": P(token_axes)}
     y_TD, stats = jax.shard_map(
         local,
         mesh=plan.mesh,
         in_specs=(P(token_axes), P(token_axes), {name: expert_specs.get(name, P()) for name in params}),
-        out_specs=(P(token_axes), P()),
+        out_specs=(P(token_axes), MoEStats(**stats_specs)),
         check_vma=False,
     )(x_TD, mask_T, params)
-    return y_TD[:T], stats
+    return y_TD[:T], stats._replace(expert_ids=stats.expert_ids[:T])
 
 
 def _experts(params: dict[str, jax.Array], plan: _Plan) -> ApplyExperts:
@@ -255,6 +284,17 @@ def _experts(params: dict[str, jax.Array], plan: _Plan) -> ApplyExperts:
         )
 
     return apply_experts
+
+
+def _placement_tables(placement: ExpertPlacement) -> tuple[np.ndarray, np.ndarray]:
+    """Slots [E, R] of every expert and how many there are [E].
+
+    R is the most replicas that any placement with as many slots can have: the tables of all of them have one shape.
+    """
+    slots = placement.expert_to_slots
+    widest = placement.num_slots - placement.num_experts + 1
+    padded = np.pad(slots, ((0, 0), (0, widest - slots.shape[1])), constant_values=-1)
+    return padded, placement.replica_counts
 
 
 def choose_slots(ids_TK: jax.Array, expert_to_slots: jax.Array, replica_counts_E: jax.Array) -> jax.Array:

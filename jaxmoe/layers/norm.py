@@ -10,27 +10,31 @@ from flax import nnx
 from jaxmoe.layers.param import ParamFactory, ones, zeros
 
 
-def rms_norm(x: jax.Array, weight: jax.Array, eps: float) -> jax.Array:
+def rms_norm(x: jax.Array, weight: jax.Array, eps: float, *, float32_weight: bool = False) -> jax.Array:
     """weight · x / sqrt(mean(x²) + eps) over the last dim, computed in float32.
 
     Zhang and Sennrich 2019 (arXiv:1910.07467), equation 4. The normalised value is rounded
-    to x's dtype before the weight is applied, as the checkpoints' reference does.
+    to x's dtype before the weight is applied, as the reference of most checkpoints does; with
+    `float32_weight` after it alone.
     """
     x32 = x.astype(jnp.float32)
     scale = jax.lax.rsqrt(jnp.mean(jnp.square(x32), axis=-1, keepdims=True) + eps)
+    if float32_weight:
+        return (weight.astype(jnp.float32) * (x32 * scale)).astype(x.dtype)
     return weight * (x32 * scale).astype(x.dtype)
 
 
 class RMSNorm(nnx.Module):
     """`rms_norm` with its weight, replicated over the mesh."""
 
-    def __init__(self, size: int, eps: float, *, param: ParamFactory):
+    def __init__(self, size: int, eps: float, *, param: ParamFactory, float32_weight: bool = False):
         self.weight = param((size,), init=ones)
         self.eps = eps
+        self.float32_weight = float32_weight
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """Normalise x [..., size]."""
-        return rms_norm(x, self.weight[...], self.eps)
+        return rms_norm(x, self.weight[...], self.eps, float32_weight=self.float32_weight)
 
 
 class LayerNorm(nnx.Module):
@@ -59,6 +63,7 @@ class LayerNorm(nnx.Module):
 # A kind of norm is a class and a line here; `DecoderConfig.norm` names it.
 NORMS: dict[str, Callable[..., RMSNorm | LayerNorm]] = {
     "rms": RMSNorm,
+    "rms_float32": partial(RMSNorm, float32_weight=True),
     "layer": LayerNorm,
     "layer_without_bias": partial(LayerNorm, bias=False),
 }

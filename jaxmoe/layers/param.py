@@ -10,6 +10,7 @@ import numpy as np
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding
 
+from jaxmoe.layers.host_data import HostData
 from jaxmoe.mesh import named
 
 
@@ -97,10 +98,20 @@ class ParamFactory:
         dtype = jnp.dtype(self.dtype if dtype is None else dtype)
         sharding = named(self.mesh, *dims)
         if self.rngs is None:
-            return nnx.Param(jax.ShapeDtypeStruct(shape, dtype, sharding=sharding), rows=rows)
+            return nnx.Param(jax.ShapeDtypeStruct(shape, dtype, sharding=sharding), rows=HostData(rows))
         # Initialised where it will live: no device ever holds the whole array.
         value = jax.jit(init, static_argnums=(1, 2), out_shardings=sharding)(self.rngs.params(), shape, dtype)
-        return nnx.Param(value, rows=rows)
+        return nnx.Param(value, rows=HostData(rows))
+
+
+def row_map(param: nnx.Param) -> RowMap | None:
+    """How the parameter's rows are filled from a checkpoint; None where it is the checkpoint's tensor."""
+    return param.get_metadata()["rows"].value
+
+
+def set_row_map(param: nnx.Param, rows: RowMap) -> None:
+    """Note that the parameter's rows were changed; programs compiled for it stay valid."""
+    param.set_metadata("rows", HostData(rows))
 
 
 def params_by_path(module: nnx.Module) -> dict[str, nnx.Param]:
@@ -111,7 +122,7 @@ def params_by_path(module: nnx.Module) -> dict[str, nnx.Param]:
 def param_specs(module: nnx.Module) -> Iterator[ParamSpec]:
     """The specs of a module's parameters, abstract or not."""
     for path, param in params_by_path(module).items():
-        value, rows = param.get_value(), param.get_metadata().get("rows")
+        value, rows = param.get_value(), row_map(param)
         yield ParamSpec(
             path=path,
             shape=tuple(value.shape),

@@ -40,6 +40,11 @@ def route(
     Returns:
         int32 [T, K] logical experts and float32 [T, K] weights, first choice first.
     """
+    return choose_experts(router_logits(x_TD, params, config), params, num_experts_per_tok, config)
+
+
+def router_logits(x_TD: jax.Array, params: Mapping[str, jax.Array], config: RouterConfig) -> jax.Array:
+    """Step 1 of `route` without the score: float32 [T, E]."""
     logits_TE = jnp.einsum(
         "td,ed->te",
         x_TD.astype(jnp.float32),
@@ -48,6 +53,13 @@ def route(
     )
     if config.logit_bias:
         logits_TE += params["b_router"].astype(jnp.float32)
+    return logits_TE
+
+
+def choose_experts(
+    logits_TE: jax.Array, params: Mapping[str, jax.Array], num_experts_per_tok: int, config: RouterConfig
+) -> tuple[jax.Array, jax.Array]:
+    """The rest of `route`: from logits to int32 [T, K] experts and float32 [T, K] weights."""
     if config.sparsemixer is not None:
         ids_TK, weights_TK = sparsemixer(logits_TE, num_experts_per_tok, config.sparsemixer)
         return ids_TK, _normalize(weights_TK, config) * config.scale

@@ -1,6 +1,7 @@
 """The decoder every family shares, composed from `jaxmoe.layers` as its config says."""
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -12,11 +13,24 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from jaxmoe.config import DecoderConfig, MoEConfig
-from jaxmoe.layers import NORMS, CacheArray, HostData, MoEStats, ParamFactory, VocabTable, check_expert_axes
+from jaxmoe.layers import (
+    NORMS,
+    CacheArray,
+    HostData,
+    MoE,
+    MoEStats,
+    MovedBytes,
+    ParamFactory,
+    VocabTable,
+    check_expert_axes,
+    check_swap,
+    swap_experts,
+)
 from jaxmoe.mesh import EP, TP, axes_size, batch_axes, named, padded_batch
 from jaxmoe.models.checks import check_token_ids, check_tp
 from jaxmoe.models.decoder_layer import DecoderLayer
 from jaxmoe.models.padding import bucket_length, prompt_positions
+from jaxmoe.models.routing import Routing, RoutingRecorder, routing_of
 from jaxmoe.placement import ExpertPlacement, make_placements
 
 # What every layer keeps of the tokens seen, first to last; None for a layer that keeps nothing.
@@ -57,6 +71,7 @@ class Decoder(nnx.Module):
         self.config, self.mesh, self.dtype = config, mesh, jnp.dtype(dtype)
         self._source: HostData[Path | None] = HostData(source)
         self._load_report: HostData[Any] = HostData(None)
+        self._recorder: HostData[RoutingRecorder | None] = HostData(None)
         param = ParamFactory(mesh, dtype, rngs)
         experts = [ffn.num_experts for layer in config.layers if isinstance(ffn := layer.feed_forward, MoEConfig)]
         placements = dict(
@@ -97,6 +112,86 @@ class Decoder(nnx.Module):
     def load_report(self, report: Any) -> None:
         self._load_report.value = report
 
+    @property
+    def moe_layers(self) -> list[MoE]:
+        """The layers of routed experts, first to last."""
+        return [layer.moe for layer in self.layers if hasattr(layer, "moe")]
+
+    @property
+    def placements(self) -> list[ExpertPlacement]:
+        """Which slot holds which expert, for every MoE layer."""
+        return [moe.placement for moe in self.moe_layers]
+
+    @property
+    def recorder(self) -> RoutingRecorder | None:
+        """The recorder of the `record_routing` that is active."""
+        return self._recorder.value
+
+    @contextlib.contextmanager
+    def record_routing(self, *, token_ids: bool = False) -> Iterator[RoutingRecorder]:
+        """Record which experts are chosen by all that the model computes inside the ``with`` block.
+
+        Counts cost next to nothing. Each step of `jaxmoe.generate`, and each call of the model, is one step of
+        the record. Programs that record are compiled beside those that do not.
+
+        Args:
+            token_ids: keep the choices of every token too, int32 [T, L, K] a step.
+
+        Raises:
+            RuntimeError: a recording is active already.
+
+        Example:
+            >>> with model.record_routing() as routing:  # doctest: +SKIP
+            ...     jaxmoe.generate(model, prompts)
+            >>> routing.trace().save("routing.npz")  # doctest: +SKIP
+        """
+        if self.recorder is not None:
+            raise RuntimeError(
+                "the model's routing is being recorded already: one `with model.record_routing()` at a time"
+            )
+        self._recorder.value = RoutingRecorder(token_ids=token_ids)
+        try:
+            yield self._recorder.value
+        finally:
+            self._recorder.value = None
+
+    def rebalance(
+        self, placement: str | ExpertPlacement | Sequence[str | ExpertPlacement], *, num_nodes: int = 1
+    ) -> MovedBytes:
+        """Swap experts on the devices until they lie as `placement` says; nothing is read from disk.
+
+        Layers are done one by one, see `jaxmoe.layers.swap_experts`. The logits stay as they are within rounding, and
+        no program is compiled again.
+
+        Args:
+            placement: a strategy's name or an `ExpertPlacement` for all MoE layers, or one for each; on as many
+                devices, with as many slots as the layers have.
+            num_nodes: nodes of equally many devices along `expert_axes`: experts come from the nearest holder.
+
+        Returns:
+            Bytes copied, by the way they took.
+
+        Raises:
+            ValueError: a placement does not fit; nothing has been moved then.
+            NotImplementedError: the mesh spans several processes.
+
+        Example:
+            >>> with model.record_routing() as routing:  # doctest: +SKIP
+            ...     jaxmoe.generate(model, prompts)
+            >>> placements = jaxmoe.ExpertPlacement.from_counts(routing.counts(), ep=8, num_slots=72)  # doctest: +SKIP
+            >>> model.rebalance(placements).total  # doctest: +SKIP
+            201326592
+        """
+        layers = self.moe_layers
+        experts = [moe.config.num_experts for moe in layers]
+        placements = make_placements(placement, experts, layers[0].placement.ep)
+        for moe, wanted in zip(layers, placements, strict=True):
+            check_swap(moe, wanted)
+        moved = MovedBytes()
+        for moe, wanted in zip(layers, placements, strict=True):
+            moved += swap_experts(moe, wanted, num_nodes=num_nodes)
+        return moved
+
     def __call__(self, token_ids: jax.Array | np.ndarray | Sequence[Sequence[int]]) -> jax.Array:
         """Logits of every position.
 
@@ -118,7 +213,12 @@ class Decoder(nnx.Module):
         tokens_BS = jnp.pad(jnp.asarray(token_ids, jnp.int32), ((0, rows - B), (0, length - S)))
         lengths_B = jnp.where(jnp.arange(rows) < B, S, 0)
         graphdef, state = nnx.split(self)
-        return _all_logits(graphdef, state, tokens_BS, lengths_B)[:B, :S]
+        recorder = self.recorder
+        record = None if recorder is None else recorder.token_ids
+        logits_BSV, routing = _all_logits(graphdef, record, state, tokens_BS, lengths_B)
+        if recorder is not None:
+            recorder.add(routing)
+        return logits_BSV[:B, :S]
 
     def init_cache(self, batch_size: int, max_length: int) -> Cache:
         """An empty cache for `batch_size` sequences (see `padded_batch`) of up to `max_length` tokens."""
@@ -140,11 +240,17 @@ class Decoder(nnx.Module):
         Returns:
             float32 [B, vocab_size], the logits after each prompt's last token, and the cache.
         """
+        return self.prefill_and_stats(tokens_BS, lengths_B, cache)[:2]
+
+    def prefill_and_stats(
+        self, tokens_BS: jax.Array, lengths_B: jax.Array, cache: Cache
+    ) -> tuple[jax.Array, Cache, tuple[MoEStats, ...]]:
+        """`prefill`, and what each MoE layer did."""
         S = tokens_BS.shape[1]
         positions_BS, mask_BS = prompt_positions(lengths_B, S)
-        x_BSD, cache, _ = self._hidden(tokens_BS, positions_BS, mask_BS, cache)
+        x_BSD, cache, stats = self._hidden(tokens_BS, positions_BS, mask_BS, cache)
         last_B1D = jnp.take_along_axis(x_BSD, jnp.maximum(lengths_B - 1, 0)[:, None, None], axis=1)
-        return self._logits(last_B1D)[:, 0], cache
+        return self._logits(last_B1D)[:, 0], cache, stats
 
     def decode(
         self, tokens_B: jax.Array, positions_B: jax.Array, cache: Cache, active_B: jax.Array | None = None
@@ -160,9 +266,15 @@ class Decoder(nnx.Module):
         Returns:
             float32 [B, vocab_size], the logits after each token, and the cache.
         """
+        return self.decode_and_stats(tokens_B, positions_B, cache, active_B)[:2]
+
+    def decode_and_stats(
+        self, tokens_B: jax.Array, positions_B: jax.Array, cache: Cache, active_B: jax.Array | None = None
+    ) -> tuple[jax.Array, Cache, tuple[MoEStats, ...]]:
+        """`decode`, and what each MoE layer did."""
         mask_B1 = jnp.ones((len(tokens_B), 1), bool) if active_B is None else active_B[:, None]
-        x_B1D, cache, _ = self._hidden(tokens_B[:, None], positions_B[:, None], mask_B1, cache, decode=True)
-        return self._logits(x_B1D)[:, 0], cache
+        x_B1D, cache, stats = self._hidden(tokens_B[:, None], positions_B[:, None], mask_B1, cache, decode=True)
+        return self._logits(x_B1D)[:, 0], cache, stats
 
     def logits_and_stats(self, tokens_BS: jax.Array, lengths_B: jax.Array) -> tuple[jax.Array, tuple[MoEStats, ...]]:
         """Logits of every position, and what each MoE layer did; pure and traceable, for training and measuring.
@@ -203,9 +315,13 @@ class Decoder(nnx.Module):
         return table.logits(x_BSD, batch_axes(self.mesh, x_BSD.shape[0])) / self.config.logits_scaling
 
 
-@partial(jax.jit, static_argnums=0)
-def _all_logits(graphdef: nnx.GraphDef, state: nnx.State, tokens_BS: jax.Array, lengths_B: jax.Array) -> jax.Array:
-    return nnx.merge(graphdef, state).logits_and_stats(tokens_BS, lengths_B)[0]
+@partial(jax.jit, static_argnums=(0, 1))
+def _all_logits(
+    graphdef: nnx.GraphDef, token_ids: bool | None, state: nnx.State, tokens_BS: jax.Array, lengths_B: jax.Array
+) -> tuple[jax.Array, Routing | None]:
+    model = nnx.merge(graphdef, state)
+    logits_BSV, stats = model.logits_and_stats(tokens_BS, lengths_B)
+    return logits_BSV, None if token_ids is None else routing_of(stats, model.mesh, token_ids=token_ids)
 
 
 @partial(jax.jit, static_argnums=(0, 1, 2, 3))

@@ -1,0 +1,17 @@
+"""Writing part of an array in the memory it already has."""
+
+import jax
+import jax.numpy as jnp
+
+_BITS = {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32, 8: jnp.uint64}
+
+
+def update_slice(whole: jax.Array, piece: jax.Array, starts: tuple[jax.Array | int, ...]) -> jax.Array:
+    """`whole` with `piece`, of the same dtype, at `starts`; in place where `whole` is donated or dead afterwards."""
+    dtype = whole.dtype
+    if not jnp.issubdtype(dtype, jnp.floating):
+        return jax.lax.dynamic_update_slice(whole, piece, starts)
+    # As integers: XLA's CPU backend would convert all of a bfloat16 `whole` to float32 and back for every piece.
+    bits = _BITS[dtype.itemsize]
+    whole, piece = (jax.lax.bitcast_convert_type(array, bits) for array in (whole, piece))
+    return jax.lax.bitcast_convert_type(jax.lax.dynamic_update_slice(whole, piece, starts), dtype)

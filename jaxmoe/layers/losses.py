@@ -1,0 +1,58 @@
+"""Auxiliary losses of a router, from sums over tokens that devices can add up."""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+
+class RouterSums(NamedTuple):
+    """What the losses need of some tokens; the sums of all devices are their elementwise sum.
+
+    Attributes:
+        expert_counts: int32 [E], (token, choice) pairs that went to each expert.
+        probabilities: float32 [E], Σ_t softmax(logits_t).
+        squared_log_z: float32, Σ_t logsumexp(logits_t)².
+        tokens: int32, tokens counted.
+    """
+
+    expert_counts: jax.Array
+    probabilities: jax.Array
+    squared_log_z: jax.Array
+    tokens: jax.Array
+
+
+def router_sums(logits_TE: jax.Array, ids_TK: jax.Array, mask_T: jax.Array) -> RouterSums:
+    """Add up over the tokens where `mask_T` is True.
+
+    Args:
+        logits_TE: float32, what the router's projection gives.
+        ids_TK: int32, the experts chosen.
+        mask_T: bool, False for padding.
+    """
+    E = logits_TE.shape[1]
+    pairs_TK = jnp.where(mask_T[:, None], ids_TK, E)
+    log_z_T = jax.nn.logsumexp(logits_TE, axis=-1)
+    return RouterSums(
+        expert_counts=jnp.bincount(pairs_TK.reshape(-1), length=E).astype(jnp.int32),
+        probabilities=jnp.sum(jnp.where(mask_T[:, None], jax.nn.softmax(logits_TE, axis=-1), 0), axis=0),
+        squared_log_z=jnp.sum(jnp.where(mask_T, jnp.square(log_z_T), 0)),
+        tokens=jnp.sum(mask_T, dtype=jnp.int32),
+    )
+
+
+def load_balancing_loss(sums: RouterSums) -> jax.Array:
+    """E · Σ_e f_e · P_e with f_e choices of expert e per token and P_e its mean probability; K where routing is even.
+
+    Of one layer's router. The gradient goes through P alone, for f counts. A mean over layers is the Switch
+    Transformer's loss (arXiv:2101.03961, equation 4) with K choices instead of one; Mixtral's in transformers takes f
+    and P over all layers' tokens at once, which for one layer is the same.
+    """
+    tokens = jnp.maximum(sums.tokens, 1)
+    E = sums.expert_counts.shape[0]
+    return E * jnp.sum(sums.expert_counts / tokens * (sums.probabilities / tokens))
+
+
+def router_z_loss(sums: RouterSums) -> jax.Array:
+    """Mean over tokens of logsumexp(logits)², which keeps logits small (ST-MoE, arXiv:2202.08906, equation 5)."""
+    return sums.squared_log_z / jnp.maximum(sums.tokens, 1)

@@ -1,0 +1,183 @@
+"""Giving a running MoE layer another placement: experts move between slots on the devices, nothing is read from disk.
+
+One stack of weights is done after the other. Every slot that is to change is first copied to its new
+device, and only then written, because its old contents may be the source of another. So
+a device needs room for as many slots of one stack as it receives, and one more.
+"""
+
+import dataclasses
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from jaxmoe.layers.in_place import update_slice
+from jaxmoe.layers.moe import MoE
+from jaxmoe.mesh import AXES
+from jaxmoe.placement import ExpertPlacement
+from jaxmoe.placement.migration import OTHER_NODE, SAME_DEVICE, SAME_NODE, Move, plan_migration
+
+
+@dataclasses.dataclass
+class MovedBytes:
+    """Bytes of expert weights that were copied, by the way they took; copies of the experts along dp count each.
+
+    Attributes:
+        same_device: between slots of one device.
+        same_node: between devices of one node.
+        other_node: between nodes.
+    """
+
+    same_device: int = 0
+    same_node: int = 0
+    other_node: int = 0
+
+    @property
+    def total(self) -> int:
+        """All of them."""
+        return self.same_device + self.same_node + self.other_node
+
+    def __add__(self, other: "MovedBytes") -> "MovedBytes":
+        return MovedBytes(
+            self.same_device + other.same_device, self.same_node + other.same_node, self.other_node + other.other_node
+        )
+
+    def add(self, distance: int, count: int) -> None:
+        """Count bytes of a `Move` of that distance."""
+        name = {SAME_DEVICE: "same_device", SAME_NODE: "same_node", OTHER_NODE: "other_node"}[distance]
+        setattr(self, name, getattr(self, name) + count)
+
+
+def check_swap(moe: MoE, placement: ExpertPlacement) -> None:
+    """Refuse a placement that the layer's slots cannot take.
+
+    Raises:
+        ValueError: it is for other experts, devices or slots.
+        NotImplementedError: the layer's devices belong to several processes.
+    """
+    now = moe.placement
+    if (placement.num_experts, placement.ep, placement.num_slots) != (now.num_experts, now.ep, now.num_slots):
+        raise ValueError(
+            f"a running layer keeps its {now.num_slots} slots for {now.num_experts} experts on {now.ep} devices; the "
+            f"placement is for {placement.num_slots} slots, {placement.num_experts} experts and {placement.ep} "
+            f"devices: make one with num_slots={now.num_slots}, or bring the model there with jaxmoe.move"
+        )
+    if moe.mesh.is_multi_process:
+        raise NotImplementedError(
+            "experts are swapped between the devices of one process, and this mesh spans several; "
+            "load the checkpoint with the new placement instead"
+        )
+
+
+def swap_experts(moe: MoE, placement: ExpertPlacement, *, num_nodes: int = 1) -> MovedBytes:
+    """Bring the layer from its placement to another one; see the module's description.
+
+    Each slot that changes is copied from the nearest slot that holds its expert. Programs compiled for the layer
+    stay valid: no shape changes.
+
+    Args:
+        moe: the layer; its stacks are replaced, and the old ones are given up while it runs.
+        placement: as many slots on as many devices.
+        num_nodes: nodes of equally many devices along the layer's `expert_axes`.
+
+    Raises:
+        ValueError, NotImplementedError: see `check_swap`.
+    """
+    check_swap(moe, placement)
+    moves = plan_migration(moe.placement, placement, num_nodes=num_nodes).moves
+    moved = MovedBytes()
+    for stack in moe.expert_stacks():
+        stack.set_value(_swap(stack.get_value(), moves, moe, moved))
+    moe.set_placement(placement)
+    return moved
+
+
+def _swap(stack: jax.Array, moves: Sequence[Move], moe: MoE, moved: MovedBytes) -> jax.Array:
+    p, ranks = moe.placement.slots_per_device, _expert_ranks(moe.mesh, moe.expert_axes)
+    over = stack.sharding, P(moe.expert_axes)
+    # Per destination rank: its new slots, and their weights on each device of that rank.
+    places: dict[int, list[int]] = defaultdict(list)
+    pieces: dict[jax.Device, list[jax.Array]] = defaultdict(list)
+    taken = None
+    for group in _one_per_source(moves, p):
+        taken = _take(stack, _per_rank({move.source // p: move.source % p for move in group}, moe), over=over)
+        on_device = {shard.device: shard.data for shard in taken.addressable_shards}
+        for move in group:
+            source, destination = move.source // p, move.slot // p
+            places[destination].append(move.slot % p)
+            for devices in ranks:
+                piece = jax.device_put(on_device[devices[source]], devices[destination])
+                pieces[devices[destination]].append(piece)
+                moved.add(move.distance, piece.nbytes)
+        # What was taken for devices that sent nothing is dropped before the next group is taken.
+        jax.block_until_ready(list(pieces.values()))
+    if taken is None:
+        return stack
+    idle = {shard.device: shard.data for shard in taken.addressable_shards}
+    for turn in range(max(map(len, places.values()))):
+        arriving = [pieces[device][turn] if turn < len(pieces[device]) else idle[device] for device in idle]
+        piece = jax.make_array_from_single_device_arrays(taken.shape, taken.sharding, arriving)
+        here = {rank: slots[turn] for rank, slots in places.items() if turn < len(slots)}
+        stack = _put(stack, piece, _per_rank(here, moe), over=over)
+    return stack
+
+
+def _one_per_source(moves: Iterable[Move], p: int) -> list[list[Move]]:
+    """The moves in groups in which every device sends one slot at most."""
+    groups: list[list[Move]] = []
+    sent: dict[int, int] = defaultdict(int)
+    for move in moves:
+        turn = sent[move.source // p]
+        sent[move.source // p] += 1
+        if turn == len(groups):
+            groups.append([])
+        groups[turn].append(move)
+    return groups
+
+
+def _expert_ranks(mesh: Mesh, axes: tuple[str, ...]) -> np.ndarray:
+    """Devices [groups, ranks along `axes`]; the devices of a group differ in nothing but that rank."""
+    others = [axis for axis in AXES if axis not in axes]
+    order = [AXES.index(axis) for axis in (*others, *axes)]
+    ranks = int(np.prod([mesh.shape[axis] for axis in axes]))
+    return mesh.devices.transpose(order).reshape(-1, ranks)
+
+
+def _per_rank(values: dict[int, int], moe: MoE) -> jax.Array:
+    """int32 [ranks], one number for each device along the expert axes, -1 where `values` has none."""
+    numbers = np.full(moe.placement.ep, -1, np.int32)
+    numbers[list(values)] = list(values.values())
+    return jax.device_put(numbers, NamedSharding(moe.mesh, P(moe.expert_axes)))
+
+
+@partial(jax.jit, static_argnames="over")
+def _take(stack: jax.Array, place_n: jax.Array, *, over: tuple[NamedSharding, P]) -> jax.Array:
+    """One slot of each device, as an array with a slot a device; any slot where the place is -1."""
+    sharding, per_rank = over
+
+    def local(stack: jax.Array, place: jax.Array) -> jax.Array:
+        return jax.lax.dynamic_index_in_dim(stack, jnp.maximum(place[0], 0), keepdims=True)
+
+    specs = (sharding.spec, per_rank)
+    return jax.shard_map(local, mesh=sharding.mesh, in_specs=specs, out_specs=specs[0], check_vma=False)(stack, place_n)
+
+
+@partial(jax.jit, static_argnames="over", donate_argnums=0)
+def _put(stack: jax.Array, piece: jax.Array, place_n: jax.Array, *, over: tuple[NamedSharding, P]) -> jax.Array:
+    """The stack with each device's piece in its place, in the stack's own memory; nothing where the place is -1."""
+    sharding, per_rank = over
+
+    def local(stack: jax.Array, piece: jax.Array, place: jax.Array) -> jax.Array:
+        index = jnp.maximum(place[0], 0)
+        there = jax.lax.dynamic_index_in_dim(stack, index, keepdims=True)
+        return update_slice(stack, jnp.where(place[0] < 0, there, piece), (index, *(0,) * (stack.ndim - 1)))
+
+    specs = (sharding.spec, sharding.spec, per_rank)
+    return jax.shard_map(local, mesh=sharding.mesh, in_specs=specs, out_specs=specs[0], check_vma=False)(
+        stack, piece, place_n
+    )

@@ -1,0 +1,90 @@
+"""Recording which experts a model's tokens choose, while it runs."""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+
+from jaxmoe.layers import MoEStats
+from jaxmoe.mesh import named
+from jaxmoe.placement import RoutingTrace
+
+
+class Routing(NamedTuple):
+    """What the tokens of one step chose, on the devices.
+
+    Attributes:
+        counts: int32 [L, E], (token, choice) pairs that went to each logical expert of each MoE layer.
+        expert_ids: int32 [T, L, K], the choices of each token, -1 for none; None where only counts are wanted.
+    """
+
+    counts: jax.Array
+    expert_ids: jax.Array | None
+
+
+def routing_of(stats: Sequence[MoEStats], mesh: Mesh, *, token_ids: bool) -> Routing:
+    """Gather the layers' statistics; layers with fewer experts or choices are filled up with zeros or -1."""
+    E = max(layer.expert_counts.shape[0] for layer in stats)
+    counts = jnp.stack([jnp.pad(layer.expert_counts, (0, E - layer.expert_counts.shape[0])) for layer in stats])
+    if not token_ids:
+        return Routing(counts, None)
+    K = max(layer.expert_ids.shape[1] for layer in stats)
+    ids = [
+        jnp.pad(layer.expert_ids, ((0, 0), (0, K - layer.expert_ids.shape[1])), constant_values=-1) for layer in stats
+    ]
+    # On every device, so that each process can read all of them.
+    return Routing(counts, jax.lax.with_sharding_constraint(jnp.stack(ids, axis=1), named(mesh)))
+
+
+class RoutingRecorder:
+    """The routing of everything a model computes while it is recorded; see `Decoder.record_routing`.
+
+    Attributes:
+        token_ids: whether each token's choices are kept, and not only counts.
+    """
+
+    def __init__(self, *, token_ids: bool):
+        self.token_ids = token_ids
+        self._steps: list[Routing] = []
+
+    @property
+    def num_steps(self) -> int:
+        """Steps recorded so far: prefills, decode steps, and calls of the model."""
+        return len(self._steps)
+
+    def add(self, routing: Routing) -> None:
+        """Keep the routing of one step, in host memory."""
+        self._steps.append(jax.tree.map(np.asarray, routing))
+
+    def counts(self) -> np.ndarray:
+        """int64 [L, E] over all steps.
+
+        Raises:
+            ValueError: nothing was recorded.
+        """
+        return self.trace().total_counts
+
+    def trace(self) -> RoutingTrace:
+        """The steps as a trace, one window for each; `RoutingTrace.save` keeps it, `jaxmoe place` reads it.
+
+        Raises:
+            ValueError: nothing was recorded.
+        """
+        if not self._steps:
+            raise ValueError(
+                "no step was recorded; run the model or jaxmoe.generate inside `with model.record_routing()`"
+            )
+        if not self.token_ids:
+            return RoutingTrace(counts=np.stack([step.counts for step in self._steps]))
+        tokens = [_chosen(np.asarray(step.expert_ids)) for step in self._steps]
+        return RoutingTrace.from_expert_ids(
+            np.concatenate(tokens), self._steps[0].counts.shape[1], window=[len(ids) for ids in tokens]
+        )
+
+
+def _chosen(ids_TLK: np.ndarray) -> np.ndarray:
+    """The tokens that chose at all; padding did not."""
+    return ids_TLK[(ids_TLK >= 0).any(axis=(1, 2))]
