@@ -23,6 +23,7 @@ _HOME = {
     "load": "jaxmoe.checkpoint.load",
     "save": "jaxmoe.checkpoint.save",
     "convert": "jaxmoe.checkpoint.save",
+    "move": "jaxmoe.elastic",
     "generate": "jaxmoe.generate",
 }
 
@@ -34,6 +35,7 @@ if TYPE_CHECKING:
     from jaxmoe.checkpoint.save import save as save
     from jaxmoe.config import MoEConfig as MoEConfig
     from jaxmoe.config import RouterConfig as RouterConfig
+    from jaxmoe.elastic import move as move
     from jaxmoe.generate import generate as generate
     from jaxmoe.layers import MoE as MoE
     from jaxmoe.layers import MoEStats as MoEStats

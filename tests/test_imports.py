@@ -23,6 +23,7 @@ ORDER = [
     ["layers"],
     ["models"],
     ["checkpoint"],
+    ["elastic"],
     ["generate"],
     ["plan"],
     ["viz"],

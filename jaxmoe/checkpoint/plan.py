@@ -145,6 +145,7 @@ def make_load_plan(
     ignore: Sequence[IgnoreRule] = (),
     expert_params: Collection[str] = (),
     local_devices: Collection[jax.Device] | None = None,
+    complete: bool = True,
 ) -> LoadPlan:
     """Plan the loading of a checkpoint, and prove that it is complete.
 
@@ -157,6 +158,7 @@ def make_load_plan(
             names is never ignored.
         expert_params: paths of the parameters that are expert stacks, for the report.
         local_devices: the devices to read for; by default those of this process.
+        complete: False for a part of a model, which may leave tensors over.
 
     Returns:
         The plan for those devices. The checks do not depend on them: all processes accept or refuse alike.
@@ -174,9 +176,14 @@ def make_load_plan(
         else:
             problems.add(f"tensor {block.tensor!r} is to fill {block.param!r}, which the model does not have")
     check_tensors(checkpoint, specs, by_param, problems)
-    ignored = check_all_used(
-        checkpoint, by_param, lambda name: next((rule.name for rule in ignore if rule.matches(name)), None), problems
-    )
+    ignored: dict[str, tuple[str, ...]] = {}
+    if complete:
+        ignored = check_all_used(
+            checkpoint,
+            by_param,
+            lambda name: next((rule.name for rule in ignore if rule.matches(name)), None),
+            problems,
+        )
     for spec in specs:
         check_filled_once(spec, by_param[spec.path], problems)
     placed = [_local_parts(spec, local_devices, problems) for spec in specs]

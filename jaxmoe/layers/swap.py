@@ -7,7 +7,7 @@ a device needs room for as many slots of one stack as it receives, and one more.
 
 import dataclasses
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
 
 import jax
@@ -122,9 +122,37 @@ def _swap(stack: jax.Array, moves: Sequence[Move], moe: MoE, moved: MovedBytes) 
     for turn in range(max(map(len, places.values()))):
         arriving = [pieces[device][turn] if turn < len(pieces[device]) else idle[device] for device in idle]
         piece = jax.make_array_from_single_device_arrays(taken.shape, taken.sharding, arriving)
-        here = {rank: slots[turn] for rank, slots in places.items() if turn < len(slots)}
-        stack = _put(stack, piece, _per_rank(here, moe), over=over)
+        stack = _put(stack, piece, _turn(places, turn, moe), over=over)
     return stack
+
+
+def fill_slots(stack: jax.Array, experts: jax.Array, places: Sequence[Sequence[int]], moe: MoE) -> jax.Array:
+    """Write experts that are on their devices already into slots of a stack, in its own memory.
+
+    Args:
+        stack: [P, ...], one of the layer's `expert_stacks`; it is used up.
+        experts: [n·m, ...], sharded alike: m slots for each of n devices.
+        places: which of its own slots (0..p-1) each device's experts go to, at most m; the rest is padding.
+        moe: the layer.
+    """
+    over = stack.sharding, P(moe.expert_axes)
+    for turn in range(max(map(len, places))):
+        piece = _take(experts, _per_rank(dict.fromkeys(range(len(places)), turn), moe), over=over)
+        stack = _put(stack, piece, _turn(dict(enumerate(places)), turn, moe), over=over)
+    return stack
+
+
+def by_rank(slots: Iterable[int], placement: ExpertPlacement) -> list[list[int]]:
+    """Slots of a placement as places on each of its devices."""
+    places: list[list[int]] = [[] for _ in range(placement.ep)]
+    for slot in slots:
+        places[slot // placement.slots_per_device].append(slot % placement.slots_per_device)
+    return places
+
+
+def _turn(places: Mapping[int, Sequence[int]], turn: int, moe: MoE) -> jax.Array:
+    """The place that each rank fills in this turn, -1 for those that have no more."""
+    return _per_rank({rank: slots[turn] for rank, slots in places.items() if turn < len(slots)}, moe)
 
 
 def _one_per_source(moves: Iterable[Move], p: int) -> list[list[Move]]:

@@ -1,0 +1,5 @@
+"""Moving a running model to other devices."""
+
+from jaxmoe.elastic.move import move
+
+__all__ = ["move"]

@@ -1,0 +1,191 @@
+"""`move`: a running model goes to another mesh, another number of experts' devices, or fewer devices than it had."""
+
+import dataclasses
+import time
+from collections import Counter, defaultdict
+from collections.abc import Collection, Iterable, Mapping, Sequence
+
+import jax
+from jax.sharding import Mesh
+
+from jaxmoe.checkpoint.boxes import volume
+from jaxmoe.checkpoint.execute import load_arrays
+from jaxmoe.checkpoint.files import open_checkpoint
+from jaxmoe.checkpoint.names import is_expert_stack, layer_index, model_blocks
+from jaxmoe.checkpoint.plan import make_load_plan
+from jaxmoe.checkpoint.report import LoadReport
+from jaxmoe.elastic.assemble import assemble
+from jaxmoe.elastic.relocate import Relocation, device_boxes, plan_relocation
+from jaxmoe.layers.param import ParamSpec, param_specs, params_by_path
+from jaxmoe.layers.swap import by_rank, fill_slots
+from jaxmoe.models import Decoder, read_model_config
+from jaxmoe.placement import ExpertPlacement
+
+
+def move(
+    model: Decoder,
+    *,
+    mesh: Mesh,
+    placement: str | ExpertPlacement | Sequence[str | ExpertPlacement] = "linear",
+    lost_devices: Collection[jax.Device] = (),
+) -> Decoder:
+    """Bring a model to another mesh over the same devices, some of them, or others; logits stay within rounding.
+
+    Weights go from device to device. Only what no surviving device has is read, from the checkpoint
+    the model came from: an expert whose every replica was on `lost_devices`, a slice over tp that only they had.
+
+    Args:
+        model: it is used up: its parameters are let go one by one as they arrive, so that at most one of them
+            is there twice. Where `move` raises a ValueError it is untouched.
+        mesh: from `jaxmoe.make_mesh`; give it ``devices=`` for a part of them.
+        placement: as for `jaxmoe.load`, for the devices of the new mesh.
+        lost_devices: devices whose memory is gone; nothing is taken from them, and `mesh` has none of them.
+
+    Returns:
+        The model on the new mesh. Its `load_report` tells what was read.
+
+    Raises:
+        ValueError: the model does not fit the mesh, the placement does not, the new mesh has a lost device, or
+            weights are lost and the model came from no checkpoint, or from one with an adapter merged.
+        NotImplementedError: one of the meshes spans several processes.
+
+    Example:
+        >>> model = jaxmoe.load("path/to/checkpoint", mesh=jaxmoe.make_mesh(ep=8))  # doctest: +SKIP
+        >>> half = jaxmoe.make_mesh(ep=4, devices=jax.devices()[:4])  # doctest: +SKIP
+        >>> model = jaxmoe.move(model, mesh=half)  # doctest: +SKIP
+    """
+    start = time.perf_counter()
+    _check_devices(model.mesh, mesh, lost_devices)
+    moved = _empty_on(model, mesh, placement)
+    old = {spec.path: spec for spec in param_specs(model)}
+    new = {spec.path: spec for spec in param_specs(moved)}
+    relocations = {path: plan_relocation(old[path], spec, lost_devices) for path, spec in new.items()}
+    lost = {path for path, relocation in relocations.items() if relocation.lost}
+    lost_slots = _lost_slots(relocations)
+    read, report = _read_lost(model, moved, new, lost, lost_slots)
+
+    old_params, new_params = params_by_path(model), params_by_path(moved)
+    for path, spec in new.items():
+        param = old_params[path]
+        if path in read and not is_expert_stack(path):
+            new_params[path].set_value(read.pop(path))
+        else:
+            new_params[path].set_value(jax.block_until_ready(assemble(param.get_value(), spec, relocations[path])))
+        param.set_value(jax.ShapeDtypeStruct(old[path].shape, old[path].dtype, sharding=old[path].sharding))
+    for path, experts in read.items():
+        index = _layer(path)
+        moe, stack = moved.layers[index].moe, new_params[path]
+        stack.set_value(fill_slots(stack.get_value(), experts, by_rank(lost_slots[index], moe.placement), moe))
+    moved.load_report = dataclasses.replace(
+        report,
+        seconds=time.perf_counter() - start,
+        bytes_per_device=_bytes_per_device(new.values()),
+        expert_bytes_per_device=_bytes_per_device([spec for path, spec in new.items() if is_expert_stack(path)]),
+    )
+    return moved
+
+
+def _check_devices(old: Mesh, new: Mesh, lost_devices: Collection[jax.Device]) -> None:
+    if old.is_multi_process or new.is_multi_process:
+        raise NotImplementedError(
+            "a model moves between the devices of one process, and one of the meshes spans several; load the "
+            "checkpoint on the new mesh instead"
+        )
+    gone = sorted(device.id for device in new.devices.flat if device in lost_devices)
+    if gone:
+        raise ValueError(f"the new mesh has devices {gone}, which are among lost_devices; make it of the others")
+
+
+def _empty_on(
+    model: Decoder, mesh: Mesh, placement: str | ExpertPlacement | Sequence[str | ExpertPlacement]
+) -> Decoder:
+    first = model.moe_layers[0]
+    return Decoder(
+        model.config,
+        mesh=mesh,
+        placement=placement,
+        expert_axes=first.expert_axes,
+        dispatch=first.dispatch,
+        kernels=first.kernels,
+        dtype=model.dtype,
+        source=model.source,
+    )
+
+
+def _lost_slots(relocations: Mapping[str, Relocation]) -> dict[int, list[int]]:
+    """By layer, the slots of the new placement whose expert is lost, wholly or in part, in some stack."""
+    slots: dict[int, set[int]] = defaultdict(set)
+    for path, relocation in relocations.items():
+        if is_expert_stack(path) and relocation.lost:
+            slots[_layer(path)] |= relocation.lost
+    return {layer: sorted(lost) for layer, lost in slots.items()}
+
+
+def _read_lost(
+    model: Decoder,
+    moved: Decoder,
+    new: Mapping[str, ParamSpec],
+    lost: Collection[str],
+    lost_slots: Mapping[int, Sequence[int]],
+) -> tuple[dict[str, jax.Array], LoadReport]:
+    """What no device has any more, from the checkpoint.
+
+    Returns:
+        Whole parameters by path; of expert stacks only the lost slots of each device, as a smaller stack.
+    """
+    if not lost:
+        return {}, _NOTHING_READ
+    if model.source is None or (model.load_report is not None and model.load_report.adapter is not None):
+        why = "it came from no checkpoint" if model.source is None else "an adapter was merged when it was loaded"
+        raise ValueError(
+            f"the lost devices alone had {len(lost)} parameters or parts of them, {min(lost)} the first, and the model "
+            f"cannot read them again: {why}; load it anew"
+        )
+    wanted = {path: new[path] for path in lost if not is_expert_stack(path)}
+    for path, spec in new.items():
+        if is_expert_stack(path) and _layer(path) in lost_slots:
+            index = _layer(path)
+            wanted[path] = _fewer_slots(spec, by_rank(lost_slots[index], moved.layers[index].moe.placement))
+    family, _ = read_model_config(model.source)
+    checkpoint = open_checkpoint(model.source)
+    blocks = model_blocks({**new, **wanted}, family, checkpoint.tensors)
+    plan = make_load_plan(
+        checkpoint, wanted.values(), [block for block in blocks if block.param in wanted], complete=False
+    )
+    return load_arrays(plan)
+
+
+def _layer(expert_stack: str) -> int:
+    """The layer of an expert stack, by its path."""
+    index = layer_index(expert_stack)
+    assert index is not None, f"{expert_stack}: experts outside a layer"
+    return index
+
+
+def _fewer_slots(stack: ParamSpec, places: Sequence[Sequence[int]]) -> ParamSpec:
+    """An expert stack with those slots of each device alone, as many on each."""
+    assert stack.rows is not None
+    most, per_rank = max(map(len, places)), len(stack.rows) // len(places)
+    rows: list[int] = []
+    for rank, own in enumerate(places):
+        rows += [stack.rows[rank * per_rank + place] for place in own] + [-1] * (most - len(own))
+    return dataclasses.replace(stack, shape=(len(rows), *stack.shape[1:]), rows=tuple(rows))
+
+
+def _bytes_per_device(specs: Iterable[ParamSpec]) -> dict[int, int]:
+    total: Counter[int] = Counter()
+    for spec in specs:
+        for device, box in device_boxes(spec).items():
+            total[device.id] += volume(box) * spec.dtype.itemsize
+    return dict(sorted(total.items()))
+
+
+_NOTHING_READ = LoadReport(
+    bytes_read=0,
+    bytes_needed=0,
+    seconds=0.0,
+    tensors_read=0,
+    bytes_per_device={},
+    expert_bytes_per_device={},
+    ignored={},
+)
