@@ -25,6 +25,7 @@ _HOME = {
     "convert": "jaxmoe.checkpoint.save",
     "move": "jaxmoe.elastic",
     "generate": "jaxmoe.generate",
+    "plan": "jaxmoe.plan",
 }
 
 __all__ = [*_HOME, "__version__"]
@@ -44,6 +45,7 @@ if TYPE_CHECKING:
     from jaxmoe.placement import ExpertPlacement as ExpertPlacement
     from jaxmoe.placement import RoutingTrace as RoutingTrace
     from jaxmoe.placement.balancer import Balancer as Balancer
+    from jaxmoe.plan import plan as plan
 
 
 def __getattr__(name: str) -> Any:

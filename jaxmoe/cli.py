@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from jaxmoe import cli_convert, cli_inspect, cli_options, cli_place
+from jaxmoe import cli_convert, cli_inspect, cli_options, cli_place, cli_plan
 
 if TYPE_CHECKING:
     from jax.sharding import Mesh
@@ -87,7 +87,11 @@ def _add_load_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--dtype", help="of weights and activations (default: the checkpoint's own)")
     group.add_argument("--adapter", metavar="DIR", help="a LoRA adapter to merge into the weights")
     group.add_argument(
-        "--expert-axes", type=_axes, default=("ep",), metavar="ep,tp", help="mesh axes that share the experts (ep)"
+        "--expert-axes",
+        type=cli_options.axes,
+        default=("ep",),
+        metavar="ep,tp",
+        help="mesh axes that share the experts (ep)",
     )
     group.add_argument("--dispatch", default="auto", metavar="NAME", help="how tokens travel to experts (auto)")
     group.add_argument("--kernels", default="auto", metavar="NAME", help="grouped matmul backend (auto)")
@@ -116,10 +120,6 @@ def _load(args: argparse.Namespace, mesh: "Mesh") -> Any:
 def _describe(mesh: "Mesh") -> str:
     sizes = ",".join(f"{axis}={size}" for axis, size in mesh.shape.items())
     return f"mesh {sizes} on {mesh.size} {mesh.devices.flat[0].platform} device{'s' if mesh.size > 1 else ''}"
-
-
-def _axes(text: str) -> tuple[str, ...]:
-    return tuple(axis.strip() for axis in text.split(","))
 
 
 def _one_line(error: BaseException) -> str:
@@ -273,5 +273,6 @@ COMMANDS = {
     "generate": Command("generate text from prompts", _add_generate_options, _generate),
     "inspect": Command(cli_inspect.HELP, cli_inspect.add_options, cli_inspect.run),
     "convert": Command(cli_convert.HELP, cli_convert.add_options, cli_convert.run),
+    "plan": Command(cli_plan.HELP, cli_plan.add_options, cli_plan.run),
     "place": Command(cli_place.HELP, cli_place.add_options, cli_place.run),
 }

@@ -58,3 +58,8 @@ def count(text: str) -> int:
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"a whole number of at least 1; got {text!r}")
     return int(text)
+
+
+def axes(text: str) -> tuple[str, ...]:
+    """Type of ``--expert-axes``."""
+    return tuple(axis.strip() for axis in text.split(","))

@@ -14,7 +14,7 @@ PACKAGE = Path(__file__).resolve().parent.parent / "jaxmoe"
 
 # Lowest first; two on one line never import each other. A new package gets its place here.
 ORDER = [
-    ["progress", "rotary"],
+    ["callable_package", "progress", "rotary"],
     ["mesh", "config"],
     ["quant"],
     ["placement"],
@@ -28,7 +28,7 @@ ORDER = [
     ["plan"],
     ["viz"],
     ["cli_options"],
-    ["cli_convert", "cli_inspect", "cli_place"],
+    ["cli_convert", "cli_inspect", "cli_place", "cli_plan"],
     ["cli"],
     ["__main__"],
 ]

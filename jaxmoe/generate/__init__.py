@@ -6,9 +6,9 @@ cheap to import and starts no JAX.
 """
 
 import importlib
-import sys
-from types import ModuleType
 from typing import TYPE_CHECKING, Any
+
+from jaxmoe.callable_package import make_callable
 
 _HOME = {
     "generate": "jaxmoe.generate.api",
@@ -52,14 +52,4 @@ def __dir__() -> list[str]:
     return sorted({*globals(), *_HOME})
 
 
-class _CallableModule(ModuleType):
-    """``jaxmoe.generate`` is a function to callers, and Python binds this package to the same name.
-
-    Whichever of the two was bound last, ``jaxmoe.generate(model, prompts)`` generates.
-    """
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        return self.generate(*args, **kwargs)
-
-
-sys.modules[__name__].__class__ = _CallableModule
+make_callable(__name__)

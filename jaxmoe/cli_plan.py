@@ -1,0 +1,84 @@
+"""``jaxmoe plan``: what each device would hold, without devices and without weights."""
+
+import argparse
+import json
+from typing import TYPE_CHECKING
+
+from jaxmoe import cli_options
+
+if TYPE_CHECKING:
+    from jaxmoe.plan import Plan
+
+HELP = "tell what each device would hold of a model, from its config.json alone"
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """Add the options of ``jaxmoe plan``."""
+    parser.add_argument(
+        "checkpoint", metavar="PATH", help="a checkpoint directory; its config.json is all that is read"
+    )
+    parser.add_argument(
+        "--mesh",
+        type=cli_options.mesh_sizes,
+        default="dp=1,tp=1,ep=1",
+        metavar="dp=1,tp=2,ep=4",
+        help="mesh sizes, axes left out being 1 (one device)",
+    )
+    parser.add_argument("--placement", default="linear", metavar="NAME|FILE.json", help="where experts go (linear)")
+    parser.add_argument(
+        "--expert-axes",
+        type=cli_options.axes,
+        default=("ep",),
+        metavar="ep,tp",
+        help="mesh axes that share the experts",
+    )
+    parser.add_argument("--device", metavar="NAME", help="compare with the memory of a kind of device, such as h100")
+    parser.add_argument("--dtype", help="of weights and cache (default: the config's own)")
+    parser.add_argument("--batch-size", type=cli_options.count, default=1, metavar="B", help="sequences to hold (1)")
+    parser.add_argument("--max-length", type=cli_options.count, metavar="C", help="tokens of each (4096)")
+    parser.add_argument("--json", action="store_true", help="everything as one JSON object")
+
+
+def run(args: argparse.Namespace) -> None:
+    """Print the plan. A model that does not fit is an answer, not an error."""
+    from jaxmoe.plan import plan
+
+    report = plan(
+        args.checkpoint,
+        **args.mesh,
+        placement=cli_options.read_placement(args.placement),
+        expert_axes=args.expert_axes,
+        dtype=args.dtype,
+        batch_size=args.batch_size,
+        max_length=args.max_length,
+        device=args.device,
+    )
+    if args.json:
+        print(json.dumps(report.to_dict()))
+    else:
+        _print(report)
+
+
+def _print(report: "Plan") -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    console = Console()
+    sizes = ",".join(f"{axis}={size}" for axis, size in report.mesh.items())
+    console.print(
+        f"{report.model_type}, {report.parameters / 1e9:.1f} billion parameters in {report.dtype} on {sizes}; "
+        f"cache for {report.batch_size} x {report.max_length} tokens",
+        highlight=False,
+    )
+    table = Table()
+    table.add_column("on a device")
+    table.add_column("least GB", justify="right")
+    table.add_column("most GB", justify="right")
+    for name, part in report.parts.items():
+        table.add_row(name, f"{part.min() / 1e9:.3f}", f"{part.max() / 1e9:.3f}")
+    total = report.bytes_per_device.values()
+    table.add_row("total", f"{min(total) / 1e9:.3f}", f"{max(total) / 1e9:.3f}", style="bold")
+    console.print(table)
+    if report.capacity is not None:
+        verdict = "fits" if report.fits else "does not fit"
+        console.print(f"{verdict} in the {report.capacity / 1e9:.0f} GB of {report.device}, activations not counted")

@@ -1,0 +1,196 @@
+"""`plan`: what each device will hold, from a config alone."""
+
+import dataclasses
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxmoe.checkpoint.abstract import with_abstract_model
+from jaxmoe.checkpoint.names import is_expert_stack, layer_index
+from jaxmoe.layers import CacheArray, param_specs
+from jaxmoe.mesh import AXES, EP, batch_axes, named, padded_batch
+from jaxmoe.models import Decoder, read_model_config
+from jaxmoe.placement import ExpertPlacement
+from jaxmoe.plan.devices import get_device_kind
+
+_DTYPES = ("float32", "bfloat16", "float16")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Plan:
+    """What a model takes on a mesh, before anything is read or allocated.
+
+    Devices are numbered as on the mesh: (dp, tp, ep) in row-major order. What a program needs besides while it
+    runs (activations, exchange buffers) is not counted.
+
+    Attributes:
+        model_type: the family.
+        mesh: {"dp": ..., "tp": ..., "ep": ...}.
+        dtype: of weights and cache.
+        batch_size: sequences that the cache is for.
+        max_length: tokens of each that the cache is for.
+        parts: {what: float64 [devices] bytes}, in the order of a table; `jaxmoe.viz.device_memory` draws it.
+        device: kind of device, None where none was named.
+        capacity: bytes of its memory; None without a kind.
+        parameters: of the model, each counted once.
+    """
+
+    model_type: str
+    mesh: dict[str, int]
+    dtype: str
+    batch_size: int
+    max_length: int
+    parts: dict[str, np.ndarray]
+    device: str | None
+    capacity: float | None
+    parameters: int
+
+    @property
+    def bytes_per_device(self) -> dict[int, int]:
+        """{device: bytes of all parts}."""
+        return dict(enumerate(np.sum(list(self.parts.values()), axis=0).astype(np.int64).tolist()))
+
+    @property
+    def fits(self) -> bool | None:
+        """Whether the fullest device has room for all parts; None without a kind of device."""
+        return None if self.capacity is None else max(self.bytes_per_device.values()) <= self.capacity
+
+    def to_dict(self) -> dict[str, Any]:
+        """The same as plain types, for JSON."""
+        fields = dataclasses.asdict(self) | {"parts": {name: part.tolist() for name, part in self.parts.items()}}
+        return fields | {"bytes_per_device": self.bytes_per_device, "fits": self.fits}
+
+
+def plan(
+    path: str | Path,
+    *,
+    dp: int = 1,
+    tp: int = 1,
+    ep: int = 1,
+    placement: str | ExpertPlacement | Sequence[str | ExpertPlacement] = "linear",
+    expert_axes: tuple[str, ...] = (EP,),
+    dtype: str | None = None,
+    batch_size: int = 1,
+    max_length: int | None = None,
+    device: str | None = None,
+) -> Plan:
+    """Tell what each device would hold of a model, without devices and without weights.
+
+    Args:
+        path: a checkpoint directory; its config.json is all that is read.
+        dp, tp, ep: sizes of the mesh.
+        placement: a strategy's name or an `ExpertPlacement` for all MoE layers, or one for each.
+        expert_axes: mesh axes that share the experts, see `jaxmoe.MoE`.
+        dtype: of weights and cache, "float32", "bfloat16" or "float16"; None for the config's own, or bfloat16.
+        batch_size: sequences to have room for.
+        max_length: tokens of each; None for 4096, or as many positions as the model has where those are fewer.
+        device: a name in `jaxmoe.plan.DEVICE_KINDS`, to compare with its memory.
+
+    Raises:
+        FileNotFoundError: there is no config.json.
+        ValueError: a size, name or placement does not fit; the family is not known.
+
+    Example:
+        >>> report = jaxmoe.plan("path/to/Qwen3-30B-A3B", tp=2, ep=4, device="h100")  # doctest: +SKIP
+        >>> report.bytes_per_device[0], report.fits  # doctest: +SKIP
+        (8123456789, True)
+    """
+    _, config = read_model_config(path)
+    if max_length is None:
+        max_length = min(4096, config.max_position_embeddings)
+    sizes = {"dp": dp, "tp": tp, "ep": ep}
+    for name, value in {**sizes, "batch_size": batch_size, "max_length": max_length}.items():
+        if value < 1:
+            raise ValueError(f"{name} is at least 1; got {value}")
+    kind = None if device is None else get_device_kind(device)
+    if max_length > config.max_position_embeddings:
+        raise ValueError(
+            f"the model has {config.max_position_embeddings} positions: max_length={max_length} is more than that"
+        )
+    name = dtype or config.dtype or "bfloat16"
+    if name not in _DTYPES:
+        raise ValueError(f"dtype is one of {', '.join(_DTYPES)}; got {name!r}: pass the one the model is to run in")
+
+    def look(model: Decoder) -> dict[str, np.ndarray]:
+        return {**_weights(model), "key/value cache and state": _cache(model, batch_size, max_length)}
+
+    options: dict[str, Any] = {"placement": placement, "expert_axes": expert_axes, "dtype": jnp.dtype(name)}
+    return Plan(
+        model_type=config.model_type,
+        mesh=sizes,
+        dtype=name,
+        batch_size=batch_size,
+        max_length=max_length,
+        parts=with_abstract_model(config, look, sizes=sizes, **options),
+        device=device,
+        capacity=None if kind is None else kind.memory,
+        parameters=with_abstract_model(config, _parameters, sizes=dict.fromkeys(AXES, 1)),
+    )
+
+
+def _parameters(model: Decoder) -> int:
+    return sum(math.prod(spec.shape) for spec in param_specs(model))
+
+
+def _weights(model: Decoder) -> dict[str, np.ndarray]:
+    parts: dict[str, np.ndarray] = {
+        name: np.zeros(model.mesh.size)
+        for name in ("routed experts", "replicas", "padding slots", "shared experts", "attention", "embedding and head")
+    }
+    parts["other"] = np.zeros(model.mesh.size)
+    for spec in param_specs(model):
+        on_device = math.prod(spec.sharding.shard_shape(spec.shape)) * spec.dtype.itemsize
+        if not is_expert_stack(spec.path):
+            parts[_part_of(spec.path)] += on_device
+            continue
+        index = layer_index(spec.path)
+        assert index is not None
+        moe = model.layers[index].moe
+        per_slot = on_device / moe.placement.slots_per_device
+        for name, slots_n in _slots(moe.placement).items():
+            parts[name] += slots_n[_expert_rank(model, moe.expert_axes)] * per_slot
+    return {name: part for name, part in parts.items() if part.any()}
+
+
+def _part_of(path: str) -> str:
+    if ".moe.shared." in path or path.endswith("w_shared_gate"):
+        return "shared experts"
+    if ".attention." in path:
+        return "attention"
+    return "embedding and head" if path.startswith(("embed.", "lm_head.")) else "other"
+
+
+def _slots(placement: ExpertPlacement) -> dict[str, np.ndarray]:
+    """Of each device's slots how many hold an expert, one more replica of it, and nothing: [ep] each."""
+    slots = placement.slot_to_expert
+    first = np.zeros(slots.size, bool)
+    first[placement.expert_to_slots[:, 0]] = True
+    kinds = {"routed experts": first, "replicas": (slots >= 0) & ~first, "padding slots": slots < 0}
+    return {name: chosen.reshape(placement.ep, -1).sum(axis=1) for name, chosen in kinds.items()}
+
+
+def _expert_rank(model: Decoder, expert_axes: tuple[str, ...]) -> np.ndarray:
+    """int [devices], the number of each device along the expert axes."""
+    places = dict(
+        zip(AXES, np.unravel_index(np.arange(model.mesh.size), tuple(model.mesh.shape.values())), strict=True)
+    )
+    sizes = tuple([model.mesh.shape[axis] for axis in expert_axes])
+    return np.ravel_multi_index(tuple([places[axis] for axis in expert_axes]), sizes)
+
+
+def _cache(model: Decoder, batch_size: int, max_length: int) -> np.ndarray:
+    rows = padded_batch(model.mesh, batch_size)
+    batch = batch_axes(model.mesh, rows)
+
+    def on_device(array: CacheArray) -> int:
+        dtype = jnp.dtype(array.dtype or model.dtype)
+        shape = named(model.mesh, batch, *array.dims).shard_shape(array.shape)
+        return math.prod(shape) * dtype.itemsize
+
+    arrays = [layer.cache_arrays(rows, max_length) for layer in model.layers]
+    return np.full(model.mesh.size, sum(map(on_device, jax.tree.leaves(arrays))), np.float64)
