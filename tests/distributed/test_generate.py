@@ -1,0 +1,58 @@
+"""Two and four processes give the tokens of one, and each reads what its own devices hold."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+from tests.distributed.processes import ROOT, environment, finish, start
+from tests.distributed.worker import results
+
+MESH = {"dp": 2, "tp": 2, "ep": 2}
+CHECKPOINTS = [str(ROOT / "demo"), str(ROOT / "tests/goldens/mixtral/original")]
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module")
+def alone() -> list[dict]:
+    """The results of this process, with its eight devices."""
+    return [results(checkpoint, **MESH) for checkpoint in CHECKPOINTS]
+
+
+@pytest.mark.parametrize("count", [2, 4])
+def test_tokens_and_bytes(count, alone) -> None:
+    argv = [*CHECKPOINTS, "--mesh", json.dumps(MESH), "--simulate", str(8 // count)]
+    ended = finish(start(count, "tests.distributed.worker", *argv))
+    assert [process.returncode for process in ended] == [0] * count, "\n".join(process.stderr for process in ended)
+    lines = [line for process in ended for line in process.stdout.splitlines() if line.startswith("RESULT ")]
+    found = [json.loads(line.removeprefix("RESULT ")) for line in lines]
+    assert [process["process"] for process in found] == list(range(count))
+    for process in found:
+        assert process["neighbours"] == [1, 1, 1, 1], "devices along ep are of one process"
+        for own, one in zip(process["results"], alone, strict=True):
+            assert own["greedy"] == one["greedy"]
+            assert own["sampled"] == one["sampled"]
+            assert own["logits"] == pytest.approx(one["logits"], rel=1e-4)
+            assert own["bytes_read"] == own["bytes_needed"]
+            assert sorted(map(int, own["expert_bytes"])) == sorted(process["local_devices"])
+    for index, one in enumerate(alone):
+        parts = [process["results"][index] for process in found]
+        assert len({str(part["drawn"]) for part in parts}) == 1, "seeds are drawn once, for all processes"
+        everywhere = [size for part in parts for size in part["expert_bytes"].values()]
+        assert sorted(everywhere) == sorted(one["expert_bytes"].values())
+        if count == 4:
+            # Two devices along ep with one tp rank: half of what tp splits stays unread.
+            assert all(part["bytes_read"] < one["bytes_read"] for part in parts)
+
+
+def test_the_launcher_of_one_node(alone) -> None:
+    command = [sys.executable, ROOT / "scripts/launch_node", "2", sys.executable, "-m", "jaxmoe", "generate"]
+    argv = [CHECKPOINTS[0], "--simulate", "4", "--mesh", "dp=2,tp=2,ep=2", "--max-new-tokens", "6", "--json"]
+    for prompt in ("5,6,7", "8,9", "3"):
+        argv += ["--prompt-ids", prompt]
+    done = subprocess.run([*command, *argv], env=environment(), capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert [json.loads(line)["token_ids"] for line in done.stdout.splitlines()] == alone[0]["greedy"]
+    assert len(done.stderr.splitlines()) == 1, "process 0 alone says something"

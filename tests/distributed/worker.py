@@ -1,0 +1,57 @@
+"""What each process of a test does: load, generate greedily and sampled, print a line of JSON."""
+
+import argparse
+import json
+
+import jaxmoe
+import jaxmoe.distributed
+
+PROMPTS = [[5, 6, 7], [8, 9], [3]]
+
+
+def results(checkpoint: str, **mesh: int) -> dict:
+    """Tokens, and what was read, of one checkpoint on all devices there are."""
+    model = jaxmoe.load(checkpoint, mesh=jaxmoe.make_mesh(**mesh))
+
+    def tokens(**settings) -> list[list[int]]:
+        return [output.token_ids for output in jaxmoe.generate(model, PROMPTS, max_new_tokens=6, **settings)]
+
+    report = model.load_report
+    return {
+        "greedy": tokens(),
+        "sampled": tokens(temperature=1.0, seed=7, top_k=20),
+        "drawn": tokens(temperature=1.0, top_k=20),
+        "logits": float(abs(model(PROMPTS[:1])).sum()),
+        "bytes_read": report.bytes_read,
+        "bytes_needed": report.bytes_needed,
+        "expert_bytes": report.expert_bytes_per_device,
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("checkpoints", nargs="+")
+    parser.add_argument("--mesh", type=json.loads)
+    parser.add_argument("--simulate", type=int)
+    parser.add_argument("--coordinator")
+    parser.add_argument("--num-processes", type=int)
+    parser.add_argument("--process-id", type=int)
+    args = parser.parse_args()
+    jaxmoe.distributed.initialize(args.coordinator, args.num_processes, args.process_id)
+    jaxmoe.simulate_devices(args.simulate)
+    import jax
+
+    found = {
+        "process": args.process_id,
+        "local_devices": [device.id for device in jax.local_devices()],
+        "neighbours": [
+            len({device.process_index for device in row})
+            for row in jaxmoe.make_mesh(**args.mesh).devices.reshape(-1, 2)
+        ],
+        "results": [results(checkpoint, **args.mesh) for checkpoint in args.checkpoints],
+    }
+    print("RESULT " + json.dumps(found), flush=True)
+
+
+if __name__ == "__main__":
+    main()
