@@ -1,4 +1,4 @@
-"""Loads the checkpoint in demo/ onto a mesh of simulated CPU devices and streams text from it.
+"""Loads the checkpoint in demo/ onto a mesh of simulated CPU devices and streams Python from it.
 
 scripts/demo makes an environment and runs this in it.
 """
@@ -16,7 +16,8 @@ from jaxmoe.generate import GenerationStats, TokenEvent, expert_bytes_table
 from jaxmoe.mesh import parse_mesh
 
 CHECKPOINT = Path(__file__).resolve().parent.parent / "demo"
-PROMPTS = ["def main():\n", "import os\n"]
+# Without a line's end: a token of this model joins it to the indentation that follows.
+PROMPTS = ['def parse_header(line, separator=":"):', "def is_valid(name):"]
 
 
 def main() -> None:
@@ -25,9 +26,9 @@ def main() -> None:
     parser.add_argument("--checkpoint", type=Path, default=CHECKPOINT, help="another checkpoint folder")
     parser.add_argument("--mesh", default="dp=2,tp=2,ep=2", help="sizes of the mesh's axes (default: dp=2,tp=2,ep=2)")
     parser.add_argument("--placement", default="linear", help="linear or round_robin (default: linear)")
-    parser.add_argument("--prompt", action="append", help="may be given more than once (default: two lines of Python)")
-    parser.add_argument("--max-new-tokens", type=int, default=64, help="for each prompt (default: 64)")
-    parser.add_argument("--temperature", type=float, default=0.0, help="0 takes the likeliest token (default: 0)")
+    parser.add_argument("--prompt", action="append", help="may be given more than once (default: two signatures)")
+    parser.add_argument("--max-new-tokens", type=int, default=96, help="for each prompt (default: 96)")
+    parser.add_argument("--temperature", type=float, default=0.6, help="0 takes the likeliest token (default: 0.6)")
     parser.add_argument("--python", metavar="VERSION", help="with which scripts/demo makes the environment")
     args = parser.parse_args()
 
@@ -52,9 +53,9 @@ def main() -> None:
 
 
 def stream_text(console: Console, model: object, prompt: str, **options: Any) -> GenerationStats:
-    """Prints the prompt, then its continuation token by token."""
+    """Prints the prompt, in bold, and its continuation token by token."""
     stats = GenerationStats()
-    console.print(f"\n[bold]prompt[/] {escape(repr(prompt))}")
+    console.print(f"\n[bold]{escape(prompt)}[/]", end="", soft_wrap=True)
     jaxmoe.generate(
         model,
         [prompt],

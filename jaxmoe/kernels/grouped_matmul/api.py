@@ -32,6 +32,7 @@ def grouped_matmul(
     """Multiply each row by the matrix of its group.
 
     out[r] = rhs[g(r)] @ lhs[r], where group g owns the rows from sum(group_sizes[:g]) up to sum(group_sizes[:g+1]).
+    Differentiable, once and in reverse, in lhs and rhs.
 
     Args:
         lhs_RK: rows, sorted by group. There may be more of them than the groups own: time follows the rows owned.
@@ -80,6 +81,8 @@ def expert_mlp(
 
     Where F is split over devices the results are partial sums: add them up afterwards, in an `out_dtype` of your
     choice, and give `b_down_pD` to one of the devices only.
+
+    Differentiable, once and in reverse, in rows, matrices and biases; the gradient keeps no activation.
 
     Args:
         x_RD: rows sorted by physical slot, possibly followed by unused ones.

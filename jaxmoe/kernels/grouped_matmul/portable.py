@@ -9,6 +9,7 @@ Two products, chosen by the static number of rows a group:
 """
 
 from collections.abc import Callable
+from functools import partial
 from math import gcd
 from typing import Any
 
@@ -17,7 +18,8 @@ import jax.numpy as jnp
 from jax import lax
 
 from jaxmoe.kernels.grouped_matmul.activations import Combine
-from jaxmoe.kernels.grouped_matmul.tiles import map_rows, map_tiles, rows_per_tile, varying_axes
+from jaxmoe.kernels.grouped_matmul.gradient import group_gradients
+from jaxmoe.kernels.grouped_matmul.tiles import map_rows, map_tiles, mark_varying, rows_per_tile, varying_axes
 
 # float32 numbers in the widest vector register of current CPUs, and the narrowest worth using.
 LANES, MIN_LANES = 16, 8
@@ -59,26 +61,36 @@ def expert_mlp(
 
 # From the index of one of a group's affine maps and rows [m, K] to W x + b [m, N], in float32.
 Affine = Callable[[int, jax.Array], jax.Array]
+# What is applied to the rows of a group: rows [m, K] and the group's affine maps to rows [m, N].
+RowsFn = Callable[[jax.Array, Affine], jax.Array]
+# Stacks of matrices [G, N, K] and, if any, of biases [G, N]; or one group's part of them.
+Maps = list[tuple[jax.Array, jax.Array | None]]
 
 
 def _map_groups(
-    fn: Callable[[jax.Array, Affine], jax.Array],
-    x_RK: jax.Array,
-    maps: list[tuple[jax.Array, jax.Array | None]],
-    group_sizes_G: jax.Array,
-    out: jax.ShapeDtypeStruct,
+    fn: RowsFn, x_RK: jax.Array, maps: Maps, group_sizes_G: jax.Array, out: jax.ShapeDtypeStruct
 ) -> jax.Array:
-    """Apply `fn(rows, affine)` to the rows of every group; `maps` are stacks of matrices and of biases, if any."""
-    stacks = [stack for pair in maps for stack in pair if stack is not None]
+    """Apply `fn(rows, affine)` to the rows of every group; differentiable in `x_RK` and `maps`."""
+    stacks = jax.tree.leaves(maps)
     if 0 in x_RK.shape or any(0 in stack.shape for stack in stacks):
         return jnp.zeros(out.shape, out.dtype)
     varying = varying_axes(x_RK, *stacks, group_sizes_G)
+    # All of one type inside `shard_map`, as a custom rule needs it; the transpose of this sums gradients over the mesh.
+    x_RK, maps = jax.tree.map(lambda array: mark_varying(array, varying - varying_axes(array)), (x_RK, maps))
+    return _map_groups_vjp(fn, out, varying, x_RK, maps, group_sizes_G)
 
+
+@partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
+def _map_groups_vjp(
+    fn: RowsFn,
+    out: jax.ShapeDtypeStruct,
+    varying: frozenset[str],
+    x_RK: jax.Array,
+    maps: Maps,
+    group_sizes_G: jax.Array,
+) -> jax.Array:
     def slice_of(stack: jax.Array, group: jax.Array) -> jax.Array:
         return lax.dynamic_index_in_dim(stack, group, keepdims=False)
-
-    def add_bias(y_mN: jax.Array, bias_N: jax.Array | None) -> jax.Array:
-        return y_mN if bias_N is None else y_mN + bias_N.astype(jnp.float32)
 
     if rows_per_tile(x_RK.shape[0], group_sizes_G.shape[0]) == 1:
 
@@ -86,23 +98,47 @@ def _map_groups(
             def affine(index: int, y_1K: jax.Array) -> jax.Array:
                 matrices, biases = maps[index]
                 bias_N = None if biases is None else slice_of(biases, group)
-                return add_bias(_row_product(y_1K, matrices, group), bias_N)
+                return _add_bias(_row_product(y_1K, matrices, group), bias_N)
 
             return fn(x_1K, affine)
 
         return map_rows(row_fn, x_RK, group_sizes_G, out, varying=varying)
 
-    def load(group: jax.Array) -> Any:
+    def load(group: jax.Array) -> Maps:
         return jax.tree.map(lambda stack: slice_of(stack, group), maps)
 
-    def tile_fn(loaded: Any, x_mK: jax.Array) -> jax.Array:
-        def affine(index: int, y_mK: jax.Array) -> jax.Array:
-            matrix_NK, bias_N = loaded[index]
-            return add_bias(_matmul(y_mK, matrix_NK), bias_N)
+    return map_tiles(load, partial(_tile, fn), x_RK, group_sizes_G, out, varying=varying)
 
-        return fn(x_mK, affine)
 
-    return map_tiles(load, tile_fn, x_RK, group_sizes_G, out, varying=varying)
+def _forward(
+    fn: RowsFn, out: jax.ShapeDtypeStruct, varying: frozenset[str], *inputs: Any
+) -> tuple[jax.Array, tuple[Any, ...]]:
+    return _map_groups_vjp(fn, out, varying, *inputs), inputs
+
+
+def _backward(
+    fn: RowsFn, out: jax.ShapeDtypeStruct, varying: frozenset[str], inputs: tuple[Any, ...], dy_RN: jax.Array
+) -> tuple[jax.Array, Maps, None]:
+    x_RK, maps, group_sizes_G = inputs
+    dmaps, dx_RK = group_gradients(partial(_tile, fn), maps, x_RK, group_sizes_G, dy_RN, varying=varying)
+    return dx_RK, dmaps, None
+
+
+_map_groups_vjp.defvjp(_forward, _backward)
+
+
+def _tile(fn: RowsFn, maps: Maps, x_mK: jax.Array) -> jax.Array:
+    """`fn` of a tile of rows; `maps` are one group's."""
+
+    def affine(index: int, y_mK: jax.Array) -> jax.Array:
+        matrix_NK, bias_N = maps[index]
+        return _add_bias(_matmul(y_mK, matrix_NK), bias_N)
+
+    return fn(x_mK, affine)
+
+
+def _add_bias(y_mN: jax.Array, bias_N: jax.Array | None) -> jax.Array:
+    return y_mN if bias_N is None else y_mN + bias_N.astype(jnp.float32)
 
 
 def _row_product(x_1K: jax.Array, w_GNK: jax.Array, group: jax.Array) -> jax.Array:

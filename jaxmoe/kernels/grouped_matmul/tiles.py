@@ -46,7 +46,7 @@ def map_rows(
     Returns:
         out_RN, zeros where no group owns the row.
     """
-    end_G, group_G, _ = _filled_groups(x_RK.shape[0], group_sizes_G)
+    _, end_G, group_G, _ = filled_groups(x_RK.shape[0], group_sizes_G)
 
     def body(carry: tuple[Any, ...]) -> tuple[Any, ...]:
         row, i, out_RN = carry
@@ -57,9 +57,9 @@ def map_rows(
 
     row_axes = varying_axes(group_sizes_G)
     start: tuple[Any, ...] = (
-        _mark_varying(jnp.int32(0), row_axes),
-        _mark_varying(jnp.int32(0), row_axes),
-        _mark_varying(jnp.zeros(out.shape, out.dtype), varying),
+        mark_varying(jnp.int32(0), row_axes),
+        mark_varying(jnp.int32(0), row_axes),
+        mark_varying(jnp.zeros(out.shape, out.dtype), varying),
     )
     return lax.while_loop(lambda carry: carry[0] < end_G[-1], body, start)[2]
 
@@ -90,11 +90,11 @@ def map_tiles(
         out_RN, zeros where no group owns the row.
     """
     R, m = x_RK.shape[0], rows_per_tile(x_RK.shape[0], group_sizes_G.shape[0])
-    end_G, group_G, filled = _filled_groups(R, group_sizes_G)
+    start_G, end_G, group_G, filled = filled_groups(R, group_sizes_G)
 
     def one_group(i: jax.Array, out_RN: jax.Array) -> jax.Array:
         group = group_G[i]
-        start, end = end_G[group] - group_sizes_G[group], end_G[group]
+        start, end = start_G[group], end_G[group]
         # The barrier keeps the slice out of the inner loop, where it would be taken again for each tile.
         shared = lax.optimization_barrier(load(group))
 
@@ -110,15 +110,16 @@ def map_tiles(
 
         return lax.fori_loop(0, (end - start + m - 1) // m, one_tile, out_RN)
 
-    return lax.fori_loop(0, filled, one_group, _mark_varying(jnp.zeros(out.shape, out.dtype), varying))
+    return lax.fori_loop(0, filled, one_group, mark_varying(jnp.zeros(out.shape, out.dtype), varying))
 
 
-def _filled_groups(R: int, group_sizes_G: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """End row of each group, the non-empty groups in order (then any), and how many those are."""
+def filled_groups(R: int, group_sizes_G: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
+    """First and end row of each group, the non-empty groups in order (then any), and how many those are."""
     G = group_sizes_G.shape[0]
-    end_G = jnp.minimum(jnp.cumsum(group_sizes_G), R)
+    end_G = jnp.cumsum(group_sizes_G)
+    start_G, end_G = jnp.minimum(end_G - group_sizes_G, R), jnp.minimum(end_G, R)
     group_G = jnp.sort(jnp.where(group_sizes_G > 0, jnp.arange(G, dtype=jnp.int32), G - 1))
-    return end_G, group_G, jnp.sum(group_sizes_G > 0, dtype=jnp.int32)
+    return start_G, end_G, group_G, jnp.sum(group_sizes_G > 0, dtype=jnp.int32)
 
 
 def varying_axes(*arrays: jax.Array) -> frozenset[str]:
@@ -126,6 +127,6 @@ def varying_axes(*arrays: jax.Array) -> frozenset[str]:
     return frozenset().union(*(jax.typeof(a).manual_axis_type.varying for a in arrays))
 
 
-def _mark_varying(array: jax.Array, axes: frozenset[str]) -> jax.Array:
+def mark_varying(array: jax.Array, axes: frozenset[str]) -> jax.Array:
     """Type a constant as varying: `shard_map` wants a loop's carry to have one type from start to end."""
     return lax.pcast(array, tuple(axes), to="varying") if axes else array
