@@ -6,9 +6,11 @@ well, so the batch dim of activations is sharded over ``("dp", "ep")``.
 """
 
 import math
+from typing import Any
 
 import jax
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+import numpy as np
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 DP, TP, EP = "dp", "tp", "ep"
 AXES = (DP, TP, EP)
@@ -64,7 +66,7 @@ def parse_mesh(text: str) -> dict[str, int]:
 
 
 def simulate_devices(count: int) -> None:
-    """Make JAX offer `count` simulated CPU devices; call it before anything uses a device.
+    """Make JAX offer `count` simulated CPU devices in this process; call it before anything uses a device.
 
     Raises:
         ValueError: `count` is below 1.
@@ -75,13 +77,13 @@ def simulate_devices(count: int) -> None:
     try:
         jax.config.update("jax_platforms", "cpu")
         jax.config.update("jax_num_cpu_devices", count)
-        started = jax.device_count()
+        started = jax.local_device_count()
     except RuntimeError as error:
         # Raised by jax once a backend runs; fine where that backend already has these devices.
-        if jax.default_backend() == "cpu" and jax.device_count() == count:
+        if jax.default_backend() == "cpu" and jax.local_device_count() == count:
             return
         raise RuntimeError(
-            f"devices are simulated before JAX starts: {jax.device_count()} {jax.default_backend()} devices are "
+            f"devices are simulated before JAX starts: {jax.local_device_count()} {jax.default_backend()} devices are "
             f"already running; call simulate_devices({count}) first thing in the program"
         ) from error
     if started != count:
@@ -122,3 +124,25 @@ def padded_batch(mesh: Mesh, batch_size: int) -> int:
 def named(mesh: Mesh, *dims: str | tuple[str, ...] | None) -> NamedSharding:
     """``NamedSharding`` over `mesh`, one entry per array dim."""
     return NamedSharding(mesh, PartitionSpec(*dims))
+
+
+def put(value: np.ndarray | np.generic, sharding: NamedSharding) -> Any:
+    """Place a host array that every process holds alike; each places the parts of its own devices.
+
+    On a mesh of devices that are not there (an abstract one, or a topology to compile for) it is abstract as well.
+    """
+    if isinstance(sharding.mesh, AbstractMesh) or not _exists(sharding.mesh.devices.flat[0]):
+        return jax.ShapeDtypeStruct(np.shape(value), value.dtype, sharding=sharding)
+    if sharding.is_fully_addressable:
+        return jax.device_put(value, sharding)
+    # device_put would compare the values between processes, a collective each time.
+    whole = np.asarray(value)
+    return jax.make_array_from_callback(whole.shape, sharding, lambda index: whole[index])
+
+
+def _exists(device: jax.Device) -> bool:
+    """Whether a program can run on the device; those of a topology can only be compiled for."""
+    try:
+        return device in jax.devices(device.platform)
+    except RuntimeError:  # There is no such platform here.
+        return False

@@ -22,6 +22,14 @@ hypothesis.settings.load_profile("default")
 MESH_SHAPES = [(8, 1, 1), (1, 8, 1), (1, 1, 8), (2, 2, 2), (1, 2, 4)]
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """`--dispatch-cases`, see tests/dispatch/test_routings.py; `--aot`, see tests/aot."""
+    parser.addoption("--dispatch-cases", type=int, default=2000, help="routings drawn for the dispatch backends")
+    parser.addoption(
+        "--aot", action="store_true", help="fail where the compiler for GPUs is missing, instead of skipping"
+    )
+
+
 def mesh_of(dp: int, tp: int, ep: int) -> Mesh:
     """A mesh over as many of the simulated devices as it needs."""
     return make_mesh(dp, tp, ep, devices=jax.devices()[: math.prod((dp, tp, ep))])

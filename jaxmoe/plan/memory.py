@@ -10,8 +10,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxmoe.checkpoint.abstract import with_abstract_model
+from jaxmoe.checkpoint.abstract import abstract_model, abstract_specs
 from jaxmoe.checkpoint.names import is_expert_stack, layer_index
+from jaxmoe.config import DecoderConfig
 from jaxmoe.layers import CacheArray, param_specs
 from jaxmoe.mesh import AXES, EP, batch_axes, named, padded_batch
 from jaxmoe.models import Decoder, read_model_config
@@ -101,6 +102,34 @@ def plan(
         (8123456789, True)
     """
     _, config = read_model_config(path)
+    return plan_config(
+        config,
+        dp=dp,
+        tp=tp,
+        ep=ep,
+        placement=placement,
+        expert_axes=expert_axes,
+        dtype=dtype,
+        batch_size=batch_size,
+        max_length=max_length,
+        device=device,
+    )
+
+
+def plan_config(
+    config: DecoderConfig,
+    *,
+    dp: int = 1,
+    tp: int = 1,
+    ep: int = 1,
+    placement: str | ExpertPlacement | Sequence[str | ExpertPlacement] = "linear",
+    expert_axes: tuple[str, ...] = (EP,),
+    dtype: str | None = None,
+    batch_size: int = 1,
+    max_length: int | None = None,
+    device: str | None = None,
+) -> Plan:
+    """`plan` for a config that has been read."""
     if max_length is None:
         max_length = min(4096, config.max_position_embeddings)
     sizes = {"dp": dp, "tp": tp, "ep": ep}
@@ -116,25 +145,18 @@ def plan(
     if name not in _DTYPES:
         raise ValueError(f"dtype is one of {', '.join(_DTYPES)}; got {name!r}: pass the one the model is to run in")
 
-    def look(model: Decoder) -> dict[str, np.ndarray]:
-        return {**_weights(model), "key/value cache and state": _cache(model, batch_size, max_length)}
-
-    options: dict[str, Any] = {"placement": placement, "expert_axes": expert_axes, "dtype": jnp.dtype(name)}
+    model = abstract_model(config, sizes=sizes, placement=placement, expert_axes=expert_axes, dtype=jnp.dtype(name))
     return Plan(
         model_type=config.model_type,
         mesh=sizes,
         dtype=name,
         batch_size=batch_size,
         max_length=max_length,
-        parts=with_abstract_model(config, look, sizes=sizes, **options),
+        parts={**_weights(model), "key/value cache and state": _cache(model, batch_size, max_length)},
         device=device,
         capacity=None if kind is None else kind.memory,
-        parameters=with_abstract_model(config, _parameters, sizes=dict.fromkeys(AXES, 1)),
+        parameters=sum(math.prod(spec.shape) for spec in abstract_specs(config).values()),
     )
-
-
-def _parameters(model: Decoder) -> int:
-    return sum(math.prod(spec.shape) for spec in param_specs(model))
 
 
 def _weights(model: Decoder) -> dict[str, np.ndarray]:

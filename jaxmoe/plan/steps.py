@@ -1,0 +1,122 @@
+"""`compile_steps`: prefill and a decode step compiled for GPUs that are not there."""
+
+import dataclasses
+import re
+from collections import Counter
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+
+from jaxmoe.config import DecoderConfig
+from jaxmoe.generate.programs import Programs, Shape
+from jaxmoe.mesh import EP
+from jaxmoe.models import Decoder
+from jaxmoe.placement import ExpertPlacement
+
+# An instruction of a compiled program: what it gives, and its name.
+_INSTRUCTION = re.compile(r"^\s*(?:ROOT )?%?[\w.-]+ = (?P<shape>.*?) (?P<op>[\w-]+)\(", re.MULTILINE)
+_ARRAY = re.compile(r"[a-z]+\d+\[([\d,]*)\]")
+_COLLECTIVES = (
+    "all-gather",
+    "all-reduce",
+    "reduce-scatter",
+    "all-to-all",
+    "ragged-all-to-all",
+    "collective-permute",
+    "collective-broadcast",
+)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class CompiledStep:
+    """One program of a model, as it would run on each device.
+
+    Attributes:
+        argument_bytes: of weights, cache and inputs.
+        temp_bytes: of memory that it needs besides while it runs.
+        collectives: {name: how many instructions}, those between devices.
+        arrays: {(instruction, shape of a result): how many instructions}, all of them.
+        text: the whole program, as XLA writes it.
+    """
+
+    argument_bytes: int
+    temp_bytes: int
+    collectives: dict[str, int]
+    arrays: dict[tuple[str, tuple[int, ...]], int]
+    text: str
+
+    def instructions_giving(self, *shapes: tuple[int, ...]) -> set[str]:
+        """Names of the instructions that give an array of one of these shapes."""
+        return {op for op, shape in self.arrays if shape in shapes}
+
+
+def compile_steps(
+    config: DecoderConfig,
+    mesh: Mesh,
+    *,
+    placement: str | ExpertPlacement | Sequence[str | ExpertPlacement] = "linear",
+    expert_axes: tuple[str, ...] = (EP,),
+    dispatch: str = "auto",
+    kernels: str = "auto",
+    dtype: Any = jnp.bfloat16,
+    batch_size: int,
+    prompt_length: int,
+    max_length: int,
+) -> dict[str, CompiledStep]:
+    """Compile what `jaxmoe.generate` runs, without weights and without devices.
+
+    Args:
+        config: the model's.
+        mesh: over devices from `gpu_topology`, or any others.
+        placement, expert_axes, dispatch, kernels, dtype: as for `jaxmoe.load`.
+        batch_size: sequences.
+        prompt_length: tokens of each in the prefill.
+        max_length: tokens of each that the cache holds.
+
+    Returns:
+        "prefill" and "decode".
+
+    Raises:
+        ValueError: model, mesh and arguments do not fit together.
+    """
+    model = Decoder(
+        config,
+        mesh=mesh,
+        placement=placement,
+        expert_axes=expert_axes,
+        dispatch=dispatch,
+        kernels=kernels,
+        dtype=dtype,
+    )
+    programs = Programs(mesh)
+    leaves = programs.bind(model)
+    shape = Shape(rows=model.padded_batch(batch_size), prompt=prompt_length, cache=max_length)
+    programs.init_cache(leaves, shape)
+    programs.prefill(leaves, shape, "nothing")
+    programs.decode(leaves, shape, "nothing")
+    return {name: _step(programs.compiled[name, *rest]) for name, *rest in programs.compiled if name != "init_cache"}
+
+
+def _step(compiled: jax.stages.Compiled) -> CompiledStep:
+    memory, text = compiled.memory_analysis(), compiled.as_text()
+    assert memory is not None
+    assert text is not None
+    arrays: Counter[tuple[str, tuple[int, ...]]] = Counter()
+    collectives: Counter[str] = Counter()
+    for instruction in _INSTRUCTION.finditer(text):
+        op = instruction["op"].removesuffix("-start")
+        if op.endswith("-done"):
+            continue
+        collectives[op] += op in _COLLECTIVES
+        for dims in _ARRAY.findall(instruction["shape"]):
+            arrays[op, tuple([int(dim) for dim in dims.split(",") if dim])] += 1
+    return CompiledStep(
+        argument_bytes=memory.argument_size_in_bytes,
+        temp_bytes=memory.temp_size_in_bytes,
+        collectives={op: count for op, count in collectives.items() if count},
+        arrays=dict(arrays),
+        text=text,
+    )

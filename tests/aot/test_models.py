@@ -1,0 +1,76 @@
+"""Whole models at their published widths, compiled for GPUs that are not here.
+
+The layers of a kind are alike, so each model is cut down to the few that have one of every kind: that is what
+memory and collectives follow from, and sixty layers would compile for an hour.
+"""
+
+import pytest
+from jax.sharding import Mesh
+
+import jaxmoe
+from jaxmoe.config import DecoderConfig
+from jaxmoe.layers import param_specs
+from jaxmoe.models import Decoder, get_family
+from jaxmoe.plan.memory import Plan, plan_config
+from jaxmoe.plan.steps import CompiledStep, compile_steps
+from jaxmoe.plan.topology import gpu_topology
+from tests.aot.published import DEEPSEEK_V3, GPT_OSS_120B, MIXTRAL_8X7B, QWEN3_30B
+
+MB = 2**20
+BATCH, PROMPT, LENGTH = 8, 1024, 2048
+
+# Config, chip, GPUs, hosts, mesh, and the most temporary memory in MB: what was seen and a quarter more. It does not grow
+# with layers. Where few rows go to few large experts, a decode step holds a copy of one expert at a time.
+CASES = {
+    "mixtral-8x7b, tp 2 ep 4": (MIXTRAL_8X7B, "h100", 8, 1, {"tp": 2, "ep": 4}, {"prefill": 604, "decode": 213}),
+    "mixtral-8x7b, tp 8 on a100": (MIXTRAL_8X7B, "a100", 8, 1, {"tp": 8}, {"prefill": 783, "decode": 2}),
+    "qwen3-30b-a3b, ep 8": (QWEN3_30B, "h100", 8, 1, {"ep": 8}, {"prefill": 346, "decode": 1}),
+    "qwen3-30b-a3b, tp 2 ep 4": (QWEN3_30B, "h200", 8, 1, {"tp": 2, "ep": 4}, {"prefill": 498, "decode": 2}),
+    "gpt-oss-120b, tp 2 ep 4": (GPT_OSS_120B, "h100", 8, 1, {"tp": 2, "ep": 4}, {"prefill": 472, "decode": 21}),
+    "deepseek-v3, ep 8": (DEEPSEEK_V3, "h200", 8, 1, {"ep": 8}, {"prefill": 1230, "decode": 7}),
+    "deepseek-v3, tp 4 ep 8 on 4 hosts": (
+        DEEPSEEK_V3,
+        "h100",
+        32,
+        4,
+        {"tp": 4, "ep": 8},
+        {"prefill": 1130, "decode": 4},
+    ),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("raw", "chip", "count", "hosts", "sizes", "bounds"), CASES.values(), ids=CASES)
+def test_both_steps_compile(raw, chip, count, hosts, sizes, bounds, gpu_compiler) -> None:
+    config = get_family(raw["model_type"]).read_config(raw)
+    mesh = jaxmoe.make_mesh(**sizes, devices=list(gpu_topology(chip, count, hosts=hosts)))
+    steps = compile_steps(config, mesh, batch_size=BATCH, prompt_length=PROMPT, max_length=LENGTH)
+    assert steps.keys() == bounds.keys() == {"prefill", "decode"}
+    planned = plan_config(config, **sizes, dtype="bfloat16", batch_size=BATCH, max_length=LENGTH)
+    for name, step in steps.items():
+        check_arguments(step, planned)
+        check_experts_stay(step, config, mesh)
+        check_collectives(step)
+        assert step.temp_bytes <= bounds[name] * MB
+
+
+def check_arguments(step: CompiledStep, planned: Plan) -> None:
+    """The program takes what the plan says that a device holds, experts and all, and a few integers."""
+    extra = step.argument_bytes - max(planned.bytes_per_device.values())
+    assert 0 <= extra < 1 * MB
+
+
+def check_experts_stay(step: CompiledStep, config: DecoderConfig, mesh: Mesh) -> None:
+    """No instruction makes an array of the size of a stack of experts, on a device or gathered."""
+    stacks = set()
+    for spec in param_specs(Decoder(config, mesh=mesh, dtype="bfloat16")):
+        if spec.path.endswith((".w_gate_up", ".moe.w_down")):
+            stacks |= {spec.shape, spec.sharding.shard_shape(spec.shape)}
+    # Views of the arguments cost nothing.
+    views = {"parameter", "get-tuple-element", "tuple", "bitcast", "while", "call", "conditional", "opt-barrier"}
+    assert step.instructions_giving(*stacks) <= views
+
+
+def check_collectives(step: CompiledStep) -> None:
+    """Nothing was left for the partitioner to reshard: it does that by permutations."""
+    assert set(step.collectives) <= {"all-gather", "all-reduce", "reduce-scatter", "all-to-all"}
