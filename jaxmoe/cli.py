@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from jaxmoe import cli_convert, cli_inspect, cli_options, cli_place, cli_plan
+from jaxmoe import cli_bench, cli_convert, cli_inspect, cli_options, cli_place, cli_plan, cli_processes
 
 if TYPE_CHECKING:
     from jax.sharding import Mesh
@@ -157,6 +157,7 @@ def _add_generate_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--ignore-eos", action="store_true", help="go on to --max-new-tokens")
 
     cli_options.add_mesh_options(parser)
+    cli_processes.add_options(parser)
     _add_load_options(parser)
     parser.add_argument("--json", action="store_true", help="one JSON object a line for each prompt")
     parser.add_argument("-v", "--verbose", action="store_true", help="a table of expert bytes per device, on stderr")
@@ -167,6 +168,14 @@ def _generate(args: argparse.Namespace) -> None:
         args.usage_error("--system goes with --chat")
     if args.chat and args.prompt_ids:
         args.usage_error("--chat is for text: --prompt or --prompt-file")
+    if cli_processes.is_one_of_several(args) and "-" in [args.prompt_file, *(args.prompt or ())]:
+        args.usage_error("every process reads the prompts, and stdin is one's alone: give a file in place of -")
+    with cli_processes.processes(args):
+        _generate_together(args)
+
+
+def _generate_together(args: argparse.Namespace) -> None:
+    """The work of `_generate`, the same in each of several processes."""
     prompts = _read_prompts(args)
     mesh = cli_options.make_mesh(args)
 
@@ -275,4 +284,5 @@ COMMANDS = {
     "convert": Command(cli_convert.HELP, cli_convert.add_options, cli_convert.run),
     "plan": Command(cli_plan.HELP, cli_plan.add_options, cli_plan.run),
     "place": Command(cli_place.HELP, cli_place.add_options, cli_place.run),
+    "bench": Command(cli_bench.HELP, cli_bench.add_options, cli_bench.run),
 }

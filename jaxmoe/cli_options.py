@@ -16,7 +16,7 @@ def add_mesh_options(parser: argparse.ArgumentParser) -> None:
         metavar="dp=1,tp=2,ep=4",
         help="mesh sizes, axes left out being 1 (default: every device on ep)",
     )
-    group.add_argument("--simulate", type=count, metavar="N", help="use N simulated CPU devices")
+    group.add_argument("--simulate", type=count, metavar="N", help="use N simulated CPU devices (in each process)")
 
 
 def make_mesh(args: argparse.Namespace) -> "Mesh":

@@ -47,6 +47,7 @@ class _Settings:
     rope: Mapping[str, Any]
     base: np.ndarray
     theta: float
+    head_dim: int
     max_position_embeddings: int
 
 
@@ -127,10 +128,18 @@ def _dynamic(settings: _Settings) -> tuple[np.ndarray, float]:
     return _base_frequencies(settings.theta * settings.rope["alpha"] ** (dim / (dim - 2)), dim), 1.0
 
 
+def _proportional(settings: _Settings) -> tuple[np.ndarray, float]:
+    """The fast ones of a whole head's frequencies; its other pairs stand still, and remain pairs of (i, i + h/2)."""
+    turning = len(settings.base)
+    frequencies = _base_frequencies(settings.theta, settings.head_dim) / np.float32(settings.rope.get("factor") or 1.0)
+    return np.where(np.arange(len(frequencies)) < turning, frequencies, np.float32(0)), 1.0
+
+
 SCALINGS: dict[str, Callable[[_Settings], tuple[np.ndarray, float]]] = {
     "default": _default,
     "dynamic": _dynamic,
     "linear": _linear,
+    "proportional": _proportional,
     "llama3": _llama3,
     "yarn": _yarn,
     "longrope": _longrope,
@@ -176,6 +185,7 @@ def read_rope(
         rope=rope,
         base=_base_frequencies(theta, rotary_dim),
         theta=theta,
+        head_dim=head_dim,
         max_position_embeddings=config.get("max_position_embeddings") or 0,
     )
     try:

@@ -21,21 +21,27 @@ from safetensors import safe_open
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from tests.families import EOS, FAMILIES, NEW_TOKENS, PROMPT_LENGTHS
+from tests.families import EOS, FAMILIES, NEW_TOKENS, PROMPT_LENGTHS, WRAPPERS
 
 
 def make_model(model_type: str, seed: int, **changes: Any) -> torch.nn.Module:
     """A random transformers model in float32 whose experts, norms and biases all matter."""
-    config = transformers.AutoConfig.for_model(model_type, **{**FAMILIES[model_type], **changes})
+    sizes = {**FAMILIES, **WRAPPERS}.get(model_type, {})
+    config = transformers.AutoConfig.for_model(model_type, **{**sizes, **changes})
     config.dtype = torch.float32
-    model = transformers.AutoModelForCausalLM.from_config(config).float().eval()
+    multimodal = config.get_text_config() is not config
+    auto_class = transformers.AutoModelForImageTextToText if multimodal else transformers.AutoModelForCausalLM
+    model = auto_class.from_config(config).float().eval()
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
-        # Some families hold the router's correction bias as a buffer.
-        biases = [buffer for buffer in model.named_buffers() if buffer[0].endswith("correction_bias")]
-        for name, parameter in sorted([*model.named_parameters(), *biases]):
+        # Some families hold these as buffers.
+        buffers = [one for one in model.named_buffers() if one[0].endswith(("correction_bias", "layer_scalar"))]
+        for name, parameter in sorted([*model.named_parameters(), *buffers]):
             noise = torch.randn(parameter.shape, generator=generator)
-            if parameter.ndim == 1 or name.endswith("correction_bias"):
+            if name.endswith("A_log"):
+                # Slow enough that states remember a whole prompt.
+                parameter.copy_(noise - 2.0)
+            elif parameter.ndim == 1 or name.endswith("correction_bias"):
                 parameter.copy_(noise * 0.2 + (0.0 if name.endswith("bias") else 1.0))
             else:
                 parameter.copy_(noise * (2.0 if "embed" in name else 1.5 * parameter.shape[-1] ** -0.5))
@@ -95,13 +101,13 @@ def tensor_names(directory: Path) -> set[str]:
 def main() -> None:
     """Remake the goldens of the named families, or of all."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("families", nargs="*", default=list(FAMILIES), help="default: all")
+    parser.add_argument("families", nargs="*", default=[*FAMILIES, *WRAPPERS], help="default: all")
     for model_type in parser.parse_args().families:
         directory = ROOT / "tests" / "goldens" / model_type
         shutil.rmtree(directory, ignore_errors=True)
         model = make_model(model_type, seed=0)
         save_forms(model, directory)
-        expected = reference(model, make_prompts(model.config.vocab_size, seed=1))
+        expected = reference(model, make_prompts(model.config.get_text_config().vocab_size, seed=1))
         np.savez_compressed(directory / "expected.npz", **expected)
         print(
             f"{directory.relative_to(ROOT)}: {sum(f.stat().st_size for f in directory.rglob('*') if f.is_file())} bytes"

@@ -14,8 +14,8 @@ PACKAGE = Path(__file__).resolve().parent.parent / "jaxmoe"
 
 # Lowest first; two on one line never import each other. A new package gets its place here.
 ORDER = [
-    ["callable_package", "progress", "rotary"],
-    ["mesh", "config"],
+    ["callable_package", "progress", "rotary", "supervise"],
+    ["mesh", "config", "distributed"],
     ["quant"],
     ["placement"],
     ["kernels"],
@@ -28,7 +28,7 @@ ORDER = [
     ["plan"],
     ["viz"],
     ["cli_options"],
-    ["cli_convert", "cli_inspect", "cli_place", "cli_plan"],
+    ["cli_bench", "cli_convert", "cli_inspect", "cli_place", "cli_plan", "cli_processes"],
     ["cli"],
     ["__main__"],
 ]

@@ -1,4 +1,4 @@
-"""The scripts that make environments, and the checkpoint that the demo loads."""
+"""The scripts that make environments."""
 
 import importlib.util
 import os
@@ -7,12 +7,9 @@ import sys
 from pathlib import Path
 from types import ModuleType
 
-import numpy as np
 import pytest
-from safetensors.numpy import load_file
 
 ROOT = Path(__file__).resolve().parent.parent
-DEMO = ROOT / "demo"
 
 
 def load_script(name: str) -> ModuleType:
@@ -140,27 +137,3 @@ def test_environment_without_its_python_is_made_again(environments: ModuleType, 
     (environment / "bin/python").unlink()
     environments.main(environment, set())
     assert environments.installs == [[], []]
-
-
-# --- the demo's checkpoint
-
-
-def test_demo_weights_are_what_the_script_makes() -> None:
-    script = load_script("make_demo_checkpoint")
-    made, shipped = script.make_weights(script.CONFIG, seed=0), load_file(DEMO / "model.safetensors")
-    assert made.keys() == shipped.keys()
-    for name, weight in made.items():
-        np.testing.assert_array_equal(weight.view(np.uint16), shipped[name].view(np.uint16), err_msg=name)
-
-
-def test_demo_is_small() -> None:
-    assert sum(path.stat().st_size for path in DEMO.iterdir()) <= 12_000_000
-
-
-def test_demo_tokenizer_round_trips_any_text() -> None:
-    from tokenizers import Tokenizer
-
-    tokenizer = Tokenizer.from_file(str(DEMO / "tokenizer.json"))
-    assert tokenizer.get_vocab_size() == load_script("make_demo_checkpoint").CONFIG["vocab_size"]
-    text = "def f(x):\n\treturn 'é – 漢字 🙂'  # any bytes\r\n"
-    assert tokenizer.decode(tokenizer.encode(text).ids) == text

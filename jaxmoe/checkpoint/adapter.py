@@ -8,7 +8,7 @@ import dataclasses
 import os
 import re
 from collections import Counter, defaultdict
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -80,7 +80,12 @@ def open_adapter(path: str | os.PathLike[str]) -> Adapter:
 
 
 def merge_adapter(
-    plan: LoadPlan, checkpoint: Checkpoint, adapter: Adapter, *, spellings: Sequence[tuple[str, ...]] = ()
+    plan: LoadPlan,
+    checkpoint: Checkpoint,
+    adapter: Adapter,
+    *,
+    spellings: Sequence[tuple[str, ...]] = (),
+    text_name: Callable[[str], str] = str,
 ) -> LoadPlan:
     """Make a load plan that merges an adapter, which gives what PEFT's ``merge_and_unload`` does.
 
@@ -92,6 +97,8 @@ def merge_adapter(
         checkpoint: the same that the plan was made for.
         adapter: from `open_adapter`.
         spellings: parts of names that mean the same, see `Family`.
+        text_name: from a name in a multimodal model to that in its text part, see `Family.text_name`. An adapter may
+            have been trained on either.
 
     Raises:
         CheckpointError: not every tensor of the adapter belongs to a tensor that the model uses and can be added to;
@@ -103,7 +110,7 @@ def merge_adapter(
             adapter.config,
             {name: tensor.shape for name, tensor in adapter.file.tensors.items()},
             shapes,
-            rename=lambda name: spelled_as_in(shapes, name, spellings),
+            rename=lambda name: spelled_as_in(shapes, text_name(name), spellings),
         )
         by_tensor: dict[str, list[LowRankUpdate]] = defaultdict(list)
         for update in updates:

@@ -3,16 +3,41 @@
 import itertools
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 
 import jax
+import numpy as np
 
 from jaxmoe.checkpoint.blocks import Block
 from jaxmoe.checkpoint.boxes import Box, Cover, contains, intersect, join_dims, whole
+from jaxmoe.checkpoint.config_facts import find_quantization, read_json
 from jaxmoe.checkpoint.dtypes import can_cast
-from jaxmoe.checkpoint.errors import Problems
+from jaxmoe.checkpoint.errors import CheckpointError, Problems
 from jaxmoe.checkpoint.files import Checkpoint
 from jaxmoe.checkpoint.safetensors import Split, TensorInfo
 from jaxmoe.layers.param import ParamSpec
+
+
+def check_not_quantized(checkpoint: Checkpoint, directory: Path) -> None:
+    """Refuse a quantised checkpoint in one sentence, instead of one for each of its tensors.
+
+    A config.json that still names a format beside weights which are plain again is none.
+
+    Raises:
+        CheckpointError: the files of `directory` declare a format, and tensors are there in it.
+    """
+    declared = find_quantization(directory, read_json(directory / "config.json"))
+    if declared is None:
+        return
+    float32 = np.dtype(np.float32)
+    coded = [one for one in checkpoint.tensors.values() if one.dtype is None or not can_cast(one.dtype, float32)]
+    if coded:
+        raise CheckpointError(
+            f"{checkpoint.path}: jaxmoe loads weights in BF16, F16, F32 and F64; this checkpoint is quantised "
+            f"({declared['method']}, says {declared['from']}): {len(coded)} of its {len(checkpoint.tensors)} tensors "
+            f"are in that format, the first is {coded[0].name!r} in {coded[0].dtype_name}; take the model's bfloat16 "
+            "release, or dequantise this one with transformers (from_pretrained, dequantize, save_pretrained)"
+        )
 
 
 def check_tensors(

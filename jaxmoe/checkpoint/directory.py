@@ -9,6 +9,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from jaxmoe.models import Wrapper
+
 _SIDE_FILES = (
     "generation_config.json",
     "tokenizer*",
@@ -24,6 +26,8 @@ _SIDE_FILES = (
     "tokenization_*.py",
     "LICENSE*",
 )
+# What these say is of the whole multimodal model.
+_MULTIMODAL_FILES = ("*processor_config.json", "configuration_*.py", "modeling_*.py")
 
 
 @contextmanager
@@ -61,21 +65,24 @@ def new_directory(path: str | os.PathLike[str], *, overwrite: bool) -> Iterator[
         shutil.rmtree(partial, ignore_errors=True)
 
 
-def copy_side_files(source: Path, directory: Path, *, dtype: str | None) -> None:
+def copy_side_files(source: Path, directory: Path, *, dtype: str | None, wrapper: Wrapper | None = None) -> None:
     """Copy ``config.json``, the tokenizer and the like.
 
     Args:
         source: a checkpoint directory.
         directory: where to.
         dtype: of the weights beside the copy, by name; None where it is that of the source.
+        wrapper: the multimodal model of which the copy is to be the text part; None where it is to be all of it.
     """
     raw = (source / "config.json").read_text(encoding="utf-8")
     config = json.loads(raw)
-    changed = _without_quantization(_with_dtype(config, dtype))
+    text_part = config if wrapper is None else wrapper.text_config(config)
+    changed = _without_quantization(_with_dtype(text_part, dtype))
     # Byte for byte where nothing is different: numbers and key order are the author's.
     text = raw if changed == config else json.dumps(changed, indent=2, ensure_ascii=False) + "\n"
     (directory / "config.json").write_text(text, encoding="utf-8")
-    for pattern in _SIDE_FILES:
+    left_out = _MULTIMODAL_FILES if wrapper else ()
+    for pattern in [pattern for pattern in _SIDE_FILES if pattern not in left_out]:
         for file in source.glob(pattern):
             if file.is_file() and not (directory / file.name).exists():
                 shutil.copyfile(file, directory / file.name)

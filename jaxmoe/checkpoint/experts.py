@@ -3,48 +3,21 @@
 A layer's experts are two parameters, ``w_gate_up`` [P, 2, F, D] (gate, then up) and ``w_down`` [P, D, F], whose
 `ParamSpec.rows` is the layer's ``slot_to_expert``; experts without a gate have ``w_gate_up`` [P, 1, F, D], and those with
 biases ``b_gate_up`` [P, 2, F] and ``b_down`` [P, D] besides. On disk they are one tensor each per expert (layout A), or
-fused, all experts in one tensor, in the family's one of `FUSED` (layouts B to E).
+fused, all experts in one tensor, in the family's one of `jaxmoe.checkpoint.layouts.FUSED` (layouts B to E).
 
 One checkpoint may use both, in different layers, so each layer is asked on its own.
 """
 
-import math
-from collections.abc import Collection
-from typing import Literal, NamedTuple
+from collections.abc import Collection, Iterable
+from typing import Literal
 
 from jaxmoe.checkpoint.blocks import Block
 from jaxmoe.checkpoint.errors import CheckpointError
+from jaxmoe.checkpoint.layouts import FUSED, PER_EXPERT, only_layout, shape_of, split_of
 from jaxmoe.layers.param import ParamSpec
-from jaxmoe.models.family import ExpertTensors, FusedLayout
+from jaxmoe.models.family import ExpertTensors
 
 ExpertLayout = Literal["per_expert", "fused"]
-
-
-class _Pattern(NamedTuple):
-    """The dims of an expert's tensors, outermost first, in letters: E experts, 2 gate and up, F and D their widths.
-
-    A dim of several letters holds them row-major: "2F" is all of gate before all of up, "F2" both in turns. Without a
-    "2" gate and up are a tensor each. The biases of `up` have no D, those of `down` no F.
-    """
-
-    up: str
-    down: str
-
-    @property
-    def biases(self) -> "_Pattern":
-        return _Pattern(self.up.replace("D", "").strip(), self.down.replace("F", "").strip())
-
-
-PER_EXPERT = _Pattern("F D", "D F")
-
-FUSED: dict[FusedLayout, _Pattern] = {
-    "fused": _Pattern("E 2F D", "E D F"),
-    "fused_transposed": _Pattern("E D 2F", "E F D"),
-    "fused_interleaved": _Pattern("E D F2", "E F D"),
-    "stacked": _Pattern("E F D", "E D F"),
-    "stacked_rows": _Pattern("EF D", "EF D"),
-}
-"""Layouts B, C, D and E, the last one as Step-3 has it and as DBRX has it, with 2-D tensors and the down matrix turned."""
 
 
 def find_expert_layout(names: ExpertTensors, tensors: Collection[str], num_experts: int) -> ExpertLayout:
@@ -61,20 +34,18 @@ def find_expert_layout(names: ExpertTensors, tensors: Collection[str], num_exper
     Raises:
         CheckpointError: both layouts are there, or neither.
     """
-    fused = [name for name in names.fused if name in tensors]
-    per_expert = [name for expert in range(num_experts) for name in names.per_expert(expert) if name in tensors]
-    if fused and per_expert:
-        raise CheckpointError(
-            f"the experts of a layer are either fused or one tensor each; both {fused[0]!r} and {per_expert[0]!r} "
-            "are there, and nothing says which is meant; remove one of the two from the checkpoint"
-        )
-    if not fused and not per_expert:
+    per_expert = (name for expert in range(num_experts) for name in names.per_expert(expert))
+    candidates: dict[ExpertLayout, Iterable[str]] = {"fused": names.fused, "per_expert": per_expert}
+    found = {
+        layout: name for layout, own in candidates.items() if (name := next(filter(tensors.__contains__, own), None))
+    }
+    if not found:
         known = [repr(form[0]) for form in (names.fused, names.per_expert(0)) if form]
         raise CheckpointError(
             f"the experts of a layer must be there as {' or as '.join(known)} and so on; the checkpoint has "
             f"{'neither' if len(known) == 2 else 'none'}; does its config.json belong to it?"
         )
-    return "fused" if fused else "per_expert"
+    return only_layout(found)
 
 
 def expert_blocks(
@@ -168,7 +139,7 @@ class _Stacks:
         self, spec: ParamSpec, letters: str, pattern: str, name: str, slot: int, expert: int, half: int = 0
     ) -> Block:
         """What one expert's part of tensor `name`, of dims `pattern`, fills of a slot of a stack with dims `letters`."""
-        split = tuple([tuple([self.sizes[letter] for letter in dim]) for dim in pattern.split()])
+        split = split_of(pattern, self.sizes)
         parts = pattern.replace(" ", "")
         # What is no dim of the tensor is one place of the stack, and so is always the slot.
         single = {"E", *letters} - set(parts) | {"E"}
@@ -177,7 +148,7 @@ class _Stacks:
             param_start=tuple([{"E": slot, "2": half}.get(letter, 0) for letter in letters]),
             shape=tuple([1 if letter in single else size for letter, size in zip(letters, spec.shape, strict=True)]),
             tensor=name,
-            tensor_shape=tuple([math.prod(sizes) for sizes in split]),
+            tensor_shape=shape_of(pattern, self.sizes),
             tensor_start=tuple([expert if letter == "E" else 0 for letter in parts]),
             dims=tuple([letters.index(letter) for letter in parts]),
             tensor_split=split if len(parts) > len(split) else (),

@@ -59,6 +59,24 @@ class Checkpoint:
         """Bytes of tensor data."""
         return sum(tensor.nbytes for tensor in self.tensors.values())
 
+    def renamed(self, rename: Callable[[str], str]) -> "Checkpoint":
+        """The same tensors under the names that `rename` gives them.
+
+        Raises:
+            CheckpointError: two tensors would have one name.
+        """
+        tensors: dict[str, TensorInfo] = {}
+        problems = Problems(str(self.path))
+        for name, tensor in self.tensors.items():
+            new = rename(name)
+            if new in tensors:
+                problems.add(
+                    f"tensor {new!r} is there twice: under this name, and behind the prefix of a multimodal model"
+                )
+            tensors[new] = dataclasses.replace(tensor, name=new)
+        problems.raise_if_any()
+        return dataclasses.replace(self, tensors=tensors)
+
 
 def open_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
     """Read what is in the files of a checkpoint; no tensor data is read.

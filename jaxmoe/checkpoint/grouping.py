@@ -24,9 +24,11 @@ _NAMES = (
         r"router|e_score_correction_bias|\bexpert_bias|\bmoe_statics\b|(mlp|moe|mixer|feed_forward|ffn)\.gate\.",
     ),
     ("routed experts", r"\bexperts\.|moe\.(input_linear|output_linear|gate_proj|up_proj|down_proj)\b"),
-    ("norms", r"norm(_?\d|_f)?(\.(weight|bias|scale))?$|\bln_\w+\."),
+    ("norms", r"norm(_?\d|_f)?(\.(weight|bias|scale))?$|\bln_\w+\.|\blayer_scalar$"),
     ("embedding", r"\b(embed_tokens|embed|embeddings|word_embeddings|wte|tok_embeddings)\."),
     ("head", r"\b(lm_head|embed_out|output|head)\."),
+    # Nemotron-H calls every layer's one half a mixer.
+    ("dense MLP", r"\bmixer\.(up|down|fc[12]_latent)_proj\."),
     ("attention", r"(attn|attention|mamba|mixer|\bconv)\w*\."),
     ("dense MLP", r"(mlp|feed_forward|ffn)\."),
 )
@@ -38,6 +40,8 @@ _SCALES = (
 )
 _PACKED = r"weight_packed|qweight|blocks"
 _COMPANION = re.compile(rf"(.*?)[._](?:(?P<packed>{_PACKED})|(?:{_SCALES}))")
+# Learnt factors of a router are called scales as well.
+_ROUTER_SCALE = re.compile(r".*\brouter\.(per_expert_)?scale")
 
 
 def group_of(name: str) -> str:
@@ -60,5 +64,5 @@ def quantized_base(name: str) -> tuple[str, bool] | None:
         >>> quantized_base("model.layers.0.mlp.up_proj.weight_scale_inv")
         ('model.layers.0.mlp.up_proj', False)
     """
-    match = _COMPANION.fullmatch(name)
+    match = None if _ROUTER_SCALE.fullmatch(name) else _COMPANION.fullmatch(name)
     return None if match is None else (match[1], match["packed"] is not None)

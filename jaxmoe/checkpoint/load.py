@@ -8,11 +8,12 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from jaxmoe.checkpoint.adapter import merge_adapter, open_adapter
+from jaxmoe.checkpoint.checks import check_not_quantized
 from jaxmoe.checkpoint.execute import load_arrays
 from jaxmoe.checkpoint.files import Checkpoint, open_checkpoint
 from jaxmoe.checkpoint.names import is_expert_stack, model_blocks
 from jaxmoe.checkpoint.plan import IgnoreRule, make_load_plan
-from jaxmoe.config import DecoderConfig
+from jaxmoe.config import DecoderConfig, RouterFunction
 from jaxmoe.layers import param_specs, params_by_path
 from jaxmoe.mesh import EP
 from jaxmoe.models import Decoder, Family, read_model_config
@@ -29,6 +30,7 @@ def load(
     placement: str | ExpertPlacement | Sequence[str | ExpertPlacement] = "linear",
     dtype: str | None = None,
     adapter: str | Path | None = None,
+    router: RouterFunction | None = None,
     expert_axes: tuple[str, ...] = (EP,),
     dispatch: str = "auto",
     kernels: str = "auto",
@@ -39,7 +41,8 @@ def load(
 
     Nothing is read until the whole plan holds: every tensor of the checkpoint is used or ignored
     by a named rule, and every parameter is filled exactly once. So it is with an adapter: every tensor of it is
-    merged, or the load is refused.
+    merged, or the load is refused. Of a multimodal checkpoint the text part is loaded; its other tensors are ignored by
+    rules that `load_report` lists.
 
     Args:
         path: a directory as transformers' ``save_pretrained`` writes it.
@@ -47,6 +50,8 @@ def load(
         placement: a strategy's name or an `ExpertPlacement` for all MoE layers, or one for each.
         dtype: of weights and activations, "float32", "bfloat16" or "float16"; None for the checkpoint's own.
         adapter: directory of a LoRA adapter, as PEFT's ``save_pretrained`` writes it, to add to the weights.
+        router: a function that chooses the experts in every layer instead of the family's router, see
+            `RouterConfig.function`.
         expert_axes: mesh axes that share the experts, see `jaxmoe.MoE`.
         dispatch: a backend of `jaxmoe.dispatch`, or "auto".
         kernels: a backend of `jaxmoe.kernels.grouped_matmul`, or "auto".
@@ -68,7 +73,10 @@ def load(
     """
     path = Path(path)
     family, config = read_model_config(path)
-    checkpoint = open_checkpoint(path)
+    if router is not None:
+        config = config.with_router(router)
+    checkpoint = open_checkpoint(path).renamed(family.text_name)
+    check_not_quantized(checkpoint, path)
     model = Decoder(
         config,
         mesh=mesh,
@@ -88,7 +96,9 @@ def load(
         expert_params=[path for path in specs if is_expert_stack(path)],
     )
     if adapter is not None:
-        plan = merge_adapter(plan, checkpoint, open_adapter(adapter), spellings=family.spellings)
+        plan = merge_adapter(
+            plan, checkpoint, open_adapter(adapter), spellings=family.spellings, text_name=family.text_name
+        )
     with byte_progress(f"loading {path.name}", progress) as report_bytes:
         arrays, model.load_report = load_arrays(plan, check_finite=check_finite, progress=report_bytes)
     for name, param in params_by_path(model).items():

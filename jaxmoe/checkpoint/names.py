@@ -5,6 +5,7 @@ in two layouts; which of them is meant, the names decide that are there. A reade
 checkpoint, a writer those that it wants to be in one (`wanted_names`).
 """
 
+import dataclasses
 import re
 from collections import defaultdict
 from collections.abc import Collection, Iterator, Mapping
@@ -12,6 +13,7 @@ from typing import Literal
 
 from jaxmoe.checkpoint.blocks import Block, rows_on_disk, whole_tensor_blocks
 from jaxmoe.checkpoint.experts import expert_blocks
+from jaxmoe.checkpoint.layouts import FUSED, shape_of
 from jaxmoe.checkpoint.safetensors import TensorInfo
 from jaxmoe.layers import ParamSpec
 from jaxmoe.models import ExpertTensors, Family
@@ -41,10 +43,13 @@ def model_blocks(
     for path, spec in specs.items():
         if path.endswith(".moe.w_gate_up"):
             layer = path.removesuffix("w_gate_up")
+            names_here = _expert_tensors(family, path, tensors)
+            if family.wrapper and family.wrapper.fused_either_way:
+                names_here = _oriented(names_here, specs[f"{layer}w_down"], tensors)
             yield from expert_blocks(
                 spec,
                 specs[f"{layer}w_down"],
-                _expert_tensors(family, path, tensors),
+                names_here,
                 tensors,
                 gate_up_bias=specs.get(f"{layer}b_gate_up"),
                 down_bias=specs.get(f"{layer}b_down"),
@@ -141,6 +146,15 @@ def _expert_tensors(family: Family, path: str, tensors: Collection[str] = ()) ->
         if any(name in tensors for name in renamed.fused):
             return renamed
     return family.experts.for_layer(index)
+
+
+def _oriented(names: ExpertTensors, down: ParamSpec, tensors: Mapping[str, TensorInfo | None]) -> ExpertTensors:
+    """`names` with the transposed layout if that of both fused tensors is the one that is there."""
+    assert down.source_groups is not None, f"{down.path}: rows without source_groups"
+    sizes = {"E": down.source_groups, "2": 2, "F": down.shape[2], "D": down.shape[1]}
+    found = [info.shape for name in names.fused_weights if (info := tensors.get(name)) is not None]
+    transposed = [shape_of(dims, sizes) for dims in FUSED["fused_transposed"]]
+    return dataclasses.replace(names, fused_layout="fused_transposed") if found == transposed else names
 
 
 def _down_stack(specs: Mapping[str, ParamSpec], path: str) -> ParamSpec:

@@ -4,7 +4,7 @@ import dataclasses
 import os
 import time
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, get_args
 
@@ -13,7 +13,7 @@ import numpy as np
 
 from jaxmoe.checkpoint.abstract import abstract_specs
 from jaxmoe.checkpoint.blocks import Block
-from jaxmoe.checkpoint.checks import check_all_used, check_filled_once, check_tensors
+from jaxmoe.checkpoint.checks import check_all_used, check_filled_once, check_not_quantized, check_tensors
 from jaxmoe.checkpoint.directory import copy_side_files, new_directory
 from jaxmoe.checkpoint.dtypes import can_cast
 from jaxmoe.checkpoint.errors import Problems
@@ -86,7 +86,8 @@ def save(
 
     Expert slots become logical experts again; padding and replicas are left out. One tensor at a time is in host
     memory. config.json, tokenizer and the like are copied from the checkpoint that the model was loaded from, and so
-    are the tensors that were ignored by rule. The directory appears when all of it is written.
+    are the tensors that were ignored by rule. Of a multimodal checkpoint the text model alone is written, under its own
+    names and with its own config.json. The directory appears when all of it is written.
 
     Args:
         model: from `jaxmoe.load`, with all its devices in this process.
@@ -128,14 +129,14 @@ def save(
         )
     specs = {spec.path: spec for spec in param_specs(model)}
     family, _ = read_model_config(source)
-    ignored = [] if model.load_report is None else [t for names in model.load_report.ignored.values() for t in names]
-    checkpoint = _open_source(source, needed=bool(ignored))
+    ignored = [] if model.load_report is None else _carried(model.load_report.ignored, family)
+    checkpoint = _open_source(source, family, needed=bool(ignored))
     with open_files(checkpoint.files if ignored and checkpoint else ()) as descriptors:
         wanted = wanted_names(specs, family, form, checkpoint.tensors if checkpoint else None)
         tensors = output_tensors(specs, model_blocks(specs, family, wanted), ModelValues(arrays), target)
         carried = [copied_tensor(checkpoint.tensors[name], descriptors) for name in ignored] if checkpoint else []
         options = dataclasses.replace(options, form=written_form(family, form))
-        return _write(source, Path(directory), tensors, carried, target, options)
+        return _write(source, Path(directory), tensors, carried, target, family, options)
 
 
 def convert(
@@ -149,6 +150,8 @@ def convert(
     progress: bool | ProgressCallback = False,
 ) -> SaveReport:
     """Write a checkpoint in another form, without a model or a device: each tensor is read when it is written.
+
+    Of a multimodal checkpoint the text model alone is written, as by `save`.
 
     Args:
         source: a checkpoint directory, of safetensors or ``.bin`` files.
@@ -171,7 +174,8 @@ def convert(
     options = _check_options(form, max_shard_size, overwrite, progress)
     target, source = _plain_dtype(dtype), Path(source)
     family, config = read_model_config(source)
-    checkpoint = open_checkpoint(source)
+    checkpoint = open_checkpoint(source).renamed(family.text_name)
+    check_not_quantized(checkpoint, source)
     specs = abstract_specs(config, target or np.dtype(np.float32))
     blocks = list(model_blocks(specs, family, checkpoint.tensors))
     ignored = _check_complete(checkpoint, specs, blocks, family, config)
@@ -181,7 +185,7 @@ def convert(
         tensors = output_tensors(specs, model_blocks(specs, family, wanted), values, target)
         carried = [copied_tensor(checkpoint.tensors[name], descriptors) for name in ignored]
         options = dataclasses.replace(options, form=written_form(family, form))
-        return _write(source, Path(directory), tensors, carried, target, options)
+        return _write(source, Path(directory), tensors, carried, target, family, options)
 
 
 def _write(
@@ -190,6 +194,7 @@ def _write(
     tensors: list[OutputTensor],
     carried: list[OutputTensor],
     dtype: np.dtype | None,
+    family: Family,
     options: _Options,
 ) -> SaveReport:
     start = time.perf_counter()
@@ -203,7 +208,7 @@ def _write(
         new_directory(directory, overwrite=options.overwrite) as partial,
         byte_progress(f"writing {directory.name}", options.progress) as on_bytes,
     ):
-        copy_side_files(source, partial, dtype=None if dtype is None else dtype.name)
+        copy_side_files(source, partial, dtype=None if dtype is None else dtype.name, wrapper=family.wrapper)
         write_files(partial, files, on_bytes)
     dtypes: Counter[str] = Counter()
     for tensor in (*tensors, *carried):
@@ -240,10 +245,16 @@ def _plain_dtype(name: str | None) -> np.dtype | None:
     return dtype
 
 
-def _open_source(source: Path, *, needed: bool) -> Checkpoint | None:
+def _carried(ignored: Mapping[str, Sequence[str]], family: Family) -> list[str]:
+    """The ignored tensors that are copied: all but those beside the text part of a multimodal model."""
+    left_out = family.wrapper.ignored if family.wrapper else {}
+    return [name for rule, names in ignored.items() if rule not in left_out for name in names]
+
+
+def _open_source(source: Path, family: Family, *, needed: bool) -> Checkpoint | None:
     """The checkpoint a model came from; one that is gone by now is missed only if something is to be copied."""
     try:
-        return open_checkpoint(source)
+        return open_checkpoint(source).renamed(family.text_name)
     except FileNotFoundError:
         if needed:
             raise
@@ -257,7 +268,7 @@ def _check_complete(
     family: Family,
     config: DecoderConfig,
 ) -> list[str]:
-    """The checks of a load plan: nothing is left out silently. Returns the tensors that rules ignore."""
+    """The checks of a load plan: nothing is left out silently. Returns the tensors to copy as they are."""
     by_param: dict[str, list[Block]] = {path: [] for path in specs}
     for block in blocks:
         by_param[block.param].append(block)
@@ -270,4 +281,4 @@ def _check_complete(
     for spec in specs.values():
         check_filled_once(spec, by_param[spec.path], problems)
     problems.raise_if_any()
-    return [name for names in ignored.values() for name in names]
+    return _carried(ignored, family)

@@ -22,7 +22,7 @@ from jaxmoe.checkpoint.names import model_blocks, wanted_names
 from jaxmoe.checkpoint.plan import IgnoreRule
 from jaxmoe.checkpoint.safetensors import TensorInfo
 from jaxmoe.config import DecoderConfig, MoEConfig
-from jaxmoe.models import FAMILIES, Family
+from jaxmoe.models import FAMILIES, WRAPPERS, Family, find_family
 
 Shapes = dict[str, tuple[int, ...]]
 
@@ -50,7 +50,8 @@ class CheckpointSummary:
             is counted whole, as is usual.
         bytes: of tensor data.
         groups: {group: {"tensors", "parameters", "bytes"}}, those that are there.
-        ignored: {rule: tensors that it covers}, rules of the family.
+        ignored: {rule: tensors that it covers}, rules of the family, and of the multimodal model that it is the text
+            part of. Tensors of the text part are called as in the text model alone.
         uncovered: tensors that fill no parameter and no rule ignores; None for an unknown family.
     """
 
@@ -94,7 +95,9 @@ def summarize(path: str | os.PathLike[str]) -> CheckpointSummary:
     directory = path if path.is_dir() else path.parent
     config = read_json(directory / "config.json")
     model_type = config.get("model_type")
-    family = FAMILIES.get(model_type) if isinstance(model_type, str) else None
+    family, text_config = _find_family(config)
+    if family is not None:
+        checkpoint = checkpoint.renamed(family.text_name)
     quantization = find_quantization(directory, config)
     if quantization is None and any(quantized_base(name) for name in checkpoint.tensors):
         quantization = {"method": "unnamed", "from": "names of tensors"}
@@ -106,7 +109,7 @@ def summarize(path: str | os.PathLike[str]) -> CheckpointSummary:
         )
     else:
         try:
-            mapped = _map(checkpoint, family, family.read_config(config), quantized=quantization is not None)
+            mapped = _map(checkpoint, family, family.read_config(text_config), quantized=quantization is not None)
             problems += mapped.problems
         except ValueError as error:
             problems.append(str(error))
@@ -134,6 +137,14 @@ def summarize(path: str | os.PathLike[str]) -> CheckpointSummary:
         ignored=ignored,
         uncovered=mapped.uncovered if mapped else None,
     )
+
+
+def _find_family(config: Mapping[str, Any]) -> tuple[Family | None, Mapping[str, Any]]:
+    """As `find_family`; None for a family that is not known."""
+    if config.get("model_type") in (*FAMILIES, *WRAPPERS):
+        with contextlib.suppress(ValueError):
+            return find_family(config)
+    return None, config
 
 
 @dataclasses.dataclass

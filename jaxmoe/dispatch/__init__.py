@@ -3,45 +3,67 @@
 A backend is one file with a `Dispatch` and a line in `DISPATCHES`.
 """
 
+from jaxmoe.dispatch.all_gather import ALL_GATHER
 from jaxmoe.dispatch.all_to_all import ALL_TO_ALL
-from jaxmoe.dispatch.base import ApplyExperts, Dispatch, DispatchCost, DispatchLayout, DispatchStats
-from jaxmoe.dispatch.choose import choose
+from jaxmoe.dispatch.base import TOKEN_AXES, Dispatch, DispatchLayout, DispatchStats, Experts
+from jaxmoe.dispatch.choose import RATES, DispatchChoice, DispatchCost, choose, dispatch_cost
+from jaxmoe.dispatch.ragged_all_to_all import RAGGED_ALL_TO_ALL
 from jaxmoe.dispatch.replicated import REPLICATED
+from jaxmoe.dispatch.traffic import Collective, DispatchBytes, expected_bytes
+from jaxmoe.dispatch.wire import check_wire_dtype
 
 __all__ = [
     "DISPATCHES",
-    "ApplyExperts",
+    "RATES",
+    "TOKEN_AXES",
+    "Collective",
     "Dispatch",
+    "DispatchBytes",
+    "DispatchChoice",
     "DispatchCost",
     "DispatchLayout",
     "DispatchStats",
-    "choose_dispatch",
+    "Experts",
+    "check_wire_dtype",
+    "dispatch_cost",
+    "expected_bytes",
+    "explain_dispatch",
     "get_dispatch",
 ]
 
-DISPATCHES: dict[str, Dispatch] = {backend.name: backend for backend in (REPLICATED, ALL_TO_ALL)}
+DISPATCHES: dict[str, Dispatch] = {
+    backend.name: backend for backend in (REPLICATED, ALL_GATHER, ALL_TO_ALL, RAGGED_ALL_TO_ALL)
+}
 
 
-def get_dispatch(name: str) -> Dispatch:
-    """The backend called `name`.
+def get_dispatch(name: str, platform: str) -> Dispatch:
+    """The backend called `name`, to be run on `platform`.
 
     Raises:
         ValueError: there is none.
+        NotImplementedError: it cannot run there.
     """
     if name not in DISPATCHES:
         raise ValueError(f"dispatch backends are auto, {', '.join(DISPATCHES)}; got {name!r}")
+    if reason := DISPATCHES[name].cannot_run.get(platform):
+        raise NotImplementedError(f"dispatch {name!r} cannot run on {platform}: {reason}")
     return DISPATCHES[name]
 
 
-def choose_dispatch(T: int, K: int, D: int, itemsize: int, layout: DispatchLayout, platform: str) -> Dispatch:
-    """The backend with the least modelled time; see `jaxmoe.dispatch.choose`.
+def explain_dispatch(T: int, K: int, D: int, itemsize: int, layout: DispatchLayout, platform: str) -> DispatchChoice:
+    """What "auto" chooses, and the modelled time of every backend; see `jaxmoe.dispatch.choose`.
 
     Args:
-        T: tokens over all of the layout's `expert_axes`.
+        T: tokens of all devices together.
         K: experts per token.
         D: model width.
         itemsize: bytes of an activation.
         layout: how experts lie on the mesh.
         platform: "gpu" or "cpu", what the mesh is made of.
+
+    >>> mesh_shape = (("dp", 1), ("tp", 1), ("ep", 8))
+    >>> layout = DispatchLayout(mesh_shape=mesh_shape, expert_axes=("ep",), partial_axes=("tp",), num_slots=64)
+    >>> explain_dispatch(1, 8, 4096, 2, layout, "gpu").name
+    'replicated'
     """
     return choose(list(DISPATCHES.values()), T, K, D, itemsize, layout, platform)

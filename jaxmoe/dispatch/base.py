@@ -1,43 +1,61 @@
-"""What every dispatch backend is given, gives back, and shares.
+"""What every dispatch backend is given and gives back.
 
 A backend runs inside ``shard_map`` on one device's tokens. It brings each token to the
 devices that hold its experts, has the experts applied there, and returns the weighted sum
-at the token's home. Letters are design's; n is the number of devices that share the experts.
+at the token's home. Letters: T tokens on this device, K experts per token, D model width, P physical slots over the mesh,
+p on this device, R rows received by this device, n devices that share the experts.
 """
 
 import dataclasses
-from collections.abc import Callable
-from typing import NamedTuple
+import math
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple, Protocol
 
 import jax
-import jax.numpy as jnp
+from jax.typing import DTypeLike
 
-# (rows grouped by local slot [R, D], group sizes [p], dtype of the result) -> rows [R, D], zeros beyond the groups.
-ApplyExperts = Callable[[jax.Array, jax.Array, jnp.dtype], jax.Array]
+from jaxmoe.dispatch.traffic import Collective
+from jaxmoe.mesh import DP, EP, TP
+
+# Every axis, the batch's first: a device's tokens are then a slice of those that its attention worked on.
+TOKEN_AXES = (DP, EP, TP)
+
+
+class Experts(NamedTuple):
+    """The experts of one device.
+
+    Attributes:
+        apply: ``(params, rows [R, D] grouped by local slot, group sizes [p], dtype of the result) -> rows [R, D]``,
+            zeros beyond the groups. It closes over no traced value, so that a gradient rule can be made from it.
+        params: the arrays it needs, what a gradient is taken of.
+    """
+
+    apply: Callable[[Any, jax.Array, jax.Array, DTypeLike], jax.Array]
+    params: Any
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class DispatchLayout:
-    """How experts lie on the mesh; all of it known at compile time.
+    """How experts lie on the mesh and rows travel to them; all of it known at compile time.
 
     Attributes:
         mesh_shape: ((axis, size), ...) of the whole mesh.
         expert_axes: mesh axes that the slot dim is sharded over.
         partial_axes: mesh axes over which expert outputs are partial sums (tp where it splits F).
         num_slots: physical slots P.
+        wire_dtype: what rows are rounded to on their way to experts, see `jaxmoe.dispatch.wire`; None for not at all.
+            Backends that exchange rows heed it.
     """
 
     mesh_shape: tuple[tuple[str, int], ...]
     expert_axes: tuple[str, ...]
     partial_axes: tuple[str, ...]
     num_slots: int
+    wire_dtype: str | None = None
 
     def size(self, axes: tuple[str, ...]) -> int:
         """Number of devices along `axes`."""
-        product = 1
-        for axis, size in self.mesh_shape:
-            product *= size if axis in axes else 1
-        return product
+        return math.prod(size for axis, size in self.mesh_shape if axis in axes)
 
     @property
     def num_devices(self) -> int:
@@ -45,36 +63,66 @@ class DispatchLayout:
         return self.size(self.expert_axes)
 
     @property
+    def num_partial(self) -> int:
+        """Devices that each compute a part of one expert's output."""
+        return self.size(self.partial_axes)
+
+    @property
     def slots_per_device(self) -> int:
         """p."""
         return self.num_slots // self.num_devices
 
+    @property
+    def serving_axes(self) -> tuple[str, ...]:
+        """Axes of the devices that together hold every expert once and whole."""
+        return self.expert_axes + self.partial_axes
 
-class DispatchCost(NamedTuple):
-    """What a device moves in one call; its own experts' work is the same with every backend and left out.
-
-    Attributes:
-        wire_bytes: sent to other devices.
-        memory_bytes: copied from place to place in its own memory.
-        collectives: operations that all devices meet in.
-    """
-
-    wire_bytes: float
-    memory_bytes: float
-    collectives: int
+    def tokens_per_device(self, T: int, token_axes: tuple[str, ...]) -> int:
+        """T tokens of a call, padded to split evenly over `token_axes`, on each device."""
+        return -(-T // self.size(token_axes))
 
 
 class DispatchStats(NamedTuple):
-    """What an exchange did, the same on every device.
+    """What an exchange did.
 
     Attributes:
-        rounds: int32, exchanges made; 0 where the backend exchanges no rows.
+        rounds: int32, exchanges made, the same on every device; 0 where the backend exchanges in one fixed step.
+        rows_sent_n: int32 [n], rows of activations that this device sent to each device along `expert_axes`, its own
+            among them (those stay where they are).
     """
 
     rounds: jax.Array
+    rows_sent_n: jax.Array
 
 
-@dataclasses.dataclass(frozen=True)
+class RunDispatch(Protocol):
+    """Bring tokens to their experts and back; the body of a backend."""
+
+    def __call__(
+        self,
+        x_TD: jax.Array,
+        slots_TK: jax.Array,
+        weights_TK: jax.Array,
+        experts: Experts,
+        layout: DispatchLayout,
+        weights_on_input: bool = False,
+    ) -> tuple[jax.Array, DispatchStats]:
+        """Serve this device's tokens.
+
+        Args:
+            x_TD: this device's tokens.
+            slots_TK: int32, the physical slot of each choice; -1 for no expert.
+            weights_TK: float32.
+            experts: this device's.
+            layout: how experts lie on the mesh.
+            weights_on_input: whether a weight multiplies what goes into an expert, instead of what comes out.
+
+        Returns:
+            float32 [T, D], and what was exchanged.
+        """
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Dispatch:
     """One backend.
 
@@ -82,63 +130,19 @@ class Dispatch:
         name: its key in `DISPATCHES`.
         token_axes: mesh axes the token dim is split over when `run` is called; over all other
             axes each device is given the same tokens and returns the same sums.
-        run: ``(x_TD, slots_TK, weights_TK, apply_experts, layout, weights_on_input) -> (y_TD float32, DispatchStats)``,
-            where a slot of -1 means no expert, and a weight multiplies what goes into an expert or what comes out.
-        cost: ``(T, K, D, itemsize, layout) -> DispatchCost`` of T tokens over all of `expert_axes`
-            with even routing; what `jaxmoe.dispatch.choose` compares.
+        run: see `RunDispatch`.
+        collectives: ``(T, K, D, itemsize, layout)`` to what the devices exchange in one round for T tokens of all
+            devices together; `jaxmoe.dispatch.traffic` makes bytes of it.
+        memory_bytes: with the same arguments, bytes a device copies from place to place in its own memory with even
+            routing; the experts' own work is the same with every backend and left out.
+        cannot_run: why not, by platform.
+        by_name: whether it is used only where it is named, and never what "auto" chooses.
     """
 
     name: str
     token_axes: Callable[[DispatchLayout], tuple[str, ...]]
-    run: Callable[
-        [jax.Array, jax.Array, jax.Array, ApplyExperts, DispatchLayout, bool], tuple[jax.Array, DispatchStats]
-    ]
-    cost: Callable[[int, int, int, int, DispatchLayout], DispatchCost]
-
-
-def group_rows(slots_R: jax.Array, slots_per_device: int) -> tuple[jax.Array, jax.Array]:
-    """Sort rows by local slot; rows whose slot is outside 0..p-1 come last.
-
-    Returns:
-        int32 [R], the row that stands at each place after sorting, and int32 [p], rows of each slot.
-    """
-    valid_R = (slots_R >= 0) & (slots_R < slots_per_device)
-    key_R = jnp.where(valid_R, slots_R, slots_per_device).astype(jnp.int32)
-    order_R = jnp.argsort(key_R, stable=True).astype(jnp.int32)
-    # A comparison with every slot vectorises everywhere, where a scatter-add is a serial loop on CPU.
-    sizes_p = jnp.sum(key_R[:, None] == jnp.arange(slots_per_device), axis=0, dtype=jnp.int32)
-    return order_R, sizes_p
-
-
-def invert(order_R: jax.Array) -> jax.Array:
-    """The inverse of a permutation: where each row went."""
-    R = order_R.shape[0]
-    return jnp.zeros(R, jnp.int32).at[order_R].set(jnp.arange(R, dtype=jnp.int32), unique_indices=True)
-
-
-def apply_grouped(
-    x_TD: jax.Array,
-    slots_TK: jax.Array,
-    apply_experts: ApplyExperts,
-    p: int,
-    dtype: jnp.dtype,
-    input_weights_TK: jax.Array | None = None,
-) -> jax.Array:
-    """Apply experts to every (token, choice); [T, K, D], zeros where the slot is not one of this device's p."""
-    T, K = slots_TK.shape
-    order_N, sizes_p = group_rows(slots_TK.reshape(-1), p)
-    rows_ND = x_TD[order_N // K]
-    if input_weights_TK is not None:
-        rows_ND = weigh(rows_ND, input_weights_TK.reshape(-1)[order_N])
-    out_ND = apply_experts(rows_ND, sizes_p, dtype)
-    return out_ND[invert(order_N)].reshape(T, K, -1)
-
-
-def weigh(rows: jax.Array, weights: jax.Array) -> jax.Array:
-    """Rows [..., D] times one weight each [...], in the rows' dtype."""
-    return (rows * weights[..., None]).astype(rows.dtype)
-
-
-def weighted_sum(weights_TK: jax.Array, rows_TKD: jax.Array) -> jax.Array:
-    """Σ_k weights · rows in float32, [T, D]."""
-    return jnp.sum(weights_TK[..., None] * rows_TKD.astype(jnp.float32), axis=1)
+    run: RunDispatch
+    collectives: Callable[[int, int, int, int, DispatchLayout], tuple[Collective, ...]]
+    memory_bytes: Callable[[int, int, int, int, DispatchLayout], float]
+    cannot_run: Mapping[str, str] = dataclasses.field(default_factory=dict, hash=False)
+    by_name: bool = False

@@ -99,6 +99,12 @@ def generate(
         tokenizer=tokenizer,
     )
     texts = _text_streams(len(token_ids), model, tokenizer, stop)
+    eos_token_ids = () if ignore_eos else _eos_token_ids(model, eos_token_id)
+    seeds = None if params.greedy else _seeds(seed, len(token_ids))
+    if model.mesh.is_multi_process:
+        if balancer is not None:
+            raise NotImplementedError("experts are not rebalanced between processes: leave balancer out")
+        seeds = _agree(model, seeds, token_ids, params, max_new_tokens, sorted(eos_token_ids), stop, drawn=seed is None)
     stats = GenerationStats() if stats is None else stats
     compiled_before = stats.compile_seconds
 
@@ -120,8 +126,8 @@ def generate(
         token_ids,
         params,
         max_new_tokens=max_new_tokens,
-        eos_token_ids=() if ignore_eos else _eos_token_ids(model, eos_token_id),
-        seeds=None if params.greedy else _seeds(seed, len(token_ids)),
+        eos_token_ids=eos_token_ids,
+        seeds=seeds,
         on_token=on_token,
         stats=stats,
         balancer=balancer,
@@ -209,6 +215,25 @@ def _seeds(seed: int | Sequence[int] | None, count: int) -> list[int]:
             raise ValueError(f"seed is one int or one for each prompt: got {len(seed)} seeds for {count} prompts")
         return list(seed)
     return [seed] * count
+
+
+def _agree(model: Any, seeds: list[int] | None, *settings: Any, drawn: bool) -> list[int] | None:
+    """The seeds for all processes, once it is sure that what decides the text is the same in all of them.
+
+    Each process runs the whole loop and stops a row by itself, which is right as long as all come to the same end.
+    """
+    import numpy as np
+
+    from jaxmoe.distributed import check_same, from_first
+
+    # Stop strings are looked for in text, so with them the tokenizer decides as well.
+    path = None if model.source is None else model.source / "tokenizer.json"
+    tokenizer = path.read_bytes() if path is not None and path.is_file() else None
+    check_same("prompts, settings or tokenizers", (settings, tokenizer, None if drawn else seeds))
+    if seeds is None or not drawn:
+        return seeds
+    words = from_first(np.array([(seed >> 32, seed & 0xFFFFFFFF) for seed in seeds], np.uint32))
+    return [int(high) << 32 | int(low) for high, low in words]
 
 
 def _eos_token_ids(model: Any, given: int | Sequence[int] | None) -> frozenset[int]:

@@ -6,7 +6,7 @@ from jaxmoe.generate.json_file import read_json
 
 
 def eos_token_ids(directory: str | Path) -> frozenset[int]:
-    """``eos_token_id`` of ``generation_config.json``, else of ``config.json``; a number or a list there.
+    """``eos_token_id`` of ``generation_config.json``, else of ``config.json`` or its text part; a number or a list there.
 
     The first wins because chat models add their end of turn there and leave ``config.json`` as
     the base model had it.
@@ -19,7 +19,9 @@ def eos_token_ids(directory: str | Path) -> frozenset[int]:
     """
     for name in ("generation_config.json", "config.json"):
         config = read_json(Path(directory) / name)
-        value = config.get("eos_token_id", config.get("text_config", {}).get("eos_token_id"))
+        value = config.get("eos_token_id")
+        if value is None and isinstance(config.get("text_config"), dict):
+            value = config["text_config"].get("eos_token_id")
         if value is None:
             continue
         ids = value if isinstance(value, list) else [value]

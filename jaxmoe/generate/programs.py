@@ -19,7 +19,7 @@ from jax.sharding import Mesh
 
 from jaxmoe.generate import sampling
 from jaxmoe.generate.params import SamplingParams
-from jaxmoe.mesh import batch_axes, named
+from jaxmoe.mesh import batch_axes, named, put
 from jaxmoe.models.routing import Routing, routing_of
 
 Leaves = list[jax.Array]
@@ -210,7 +210,7 @@ class Programs:
 
     def put(self, value: np.ndarray | np.generic, *, rows: bool = False) -> jax.Array:
         """Place a host array on the mesh: on every device, or dim 0 split like the batch."""
-        return jax.device_put(value, self._rows(value.shape[0]) if rows else named(self.mesh))
+        return put(value, self._rows(value.shape[0]) if rows else named(self.mesh))
 
     def _spec(self, dtype: Any, *dims: int) -> jax.ShapeDtypeStruct:
         """A small argument, the whole of it on every device."""

@@ -9,6 +9,7 @@ from jaxmoe.layers.mlp import MLP
 from jaxmoe.layers.moe import MoE, MoEStats, check_expert_axes
 from jaxmoe.layers.norm import NORMS, RMSNorm
 from jaxmoe.layers.param import ParamFactory, ParamSpec, param_specs, params_by_path
+from jaxmoe.layers.replicas import ReplicaRule
 from jaxmoe.layers.router import route
 from jaxmoe.layers.swap import MovedBytes, check_swap, swap_experts
 
@@ -26,6 +27,7 @@ __all__ = [
     "ParamFactory",
     "ParamSpec",
     "RMSNorm",
+    "ReplicaRule",
     "VocabTable",
     "check_expert_axes",
     "check_swap",

@@ -13,7 +13,7 @@ from jax.sharding import PartitionSpec as P
 
 from jaxmoe.config import AttentionConfig
 from jaxmoe.layers.cache import CacheArray, write_prompt, write_token
-from jaxmoe.layers.norm import rms_norm
+from jaxmoe.layers.norm import rms_norm, zero_centred_rms_norm
 from jaxmoe.layers.param import ParamFactory, RowMap, ones, zeros
 from jaxmoe.layers.rope import apply_rope
 from jaxmoe.mesh import TP
@@ -103,21 +103,23 @@ class Attention(nnx.Module):
             copies = self.kv_heads // config.num_kv_heads
             kv_rows = RowMap(tuple(i // copies for i in range(self.kv_heads)), config.num_kv_heads)
 
-        self.w_q = param((config.num_heads * h, hidden_size), TP, None)
+        q_rows = config.num_heads * h * (2 if config.output_gate else 1)
+        self.w_q = param((q_rows, hidden_size), TP, None)
         self.w_k = param((self.kv_heads * h, hidden_size), TP, None, rows=kv_rows)
         if not config.values_are_keys:
             self.w_v = param((self.kv_heads * h, hidden_size), TP, None, rows=kv_rows)
         self.w_o = param((hidden_size, config.num_heads * h), None, TP)
         if config.bias:
-            self.b_q = param((config.num_heads * h,), TP, init=zeros)
+            self.b_q = param((q_rows,), TP, init=zeros)
             self.b_k = param((self.kv_heads * h,), TP, init=zeros, rows=kv_rows)
             if not config.values_are_keys:
                 self.b_v = param((self.kv_heads * h,), TP, init=zeros, rows=kv_rows)
         if config.out_bias:
             self.b_o = param((hidden_size,), init=zeros)
         if config.qk_norm == "head":
-            self.q_norm = param((h,), init=ones)
-            self.k_norm = param((h,), init=ones)
+            init = zeros if config.zero_centred_norm else ones
+            self.q_norm = param((h,), init=init)
+            self.k_norm = param((h,), init=init)
         elif config.qk_norm == "full":
             self.q_norm = param((config.num_heads * h,), TP, init=ones)
             self.k_norm = param((self.kv_heads * h,), TP, init=ones, rows=kv_rows)
@@ -158,7 +160,7 @@ class Attention(nnx.Module):
         def local(
             w: dict[str, jax.Array], x_BSD: jax.Array, positions_BS: jax.Array, cache: KVCache | None
         ) -> tuple[jax.Array, KVCache | None]:
-            q_BSHh, k_BSGh, v_BSGh = self._project(w, x_BSD, positions_BS)
+            q_BSHh, k_BSGh, v_BSGh, gate_BSHh = self._project(w, x_BSD, positions_BS)
             k_BGSh, v_BGSh = k_BSGh.swapaxes(1, 2), v_BSGh.swapaxes(1, 2)
             if cache is not None and decode:
                 position_B = positions_BS[:, 0]
@@ -177,6 +179,8 @@ class Attention(nnx.Module):
                 chunk=config.chunk,
                 sinks_H=w.get("sinks"),
             )
+            if gate_BSHh is not None:
+                o_BSHh = o_BSHh * jax.nn.sigmoid(gate_BSHh)
             o_BSA = o_BSHh.reshape(*o_BSHh.shape[:2], -1)
             y_BSD = jnp.einsum("bsa,da->bsd", o_BSA, w["w_o"], preferred_element_type=jnp.float32)
             y_BSD = jax.lax.psum(y_BSD, TP).astype(x_BSD.dtype)
@@ -192,9 +196,10 @@ class Attention(nnx.Module):
 
     def _project(
         self, w: dict[str, jax.Array], x_BSD: jax.Array, positions_BS: jax.Array
-    ) -> tuple[jax.Array, jax.Array, jax.Array]:
-        """This rank's queries [B, S, H, h], keys and values [B, S, G, h], normed and rotated."""
+    ) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array | None]:
+        """This rank's queries [B, S, H, h], keys and values [B, S, G, h], normed and rotated, and gates [B, S, H, h]."""
         config = self.config
+        shape = (*x_BSD.shape[:2], -1, config.head_dim)
 
         def project(name: str) -> jax.Array:
             y_BSA = jnp.einsum("bsd,ad->bsa", x_BSD, w[f"w_{name}"])
@@ -204,6 +209,8 @@ class Attention(nnx.Module):
             if config.qk_norm == "full" and name != "v_norm":
                 return _norm_over_tp(y_BSA, w[name], self.eps)
             y_BSHh = y_BSA.reshape(*y_BSA.shape[:2], -1, config.head_dim)
+            if config.zero_centred_norm and name in w:
+                return zero_centred_rms_norm(y_BSHh, w[name], self.eps).reshape(y_BSA.shape)
             weight = w.get(name, jnp.ones((), y_BSA.dtype))
             return rms_norm(y_BSHh, weight, self.eps).reshape(y_BSA.shape)
 
@@ -213,7 +220,10 @@ class Attention(nnx.Module):
             y_BSHh = y_BSA.reshape(*y_BSA.shape[:2], -1, config.head_dim)
             return apply_rope(y_BSHh, positions_BS, config.rope).reshape(y_BSA.shape)
 
-        q, k = project("q"), project("k")
+        q, k, gate_BSHh = project("q"), project("k"), None
+        if config.output_gate:
+            q_and_gate = q.reshape(*x_BSD.shape[:2], -1, 2, config.head_dim)
+            q, gate_BSHh = q_and_gate[..., 0, :].reshape(*x_BSD.shape[:2], -1), q_and_gate[..., 1, :]
         v = k if config.values_are_keys else project("v")
         if config.v_norm:
             v = norm(v, "v_norm")
@@ -228,8 +238,7 @@ class Attention(nnx.Module):
             floor, slope = config.temperature
             longer_BS = slope * jnp.log1p(jnp.floor((positions_BS.astype(jnp.float32) + 1) / floor)) + 1
             q = (q * longer_BS[..., None]).astype(q.dtype)
-        shape = (*x_BSD.shape[:2], -1, config.head_dim)
-        return q.reshape(shape), k.reshape(shape), v.reshape(shape)
+        return q.reshape(shape), k.reshape(shape), v.reshape(shape), gate_BSHh
 
 
 def _norm_over_tp(y_BSA: jax.Array, weight_A: jax.Array, eps: float) -> jax.Array:

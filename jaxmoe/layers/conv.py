@@ -11,7 +11,7 @@ def causal_conv(
     state_BVA: jax.Array | None,
     lengths_B: jax.Array,
 ) -> tuple[jax.Array, jax.Array]:
-    """y_t = Σ_w weight_w · x_{t-W+1+w} + bias, each channel for itself.
+    """y_t = Σ_w weight_w · x_{t-W+1+w} + bias, each channel for itself, added up in float32.
 
     Letters: A channels, W taps, V = W - 1 inputs kept.
 
@@ -29,10 +29,8 @@ def causal_conv(
     V = weight_AW.shape[1] - 1
     before = jnp.zeros((B, V, A), x_BSA.dtype) if state_BVA is None else state_BVA.astype(x_BSA.dtype)
     inputs = jnp.concatenate([before, x_BSA], axis=1)
-    y_BSA = jnp.zeros_like(x_BSA)
+    y_BSA = jnp.zeros(x_BSA.shape, jnp.float32) if bias_A is None else bias_A.astype(jnp.float32)
     for tap in range(V + 1):
-        y_BSA += inputs[:, tap : tap + S] * weight_AW[:, tap]
-    if bias_A is not None:
-        y_BSA = y_BSA + bias_A
+        y_BSA = y_BSA + inputs[:, tap : tap + S].astype(jnp.float32) * weight_AW[:, tap].astype(jnp.float32)
     kept_BV = lengths_B[:, None] + jnp.arange(V)
-    return y_BSA, jnp.take_along_axis(inputs, kept_BV[:, :, None], axis=1)
+    return y_BSA.astype(x_BSA.dtype), jnp.take_along_axis(inputs, kept_BV[:, :, None], axis=1)

@@ -8,8 +8,12 @@ from typing import Any, Protocol
 
 import jax
 
-from jaxmoe.config import AttentionConfig, TokenMixerConfig
+from jaxmoe.config import AttentionConfig, GatedDeltaNetConfig, Mamba2Config, MambaConfig, MLAConfig, TokenMixerConfig
 from jaxmoe.layers.attention import Attention
+from jaxmoe.layers.gated_delta_net import GatedDeltaNet
+from jaxmoe.layers.mamba import Mamba
+from jaxmoe.layers.mamba2 import Mamba2
+from jaxmoe.layers.mla import LatentAttention
 from jaxmoe.layers.param import ParamFactory
 
 
@@ -31,7 +35,13 @@ class TokenMixer(Protocol):
         ...
 
 
-TOKEN_MIXERS: dict[type[TokenMixerConfig], Callable[..., TokenMixer]] = {AttentionConfig: Attention}
+TOKEN_MIXERS: dict[type[TokenMixerConfig], Callable[..., TokenMixer]] = {
+    AttentionConfig: Attention,
+    GatedDeltaNetConfig: GatedDeltaNet,
+    Mamba2Config: Mamba2,
+    MambaConfig: Mamba,
+    MLAConfig: LatentAttention,
+}
 
 
 def make_token_mixer(config: TokenMixerConfig, hidden_size: int, eps: float, *, param: ParamFactory) -> TokenMixer:

@@ -12,14 +12,23 @@ from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
 from jaxmoe.config import MoEConfig
-from jaxmoe.dispatch import ApplyExperts, Dispatch, DispatchLayout, choose_dispatch, get_dispatch
+from jaxmoe.dispatch import (
+    Dispatch,
+    DispatchChoice,
+    DispatchLayout,
+    Experts,
+    check_wire_dtype,
+    explain_dispatch,
+    get_dispatch,
+)
 from jaxmoe.kernels.grouped_matmul import combine_halves, expert_mlp
 from jaxmoe.layers.host_data import HostData
 from jaxmoe.layers.losses import RouterSums, load_balancing_loss, router_sums, router_z_loss
 from jaxmoe.layers.mlp import MLP
-from jaxmoe.layers.param import ParamFactory, RowMap, set_row_map, zeros
+from jaxmoe.layers.param import ParamFactory, RowMap, ones, set_row_map, zeros
+from jaxmoe.layers.replicas import ReplicaRule, choose_slots, token_draws, token_turns
 from jaxmoe.layers.router import choose_experts, router_logits
-from jaxmoe.mesh import EP, TP, axes_size, batch_axes, named, padded_batch
+from jaxmoe.mesh import AXES, DP, EP, TP, axes_size, batch_axes, named, padded_batch, put
 from jaxmoe.placement import ExpertPlacement, make_placement
 
 
@@ -30,6 +39,8 @@ class MoEStats(NamedTuple):
         expert_counts: int32 [E], (token, choice) pairs that went to each logical expert.
         expert_ids: int32 [T, K], the logical experts of each token, -1 where `token_mask` is False.
         dispatch_rounds: int32, exchanges the dispatch needed; 0 where it exchanges no rows.
+        rows_sent: int32 [dp, tp, ep, n], rows of activations that the device at (dp, tp, ep) sent to each of the n
+            devices that it shares the experts with, by their number along `expert_axes`; its own stay where they are.
         load_balancing_loss: float32, see `jaxmoe.layers.losses.load_balancing_loss`; differentiable.
         router_z_loss: float32, see `jaxmoe.layers.losses.router_z_loss`; differentiable.
     """
@@ -37,6 +48,7 @@ class MoEStats(NamedTuple):
     expert_counts: jax.Array
     expert_ids: jax.Array
     dispatch_rounds: jax.Array
+    rows_sent: jax.Array
     load_balancing_loss: jax.Array
     router_z_loss: jax.Array
 
@@ -57,13 +69,15 @@ class _Plan:
     layout: DispatchLayout
     dispatch: Dispatch
     kernels: str
+    replica_choice: str
 
 
 class MoE(nnx.Module):
     """Routed experts over a (dp, tp, ep) mesh, each device holding its own experts only.
 
     y = Σ_k weight_k · expert_{id_k}(x), with expert(x) = W_down (act(W_gate x) · W_up x); or
-    Σ_k expert_{id_k}(weight_k · x) with `MoEConfig.weights_on_input`.
+    Σ_k expert_{id_k}(weight_k · x) with `MoEConfig.weights_on_input`. With `MoEConfig.latent_size` the experts see
+    W_in x, and W_out brings their sum back: rows of that width X instead of D travel.
     The stacks `w_gate_up` [P, 2, F, D] and `w_down` [P, D, F] are sharded over `expert_axes`
     on their slot dim, and over tp on F unless tp is one of `expert_axes`.
 
@@ -71,9 +85,11 @@ class MoE(nnx.Module):
         config: sizes, activation and router.
         mesh: from `jaxmoe.make_mesh`.
         placement: a strategy's name or an `ExpertPlacement` over the devices along `expert_axes`.
-        expert_axes: mesh axes that share the experts: ``("ep",)``, or ``("ep", "tp")`` for whole
-            experts on tp ranks too, better where F is small.
+        expert_axes: mesh axes that share the experts: ``("ep",)``; ``("ep", "tp")`` for whole experts on tp
+            ranks too, better where F is small; or ``("dp", "ep")`` to spread them over the replicas.
         dispatch: a name in `jaxmoe.dispatch.DISPATCHES`, or "auto".
+        wire_dtype: "float8_e4m3fn" to round rows to it, each with a scale of its own, where a dispatch exchanges
+            them on their way to experts; None to send them as they are.
         kernels: a backend of `jaxmoe.kernels.grouped_matmul`, or "auto".
         dtype: of the expert weights; the router's are float32.
         rngs: random streams for the weights; None leaves them abstract, for a loader to fill.
@@ -97,6 +113,7 @@ class MoE(nnx.Module):
         placement: str | ExpertPlacement = "linear",
         expert_axes: tuple[str, ...] = (EP,),
         dispatch: str = "auto",
+        wire_dtype: str | None = None,
         kernels: str = "auto",
         dtype: Any = jnp.float32,
         rngs: nnx.Rngs | None = None,
@@ -104,9 +121,10 @@ class MoE(nnx.Module):
         check_expert_axes(expert_axes)
         E, F, D = config.num_experts, config.moe_intermediate_size, config.hidden_size
         self.config, self.mesh, self.expert_axes = config, mesh, expert_axes
-        self.dispatch, self.kernels = dispatch, kernels
+        self.dispatch, self.wire_dtype, self.kernels = dispatch, wire_dtype, kernels
+        check_wire_dtype(wire_dtype)
         if dispatch != "auto":
-            get_dispatch(dispatch)
+            get_dispatch(dispatch, self._platform)
         self._placement = HostData(make_placement(placement, E, axes_size(mesh, expert_axes)))
 
         width_axis = None if TP in expert_axes else TP
@@ -125,18 +143,25 @@ class MoE(nnx.Module):
             self.b_router = param((E,), init=zeros, dtype=jnp.float32)
         if config.router.correction_bias:
             self.correction_bias = param((E,), init=zeros, dtype=jnp.float32)
-        self.w_gate_up = param((slot_count, halves, F, D), expert_axes, None, width_axis, None, rows=slots)
-        self.w_down = param((slot_count, D, F), expert_axes, None, width_axis, rows=slots)
+        if config.router.expert_scale:
+            self.expert_scale = param((E,), init=ones, dtype=jnp.float32)
+        if config.router.input_norm_eps is not None:
+            self.router_norm = param((D,), init=ones, dtype=jnp.float32)
+        X = config.expert_input_size
+        self.w_gate_up = param((slot_count, halves, F, X), expert_axes, None, width_axis, None, rows=slots)
+        self.w_down = param((slot_count, X, F), expert_axes, None, width_axis, rows=slots)
         if config.bias:
             self.b_gate_up = param((slot_count, halves, F), expert_axes, None, width_axis, init=zeros, rows=slots)
-            self.b_down = param((slot_count, D), expert_axes, init=zeros, rows=slots)
+            self.b_down = param((slot_count, X), expert_axes, init=zeros, rows=slots)
+        if config.latent_size is not None:
+            self.w_latent_in, self.w_latent_out = param((X, D)), param((D, X))
+        if config.latent_bias:
+            self.b_latent_in, self.b_latent_out = param((X,), init=zeros), param((D,), init=zeros)
         if config.shared is not None:
             self.shared = MLP(config.shared, param=param)
         if config.shared_gate:
             self.w_shared_gate = param((1, D))
-        expert_to_slots, replica_counts = _placement_tables(self.placement)
-        self.expert_to_slots = PlacementTable(jax.device_put(expert_to_slots, named(mesh)))
-        self.replica_counts = PlacementTable(jax.device_put(replica_counts, named(mesh)))
+        self.choose_replicas("modulo")
 
     @property
     def placement(self) -> ExpertPlacement:
@@ -152,16 +177,54 @@ class MoE(nnx.Module):
         self._placement.value = placement
         for stack in self.expert_stacks():
             set_row_map(stack, RowMap(tuple(placement.slot_to_expert.tolist()), placement.num_experts))
-        tables = zip((self.expert_to_slots, self.replica_counts), _placement_tables(placement), strict=True)
-        for variable, table in tables:
-            variable.set_value(jax.device_put(table, named(self.mesh)))
+        self._set_replica_tables()
 
-    def __call__(self, x: jax.Array, token_mask: jax.Array | None = None) -> tuple[jax.Array, MoEStats]:
+    def choose_replicas(
+        self, choice: str, *, devices_per_node: int | None = None, last_load: np.ndarray | None = None
+    ) -> None:
+        """Say which replica a token goes to where its expert has several; the result does not depend on it.
+
+        Args:
+            choice: "modulo", tokens take turns; "random"; "local_first", the nearest to the device a token is on, where
+                the dispatch leaves tokens on devices of their own; or "least_loaded". See
+                `jaxmoe.placement.replicas.REPLICA_CHOICES`.
+            devices_per_node: devices of a node along `expert_axes`, for "local_first"; None for a single node.
+            last_load: [devices along `expert_axes`], rows that each received in the last window, for "least_loaded".
+                New ones may be given at any time; nothing is compiled again.
+
+        Raises:
+            ValueError: the choice is unknown, or the other arguments do not fit.
+        """
+        rule = ReplicaRule(choice=choice, devices_per_node=devices_per_node, last_load=last_load)
+        rule.tables(self.placement)
+        self.replica_choice, self._replica_rule = choice, HostData(rule)
+        self._set_replica_tables()
+
+    def _set_replica_tables(self) -> None:
+        rule, whole = self._replica_rule.value, named(self.mesh)
+        nearest = rule.choice == "local_first"
+        # What holds for every device is kept once, the tables of "local_first" with their devices.
+        slots, counts = (ReplicaRule() if nearest else rule).tables(self.placement)
+        self.expert_to_slots = PlacementTable(put(slots[0], whole))
+        self.replica_counts = PlacementTable(put(counts[0], whole))
+        for name in ("near_slots", "near_counts"):
+            if hasattr(self, name):
+                delattr(self, name)
+        if nearest:
+            per_device = named(self.mesh, self.expert_axes)
+            slots, counts = rule.tables(self.placement)
+            self.near_slots = PlacementTable(put(slots, per_device))
+            self.near_counts = PlacementTable(put(counts, per_device))
+
+    def __call__(
+        self, x: jax.Array, token_mask: jax.Array | None = None, router_x: jax.Array | None = None
+    ) -> tuple[jax.Array, MoEStats]:
         """Apply the layer.
 
         Args:
             x: [..., D], any number of tokens.
             token_mask: bool [...], False for tokens that go to no expert and come back as zeros.
+            router_x: [..., D], what the router looks at where that is not x.
 
         Returns:
             y [..., D] in x's dtype, and the call's statistics.
@@ -171,10 +234,21 @@ class MoE(nnx.Module):
         x_TD = x.reshape(-1, x.shape[-1])
         mask_T = jnp.ones(x_TD.shape[0], bool) if token_mask is None else token_mask.reshape(-1)
         params = {name: param[...] for name, param in vars(self).items() if isinstance(param, nnx.Variable)}
-        y_TD, stats = _forward(x_TD, mask_T, params, plan=self._plan(x_TD.shape[0], x.dtype))
+        router_TD = x_TD if router_x is None else router_x.reshape(x_TD.shape)
+        plan = self._plan(x_TD.shape[0], x.dtype)
+        if self.config.latent_size is None:
+            y_TD, stats = _forward(x_TD, router_TD, mask_T, params, plan=plan)
+        else:
+            y_TX, stats = _forward(self._latent(x_TD, "in"), router_TD, mask_T, params, plan=plan)
+            y_TD = jnp.where(mask_T[:, None], self._latent(y_TX, "out"), 0)
         if self.config.shared is not None:
             y_TD = y_TD + jnp.where(mask_T[:, None], self._shared(x_TD), 0)
         return y_TD.reshape(x.shape), stats
+
+    def _latent(self, x_TX: jax.Array, way: str) -> jax.Array:
+        """From the model's width into that of the experts' inputs, or back."""
+        y_TX = x_TX @ getattr(self, f"w_latent_{way}")[...].T
+        return y_TX + getattr(self, f"b_latent_{way}")[...] if self.config.latent_bias else y_TX
 
     def _shared(self, x_TD: jax.Array) -> jax.Array:
         """What the experts that serve every token add; it depends on no exchange, so it can overlap one."""
@@ -185,45 +259,57 @@ class MoE(nnx.Module):
             return y_TD
         return jax.nn.sigmoid(x_TD @ self.w_shared_gate[...].T) * y_TD
 
-    def _plan(self, T: int, dtype: Any) -> _Plan:
-        partial_axes = () if TP in self.expert_axes else (TP,)
-        layout = DispatchLayout(
+    @property
+    def _platform(self) -> str:
+        return self.mesh.devices.flat[0].platform
+
+    @property
+    def _layout(self) -> DispatchLayout:
+        return DispatchLayout(
             mesh_shape=tuple(self.mesh.shape.items()),
             expert_axes=self.expert_axes,
-            partial_axes=partial_axes,
+            partial_axes=() if TP in self.expert_axes else (TP,),
             num_slots=self.w_gate_up.shape[0],
+            wire_dtype=self.wire_dtype,
         )
-        if self.dispatch == "auto":
-            # Devices off the expert axes (dp) each take their own part of the tokens.
-            groups = self.mesh.size // layout.num_devices // layout.size(partial_axes)
-            K, D = self.config.num_experts_per_tok, self.config.hidden_size
-            platform = self.mesh.devices.flat[0].platform
-            dispatch = choose_dispatch(-(-T // groups), K, D, jnp.dtype(dtype).itemsize, layout, platform)
-        else:
-            dispatch = get_dispatch(self.dispatch)
-        return _Plan(self.config, self.mesh, layout, dispatch, self.kernels)
+
+    def explain_dispatch(self, tokens: int, dtype: Any = None) -> DispatchChoice:
+        """What ``dispatch="auto"`` uses for a call with so many tokens, and the modelled time of every backend.
+
+        Args:
+            tokens: T, of all devices together.
+            dtype: of the activations; that of the expert weights by default.
+        """
+        K, D = self.config.num_experts_per_tok, self.config.expert_input_size
+        itemsize = jnp.dtype(self.w_gate_up.dtype if dtype is None else dtype).itemsize
+        return explain_dispatch(tokens, K, D, itemsize, self._layout, self._platform)
+
+    def _plan(self, T: int, dtype: Any) -> _Plan:
+        name = self.explain_dispatch(T, dtype).name if self.dispatch == "auto" else self.dispatch
+        dispatch = get_dispatch(name, self._platform)
+        return _Plan(self.config, self.mesh, self._layout, dispatch, self.kernels, self.replica_choice)
 
 
 def check_expert_axes(expert_axes: tuple[str, ...]) -> None:
     """Refuse expert axes that no code path serves.
 
     Raises:
-        ValueError: not ("ep",) or ("ep", "tp").
+        ValueError: not ("ep",), ("ep", "tp") or ("dp", "ep").
     """
-    if tuple(expert_axes) not in ((EP,), (EP, TP)):
-        raise ValueError(f'expert_axes is ("ep",) or ("ep", "tp"); got {expert_axes!r}')
+    if tuple(expert_axes) not in ((EP,), (EP, TP), (DP, EP)):
+        raise ValueError(f'expert_axes is ("ep",), ("ep", "tp") or ("dp", "ep"); got {expert_axes!r}')
 
 
 @partial(jax.jit, static_argnames="plan")
 def _forward(
-    x_TD: jax.Array, mask_T: jax.Array, params: dict[str, jax.Array], *, plan: _Plan
+    x_TD: jax.Array, router_TD: jax.Array, mask_T: jax.Array, params: dict[str, jax.Array], *, plan: _Plan
 ) -> tuple[jax.Array, MoEStats]:
     """The routed experts as one shard_map over all three axes; tokens are padded to split evenly."""
     layout, config = plan.layout, plan.config
     token_axes = plan.dispatch.token_axes(layout)
     T = x_TD.shape[0]
-    padding = -T % layout.size(token_axes)
-    x_TD = jnp.pad(x_TD, ((0, padding), (0, 0)))
+    padding = layout.tokens_per_device(max(T, 1), token_axes) * layout.size(token_axes) - T
+    x_TD, router_TD = (jnp.pad(y_TD, ((0, padding), (0, 0))) for y_TD in (x_TD, router_TD))
     mask_T = jnp.pad(mask_T, (0, padding))
     width_axis = TP if TP in layout.partial_axes else None
     expert_specs = {
@@ -231,12 +317,17 @@ def _forward(
         "w_down": P(layout.expert_axes, None, width_axis),
         "b_gate_up": P(layout.expert_axes, None, width_axis),
         "b_down": P(layout.expert_axes),
+        "near_slots": P(layout.expert_axes),
+        "near_counts": P(layout.expert_axes),
     }
 
-    def local(x_TD: jax.Array, mask_T: jax.Array, params: dict[str, jax.Array]) -> tuple[jax.Array, MoEStats]:
-        logits_TE = router_logits(x_TD, params, config.router)
+    def local(
+        x_TD: jax.Array, router_TD: jax.Array, mask_T: jax.Array, params: dict[str, jax.Array]
+    ) -> tuple[jax.Array, MoEStats]:
+        logits_TE = router_logits(router_TD, params, config.router)
         ids_TK, weights_TK = choose_experts(logits_TE, params, config.num_experts_per_tok, config.router)
-        slots_TK = choose_slots(ids_TK, params["expert_to_slots"], params["replica_counts"])
+        first = jax.lax.axis_index(token_axes) * len(ids_TK) if token_axes else 0
+        slots_TK = _choose_replicas(x_TD, ids_TK, first, params, plan)
         slots_TK = jnp.where(mask_T[:, None], slots_TK, -1)
         y_TD, dispatched = plan.dispatch.run(
             x_TD, slots_TK, weights_TK, _experts(params, plan), layout, config.weights_on_input
@@ -246,60 +337,60 @@ def _forward(
             expert_counts=sums.expert_counts,
             expert_ids=jnp.where(mask_T[:, None], ids_TK, -1),
             dispatch_rounds=dispatched.rounds,
+            rows_sent=dispatched.rows_sent_n[None, None, None],
             load_balancing_loss=load_balancing_loss(sums),
             router_z_loss=router_z_loss(sums),
         )
 
-    stats_specs: Any = dict.fromkeys(MoEStats._fields, P()) | {"expert_ids": P(token_axes)}
+    stats_specs: Any = dict.fromkeys(MoEStats._fields, P()) | {"expert_ids": P(token_axes), "rows_sent": P(*AXES)}
     y_TD, stats = jax.shard_map(
         local,
         mesh=plan.mesh,
-        in_specs=(P(token_axes), P(token_axes), {name: expert_specs.get(name, P()) for name in params}),
+        in_specs=(*[P(token_axes)] * 3, {name: expert_specs.get(name, P()) for name in params}),
         out_specs=(P(token_axes), MoEStats(**stats_specs)),
         check_vma=False,
-    )(x_TD, mask_T, params)
+    )(x_TD, router_TD, mask_T, params)
     return y_TD[:T], stats._replace(expert_ids=stats.expert_ids[:T])
 
 
-def _experts(params: dict[str, jax.Array], plan: _Plan) -> ApplyExperts:
-    """The local experts as the function a dispatch applies to rows grouped by slot."""
-    config, b_down_pD = plan.config, params.get("b_down")
-    if b_down_pD is not None and plan.layout.partial_axes:
+def _experts(params: dict[str, jax.Array], plan: _Plan) -> Experts:
+    """The local experts as a dispatch applies them to rows grouped by slot."""
+    config = plan.config
+    stacks = {name: params[name] for name in ("w_gate_up", "w_down", "b_gate_up", "b_down") if name in params}
+    if "b_down" in stacks and plan.layout.partial_axes:
         # The results are partial sums over tp: one rank adds the bias for all.
         first = jax.lax.axis_index(plan.layout.partial_axes) == 0
-        b_down_pD = jnp.where(first, b_down_pD, 0)
+        stacks["b_down"] = jnp.where(first, stacks["b_down"], 0)
 
-    def apply_experts(rows_RD: jax.Array, sizes_p: jax.Array, dtype: jnp.dtype) -> jax.Array:
+    def apply(
+        stacks: dict[str, jax.Array], rows_RD: jax.Array, sizes_p: jax.Array, dtype: jax.typing.DTypeLike
+    ) -> jax.Array:
         return expert_mlp(
             rows_RD,
-            params["w_gate_up"],
-            params["w_down"],
+            stacks["w_gate_up"],
+            stacks["w_down"],
             sizes_p,
-            b_gate_up_p2F=params.get("b_gate_up"),
-            b_down_pD=b_down_pD,
+            b_gate_up_p2F=stacks.get("b_gate_up"),
+            b_down_pD=stacks.get("b_down"),
             activation=config.activation,
             limit=config.activation_limit,
             out_dtype=dtype,
             backend=plan.kernels,
         )
 
-    return apply_experts
+    return Experts(apply, stacks)
 
 
-def _placement_tables(placement: ExpertPlacement) -> tuple[np.ndarray, np.ndarray]:
-    """Slots [E, R] of every expert and how many there are [E].
-
-    R is the most replicas that any placement with as many slots can have: the tables of all of them have one shape.
-    """
-    slots = placement.expert_to_slots
-    widest = placement.num_slots - placement.num_experts + 1
-    padded = np.pad(slots, ((0, 0), (0, widest - slots.shape[1])), constant_values=-1)
-    return padded, placement.replica_counts
-
-
-def choose_slots(ids_TK: jax.Array, expert_to_slots: jax.Array, replica_counts_E: jax.Array) -> jax.Array:
-    """The physical slot of every chosen expert; tokens take turns over an expert's replicas."""
-    if expert_to_slots.shape[1] == 1:
-        return expert_to_slots[ids_TK, 0]
-    token_T1 = jnp.arange(ids_TK.shape[0])[:, None]
-    return expert_to_slots[ids_TK, token_T1 % replica_counts_E[ids_TK]]
+def _choose_replicas(
+    x_TD: jax.Array, ids_TK: jax.Array, first_token: int | jax.Array, params: dict[str, jax.Array], plan: _Plan
+) -> jax.Array:
+    """The physical slot of every choice, by the layer's replica choice."""
+    slots_ER, counts_E = params["expert_to_slots"], params["replica_counts"]
+    if "near_slots" in params and set(plan.layout.expert_axes) <= set(plan.dispatch.token_axes(plan.layout)):
+        # Each device has tokens of its own; where all have the same ones, all must choose alike and none is nearer.
+        slots_ER, counts_E = params["near_slots"][0], params["near_counts"][0]
+    turn_TK = None
+    if slots_ER.shape[1] > 1:
+        random = plan.replica_choice == "random"
+        turn_TK = token_draws(x_TD, ids_TK.shape[1]) if random else token_turns(ids_TK.shape, first_token)
+    return choose_slots(ids_TK, slots_ER, counts_E, turn_TK)

@@ -24,6 +24,11 @@ def rms_norm(x: jax.Array, weight: jax.Array, eps: float, *, float32_weight: boo
     return weight * (x32 * scale).astype(x.dtype)
 
 
+def zero_centred_rms_norm(x: jax.Array, weight: jax.Array, eps: float) -> jax.Array:
+    """`rms_norm` with 1 + weight, added and applied in float32: a weight near 0 keeps more bits than one near 1."""
+    return rms_norm(x, 1 + weight.astype(jnp.float32), eps, float32_weight=True)
+
+
 class RMSNorm(nnx.Module):
     """`rms_norm` with its weight, replicated over the mesh."""
 
@@ -35,6 +40,18 @@ class RMSNorm(nnx.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         """Normalise x [..., size]."""
         return rms_norm(x, self.weight[...], self.eps, float32_weight=self.float32_weight)
+
+
+class ZeroCentredRMSNorm(nnx.Module):
+    """`zero_centred_rms_norm` with its weight, replicated over the mesh."""
+
+    def __init__(self, size: int, eps: float, *, param: ParamFactory):
+        self.weight = param((size,), init=zeros)
+        self.eps = eps
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """Normalise x [..., size]."""
+        return zero_centred_rms_norm(x, self.weight[...], self.eps)
 
 
 class LayerNorm(nnx.Module):
@@ -61,9 +78,10 @@ class LayerNorm(nnx.Module):
 
 
 # A kind of norm is a class and a line here; `DecoderConfig.norm` names it.
-NORMS: dict[str, Callable[..., RMSNorm | LayerNorm]] = {
+NORMS: dict[str, Callable[..., RMSNorm | ZeroCentredRMSNorm | LayerNorm]] = {
     "rms": RMSNorm,
     "rms_float32": partial(RMSNorm, float32_weight=True),
+    "rms_zero_centred": ZeroCentredRMSNorm,
     "layer": LayerNorm,
     "layer_without_bias": partial(LayerNorm, bias=False),
 }

@@ -11,7 +11,7 @@ def apply_rope(x_BSHh: jax.Array, positions_BS: jax.Array, config: RopeConfig) -
 
     Su et al. 2021 (arXiv:2104.09864), equation 34. Angles are float32; the rotation is in x's dtype. A sequence is as
     long as its last position here says. One that grows beyond `RopeConfig.long_above` keeps the keys in its cache as
-    they were turned; transformers computes such a cache anew.
+    they were turned.
     """
     frequencies, scale = jnp.asarray(config.frequencies, jnp.float32), jnp.float32(config.scale)
     if config.long is not None:

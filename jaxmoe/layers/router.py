@@ -9,7 +9,8 @@ from collections.abc import Callable, Mapping
 import jax
 import jax.numpy as jnp
 
-from jaxmoe.config import RouterConfig
+from jaxmoe.config import RouterConfig, RouterFunction
+from jaxmoe.layers.norm import rms_norm
 
 SCORES: dict[str, Callable[[jax.Array], jax.Array]] = {
     "softmax": lambda logits: jax.nn.softmax(logits, axis=-1),
@@ -23,17 +24,19 @@ def route(
 ) -> tuple[jax.Array, jax.Array]:
     """Choose K experts for each token and weight them, in float32.
 
-    1. logits = x @ wᵀ (+ logit bias); scores = score(logits).
+    1. logits = x @ wᵀ (+ logit bias), of x as it is or normalised; scores = score(logits).
     2. The K largest of scores + correction bias, in the eligible groups, are chosen, the lowest
        index first among equals.
-    3. The chosen scores, without that bias, are the weights: divided by their sum or p-norm, then scaled.
+    3. The chosen scores, without that bias, are the weights: divided by their sum or p-norm, then scaled, all alike
+       or each expert's by its own factor.
 
     Shazeer et al. 2017 (arXiv:1701.06538), section 2.1; grouped choice and correction bias:
     DeepSeek-V3 (arXiv:2412.19437), section 2.1.2.
 
     Args:
         x_TD: activations.
-        params: "w_router" [E, D]; "b_router" [E] with a logit bias; "correction_bias" [E] with that.
+        params: "w_router" [E, D]; "b_router" [E] with a logit bias; "correction_bias" [E] with that;
+            "expert_scale" [E] and "router_norm" [D] with those.
         num_experts_per_tok: K.
         config: which of the steps apply.
 
@@ -45,9 +48,13 @@ def route(
 
 def router_logits(x_TD: jax.Array, params: Mapping[str, jax.Array], config: RouterConfig) -> jax.Array:
     """Step 1 of `route` without the score: float32 [T, E]."""
+    x_TD = x_TD.astype(jnp.float32)
+    if config.input_norm_eps is not None:
+        scale_D = params["router_norm"].astype(jnp.float32) * x_TD.shape[-1] ** -0.5
+        x_TD = rms_norm(x_TD, scale_D, config.input_norm_eps)
     logits_TE = jnp.einsum(
         "td,ed->te",
-        x_TD.astype(jnp.float32),
+        x_TD,
         params["w_router"].astype(jnp.float32),
         precision=jax.lax.Precision.HIGHEST,
     )
@@ -59,7 +66,13 @@ def router_logits(x_TD: jax.Array, params: Mapping[str, jax.Array], config: Rout
 def choose_experts(
     logits_TE: jax.Array, params: Mapping[str, jax.Array], num_experts_per_tok: int, config: RouterConfig
 ) -> tuple[jax.Array, jax.Array]:
-    """The rest of `route`: from logits to int32 [T, K] experts and float32 [T, K] weights."""
+    """The rest of `route`: from logits to int32 [T, K] experts and float32 [T, K] weights.
+
+    Raises:
+        ValueError: `RouterConfig.function` gives something of another shape or kind.
+    """
+    if config.function is not None:
+        return _chosen_by(config.function, logits_TE, num_experts_per_tok)
     if config.sparsemixer is not None:
         ids_TK, weights_TK = sparsemixer(logits_TE, num_experts_per_tok, config.sparsemixer)
         return ids_TK, _normalize(weights_TK, config) * config.scale
@@ -69,12 +82,32 @@ def choose_experts(
     if config.correction_bias:
         choice_TE = scores_TE + params["correction_bias"].astype(jnp.float32)
     if config.num_groups > 1:
-        choice_TE = jnp.where(eligible(choice_TE, config), choice_TE, -jnp.inf)
+        eligible_TE = eligible(choice_TE, config)
+        choice_TE = jnp.where(eligible_TE, choice_TE, 0 if config.zero_other_groups else -jnp.inf)
+        if config.zero_other_groups:
+            scores_TE = jnp.where(eligible_TE, scores_TE, 0)
     _, ids_TK = jax.lax.top_k(choice_TE, num_experts_per_tok)
     weights_TK = jnp.take_along_axis(scores_TE, ids_TK, axis=-1)
     if config.score_after_top_k:
         weights_TK = score(weights_TK)
-    return ids_TK, _normalize(weights_TK, config) * config.scale
+    weights_TK = _normalize(weights_TK, config) * config.scale
+    if config.expert_scale:
+        weights_TK *= params["expert_scale"].astype(jnp.float32)[ids_TK]
+    return ids_TK, weights_TK
+
+
+def _chosen_by(function: RouterFunction, logits_TE: jax.Array, K: int) -> tuple[jax.Array, jax.Array]:
+    """What a user's function chooses, once it is seen to be what it should be."""
+    ids_TK, weights_TK = (jnp.asarray(array) for array in function(logits_TE, K))
+    shape = (logits_TE.shape[0], K)
+    kinds = jnp.issubdtype(ids_TK.dtype, jnp.integer) and jnp.issubdtype(weights_TK.dtype, jnp.floating)
+    if ids_TK.shape != shape or weights_TK.shape != shape or not kinds:
+        raise ValueError(
+            f"a router function gives whole numbers and weights of shape [T, K], here {shape}; "
+            f"{getattr(function, '__name__', function)!r} gives {ids_TK.dtype} {ids_TK.shape} and {weights_TK.dtype} "
+            f"{weights_TK.shape}"
+        )
+    return ids_TK.astype(jnp.int32), weights_TK.astype(jnp.float32)
 
 
 def sparsemixer(logits_TE: jax.Array, num_experts_per_tok: int, jitter: float) -> tuple[jax.Array, jax.Array]:

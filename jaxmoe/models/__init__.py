@@ -1,42 +1,71 @@
 """Decoders of known families. A family is one file and a line in `FAMILIES`."""
 
+import dataclasses
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from jaxmoe.config import DecoderConfig, read_config_json
 from jaxmoe.models.dbrx import DBRX
 from jaxmoe.models.decoder import Decoder
+from jaxmoe.models.deepseek_v2 import DEEPSEEK_V2
+from jaxmoe.models.deepseek_v3 import DEEPSEEK_V3, KIMI_K2
 from jaxmoe.models.ernie4_5_moe import ERNIE4_5_MOE
 from jaxmoe.models.family import ExpertTensors, Family
+from jaxmoe.models.gemma4 import GEMMA4_TEXT
 from jaxmoe.models.glm4_moe import GLM4_MOE
 from jaxmoe.models.gpt_oss import GPT_OSS
 from jaxmoe.models.granitemoe import GRANITEMOE
 from jaxmoe.models.hunyuan_v1_moe import HUNYUAN_V1_MOE
+from jaxmoe.models.jamba import JAMBA
 from jaxmoe.models.llama4 import LLAMA4_TEXT
 from jaxmoe.models.minimax_m2 import MINIMAX_M2
 from jaxmoe.models.mixtral import MIXTRAL
+from jaxmoe.models.nemotron_h import NEMOTRON_H
 from jaxmoe.models.olmoe import OLMOE
 from jaxmoe.models.phimoe import PHIMOE
 from jaxmoe.models.qwen2_moe import QWEN2_MOE
+from jaxmoe.models.qwen3_5_moe import QWEN3_5_MOE_TEXT
 from jaxmoe.models.qwen3_moe import QWEN3_MOE
+from jaxmoe.models.qwen3_next import QWEN3_NEXT
+from jaxmoe.models.wrappers import WRAPPERS, Wrapper
 
-__all__ = ["FAMILIES", "Decoder", "ExpertTensors", "Family", "get_family", "read_model_config"]
+__all__ = [
+    "FAMILIES",
+    "WRAPPERS",
+    "Decoder",
+    "ExpertTensors",
+    "Family",
+    "Wrapper",
+    "find_family",
+    "get_family",
+    "read_model_config",
+]
 
 FAMILIES: dict[str, Family] = {
     family.model_type: family
     for family in (
         DBRX,
+        DEEPSEEK_V2,
+        DEEPSEEK_V3,
         ERNIE4_5_MOE,
+        GEMMA4_TEXT,
         GLM4_MOE,
         GPT_OSS,
         GRANITEMOE,
         HUNYUAN_V1_MOE,
+        JAMBA,
+        KIMI_K2,
         MINIMAX_M2,
         LLAMA4_TEXT,
         MIXTRAL,
+        NEMOTRON_H,
         OLMOE,
         PHIMOE,
         QWEN2_MOE,
+        QWEN3_5_MOE_TEXT,
         QWEN3_MOE,
+        QWEN3_NEXT,
     )
 }
 
@@ -48,8 +77,26 @@ def get_family(model_type: str) -> Family:
         ValueError: it is not known here.
     """
     if model_type not in FAMILIES:
-        raise ValueError(f"model_type {model_type!r} is not known; jaxmoe loads {', '.join(sorted(FAMILIES))}")
+        raise ValueError(
+            f"model_type {model_type!r} is not known; jaxmoe loads {', '.join(sorted(FAMILIES))}, and the text part of "
+            f"{', '.join(sorted(WRAPPERS))}"
+        )
     return FAMILIES[model_type]
+
+
+def find_family(config: Mapping[str, Any]) -> tuple[Family, Mapping[str, Any]]:
+    """The family of a model, and the part of its config.json that the family reads.
+
+    For a multimodal model that is the family of its text part (`Family.wrapper` is set), with the text part's config.
+
+    Raises:
+        ValueError: no family is known for it.
+    """
+    wrapper = WRAPPERS.get(config["model_type"])
+    if wrapper is None:
+        return get_family(config["model_type"]), config
+    text = wrapper.text_config(config)
+    return dataclasses.replace(get_family(text["model_type"]), wrapper=wrapper), text
 
 
 def read_model_config(directory: str | Path) -> tuple[Family, DecoderConfig]:
@@ -60,8 +107,8 @@ def read_model_config(directory: str | Path) -> tuple[Family, DecoderConfig]:
         ValueError: it is not readable, of no known family, or lacks what the family needs.
     """
     raw_config = read_config_json(directory)
-    family = get_family(raw_config["model_type"])
     try:
-        return family, family.read_config(raw_config)
+        family, text_config = find_family(raw_config)
+        return family, family.read_config(text_config)
     except ValueError as error:
         raise ValueError(f"{Path(directory) / 'config.json'}: {error}") from error

@@ -46,9 +46,9 @@ def check_tp(config: DecoderConfig, tp: int, expert_axes: tuple[str, ...]) -> No
 def _tp_faults(layer: LayerConfig, tp: int, expert_axes: tuple[str, ...]) -> list[str]:
     found = [] if layer.attention is None else layer.attention.tp_faults(tp)
     ffn = layer.feed_forward
-    dense = ffn.shared if isinstance(ffn, MoEConfig) else ffn
-    if dense is not None and dense.intermediate_size % tp:
-        found.append(f"intermediate_size={dense.intermediate_size}")
+    for dense in (ffn.shared if isinstance(ffn, MoEConfig) else ffn, layer.parallel_mlp):
+        if dense is not None and dense.intermediate_size % tp:
+            found.append(f"intermediate_size={dense.intermediate_size}")
     if isinstance(ffn, MoEConfig) and TP not in expert_axes and ffn.moe_intermediate_size % tp:
         found.append(f"the expert width {ffn.moe_intermediate_size}")
     return found

@@ -21,6 +21,7 @@ from jaxmoe.layers import (
     MoEStats,
     MovedBytes,
     ParamFactory,
+    ReplicaRule,
     VocabTable,
     check_expert_axes,
     check_swap,
@@ -32,6 +33,7 @@ from jaxmoe.models.decoder_layer import DecoderLayer
 from jaxmoe.models.padding import bucket_length, prompt_positions
 from jaxmoe.models.routing import Routing, RoutingRecorder, routing_of
 from jaxmoe.placement import ExpertPlacement, make_placements
+from jaxmoe.placement.traffic import device_loads
 
 # What every layer keeps of the tokens seen, first to last; None for a layer that keeps nothing.
 Cache = tuple[Any, ...]
@@ -192,6 +194,29 @@ class Decoder(nnx.Module):
             moved += swap_experts(moe, wanted, num_nodes=num_nodes)
         return moved
 
+    def choose_replicas(
+        self, choice: str, *, counts: np.ndarray | None = None, devices_per_node: int | None = None
+    ) -> None:
+        """Say which replica a token goes to where its expert has several, see `jaxmoe.MoE.choose_replicas`.
+
+        Args:
+            choice: "modulo", "random", "local_first" or "least_loaded".
+            counts: [L, E], what the experts of each MoE layer were given lately, for "least_loaded"; from
+                `record_routing`.
+            devices_per_node: devices of a node along `expert_axes`, for "local_first"; None for a single node.
+
+        Raises:
+            ValueError: the choice is unknown or the other arguments do not fit; nothing is changed then.
+        """
+        loads = [None] * len(self.moe_layers) if counts is None else device_loads(np.asarray(counts), self.placements)
+        rules = [
+            ReplicaRule(choice=choice, devices_per_node=devices_per_node, last_load=last_load) for last_load in loads
+        ]
+        for moe, rule in zip(self.moe_layers, rules, strict=True):
+            rule.tables(moe.placement)
+        for moe, rule in zip(self.moe_layers, rules, strict=True):
+            moe.choose_replicas(choice, devices_per_node=devices_per_node, last_load=rule.last_load)
+
     def __call__(self, token_ids: jax.Array | np.ndarray | Sequence[Sequence[int]]) -> jax.Array:
         """Logits of every position.
 
@@ -312,7 +337,9 @@ class Decoder(nnx.Module):
 
     def _logits(self, x_BSD: jax.Array) -> jax.Array:
         table = self.embed if self.config.tie_word_embeddings else self.lm_head
-        return table.logits(x_BSD, batch_axes(self.mesh, x_BSD.shape[0])) / self.config.logits_scaling
+        logits_BSV = table.logits(x_BSD, batch_axes(self.mesh, x_BSD.shape[0])) / self.config.logits_scaling
+        softcap = self.config.logits_softcap
+        return logits_BSV if softcap is None else softcap * jnp.tanh(logits_BSV / softcap)
 
 
 @partial(jax.jit, static_argnums=(0, 1))

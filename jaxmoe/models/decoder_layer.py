@@ -5,14 +5,19 @@ from typing import Any
 import jax
 from flax import nnx
 
-from jaxmoe.config import DecoderConfig, LayerConfig, MoEConfig
+from jaxmoe.config import DecoderConfig, LayerConfig, MLPConfig, MoEConfig
 from jaxmoe.layers import MLP, NORMS, MoE, MoEStats, ParamFactory, make_token_mixer
+from jaxmoe.layers.param import ones
 from jaxmoe.mesh import named
 from jaxmoe.placement import ExpertPlacement
 
 
 class DecoderLayer(nnx.Module):
-    """x + attention(norm(x)), then x + feed_forward(norm(x)); a layer may have one of the two only."""
+    """x + attention(norm(x)), then x + feed_forward(norm(x)); a layer may have one of the two only.
+
+    With `LayerConfig.post_norms` a half's result is normalised before it is added. With `LayerConfig.parallel_mlp` the
+    second half is norm(mlp(norm(x))) + norm(moe(norm(x))), and the router sees x itself.
+    """
 
     def __init__(
         self,
@@ -46,8 +51,18 @@ class DecoderLayer(nnx.Module):
                 dtype=param.dtype,
                 rngs=param.rngs,
             )
-        elif config.feed_forward is not None:
-            self.mlp = MLP(config.feed_forward, param=param)
+        if isinstance(dense := config.parallel_mlp or config.feed_forward, MLPConfig):
+            self.mlp = MLP(dense, param=param)
+        if config.post_norms and config.attention is not None:
+            self.attention_post_norm = norm(hidden_size, eps, param=param)
+        if config.post_norms and config.feed_forward is not None:
+            self.feed_forward_post_norm = norm(hidden_size, eps, param=param)
+        if config.parallel_mlp is not None:
+            self.mlp_post_norm = norm(hidden_size, eps, param=param)
+            self.moe_norm = norm(hidden_size, eps, param=param)
+            self.moe_post_norm = norm(hidden_size, eps, param=param)
+        if config.output_scale:
+            self.output_scale = param((1,), init=ones)
 
     def __call__(
         self,
@@ -66,16 +81,34 @@ class DecoderLayer(nnx.Module):
         """
         stats = None
         if self.config.attention is not None:
-            attended, cache = self.attention(self.attention_norm(x_BSD), positions_BS, cache, batch, decode=decode)
-            x_BSD = x_BSD + attended * self.residual_multiplier
-        if isinstance(self.config.feed_forward, MoEConfig):
-            y_BSD, stats = self.moe(self.feed_forward_norm(x_BSD), mask_BS)
-            y_BSD = jax.lax.with_sharding_constraint(y_BSD, named(self.moe.mesh, batch))
+            y_BSD, cache = self.attention(self.attention_norm(x_BSD), positions_BS, cache, batch, decode=decode)
+            if self.config.post_norms:
+                y_BSD = self.attention_post_norm(y_BSD)
             x_BSD = x_BSD + y_BSD * self.residual_multiplier
-        elif self.config.feed_forward is not None:
-            y_BSD = self.mlp(self.feed_forward_norm(x_BSD), batch)
+        if self.config.feed_forward is not None:
+            y_BSD, stats = self._feed_forward(x_BSD, mask_BS, batch)
+            if self.config.post_norms:
+                y_BSD = self.feed_forward_post_norm(y_BSD)
             x_BSD = x_BSD + y_BSD * self.residual_multiplier
+        if self.config.output_scale:
+            x_BSD = x_BSD * self.output_scale[...]
         return x_BSD, cache, stats
+
+    def _feed_forward(
+        self, x_BSD: jax.Array, mask_BS: jax.Array, batch: tuple[str, ...]
+    ) -> tuple[jax.Array, MoEStats | None]:
+        """The second half without what it is added to."""
+        normed_BSD = self.feed_forward_norm(x_BSD)
+        if not isinstance(self.config.feed_forward, MoEConfig):
+            return self.mlp(normed_BSD, batch), None
+        if self.config.parallel_mlp is None:
+            y_BSD, stats = self.moe(normed_BSD, mask_BS)
+        else:
+            y_BSD, stats = self.moe(self.moe_norm(x_BSD), mask_BS, router_x=x_BSD)
+        y_BSD = jax.lax.with_sharding_constraint(y_BSD, named(self.moe.mesh, batch))
+        if self.config.parallel_mlp is not None:
+            y_BSD = self.mlp_post_norm(self.mlp(normed_BSD, batch)) + self.moe_post_norm(y_BSD)
+        return y_BSD, stats
 
     def cache_arrays(self, batch_size: int, max_length: int) -> Any:
         """What the layer keeps of the tokens seen, a pytree of `CacheArray`; None for a layer that looks at none."""

@@ -5,6 +5,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
 from jaxmoe.config import DecoderConfig
+from jaxmoe.models.wrappers import Wrapper
 
 FusedLayout = Literal["fused", "fused_transposed", "fused_interleaved", "stacked", "stacked_rows"]
 
@@ -83,9 +84,11 @@ class Family:
         experts: names of the routed experts.
         renamed_experts: names that a checkpoint may have for them instead, where the fused tensors have two spellings.
         ignored: rule name -> regular expression (of whole tensor names) for tensors that are
-            rightly in a checkpoint and not in the model; ``{num_layers}`` stands for the number of layers.
+            rightly in a checkpoint and not in the model; ``{mtp_layers}`` stands for the indices of the
+            multi-token-prediction layers, 61|62.
         spellings: parts of names that mean the same, where transformers calls a module otherwise than files do: an
             adapter's names are looked for in each spelling.
+        wrapper: the multimodal model that a checkpoint is of; None where it is of the text model alone.
     """
 
     model_type: str
@@ -95,11 +98,19 @@ class Family:
     ignored: Mapping[str, str]
     spellings: tuple[tuple[str, ...], ...] = ()
     renamed_experts: ExpertTensors | None = None
+    wrapper: Wrapper | None = None
 
     def ignored_in(self, config: DecoderConfig) -> dict[str, str]:
-        """`ignored` for a model of that config."""
-        layers = str(len(config.layers))
-        return {name: pattern.replace("{num_layers}", layers) for name, pattern in self.ignored.items()}
+        """`ignored` for a model of that config, and what stands beside it in a multimodal model's checkpoint."""
+        behind = range(len(config.layers), len(config.layers) + config.num_mtp_layers)
+        own = {
+            name: pattern.replace("{mtp_layers}", "|".join(map(str, behind))) for name, pattern in self.ignored.items()
+        }
+        return {**own, **(self.wrapper.ignored if self.wrapper else {})}
+
+    def text_name(self, name: str) -> str:
+        """The name that `tensors` has for a tensor of a checkpoint; see `Wrapper.text_name`."""
+        return self.wrapper.text_name(name) if self.wrapper else name
 
 
 def llama_tensors(feed_forward: Mapping[str, tuple[str, ...]]) -> dict[str, tuple[str, ...]]:
@@ -144,4 +155,4 @@ MLP_EXPERTS = ExpertTensors(
 ROTARY_BUFFERS = {"rotary buffers": r".*\.rotary_emb\.inv_freq"}
 
 # Layers that predict the tokens after the next one stand behind the model's own.
-MTP_LAYERS = {"multi-token prediction": r"model\.layers\.{num_layers}\..*"}
+MTP_LAYERS = {"multi-token prediction": r"model\.layers\.({mtp_layers})\..*"}

@@ -62,6 +62,7 @@ def read_config(config: Mapping[str, Any]) -> DecoderConfig:
             LayerConfig(attention=attention, feed_forward=moe if i >= first_sparse else dense)
             for i in range(pick(config, "num_hidden_layers"))
         ),
+        num_mtp_layers=pick(config, "num_nextn_predict_layers", default=1),
     )
 
 

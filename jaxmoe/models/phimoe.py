@@ -1,4 +1,12 @@
-"""Phi-3.5-MoE: sparsemixer router, layer norms, biases everywhere, LongRoPE."""
+"""Phi-3.5-MoE: sparsemixer router, layer norms, biases everywhere, LongRoPE.
+
+Beyond the original context (``original_max_position_embeddings``) rotated queries and keys have another scale:
+
+* a prompt longer than that has the long scale at all its positions, as in transformers;
+* a sequence that grows beyond it has the long scale from its first token beyond on. Its cache stays: the keys in it keep
+  the short scale. So does transformers' model where it is called with a cache token by token; its ``generate`` drops
+  the cache at that token and computes the sequence anew with the long scale, and may give other tokens from there on.
+"""
 
 import dataclasses
 from collections.abc import Mapping

@@ -14,7 +14,7 @@ from typing import NamedTuple
 import numpy as np
 
 from jaxmoe.placement.base import ExpertPlacement
-from jaxmoe.placement.linear import linear
+from jaxmoe.placement.linear import initial_experts, linear
 from jaxmoe.placement.round_robin import round_robin
 
 _STRATEGIES = {"linear": linear, "round_robin": round_robin}
@@ -220,7 +220,7 @@ def initial_physical_to_logical(num_experts: int, num_redundant_experts: int = 0
             f"a layer has at least one expert and no less than none redundant; got {num_experts} and "
             f"{num_redundant_experts}"
         )
-    return np.arange(num_experts + num_redundant_experts, dtype=np.int32) % num_experts
+    return initial_experts(num_experts, num_experts + num_redundant_experts)
 
 
 def _checked_rank(rank: int, ep: int) -> int:

@@ -1,11 +1,13 @@
 """Replica choice: which slot a token goes to where its expert has several.
 
-A choice is one function and a line in `REPLICA_CHOICES`. What each costs is judged by running a
-trace through it; the best that any choice could do is `optimal_max_load`.
+A choice is a table of the slots that each device may use for each expert, and whether tokens take turns over
+them or draw; a line in `REPLICA_CHOICES`. A running model reads the same tables (`jaxmoe.MoE.choose_replicas`).
+What each choice costs is judged by running a trace through it; the best that any could do is `optimal_split`.
 """
 
 import dataclasses
 from collections.abc import Callable
+from typing import NamedTuple
 
 import numpy as np
 
@@ -31,50 +33,84 @@ class ReplicaContext:
     seed: int = 0
 
 
-def modulo(ids_TK: np.ndarray, placement: ExpertPlacement, context: ReplicaContext) -> np.ndarray:
-    """Tokens take turns: a device's t-th token goes to replica t mod (replicas of its expert)."""
-    return _pick(ids_TK, placement, context.turn[:, None])
+class ReplicaTable(NamedTuple):
+    """The slots that the tokens of each device may use.
 
-
-def local_first(ids_TK: np.ndarray, placement: ExpertPlacement, context: ReplicaContext) -> np.ndarray:
-    """A replica on the token's own device, else one on its node, else any; tokens take turns over equally near ones."""
-    slots_TKX = placement.expert_to_slots[np.maximum(ids_TK, 0)]
-    device_TKX, home_T11 = slots_TKX // placement.slots_per_device, context.home[:, None, None]
-    n = context.devices_per_node
-    distance_TKX = np.where(device_TKX == home_T11, 0, np.where(device_TKX // n == home_T11 // n, 1, 2))
-    distance_TKX[slots_TKX < 0] = 3
-    near_TKX = distance_TKX == distance_TKX.min(axis=2, keepdims=True)
-    turn_TK = context.turn[:, None] % near_TKX.sum(axis=2)
-    chosen_TKX = near_TKX & (np.cumsum(near_TKX, axis=2) == turn_TK[:, :, None] + 1)
-    slots_TK = np.take_along_axis(slots_TKX, chosen_TKX.argmax(axis=2)[:, :, None], axis=2)[:, :, 0]
-    return np.where(ids_TK < 0, -1, slots_TK)
-
-
-def seeded_random(ids_TK: np.ndarray, placement: ExpertPlacement, context: ReplicaContext) -> np.ndarray:
-    """Any replica with equal chance; equal seeds give equal choices."""
-    turns_TK = np.random.default_rng(context.seed).integers(0, np.iinfo(np.int32).max, size=ids_TK.shape)
-    return _pick(ids_TK, placement, turns_TK)
-
-
-def least_loaded(ids_TK: np.ndarray, placement: ExpertPlacement, context: ReplicaContext) -> np.ndarray:
-    """The replica on the device that received fewest rows in the window before.
-
-    All tokens of a window follow the same figures, so the device that was idle is flooded next:
-    where loads are steady, taking turns does better.
+    Attributes:
+        slots: int32 [n, E, X], for device and expert, padded with -1.
+        counts: int32 [n, E], how many there are, at least 1.
     """
-    slots_EX = placement.expert_to_slots
-    load_EX = np.where(slots_EX < 0, np.inf, context.last_load[slots_EX // placement.slots_per_device])
-    return _pick(ids_TK, placement, load_EX.argmin(axis=1)[np.maximum(ids_TK, 0)])
+
+    slots: np.ndarray
+    counts: np.ndarray
 
 
-ReplicaChoice = Callable[[np.ndarray, ExpertPlacement, ReplicaContext], np.ndarray]
-"""``(ids_TK, placement, context) -> slots_TK``; an id of -1 gives a slot of -1."""
+def any_replica(placement: ExpertPlacement, devices_per_node: int, last_load: np.ndarray) -> ReplicaTable:
+    """All slots of an expert, for every device."""
+    del devices_per_node, last_load
+    n = placement.ep
+    return ReplicaTable(
+        np.broadcast_to(placement.expert_to_slots, (n, *placement.expert_to_slots.shape)),
+        np.broadcast_to(placement.replica_counts, (n, placement.num_experts)),
+    )
+
+
+def nearest_replicas(placement: ExpertPlacement, devices_per_node: int, last_load: np.ndarray) -> ReplicaTable:
+    """The slots on the token's own device, else those on its node, else all."""
+    del last_load
+    slots_EX, n = placement.expert_to_slots, placement.ep
+    device_EX, home_n11 = slots_EX // placement.slots_per_device, np.arange(n)[:, None, None]
+    same_node_nEX = device_EX // devices_per_node == home_n11 // devices_per_node
+    distance_nEX = np.where(device_EX == home_n11, 0, np.where(same_node_nEX, 1, 2))
+    distance_nEX[:, slots_EX < 0] = 3
+    near_nEX = distance_nEX == distance_nEX.min(axis=2, keepdims=True)
+    # The near ones to the front, in their order.
+    order_nEX = np.argsort(~near_nEX, axis=2, kind="stable")
+    slots_nEX = np.take_along_axis(np.where(near_nEX, slots_EX, -1), order_nEX, axis=2)
+    return ReplicaTable(slots_nEX, near_nEX.sum(axis=2).astype(np.int32))
+
+
+def idlest_replica(placement: ExpertPlacement, devices_per_node: int, last_load: np.ndarray) -> ReplicaTable:
+    """The one slot on the device that received fewest rows in the window before."""
+    del devices_per_node
+    slots_EX, n = placement.expert_to_slots, placement.ep
+    load_EX = np.where(slots_EX < 0, np.inf, last_load[slots_EX // placement.slots_per_device])
+    slots_E1 = np.take_along_axis(slots_EX, load_EX.argmin(axis=1)[:, None], axis=1)
+    slots_EX = np.pad(slots_E1, ((0, 0), (0, slots_EX.shape[1] - 1)), constant_values=-1)
+    return ReplicaTable(np.broadcast_to(slots_EX, (n, *slots_EX.shape)), np.ones((n, placement.num_experts), np.int32))
+
+
+@dataclasses.dataclass(frozen=True)
+class ReplicaChoice:
+    """A way to choose among the slots of an expert: an entry of `REPLICA_CHOICES`.
+
+    Attributes:
+        table: (placement, devices per node, [ep] rows that each device received last) -> the slots to choose from.
+        random: draw one of them; otherwise tokens take turns, those of device d beginning with the d-th.
+    """
+
+    table: Callable[[ExpertPlacement, int, np.ndarray], ReplicaTable]
+    random: bool = False
+
+    def __call__(self, ids_TK: np.ndarray, placement: ExpertPlacement, context: ReplicaContext) -> np.ndarray:
+        """The slot of each choice, int [T, K]; an id of -1 gives a slot of -1."""
+        slots_nEX, counts_nE = self.table(placement, context.devices_per_node, context.last_load)
+        home_T1, safe_TK = context.home[:, None], np.maximum(ids_TK, 0)
+        if self.random:
+            turn_TK = np.random.default_rng(context.seed).integers(0, np.iinfo(np.int32).max, size=ids_TK.shape)
+        else:
+            turn_TK = np.broadcast_to(home_T1 + context.turn[:, None], ids_TK.shape)
+        slots_TK = slots_nEX[home_T1, safe_TK, turn_TK % counts_nE[home_T1, safe_TK]]
+        return np.where(ids_TK < 0, -1, slots_TK)
+
 
 REPLICA_CHOICES: dict[str, ReplicaChoice] = {
-    "modulo": modulo,
-    "local_first": local_first,
-    "random": seeded_random,
-    "least_loaded": least_loaded,
+    "modulo": ReplicaChoice(any_replica),
+    "local_first": ReplicaChoice(nearest_replicas),
+    "random": ReplicaChoice(any_replica, random=True),
+    # All tokens of a window follow the same figures, so the device that was idle is flooded next: where loads are
+    # steady, taking turns does better.
+    "least_loaded": ReplicaChoice(idlest_replica),
 }
 
 
@@ -87,9 +123,3 @@ def get_replica_choice(name: str) -> ReplicaChoice:
     if name not in REPLICA_CHOICES:
         raise ValueError(f"replica choices are {', '.join(sorted(REPLICA_CHOICES))}; got {name!r}")
     return REPLICA_CHOICES[name]
-
-
-def _pick(ids_TK: np.ndarray, placement: ExpertPlacement, turns_TK: np.ndarray) -> np.ndarray:
-    safe_TK = np.maximum(ids_TK, 0)
-    slots_TK = placement.expert_to_slots[safe_TK, turns_TK % placement.replica_counts[safe_TK]]
-    return np.where(ids_TK < 0, -1, slots_TK)

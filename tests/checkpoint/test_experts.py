@@ -37,7 +37,9 @@ def test_layer_1_is_not_layer_10():
 
 @pytest.mark.parametrize("experts", [range(11), [7]])
 def test_both_layouts_in_one_layer_are_refused(experts):
-    with pytest.raises(CheckpointError, match=r"both '.*gate_up_proj' and '.*experts\.\d+\.gate_proj.weight' are"):
+    with pytest.raises(
+        CheckpointError, match=r"'.*gate_up_proj' \(fused\) and '.*\.\d+\.gate_proj.weight' \(per_expert\)"
+    ):
         find_expert_layout(NAMES.for_layer(3), names_of(3, experts) | names_of(3, fused=True), 11)
 
 

@@ -275,7 +275,7 @@ def test_the_family_tells_interleaved_from_halves() -> None:
 
 def test_layouts_that_contradict() -> None:
     sizes = {"model_width": D, "expert_width": F}
-    with pytest.raises(CheckpointError, match="there is fused and per_expert;"):
+    with pytest.raises(CheckpointError, match=r"gate_up_proj' \(fused\) and .*' \(per_expert\) are there at once"):
         detect_expert_layout(PER_EXPERT | FUSED, "m.experts", **sizes)
     with pytest.raises(CheckpointError, match="there is nothing;"):
         detect_expert_layout(PER_EXPERT, "model.experts", **sizes)

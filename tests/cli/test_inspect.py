@@ -40,7 +40,7 @@ def test_known_families(path, capsys) -> None:
     assert "other" not in found["groups"]
     unused = 0
     for moe in moes:
-        halves, F, D = (2 if moe.gated else 1), moe.moe_intermediate_size, moe.hidden_size
+        halves, F, D = (2 if moe.gated else 1), moe.moe_intermediate_size, moe.expert_input_size
         of_one = (halves + 1) * F * D + moe.bias * (halves * F + D)
         unused += (moe.num_experts - moe.num_experts_per_tok) * of_one
     assert found["active_parameters"] == found["parameters"] - unused
@@ -61,10 +61,10 @@ def test_a_table_for_people(capsys) -> None:
     lines = capsys.readouterr().out.splitlines()
     facts = dict(line.split(maxsplit=1) for line in lines[:9])
     assert facts["family"].strip() == "qwen3_moe"
-    assert facts["layers"].strip() == "4, 4 of them with routed experts"
-    assert facts["parameters"].strip() == "611,008, 389,824 active per token"
+    assert facts["layers"].strip() == "6, 6 of them with routed experts"
+    assert facts["parameters"].strip() == "7.2M, 1.78M active per token"
     assert facts["quantisation"].strip() == "none"
-    assert any("routed experts" in line and "294,912" in line and "48.3%" in line for line in lines)
+    assert any("routed experts" in line and "6.19M" in line and "86.0%" in line for line in lines)
     assert not any("not loadable" in line for line in lines)
 
 

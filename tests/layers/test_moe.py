@@ -31,7 +31,7 @@ def expected(layer: jaxmoe.MoE, x: np.ndarray) -> np.ndarray:
     return dense_moe(x_TD, ids_TK, weights_TK, *logical(layer)).reshape(x.shape)
 
 
-@pytest.mark.parametrize("dispatch", ["auto", "replicated", "all_to_all"])
+@pytest.mark.parametrize("dispatch", ["auto", "replicated", "all_gather", "all_to_all"])
 @pytest.mark.parametrize("placement", ["linear", "round_robin"])
 def test_equals_the_dense_oracle(mesh, placement, dispatch):
     layer = jaxmoe.MoE(CONFIG, mesh=mesh, placement=placement, dispatch=dispatch, rngs=nnx.Rngs(0))
@@ -53,7 +53,7 @@ def test_expert_counts_are_those_of_the_router():
     np.testing.assert_array_equal(stats.expert_counts, np.bincount(ids_TK[mask].reshape(-1), minlength=11))
 
 
-@pytest.mark.parametrize("dispatch", ["replicated", "all_to_all"])
+@pytest.mark.parametrize("dispatch", ["replicated", "all_gather", "all_to_all"])
 def test_masked_tokens_come_back_as_zeros_and_change_nothing(mesh, dispatch):
     layer = jaxmoe.MoE(CONFIG, mesh=mesh, dispatch=dispatch, rngs=nnx.Rngs(0))
     x = np.random.default_rng(3).normal(size=(12, 16)).astype(np.float32)
@@ -62,7 +62,7 @@ def test_masked_tokens_come_back_as_zeros_and_change_nothing(mesh, dispatch):
     np.testing.assert_allclose(np.asarray(y), np.where(mask[:, None], expected(layer, x), 0), atol=3e-6)
 
 
-@pytest.mark.parametrize("dispatch", ["replicated", "all_to_all"])
+@pytest.mark.parametrize("dispatch", ["replicated", "all_gather", "all_to_all"])
 def test_replicas_and_padding_anywhere(dispatch):
     slots = [4, -1, 0, 1, 2, 3, 4, -1, 5, 6, 7, 8, 9, 10, 4, 0]
     placement = ExpertPlacement(11, 8, np.array(slots))
@@ -76,7 +76,7 @@ def test_replicas_and_padding_anywhere(dispatch):
     np.testing.assert_allclose(np.asarray(y), expected(layer, x), atol=3e-6)
 
 
-@pytest.mark.parametrize("dispatch", ["replicated", "all_to_all"])
+@pytest.mark.parametrize("dispatch", ["replicated", "all_gather", "all_to_all"])
 def test_weights_on_the_input(mesh, dispatch):
     """Every choice as a token of its own: its row times its weight, and what comes out as it is."""
     config = dataclasses.replace(CONFIG, weights_on_input=True)
@@ -89,7 +89,7 @@ def test_weights_on_the_input(mesh, dispatch):
     np.testing.assert_allclose(np.asarray(y), outs.reshape(13, 3, 16).sum(axis=1), atol=3e-6)
 
 
-@pytest.mark.parametrize("expert_axes", [("ep",), ("ep", "tp")])
+@pytest.mark.parametrize("expert_axes", [("ep",), ("ep", "tp"), ("dp", "ep")])
 def test_each_device_holds_its_own_experts_only(mesh, expert_axes):
     layer = jaxmoe.MoE(CONFIG, mesh=mesh, expert_axes=expert_axes, rngs=nnx.Rngs(0))
     slots = layer.placement.num_slots
@@ -101,21 +101,22 @@ def test_each_device_holds_its_own_experts_only(mesh, expert_axes):
         value = param[...]
         assert value.shape == shape
         assert value.sharding.is_equivalent_to(jax.sharding.NamedSharding(mesh, P(*dims)), value.ndim)
-        share = mesh.shape["ep"] * mesh.shape["tp"]
+        share = mesh.shape["ep"] * mesh.shape["tp"] * (mesh.shape["dp"] if "dp" in expert_axes else 1)
         for shard in value.addressable_shards:
             assert shard.data.nbytes == value.nbytes // share
     x = np.random.default_rng(5).normal(size=(10, 16)).astype(np.float32)
-    for dispatch in ("replicated", "all_to_all"):
+    for dispatch in ("replicated", "all_gather", "all_to_all"):
         layer.dispatch = dispatch
         np.testing.assert_allclose(np.asarray(layer(jnp.asarray(x))[0]), expected(layer, x), atol=3e-6)
 
 
 def test_output_keeps_tokens_on_their_devices():
+    """Each tp rank works on a part of the tokens that its device had; no token moves to another one."""
     mesh = mesh_of(2, 2, 2)
     layer = jaxmoe.MoE(CONFIG, mesh=mesh, dispatch="all_to_all", rngs=nnx.Rngs(0))
     tokens = jax.sharding.NamedSharding(mesh, P(("dp", "ep")))
     y, _ = layer(jax.device_put(np.ones((8, 16), np.float32), tokens))
-    assert y.sharding.is_equivalent_to(tokens, 2)
+    assert y.sharding.is_equivalent_to(jax.sharding.NamedSharding(mesh, P(("dp", "ep", "tp"))), 2)
 
 
 def test_workspace_does_not_depend_on_routing_or_duplicate_weights():
@@ -166,6 +167,15 @@ def test_abstract_layer_allocates_nothing():
     assert specs["w_gate_up"].rows == tuple(layer.placement.slot_to_expert)
     assert specs["w_gate_up"].source_groups == 11
     assert isinstance(layer.w_gate_up.get_value(), jax.ShapeDtypeStruct)
+
+
+def test_the_choice_of_a_dispatch_is_explained_and_taken():
+    layer = jaxmoe.MoE(CONFIG, mesh=mesh_of(1, 2, 4), rngs=nnx.Rngs(0))
+    for tokens in (1, 2**20):
+        choice = layer.explain_dispatch(tokens)
+        assert choice.name == min(choice.seconds, key=choice.seconds.get)
+        assert layer._plan(tokens, jnp.float32).dispatch.name == choice.name
+    assert layer.explain_dispatch(1).name == "replicated"
 
 
 def test_bad_input_is_refused():

@@ -10,6 +10,7 @@ import pytest
 
 from jaxmoe.config import RouterConfig
 from jaxmoe.layers import route
+from jaxmoe.layers.router import router_logits
 
 E, K, T, GROUPS = 12, 3, 50, 4
 
@@ -72,6 +73,12 @@ def normalized(weights: np.ndarray, epsilon: float = 0.0) -> np.ndarray:
     return weights / (weights.sum() + epsilon)
 
 
+def by_magnitude(logits_TE: jax.Array, k: int) -> tuple[jax.Array, jax.Array]:
+    """A user's own router: the logits farthest from zero, all with the same weight."""
+    ids_TK = jax.lax.top_k(jnp.abs(logits_TE), k)[1]
+    return ids_TK, jnp.full(ids_TK.shape, 1 / k)
+
+
 ROWS = {
     "mixtral, qwen3_5, hunyuan_v1": Row(
         RouterConfig(),
@@ -104,7 +111,9 @@ ROWS = {
         lambda z, ids: sigmoid(z[ids]),
     ),
     "deepseek_v2": Row(
-        RouterConfig(renormalize=False, num_groups=GROUPS, topk_groups=2, group_score="max", scale=16.0),
+        RouterConfig(
+            renormalize=False, num_groups=GROUPS, topk_groups=2, group_score="max", zero_other_groups=True, scale=16.0
+        ),
         lambda z, b: in_best_groups(softmax(z), 2, np.max),
         lambda z, ids: softmax(z)[ids] * 16.0,
     ),
@@ -145,7 +154,20 @@ ROWS = {
         lambda z, b: z,
         lambda z, ids: sparsemixer(z, ids, 0.2),
     ),
+    "gemma4": Row(
+        RouterConfig(expert_scale=True),
+        lambda z, b: softmax(z),
+        lambda z, ids: normalized(softmax(z)[ids]) * EXPERT_SCALES[ids],
+    ),
+    "a user's own": Row(
+        RouterConfig(function=by_magnitude),
+        lambda z, b: np.abs(z),
+        lambda z, ids: np.full(len(ids), 1 / len(ids)),
+    ),
 }
+
+
+EXPERT_SCALES = np.linspace(-0.5, 2.0, E, dtype=np.float32)
 
 
 def random_case(rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
@@ -174,7 +196,11 @@ CASES = (random_case, tied_case, negative_case, tiny_case)
 
 def run(config: RouterConfig, k: int, logits: np.ndarray, bias: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """`route` with an identity for a projection, so that the logits are exactly those given."""
-    params = {"w_router": jnp.eye(E), "correction_bias": jnp.asarray(bias, jnp.float32)}
+    params = {
+        "w_router": jnp.eye(E),
+        "correction_bias": jnp.asarray(bias, jnp.float32),
+        "expert_scale": jnp.asarray(EXPERT_SCALES),
+    }
     ids_TK, weights_TK = jax.jit(route, static_argnums=(2, 3))(jnp.asarray(logits, jnp.float32), params, k, config)
     assert (ids_TK.dtype, weights_TK.dtype) == ("int32", "float32")
     return np.asarray(ids_TK), np.asarray(weights_TK)
@@ -211,6 +237,18 @@ def test_equal_groups_choose_the_first():
     np.testing.assert_array_equal(ids_TK, [range(6)])
 
 
+def test_experts_of_other_groups_weigh_nothing_where_they_score_zero():
+    """DeepSeek-V2 with more experts for a token than its groups have: the rest are the first of the others."""
+    config = RouterConfig(
+        renormalize=False, num_groups=GROUPS, topk_groups=1, group_score="max", zero_other_groups=True, scale=2.0
+    )
+    logits = np.zeros((1, E))
+    logits[0, 3:6] = 2.0, 1.0, 3.0
+    ids_TK, weights_TK = run(config, 5, logits, np.zeros(E))
+    np.testing.assert_array_equal(ids_TK, [[5, 3, 4, 0, 1]])
+    np.testing.assert_allclose(weights_TK, [[*(2 * softmax(logits[0])[[5, 3, 4]]), 0, 0]], rtol=1e-6)
+
+
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_projection_and_its_bias_are_float32(dtype):
     rng = np.random.default_rng(2)
@@ -222,6 +260,29 @@ def test_projection_and_its_bias_are_float32(dtype):
     for ids, weights, logits in zip(np.asarray(ids_TK), np.asarray(weights_TK), logits_TE, strict=True):
         np.testing.assert_array_equal(ids, best(logits, K))
         np.testing.assert_allclose(weights, softmax(logits[ids]), rtol=1e-5)
+
+
+def test_the_input_is_normalised_for_the_router_alone():
+    rng = np.random.default_rng(3)
+    x_TD, w_ED, scale_D = rng.normal(size=(T, 7)), rng.normal(size=(E, 7)), rng.normal(size=7)
+    params = {"w_router": jnp.asarray(w_ED, jnp.float32), "router_norm": jnp.asarray(scale_D, jnp.float32)}
+    logits_TE = router_logits(jnp.asarray(x_TD, jnp.float32), params, RouterConfig(input_norm_eps=0.5))
+    normed_TD = x_TD / np.sqrt((x_TD**2).mean(axis=1, keepdims=True) + 0.5) * scale_D / np.sqrt(7)
+    np.testing.assert_allclose(logits_TE, normed_TD @ w_ED.T, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("function", "found"),
+    [
+        (lambda z, k: (jax.lax.top_k(z, k)[1][:, 0], z[:, 0]), "int32 .50,. and float32 .50,."),
+        (lambda z, k: (z[:, :k], z[:, :k]), "float32 .50, 3. and float32 .50, 3."),
+        (lambda z, k: (jax.lax.top_k(z, k)[1], jnp.ones((T, k), jnp.int32)), "int32 .50, 3. and int32 .50, 3."),
+    ],
+    ids=["shape", "ids", "weights"],
+)
+def test_a_function_that_gives_something_else_is_refused(function, found):
+    with pytest.raises(ValueError, match=rf"of shape \[T, K\], here \(50, 3\); '<lambda>' gives {found}"):
+        run(RouterConfig(function=function), K, np.zeros((T, E)), np.zeros(E))
 
 
 def test_more_groups_chosen_than_there_are():

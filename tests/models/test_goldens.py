@@ -84,8 +84,8 @@ def test_logits_and_greedy_tokens(family, placement, mesh_shape):
     assert len(expected["greedy"][0]) == NEW_TOKENS
 
 
-@pytest.mark.parametrize("dispatch", ["replicated", "all_to_all"])
-@pytest.mark.parametrize("expert_axes", [("ep",), ("ep", "tp")])
+@pytest.mark.parametrize("dispatch", ["replicated", "all_gather", "all_to_all"])
+@pytest.mark.parametrize("expert_axes", [("ep",), ("ep", "tp"), ("dp", "ep")])
 def test_every_dispatch_and_expert_axes(dispatch, expert_axes):
     expected = read_expected("qwen3_moe")
     model = jaxmoe.load(

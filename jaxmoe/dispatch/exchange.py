@@ -1,0 +1,146 @@
+"""The exchange in bounded rounds that all_to_all and ragged_all_to_all share.
+
+Each device sends each of its tokens once to every device with one of the token's experts, at most C rows to each device
+in a round, whatever the routing. There the row meets all of its experts, and one sum comes back. The number of rounds is
+the mesh-wide maximum of need / C: even routing takes one; skew takes more rounds, never more memory, and no row is ever
+left behind. Where tp splits the experts, its ranks hold different tokens: rows are gathered over tp when they arrive, and
+the partial sums are reduce-scattered over tp before they return, so nothing crosses the expert axes twice.
+"""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from jaxmoe.dispatch.base import TOKEN_AXES, DispatchLayout, DispatchStats, Experts
+from jaxmoe.dispatch.choices import pack_choices, unpack_choices
+from jaxmoe.dispatch.exchange_plan import ExchangePlan, capacity, make_plan, plan_round, slots_at
+from jaxmoe.dispatch.local import local_sums, pairs_per_trip, weighted_sum
+from jaxmoe.dispatch.rounds import Bodies, sum_rounds
+from jaxmoe.dispatch.traffic import Collective, CollectiveOp, distinct_destinations
+from jaxmoe.dispatch.wire import pack_rows, unpack_rows
+from jaxmoe.mesh import AXES
+
+# Rows [n·C, ...], C for each device, to the rows of all devices for this one.
+Transfer = Callable[[jax.Array], jax.Array]
+# (places used for each destination [n], C, layout) -> the transfer there and the one back. Places that nothing is
+# written to hold zeros.
+OpenTransfers = Callable[[jax.Array, int, DispatchLayout], tuple[Transfer, Transfer]]
+
+
+def token_axes(layout: DispatchLayout) -> tuple[str, ...]:
+    """Every device has tokens of its own."""
+    return TOKEN_AXES
+
+
+def run_exchange(
+    open_transfers: OpenTransfers,
+    x_TD: jax.Array,
+    slots_TK: jax.Array,
+    weights_TK: jax.Array,
+    experts: Experts,
+    layout: DispatchLayout,
+    weights_on_input: bool = False,
+) -> tuple[jax.Array, DispatchStats]:
+    """Exchange rows over the expert axes until all have been served; see `RunDispatch`."""
+    (T, K), n, p = slots_TK.shape, layout.num_devices, layout.slots_per_device
+    C = capacity(T, K, layout.num_slots, n)
+    partial_axes = layout.partial_axes if layout.num_partial > 1 else ()
+    plan = make_plan(slots_TK, n, p, C)
+
+    def one_round(
+        wire_dtype: str | None,
+        index: jax.Array,
+        inputs: tuple[jax.Array, jax.Array, Any],
+        constants: tuple[jax.Array, ExchangePlan],
+    ) -> jax.Array:
+        (x_TD, weights_TK, params), (slots_TK, plan) = inputs, constants
+        now = plan_round(plan, index, C)
+        there, back = open_transfers(now.sizes_n, C, layout)
+
+        sent_nCK = slots_at(slots_TK[now.tokens], jnp.arange(n)[:, None, None], p)
+        sent_nCK = jnp.where(jnp.arange(C)[:, None] < now.sizes_n[:, None, None], sent_nCK, -1)
+        token_R = now.tokens.reshape(-1)
+        x_RD, slots_RK, weights_RK = _deliver(
+            there, x_TD[token_R], sent_nCK.reshape(-1, K), weights_TK[token_R], partial_axes, wire_dtype
+        )
+        y_RD = local_sums(
+            x_RD,
+            slots_RK,
+            weights_RK,
+            experts._replace(params=params),
+            layout,
+            expected_pairs=layout.num_partial * T * K,
+            weights_on_input=weights_on_input,
+        )
+        if partial_axes:
+            y_RD = jax.lax.psum_scatter(y_RD, partial_axes, tiled=True)
+        out_RD = back(y_RD.astype(x_TD.dtype))
+        return weighted_sum(jnp.ones(now.places.shape, jnp.float32), out_RD, now.places)
+
+    # The bound is the same on every device of the mesh: collectives in the loop meet their partners.
+    rounds = 1 if C == T else jax.lax.pmax(-(-jnp.max(plan.need_n) // C), AXES)
+    # A rounded row is no differentiable function of the row: the gradient is that of rows sent as they are.
+    bodies = Bodies(partial(one_round, layout.wire_dtype), partial(one_round, None))
+    y_TD = sum_rounds(bodies, rounds, (x_TD, weights_TK, experts.params), (slots_TK, plan))
+    return y_TD, DispatchStats(rounds=jnp.int32(rounds), rows_sent_n=plan.need_n)
+
+
+def _deliver(
+    there: Transfer,
+    x_RD: jax.Array,
+    slots_RK: jax.Array,
+    weights_RK: jax.Array,
+    partial_axes: tuple[str, ...],
+    wire_dtype: str | None,
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Rows and choices to the devices of their experts, and there to every rank with a part of those."""
+    K = slots_RK.shape[1]
+
+    def send(rows: jax.Array) -> jax.Array:
+        return jax.lax.all_gather(there(rows), partial_axes, tiled=True) if partial_axes else there(rows)
+
+    choices_R2K = pack_choices(slots_RK, weights_RK)
+    if wire_dtype is None:
+        return send(x_RD), *unpack_choices(send(choices_R2K))
+    bits_RD, scale_R1 = pack_rows(x_RD, wire_dtype)
+    bits_RD, metadata = send(bits_RD), send(jnp.concatenate([choices_R2K, scale_R1], axis=1))
+    return unpack_rows(bits_RD, metadata[:, 2 * K :], wire_dtype, x_RD.dtype), *unpack_choices(metadata[:, : 2 * K])
+
+
+def exchange_collectives(
+    op: CollectiveOp, T: int, K: int, D: int, itemsize: int, layout: DispatchLayout
+) -> tuple[Collective, ...]:
+    """Rows and choices there, sums back; between them what tp ranks exchange; see `Dispatch.collectives`."""
+    n, axes = layout.num_devices, layout.expert_axes
+    t, partial_axes = layout.num_partial, layout.partial_axes
+    own = layout.tokens_per_device(T, TOKEN_AXES)
+    C = capacity(own, K, layout.num_slots, n)
+    rows = n * C
+    payload = T / layout.size(TOKEN_AXES) * distinct_destinations(K, layout.num_slots, n) / rows
+    width = 2 * K * 4
+    wire_itemsize = itemsize
+    if layout.wire_dtype is not None:
+        wire_itemsize, width = 1, width + 4
+    found = [
+        Collective(op=op, axes=axes, devices=n, bytes=rows * D * wire_itemsize, payload=payload),
+        Collective(op=op, axes=axes, devices=n, bytes=rows * width, payload=None),
+        Collective(op="all-gather", axes=partial_axes, devices=t, bytes=t * rows * D * wire_itemsize, payload=payload),
+        Collective(op="all-gather", axes=partial_axes, devices=t, bytes=t * rows * width, payload=None),
+        Collective(op="reduce-scatter", axes=partial_axes, devices=t, bytes=t * rows * D * 4, payload=payload),
+        Collective(op=op, axes=axes, devices=n, bytes=rows * D * itemsize, payload=payload),
+    ]
+    if own > C:
+        found.append(Collective(op="all-reduce", axes=AXES, devices=layout.size(AXES), bytes=4, payload=None))
+    return tuple(found)
+
+
+def exchange_memory_bytes(T: int, K: int, D: int, itemsize: int, layout: DispatchLayout) -> float:
+    """Send and receive buffers, the rows of all local pairs, and a float32 sum a row, each written once."""
+    own = layout.tokens_per_device(T, TOKEN_AXES)
+    rows = layout.num_devices * capacity(own, K, layout.num_slots, layout.num_devices)
+    received = layout.num_partial * rows
+    pairs = pairs_per_trip(received, K, layout.num_partial * own * K)
+    return D * (4 * rows * itemsize + received * (itemsize + 4) + pairs * (itemsize + 4) + own * 4)

@@ -1,0 +1,105 @@
+"""A device's own experts applied to rows that each chose several of them; one sum a row comes back."""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from jaxmoe.dispatch.base import DispatchLayout, Experts
+from jaxmoe.dispatch.rounds import Bodies, sum_rounds
+
+# Room above the even share of (row, choice) pairs, so that the usual unevenness of routing takes one trip.
+_HEADROOM = 1.5
+# Fewer pairs than this are not worth a loop.
+_MIN_PAIRS = 256
+
+
+class _Pairs(NamedTuple):
+    """(row, choice) pairs of a device, grouped by slot.
+
+    Attributes:
+        order: int32 [R·K, then 0 up to a multiple of Q], the pair at each place: first those of slot 0, and so on,
+            last those whose expert is not here.
+        sizes_p: int32 [p], pairs of each slot.
+        places: int32 [R, K], where each pair stands.
+    """
+
+    order: jax.Array
+    sizes_p: jax.Array
+    places: jax.Array
+
+
+def pairs_per_trip(R: int, K: int, expected_pairs: float) -> int:
+    """Q, the (row, choice) pairs that are computed at once, from shapes alone."""
+    return min(R * K, max(_MIN_PAIRS, -(-int(_HEADROOM * expected_pairs) // 8) * 8))
+
+
+def local_sums(
+    x_RD: jax.Array,
+    slots_RK: jax.Array,
+    weights_RK: jax.Array,
+    experts: Experts,
+    layout: DispatchLayout,
+    *,
+    expected_pairs: float,
+    weights_on_input: bool,
+) -> jax.Array:
+    """Σ_k weight_k · expert_{slot_k}(x) over the choices whose slot is in 0..p-1, float32 [R, D].
+
+    At most Q pairs are expanded at once, so that the workspace follows from shapes and not from the routing; a device
+    with more of them takes more trips.
+
+    Args:
+        x_RD: rows; one without an expert here is never used.
+        slots_RK: int32, local slots; anything outside 0..p-1 is no expert of this device.
+        weights_RK: float32.
+        experts: this device's.
+        layout: how experts lie on the mesh.
+        expected_pairs: pairs with an expert here under even routing.
+        weights_on_input: see `RunDispatch`.
+    """
+    R, K = slots_RK.shape
+    Q = pairs_per_trip(R, K, expected_pairs)
+    pairs = _group_pairs(slots_RK, layout.slots_per_device, Q)
+
+    def trip(index: jax.Array, inputs: tuple[jax.Array, jax.Array, Any], pairs: _Pairs) -> jax.Array:
+        x_RD, weights_RK, params = inputs
+        first = index * Q
+        pair_Q = jax.lax.dynamic_slice_in_dim(pairs.order, first, Q)
+        ends_p = jnp.cumsum(pairs.sizes_p)
+        in_trip = jnp.clip(jnp.stack([ends_p - pairs.sizes_p, ends_p]), first, first + Q)
+        rows_QD = x_RD[pair_Q // K]
+        if weights_on_input:
+            rows_QD = (rows_QD * weights_RK.reshape(-1)[pair_Q][:, None]).astype(x_RD.dtype)
+        out_QD = experts.apply(params, rows_QD, in_trip[1] - in_trip[0], jnp.float32)
+        here_RK = (pairs.places >= first) & (pairs.places < jnp.minimum(first + Q, ends_p[-1]))
+        factors_RK = jnp.ones_like(weights_RK) if weights_on_input else weights_RK
+        return weighted_sum(factors_RK, out_QD, jnp.where(here_RK, pairs.places - first, -1))
+
+    trips = 1 if Q == R * K else -(-jnp.sum(pairs.sizes_p) // Q)
+    return sum_rounds(Bodies(trip, trip), trips, (x_RD, weights_RK, experts.params), pairs)
+
+
+def _group_pairs(slots_RK: jax.Array, p: int, Q: int) -> _Pairs:
+    slots_N = slots_RK.reshape(-1)
+    N = slots_N.shape[0]
+    key_N = jnp.where((slots_N >= 0) & (slots_N < p), slots_N, p).astype(jnp.int32)
+    order_N = jnp.argsort(key_N, stable=True).astype(jnp.int32)
+    place_N = jnp.zeros(N, jnp.int32).at[order_N].set(jnp.arange(N, dtype=jnp.int32), unique_indices=True)
+    # A comparison with every slot vectorises everywhere, where a scatter-add is a serial loop on CPU.
+    sizes_p = jnp.sum(key_N[:, None] == jnp.arange(p), axis=0, dtype=jnp.int32)
+    return _Pairs(jnp.pad(order_N, (0, -N % Q)), sizes_p, place_N.reshape(slots_RK.shape))
+
+
+def weighted_sum(factors_RK: jax.Array, rows_QD: jax.Array, places_RK: jax.Array) -> jax.Array:
+    """Σ_k factor_k · rows[place_k] in float32, [R, D]; a place of -1 adds nothing, whatever the rows hold.
+
+    A sum of gathers, which XLA makes one loop of; a gather of [R, K, D] would be stored.
+    """
+    y_RD = jnp.zeros((factors_RK.shape[0], rows_QD.shape[1]), jnp.float32)
+    for k in range(factors_RK.shape[1]):
+        place_R = places_RK[:, k]
+        rows_RD = rows_QD[jnp.maximum(place_R, 0)].astype(jnp.float32)
+        # Not a factor of 0: it would carry an infinity of one token over to another.
+        y_RD += jnp.where(place_R[:, None] >= 0, factors_RK[:, k, None] * rows_RD, 0)
+    return y_RD

@@ -1,0 +1,60 @@
+"""Ragged all-to-all dispatch: the exchange in bounded rounds without padding on the wire. GPU only.
+
+`jax.lax.ragged_all_to_all` sends the used places of a buffer alone. Buffers have the sizes that `all_to_all` gives
+them, so the workspace is fixed at compile time here too, and device i writes to place i·C of every receiver.
+
+Only by name: how XLA carries it out differs with the number of ranks (one kernel up to 8, NCCL beyond), and what is
+modelled of `all_to_all` is not known of it.
+"""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+
+from jaxmoe.dispatch.base import Dispatch, DispatchLayout
+from jaxmoe.dispatch.exchange import (
+    Transfer,
+    exchange_collectives,
+    exchange_memory_bytes,
+    run_exchange,
+    token_axes,
+)
+from jaxmoe.dispatch.traffic import Collective
+
+
+def open_transfers(sizes_n: jax.Array, C: int, layout: DispatchLayout) -> tuple[Transfer, Transfer]:
+    """Only used places are exchanged; the way back takes what came, to where it came from."""
+    axes = layout.expert_axes
+    received_n = jax.lax.all_to_all(sizes_n, axes, split_axis=0, concat_axis=0, tiled=True)
+    blocks_n = jnp.arange(layout.num_devices, dtype=jnp.int32) * C
+    mine_n = jnp.full(layout.num_devices, jax.lax.axis_index(axes) * C, jnp.int32)
+
+    def transfer(send_n: jax.Array, receive_n: jax.Array) -> Transfer:
+        def send(rows: jax.Array) -> jax.Array:
+            # Zeros, not an empty buffer: places that nothing is written to stay as they are here.
+            return jax.lax.ragged_all_to_all(
+                rows, jnp.zeros_like(rows), blocks_n, send_n, mine_n, receive_n, axis_name=axes
+            )
+
+        return send
+
+    return transfer(sizes_n, received_n), transfer(received_n, sizes_n)
+
+
+def collectives(T: int, K: int, D: int, itemsize: int, layout: DispatchLayout) -> tuple[Collective, ...]:
+    """Those of the exchange, and how many rows each device is about to send."""
+    n, axes = layout.num_devices, layout.expert_axes
+    sizes = Collective(op="all-to-all", axes=axes, devices=n, bytes=4 * n, payload=None)
+    return (sizes, *exchange_collectives("ragged-all-to-all", T, K, D, itemsize, layout))
+
+
+RAGGED_ALL_TO_ALL = Dispatch(
+    name="ragged_all_to_all",
+    token_axes=token_axes,
+    run=partial(run_exchange, open_transfers),
+    collectives=collectives,
+    memory_bytes=exchange_memory_bytes,
+    cannot_run={"cpu": "XLA has no ragged_all_to_all for CPU devices; all_to_all runs everywhere"},
+    by_name=True,
+)

@@ -1,0 +1,74 @@
+"""Sums over a number of rounds known only at run time, with a gradient in the same memory."""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+# (index of the round, what a gradient is taken of, everything else that is traced) -> what the round adds to the sum.
+Body = Callable[[jax.Array, Any, Any], jax.Array]
+
+
+class Bodies(NamedTuple):
+    """A body, and the one that stands for it where a gradient is taken."""
+
+    forward: Body
+    for_gradient: Body
+
+
+def sum_rounds(bodies: Bodies, rounds: int | jax.Array, inputs: Any, constants: Any) -> jax.Array:
+    """Σ_{i < rounds} body(i, inputs, constants), differentiable in `inputs`.
+
+    d inputs = Σ_i (∂ body(i) / ∂ inputs)ᵀ dy: the backward pass runs the same rounds and does each of them again, so it
+    keeps nothing but the inputs, whatever the number of rounds. It adds up in float32.
+
+    Args:
+        bodies: close over no traced value; collectives are welcome.
+        rounds: the same on all devices that meet in a collective of a body. A Python number of 1 needs no loop.
+        inputs: a pytree of floating-point arrays.
+        constants: a pytree of arrays that no gradient is taken of.
+    """
+    once = isinstance(rounds, int) and rounds == 1
+    return _sum_rounds(bodies, once, jnp.int32(rounds), inputs, constants)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _sum_rounds(bodies: Bodies, once: bool, rounds: jax.Array, inputs: Any, constants: Any) -> jax.Array:
+    body = bodies.forward
+    if once:
+        return body(jnp.int32(0), inputs, constants)
+    out = jax.eval_shape(body, jax.ShapeDtypeStruct((), jnp.int32), inputs, constants)
+    return _add_up(lambda index: body(index, inputs, constants), rounds, jnp.zeros(out.shape, out.dtype))
+
+
+def _forward(
+    bodies: Bodies, once: bool, rounds: jax.Array, inputs: Any, constants: Any
+) -> tuple[jax.Array, tuple[Any, ...]]:
+    return _sum_rounds(bodies, once, rounds, inputs, constants), (rounds, inputs, constants)
+
+
+def _backward(bodies: Bodies, once: bool, residuals: tuple[Any, ...], dy: jax.Array) -> tuple[None, Any, None]:
+    rounds, inputs, constants = residuals
+
+    def pull_back(index: jax.Array) -> Any:
+        _, pull = jax.vjp(lambda inputs: bodies.for_gradient(index, inputs, constants), inputs)
+        return pull(dy)[0]
+
+    if once:
+        return None, pull_back(jnp.int32(0)), None
+    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.promote_types(x.dtype, jnp.float32)), inputs)
+    sums = _add_up(pull_back, rounds, zeros)
+    return None, jax.tree.map(lambda total, x: total.astype(x.dtype), sums, inputs), None
+
+
+_sum_rounds.defvjp(_forward, _backward)
+
+
+def _add_up(term: Callable[[jax.Array], Any], rounds: int | jax.Array, start: Any) -> Any:
+    def step(state: tuple[jax.Array, Any]) -> tuple[jax.Array, Any]:
+        index, sums = state
+        return index + 1, jax.tree.map(jnp.add, sums, term(index))
+
+    return jax.lax.while_loop(lambda state: state[0] < rounds, step, (jnp.int32(0), start))[1]

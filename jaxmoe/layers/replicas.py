@@ -1,0 +1,85 @@
+"""Which replica of an expert a token goes to, inside the compiled program.
+
+The tables come from `jaxmoe.placement.replicas`. They are arrays that the program reads, so a placement or the loads
+of the last window can change without a recompilation.
+"""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxmoe.placement import ExpertPlacement
+from jaxmoe.placement.replicas import get_replica_choice
+
+
+@dataclasses.dataclass(frozen=True, eq=False, kw_only=True)
+class ReplicaRule:
+    """A replica choice and what it looks at.
+
+    Attributes:
+        choice: a name in `jaxmoe.placement.replicas.REPLICA_CHOICES`.
+        devices_per_node: for "local_first"; None for all devices on one node.
+        last_load: [n], rows that each device received lately; for "least_loaded".
+    """
+
+    choice: str = "modulo"
+    devices_per_node: int | None = None
+    last_load: np.ndarray | None = None
+
+    def tables(self, placement: ExpertPlacement) -> tuple[np.ndarray, np.ndarray]:
+        """Slots int32 [n, E, R] that the tokens of each device may use for each expert, and their numbers int32 [n, E].
+
+        R is the most replicas that any placement with as many slots can have: the tables of all have one shape.
+
+        Raises:
+            ValueError: the choice is unknown or lacks loads, or the devices do not split into such nodes.
+        """
+        n, node = placement.ep, self.devices_per_node or placement.ep
+        if n % node:
+            raise ValueError(f"nodes hold equally many devices: {n} devices are no multiple of devices_per_node={node}")
+        last_load = np.zeros(n) if self.last_load is None else np.asarray(self.last_load, np.float64)
+        if last_load.shape != (n,) or (self.last_load is None and self.choice == "least_loaded"):
+            raise ValueError(
+                f'"least_loaded" follows the loads of {n} devices in the last window; got '
+                f"{'none' if self.last_load is None else f'shape {last_load.shape}'}"
+            )
+        slots, counts = get_replica_choice(self.choice).table(placement, node, last_load)
+        widest = placement.num_slots - placement.num_experts + 1
+        return np.pad(slots, ((0, 0), (0, 0), (0, widest - slots.shape[2])), constant_values=-1), counts
+
+
+def choose_slots(ids_TK: jax.Array, slots_ER: jax.Array, counts_E: jax.Array, turn_TK: jax.Array | None) -> jax.Array:
+    """The physical slot of every chosen expert: replica number turn mod replicas.
+
+    Args:
+        ids_TK: logical experts.
+        slots_ER: the slots that may be used for each.
+        counts_E: how many there are.
+        turn_TK: from `token_turns` or `token_draws`; None where R is 1.
+    """
+    if turn_TK is None:
+        return slots_ER[ids_TK, 0]
+    return slots_ER[ids_TK, turn_TK % counts_E[ids_TK]]
+
+
+def token_turns(shape: tuple[int, ...], first_token: int | jax.Array) -> jax.Array:
+    """int32 [T, K], each token's number over all devices: tokens take turns over the replicas."""
+    return jnp.broadcast_to((first_token + jnp.arange(shape[0], dtype=jnp.int32))[:, None], shape)
+
+
+def token_draws(x_TD: jax.Array, K: int) -> jax.Array:
+    """Non-negative int32 [T, K], a draw for every choice: a hash of the token's activations.
+
+    Equal tokens draw alike, so that a run can be repeated, wherever they stand in a batch. The mixing steps are those
+    of a 32-bit integer hash with low bias (constants by C. Wellons, "Prospecting for Hash Functions", 2018).
+    """
+    bits_TD = jax.lax.bitcast_convert_type(x_TD.astype(jnp.float32), jnp.uint32)
+    # Another odd factor for each place, so that the order of the numbers counts.
+    factors_D = jnp.arange(x_TD.shape[1], dtype=jnp.uint32) * jnp.uint32(0x9E3779B2) + jnp.uint32(0x85EBCA6B)
+    salt_K = jnp.arange(K, dtype=jnp.uint32) * jnp.uint32(0xC2B2AE35)
+    hash_TK = jnp.sum(bits_TD * factors_D, axis=1, dtype=jnp.uint32)[:, None] + salt_K
+    hash_TK = (hash_TK ^ (hash_TK >> 16)) * jnp.uint32(0x7FEB352D)
+    hash_TK = (hash_TK ^ (hash_TK >> 15)) * jnp.uint32(0x846CA68B)
+    return ((hash_TK ^ (hash_TK >> 16)) >> 1).astype(jnp.int32)

@@ -1,0 +1,119 @@
+"""What the DeepSeek families share: latent attention, experts that serve every token, dense layers first."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from jaxmoe.config import DecoderConfig, LayerConfig, MLAConfig, MLPConfig, MoEConfig, RouterConfig, pick, read_common
+from jaxmoe.models.family import llama_tensors, mlp_tensors
+from jaxmoe.rotary import read_rope, rope_settings, yarn_mscale
+
+
+def read_mla(config: Mapping[str, Any], *, interleaved: bool) -> MLAConfig:
+    """Read the settings of multi-head latent attention; `interleaved` as in `RopeConfig`.
+
+    YaRN's correction of the softmax temperature belongs to all dims of a head here, not only to those that rotate:
+    ``mscale_all_dim`` is what the scores are multiplied by, twice as queries and keys both have it.
+    """
+    nope, turning = pick(config, "qk_nope_head_dim"), pick(config, "qk_rope_head_dim")
+    rope = rope_settings(config)
+    kind, mscale_all_dim = rope.get("rope_type") or rope.get("type") or "default", rope.get("mscale_all_dim")
+    scale = (nope + turning) ** -0.5
+    if kind != "default" and mscale_all_dim:
+        scale *= yarn_mscale(pick(rope, "factor"), mscale_all_dim) ** 2
+    return MLAConfig(
+        num_heads=pick(config, "num_attention_heads"),
+        kv_rank=pick(config, "kv_lora_rank"),
+        # null means queries without a latent, which a missing setting does not.
+        q_rank=config.get("q_lora_rank", 1536),
+        nope_head_dim=nope,
+        v_head_dim=pick(config, "v_head_dim"),
+        rope=read_rope(config, head_dim=turning, default_theta=10000.0, interleaved=interleaved),
+        scale=scale,
+        bias=pick(config, "attention_bias", default=False),
+    )
+
+
+def read_deepseek(
+    config: Mapping[str, Any],
+    *,
+    attention: MLAConfig,
+    router: RouterConfig,
+    shared_experts: int,
+    first_sparse: int,
+    mlp_bias: bool = False,
+    num_mtp_layers: int = 0,
+) -> DecoderConfig:
+    """Read what is the same in every DeepSeek config.json.
+
+    Args:
+        config: the dictionary of config.json.
+        attention: of every layer.
+        router: of every layer with routed experts.
+        shared_experts: the family's number of them where the config gives none.
+        first_sparse: the family's first layer with routed experts, likewise.
+        mlp_bias: dense layers and shared experts have biases.
+        num_mtp_layers: see `DecoderConfig`.
+    """
+    hidden, width = pick(config, "hidden_size"), pick(config, "moe_intermediate_size")
+    activation = pick(config, "hidden_act", default="silu")
+
+    def mlp(width: int) -> MLPConfig:
+        return MLPConfig(hidden_size=hidden, intermediate_size=width, activation=activation, bias=mlp_bias)
+
+    shared = config.get("n_shared_experts", shared_experts)
+    moe = MoEConfig(
+        num_experts=pick(config, "n_routed_experts", "num_experts", "num_local_experts"),
+        num_experts_per_tok=pick(config, "num_experts_per_tok"),
+        hidden_size=hidden,
+        moe_intermediate_size=width,
+        activation=activation,
+        router=router,
+        shared=mlp(width * shared) if shared else None,
+    )
+    dense = mlp(pick(config, "intermediate_size"))
+    first = pick(config, "first_k_dense_replace", default=first_sparse)
+    every = pick(config, "moe_layer_freq", default=1)
+    return DecoderConfig(
+        **read_common(config, norm_eps=1e-6),
+        layers=tuple(
+            LayerConfig(attention=attention, feed_forward=moe if i >= first and i % every == 0 else dense)
+            for i in range(pick(config, "num_hidden_layers"))
+        ),
+        num_mtp_layers=num_mtp_layers,
+    )
+
+
+def check_setting(config: Mapping[str, Any], name: str, *known: str) -> str:
+    """The value of a setting that names a formula, the first of `known` where the config gives none.
+
+    Raises:
+        ValueError: it is none of `known`.
+    """
+    value = pick(config, name, default=known[0])
+    if value not in known:
+        raise ValueError(
+            f"{name} of {config['model_type']} can be {' or '.join(known)}; config.json asks for {value!r}"
+        )
+    return str(value)
+
+
+_ATTENTION = "model.layers.{layer}.self_attn"
+
+DEEPSEEK_TENSORS = {
+    **llama_tensors(
+        {
+            "layers.{layer}.moe.w_router": ("model.layers.{layer}.mlp.gate.weight",),
+            "layers.{layer}.moe.correction_bias": ("model.layers.{layer}.mlp.gate.e_score_correction_bias",),
+            **mlp_tensors("moe.shared", "mlp.shared_experts"),
+            **mlp_tensors("mlp", "mlp"),
+        }
+    ),
+    "layers.{layer}.attention.w_q_a": (f"{_ATTENTION}.q_a_proj.weight",),
+    "layers.{layer}.attention.b_q_a": (f"{_ATTENTION}.q_a_proj.bias",),
+    "layers.{layer}.attention.q_a_norm": (f"{_ATTENTION}.q_a_layernorm.weight",),
+    "layers.{layer}.attention.w_q_b": (f"{_ATTENTION}.q_b_proj.weight",),
+    "layers.{layer}.attention.w_kv_a": (f"{_ATTENTION}.kv_a_proj_with_mqa.weight",),
+    "layers.{layer}.attention.b_kv_a": (f"{_ATTENTION}.kv_a_proj_with_mqa.bias",),
+    "layers.{layer}.attention.kv_a_norm": (f"{_ATTENTION}.kv_a_layernorm.weight",),
+    "layers.{layer}.attention.w_kv_b": (f"{_ATTENTION}.kv_b_proj.weight",),
+}

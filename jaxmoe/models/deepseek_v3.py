@@ -1,0 +1,46 @@
+"""DeepSeek-V3 and Kimi-K2: latent attention, sigmoid router with a correction bias and experts in groups."""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+from jaxmoe.config import DecoderConfig, RouterConfig, pick
+from jaxmoe.models.deepseek import DEEPSEEK_TENSORS, check_setting, read_deepseek, read_mla
+from jaxmoe.models.family import MLP_EXPERTS, MTP_LAYERS, ROTARY_BUFFERS, Family
+
+
+def read_config(config: Mapping[str, Any]) -> DecoderConfig:
+    """Read the config.json of a deepseek_v3 or kimi_k2 checkpoint.
+
+    Raises:
+        ValueError: it asks for another score or another choice of experts than the families have.
+    """
+    check_setting(config, "topk_method", "noaux_tc")
+    return read_deepseek(
+        config,
+        attention=read_mla(config, interleaved=pick(config, "rope_interleave", default=True)),
+        router=RouterConfig(
+            score=check_setting(config, "scoring_func", "sigmoid"),
+            correction_bias=True,
+            num_groups=pick(config, "n_group", default=8),
+            topk_groups=pick(config, "topk_group", default=4),
+            group_score="top2_sum",
+            renormalize=pick(config, "norm_topk_prob", default=True),
+            sum_epsilon=1e-20,
+            scale=float(pick(config, "routed_scaling_factor", default=2.5)),
+        ),
+        shared_experts=1,
+        first_sparse=3,
+        num_mtp_layers=pick(config, "num_nextn_predict_layers", "num_mtp_layers", default=1),
+    )
+
+
+DEEPSEEK_V3 = Family(
+    model_type="deepseek_v3",
+    read_config=read_config,
+    tensors=DEEPSEEK_TENSORS,
+    experts=MLP_EXPERTS,
+    ignored={**ROTARY_BUFFERS, **MTP_LAYERS},
+)
+
+KIMI_K2 = dataclasses.replace(DEEPSEEK_V3, model_type="kimi_k2")

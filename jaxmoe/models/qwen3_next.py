@@ -1,0 +1,142 @@
+"""Qwen3-Next: gated delta nets with a gated attention layer now and then, a shared expert behind a gate of its own."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from jaxmoe.config import (
+    AttentionConfig,
+    DecoderConfig,
+    GatedDeltaNetConfig,
+    LayerConfig,
+    MLPConfig,
+    MoEConfig,
+    RouterConfig,
+    TokenMixerConfig,
+    pick,
+    read_common,
+)
+from jaxmoe.models.family import MLP_EXPERTS, ROTARY_BUFFERS, Family, llama_tensors, mlp_tensors
+from jaxmoe.rotary import read_rope, rope_settings
+
+
+def read_config(config: Mapping[str, Any]) -> DecoderConfig:
+    """Read the config.json of a qwen3_next checkpoint.
+
+    Raises:
+        ValueError: a setting is missing, or asks for a kind of layer that is not known here.
+    """
+    activation = pick(config, "hidden_act", default="silu")
+    moe = read_moe(config, renormalize=pick(config, "norm_topk_prob", default=True))
+    dense_layers = pick(config, "mlp_only_layers", default=[])
+    step = pick(config, "decoder_sparse_step", default=1)
+
+    def feed_forward(layer: int) -> MoEConfig | MLPConfig:
+        if layer not in dense_layers and (layer + 1) % step == 0:
+            return moe
+        width = pick(config, "intermediate_size")
+        return MLPConfig(hidden_size=moe.hidden_size, intermediate_size=width, activation=activation)
+
+    return DecoderConfig(
+        **read_common(config, norm_eps=1e-6),
+        norm="rms_zero_centred",
+        layers=tuple(
+            LayerConfig(attention=mixer, feed_forward=feed_forward(i))
+            for i, mixer in enumerate(read_token_mixers(config, fused_projections=True))
+        ),
+    )
+
+
+def read_moe(config: Mapping[str, Any], *, renormalize: bool) -> MoEConfig:
+    """The routed experts, and the one beside them that serves every token."""
+    hidden, activation = pick(config, "hidden_size"), pick(config, "hidden_act", default="silu")
+    shared_width = pick(config, "shared_expert_intermediate_size")
+    return MoEConfig(
+        num_experts=pick(config, "num_experts", "num_local_experts"),
+        num_experts_per_tok=pick(config, "num_experts_per_tok"),
+        hidden_size=hidden,
+        moe_intermediate_size=pick(config, "moe_intermediate_size"),
+        activation=activation,
+        router=RouterConfig(score="softmax", renormalize=renormalize),
+        shared=MLPConfig(hidden_size=hidden, intermediate_size=shared_width, activation=activation),
+        shared_gate=True,
+    )
+
+
+def read_token_mixers(config: Mapping[str, Any], *, fused_projections: bool) -> list[TokenMixerConfig]:
+    """Every layer's attention or gated delta net; see `GatedDeltaNetConfig` for `fused_projections`.
+
+    Raises:
+        ValueError: ``layer_types`` names another kind.
+    """
+    head_dim, bias = pick(config, "head_dim", default=256), pick(config, "attention_bias", default=False)
+    kinds: dict[str, TokenMixerConfig] = {
+        "full_attention": AttentionConfig(
+            num_heads=pick(config, "num_attention_heads"),
+            num_kv_heads=pick(config, "num_key_value_heads"),
+            head_dim=head_dim,
+            # Settings of three-dimensional positions are about images: all three of a text token are the same.
+            rope=read_rope(
+                config,
+                head_dim=head_dim,
+                default_theta=10000.0,
+                rope={"partial_rotary_factor": 0.25, **rope_settings(config)},
+            ),
+            qk_norm="head",
+            zero_centred_norm=True,
+            bias=bias,
+            out_bias=bias,
+            output_gate=True,
+        ),
+        "linear_attention": GatedDeltaNetConfig(
+            num_key_heads=pick(config, "linear_num_key_heads"),
+            num_value_heads=pick(config, "linear_num_value_heads"),
+            key_head_dim=pick(config, "linear_key_head_dim"),
+            value_head_dim=pick(config, "linear_value_head_dim"),
+            conv_kernel_size=pick(config, "linear_conv_kernel_dim", default=4),
+            activation=pick(config, "hidden_act", default="silu"),
+            fused_projections=fused_projections,
+        ),
+    }
+    interval, count = pick(config, "full_attention_interval", default=4), pick(config, "num_hidden_layers")
+    usual = ["linear_attention" if (i + 1) % interval else "full_attention" for i in range(count)]
+    names = pick(config, "layer_types", default=usual)
+    if unknown := set(names) - kinds.keys():
+        raise ValueError(f"layer_types are {' and '.join(kinds)}; config.json has {', '.join(sorted(unknown))}")
+    return [kinds[name] for name in names]
+
+
+_DELTA_NET = "model.layers.{layer}.linear_attn"
+
+# What the gated delta nets of this family and of those that follow it have in common.
+DELTA_NET_TENSORS = {
+    # The convolution's channels are the queries', the keys' and the values', in one tensor.
+    **{f"layers.{{layer}}.attention.conv_{part}": (f"{_DELTA_NET}.conv1d.weight",) for part in "qkv"},
+    "layers.{layer}.attention.a_log": (f"{_DELTA_NET}.A_log",),
+    "layers.{layer}.attention.dt_bias": (f"{_DELTA_NET}.dt_bias",),
+    "layers.{layer}.attention.out_norm": (f"{_DELTA_NET}.norm.weight",),
+    "layers.{layer}.attention.w_out": (f"{_DELTA_NET}.out_proj.weight",),
+}
+
+MOE_TENSORS = {
+    "layers.{layer}.moe.w_router": ("model.layers.{layer}.mlp.gate.weight",),
+    "layers.{layer}.moe.w_shared_gate": ("model.layers.{layer}.mlp.shared_expert_gate.weight",),
+    **mlp_tensors("moe.shared", "mlp.shared_expert"),
+}
+
+IGNORED = {**ROTARY_BUFFERS, "multi-token prediction": r"mtp\..*"}
+
+QWEN3_NEXT = Family(
+    model_type="qwen3_next",
+    read_config=read_config,
+    tensors=llama_tensors(
+        {
+            "layers.{layer}.attention.w_in_qkvz": (f"{_DELTA_NET}.in_proj_qkvz.weight",),
+            "layers.{layer}.attention.w_in_ba": (f"{_DELTA_NET}.in_proj_ba.weight",),
+            **DELTA_NET_TENSORS,
+            **MOE_TENSORS,
+            **mlp_tensors("mlp", "mlp"),
+        }
+    ),
+    experts=MLP_EXPERTS,
+    ignored=IGNORED,
+)

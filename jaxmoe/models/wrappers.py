@@ -1,0 +1,134 @@
+"""Multimodal models around a text family: where the text part is, and what stands beside it.
+
+A wrapper's ``config.json`` has the text model's own config as ``text_config``, and its checkpoint has the text model's
+tensors behind a prefix. The text part loads as the family it is; the rest is ignored by rules that have names. A
+wrapper is an entry of `WRAPPERS`.
+"""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any, Literal
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Wrapper:
+    """One multimodal model type.
+
+    Attributes:
+        model_type: its name in config.json.
+        text: the family of its text part, where ``text_config`` names none or one of `aliases`.
+        aliases: model types of a text part that is `text` under another name.
+        settings: what holds for that text part and `text` has as a choice, for its config.json.
+        architecture: the class of transformers for the text part alone.
+        prefixes: (how names of the text part start in a checkpoint, how the family has them); the first that fits
+            counts.
+        ignored: rule name -> regular expression (of whole tensor names) for what is not the text part.
+        tied_by: whose ``tie_word_embeddings`` counts: that of the config which the output projection belongs to.
+        fused_either_way: fused experts may be (out, in) or (in, out); their shapes tell.
+    """
+
+    model_type: str
+    text: str
+    architecture: str
+    prefixes: tuple[tuple[str, str], ...]
+    ignored: Mapping[str, str]
+    tied_by: Literal["wrapper", "text"] = "wrapper"
+    aliases: tuple[str, ...] = ()
+    settings: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    fused_either_way: bool = False
+
+    def text_name(self, name: str) -> str:
+        """The family's name for a tensor of the text part; any other name as it is.
+
+        Example:
+            >>> WRAPPERS["llama4"].text_name("language_model.model.norm.weight")
+            'model.norm.weight'
+        """
+        for prefix, own in self.prefixes:
+            if name.startswith(prefix):
+                return own + name.removeprefix(prefix)
+        return name
+
+    def text_config(self, config: Mapping[str, Any]) -> dict[str, Any]:
+        """The config.json that the text part would have on its own.
+
+        Raises:
+            ValueError: `config` has no ``text_config``.
+        """
+        text = config.get("text_config")
+        if not isinstance(text, dict):
+            raise ValueError(f"the config.json of {self.model_type} has a text_config, with the sizes; it is {text!r}")
+        # Special tokens and the dtype stand on either level; transformers looks at the outer one first.
+        keys = ["dtype", "torch_dtype", "bos_token_id", "eos_token_id", "pad_token_id"]
+        if self.tied_by == "wrapper":
+            keys.append("tie_word_embeddings")
+        outer = {key: config[key] for key in keys if config.get(key) is not None}
+        own = text.get("model_type", self.text)
+        model_type = self.text if own in self.aliases else own
+        return {**text, **self.settings, **outer, "model_type": model_type, "architectures": [self.architecture]}
+
+
+WRAPPERS: dict[str, Wrapper] = {
+    wrapper.model_type: wrapper
+    for wrapper in (
+        Wrapper(
+            model_type="gemma4",
+            text="gemma4_text",
+            architecture="Gemma4ForCausalLM",
+            prefixes=(("model.language_model.", "model."),),
+            ignored={
+                "vision part": r"model\.(vision_tower|embed_vision)\..*",
+                "audio part": r"model\.(audio_tower|embed_audio)\..*",
+            },
+        ),
+        # GLM-4.5V. For text alone the three parts of its rotary positions are one.
+        Wrapper(
+            model_type="glm4v_moe",
+            text="glm4_moe",
+            aliases=("glm4v_moe_text",),
+            settings={"use_qk_norm": False},
+            architecture="Glm4MoeForCausalLM",
+            prefixes=(("model.language_model.", "model."),),
+            ignored={"vision part": r"model\.visual\..*"},
+        ),
+        # Kimi-K2.5. As transformers 5 saves it in that form, as it saves it in its own, and as released.
+        Wrapper(
+            model_type="kimi_k25",
+            text="deepseek_v3",
+            aliases=("kimi_k2",),
+            architecture="DeepseekV3ForCausalLM",
+            prefixes=(
+                ("language_model.model.blocks.", "model.layers."),
+                ("model.language_model.", "model."),
+                ("language_model.", ""),
+            ),
+            ignored={"vision part": r"(model\.)?(vision_tower|mm_projector|multi_modal_projector)\..*"},
+        ),
+        Wrapper(
+            model_type="llama4",
+            text="llama4_text",
+            architecture="Llama4ForCausalLM",
+            prefixes=(("language_model.", ""),),
+            ignored={"vision part": r"(vision_model|multi_modal_projector)\..*"},
+            tied_by="text",
+        ),
+        Wrapper(
+            model_type="qwen3_5_moe",
+            text="qwen3_5_moe_text",
+            architecture="Qwen3_5MoeForCausalLM",
+            prefixes=(("model.language_model.", "model."),),
+            ignored={"vision part": r"model\.visual\..*"},
+        ),
+        # Qwen3-VL. For text alone the three parts of its rotary positions are one.
+        Wrapper(
+            model_type="qwen3_vl_moe",
+            text="qwen3_moe",
+            aliases=("qwen3_vl_moe_text",),
+            settings={"norm_topk_prob": True},
+            architecture="Qwen3MoeForCausalLM",
+            prefixes=(("model.language_model.", "model."),),
+            ignored={"vision part": r"model\.visual\..*"},
+            fused_either_way=True,
+        ),
+    )
+}

@@ -1,0 +1,71 @@
+"""Names, and the choice from static shapes."""
+
+import dataclasses
+
+import pytest
+
+from jaxmoe.dispatch import DISPATCHES, DispatchLayout, dispatch_cost, explain_dispatch, get_dispatch
+from jaxmoe.dispatch.choose import RATES
+
+
+def layout_of(tp: int, ep: int, expert_axes: tuple[str, ...] = ("ep",)) -> DispatchLayout:
+    return DispatchLayout(
+        mesh_shape=(("dp", 1), ("tp", tp), ("ep", ep)),
+        expert_axes=expert_axes,
+        partial_axes=() if "tp" in expert_axes else ("tp",),
+        num_slots=64,
+    )
+
+
+def test_names():
+    for name in DISPATCHES:
+        assert get_dispatch(name, "gpu").name == name
+    with pytest.raises(ValueError, match=r"dispatch backends are auto, replicated, all_gather, .*; got 'alltoall'"):
+        get_dispatch("alltoall", "cpu")
+
+
+@pytest.mark.parametrize("platform", ["gpu", "cpu"])
+def test_a_backend_for_gpus_is_refused_elsewhere_and_never_chosen(platform):
+    with pytest.raises(
+        NotImplementedError, match=r"'ragged_all_to_all' cannot run on cpu: XLA has no .*all_to_all runs"
+    ):
+        get_dispatch("ragged_all_to_all", "cpu")
+    for T in (1, 64, 4096, 2**20):
+        for layout in (layout_of(1, 8), layout_of(2, 4), layout_of(8, 1), layout_of(2, 4, ("ep", "tp"))):
+            assert explain_dispatch(T, 2, 4096, 2, layout, platform).name != "ragged_all_to_all"
+
+
+@pytest.mark.parametrize("platform", ["gpu", "cpu"])
+@pytest.mark.parametrize("layout", [layout_of(1, 8), layout_of(2, 4), layout_of(2, 4, ("ep", "tp"))])
+def test_few_tokens_are_replicated_and_many_exchanged(platform, layout):
+    assert explain_dispatch(1, 8, 4096, 2, layout, platform).name == "replicated"
+    assert explain_dispatch(2**18, 1, 4096, 2, layout, platform).name == "all_to_all"
+
+
+def test_nothing_is_exchanged_where_one_device_holds_every_expert():
+    assert explain_dispatch(16384, 2, 4096, 2, layout_of(1, 1), "gpu").name == "replicated"
+
+
+@pytest.mark.parametrize("T", [1, 8, 64, 512, 4096, 32768])
+def test_choice_is_the_least_modelled_time_and_says_so(T):
+    layout = layout_of(2, 4)
+    choice = explain_dispatch(T, 8, 2048, 2, layout, "gpu")
+    assert choice.seconds == {
+        name: dispatch_cost(backend, T, 8, 2048, 2, layout).seconds(RATES["gpu"])
+        for name, backend in DISPATCHES.items()
+        if not backend.by_name
+    }
+    assert choice.name == min(choice.seconds, key=choice.seconds.get)
+    assert str(choice).startswith(
+        f"{choice.name} for {T} tokens, by time modelled for gpu: {choice.name} {choice.seconds[choice.name] * 1e6:.0f} µs"
+    )
+    assert str(choice).endswith("ragged_all_to_all left out: used only where it is named")
+
+
+def test_rows_in_eight_bits_make_an_exchange_cheaper():
+    layout = layout_of(1, 8)
+    plain, rounded = (
+        dispatch_cost(DISPATCHES["all_to_all"], 4096, 2, 4096, 2, dataclasses.replace(layout, wire_dtype=wire_dtype))
+        for wire_dtype in (None, "float8_e4m3fn")
+    )
+    assert rounded.wire_bytes == pytest.approx(0.75 * plain.wire_bytes, rel=0.01)

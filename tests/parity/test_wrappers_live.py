@@ -1,0 +1,81 @@
+"""Multimodal checkpoints live against transformers: text in, the text part's logits and tokens out."""
+
+import pytest
+
+from tests.conftest import mesh_of
+from tests.families import FAMILIES, WRAPPERS
+
+pytestmark = pytest.mark.parity
+
+pytest.importorskip("torch", reason="live parity needs torch and transformers: scripts/test --parity")
+transformers = pytest.importorskip(
+    "transformers", reason="live parity needs torch and transformers: scripts/test --parity"
+)
+
+import jaxmoe  # noqa: E402
+from scripts.make_goldens import make_model, make_prompts, reference, save_forms  # noqa: E402
+from tests.models.test_goldens import check_greedy, check_logits  # noqa: E402
+
+
+def arrays_of(model, seed):
+    loose = reference(model, make_prompts(97, seed=seed), new_tokens=32)
+    return {kind: [loose[f"{kind}_{i}"] for i in range(len(loose) // 3)] for kind in ("prompt", "logits", "greedy")}
+
+
+VISION = {
+    "depth": 1,
+    "hidden_size": 16,
+    "intermediate_size": 16,
+    "num_heads": 2,
+    "out_hidden_size": 32,
+    "patch_size": 4,
+}
+TOKENS = {"image_token_id": 97, "video_token_id": 98, "tie_word_embeddings": False}
+# Those of which nothing is stored.
+SIZES = {
+    "glm4v_moe": {
+        "text_config": {
+            **{key: value for key, value in FAMILIES["glm4_moe"].items() if key != "use_qk_norm"},
+            "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [1, 1, 0]},
+        },
+        "vision_config": {**VISION, "image_size": 8},
+        **TOKENS,
+    },
+    "kimi_k25": {
+        "text_config": {"model_type": "deepseek_v3", **FAMILIES["deepseek_v3"]},
+        "vision_config": {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16},
+        **TOKENS,
+    },
+    "qwen3_5_moe": {
+        "text_config": FAMILIES["qwen3_5_moe_text"],
+        "vision_config": {**VISION, "deepstack_visual_indexes": [0], "num_position_embeddings": 16},
+        "vision_start_token_id": 99,
+        "vision_end_token_id": 100,
+        **TOKENS,
+    },
+}
+
+
+@pytest.mark.parametrize("name", [*WRAPPERS, *SIZES])
+def test_logits_and_greedy_tokens(name, tmp_path):
+    model = make_model(name, seed=7, **SIZES.get(name, {}))
+    expected = arrays_of(model, seed=7)
+    save_forms(model, tmp_path)
+    for form, shape in (("original", (2, 2, 2)), ("fused", (1, 2, 4))):
+        if (tmp_path / form).is_dir():
+            loaded = jaxmoe.load(tmp_path / form, mesh=mesh_of(*shape))
+            check_logits(loaded, expected)
+            check_greedy(loaded, expected)
+
+
+@pytest.mark.parametrize("name", [*WRAPPERS, *SIZES])
+def test_transformers_loads_the_text_model_that_convert_writes(name, tmp_path):
+    model = make_model(name, seed=8, **SIZES.get(name, {}))
+    expected = arrays_of(model, seed=8)
+    model.save_pretrained(tmp_path / "whole")
+    jaxmoe.convert(tmp_path / "whole", tmp_path / "text")
+    text, info = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "text", output_loading_info=True)
+    assert not any(info[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    found = arrays_of(text.float().eval(), seed=8)
+    for ours, theirs in zip(found["greedy"], expected["greedy"], strict=True):
+        assert ours.tolist() == theirs.tolist()
