@@ -170,9 +170,7 @@ class GatedDeltaNetConfig(TokenMixerConfig):
     fused_projections: bool = False
 
     def __post_init__(self) -> None:
-        _check_positive(
-            self, "num_key_heads", "num_value_heads", "key_head_dim", "value_head_dim", "conv_kernel_size"
-        )
+        _check_positive(self, "num_key_heads", "num_value_heads", "key_head_dim", "value_head_dim", "conv_kernel_size")
         if self.num_value_heads % self.num_key_heads:
             raise ValueError(
                 f"each key head serves the same number of value heads: num_value_heads={self.num_value_heads} is no "
