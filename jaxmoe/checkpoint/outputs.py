@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +40,11 @@ class OutputTensor:
 
 
 def output_tensors(
-    specs: Mapping[str, ParamSpec], blocks: Iterable[Block], values: Values, dtype: np.dtype | None
+    specs: Mapping[str, ParamSpec],
+    blocks: Iterable[Block],
+    values: Values,
+    dtype: np.dtype | None,
+    model_dtype: np.dtype,
 ) -> list[OutputTensor]:
     """The tensors that blocks name, put together from the parameters they would fill.
 
@@ -51,8 +55,9 @@ def output_tensors(
         specs: the parameters by path.
         blocks: as `model_blocks` makes them for the names that are wanted.
         values: of the parameters.
-        dtype: of the tensors; None for what each is held in. Parameters that a model holds wider than that (routers
-            are float32) are rounded only where no value changes.
+        dtype: of the tensors; None for what each is held in.
+        model_dtype: of the model. Parameters that it holds wider than that (routers are float32) are rounded only where
+            no value changes.
 
     Returns:
         The tensors in the order of the parameters.
@@ -61,7 +66,8 @@ def output_tensors(
     for block in blocks:
         if block.tensor is not None:
             regions[block.tensor].setdefault(block.tensor_box, block)
-    return [_output(name, list(parts.values()), specs, values, dtype) for name, parts in regions.items()]
+    wide = {path for path, spec in specs.items() if spec.dtype.itemsize > model_dtype.itemsize}
+    return [_output(name, list(parts.values()), wide, values, dtype) for name, parts in regions.items()]
 
 
 def copied_tensor(tensor: TensorInfo, descriptors: Mapping[Path, int]) -> OutputTensor:
@@ -83,12 +89,12 @@ def copied_tensor(tensor: TensorInfo, descriptors: Mapping[Path, int]) -> Output
 
 
 def _output(
-    name: str, blocks: list[Block], specs: Mapping[str, ParamSpec], values: Values, dtype: np.dtype | None
+    name: str, blocks: list[Block], wide: Collection[str], values: Values, dtype: np.dtype | None
 ) -> OutputTensor:
     shape = blocks[0].split_shape
     boxes = tuple([block.tensor_box for block in blocks])
     assert union_volume(shape, boxes) == volume(whole(shape)), f"no parameter holds all of tensor {name!r} {shape}"
-    chosen = _written_dtype(blocks, specs, values, dtype)
+    chosen = _written_dtype(blocks, wide, values, dtype)
 
     def gather() -> np.ndarray:
         result = np.empty(shape, chosen)
@@ -109,14 +115,14 @@ def _output(
 
 
 def _written_dtype(
-    blocks: list[Block], specs: Mapping[str, ParamSpec], values: Values, dtype: np.dtype | None
+    blocks: list[Block], wide: Collection[str], values: Values, dtype: np.dtype | None
 ) -> np.dtype:
     held = np.dtype(values.dtype(blocks[0].param, blocks[0].param_box))
     for block in blocks[1:]:
         held = np.dtype(jnp.promote_types(held, values.dtype(block.param, block.param_box)))
     if dtype is None or dtype == held or not can_cast(held, dtype):
         return held
-    if all(specs[block.param].dtype.itemsize <= dtype.itemsize for block in blocks):
+    if not any(block.param in wide for block in blocks):
         return dtype
     parts = (values.read(block.param, block.param_box) for block in blocks)
     with np.errstate(over="ignore"):  # what overflows is not equal afterwards

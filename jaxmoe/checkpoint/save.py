@@ -133,7 +133,8 @@ def save(
     checkpoint = _open_source(source, family, needed=bool(ignored))
     with open_files(checkpoint.files if ignored and checkpoint else ()) as descriptors:
         wanted = wanted_names(specs, family, form, checkpoint.tensors if checkpoint else None)
-        tensors = output_tensors(specs, model_blocks(specs, family, wanted), ModelValues(arrays), target)
+        blocks = model_blocks(specs, family, wanted)
+        tensors = output_tensors(specs, blocks, ModelValues(arrays), target, np.dtype(model.dtype))
         carried = [copied_tensor(checkpoint.tensors[name], descriptors) for name in ignored] if checkpoint else []
         options = dataclasses.replace(options, form=written_form(family, form))
         return _write(source, Path(directory), tensors, carried, target, family, options)
@@ -176,13 +177,14 @@ def convert(
     family, config = read_model_config(source)
     checkpoint = open_checkpoint(source).renamed(family.text_name)
     check_not_quantized(checkpoint, source)
-    specs = abstract_specs(config, target or np.dtype(np.float32))
+    model_dtype = target or np.dtype(np.float32)
+    specs = abstract_specs(config, model_dtype)
     blocks = list(model_blocks(specs, family, checkpoint.tensors))
     ignored = _check_complete(checkpoint, specs, blocks, family, config)
     with open_files(checkpoint.files) as descriptors:
         values = CheckpointValues(blocks, checkpoint.tensors, descriptors)
         wanted = wanted_names(specs, family, form, checkpoint.tensors)
-        tensors = output_tensors(specs, model_blocks(specs, family, wanted), values, target)
+        tensors = output_tensors(specs, model_blocks(specs, family, wanted), values, target, model_dtype)
         carried = [copied_tensor(checkpoint.tensors[name], descriptors) for name in ignored]
         options = dataclasses.replace(options, form=written_form(family, form))
         return _write(source, Path(directory), tensors, carried, target, family, options)

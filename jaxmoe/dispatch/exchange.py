@@ -83,7 +83,7 @@ def run_exchange(
     # The bound is the same on every device of the mesh: collectives in the loop meet their partners.
     rounds = 1 if C == T else jax.lax.pmax(-(-jnp.max(plan.need_n) // C), AXES)
     # A rounded row is no differentiable function of the row: the gradient is that of rows sent as they are.
-    bodies = Bodies(partial(one_round, layout.wire_dtype), partial(one_round, None))
+    bodies = Bodies(partial(one_round, layout.wire_dtype), partial(one_round, None), first_apart=True)
     y_TD = sum_rounds(bodies, rounds, (x_TD, weights_TK, experts.params), (slots_TK, plan))
     return y_TD, DispatchStats(rounds=jnp.int32(rounds), rows_sent_n=plan.need_n)
 

@@ -12,10 +12,18 @@ Body = Callable[[jax.Array, Any, Any], jax.Array]
 
 
 class Bodies(NamedTuple):
-    """A body, and the one that stands for it where a gradient is taken."""
+    """A body, and how it is run.
+
+    Attributes:
+        forward: what is summed.
+        for_gradient: what stands for it where a gradient is taken.
+        first_apart: do round 0 before the loop: work around the loop can then overlap the collectives of the round that
+            is mostly the only one. The program holds the body twice.
+    """
 
     forward: Body
     for_gradient: Body
+    first_apart: bool = False
 
 
 def sum_rounds(bodies: Bodies, rounds: int | jax.Array, inputs: Any, constants: Any) -> jax.Array:
@@ -39,8 +47,7 @@ def _sum_rounds(bodies: Bodies, once: bool, rounds: jax.Array, inputs: Any, cons
     body = bodies.forward
     if once:
         return body(jnp.int32(0), inputs, constants)
-    out = jax.eval_shape(body, jax.ShapeDtypeStruct((), jnp.int32), inputs, constants)
-    return _add_up(lambda index: body(index, inputs, constants), rounds, jnp.zeros(out.shape, out.dtype))
+    return _add_up(lambda index: body(index, inputs, constants), rounds, first_apart=bodies.first_apart)
 
 
 def _forward(
@@ -58,17 +65,25 @@ def _backward(bodies: Bodies, once: bool, residuals: tuple[Any, ...], dy: jax.Ar
 
     if once:
         return None, pull_back(jnp.int32(0)), None
-    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.promote_types(x.dtype, jnp.float32)), inputs)
-    sums = _add_up(pull_back, rounds, zeros)
+    sums = _add_up(
+        lambda index: jax.tree.map(lambda x: x.astype(jnp.promote_types(x.dtype, jnp.float32)), pull_back(index)),
+        rounds,
+        first_apart=bodies.first_apart,
+    )
     return None, jax.tree.map(lambda total, x: total.astype(x.dtype), sums, inputs), None
 
 
 _sum_rounds.defvjp(_forward, _backward)
 
 
-def _add_up(term: Callable[[jax.Array], Any], rounds: int | jax.Array, start: Any) -> Any:
+def _add_up(term: Callable[[jax.Array], Any], rounds: int | jax.Array, *, first_apart: bool) -> Any:
     def step(state: tuple[jax.Array, Any]) -> tuple[jax.Array, Any]:
         index, sums = state
         return index + 1, jax.tree.map(jnp.add, sums, term(index))
 
-    return jax.lax.while_loop(lambda state: state[0] < rounds, step, (jnp.int32(0), start))[1]
+    if first_apart:
+        start = (jnp.int32(1), term(jnp.int32(0)))
+    else:
+        out = jax.eval_shape(term, jax.ShapeDtypeStruct((), jnp.int32))
+        start = (jnp.int32(0), jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), out))
+    return jax.lax.while_loop(lambda state: state[0] < rounds, step, start)[1]

@@ -4,6 +4,8 @@ The layers of a kind are alike, so each model is cut down to the few that have o
 memory and collectives follow from, and sixty layers would compile for an hour.
 """
 
+import re
+
 import pytest
 from jax.sharding import Mesh
 
@@ -74,3 +76,25 @@ def check_experts_stay(step: CompiledStep, config: DecoderConfig, mesh: Mesh) ->
 def check_collectives(step: CompiledStep) -> None:
     """Nothing was left for the partitioner to reshard: it does that by permutations."""
     assert set(step.collectives) <= {"all-gather", "all-reduce", "reduce-scatter", "all-to-all"}
+
+
+@pytest.mark.slow
+def test_shared_experts_are_computed_while_tokens_travel(gpu_compiler) -> None:
+    """In the compiled schedule the shared expert's products stand between the start and the end of an exchange."""
+    config = get_family("deepseek_v3").read_config({**DEEPSEEK_V3, "num_hidden_layers": 1, "first_k_dense_replace": 0})
+    mesh = jaxmoe.make_mesh(ep=8, devices=list(gpu_topology("h100", 8)))
+    options = {"batch_size": BATCH, "prompt_length": PROMPT, "max_length": LENGTH}
+    text = compile_steps(config, mesh, dispatch="all_to_all", **options)["prefill"].text
+    F, D = DEEPSEEK_V3["moe_intermediate_size"], DEEPSEEK_V3["hidden_size"]
+    entry = text[text.index("\nENTRY ") :]
+    weights = set(re.findall(rf"%(\S+) = bf16\[(?:{F},{D}|{D},{F})\]\S* parameter\(", entry))
+    assert len(weights) == 3
+    travelling, seen = set(), set()
+    for line in entry.splitlines():
+        if start := re.search(r"%(all-to-all-start\S*) = .* all-to-all-start\(", line):
+            travelling.add(start[1])
+        elif done := re.search(r" all-to-all-done\(%([\w.-]+)\)", line):
+            travelling.discard(done[1])
+        elif travelling and " fusion(" in line:
+            seen |= weights & set(re.findall(r"%([\w.-]+)", line))
+    assert seen == weights

@@ -174,6 +174,18 @@ def test_parts_on_an_accelerator_are_cut_there(monkeypatch):
     np.testing.assert_array_equal(ModelValues(arrays).read(path, box), expected)
 
 
+def test_a_float32_model_is_rounded_when_asked_to(tmp_path):
+    """Whether or not its values would survive: that is what the caller asked for, and what config.json then says."""
+    source = GOLDENS / "qwen3_moe" / "original"
+    jaxmoe.save(jaxmoe.load(source, mesh=mesh_of(1, 2, 2)), tmp_path / "saved", dtype="bfloat16")
+    expected = {name: value.astype(ml_dtypes.bfloat16) for name, value in read_all(source).items()}
+    saved = read_all(tmp_path / "saved")
+    assert saved.keys() == expected.keys()
+    for name, value in saved.items():
+        assert value.dtype == ml_dtypes.bfloat16, name
+        np.testing.assert_array_equal(value, expected[name], err_msg=name)
+
+
 def test_routers_are_rounded_only_where_nothing_changes(tmp_path):
     """A model holds its routers in float32; those of a bfloat16 checkpoint go back to bfloat16."""
     source, mesh = GOLDENS / "qwen3_moe" / "original", mesh_of(1, 1, 2)

@@ -143,4 +143,7 @@ def test_every_line_of_the_log_is_a_record(tmp_path, trainer):
     batches, _ = tiny_text()
     run = start(tmp_path, trainer, batches, checkpoint_minutes=60)
     records = [json.loads(line) for line in run.log_file.read_text().splitlines()]
-    assert all(record["tokens_per_second"] > 0 and len(record["load"]) == 2 for record in records)
+    assert [record["step"] for record in records] == [10, 20, 30, 30]
+    assert all(record["tokens_per_second"] > 0 and len(record["load"]) == 2 for record in records[:3])
+    # The steps' own loss is the mean of ten, and of other rows.
+    assert records[3]["held_out_loss"] == pytest.approx(records[2]["loss"], rel=0.2)
