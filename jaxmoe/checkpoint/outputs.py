@@ -114,9 +114,7 @@ def _output(
     )
 
 
-def _written_dtype(
-    blocks: list[Block], wide: Collection[str], values: Values, dtype: np.dtype | None
-) -> np.dtype:
+def _written_dtype(blocks: list[Block], wide: Collection[str], values: Values, dtype: np.dtype | None) -> np.dtype:
     held = np.dtype(values.dtype(blocks[0].param, blocks[0].param_box))
     for block in blocks[1:]:
         held = np.dtype(jnp.promote_types(held, values.dtype(block.param, block.param_box)))
