@@ -93,7 +93,13 @@ def _add_load_options(parser: argparse.ArgumentParser) -> None:
         metavar="ep,tp",
         help="mesh axes that share the experts (ep)",
     )
-    group.add_argument("--dispatch", default="auto", metavar="NAME", help="how tokens travel to experts (auto)")
+    group.add_argument(
+        "--dispatch",
+        type=cli_options.dispatch,
+        default="auto",
+        metavar="NAME|prefill=NAME,decode=NAME",
+        help="how tokens travel to experts (auto)",
+    )
     group.add_argument("--kernels", default="auto", metavar="NAME", help="grouped matmul backend (auto)")
     group.add_argument("--check-finite", action="store_true", help="refuse a checkpoint with NaN or infinity")
     group.add_argument("--no-progress", action="store_true", help="draw no progress bar")

@@ -63,3 +63,13 @@ def count(text: str) -> int:
 def axes(text: str) -> tuple[str, ...]:
     """Type of ``--expert-axes``."""
     return tuple(axis.strip() for axis in text.split(","))
+
+
+def dispatch(text: str) -> str | dict[str, str]:
+    """Type of ``--dispatch``: one name, or names by phase."""
+    if "=" not in text:
+        return text
+    phases = dict(part.strip().split("=", 1) for part in text.split(",") if "=" in part)
+    if len(phases) != len(text.split(",")) or not phases.keys() <= {"prefill", "decode"}:
+        raise argparse.ArgumentTypeError(f"a name, or prefill=NAME,decode=NAME; got {text!r}")
+    return phases

@@ -1,6 +1,6 @@
 """`jaxmoe.load`: from a checkpoint directory to a model on the mesh."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +32,7 @@ def load(
     adapter: str | Path | None = None,
     router: RouterFunction | None = None,
     expert_axes: tuple[str, ...] = (EP,),
-    dispatch: str = "auto",
+    dispatch: str | Mapping[str, str] = "auto",
     kernels: str = "auto",
     progress: bool | ProgressCallback = False,
     check_finite: bool = False,
@@ -53,7 +53,7 @@ def load(
         router: a function that chooses the experts in every layer instead of the family's router, see
             `RouterConfig.function`.
         expert_axes: mesh axes that share the experts, see `jaxmoe.MoE`.
-        dispatch: a backend of `jaxmoe.dispatch`, or "auto".
+        dispatch: a backend of `jaxmoe.dispatch` or "auto", or one for each phase, {"prefill": ..., "decode": ...}.
         kernels: a backend of `jaxmoe.kernels.grouped_matmul`, or "auto".
         progress: True draws a bar on stderr; a callable is given (bytes done, bytes in all).
         check_finite: refuse a checkpoint with infinities or NaNs in it.

@@ -7,6 +7,7 @@ from jaxmoe.dispatch.all_gather import ALL_GATHER
 from jaxmoe.dispatch.all_to_all import ALL_TO_ALL
 from jaxmoe.dispatch.base import TOKEN_AXES, Dispatch, DispatchLayout, DispatchStats, Experts
 from jaxmoe.dispatch.choose import RATES, DispatchChoice, DispatchCost, choose, dispatch_cost
+from jaxmoe.dispatch.phases import PhaseDispatch
 from jaxmoe.dispatch.ragged_all_to_all import RAGGED_ALL_TO_ALL
 from jaxmoe.dispatch.replicated import REPLICATED
 from jaxmoe.dispatch.traffic import Collective, DispatchBytes, expected_bytes
@@ -24,6 +25,7 @@ __all__ = [
     "DispatchLayout",
     "DispatchStats",
     "Experts",
+    "PhaseDispatch",
     "check_wire_dtype",
     "dispatch_cost",
     "expected_bytes",

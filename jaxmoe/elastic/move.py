@@ -105,7 +105,7 @@ def _empty_on(
         mesh=mesh,
         placement=placement,
         expert_axes=first.expert_axes,
-        dispatch=first.dispatch,
+        dispatch=model.dispatch,
         kernels=first.kernels,
         dtype=model.dtype,
         source=model.source,

@@ -123,8 +123,7 @@ class MoE(nnx.Module):
         self.config, self.mesh, self.expert_axes = config, mesh, expert_axes
         self.dispatch, self.wire_dtype, self.kernels = dispatch, wire_dtype, kernels
         check_wire_dtype(wire_dtype)
-        if dispatch != "auto":
-            get_dispatch(dispatch, self._platform)
+        self.check_dispatch(dispatch)
         self._placement = HostData(make_placement(placement, E, axes_size(mesh, expert_axes)))
 
         width_axis = None if TP in expert_axes else TP
@@ -217,7 +216,12 @@ class MoE(nnx.Module):
             self.near_counts = PlacementTable(put(counts, per_device))
 
     def __call__(
-        self, x: jax.Array, token_mask: jax.Array | None = None, router_x: jax.Array | None = None
+        self,
+        x: jax.Array,
+        token_mask: jax.Array | None = None,
+        router_x: jax.Array | None = None,
+        *,
+        dispatch: str | None = None,
     ) -> tuple[jax.Array, MoEStats]:
         """Apply the layer.
 
@@ -225,6 +229,7 @@ class MoE(nnx.Module):
             x: [..., D], any number of tokens.
             token_mask: bool [...], False for tokens that go to no expert and come back as zeros.
             router_x: [..., D], what the router looks at where that is not x.
+            dispatch: for this call; None for the layer's own.
 
         Returns:
             y [..., D] in x's dtype, and the call's statistics.
@@ -235,7 +240,7 @@ class MoE(nnx.Module):
         mask_T = jnp.ones(x_TD.shape[0], bool) if token_mask is None else token_mask.reshape(-1)
         params = {name: param[...] for name, param in vars(self).items() if isinstance(param, nnx.Variable)}
         router_TD = x_TD if router_x is None else router_x.reshape(x_TD.shape)
-        plan = self._plan(x_TD.shape[0], x.dtype)
+        plan = self._plan(x_TD.shape[0], x.dtype, dispatch)
         if self.config.latent_size is None:
             y_TD, stats = _forward(x_TD, router_TD, mask_T, params, plan=plan)
         else:
@@ -284,10 +289,20 @@ class MoE(nnx.Module):
         itemsize = jnp.dtype(self.w_gate_up.dtype if dtype is None else dtype).itemsize
         return explain_dispatch(tokens, K, D, itemsize, self._layout, self._platform)
 
-    def _plan(self, T: int, dtype: Any) -> _Plan:
-        name = self.explain_dispatch(T, dtype).name if self.dispatch == "auto" else self.dispatch
-        dispatch = get_dispatch(name, self._platform)
-        return _Plan(self.config, self.mesh, self._layout, dispatch, self.kernels, self.replica_choice)
+    def check_dispatch(self, name: str) -> None:
+        """Refuse a dispatch that is not known or cannot run on this mesh.
+
+        Raises:
+            ValueError: there is no backend of that name.
+            NotImplementedError: it cannot run on these devices.
+        """
+        if name != "auto":
+            get_dispatch(name, self._platform)
+
+    def _plan(self, T: int, dtype: Any, dispatch: str | None = None) -> _Plan:
+        name = dispatch or self.dispatch
+        backend = get_dispatch(self.explain_dispatch(T, dtype).name if name == "auto" else name, self._platform)
+        return _Plan(self.config, self.mesh, self._layout, backend, self.kernels, self.replica_choice)
 
 
 def check_expert_axes(expert_axes: tuple[str, ...]) -> None:

@@ -1,7 +1,7 @@
 """The decoder every family shares, composed from `jaxmoe.layers` as its config says."""
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -13,6 +13,7 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from jaxmoe.config import DecoderConfig, MoEConfig
+from jaxmoe.dispatch import PhaseDispatch
 from jaxmoe.layers import (
     NORMS,
     CacheArray,
@@ -30,6 +31,7 @@ from jaxmoe.layers import (
 from jaxmoe.mesh import EP, TP, axes_size, batch_axes, named, padded_batch
 from jaxmoe.models.checks import check_token_ids, check_tp
 from jaxmoe.models.decoder_layer import DecoderLayer
+from jaxmoe.models.describe import describe
 from jaxmoe.models.padding import bucket_length, prompt_positions
 from jaxmoe.models.routing import Routing, RoutingRecorder, routing_of
 from jaxmoe.placement import ExpertPlacement, make_placements
@@ -46,7 +48,8 @@ class Decoder(nnx.Module):
         config: sizes and kinds of its parts.
         mesh: from `jaxmoe.make_mesh`.
         placement: one strategy name or `ExpertPlacement` for all MoE layers, or one for each.
-        expert_axes, dispatch, kernels: as for `jaxmoe.MoE`.
+        expert_axes, kernels: as for `jaxmoe.MoE`.
+        dispatch: a name or "auto" for all, or for each phase, {"prefill": ..., "decode": ...}.
         dtype: of weights and activations.
         rngs: random streams for the weights; None leaves them abstract, for a loader to fill.
         source: the checkpoint directory it comes from.
@@ -62,7 +65,7 @@ class Decoder(nnx.Module):
         mesh: Mesh,
         placement: str | ExpertPlacement | Sequence[str | ExpertPlacement] = "linear",
         expert_axes: tuple[str, ...] = (EP,),
-        dispatch: str = "auto",
+        dispatch: str | Mapping[str, str] | PhaseDispatch = "auto",
         kernels: str = "auto",
         dtype: Any = jnp.float32,
         rngs: nnx.Rngs | None = None,
@@ -74,6 +77,7 @@ class Decoder(nnx.Module):
         self._source: HostData[Path | None] = HostData(source)
         self._load_report: HostData[Any] = HostData(None)
         self._recorder: HostData[RoutingRecorder | None] = HostData(None)
+        self.dispatch = PhaseDispatch.of(dispatch)
         param = ParamFactory(mesh, dtype, rngs)
         experts = [ffn.num_experts for layer in config.layers if isinstance(ffn := layer.feed_forward, MoEConfig)]
         placements = dict(
@@ -91,7 +95,7 @@ class Decoder(nnx.Module):
                 param=param,
                 placement=placements.get(i),
                 expert_axes=expert_axes,
-                dispatch=dispatch,
+                dispatch=self.dispatch,
                 kernels=kernels,
             )
             for i, layer in enumerate(config.layers)
@@ -128,6 +132,15 @@ class Decoder(nnx.Module):
     def recorder(self) -> RoutingRecorder | None:
         """The recorder of the `record_routing` that is active."""
         return self._recorder.value
+
+    def describe(self, *, batch_size: int = 1, prompt_length: int = 512) -> str:
+        """The model on its mesh in a few lines: where its experts are, and how tokens will travel to them and why.
+
+        Args:
+            batch_size: sequences, for the choice of a dispatch.
+            prompt_length: tokens of each in the prefill.
+        """
+        return describe(self, batch_size, prompt_length)
 
     @contextlib.contextmanager
     def record_routing(self, *, token_ids: bool = False) -> Iterator[RoutingRecorder]:

@@ -6,6 +6,7 @@ import jax
 from flax import nnx
 
 from jaxmoe.config import DecoderConfig, LayerConfig, MLPConfig, MoEConfig
+from jaxmoe.dispatch import PhaseDispatch
 from jaxmoe.layers import MLP, NORMS, MoE, MoEStats, ParamFactory, make_token_mixer
 from jaxmoe.layers.param import ones
 from jaxmoe.mesh import named
@@ -27,13 +28,13 @@ class DecoderLayer(nnx.Module):
         param: ParamFactory,
         placement: ExpertPlacement | None,
         expert_axes: tuple[str, ...],
-        dispatch: str,
+        dispatch: PhaseDispatch,
         kernels: str,
     ):
         norm = NORMS[decoder.norm]
         hidden_size, eps = decoder.hidden_size, decoder.norm_eps
         self.residual_multiplier = decoder.residual_multiplier
-        self.config = config
+        self.config, self.dispatch = config, dispatch
         if config.attention is not None:
             self.attention_norm = norm(hidden_size, eps, param=param)
             self.attention = make_token_mixer(config.attention, hidden_size, eps, param=param)
@@ -46,11 +47,12 @@ class DecoderLayer(nnx.Module):
                 mesh=param.mesh,
                 placement=placement,
                 expert_axes=expert_axes,
-                dispatch=dispatch,
+                dispatch=dispatch.prefill,
                 kernels=kernels,
                 dtype=param.dtype,
                 rngs=param.rngs,
             )
+            self.moe.check_dispatch(dispatch.decode)
         if isinstance(dense := config.parallel_mlp or config.feed_forward, MLPConfig):
             self.mlp = MLP(dense, param=param)
         if config.post_norms and config.attention is not None:
@@ -86,7 +88,8 @@ class DecoderLayer(nnx.Module):
                 y_BSD = self.attention_post_norm(y_BSD)
             x_BSD = x_BSD + y_BSD * self.residual_multiplier
         if self.config.feed_forward is not None:
-            y_BSD, stats = self._feed_forward(x_BSD, mask_BS, batch)
+            dispatch = self.dispatch.decode if decode else self.dispatch.prefill
+            y_BSD, stats = self._feed_forward(x_BSD, mask_BS, batch, dispatch)
             if self.config.post_norms:
                 y_BSD = self.feed_forward_post_norm(y_BSD)
             x_BSD = x_BSD + y_BSD * self.residual_multiplier
@@ -95,16 +98,16 @@ class DecoderLayer(nnx.Module):
         return x_BSD, cache, stats
 
     def _feed_forward(
-        self, x_BSD: jax.Array, mask_BS: jax.Array, batch: tuple[str, ...]
+        self, x_BSD: jax.Array, mask_BS: jax.Array, batch: tuple[str, ...], dispatch: str
     ) -> tuple[jax.Array, MoEStats | None]:
         """The second half without what it is added to."""
         normed_BSD = self.feed_forward_norm(x_BSD)
         if not isinstance(self.config.feed_forward, MoEConfig):
             return self.mlp(normed_BSD, batch), None
         if self.config.parallel_mlp is None:
-            y_BSD, stats = self.moe(normed_BSD, mask_BS)
+            y_BSD, stats = self.moe(normed_BSD, mask_BS, dispatch=dispatch)
         else:
-            y_BSD, stats = self.moe(self.moe_norm(x_BSD), mask_BS, router_x=x_BSD)
+            y_BSD, stats = self.moe(self.moe_norm(x_BSD), mask_BS, router_x=x_BSD, dispatch=dispatch)
         y_BSD = jax.lax.with_sharding_constraint(y_BSD, named(self.moe.mesh, batch))
         if self.config.parallel_mlp is not None:
             y_BSD = self.mlp_post_norm(self.mlp(normed_BSD, batch)) + self.moe_post_norm(y_BSD)

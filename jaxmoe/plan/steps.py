@@ -3,7 +3,7 @@
 import dataclasses
 import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -59,7 +59,7 @@ def compile_steps(
     *,
     placement: str | ExpertPlacement | Sequence[str | ExpertPlacement] = "linear",
     expert_axes: tuple[str, ...] = (EP,),
-    dispatch: str = "auto",
+    dispatch: str | Mapping[str, str] = "auto",
     kernels: str = "auto",
     dtype: Any = jnp.bfloat16,
     batch_size: int,

@@ -1,0 +1,77 @@
+"""A dispatch for each phase, and what a model says of itself."""
+
+import json
+
+import pytest
+
+import jaxmoe
+from jaxmoe.cli import main
+from jaxmoe.dispatch import PhaseDispatch
+from jaxmoe.layers.moe import MoE
+from tests.conftest import mesh_of
+from tests.models.test_goldens import GOLDENS, check_greedy, read_expected
+
+QWEN = GOLDENS / "qwen3_moe" / "original"
+
+
+def test_phases_take_their_own_dispatch(monkeypatch) -> None:
+    used, plan = [], MoE._plan
+
+    def noting(self, T, dtype, dispatch=None):
+        made = plan(self, T, dtype, dispatch)
+        used.append((T, made.dispatch.name))
+        return made
+
+    monkeypatch.setattr(MoE, "_plan", noting)
+    model = jaxmoe.load(QWEN, mesh=mesh_of(1, 2, 4), dispatch={"prefill": "all_to_all", "decode": "all_gather"})
+    check_greedy(model, read_expected("qwen3_moe"))
+    # A decode step has a token a row.
+    rows = {model.padded_batch(1), model.padded_batch(5)}
+    assert {name for T, name in used if T in rows} == {"all_gather"}
+    assert {name for T, name in used if T not in rows} == {"all_to_all"}
+
+
+def test_one_phase_may_be_left_to_auto() -> None:
+    assert PhaseDispatch.of({"decode": "replicated"}) == PhaseDispatch(prefill="auto", decode="replicated")
+    assert PhaseDispatch.of("all_gather") == PhaseDispatch(prefill="all_gather", decode="all_gather")
+    with pytest.raises(ValueError, match=r'names by phase, "prefill" and "decode"; got \'training\''):
+        PhaseDispatch.of({"training": "all_to_all"})
+
+
+@pytest.mark.parametrize("dispatch", ["nowhere", {"decode": "nowhere"}], ids=str)
+def test_unknown_backends_are_refused_at_once(dispatch) -> None:
+    with pytest.raises(ValueError, match=r"dispatch backends are auto, replicated, .* got 'nowhere'"):
+        jaxmoe.load(QWEN, mesh=mesh_of(1, 1, 4), dispatch=dispatch)
+
+
+def test_what_a_model_says_of_itself() -> None:
+    placement = jaxmoe.ExpertPlacement(11, 4, [*range(11), 0, 1, -1, -1, -1])
+    model = jaxmoe.load(
+        QWEN,
+        mesh=mesh_of(1, 2, 4),
+        placement=["linear", placement],
+        dispatch={"prefill": "auto", "decode": "replicated"},
+    )
+    text = model.describe(batch_size=4, prompt_length=256)
+    assert text.splitlines()[:4] == [
+        "qwen3_moe in float32, 2 layers, 2 of them with routed experts",
+        "mesh dp=1, tp=2, ep=4: 8 cpu devices",
+        "MoE layer 0: 11 experts, 3 to a token, in 12 slots (0 replicas, 1 padding), 3 on each of 4 devices along ep",
+        "MoE layer 1: 11 experts, 3 to a token, in 16 slots (2 replicas, 3 padding), 4 on each of 4 devices along ep",
+    ]
+    # The choice and its reasons are those of the layer.
+    assert f"prefill: {model.moe_layers[0].explain_dispatch(1024, 'float32')}" in text.replace("MoE layer 0: ", "")
+    assert text.endswith("decode: replicated, as it was asked for")
+
+
+def test_the_command_takes_a_dispatch_for_each_phase(capsys) -> None:
+    options = ["generate", str(QWEN), "--mesh", "ep=8", "--prompt-ids", "5,6,7", "--max-new-tokens", "4", "--json"]
+    tokens = []
+    for dispatch in ("auto", "prefill=all_to_all,decode=replicated"):
+        assert main([*options, "--dispatch", dispatch]) == 0
+        tokens.append(json.loads(capsys.readouterr().out.splitlines()[0])["token_ids"])
+    assert tokens[0] == tokens[1]
+    with pytest.raises(SystemExit) as error:
+        main([*options, "--dispatch", "prefill=all_to_all,training=x"])
+    assert error.value.code == 2
+    assert "a name, or prefill=NAME,decode=NAME" in capsys.readouterr().err
