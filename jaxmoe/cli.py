@@ -10,12 +10,15 @@ import json
 import os
 import sys
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from jaxmoe import cli_bench, cli_convert, cli_inspect, cli_options, cli_place, cli_plan, cli_processes
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from jax.sharding import Mesh
 
     from jaxmoe.generate import GenerationStats, Output, TokenEvent
@@ -166,7 +169,12 @@ def _add_generate_options(parser: argparse.ArgumentParser) -> None:
     cli_processes.add_options(parser)
     _add_load_options(parser)
     parser.add_argument("--json", action="store_true", help="one JSON object a line for each prompt")
-    parser.add_argument("-v", "--verbose", action="store_true", help="a table of expert bytes per device, on stderr")
+    parser.add_argument(
+        "--record-routing", metavar="FILE.npz", help="write which experts every token chose, for `jaxmoe place`"
+    )
+    parser.add_argument(
+        "-v", "--verbose", action="store_true", help="where experts are and how tokens travel to them, on stderr"
+    )
 
 
 def _generate(args: argparse.Namespace) -> None:
@@ -187,6 +195,7 @@ def _generate_together(args: argparse.Namespace) -> None:
 
     from pathlib import Path
 
+    from jaxmoe.distributed import is_first
     from jaxmoe.generate import GenerationStats, encode, generate
     from jaxmoe.models import read_model_config
 
@@ -196,34 +205,48 @@ def _generate_together(args: argparse.Namespace) -> None:
     model = _load(args, mesh)
     if args.verbose:
         _print_expert_bytes(model)
+        print(model.describe(batch_size=min(len(prompts), args.batch_size)), file=sys.stderr)
     live = len(prompts) == 1 and not args.json and sys.stdout.isatty()
     total = GenerationStats()
-    for start in range(0, len(prompts), args.batch_size):
-        batch = slice(start, start + args.batch_size)
-        stats = GenerationStats()
-        outputs = generate(
-            model,
-            token_ids[batch],
-            max_new_tokens=args.max_new_tokens,
-            temperature=args.temperature,
-            top_k=args.top_k,
-            top_p=args.top_p,
-            min_p=args.min_p,
-            repetition_penalty=args.repetition_penalty,
-            seed=args.seed,
-            stop=args.stop,
-            ignore_eos=args.ignore_eos,
-            stream=_print_piece if live else None,
-            stats=stats,
-        )
-        total += stats
-        for index, output in enumerate(outputs, start):
-            if args.json:
-                print(json.dumps(_record(prompts[index], output, stats)), flush=True)
-            elif not live:
-                title = f"[{index}] {prompts[index]}\n" if len(prompts) > 1 else ""
-                print(f"{title}{_readable(output.text, output.token_ids)}", flush=True)
+    with model.record_routing(token_ids=True) if args.record_routing else nullcontext() as routing:
+        for start in range(0, len(prompts), args.batch_size):
+            batch = slice(start, start + args.batch_size)
+            stats = GenerationStats()
+            outputs = generate(
+                model,
+                token_ids[batch],
+                max_new_tokens=args.max_new_tokens,
+                temperature=args.temperature,
+                top_k=args.top_k,
+                top_p=args.top_p,
+                min_p=args.min_p,
+                repetition_penalty=args.repetition_penalty,
+                seed=args.seed,
+                stop=args.stop,
+                ignore_eos=args.ignore_eos,
+                stream=_print_piece if live else None,
+                stats=stats,
+            )
+            total += stats
+            for index, output in enumerate(outputs, start):
+                if args.json:
+                    print(json.dumps(_record(prompts[index], output, stats)), flush=True)
+                elif not live:
+                    title = f"[{index}] {prompts[index]}\n" if len(prompts) > 1 else ""
+                    print(f"{title}{_readable(output.text, output.token_ids)}", flush=True)
+    if routing is not None and is_first():
+        _write_whole(Path(args.record_routing), routing.trace().save)
     print(f"{_describe(mesh)}: {total.summary()}", file=sys.stderr)
+
+
+def _write_whole(path: "Path", write: Callable[["Path"], None]) -> None:
+    """Write a file under another name first, so that under its own it is there whole or not at all."""
+    partial = path.with_name(path.name + ".partial")
+    try:
+        write(partial)
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
 
 
 def _read_prompts(args: argparse.Namespace) -> list[Any]:

@@ -34,6 +34,9 @@ class FakeModel(nnx.Module):
     def padded_batch(self, batch_size: int) -> int:
         return padded_batch(self.mesh, batch_size)
 
+    def describe(self, *, batch_size: int = 1, prompt_length: int = 512) -> str:
+        return f"a fake for {batch_size} prompts"
+
     def init_cache(self, batch_size: int, max_length: int) -> dict[str, jax.Array]:
         tokens = jnp.full((batch_size, max_length), -1, jnp.int32)
         return {"tokens": jax.lax.with_sharding_constraint(tokens, named(self.mesh, batch_axes(self.mesh, batch_size)))}

@@ -75,3 +75,21 @@ def test_the_command_takes_a_dispatch_for_each_phase(capsys) -> None:
         main([*options, "--dispatch", "prefill=all_to_all,training=x"])
     assert error.value.code == 2
     assert "a name, or prefill=NAME,decode=NAME" in capsys.readouterr().err
+
+
+def test_the_command_records_routing_for_place(tmp_path, capsys) -> None:
+    trace, placement = tmp_path / "routing.npz", tmp_path / "placement.json"
+    command = ["generate", str(QWEN), "--mesh", "tp=2,ep=4", "--prompt-ids", "5,6,7", "--prompt-ids", "8,9", "-v"]
+    assert main([*command, "--max-new-tokens", "8", "--ignore-eos", "--record-routing", str(trace)]) == 0
+    assert "11 experts, 3 to a token" in capsys.readouterr().err
+    assert jaxmoe.RoutingTrace.load(trace).window_sizes.tolist() == [5, *[2] * 7]
+    assert [path.name for path in tmp_path.iterdir()] == ["routing.npz"]
+    assert main(["place", str(trace), "--config", str(QWEN), "--ep", "4", "-o", str(placement)]) == 0
+    assert main([*command, "--max-new-tokens", "8", "--placement", str(placement)]) == 0
+
+
+def test_a_record_that_cannot_be_written_leaves_nothing(tmp_path, capsys) -> None:
+    trace = tmp_path / "missing" / "routing.npz"
+    command = ["generate", str(QWEN), "--mesh", "tp=2,ep=4", "--prompt-ids", "5", "--max-new-tokens", "2"]
+    assert main([*command, "--record-routing", str(trace)]) == 1
+    assert "missing" in capsys.readouterr().err
