@@ -4,12 +4,10 @@ Letters besides design's: G key heads, H value heads, k and v the widths of a ke
 convolution (the queries, keys and values of a device), W its taps, V = W - 1. On a device G and H are its own.
 """
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
-from flax import nnx
-from jax.sharding import PartitionSpec as P
 
 from jaxmoe.config import GatedDeltaNetConfig
 from jaxmoe.kernels.grouped_matmul import ACTIVATIONS
@@ -18,31 +16,21 @@ from jaxmoe.layers.conv import causal_conv
 from jaxmoe.layers.delta_rule import chunked_delta_rule, delta_rule_step
 from jaxmoe.layers.norm import rms_norm
 from jaxmoe.layers.param import ParamFactory, ones
+from jaxmoe.layers.recurrent import RecurrentCache, RecurrentMixer, is_token
 from jaxmoe.mesh import TP
 
 _UNIT_EPS = 1e-6
 
 
-class DeltaNetCache(NamedTuple):
-    """What the layer keeps of a sequence, however long; also holds shapes or partition specs.
-
-    Attributes:
-        conv: [B, V, A], the inputs of the convolution before the next token; those of one tp rank's heads after those
-            of the other.
-        state: float32 [B, H, k, v], the memory of every value head.
-    """
-
-    conv: Any
-    state: Any
-
-
-class GatedDeltaNet(nnx.Module):
+class GatedDeltaNet(RecurrentMixer):
     """The gated delta rule behind a short convolution, its outputs normalised and gated (Yang et al. 2024, section 3.4).
 
     y = out(norm(o) · silu(z)), o = `chunked_delta_rule`(unit(q) / sqrt(k), unit(k), v) where q, k and v have gone
     through the convolution and an activation, with decay exp(-exp(a_log) softplus(a + dt_bias)) and strength
     sigmoid(b). Projections in the form `GatedDeltaNetConfig.fused_projections` says.
     """
+
+    whole = ("out_norm",)
 
     def __init__(self, config: GatedDeltaNetConfig, hidden_size: int, eps: float, *, param: ParamFactory):
         self.config, self.eps, self.mesh = config, eps, param.mesh
@@ -67,76 +55,40 @@ class GatedDeltaNet(nnx.Module):
         self.out_norm = param((config.value_head_dim,), init=ones)
         self.w_out = param((hidden_size, values), None, TP)
 
-    def cache_arrays(self, batch_size: int, max_length: int) -> DeltaNetCache:
-        """The layer's cache, as a `DeltaNetCache` of `CacheArray`; `max_length` makes no difference."""
+    def cache_arrays(self, batch_size: int, max_length: int) -> RecurrentCache:
+        """The layer's cache, as a `RecurrentCache` of `CacheArray`; `max_length` makes no difference."""
         del max_length
         config = self.config
         channels = 2 * config.num_key_heads * config.key_head_dim + config.num_value_heads * config.value_head_dim
         state = (batch_size, config.num_value_heads, config.key_head_dim, config.value_head_dim)
-        return DeltaNetCache(
+        return RecurrentCache(
             conv=CacheArray((batch_size, config.conv_kernel_size - 1, channels), (None, TP)),
             state=CacheArray(state, (TP,), "float32"),
         )
 
-    def __call__(
-        self,
-        x_BSD: jax.Array,
-        positions_BS: jax.Array,
-        cache: DeltaNetCache | None,
-        batch: tuple[str, ...],
-        *,
-        decode: bool = False,
-    ) -> tuple[jax.Array, DeltaNetCache | None]:
-        """Run a prompt from an empty memory, or one new token from the cache's.
-
-        Args:
-            x_BSD: normed activations, the batch dim sharded over the axes `batch`.
-            positions_BS: int32, as `TokenMixer` has them: they tell a prompt's tokens from its padding.
-            cache: what the tokens leave is put in its place where given.
-            batch: mesh axes of the batch dim.
-            decode: S is 1 and the cache holds what the tokens before have left.
-
-        Returns:
-            [B, S, D], and the cache after each row's last token.
-        """
-        weights = {name: param[...] for name, param in vars(self).items() if isinstance(param, nnx.Param)}
-        specs = {name: P() if name == "out_norm" else P(None, TP) if name == "w_out" else P(TP) for name in weights}
-        cache_spec = None if cache is None else DeltaNetCache(P(batch, None, TP), P(batch, TP))
-
-        def local(
-            w: dict[str, jax.Array], x_BSD: jax.Array, positions_BS: jax.Array, cache: DeltaNetCache | None
-        ) -> tuple[jax.Array, DeltaNetCache | None]:
-            lengths_B = jnp.full(len(x_BSD), 1) if decode else jnp.max(positions_BS, axis=1) + 1
-            qkv_BSA, z_BSHv, b_BSH, a_BSH = self._project(w, x_BSD)
-            taps = jnp.concatenate([w["conv_q"], w["conv_k"], w["conv_v"]])[:, 0]
-            qkv_BSA, conv = causal_conv(qkv_BSA, taps, None, cache.conv if cache and decode else None, lengths_B)
-            q_BSHk, k_BSHk, v_BSHv = self._heads(ACTIVATIONS[self.config.activation](qkv_BSA))
-            beta_BSH = jax.nn.sigmoid(b_BSH).astype(jnp.float32)
-            log_decay_BSH = -jnp.exp(w["a_log"]) * jax.nn.softplus(a_BSH.astype(jnp.float32) + w["dt_bias"])
-            # Padding neither fades the memory nor writes to it.
-            seen_BS1 = (jnp.arange(x_BSD.shape[1]) < lengths_B[:, None])[..., None]
-            beta_BSH, log_decay_BSH = jnp.where(seen_BS1, beta_BSH, 0), jnp.where(seen_BS1, log_decay_BSH, 0)
-            if cache is not None and decode:
-                o_BHv, state = delta_rule_step(
-                    q_BSHk[:, 0], k_BSHk[:, 0], v_BSHv[:, 0], log_decay_BSH[:, 0], beta_BSH[:, 0], cache.state
-                )
-                o_BSHv = o_BHv[:, None]
-            else:
-                o_BSHv, state = chunked_delta_rule(q_BSHk, k_BSHk, v_BSHv, log_decay_BSH, beta_BSH)
-            o_BSHv = rms_norm(o_BSHv.astype(x_BSD.dtype), w["out_norm"], self.eps)
-            o_BSHv = (o_BSHv * jax.nn.silu(z_BSHv.astype(jnp.float32))).astype(x_BSD.dtype)
-            o_BSA = o_BSHv.reshape(*x_BSD.shape[:2], -1)
-            y_BSD = jnp.einsum("bsa,da->bsd", o_BSA, w["w_out"], preferred_element_type=jnp.float32)
-            y_BSD = jax.lax.psum(y_BSD, TP).astype(x_BSD.dtype)
-            return y_BSD, None if cache is None else DeltaNetCache(conv.astype(cache.conv.dtype), state)
-
-        return jax.shard_map(
-            local,
-            mesh=self.mesh,
-            in_specs=(specs, P(batch), P(batch), cache_spec),
-            out_specs=(P(batch), cache_spec),
-            check_vma=False,
-        )(weights, x_BSD, positions_BS, cache)
+    def run(
+        self, w: dict[str, jax.Array], x_BSD: jax.Array, lengths_B: jax.Array, before: RecurrentCache | None
+    ) -> tuple[jax.Array, RecurrentCache]:
+        """See `RecurrentMixer`."""
+        qkv_BSA, z_BSHv, b_BSH, a_BSH = self._project(w, x_BSD)
+        taps = jnp.concatenate([w["conv_q"], w["conv_k"], w["conv_v"]])[:, 0]
+        qkv_BSA, conv = causal_conv(qkv_BSA, taps, None, before.conv if before else None, lengths_B)
+        q_BSHk, k_BSHk, v_BSHv = self._heads(ACTIVATIONS[self.config.activation](qkv_BSA))
+        beta_BSH = jax.nn.sigmoid(b_BSH).astype(jnp.float32)
+        log_decay_BSH = -jnp.exp(w["a_log"]) * jax.nn.softplus(a_BSH.astype(jnp.float32) + w["dt_bias"])
+        # Padding neither fades the memory nor writes to it.
+        seen_BS1 = is_token(x_BSD.shape[1], lengths_B)
+        beta_BSH, log_decay_BSH = jnp.where(seen_BS1, beta_BSH, 0), jnp.where(seen_BS1, log_decay_BSH, 0)
+        if before is not None:
+            o_BHv, state = delta_rule_step(
+                q_BSHk[:, 0], k_BSHk[:, 0], v_BSHv[:, 0], log_decay_BSH[:, 0], beta_BSH[:, 0], before.state
+            )
+            o_BSHv = o_BHv[:, None]
+        else:
+            o_BSHv, state = chunked_delta_rule(q_BSHk, k_BSHk, v_BSHv, log_decay_BSH, beta_BSH)
+        o_BSHv = rms_norm(o_BSHv.astype(x_BSD.dtype), w["out_norm"], self.eps)
+        o_BSHv = (o_BSHv * jax.nn.silu(z_BSHv.astype(jnp.float32))).astype(x_BSD.dtype)
+        return o_BSHv.reshape(*x_BSD.shape[:2], -1), RecurrentCache(conv, state)
 
     def _project(self, w: dict[str, jax.Array], x_BSD: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
         """This rank's queries, keys and values side by side [B, S, A], gates z [B, S, H, v], and b and a [B, S, H]."""

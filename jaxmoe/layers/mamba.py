@@ -4,12 +4,10 @@ Letters besides design's: A channels, n numbers of a channel's state, r the rank
 convolution, V = W - 1. On a device A is its own.
 """
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
-from flax import nnx
-from jax.sharding import PartitionSpec as P
 
 from jaxmoe.config import MambaConfig
 from jaxmoe.kernels.grouped_matmul import ACTIVATIONS
@@ -17,23 +15,12 @@ from jaxmoe.layers.cache import CacheArray
 from jaxmoe.layers.conv import causal_conv
 from jaxmoe.layers.norm import rms_norm
 from jaxmoe.layers.param import ParamFactory, ones, zeros
+from jaxmoe.layers.recurrent import RecurrentCache, RecurrentMixer, is_token
 from jaxmoe.layers.selective_scan import selective_scan, selective_step
 from jaxmoe.mesh import TP
 
 
-class MambaCache(NamedTuple):
-    """What the layer keeps of a sequence, however long; also holds shapes or partition specs.
-
-    Attributes:
-        conv: [B, V, A], the inputs of the convolution before the next token.
-        state: float32 [B, A, n], the state of every channel.
-    """
-
-    conv: Any
-    state: Any
-
-
-class Mamba(nnx.Module):
+class Mamba(RecurrentMixer):
     """A selective scan over convolved inputs, gated (Gu and Dao 2023, section 3.4).
 
     y = out((scan(u) + skip · u) · silu(z)), u = act(conv(x)), [x, z] = in(input); the scan's dt, b and c are norms of
@@ -42,6 +29,9 @@ class Mamba(nnx.Module):
 
     Every rank has its own channels; dt, b and c depend on all of them, so one psum brings their parts together.
     """
+
+    columns = ("w_dt_b_c", "w_out")
+    whole = ("dt_norm", "b_norm", "c_norm", "b_out")
 
     def __init__(self, config: MambaConfig, hidden_size: int, eps: float, *, param: ParamFactory):
         self.config, self.eps, self.mesh = config, eps, param.mesh
@@ -66,74 +56,34 @@ class Mamba(nnx.Module):
             self.b_in_z = param((A,), TP, init=zeros)
             self.b_out = param((hidden_size,), init=zeros)
 
-    def cache_arrays(self, batch_size: int, max_length: int) -> MambaCache:
-        """The layer's cache, as a `MambaCache` of `CacheArray`; `max_length` makes no difference."""
+    def cache_arrays(self, batch_size: int, max_length: int) -> RecurrentCache:
+        """The layer's cache, as a `RecurrentCache` of `CacheArray`; `max_length` makes no difference."""
         del max_length
         config = self.config
-        return MambaCache(
+        return RecurrentCache(
             conv=CacheArray((batch_size, config.conv_kernel_size - 1, config.num_channels), (None, TP)),
             state=CacheArray((batch_size, config.num_channels, config.state_size), (TP,), "float32"),
         )
 
-    def __call__(
-        self,
-        x_BSD: jax.Array,
-        positions_BS: jax.Array,
-        cache: MambaCache | None,
-        batch: tuple[str, ...],
-        *,
-        decode: bool = False,
-    ) -> tuple[jax.Array, MambaCache | None]:
-        """Run a prompt from empty states, or one new token from the cache's.
-
-        Args:
-            x_BSD: normed activations, the batch dim sharded over the axes `batch`.
-            positions_BS: int32, as `TokenMixer` has them: they tell a prompt's tokens from its padding.
-            cache: what the tokens leave is put in its place where given.
-            batch: mesh axes of the batch dim.
-            decode: S is 1 and the cache holds what the tokens before have left.
-
-        Returns:
-            [B, S, D], and the cache after each row's last token.
-        """
-        weights = {name: param[...] for name, param in vars(self).items() if isinstance(param, nnx.Param)}
-        whole, columns = ("dt_norm", "b_norm", "c_norm", "b_out"), ("w_dt_b_c", "w_out")
-        specs = {name: P() if name in whole else P(None, TP) if name in columns else P(TP) for name in weights}
-        cache_spec = None if cache is None else MambaCache(P(batch, None, TP), P(batch, TP))
-
-        def local(
-            w: dict[str, jax.Array], x_BSD: jax.Array, positions_BS: jax.Array, cache: MambaCache | None
-        ) -> tuple[jax.Array, MambaCache | None]:
-            lengths_B = jnp.full(len(x_BSD), 1) if decode else jnp.max(positions_BS, axis=1) + 1
-            x_BSA, z_BSA = (self._project(w, x_BSD, name) for name in ("in_x", "in_z"))
-            before = cache.conv if cache and decode else None
-            x_BSA, conv = causal_conv(x_BSA, w["conv"][:, 0], w.get("b_conv"), before, lengths_B)
-            x_BSA = ACTIVATIONS[self.config.activation](x_BSA)
-            dt_BSA, b_BSn, c_BSn = self._steps(w, x_BSA)
-            # Padding neither fades the states nor adds to them.
-            seen_BS1 = (jnp.arange(x_BSD.shape[1]) < lengths_B[:, None])[..., None]
-            dt_BSA = jnp.where(seen_BS1, dt_BSA, 0)
-            x32_BSA, rate_An = x_BSA.astype(jnp.float32), -jnp.exp(w["a_log"])
-            if cache is not None and decode:
-                y_BA, state = selective_step(
-                    x32_BSA[:, 0], dt_BSA[:, 0], rate_An, b_BSn[:, 0], c_BSn[:, 0], cache.state
-                )
-                y_BSA = y_BA[:, None]
-            else:
-                y_BSA, state = selective_scan(x32_BSA, dt_BSA, rate_An, b_BSn, c_BSn)
-            y_BSA = (y_BSA + w["skip"] * x32_BSA) * jax.nn.silu(z_BSA.astype(jnp.float32))
-            y_BSD = jnp.einsum("bsa,da->bsd", y_BSA.astype(x_BSD.dtype), w["w_out"], preferred_element_type=jnp.float32)
-            y_BSD = jax.lax.psum(y_BSD, TP).astype(x_BSD.dtype)
-            y_BSD = y_BSD + w["b_out"] if self.config.bias else y_BSD
-            return y_BSD, None if cache is None else MambaCache(conv.astype(cache.conv.dtype), state)
-
-        return jax.shard_map(
-            local,
-            mesh=self.mesh,
-            in_specs=(specs, P(batch), P(batch), cache_spec),
-            out_specs=(P(batch), cache_spec),
-            check_vma=False,
-        )(weights, x_BSD, positions_BS, cache)
+    def run(
+        self, w: dict[str, jax.Array], x_BSD: jax.Array, lengths_B: jax.Array, before: RecurrentCache | None
+    ) -> tuple[jax.Array, RecurrentCache]:
+        """See `RecurrentMixer`."""
+        x_BSA, z_BSA = (self._project(w, x_BSD, name) for name in ("in_x", "in_z"))
+        conv_before = before.conv if before else None
+        x_BSA, conv = causal_conv(x_BSA, w["conv"][:, 0], w.get("b_conv"), conv_before, lengths_B)
+        x_BSA = ACTIVATIONS[self.config.activation](x_BSA)
+        dt_BSA, b_BSn, c_BSn = self._steps(w, x_BSA)
+        # Padding neither fades the states nor adds to them.
+        dt_BSA = jnp.where(is_token(x_BSD.shape[1], lengths_B), dt_BSA, 0)
+        x32_BSA, rate_An = x_BSA.astype(jnp.float32), -jnp.exp(w["a_log"])
+        if before is not None:
+            y_BA, state = selective_step(x32_BSA[:, 0], dt_BSA[:, 0], rate_An, b_BSn[:, 0], c_BSn[:, 0], before.state)
+            y_BSA = y_BA[:, None]
+        else:
+            y_BSA, state = selective_scan(x32_BSA, dt_BSA, rate_An, b_BSn, c_BSn)
+        y_BSA = (y_BSA + w["skip"] * x32_BSA) * jax.nn.silu(z_BSA.astype(jnp.float32))
+        return y_BSA.astype(x_BSD.dtype), RecurrentCache(conv, state)
 
     def _project(self, w: dict[str, jax.Array], x_BSD: jax.Array, name: str) -> jax.Array:
         y_BSA = jnp.einsum("bsd,ad->bsa", x_BSD, w[f"w_{name}"])

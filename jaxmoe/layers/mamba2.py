@@ -4,36 +4,22 @@ Letters besides design's: G groups of heads, H heads, p numbers of a head's inpu
 all heads, W taps of the convolution, V = W - 1. On a device G, H and A are its own.
 """
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
-from flax import nnx
-from jax.sharding import PartitionSpec as P
 
 from jaxmoe.config import Mamba2Config
 from jaxmoe.kernels.grouped_matmul import ACTIVATIONS
 from jaxmoe.layers.cache import CacheArray
 from jaxmoe.layers.conv import causal_conv
 from jaxmoe.layers.param import ParamFactory, RowMap, ones, zeros
+from jaxmoe.layers.recurrent import RecurrentCache, RecurrentMixer, is_token
 from jaxmoe.layers.ssd import chunked_ssd, ssd_step
 from jaxmoe.mesh import TP
 
 
-class Mamba2Cache(NamedTuple):
-    """What the layer keeps of a sequence, however long; also holds shapes or partition specs.
-
-    Attributes:
-        conv: [B, V, channels], the inputs of the convolution before the next token; those of one tp rank's heads after
-            those of the other.
-        state: float32 [B, H, p, n], the state of every head.
-    """
-
-    conv: Any
-    state: Any
-
-
-class Mamba2(nnx.Module):
+class Mamba2(RecurrentMixer):
     """The state space dual layer, its outputs gated and normalised by groups (Dao and Gu 2024, section 7).
 
     y = out(norm((ssd(u, dt, b, c) + skip · u) · silu(z))), where u, b and c have gone through the convolution and an
@@ -70,74 +56,36 @@ class Mamba2(nnx.Module):
         self.out_norm = param((A,), TP, init=ones)
         self.w_out = param((hidden_size, A), None, TP)
 
-    def cache_arrays(self, batch_size: int, max_length: int) -> Mamba2Cache:
-        """The layer's cache, as a `Mamba2Cache` of `CacheArray`; `max_length` makes no difference."""
+    def cache_arrays(self, batch_size: int, max_length: int) -> RecurrentCache:
+        """The layer's cache, as a `RecurrentCache` of `CacheArray`; `max_length` makes no difference."""
         del max_length
         config = self.config
         channels = config.num_channels + 2 * self.groups * config.state_size
         state = (batch_size, config.num_heads, config.head_dim, config.state_size)
-        return Mamba2Cache(
+        return RecurrentCache(
             conv=CacheArray((batch_size, config.conv_kernel_size - 1, channels), (None, TP)),
             state=CacheArray(state, (TP,), "float32"),
         )
 
-    def __call__(
-        self,
-        x_BSD: jax.Array,
-        positions_BS: jax.Array,
-        cache: Mamba2Cache | None,
-        batch: tuple[str, ...],
-        *,
-        decode: bool = False,
-    ) -> tuple[jax.Array, Mamba2Cache | None]:
-        """Run a prompt from empty states, or one new token from the cache's.
-
-        Args:
-            x_BSD: normed activations, the batch dim sharded over the axes `batch`.
-            positions_BS: int32, as `TokenMixer` has them: they tell a prompt's tokens from its padding.
-            cache: what the tokens leave is put in its place where given.
-            batch: mesh axes of the batch dim.
-            decode: S is 1 and the cache holds what the tokens before have left.
-
-        Returns:
-            [B, S, D], and the cache after each row's last token.
-        """
-        weights = {name: param[...] for name, param in vars(self).items() if isinstance(param, nnx.Param)}
-        specs = {name: P() if name == "b_out" else P(None, TP) if name == "w_out" else P(TP) for name in weights}
-        cache_spec = None if cache is None else Mamba2Cache(P(batch, None, TP), P(batch, TP))
-
-        def local(
-            w: dict[str, jax.Array], x_BSD: jax.Array, positions_BS: jax.Array, cache: Mamba2Cache | None
-        ) -> tuple[jax.Array, Mamba2Cache | None]:
-            lengths_B = jnp.full(len(x_BSD), 1) if decode else jnp.max(positions_BS, axis=1) + 1
-            z_BSA, dt_BSH = self._project(w, x_BSD, "z"), self._project(w, x_BSD, "dt")
-            before = cache.conv if cache and decode else None
-            x_BSHp, b_BSGn, c_BSGn, conv = self._convolved(w, x_BSD, before, lengths_B)
-            dt_BSH = jax.nn.softplus(dt_BSH.astype(jnp.float32) + w["dt_bias"])
-            # Padding neither fades the states nor adds to them.
-            seen_BS1 = (jnp.arange(x_BSD.shape[1]) < lengths_B[:, None])[..., None]
-            dt_BSH = jnp.where(seen_BS1, jnp.maximum(dt_BSH, self.config.min_step), 0)
-            rate_H = -jnp.exp(w["a_log"])
-            if cache is not None and decode:
-                y_BHp, state = ssd_step(x_BSHp[:, 0], dt_BSH[:, 0], rate_H, b_BSGn[:, 0], c_BSGn[:, 0], cache.state)
-                y_BSHp = y_BHp[:, None]
-            else:
-                y_BSHp, state = chunked_ssd(x_BSHp, dt_BSH, rate_H, b_BSGn, c_BSGn)
-            y_BSHp = y_BSHp + w["skip"][:, None] * x_BSHp
-            y_BSA = y_BSHp.reshape(z_BSA.shape) * jax.nn.silu(z_BSA.astype(jnp.float32))
-            y_BSA = (self._normed(y_BSA) * w["out_norm"].astype(jnp.float32)).astype(x_BSD.dtype)
-            y_BSD = jnp.einsum("bsa,da->bsd", y_BSA, w["w_out"], preferred_element_type=jnp.float32)
-            y_BSD = jax.lax.psum(y_BSD, TP).astype(x_BSD.dtype)
-            y_BSD = y_BSD + w["b_out"] if self.config.bias else y_BSD
-            return y_BSD, None if cache is None else Mamba2Cache(conv.astype(cache.conv.dtype), state)
-
-        return jax.shard_map(
-            local,
-            mesh=self.mesh,
-            in_specs=(specs, P(batch), P(batch), cache_spec),
-            out_specs=(P(batch), cache_spec),
-            check_vma=False,
-        )(weights, x_BSD, positions_BS, cache)
+    def run(
+        self, w: dict[str, jax.Array], x_BSD: jax.Array, lengths_B: jax.Array, before: RecurrentCache | None
+    ) -> tuple[jax.Array, RecurrentCache]:
+        """See `RecurrentMixer`."""
+        z_BSA, dt_BSH = self._project(w, x_BSD, "z"), self._project(w, x_BSD, "dt")
+        x_BSHp, b_BSGn, c_BSGn, conv = self._convolved(w, x_BSD, before.conv if before else None, lengths_B)
+        dt_BSH = jax.nn.softplus(dt_BSH.astype(jnp.float32) + w["dt_bias"])
+        # Padding neither fades the states nor adds to them.
+        dt_BSH = jnp.where(is_token(x_BSD.shape[1], lengths_B), jnp.maximum(dt_BSH, self.config.min_step), 0)
+        rate_H = -jnp.exp(w["a_log"])
+        if before is not None:
+            y_BHp, state = ssd_step(x_BSHp[:, 0], dt_BSH[:, 0], rate_H, b_BSGn[:, 0], c_BSGn[:, 0], before.state)
+            y_BSHp = y_BHp[:, None]
+        else:
+            y_BSHp, state = chunked_ssd(x_BSHp, dt_BSH, rate_H, b_BSGn, c_BSGn)
+        y_BSHp = y_BSHp + w["skip"][:, None] * x_BSHp
+        y_BSA = y_BSHp.reshape(z_BSA.shape) * jax.nn.silu(z_BSA.astype(jnp.float32))
+        y_BSA = (self._normed(y_BSA) * w["out_norm"].astype(jnp.float32)).astype(x_BSD.dtype)
+        return y_BSA, RecurrentCache(conv, state)
 
     def _project(self, w: dict[str, jax.Array], x_BSD: jax.Array, part: str) -> jax.Array:
         y_BSA = jnp.einsum("bsd,ad->bsa", x_BSD, w[f"w_in_{part}"])

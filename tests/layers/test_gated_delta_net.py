@@ -10,7 +10,8 @@ from flax import nnx
 
 from jaxmoe.config import GatedDeltaNetConfig
 from jaxmoe.layers import ParamFactory, params_by_path
-from jaxmoe.layers.gated_delta_net import DeltaNetCache, GatedDeltaNet
+from jaxmoe.layers.gated_delta_net import GatedDeltaNet
+from jaxmoe.layers.recurrent import RecurrentCache
 from jaxmoe.mesh import named
 from jaxmoe.models.padding import prompt_positions
 from tests.conftest import mesh_of
@@ -85,7 +86,7 @@ def test_cache_has_the_layers_own_dtypes_and_shardings():
     assert arrays.state.shape == (4, 6, 4, 5)
     assert arrays.conv.shape == (4, 3, 2 * 8 + 30)
     empty = empty_cache(layer, mesh, 4)
-    cache = DeltaNetCache(empty.conv.astype(jnp.bfloat16), empty.state)
+    cache = RecurrentCache(empty.conv.astype(jnp.bfloat16), empty.state)
     positions_BS, _ = prompt_positions(jnp.array([5, 1, 3, 0]), 5)
     y, cache = call(layer, jnp.asarray(draw(4, 5), jnp.bfloat16), positions_BS, cache)
     assert (y.dtype, cache.conv.dtype, cache.state.dtype) == (jnp.bfloat16, jnp.bfloat16, jnp.float32)

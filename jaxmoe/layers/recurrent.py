@@ -1,0 +1,103 @@
+"""What the recurrent layers in attention's place share: a short convolution's inputs and a state instead of a cache."""
+
+from typing import Any, ClassVar, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.sharding import Mesh
+from jax.sharding import PartitionSpec as P
+
+from jaxmoe.mesh import TP
+
+
+class RecurrentCache(NamedTuple):
+    """What a layer keeps of a sequence, however long; also holds shapes or partition specs.
+
+    Attributes:
+        conv: [B, V, channels], the V inputs of the convolution before the next token; those of one tp rank's channels
+            or heads after those of the other.
+        state: float32 [B, ...], the state of every channel or head.
+    """
+
+    conv: Any
+    state: Any
+
+
+class RecurrentMixer(nnx.Module):
+    """A token mixer whose channels or heads are split over tp; a subclass says what a rank does with its own.
+
+    Dim 0 of a weight is split over tp, except for those named in `columns` (dim 1) and `whole`. The output projection
+    is `w_out`, with `b_out` where it has a bias.
+    """
+
+    columns: ClassVar[tuple[str, ...]] = ("w_out",)
+    whole: ClassVar[tuple[str, ...]] = ("b_out",)
+
+    mesh: Mesh
+
+    def run(
+        self, w: dict[str, jax.Array], x_BSD: jax.Array, lengths_B: jax.Array, before: RecurrentCache | None
+    ) -> tuple[jax.Array, RecurrentCache]:
+        """What this rank's channels give, and what they keep.
+
+        Args:
+            w: this rank's weights.
+            x_BSD: rows padded on the right; padding must leave no trace in what is kept.
+            lengths_B: int32, tokens of each row.
+            before: None for the start of sequences; else S is 1, and this is what the tokens before have left.
+
+        Returns:
+            [B, S, channels] in x's dtype, before the output projection.
+        """
+        raise NotImplementedError
+
+    def __call__(
+        self,
+        x_BSD: jax.Array,
+        positions_BS: jax.Array,
+        cache: RecurrentCache | None,
+        batch: tuple[str, ...],
+        *,
+        decode: bool = False,
+    ) -> tuple[jax.Array, RecurrentCache | None]:
+        """Run a prompt from empty states, or one new token from the cache's.
+
+        Args:
+            x_BSD: normed activations, the batch dim sharded over the axes `batch`.
+            positions_BS: int32, as `TokenMixer` has them: they tell a prompt's tokens from its padding.
+            cache: what the tokens leave is put in its place where given.
+            batch: mesh axes of the batch dim.
+            decode: S is 1 and the cache holds what the tokens before have left.
+
+        Returns:
+            [B, S, D], and the cache after each row's last token.
+        """
+        weights = {name: param[...] for name, param in vars(self).items() if isinstance(param, nnx.Param)}
+        specs = {
+            name: P() if name in self.whole else P(None, TP) if name in self.columns else P(TP) for name in weights
+        }
+        cache_spec = None if cache is None else RecurrentCache(P(batch, None, TP), P(batch, TP))
+
+        def local(
+            w: dict[str, jax.Array], x_BSD: jax.Array, positions_BS: jax.Array, cache: RecurrentCache | None
+        ) -> tuple[jax.Array, RecurrentCache | None]:
+            lengths_B = jnp.full(len(x_BSD), 1) if decode else jnp.max(positions_BS, axis=1) + 1
+            y_BSA, kept = self.run(w, x_BSD, lengths_B, cache if decode else None)
+            y_BSD = jnp.einsum("bsa,da->bsd", y_BSA, w["w_out"], preferred_element_type=jnp.float32)
+            y_BSD = jax.lax.psum(y_BSD, TP).astype(x_BSD.dtype)
+            y_BSD = y_BSD + w["b_out"] if "b_out" in w else y_BSD
+            return y_BSD, None if cache is None else RecurrentCache(kept.conv.astype(cache.conv.dtype), kept.state)
+
+        return jax.shard_map(
+            local,
+            mesh=self.mesh,
+            in_specs=(specs, P(batch), P(batch), cache_spec),
+            out_specs=(P(batch), cache_spec),
+            check_vma=False,
+        )(weights, x_BSD, positions_BS, cache)
+
+
+def is_token(S: int, lengths_B: jax.Array) -> jax.Array:
+    """Bool [B, S, 1], False for padding."""
+    return (jnp.arange(S) < lengths_B[:, None])[..., None]
