@@ -21,7 +21,7 @@ from jaxmoe.dispatch import (
     explain_dispatch,
     get_dispatch,
 )
-from jaxmoe.kernels.grouped_matmul import combine_halves, expert_mlp
+from jaxmoe.kernels.grouped_matmul import check_backend, combine_halves, expert_mlp
 from jaxmoe.layers.host_data import HostData
 from jaxmoe.layers.losses import RouterSums, load_balancing_loss, router_sums, router_z_loss
 from jaxmoe.layers.mlp import MLP
@@ -124,6 +124,8 @@ class MoE(nnx.Module):
         self.dispatch, self.wire_dtype, self.kernels = dispatch, wire_dtype, kernels
         check_wire_dtype(wire_dtype)
         self.check_dispatch(dispatch)
+        if kernels != "auto":
+            check_backend(kernels, mesh.devices.flat[0])
         self._placement = HostData(make_placement(placement, E, axes_size(mesh, expert_axes)))
 
         width_axis = None if TP in expert_axes else TP

@@ -4,6 +4,8 @@ Letters beyond the design's: G groups, K inner dimension, N output dimension. Gr
 experts here, or anything else that owns a run of consecutive rows.
 """
 
+import importlib
+import re
 from types import ModuleType
 
 import jax
@@ -19,6 +21,10 @@ BACKENDS: dict[str, ModuleType] = {
     "portable": portable,
     "reference": reference,
 }
+# Imported when they are named: what they are written in is not there in every jax.
+GPU_BACKENDS = {"mosaic_gpu": "jaxmoe.kernels.grouped_matmul.mosaic_gpu"}
+_MOSAIC_SINCE = (0, 12)
+_HOPPER = re.compile(r"\bG?H\d+")
 
 
 def grouped_matmul(
@@ -136,11 +142,35 @@ def expert_mlp(
     )
 
 
+def check_backend(name: str, device: jax.Device) -> None:
+    """Refuse a backend that is not known, or that cannot run on a kind of device.
+
+    Raises:
+        ValueError: there is no backend of that name.
+        NotImplementedError: it cannot run there, or not with the installed jax.
+    """
+    _backend(name)
+    if name in GPU_BACKENDS and not (device.platform == "gpu" and _HOPPER.search(device.device_kind)):
+        raise NotImplementedError(
+            f"kernels {name!r} run on Hopper GPUs (H100, H200); these devices are {device.device_kind} "
+            f"({device.platform}): use 'portable' or 'auto'"
+        )
+
+
 def _backend(name: str) -> ModuleType:
     if name == "auto":
         name = "portable"
+    if name in GPU_BACKENDS:
+        if jax.__version_info__ < _MOSAIC_SINCE:
+            since = ".".join(map(str, _MOSAIC_SINCE))
+            raise NotImplementedError(
+                f"kernels {name!r} need jax {since} or newer, and this is jax {jax.__version__}: install a newer one (it "
+                "needs Python 3.12), or use 'portable'"
+            )
+        return importlib.import_module(GPU_BACKENDS[name])
     if name not in BACKENDS:
-        raise ValueError(f"backend must be 'auto' or one of {sorted(BACKENDS)}; got {name!r}. Name one of these.")
+        names = sorted([*BACKENDS, *GPU_BACKENDS])
+        raise ValueError(f"backend must be 'auto' or one of {names}; got {name!r}. Name one of these.")
     return BACKENDS[name]
 
 
