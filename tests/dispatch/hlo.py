@@ -7,7 +7,8 @@ import numpy as np
 
 _OP = re.compile(
     r"= (?P<shape>.*?) (?P<op>all-to-all|ragged-all-to-all|all-gather|reduce-scatter|all-reduce)(?:-start)?\("
-    r".*?replica_groups=(?P<groups>\{\{.*?\}\}|\[[\d,]+\]<=\[[\d,]+\](?:T\([\d,]+\))?)"
+    r".*?replica_groups=(?P<groups>\{\{.*?\}\}|\[[\d,]+\]<=\[[\d,]+\](?:T\([\d,]+\))?"
+    r"|mesh\[[^\]]*\] ?\{[^}]*\})"
 )
 _SHAPE = re.compile(r"(?P<dtype>pred|[a-z]+\d+)\[(?P<dims>[\d,]*)\]")
 
@@ -33,7 +34,11 @@ def _bytes(dtype: str, dims: str) -> int:
 
 
 def _groups(text: str) -> tuple[tuple[int, ...], ...]:
-    """``{{0,1},{2,3}}``, or a reshaped and transposed iota such as ``[2,2]<=[2,2]T(1,0)``."""
+    """``{{0,1},{2,3}}``; a reshaped and transposed iota such as ``[2,2]<=[2,2]T(1,0)``; or ``mesh['dp'=2,'tp'=2] {'tp'}``."""
+    if text.startswith("mesh"):
+        sizes, axes = re.fullmatch(r"mesh\[(.*)\] ?\{(.*)\}", text).groups()
+        names = tuple(re.findall(r"'(\w+)'", sizes))
+        return groups_along(tuple(_ints(re.sub(r"'\w+'=", "", sizes))), tuple(re.findall(r"'(\w+)'", axes)), names)
     if text.startswith("{"):
         return tuple(sorted(tuple(map(int, group.split(","))) for group in re.findall(r"\{([\d,]+)\}", text)))
     shape, source, transposed = re.fullmatch(r"\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", text).groups()
