@@ -34,7 +34,7 @@ def _bytes(dtype: str, dims: str) -> int:
 
 
 def _groups(text: str) -> tuple[tuple[int, ...], ...]:
-    """``{{0,1},{2,3}}``; a reshaped and transposed iota such as ``[2,2]<=[2,2]T(1,0)``; or ``mesh['dp'=2,'tp'=2] {'tp'}``."""
+    """Reads ``{{0,1},{2,3}}``, a transposed iota ``[2,2]<=[2,2]T(1,0)`` and ``mesh['dp'=2,'tp'=2] {'tp'}``."""
     if text.startswith("mesh"):
         sizes, axes = re.fullmatch(r"mesh\[(.*)\] ?\{(.*)\}", text).groups()
         names = tuple(re.findall(r"'(\w+)'", sizes))
