@@ -94,9 +94,11 @@ def compile_steps(
     programs = Programs(mesh)
     leaves = programs.bind(model)
     shape = Shape(rows=model.padded_batch(batch_size), prompt=prompt_length, cache=max_length)
-    programs.init_cache(leaves, shape)
-    programs.prefill(leaves, shape, "nothing")
-    programs.decode(leaves, shape, "nothing")
+    # Where there is no GPU, Pallas Triton asks the mesh what to compile for.
+    with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+        programs.init_cache(leaves, shape)
+        programs.prefill(leaves, shape, "nothing")
+        programs.decode(leaves, shape, "nothing")
     return {name: _step(programs.compiled[name, *rest]) for name, *rest in programs.compiled if name != "init_cache"}
 
 

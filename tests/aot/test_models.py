@@ -6,6 +6,7 @@ memory and collectives follow from, and sixty layers would compile for an hour.
 
 import re
 
+import jax
 import pytest
 from jax.sharding import Mesh
 
@@ -22,7 +23,7 @@ MB = 2**20
 BATCH, PROMPT, LENGTH = 8, 1024, 2048
 
 # Config, chip, GPUs, hosts, mesh, and the most temporary memory in MB: what was seen and a quarter more. It does not grow
-# with layers. Where few rows go to few large experts, a decode step holds a copy of one expert at a time.
+# with layers. Where few rows go to few large experts, the portable decode step holds a copy of one expert at a time.
 CASES = {
     "mixtral-8x7b, tp 2 ep 4": (MIXTRAL_8X7B, "h100", 8, 1, {"tp": 2, "ep": 4}, {"prefill": 604, "decode": 213}),
     "mixtral-8x7b, tp 8 on a100": (MIXTRAL_8X7B, "a100", 8, 1, {"tp": 8}, {"prefill": 783, "decode": 2}),
@@ -41,15 +42,37 @@ CASES = {
 }
 
 
+# The same with the Hopper kernel, which copies nothing.
+MOSAIC = {
+    "mixtral-8x7b, tp 2 ep 4": {"prefill": 426, "decode": 1},
+    "qwen3-30b-a3b, tp 2 ep 4": {"prefill": 390, "decode": 2},
+    "gpt-oss-120b, tp 2 ep 4": {"prefill": 392, "decode": 2},
+    "deepseek-v3, ep 8": {"prefill": 962, "decode": 7},
+    "deepseek-v3, tp 4 ep 8 on 4 hosts": {"prefill": 898, "decode": 3},
+}
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize(("raw", "chip", "count", "hosts", "sizes", "bounds"), CASES.values(), ids=CASES)
-def test_both_steps_compile(raw, chip, count, hosts, sizes, bounds, gpu_compiler) -> None:
+@pytest.mark.parametrize("case", CASES)
+def test_both_steps_compile(case, gpu_compiler) -> None:
+    check_steps(*CASES[case], kernels="auto")
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(jax.__version_info__ < (0, 11, 2), reason="the kernel needs jax 0.11.2")
+@pytest.mark.parametrize("case", MOSAIC)
+def test_both_steps_compile_with_the_hopper_kernel(case, gpu_compiler) -> None:
+    check_steps(*CASES[case][:-1], MOSAIC[case], kernels="mosaic_gpu")
+
+
+def check_steps(raw, chip, count, hosts, sizes, bounds, *, kernels) -> None:
     config = get_family(raw["model_type"]).read_config(raw)
     mesh = jaxmoe.make_mesh(**sizes, devices=list(gpu_topology(chip, count, hosts=hosts)))
-    steps = compile_steps(config, mesh, batch_size=BATCH, prompt_length=PROMPT, max_length=LENGTH)
+    steps = compile_steps(config, mesh, kernels=kernels, batch_size=BATCH, prompt_length=PROMPT, max_length=LENGTH)
     assert steps.keys() == bounds.keys() == {"prefill", "decode"}
     planned = plan_config(config, **sizes, dtype="bfloat16", batch_size=BATCH, max_length=LENGTH)
     for name, step in steps.items():
+        assert ("mosaic_gpu" in step.text) == (kernels == "mosaic_gpu")
         check_arguments(step, planned)
         check_experts_stay(step, config, mesh)
         check_collectives(step)

@@ -1,4 +1,4 @@
-"""Gradients of the portable backend against those that JAX derives of the dense oracle."""
+"""Gradients of every backend of the table against those that JAX derives of the dense oracle."""
 
 import re
 from functools import partial
@@ -12,9 +12,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax.sharding import PartitionSpec as P
 
-from jaxmoe.kernels.grouped_matmul import ACTIVATIONS, expert_mlp, grouped_matmul
+from jaxmoe.kernels.grouped_matmul import ACTIVATIONS, BACKENDS, expert_mlp, grouped_matmul
 from tests.conftest import mesh_of
 from tests.kernels.test_grouped_matmul import REGIMES, D, F, G, arrays, each_regime, int32, mlp_arrays, poison
+
+# "reference" is what the others are compared with.
+each_backend = pytest.mark.parametrize("backend", sorted(BACKENDS.keys() - {"reference"}))
 
 
 @partial(jax.jit, static_argnames=("backend", "activation", "limit"))
@@ -34,25 +37,26 @@ def assert_same(actual, expected):
         np.testing.assert_allclose(a, e, rtol=2e-5, atol=5e-6)
 
 
-def check_mlp(R, sizes):
+def check_mlp(backend, R, sizes):
     """What stands in rows that no group owns, of x as of dy, reaches no gradient."""
     x_RD, *weights = mlp_arrays(R)
     (dy_RD,) = arrays(7, (R, D))
     expected = mlp_gradients(x_RD, *weights, {}, int32(sizes), dy_RD, backend="reference")
     poisoned = poison(x_RD, sizes), *weights, {}, int32(sizes), poison(dy_RD, sizes)
-    actual = mlp_gradients(*poisoned, backend="portable")
+    actual = mlp_gradients(*poisoned, backend=backend)
     assert_same(actual, expected)
     np.testing.assert_array_equal(actual[0][int(np.sum(sizes)) :], 0)
     for dw in actual[1:3]:
         np.testing.assert_array_equal(dw[np.asarray(sizes) == 0], 0)
 
 
+@each_backend
 @each_regime
 @pytest.mark.parametrize("gated", [True, False], ids=["gated", "ungated"])
 @pytest.mark.parametrize(
     ("activation", "limit"), [*((name, None) for name in ACTIVATIONS), ("clamped_swiglu", 0.7)], ids=str
 )
-def test_every_expert_function(R, gated, activation, limit):
+def test_every_expert_function(backend, R, gated, activation, limit):
     if activation == "clamped_swiglu" and not gated:
         pytest.skip("a clamped activation needs a gate")
     sizes, halves = [R // 3, 0, 4, 1, 0, 3], 2 if gated else 1
@@ -62,30 +66,34 @@ def test_every_expert_function(R, gated, activation, limit):
     inputs = x_RD * 7, w_up, w_down, {"b_gate_up_p2F": b_up, "b_down_pD": b_down}, int32(sizes), dy_RD
     options = {"activation": activation, "limit": limit}
     assert_same(
-        mlp_gradients(*inputs, backend="portable", **options), mlp_gradients(*inputs, backend="reference", **options)
+        mlp_gradients(*inputs, backend=backend, **options), mlp_gradients(*inputs, backend="reference", **options)
     )
 
 
+@each_backend
 @each_regime
-def test_all_patterns_of_empty_groups(R):
+def test_all_patterns_of_empty_groups(backend, R):
     for pattern in product([0, 1], repeat=G):
-        check_mlp(R, np.array(pattern) * (R // G))
+        check_mlp(backend, R, np.array(pattern) * (R // G))
 
 
+@each_backend
 @each_regime
 @pytest.mark.parametrize("group", [0, 3, G - 1])
-def test_all_rows_to_one_group(R, group):
-    check_mlp(R, R * np.eye(G, dtype=int)[group])
+def test_all_rows_to_one_group(backend, R, group):
+    check_mlp(backend, R, R * np.eye(G, dtype=int)[group])
 
 
+@each_backend
 @each_regime
 @settings(max_examples=25)
 @given(data=st.data())
-def test_random_group_sizes(R, data):
+def test_random_group_sizes(backend, R, data):
     cuts = sorted(data.draw(st.lists(st.integers(0, R), min_size=G, max_size=G)))
-    check_mlp(R, np.diff([0, *cuts]))
+    check_mlp(backend, R, np.diff([0, *cuts]))
 
 
+@each_backend
 @pytest.mark.parametrize(
     ("sizes", "R", "N", "K"),
     [
@@ -98,23 +106,24 @@ def test_random_group_sizes(R, data):
         ([0, 0], 0, 3, 16),
     ],
 )
-def test_edge_shapes(sizes, R, N, K):
+def test_edge_shapes(backend, sizes, R, N, K):
     lhs_RK, rhs_GNK, dout_RN = arrays(1, (R, K), (len(sizes), N, K), (R, N))
 
     def gradients(backend):
         _, pullback = jax.vjp(lambda lhs, rhs: grouped_matmul(lhs, rhs, int32(sizes), backend=backend), lhs_RK, rhs_GNK)
         return pullback(dout_RN)
 
-    assert_same(gradients("portable"), gradients("reference"))
+    assert_same(gradients(backend), gradients("reference"))
 
 
+@each_backend
 @each_regime
-def test_bfloat16_rounds_once(R):
+def test_bfloat16_rounds_once(backend, R):
     """Sums over rows are float32: the gradients are those of float32 inputs, rounded at the end."""
     sizes = np.full(G, R // G)
     x_RD, *weights = mlp_arrays(R, jnp.bfloat16)
     (dy_RD,) = arrays(7, (R, D), dtype=jnp.bfloat16)
-    narrow = mlp_gradients(x_RD, *weights, {}, int32(sizes), dy_RD, backend="portable")
+    narrow = mlp_gradients(x_RD, *weights, {}, int32(sizes), dy_RD, backend=backend)
     wide = [a.astype(jnp.float32) for a in (x_RD, *weights)]
     exact = mlp_gradients(*wide, {}, int32(sizes), dy_RD.astype(jnp.float32), backend="reference")
     for a, e in zip(narrow[:3], exact[:3], strict=True):
@@ -122,9 +131,10 @@ def test_bfloat16_rounds_once(R):
         np.testing.assert_allclose(a.astype(jnp.float32), e, rtol=2**-8, atol=1e-5)
 
 
+@each_backend
 @each_regime
 @pytest.mark.parametrize("check_vma", [True, False])
-def test_inside_shard_map(R, check_vma):
+def test_inside_shard_map(backend, R, check_vma):
     """Experts over ep, F over tp, rows over dp and ep: the matrices' gradients add up over dp, the rows' over tp."""
     dp, tp, ep = mesh_shape = 2, 2, 2
     x_RD, w_up, w_down = mlp_arrays(R, groups=2 * ep)
@@ -132,7 +142,7 @@ def test_inside_shard_map(R, check_vma):
     sizes = np.array([[[3, 0], [R - 4, 4]], [[0, 0], [5, 1]]])
 
     def local(x_11RD, w_up, w_down, sizes_11p, dy_RD):
-        y_RD = jax.lax.psum(expert_mlp(x_11RD[0, 0], w_up, w_down, sizes_11p[0, 0]), "tp")
+        y_RD = jax.lax.psum(expert_mlp(x_11RD[0, 0], w_up, w_down, sizes_11p[0, 0], backend=backend), "tp")
         return jnp.sum(y_RD * dy_RD)[None, None]
 
     summed = jax.shard_map(

@@ -6,5 +6,15 @@ backend or what backends share.
 
 from jaxmoe.kernels.grouped_matmul.activations import ACTIVATIONS, combine_halves
 from jaxmoe.kernels.grouped_matmul.api import BACKENDS, check_backend, expert_mlp, grouped_matmul
+from jaxmoe.kernels.grouped_matmul.quantized import QuantizedStack, dequantize
 
-__all__ = ["ACTIVATIONS", "BACKENDS", "check_backend", "combine_halves", "expert_mlp", "grouped_matmul"]
+__all__ = [
+    "ACTIVATIONS",
+    "BACKENDS",
+    "QuantizedStack",
+    "check_backend",
+    "combine_halves",
+    "dequantize",
+    "expert_mlp",
+    "grouped_matmul",
+]

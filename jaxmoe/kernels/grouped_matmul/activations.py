@@ -1,6 +1,7 @@
 """What stands between an expert's two products, by the names that checkpoints use."""
 
-from collections.abc import Callable
+import dataclasses
+from collections.abc import Callable, Mapping
 from functools import partial
 
 import jax
@@ -38,8 +39,33 @@ def clamped_swiglu(gate: jax.Array, up: jax.Array, limit: float) -> jax.Array:
 # Functions of gate, up and a limit, where the two halves are not simply act(gate) · up.
 CLAMPED: dict[str, Callable[[jax.Array, jax.Array, float], jax.Array]] = {"clamped_swiglu": clamped_swiglu}
 
-# From the product with gate and up (with up alone, where there is no gate) to what goes into the second product.
-Combine = Callable[[jax.Array], jax.Array]
+
+@dataclasses.dataclass(frozen=True)
+class Combine:
+    """From the product with gate and up (with up alone, where there is no gate) to what goes into the second product.
+
+    Attributes:
+        activation: a name in `ACTIVATIONS` or `CLAMPED`.
+        limit: of a clamped activation.
+        gated: whether there is a gate.
+    """
+
+    activation: str
+    limit: float | None
+    gated: bool
+
+    def __call__(self, both: jax.Array) -> jax.Array:
+        """From [..., gate | up], or [..., up], to [..., F]."""
+        return self.halves(*jnp.split(both, 2, axis=-1)) if self.gated else self.halves(both)
+
+    def halves(self, *halves: jax.Array, activations: Mapping[str, Activation] = ACTIVATIONS) -> jax.Array:
+        """The same from gate and up (or up alone) as arrays of their own, with a choice of what the names stand for."""
+        if self.activation in CLAMPED:
+            assert self.limit is not None
+            gate, up = halves
+            return CLAMPED[self.activation](gate, up, self.limit)
+        activated = activations[self.activation](halves[0])
+        return activated * halves[1] if self.gated else activated
 
 
 def combine_halves(activation: str, limit: float | None, *, gated: bool) -> Combine:
@@ -51,22 +77,7 @@ def combine_halves(activation: str, limit: float | None, *, gated: bool) -> Comb
     if activation in CLAMPED:
         if limit is None or not gated:
             raise ValueError(f"activation {activation!r} needs a gate and a limit; got gated={gated}, limit={limit}")
-        clamped, bound = CLAMPED[activation], limit
-
-        def clamp(both: jax.Array) -> jax.Array:
-            gate, up = jnp.split(both, 2, axis=-1)
-            return clamped(gate, up, bound)
-
-        return clamp
-    if activation not in ACTIVATIONS:
+    elif activation not in ACTIVATIONS:
         known = sorted([*ACTIVATIONS, *CLAMPED])
         raise ValueError(f"activation must be one of {known}; got {activation!r}. Add it to ACTIVATIONS.")
-    act = ACTIVATIONS[activation]
-    if not gated:
-        return act
-
-    def gate_times_up(both: jax.Array) -> jax.Array:
-        gate, up = jnp.split(both, 2, axis=-1)
-        return act(gate) * up
-
-    return gate_times_up
+    return Combine(activation, limit, gated)

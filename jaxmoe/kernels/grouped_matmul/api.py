@@ -5,31 +5,63 @@ experts here, or anything else that owns a run of consecutive rows.
 """
 
 import importlib
+import math
 import re
 from types import ModuleType
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
-from jaxmoe.kernels.grouped_matmul import portable, reference
+from jaxmoe.kernels.grouped_matmul import portable, reference, xla_ragged_dot
 from jaxmoe.kernels.grouped_matmul.activations import combine_halves
+from jaxmoe.kernels.grouped_matmul.quantized import FORMATS, Matrices, QuantizedStack, as_matrices
 
 # A backend is a module with the two functions of this file, less the checks: gate and up arrive as one stack
-# [p, N, D] with a function that combines the halves, `out_dtype` as a dtype.
+# [p, N, D] with a function that combines the halves, `out_dtype` as a dtype. A stack may be a `QuantizedStack`, of a
+# format that is listed for the backend in `PACKED_FORMATS` and with a block that divides its matrices.
 BACKENDS: dict[str, ModuleType] = {
     "portable": portable,
     "reference": reference,
+    "xla_ragged_dot": xla_ragged_dot,
 }
-# Imported when they are named: what they are written in is not there in every jax.
-GPU_BACKENDS = {"mosaic_gpu": "jaxmoe.kernels.grouped_matmul.mosaic_gpu"}
-_MOSAIC_SINCE = (0, 12)
-_HOPPER = re.compile(r"\bG?H\d+")
+
+
+class GPUBackend(NamedTuple):
+    """A backend that is imported when it is named: what it is written in is not there in every jax.
+
+    Attributes:
+        module: its name.
+        since: the first version of jax.
+        capabilities: first numbers of the compute capabilities of the NVIDIA GPUs that it runs on.
+        devices: those GPUs, in words.
+    """
+
+    module: str
+    since: tuple[int, ...]
+    capabilities: range
+    devices: str
+
+
+GPU_BACKENDS = {
+    "mosaic_gpu": GPUBackend(
+        "jaxmoe.kernels.grouped_matmul.mosaic_gpu", (0, 11, 2), range(9, 10), "Hopper GPUs (H100, H200)"
+    ),
+    "triton": GPUBackend(
+        "jaxmoe.kernels.grouped_matmul.triton", (0, 10, 2), range(8, 100), "NVIDIA GPUs since Ampere (A100, H100)"
+    ),
+}
+PACKED_FORMATS: dict[str, frozenset[str]] = {
+    "portable": frozenset(FORMATS),
+    "reference": frozenset(FORMATS),
+    "mosaic_gpu": frozenset(FORMATS),
+}
 
 
 def grouped_matmul(
     lhs_RK: jax.Array,
-    rhs_GNK: jax.Array,
+    rhs_GNK: Matrices,
     group_sizes_G: jax.Array,
     *,
     out_dtype: DTypeLike | None = None,
@@ -38,11 +70,12 @@ def grouped_matmul(
     """Multiply each row by the matrix of its group.
 
     out[r] = rhs[g(r)] @ lhs[r], where group g owns the rows from sum(group_sizes[:g]) up to sum(group_sizes[:g+1]).
-    Differentiable, once and in reverse, in lhs and rhs.
+    Differentiable, once and in reverse, in lhs and rhs. Packed matrices are constants; they are decoded and scaled in
+    float32, and a GPU kernel may round them to the rows' dtype before the product.
 
     Args:
         lhs_RK: rows, sorted by group. There may be more of them than the groups own: time follows the rows owned.
-        rhs_GNK: one matrix a group, (out, in) as in torch; of lhs_RK's dtype.
+        rhs_GNK: one matrix a group, (out, in) as in torch; of lhs_RK's dtype, or a `QuantizedStack`.
         group_sizes_G: int32, rows of each group; zeros are welcome.
         out_dtype: dtype of the result, lhs_RK's by default. Sums are float32 whatever it is.
         backend: a name in `BACKENDS`, or "auto".
@@ -52,6 +85,7 @@ def grouped_matmul(
 
     Raises:
         ValueError: the shapes or dtypes do not fit together, or the backend is unknown.
+        NotImplementedError: the backend does not run with the installed jax, or does not take matrices so packed.
 
     >>> import jax.numpy as jnp
     >>> lhs_RK = jnp.ones((3, 2))
@@ -62,15 +96,15 @@ def grouped_matmul(
     _check_ranks(lhs=(lhs_RK, "RK"), rhs=(rhs_GNK, "GNK"), group_sizes=(group_sizes_G, "G"))
     _check_rows(lhs_RK, group_sizes_G)
     _check_matrix("rhs", rhs_GNK, (rhs_GNK.shape[1], lhs_RK.shape[1]), lhs_RK, group_sizes_G)
-    return _backend(backend).grouped_matmul(
-        lhs_RK, rhs_GNK, group_sizes_G, out_dtype=jnp.dtype(out_dtype or lhs_RK.dtype)
+    return _backend(backend, rhs_GNK).grouped_matmul(
+        lhs_RK, _flatten(rhs_GNK), group_sizes_G, out_dtype=jnp.dtype(out_dtype or lhs_RK.dtype)
     )
 
 
 def expert_mlp(
     x_RD: jax.Array,
-    w_gate_up_p2FD: jax.Array,
-    w_down_pDF: jax.Array,
+    w_gate_up_p2FD: Matrices,
+    w_down_pDF: Matrices,
     group_sizes_p: jax.Array,
     *,
     b_gate_up_p2F: jax.Array | None = None,
@@ -88,12 +122,13 @@ def expert_mlp(
     Where F is split over devices the results are partial sums: add them up afterwards, in an `out_dtype` of your
     choice, and give `b_down_pD` to one of the devices only.
 
-    Differentiable, once and in reverse, in rows, matrices and biases; the gradient keeps no activation.
+    Differentiable, once and in reverse, in rows, matrices and biases; the gradient keeps no activation. Packed matrices
+    are as in `grouped_matmul`.
 
     Args:
         x_RD: rows sorted by physical slot, possibly followed by unused ones.
-        w_gate_up_p2FD: gate at [:, 0], up at [:, 1]; or up alone at [:, 0]. Of x_RD's dtype.
-        w_down_pDF: of x_RD's dtype.
+        w_gate_up_p2FD: gate at [:, 0], up at [:, 1]; or up alone at [:, 0]. Of x_RD's dtype, or a `QuantizedStack`.
+        w_down_pDF: of x_RD's dtype, or a `QuantizedStack`, whatever the other is.
         group_sizes_p: int32, rows of each slot; zeros are welcome.
         b_gate_up_p2F: biases of the first product.
         b_down_pD: biases of the second.
@@ -107,6 +142,7 @@ def expert_mlp(
 
     Raises:
         ValueError: the shapes or dtypes do not fit together, or the activation or backend is unknown.
+        NotImplementedError: the backend does not run with the installed jax, or does not take matrices so packed.
 
     >>> import jax.numpy as jnp
     >>> w_gate_up_p2FD, w_down_pDF = jnp.ones((2, 2, 3, 4)), jnp.ones((2, 4, 3))
@@ -130,10 +166,10 @@ def expert_mlp(
     for name, bias, shape in (("b_gate_up", b_gate_up_p2F, (p, halves, F)), ("b_down", b_down_pD, (p, D))):
         if bias is not None and bias.shape != shape:
             raise ValueError(f"{name} must have shape {shape} to fit the matrices; got {bias.shape}.")
-    return _backend(backend).expert_mlp(
+    return _backend(backend, w_gate_up_p2FD, w_down_pDF).expert_mlp(
         x_RD,
-        w_gate_up_p2FD.reshape(p, halves * F, D),
-        w_down_pDF,
+        _flatten(w_gate_up_p2FD),
+        _flatten(w_down_pDF),
         group_sizes_p,
         b_up_pN=None if b_gate_up_p2F is None else b_gate_up_p2F.reshape(p, halves * F),
         b_down_pD=b_down_pD,
@@ -150,31 +186,52 @@ def check_backend(name: str, device: jax.Device) -> None:
         NotImplementedError: it cannot run there, or not with the installed jax.
     """
     _backend(name)
-    if name in GPU_BACKENDS and not (device.platform == "gpu" and _HOPPER.search(device.device_kind)):
+    if name in GPU_BACKENDS and _capability(device) not in GPU_BACKENDS[name].capabilities:
         raise NotImplementedError(
-            f"kernels {name!r} run on Hopper GPUs (H100, H200); these devices are {device.device_kind} "
+            f"kernels {name!r} run on {GPU_BACKENDS[name].devices}; these devices are {device.device_kind} "
             f"({device.platform}): use 'portable' or 'auto'"
         )
 
 
-def _backend(name: str) -> ModuleType:
+def _capability(device: jax.Device) -> int:
+    """The first number of an NVIDIA GPU's compute capability; 0 of any other device, such as "gfx942" of AMD's."""
+    number = re.match(r"(\d+)\.\d", str(getattr(device, "compute_capability", "")))
+    return int(number[1]) if number else 0
+
+
+def _backend(name: str, *stacks: Matrices) -> ModuleType:
+    """The backend of that name, if it takes these stacks."""
     if name == "auto":
         name = "portable"
-    if name in GPU_BACKENDS:
-        if jax.__version_info__ < _MOSAIC_SINCE:
-            since = ".".join(map(str, _MOSAIC_SINCE))
-            raise NotImplementedError(
-                f"kernels {name!r} need jax {since} or newer, and this is jax {jax.__version__}: install a newer one (it "
-                "needs Python 3.12), or use 'portable'"
-            )
-        return importlib.import_module(GPU_BACKENDS[name])
-    if name not in BACKENDS:
+    if name not in BACKENDS and name not in GPU_BACKENDS:
         names = sorted([*BACKENDS, *GPU_BACKENDS])
         raise ValueError(f"backend must be 'auto' or one of {names}; got {name!r}. Name one of these.")
-    return BACKENDS[name]
+    formats = {stack.format for stack in stacks if isinstance(stack, QuantizedStack)}
+    if refused := formats - PACKED_FORMATS.get(name, frozenset()):
+        raise NotImplementedError(
+            f"kernels {name!r} do not take matrices packed as {' or '.join(sorted(refused))}: use 'portable', which does, "
+            "or `dequantize` them first"
+        )
+    if name in BACKENDS:
+        return BACKENDS[name]
+    backend = GPU_BACKENDS[name]
+    if jax.__version_info__ < backend.since:
+        since = ".".join(map(str, backend.since))
+        raise NotImplementedError(
+            f"kernels {name!r} need jax {since} or newer, and this is jax {jax.__version__}: install a newer one (it "
+            "needs Python 3.12), or use 'portable'"
+        )
+    return importlib.import_module(backend.module)
 
 
-def _check_ranks(**arrays: tuple[jax.Array, str]) -> None:
+def _flatten(stack: Matrices) -> Matrices:
+    """[p, ..., N, K] as [p, ...·N, K]."""
+    if isinstance(stack, QuantizedStack):
+        return as_matrices(stack)
+    return stack.reshape(stack.shape[0], math.prod(stack.shape[1:-1]), stack.shape[-1])
+
+
+def _check_ranks(**arrays: tuple[Matrices, str]) -> None:
     for name, (array, dims) in arrays.items():
         if array.ndim != len(dims):
             raise ValueError(
@@ -190,16 +247,16 @@ def _check_rows(rows: jax.Array, group_sizes: jax.Array) -> None:
         raise ValueError(f"group_sizes must be int32; got {group_sizes.dtype}. Convert with astype(jnp.int32).")
 
 
-def _check_matrix(
-    name: str, matrix: jax.Array, shape: tuple[int, ...], rows: jax.Array, group_sizes: jax.Array
-) -> None:
+def _check_matrix(name: str, matrix: Matrices, shape: tuple[int, ...], rows: jax.Array, group_sizes: jax.Array) -> None:
+    if isinstance(matrix, QuantizedStack):
+        matrix.check(name)
     expected = (group_sizes.shape[0], *shape)
     if matrix.shape != expected:
         raise ValueError(
             f"{name} must have shape {expected} to fit rows of shape {rows.shape} and {group_sizes.shape[0]} groups; "
             f"got {matrix.shape}. Weights are (out, in) as in torch: transpose the last two dims if they are (in, out)."
         )
-    if matrix.dtype != rows.dtype:
+    if not isinstance(matrix, QuantizedStack) and matrix.dtype != rows.dtype:
         raise ValueError(
             f"{name} must have the dtype of the rows, {rows.dtype}; got {matrix.dtype}. Convert one of them with astype."
         )

@@ -5,17 +5,20 @@ needed, so that training stores no activation of the experts.
 """
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
+from jaxmoe.kernels.grouped_matmul.loop_arrays import from_bits, take_group, to_bits
 from jaxmoe.kernels.grouped_matmul.tiles import MIN_TILE, filled_groups, mark_varying, rows_per_tile
 
 
 def group_gradients(
-    tile_fn: Callable[[Any, jax.Array], jax.Array],
+    load: Callable[[jax.Array], Any],
+    tile_fn: Callable[[Any, Any, jax.Array], jax.Array],
     stacks: Any,
     x_RK: jax.Array,
     group_sizes_G: jax.Array,
@@ -23,13 +26,15 @@ def group_gradients(
     *,
     varying: frozenset[str],
 ) -> tuple[Any, jax.Array]:
-    """Gradients of Σ dy · y with y[r] = tile_fn(stacks[g(r)], x[r]).
+    """Gradients of Σ dy · y with y[r] = tile_fn(load(g(r)), stacks[g(r)], x[r]).
 
     Of the stacks: for each group the sum over its own rows, added up in float32 and rounded once; zeros where a group is
     empty. Of x: one row each; zeros where no group owns the row. What x and dy hold there is never used, NaN included.
 
     Args:
-        tile_fn: from one group's part of `stacks` and rows [m, K] to rows [m, N]; differentiable, rows independent.
+        load: what is constant for a group, such as matrices that it decodes; called once for one that has rows.
+        tile_fn: from what `load` gives, one group's part of `stacks` and rows [m, K] to rows [m, N]; differentiable,
+            rows independent.
         stacks: arrays [G, ...].
         x_RK: rows sorted by group.
         group_sizes_G: int32, rows of each group.
@@ -45,15 +50,15 @@ def group_gradients(
     start_G, end_G, group_G, filled = filled_groups(R, group_sizes_G)
 
     def zeros(array: jax.Array) -> jax.Array:
-        return mark_varying(jnp.zeros(array.shape, array.dtype), varying)
+        return mark_varying(to_bits(jnp.zeros(array.shape, array.dtype)), varying)
 
     def one_group(i: jax.Array, grads: tuple[Any, jax.Array]) -> tuple[Any, jax.Array]:
         dstacks, dx_RK = grads
         group = group_G[i]
         start, end = start_G[group], end_G[group]
         # float32 before the products, so that no partial sum is rounded. The barrier keeps the slices out of the loop.
-        matrices = lax.optimization_barrier(
-            jax.tree.map(lambda stack: lax.dynamic_index_in_dim(stack, group, keepdims=False), stacks)
+        constants, matrices = lax.optimization_barrier(
+            (load(group), jax.tree.map(lambda stack: take_group(stack, group), stacks))
         )
         matrices = jax.tree.map(lambda matrix: matrix.astype(jnp.float32), matrices)
 
@@ -67,10 +72,10 @@ def group_gradients(
             def own_rows(rows: jax.Array) -> jax.Array:
                 return jnp.where(own_m1, lax.dynamic_slice_in_dim(rows, first, m), 0).astype(jnp.float32)
 
-            _, pullback = jax.vjp(tile_fn, matrices, own_rows(x_RK))
+            _, pullback = jax.vjp(partial(tile_fn, constants), matrices, own_rows(x_RK))
             of_tile, dx_mK = pullback(own_rows(dy_RN))
             before_mK = lax.dynamic_slice_in_dim(dx_RK, first, m)
-            dx_mK = jnp.where(own_m1, dx_mK.astype(dx_RK.dtype), before_mK)
+            dx_mK = jnp.where(own_m1, to_bits(dx_mK.astype(x_RK.dtype)), before_mK)
             dx_RK = lax.dynamic_update_slice_in_dim(dx_RK, dx_mK, first, 0)
             return jax.tree.map(jnp.add, dmatrices, of_tile), dx_RK
 
@@ -78,10 +83,15 @@ def group_gradients(
             0, (end - start + m - 1) // m, one_tile, (jax.tree.map(zeros, matrices), dx_RK)
         )
         dstacks = jax.tree.map(
-            lambda stack, matrix: lax.dynamic_update_index_in_dim(stack, matrix.astype(stack.dtype), group, 0),
+            lambda dstack, dmatrix, stack: lax.dynamic_update_index_in_dim(
+                dstack, to_bits(dmatrix.astype(stack.dtype)), group, 0
+            ),
             dstacks,
             dmatrices,
+            stacks,
         )
         return dstacks, dx_RK
 
-    return lax.fori_loop(0, filled, one_group, (jax.tree.map(zeros, stacks), zeros(x_RK)))
+    inputs = stacks, x_RK
+    gradients = lax.fori_loop(0, filled, one_group, jax.tree.map(zeros, inputs))
+    return jax.tree.map(lambda gradient, array: from_bits(gradient, array.dtype), gradients, inputs)

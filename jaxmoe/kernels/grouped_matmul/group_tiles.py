@@ -1,7 +1,8 @@
-"""Rows laid out so that no tile has rows of two groups: what a kernel of fixed tiles works on.
+"""Which rows each tile of a kernel covers, where rows are sorted by group and stay where they are.
 
-Each group begins at a multiple of `m` rows and is filled up with zeros. The number of tiles is fixed by shapes;
-those beyond the last filled one have nothing to do. Letters beyond the design's: I tiles.
+A tile begins at a multiple of 8 rows, for the tensor memory accelerator copies rows in blocks of 8, so a group's first tile
+may begin with up to 7 rows of the group before. `skip` and `size` say which of a tile's rows are its group's own.
+Letters beyond the design's: I tiles.
 """
 
 from typing import NamedTuple
@@ -9,48 +10,42 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+ALIGNMENT = 8
+
 
 class GroupTiles(NamedTuple):
-    """The layout of one call.
+    """The tiles of one call; those beyond the `used` first ones have nothing to do.
 
     Attributes:
         groups: int32 [I], the group of each tile.
-        used: int32 [1], tiles that have rows; they are the first ones.
-        source: int32 [I·m], the row that each place holds; R, out of bounds, where it holds none.
-        places: int32 [R], where each row stands; the first place for rows that no group owns.
-        owned: bool [R], whether a group owns the row.
+        blocks: int32 [I], the row it begins at, in units of `ALIGNMENT`.
+        skips: int32 [I], its rows that belong to groups before.
+        sizes: int32 [I], its group's own rows, which follow those.
+        used: int32 [1], tiles with rows of their own.
     """
 
     groups: jax.Array
+    blocks: jax.Array
+    skips: jax.Array
+    sizes: jax.Array
     used: jax.Array
-    source: jax.Array
-    places: jax.Array
-    owned: jax.Array
 
 
-def lay_out(group_sizes_G: jax.Array, R: int, m: int) -> GroupTiles:
-    """Tiles of `m` rows for R rows in groups of those sizes.
+def tile_groups(group_sizes_G: jax.Array, R: int, m: int) -> GroupTiles:
+    """Tiles of `m` rows, a multiple of 8, over R rows in groups of those sizes.
 
-    Σ ceil(s / m) is at most ceil(R / m) + G - 1, whatever the sizes.
+    A group of s rows takes at most ceil((s + 7) / m) tiles, so there are never more than (R + 7 G) / m + G of them.
     """
     G = group_sizes_G.shape[0]
-    I = -(-R // m) + G - 1  # noqa: E741
+    I = (R + (ALIGNMENT - 1) * G) // m + G  # noqa: E741
     ends_G = jnp.minimum(jnp.cumsum(group_sizes_G), R)
     starts_G = jnp.concatenate([jnp.zeros(1, jnp.int32), ends_G[:-1]])
-    tile_ends_G = jnp.cumsum(-(-(ends_G - starts_G) // m))
-    tile_starts_G = jnp.concatenate([jnp.zeros(1, jnp.int32), tile_ends_G[:-1]])
-    group_I = jnp.minimum(jnp.searchsorted(tile_ends_G, jnp.arange(I), side="right"), G - 1).astype(jnp.int32)
-    inside_Im = (jnp.arange(I) - tile_starts_G[group_I])[:, None] * m + jnp.arange(m)
-    row_Im = starts_G[group_I][:, None] + inside_Im
-    source_Im = jnp.where((inside_Im >= 0) & (row_Im < ends_G[group_I][:, None]), row_Im, R)
-    row_R = jnp.arange(R)
-    group_R = jnp.minimum(jnp.searchsorted(ends_G, row_R, side="right"), G - 1)
-    owned_R = row_R < ends_G[-1]
-    place_R = jnp.where(owned_R, tile_starts_G[group_R] * m + row_R - starts_G[group_R], 0)
-    return GroupTiles(
-        group_I,
-        tile_ends_G[-1:].astype(jnp.int32),
-        source_Im.reshape(-1).astype(jnp.int32),
-        place_R.astype(jnp.int32),
-        owned_R,
-    )
+    aligned_G = starts_G // ALIGNMENT * ALIGNMENT
+    tiles_G = jnp.where(ends_G > starts_G, -(-(ends_G - aligned_G) // m), 0)
+    tile_ends_G = jnp.cumsum(tiles_G)
+    group_I = jnp.minimum(jnp.searchsorted(tile_ends_G, jnp.arange(I), side="right"), G - 1)
+    row_I = aligned_G[group_I] + (jnp.arange(I) - (tile_ends_G - tiles_G)[group_I]) * m
+    first_I = jnp.maximum(row_I, starts_G[group_I])
+    size_I = jnp.clip(jnp.minimum(row_I + m, ends_G[group_I]) - first_I, 0, m)
+    columns = (group_I, row_I // ALIGNMENT, first_I - row_I, size_I, tile_ends_G[-1:])
+    return GroupTiles(*(column.astype(jnp.int32) for column in columns))

@@ -4,13 +4,13 @@ Two products, chosen by the static number of rows a group:
 
 * many rows: slice the group's matrix out of the stack, once, and multiply it with tiles of rows; the copy that XLA
   makes of the slice is small beside the products;
-* few rows: the time is that of reading the matrices, so `_lane_product` is written for XLA to fuse the slice and to
-  vectorise the sum, and nothing is copied.
+* few rows: the time is that of reading the matrices, which `row_product` does in place.
+
+Packed matrices are decoded to float32 in the same places, those of one group at a time.
 """
 
 from collections.abc import Callable
 from functools import partial
-from math import gcd
 from typing import Any
 
 import jax
@@ -19,16 +19,14 @@ from jax import lax
 
 from jaxmoe.kernels.grouped_matmul.activations import Combine
 from jaxmoe.kernels.grouped_matmul.gradient import group_gradients
+from jaxmoe.kernels.grouped_matmul.loop_arrays import take_group
+from jaxmoe.kernels.grouped_matmul.quantized import Matrices, QuantizedStack, dequantize, matrix_of
+from jaxmoe.kernels.grouped_matmul.row_product import matmul, matrix_first, row_product
 from jaxmoe.kernels.grouped_matmul.tiles import map_rows, map_tiles, mark_varying, rows_per_tile, varying_axes
-
-# float32 numbers in the widest vector register of current CPUs, and the narrowest worth using.
-LANES, MIN_LANES = 16, 8
-# Slices added up in one fusion: 2 kB of a float32 row, long enough for the prefetcher, short enough to compile fast.
-BLOCK = 32
 
 
 def grouped_matmul(
-    lhs_RK: jax.Array, rhs_GNK: jax.Array, group_sizes_G: jax.Array, *, out_dtype: jnp.dtype
+    lhs_RK: jax.Array, rhs_GNK: Matrices, group_sizes_G: jax.Array, *, out_dtype: jnp.dtype
 ) -> jax.Array:
     """out[r] = rhs[g(r)] @ lhs[r]; see `api.grouped_matmul`."""
     out = jax.ShapeDtypeStruct((lhs_RK.shape[0], rhs_GNK.shape[1]), out_dtype)
@@ -37,8 +35,8 @@ def grouped_matmul(
 
 def expert_mlp(
     x_RD: jax.Array,
-    w_up_pND: jax.Array,
-    w_down_pDF: jax.Array,
+    w_up_pND: Matrices,
+    w_down_pDF: Matrices,
     group_sizes_p: jax.Array,
     *,
     b_up_pN: jax.Array | None,
@@ -63,14 +61,18 @@ def expert_mlp(
 Affine = Callable[[int, jax.Array], jax.Array]
 # What is applied to the rows of a group: rows [m, K] and the group's affine maps to rows [m, N].
 RowsFn = Callable[[jax.Array, Affine], jax.Array]
-# Stacks of matrices [G, N, K] and, if any, of biases [G, N]; or one group's part of them.
-Maps = list[tuple[jax.Array, jax.Array | None]]
+# Stacks of matrices [G, N, K] and, if any, of biases [G, N].
+Maps = list[tuple[Matrices, jax.Array | None]]
+# The same of one group, decoded.
+GroupMaps = list[tuple[jax.Array, jax.Array | None]]
+# From rows [m, K] and a matrix [N, K] to rows [m, N], in float32.
+Product = Callable[[jax.Array, jax.Array], jax.Array]
 
 
 def _map_groups(
     fn: RowsFn, x_RK: jax.Array, maps: Maps, group_sizes_G: jax.Array, out: jax.ShapeDtypeStruct
 ) -> jax.Array:
-    """Apply `fn(rows, affine)` to the rows of every group; differentiable in `x_RK` and `maps`."""
+    """Apply `fn(rows, affine)` to the rows of every group; differentiable in `x_RK` and what is not packed of `maps`."""
     stacks = jax.tree.leaves(maps)
     if 0 in x_RK.shape or any(0 in stack.shape for stack in stacks):
         return jnp.zeros(out.shape, out.dtype)
@@ -89,25 +91,24 @@ def _map_groups_vjp(
     maps: Maps,
     group_sizes_G: jax.Array,
 ) -> jax.Array:
-    def slice_of(stack: jax.Array, group: jax.Array) -> jax.Array:
-        return lax.dynamic_index_in_dim(stack, group, keepdims=False)
-
     if rows_per_tile(x_RK.shape[0], group_sizes_G.shape[0]) == 1:
 
         def row_fn(group: jax.Array, x_1K: jax.Array) -> jax.Array:
             def affine(index: int, y_1K: jax.Array) -> jax.Array:
                 matrices, biases = maps[index]
-                bias_N = None if biases is None else slice_of(biases, group)
-                return _add_bias(_row_product(y_1K, matrices, group), bias_N)
+                return _add_bias(row_product(y_1K, matrices, group), _group_of(biases, group))
 
             return fn(x_1K, affine)
 
         return map_rows(row_fn, x_RK, group_sizes_G, out, varying=varying)
 
-    def load(group: jax.Array) -> Maps:
-        return jax.tree.map(lambda stack: slice_of(stack, group), maps)
+    def in_tiles(decode: Callable[[Any, jax.Array], Any], product: Product, *inputs: Any) -> jax.Array:
+        x_RK, maps, group_sizes_G = inputs
+        return map_tiles(partial(decode, maps), partial(_tile, fn, product), x_RK, group_sizes_G, out, varying=varying)
 
-    return map_tiles(load, partial(_tile, fn), x_RK, group_sizes_G, out, varying=varying)
+    # XLA for CPU multiplies bfloat16 at a fraction of float32's speed: there a group's matrix is converted, once.
+    cpu, default = partial(in_tiles, _wide_group_of, matrix_first), partial(in_tiles, _group_of, matmul)
+    return lax.platform_dependent(x_RK, maps, group_sizes_G, cpu=cpu, default=default)
 
 
 def _forward(
@@ -118,67 +119,52 @@ def _forward(
 
 def _backward(
     fn: RowsFn, out: jax.ShapeDtypeStruct, varying: frozenset[str], inputs: tuple[Any, ...], dy_RN: jax.Array
-) -> tuple[jax.Array, Maps, None]:
+) -> tuple[jax.Array, Any, None]:
     x_RK, maps, group_sizes_G = inputs
-    dmaps, dx_RK = group_gradients(partial(_tile, fn), maps, x_RK, group_sizes_G, dy_RN, varying=varying)
+    packed = jax.tree.map(lambda stack: stack if _is_packed(stack) else None, maps, is_leaf=_is_packed)
+    trained = jax.tree.map(lambda stack: None if _is_packed(stack) else stack, maps, is_leaf=_is_packed)
+
+    def tile_fn(decoded: Any, own: Any, x_mK: jax.Array) -> jax.Array:
+        both = jax.tree.map(lambda d, o: o if d is None else d, decoded, own, is_leaf=lambda leaf: leaf is None)
+        return _tile(fn, matmul, both, x_mK)
+
+    dmaps, dx_RK = group_gradients(
+        partial(_group_of, packed), tile_fn, trained, x_RK, group_sizes_G, dy_RN, varying=varying
+    )
     return dx_RK, dmaps, None
 
 
 _map_groups_vjp.defvjp(_forward, _backward)
 
 
-def _tile(fn: RowsFn, maps: Maps, x_mK: jax.Array) -> jax.Array:
-    """`fn` of a tile of rows; `maps` are one group's."""
+def _is_packed(stack: Any) -> bool:
+    return isinstance(stack, QuantizedStack)
+
+
+def _group_of(stacks: Any, group: jax.Array) -> Any:
+    """One group's part of each stack, decoded."""
+
+    def take(stack: Matrices) -> jax.Array:
+        if isinstance(stack, QuantizedStack):
+            return dequantize(matrix_of(stack, group))
+        return take_group(stack, group)
+
+    return jax.tree.map(take, stacks, is_leaf=_is_packed)
+
+
+def _wide_group_of(stacks: Any, group: jax.Array) -> Any:
+    return jax.tree.map(lambda part: part.astype(jnp.float32), _group_of(stacks, group))
+
+
+def _tile(fn: RowsFn, product: Product, maps: GroupMaps, x_mK: jax.Array) -> jax.Array:
+    """`fn` of a tile of rows of one group."""
 
     def affine(index: int, y_mK: jax.Array) -> jax.Array:
         matrix_NK, bias_N = maps[index]
-        return _add_bias(_matmul(y_mK, matrix_NK), bias_N)
+        return _add_bias(product(y_mK, matrix_NK), bias_N)
 
     return fn(x_mK, affine)
 
 
 def _add_bias(y_mN: jax.Array, bias_N: jax.Array | None) -> jax.Array:
     return y_mN if bias_N is None else y_mN + bias_N.astype(jnp.float32)
-
-
-def _row_product(x_1K: jax.Array, w_GNK: jax.Array, group: jax.Array) -> jax.Array:
-    """w[group] @ x for one row, in float32."""
-    lanes = gcd(w_GNK.shape[2], LANES)
-    if lanes >= MIN_LANES:
-        return _lane_product(x_1K[0], w_GNK, group, lanes)[None]
-    return _matmul(x_1K, lax.dynamic_index_in_dim(w_GNK, group, keepdims=False))
-
-
-def _matmul(x_mK: jax.Array, w_NK: jax.Array) -> jax.Array:
-    return jnp.matmul(x_mK, w_NK.T, preferred_element_type=jnp.float32)
-
-
-def _lane_product(x_K: jax.Array, w_GNK: jax.Array, group: jax.Array, lanes: int) -> jax.Array:
-    """w[group] @ x as `lanes` interleaved sums: out[n] = Σ_l (Σ_j w[group, n, j·lanes + l] · x[j·lanes + l]).
-
-    XLA copies a slice of a stack before it enters a dot, but not before it enters an elementwise loop. The inner sum
-    over j is therefore written out as additions of static slices, which become one loop over [N, lanes] that reads
-    each matrix once, in order, a vector register at a time. A reduction over j would neither fuse nor vectorise.
-    """
-    N, K = w_GNK.shape[1:]
-    # Without the barriers XLA would recompute x for every n, and sink the second sum into the first loop.
-    x_K = lax.optimization_barrier(x_K.astype(jnp.float32))
-
-    def add_slices(first: int | jax.Array, count: int, sum_NL: jax.Array | float = 0.0) -> jax.Array:
-        for j in range(count):
-            k = first + j * lanes
-            w_NL = lax.dynamic_slice(w_GNK, (group, 0, k), (1, N, lanes))[0].astype(jnp.float32)
-            sum_NL = sum_NL + w_NL * lax.dynamic_slice_in_dim(x_K, k, lanes)
-        return jnp.asarray(sum_NL)
-
-    blocks, rest = divmod(K // lanes, BLOCK)
-    if blocks < 2:
-        sum_NL = add_slices(0, K // lanes)
-    else:
-        width = BLOCK * lanes
-        sum_NL = add_slices(0, BLOCK)  # not zeros: inside `shard_map` the carry has to vary from the start
-        sum_NL = lax.fori_loop(1, blocks, lambda b, sum_NL: add_slices(b * width, BLOCK, sum_NL), sum_NL)
-        sum_NL = add_slices(blocks * width, rest, sum_NL)
-    # As a dot, which XLA hands to a vectorised routine; HIGHEST, for it only adds up what is float32 already.
-    ones_L = jnp.ones(lanes, jnp.float32)
-    return jnp.matmul(lax.optimization_barrier(sum_NL), ones_L, precision=lax.Precision.HIGHEST)

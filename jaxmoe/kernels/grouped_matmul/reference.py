@@ -4,12 +4,15 @@ import jax
 import jax.numpy as jnp
 
 from jaxmoe.kernels.grouped_matmul.activations import Combine
+from jaxmoe.kernels.grouped_matmul.quantized import Matrices, QuantizedStack, dequantize
 
 
 def grouped_matmul(
-    lhs_RK: jax.Array, rhs_GNK: jax.Array, group_sizes_G: jax.Array, *, out_dtype: jnp.dtype
+    lhs_RK: jax.Array, rhs_GNK: Matrices, group_sizes_G: jax.Array, *, out_dtype: jnp.dtype
 ) -> jax.Array:
     """out[r] = rhs[g(r)] @ lhs[r]; see `api.grouped_matmul`."""
+    if isinstance(rhs_GNK, QuantizedStack):
+        lhs_RK, rhs_GNK = lhs_RK.astype(jnp.float32), dequantize(rhs_GNK)
     R, (G, N, _) = lhs_RK.shape[0], rhs_GNK.shape
     row_R = jnp.arange(R)
     out_RN = jnp.zeros((R, N), jnp.float32)
@@ -26,8 +29,8 @@ def grouped_matmul(
 
 def expert_mlp(
     x_RD: jax.Array,
-    w_up_pND: jax.Array,
-    w_down_pDF: jax.Array,
+    w_up_pND: Matrices,
+    w_down_pDF: Matrices,
     group_sizes_p: jax.Array,
     *,
     b_up_pN: jax.Array | None,

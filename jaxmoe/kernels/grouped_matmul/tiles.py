@@ -7,9 +7,11 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from jaxmoe.kernels.grouped_matmul.loop_arrays import from_bits, to_bits
+
 # Up to this many rows a group on average, a tile is a single row: padding tiles would cost more than reading the
 # matrix again, out of cache, for the few groups that have several rows.
-SINGLE_ROW_LIMIT = 4
+SINGLE_ROW_LIMIT = 2
 # Above that, a tile has five eighths of an average group's rows: two tiles then hold a group that is up to a quarter
 # larger than the average, and little of them is padding. Lower tiles multiply badly; higher ones pad small groups.
 MIN_TILE, MAX_TILE = 8, 128
@@ -49,19 +51,19 @@ def map_rows(
     _, end_G, group_G, _ = filled_groups(x_RK.shape[0], group_sizes_G)
 
     def body(carry: tuple[Any, ...]) -> tuple[Any, ...]:
-        row, i, out_RN = carry
+        row, i, bits_RN = carry
         group = group_G[i]
-        y_1N = row_fn(group, lax.dynamic_slice_in_dim(x_RK, row, 1)).astype(out_RN.dtype)
-        out_RN = lax.dynamic_update_slice_in_dim(out_RN, y_1N, row, 0)
-        return row + 1, i + (row + 1 == end_G[group]), out_RN
+        y_1N = row_fn(group, lax.dynamic_slice_in_dim(x_RK, row, 1)).astype(out.dtype)
+        bits_RN = lax.dynamic_update_slice_in_dim(bits_RN, to_bits(y_1N), row, 0)
+        return row + 1, i + (row + 1 == end_G[group]), bits_RN
 
     row_axes = varying_axes(group_sizes_G)
     start: tuple[Any, ...] = (
         mark_varying(jnp.int32(0), row_axes),
         mark_varying(jnp.int32(0), row_axes),
-        mark_varying(jnp.zeros(out.shape, out.dtype), varying),
+        mark_varying(to_bits(jnp.zeros(out.shape, out.dtype)), varying),
     )
-    return lax.while_loop(lambda carry: carry[0] < end_G[-1], body, start)[2]
+    return from_bits(lax.while_loop(lambda carry: carry[0] < end_G[-1], body, start)[2], out.dtype)
 
 
 def map_tiles(
@@ -92,25 +94,26 @@ def map_tiles(
     R, m = x_RK.shape[0], rows_per_tile(x_RK.shape[0], group_sizes_G.shape[0])
     start_G, end_G, group_G, filled = filled_groups(R, group_sizes_G)
 
-    def one_group(i: jax.Array, out_RN: jax.Array) -> jax.Array:
+    def one_group(i: jax.Array, bits_RN: jax.Array) -> jax.Array:
         group = group_G[i]
         start, end = start_G[group], end_G[group]
         # The barrier keeps the slice out of the inner loop, where it would be taken again for each tile.
         shared = lax.optimization_barrier(load(group))
 
-        def one_tile(t: jax.Array, out_RN: jax.Array) -> jax.Array:
+        def one_tile(t: jax.Array, bits_RN: jax.Array) -> jax.Array:
             row = start + t * m
             # The last tile of all may not stick out below row R: it starts earlier instead, and the mask does the rest.
             first = jnp.minimum(row, R - m)
-            y_mN = tile_fn(shared, lax.dynamic_slice_in_dim(x_RK, first, m)).astype(out_RN.dtype)
+            y_mN = tile_fn(shared, lax.dynamic_slice_in_dim(x_RK, first, m)).astype(out.dtype)
             row_m = first + jnp.arange(m, dtype=jnp.int32)
             own_m1 = ((row_m >= row) & (row_m < end))[:, None]
-            y_mN = jnp.where(own_m1, y_mN, lax.dynamic_slice_in_dim(out_RN, first, m))
-            return lax.dynamic_update_slice_in_dim(out_RN, y_mN, first, 0)
+            bits_mN = jnp.where(own_m1, to_bits(y_mN), lax.dynamic_slice_in_dim(bits_RN, first, m))
+            return lax.dynamic_update_slice_in_dim(bits_RN, bits_mN, first, 0)
 
-        return lax.fori_loop(0, (end - start + m - 1) // m, one_tile, out_RN)
+        return lax.fori_loop(0, (end - start + m - 1) // m, one_tile, bits_RN)
 
-    return lax.fori_loop(0, filled, one_group, mark_varying(jnp.zeros(out.shape, out.dtype), varying))
+    zeros_RN = mark_varying(to_bits(jnp.zeros(out.shape, out.dtype)), varying)
+    return from_bits(lax.fori_loop(0, filled, one_group, zeros_RN), out.dtype)
 
 
 def filled_groups(R: int, group_sizes_G: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:

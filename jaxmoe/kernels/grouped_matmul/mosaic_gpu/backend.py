@@ -1,0 +1,158 @@
+"""The two public products in terms of the kernel, with the gradients of the portable backend."""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from jaxmoe.kernels.grouped_matmul import portable
+from jaxmoe.kernels.grouped_matmul.activations import ACTIVATIONS, Activation, Combine
+from jaxmoe.kernels.grouped_matmul.borrowed_gradient import with_gradient_of
+from jaxmoe.kernels.grouped_matmul.group_tiles import ALIGNMENT, tile_groups
+from jaxmoe.kernels.grouped_matmul.mosaic_gpu.kernel import multiply
+from jaxmoe.kernels.grouped_matmul.mosaic_gpu.tiles import Problem, Tiles, choose_tiles
+from jaxmoe.kernels.grouped_matmul.quantized import FORMATS, Matrices, QuantizedStack
+
+
+def grouped_matmul(
+    lhs_RK: jax.Array,
+    rhs_GNK: Matrices,
+    group_sizes_G: jax.Array,
+    *,
+    out_dtype: jnp.dtype,
+    tiles: Tiles | None = None,
+    interpret: bool = False,
+) -> jax.Array:
+    """out[r] = rhs[g(r)] @ lhs[r]; see `api.grouped_matmul`. `tiles` are chosen unless given."""
+
+    def forward(arrays: Any, group_sizes_G: jax.Array) -> jax.Array:
+        lhs_RK, rhs_GNK = arrays
+        return _product(lhs_RK, rhs_GNK, None, group_sizes_G, _identity, 1, out_dtype, tiles, interpret)
+
+    def same(arrays: Any, group_sizes_G: jax.Array) -> jax.Array:
+        lhs_RK, rhs_GNK = arrays
+        return portable.grouped_matmul(lhs_RK, rhs_GNK, group_sizes_G, out_dtype=out_dtype)
+
+    return _owned_only(with_gradient_of(same, forward, (lhs_RK, rhs_GNK), group_sizes_G), group_sizes_G)
+
+
+def expert_mlp(
+    x_RD: jax.Array,
+    w_up_pND: Matrices,
+    w_down_pDF: Matrices,
+    group_sizes_p: jax.Array,
+    *,
+    b_up_pN: jax.Array | None,
+    b_down_pD: jax.Array | None,
+    combine: Combine,
+    out_dtype: jnp.dtype,
+    tiles: tuple[Tiles | None, Tiles | None] = (None, None),
+    interpret: bool = False,
+) -> jax.Array:
+    """y = W_down[g] @ combine(W_up[g] @ x + b_up[g]) + b_down[g]; see `api.expert_mlp`.
+
+    `tiles` are those of the first and of the second product, chosen unless given.
+    """
+    halves = 2 if combine.gated else 1
+
+    def finish(*sums: jax.Array) -> jax.Array:
+        return combine.halves(*sums, activations=_LOWERED)
+
+    def forward(arrays: Any, group_sizes_p: jax.Array) -> jax.Array:
+        x_RD, w_up, w_down, b_up, b_down = arrays
+        h_RF = _product(x_RD, w_up, b_up, group_sizes_p, finish, halves, x_RD.dtype, tiles[0], interpret)
+        return _product(h_RF, w_down, b_down, group_sizes_p, _identity, 1, out_dtype, tiles[1], interpret)
+
+    def same(arrays: Any, group_sizes_p: jax.Array) -> jax.Array:
+        x_RD, w_up, w_down, b_up, b_down = arrays
+        return portable.expert_mlp(
+            x_RD, w_up, w_down, group_sizes_p, b_up_pN=b_up, b_down_pD=b_down, combine=combine, out_dtype=out_dtype
+        )
+
+    arrays = (x_RD, w_up_pND, w_down_pDF, b_up_pN, b_down_pD)
+    return _owned_only(with_gradient_of(same, forward, arrays, group_sizes_p), group_sizes_p)
+
+
+def problem_of(rows: jax.Array, matrices: Matrices, halves: int, out_dtype: jnp.dtype) -> Problem:
+    """What tiles are chosen for, of rows [R, K] and matrices [G, halves·N, K].
+
+    Raises:
+        NotImplementedError: the kernel does not multiply those dtypes, or matrices so packed.
+    """
+    G, N, K = matrices.shape
+    packed = isinstance(matrices, QuantizedStack)
+    allowed = (jnp.bfloat16,) if packed else (jnp.bfloat16, jnp.float16)
+    if rows.dtype not in allowed:
+        names = " and ".join(jnp.dtype(dtype).name for dtype in allowed)
+        raise NotImplementedError(
+            f"the mosaic_gpu kernel multiplies rows of {names}{' with packed matrices' if packed else ''}; got "
+            f"{rows.dtype}: use the portable one"
+        )
+    problem = Problem(R=rows.shape[0], G=G, halves=halves, N=N // halves, K=K, out_bytes=jnp.dtype(out_dtype).itemsize)
+    if not isinstance(matrices, QuantizedStack):
+        return problem
+    if matrices.zero_points is not None:
+        raise NotImplementedError(
+            "the mosaic_gpu kernel takes no zero points with packed matrices: use the portable one, which does"
+        )
+    return dataclasses.replace(problem, weight_bits=8 // FORMATS[matrices.format].per_byte, block=matrices.block)
+
+
+def _product(
+    rows_RK: jax.Array,
+    matrices_GNK: Matrices,
+    biases_GN: jax.Array | None,
+    group_sizes_G: jax.Array,
+    finish: Callable[..., jax.Array],
+    halves: int,
+    out_dtype: jnp.dtype,
+    tiles: Tiles | None,
+    interpret: bool,
+) -> jax.Array:
+    """The kernel on rows [R, K] and matrices [G, halves·N, K]; anything in rows that no group owns."""
+    R, (G, _, K) = rows_RK.shape[0], matrices_GNK.shape
+    N = matrices_GNK.shape[1] // halves
+    if 0 in (R, G, N, K):
+        return jnp.zeros((R, N), out_dtype)
+    problem = problem_of(rows_RK, matrices_GNK, halves, out_dtype)
+    tiles = tiles or choose_tiles(problem)
+    problem.check(tiles)
+
+    def by_half(array: jax.Array) -> jax.Array:
+        return array.reshape(G, halves, array.shape[1] // halves, *array.shape[2:])
+
+    padded = jnp.pad(rows_RK, ((0, -R % ALIGNMENT), (0, 0)))
+    out = multiply(
+        padded,
+        jax.tree.map(by_half, matrices_GNK),
+        None if biases_GN is None else by_half(biases_GN),
+        tile_groups(group_sizes_G, R, tiles.m),
+        tiles,
+        finish,
+        out_dtype,
+        interpret=interpret,
+    )
+    return out[:R]
+
+
+def _owned_only(out_RN: jax.Array, group_sizes_G: jax.Array) -> jax.Array:
+    return jnp.where((jnp.arange(len(out_RN)) < jnp.sum(group_sizes_G))[:, None], out_RN, 0)
+
+
+def _identity(sums: jax.Array) -> jax.Array:
+    return sums
+
+
+def _gelu(x: jax.Array) -> jax.Array:
+    """x Φ(x), with the error function by Abramowitz and Stegun's formula 7.1.26, within 1.5e-7: Mosaic GPU has none."""
+    z = jnp.abs(x) * 2**-0.5
+    t = 1 / (1 + 0.3275911 * z)
+    series = ((((1.061405429 * t - 1.453152027) * t + 1.421413741) * t - 0.284496736) * t + 0.254829592) * t
+    tail = 0.5 * series * jnp.exp(-z * z)
+    return x * jnp.where(x < 0, tail, 1 - tail)
+
+
+# What the names stand for inside the kernel.
+_LOWERED: dict[str, Activation] = {**ACTIVATIONS, "gelu": _gelu}

@@ -1,0 +1,177 @@
+"""Sizes of the tiles that a block of the kernel works on, and which are chosen where nobody has measured any."""
+
+import dataclasses
+import itertools
+
+from jaxmoe.kernels.grouped_matmul.group_tiles import ALIGNMENT
+
+# Shared memory that a block may have, and what barriers and alignment may take of it; of H100 and H200.
+SHARED_BYTES, RESERVED_BYTES = 227 * 2**10, 2048
+WARPGROUPS = 2
+# Rows of wgmma's first operand, and so of what a warpgroup multiplies at least.
+WGMMA_ROWS = 64
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Tiles:
+    """What one block multiplies at a time.
+
+    Attributes:
+        m: rows, a multiple of 8; of 128 unless `swapped`.
+        n: outputs of each of gate and up, or of a single matrix; a multiple of 128 if `swapped`, else of 8.
+        k: numbers of the inner dimension in a stage of the pipeline.
+        stages: stages that are under way at once.
+        swapped: matrices are wgmma's first operand and rows its second, for it takes 64 of the first at least, but any
+            multiple of 8 of the second: what few rows a group need. The two warpgroups share the outputs then, and else
+            the rows.
+        band: row tiles that run together over the same outputs, so that the second level of cache serves them.
+    """
+
+    m: int
+    n: int
+    k: int
+    stages: int
+    swapped: bool = False
+    band: int = 8
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Problem:
+    """What tiles are chosen for.
+
+    Attributes:
+        R: rows.
+        G: groups.
+        halves: 2 where gate and up are multiplied together, else 1.
+        N: outputs, of each half.
+        K: inner dimension.
+        row_bytes: of a number of a row.
+        out_bytes: of a number of the result.
+        weight_bits: of a number of a matrix.
+        block: outputs and inputs that share a scale, of packed matrices.
+    """
+
+    R: int
+    G: int
+    halves: int
+    N: int
+    K: int
+    row_bytes: int = 2
+    out_bytes: int = 2
+    weight_bits: int = 16
+    block: tuple[int, int] | None = None
+
+    @property
+    def packed(self) -> bool:
+        """Whether matrices are expanded in registers, which wgmma takes as its first operand only."""
+        return self.block is not None
+
+    @property
+    def rows_may_lead(self) -> bool:
+        """Whether rows can be wgmma's first operand, in tiles that are not `swapped`.
+
+        Mosaic GPU then writes results by 128 bytes of a row, of which a row of the whole must be a multiple.
+        """
+        return not self.packed and self.N % 64 == 0
+
+    def shared_bytes(self, tiles: Tiles) -> int:
+        """Shared memory that those tiles need."""
+        stage = tiles.m * tiles.k * self.row_bytes + self.halves * tiles.n * tiles.k * self.weight_bits // 8
+        return tiles.stages * stage + tiles.m * tiles.n * self.out_bytes + RESERVED_BYTES
+
+    def fits(self, tiles: Tiles) -> bool:
+        """Whether a block has the shared memory, and each of its threads the registers (ptxas spills at more)."""
+        sums = self.halves * tiles.m * tiles.n // (WARPGROUPS * 128)
+        # Packed: sums of a block of inputs, the sum of those, and the expanded numbers.
+        registers = 2 * sums + tiles.k // 2 if self.packed else sums
+        return self.shared_bytes(tiles) <= SHARED_BYTES and registers <= 128 + 32 * self.packed
+
+    def check(self, tiles: Tiles) -> None:
+        """Refuse tiles that the kernel would not work with.
+
+        Raises:
+            ValueError: they do not divide what they must, or do not fit.
+            NotImplementedError: no tiles would work, see `inner_tile`.
+        """
+        widest = inner_tile(self)
+        rows, outputs = (ALIGNMENT, WARPGROUPS * WGMMA_ROWS) if tiles.swapped else (WARPGROUPS * WGMMA_ROWS, ALIGNMENT)
+        if widest % tiles.k or self.K % tiles.k:
+            raise ValueError(f"k must divide {self.K}; got {tiles}: use {widest}")
+        if tiles.m % rows or tiles.n % outputs:
+            raise ValueError(f"m must be a multiple of {rows} and n of {outputs}; got {tiles}")
+        if not (tiles.swapped or self.rows_may_lead):
+            raise ValueError(
+                f"tiles must be swapped where matrices are packed or N, here {self.N}, is no multiple of 64; got {tiles}"
+            )
+        if not self.fits(tiles):
+            raise ValueError(
+                f"{tiles} need {self.shared_bytes(tiles)} bytes of shared memory, of {SHARED_BYTES}, or too many registers: "
+                "use fewer stages or smaller tiles"
+            )
+
+
+def choose_tiles(problem: Problem) -> Tiles:
+    """Tiles by the average rows of a group; nothing of it has been measured.
+
+    Raises:
+        NotImplementedError: N or K is no multiple of what the kernel copies at a time.
+    """
+    k = inner_tile(problem)
+    rows = problem.R / problem.G
+    if rows > 64 and problem.rows_may_lead:
+        tiles = Tiles(m=128, n=128 if problem.halves == 2 or problem.N <= 128 else 256, k=k, stages=1)
+    else:
+        m = next((m for m in (16, 32, 64) if rows <= m // 2), 128)
+        tiles = Tiles(m=m, n=128, k=k, stages=1, swapped=True)
+        while tiles.m > 16 and not problem.fits(tiles):
+            tiles = dataclasses.replace(tiles, m=tiles.m // 2)
+    return with_stages(problem, tiles)
+
+
+def candidate_tiles(problem: Problem) -> list[Tiles]:
+    """What is worth timing for a problem; `choose_tiles` is one of them.
+
+    Raises:
+        NotImplementedError: as of `choose_tiles`.
+    """
+    k = inner_tile(problem)
+    shapes = [(m, n, True) for m, n in itertools.product((16, 32, 64, 128), (128, 256))]
+    if problem.rows_may_lead:
+        shapes += [(m, n, False) for m, n in itertools.product((128, 256), (64, 128, 256))]
+    tiles = [
+        with_stages(problem, Tiles(m=m, n=n, k=k, stages=1, swapped=swapped, band=band))
+        for (m, n, swapped), band in itertools.product(shapes, (1, 8, 16))
+        if problem.fits(Tiles(m=m, n=n, k=k, stages=1, swapped=swapped))
+    ]
+    return list(dict.fromkeys([choose_tiles(problem), *tiles]))
+
+
+def with_stages(problem: Problem, tiles: Tiles) -> Tiles:
+    """As many stages as fit and as there is work for, up to 8."""
+    counts = (count for count in range(min(8, problem.K // tiles.k), 1, -1))
+    staged = (dataclasses.replace(tiles, stages=count) for count in counts)
+    return next((tiles for tiles in staged if problem.fits(tiles)), tiles)
+
+
+def inner_tile(problem: Problem) -> int:
+    """The widest inner tile, up to 128 bytes a row of it, that divides K and the blocks that share a scale."""
+    if problem.packed:
+        # Two 4-bit numbers a byte, and at least 32 bytes a copy.
+        widths = [k for k in (128, 64, 32) if k * problem.weight_bits >= 32 * 8]
+    else:
+        widths = [64, 32, 16]
+    k = next((k for k in widths if problem.K % k == 0), None)
+    outputs = WGMMA_ROWS if problem.packed else 8
+    if k is None or problem.N % outputs:
+        raise NotImplementedError(
+            f"the mosaic_gpu kernel multiplies matrices of a multiple of {outputs} outputs and of {widths[-1]} inputs; got "
+            f"N={problem.N}, K={problem.K}: use the portable one"
+        )
+    if problem.block is not None:
+        bn, bk = problem.block
+        if (bn != 1 and bn % WGMMA_ROWS) or bk % 32 or (bk % k and k % bk):
+            raise NotImplementedError(
+                "the mosaic_gpu kernel wants a scale for each output or for a multiple of 64, and for a multiple of 32 "
+                f"inputs; got blocks of {problem.block} in matrices of {problem.N} by {problem.K}: use the portable one"
+            )
+    return k

@@ -1,0 +1,127 @@
+"""Tile sizes that were measured to be fastest, as JSON files: one file a kind of device.
+
+A kernel asks `lookup` and falls back to defaults of its own where the table is silent. Files are written by
+`scripts/tune_kernels.py` on the device itself; there is none for a device that nobody has measured. A file is
+
+    {"device": "NVIDIA H100 80GB HBM3", "entries": [
+        {"kernel": "mosaic_gpu", "dtype": "bfloat16", "K": 4096, "N": 28672, "row_class": 128, "tiles": {...}, ...}]}
+"""
+
+import json
+import math
+import os
+import re
+from collections.abc import Mapping
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+TILE_TABLES = Path(__file__).with_name("tile_tables")
+
+# What an entry is found by.
+KEY = ("kernel", "dtype", "K", "N", "row_class")
+
+
+def row_class(rows_per_group: float) -> int:
+    """The class that shapes of so many rows a group are tuned for: the next power of two, 1 at least.
+
+    >>> [row_class(rows) for rows in (0, 1, 3, 128, 129)]
+    [1, 1, 4, 128, 256]
+    """
+    return 1 << (max(1, math.ceil(rows_per_group)) - 1).bit_length()
+
+
+def table_file(device_kind: str, folder: Path = TILE_TABLES) -> Path:
+    """Where the tiles of a kind of device stand.
+
+    >>> table_file("NVIDIA H100 80GB HBM3").name
+    'nvidia_h100_80gb_hbm3.json'
+    """
+    return folder / (re.sub(r"[^a-z0-9]+", "_", device_kind.lower()).strip("_") + ".json")
+
+
+def lookup(
+    device_kind: str,
+    *,
+    kernel: str,
+    dtype: str,
+    K: int,
+    N: int,
+    rows_per_group: float,
+    folder: Path = TILE_TABLES,
+) -> dict[str, int] | None:
+    """The tiles measured for matrices [N, K] with so many rows a group on average.
+
+    Args:
+        device_kind: as `jax.Device.device_kind` has it.
+        kernel: a backend, such as "triton"; or "triton.gate_up" for gate and up in one, with the activation.
+        dtype: of rows and matrices, such as "bfloat16".
+        K: inner dimension.
+        N: output dimension, of gate and up together.
+        rows_per_group: allocated rows by groups, which shapes alone tell.
+        folder: of the tables.
+
+    Returns:
+        What the kernel's own type of tiles is made of, or None where nothing was measured: use the kernel's defaults.
+
+    Raises:
+        ValueError: the device's file is no table, or one of another device.
+    """
+    tiles = _read(device_kind, folder).get((kernel, dtype, K, N, row_class(rows_per_group)))
+    return None if tiles is None else dict(tiles)
+
+
+@cache
+def _read(device_kind: str, folder: Path) -> dict[tuple[Any, ...], Mapping[str, int]]:
+    entries = read_table(device_kind, folder)["entries"]
+    return {tuple(entry[name] for name in KEY): entry["tiles"] for entry in entries}
+
+
+def read_table(device_kind: str, folder: Path = TILE_TABLES) -> dict[str, Any]:
+    """The whole table of a kind of device; one without entries if there is no file.
+
+    Raises:
+        ValueError: the device's file is no table, or one of another device.
+    """
+    file = table_file(device_kind, folder)
+    if not file.exists():
+        return {"device": device_kind, "entries": []}
+    try:
+        table = json.loads(file.read_text())
+        missing = [name for entry in table["entries"] for name in (*KEY, "tiles") if name not in entry]
+        device = table["device"]
+    except (ValueError, TypeError, KeyError) as error:
+        raise ValueError(
+            f"{file} is no table of tiles ({error!r}): write it anew with scripts/tune_kernels.py"
+        ) from error
+    if missing or device != device_kind:
+        wrong = f"an entry has no {missing[0]}" if missing else f"it was measured on {device!r}"
+        raise ValueError(f"{file} is no table for {device_kind!r}, {wrong}: write it anew with scripts/tune_kernels.py")
+    return table
+
+
+def write_table(table: dict[str, Any], folder: Path = TILE_TABLES) -> Path:
+    """Put entries into the table of their device, in place of older ones of the same key; all of them or none.
+
+    Args:
+        table: "device" and "entries", each with the names of `KEY`, "tiles", and how they were found.
+        folder: of the tables; made if it is not there.
+
+    Returns:
+        The file.
+    """
+    old = read_table(table["device"], folder)["entries"]
+    entries = {tuple(entry[name] for name in KEY): entry for entry in [*old, *table["entries"]]}
+    file = table_file(table["device"], folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    # A reader sees the old file or the new one, never half of it.
+    unfinished = file.with_suffix(f".{os.getpid()}.tmp")
+    try:
+        unfinished.write_text(
+            json.dumps(table | {"entries": [entries[key] for key in sorted(entries)]}, indent=1) + "\n"
+        )
+        unfinished.replace(file)
+    finally:
+        unfinished.unlink(missing_ok=True)
+    _read.cache_clear()
+    return file

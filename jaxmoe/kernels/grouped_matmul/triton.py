@@ -1,0 +1,293 @@
+"""The backend for NVIDIA GPUs since Ampere: tensor cores through Pallas Triton.
+
+A program multiplies up to `m` rows of one group by `n` rows of its matrix. Rows stay where they are: a tile begins at any
+row, and what lies beyond its group is masked, in loads and in stores. Weights stay (out, in): Triton reads a tile of them
+transposed from shared memory. The first product of an MLP keeps gate and up in accumulators of their own and stores what
+the activation makes of them, so that the wide product never reaches memory.
+
+Float32 is multiplied as `jax.default_matmul_precision` says, by default as TF32, like any other product on a GPU.
+
+Status: right in the interpreter, and built by ptxas for A100 and H100; it has not run on a GPU, so nothing of it is timed,
+and "auto" does not choose it. JAX deprecates Pallas Triton since 0.11, and warns where it lowers a program with it.
+
+Letters beyond the design's: G groups, N and K of a matrix [N, K], I tiles of rows.
+"""
+
+import dataclasses
+import itertools
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import triton as plgpu
+
+from jaxmoe.kernels.grouped_matmul import portable
+from jaxmoe.kernels.grouped_matmul.activations import ACTIVATIONS, Activation, Combine
+from jaxmoe.kernels.grouped_matmul.borrowed_gradient import with_gradient_of
+
+# Rows a group on average, up to which the time is that of reading the matrices.
+FEW_ROWS = 32
+# Programs that a large GPU runs at once, two on each multiprocessor.
+PROGRAMS = 264
+
+
+@dataclasses.dataclass(frozen=True)
+class Tiles:
+    """What one program multiplies; sizes are powers of two, as Triton wants them, and 16 at least.
+
+    Attributes:
+        m: rows.
+        n: rows of the matrix, those of gate and up together; 32 at least.
+        k: numbers of the inner dimension at a time.
+        stages: steps of k whose loads are under way at once.
+        warps: of a program.
+        band: row tiles that are taken together through all columns, see `_place`.
+    """
+
+    m: int
+    n: int
+    k: int
+    stages: int
+    warps: int
+    band: int = 8
+
+
+def choose_tiles(R: int, G: int, K: int, N: int, itemsize: int) -> Tiles:
+    """Tiles for R rows in G groups and matrices [N, K], in one of two regimes; an average group fits into one, if it can.
+
+    Few rows: what takes time is reading the matrices, once, so each program streams a narrow and deep strip of them, and
+    strips get narrower where groups are so few that they would leave multiprocessors idle. Many rows: the products take
+    the time, so tiles are as large as registers and the 99 kB of shared memory of the smaller GPUs allow. Triton keeps
+    `stages` - 1 steps of k there, and one more on Hopper, which has 227 kB. Nothing of it has been measured.
+    """
+    m = _power_of_two(-(-R // G), 16, 128)
+    if R > FEW_ROWS * G:
+        n = 256 if m == 128 and N % 256 == 0 and itemsize <= 2 else 128
+        sizes = {"n": n, "k": 128 // itemsize, "stages": 3, "warps": _warps(m, n)}
+    else:
+        filled = max(-(-R // m), min(R, G))  # row tiles, if rows are spread evenly
+        n = next((n for n in (64, 32) if filled * -(-N // n) >= PROGRAMS), 32)
+        sizes = {"n": n, "k": 256 // itemsize, "stages": 4, "warps": 4}
+    sizes |= {"n": _power_of_two(N, 32, sizes["n"]), "k": _power_of_two(K, 16, sizes["k"])}
+    return Tiles(m=m, **sizes)
+
+
+def candidate_tiles(R: int, G: int, K: int, N: int, itemsize: int) -> list[Tiles]:
+    """What is worth timing for those shapes, as of `choose_tiles`, which is one of them; some may not compile."""
+    chosen = choose_tiles(R, G, K, N, itemsize)
+    sizes = itertools.product(
+        {max(16, chosen.m // 2), chosen.m, min(128, 2 * chosen.m)}, (32, 64, 128, 256), (128, 256), (3, 4, 5)
+    )
+    others = [
+        Tiles(m=m, n=n, k=_power_of_two(K, 16, row_bytes // itemsize), stages=stages, warps=_warps(m, n))
+        for m, n, row_bytes, stages in sizes
+        if stages * (m + n) * row_bytes <= 227 * 2**10
+    ]
+    return list(dict.fromkeys([chosen, *others]))
+
+
+def _warps(m: int, n: int) -> int:
+    """So many that a thread has 64 sums or fewer; 128 in the largest tile."""
+    return 4 if m * n <= 64 * 128 else 8
+
+
+def _power_of_two(wanted: int, least: int, most: int) -> int:
+    """The first power of two from `wanted` up, within bounds that are such powers."""
+    return max(least, min(most, 1 << max(wanted - 1, 0).bit_length()))
+
+
+def grouped_matmul(
+    lhs_RK: jax.Array,
+    rhs_GNK: jax.Array,
+    group_sizes_G: jax.Array,
+    *,
+    out_dtype: jnp.dtype,
+    tiles: Tiles | None = None,
+    interpret: bool = False,
+) -> jax.Array:
+    """out[r] = rhs[g(r)] @ lhs[r]; see `api.grouped_matmul`. `tiles` are chosen unless given."""
+
+    def forward(arrays: Any, group_sizes_G: jax.Array) -> jax.Array:
+        lhs_RK, rhs_GNK = arrays
+        if 0 in (*lhs_RK.shape, *rhs_GNK.shape):
+            return jnp.zeros((lhs_RK.shape[0], rhs_GNK.shape[1]), out_dtype)
+        return _product(lhs_RK, rhs_GNK, None, group_sizes_G, None, out_dtype, tiles, interpret)
+
+    def same(arrays: Any, group_sizes_G: jax.Array) -> jax.Array:
+        lhs_RK, rhs_GNK = arrays
+        return portable.grouped_matmul(lhs_RK, rhs_GNK, group_sizes_G, out_dtype=out_dtype)
+
+    return with_gradient_of(same, forward, (lhs_RK, rhs_GNK), group_sizes_G)
+
+
+def expert_mlp(
+    x_RD: jax.Array,
+    w_up_pND: jax.Array,
+    w_down_pDF: jax.Array,
+    group_sizes_p: jax.Array,
+    *,
+    b_up_pN: jax.Array | None,
+    b_down_pD: jax.Array | None,
+    combine: Combine,
+    out_dtype: jnp.dtype,
+    tiles: tuple[Tiles | None, Tiles | None] = (None, None),
+    interpret: bool = False,
+) -> jax.Array:
+    """y = W_down[g] @ combine(W_up[g] @ x + b_up[g]) + b_down[g]; see `api.expert_mlp`.
+
+    `tiles` are those of the first and of the second product, chosen unless given.
+    """
+
+    def forward(arrays: Any, group_sizes_p: jax.Array) -> jax.Array:
+        x_RD, w_up, w_down, b_up, b_down = arrays
+        if 0 in (*x_RD.shape, *w_up.shape, *w_down.shape):
+            return jnp.zeros(x_RD.shape, out_dtype)
+        # Rows of h that no group owns are never written, and never read.
+        h_RF = _product(x_RD, w_up, b_up, group_sizes_p, combine, x_RD.dtype, tiles[0], interpret)
+        return _product(h_RF, w_down, b_down, group_sizes_p, None, out_dtype, tiles[1], interpret)
+
+    def same(arrays: Any, group_sizes_p: jax.Array) -> jax.Array:
+        x_RD, w_up, w_down, b_up, b_down = arrays
+        return portable.expert_mlp(
+            x_RD, w_up, w_down, group_sizes_p, b_up_pN=b_up, b_down_pD=b_down, combine=combine, out_dtype=out_dtype
+        )
+
+    return with_gradient_of(same, forward, (x_RD, w_up_pND, w_down_pDF, b_up_pN, b_down_pD), group_sizes_p)
+
+
+class RowTiles(NamedTuple):
+    """Which rows each tile of a call has.
+
+    Attributes:
+        groups: int32 [I], the group; G for rows that no group owns.
+        first: int32 [I], the first row.
+        end: int32 [I], the row after the group's last, which may be more than a tile away; not above `first` where the
+            tile is one too many.
+    """
+
+    groups: jax.Array
+    first: jax.Array
+    end: jax.Array
+
+
+def row_tiles(group_sizes_G: jax.Array, R: int, m: int) -> RowTiles:
+    """Tiles of m rows for R rows in groups of those sizes, cut off at R; the rows after them are one more group.
+
+    A group of s rows, not none, has at most 1 + (s - 1) / m tiles, so n such groups have at most n + (R - n) / m; that is
+    most where n is.
+    """
+    G = group_sizes_G.shape[0]
+    n = min(R, G + 1)
+    ends = jnp.minimum(jnp.cumsum(group_sizes_G, dtype=jnp.int32), R)
+    ends = jnp.append(ends, jnp.int32(R))
+    starts = jnp.concatenate([jnp.zeros(1, jnp.int32), ends[:-1]])
+    tile_ends = jnp.cumsum(-(-(ends - starts) // m), dtype=jnp.int32)
+    tile_starts = jnp.concatenate([jnp.zeros(1, jnp.int32), tile_ends[:-1]])
+    tile = jnp.arange(n + (R - n) // m, dtype=jnp.int32)
+    # All comparisons at once: a search would be a loop of small kernels.
+    group = jnp.minimum(jnp.searchsorted(tile_ends, tile, side="right", method="compare_all"), G).astype(jnp.int32)
+    return RowTiles(group, starts[group] + (tile - tile_starts[group]) * m, ends[group])
+
+
+def _product(
+    x_RK: jax.Array,
+    w_GNK: jax.Array,
+    b_GN: jax.Array | None,
+    group_sizes_G: jax.Array,
+    combine: Combine | None,
+    out_dtype: jnp.dtype,
+    tiles: Tiles | None,
+    interpret: bool,
+) -> jax.Array:
+    """combine(w[g(r)] @ x[r] + b[g(r)]), with anything in rows that no group owns; without `combine` zeros there."""
+    R, (G, N, K) = x_RK.shape[0], w_GNK.shape
+    halves = 2 if combine is not None and combine.gated else 1
+    tiles = tiles or choose_tiles(R, G, K, N, x_RK.dtype.itemsize)
+    rows = row_tiles(group_sizes_G, R, tiles.m)
+    call = pl.pallas_call(
+        partial(_kernel, tiles=tiles, combine=combine),
+        grid=(rows.groups.shape[0] * pl.cdiv(N // halves, tiles.n // halves),),
+        out_shape=jax.ShapeDtypeStruct((R, N // halves), out_dtype, manual_axis_type=jax.typeof(x_RK).manual_axis_type),
+        compiler_params=plgpu.CompilerParams(num_warps=tiles.warps, num_stages=tiles.stages),
+        interpret=interpret,
+        name="grouped_matmul" if combine is None else "grouped_matmul_combine",
+    )
+    biases = () if b_GN is None else (b_GN,)
+    return call(*rows, x_RK, w_GNK, *biases)
+
+
+def _kernel(group_I: Any, first_I: Any, end_I: Any, x: Any, w: Any, *rest: Any, tiles: Tiles, combine: Any) -> None:
+    *biases, out = rest
+    (_, K), (G, N, _), F = x.shape, w.shape, out.shape[1]
+    halves = N // F
+    m, n, k = tiles.m, tiles.n // halves, tiles.k
+    row_tile, column_tile = _place(pl.program_id(0), group_I.shape[0], pl.cdiv(F, n), tiles.band)
+    group, first, end = group_I[row_tile], first_I[row_tile], end_I[row_tile]
+    column = column_tile * n
+    in_rows_m = first + jnp.arange(m) < end
+    in_columns_n = column + jnp.arange(n) < F
+
+    def store(y_mn: jax.Array) -> None:
+        here = out.at[pl.ds(first, m), pl.ds(column, n)]
+        plgpu.store(here, y_mn.astype(out.dtype), mask=in_rows_m[:, None] & in_columns_n)
+
+    @pl.when((first < end) & (group < G))
+    def of_a_group() -> None:
+        def multiply(step: Any, sums: Any) -> Any:
+            here = pl.ds(step * k, k)
+            in_k = None if K % k == 0 else step * k + jnp.arange(k) < K
+            x_mk = _load(x.at[pl.ds(first, m), here], in_rows_m, in_k)
+            w_nk = [_load(w.at[group, pl.ds(half * F + column, n), here], in_columns_n, in_k) for half in range(halves)]
+            return tuple(sum_mn + _dot(x_mk, half_nk) for sum_mn, half_nk in zip(sums, w_nk, strict=True))
+
+        sums = lax.fori_loop(0, pl.cdiv(K, k), multiply, (jnp.zeros((m, n), jnp.float32),) * halves)
+        for b in biases:
+            b_n = [
+                plgpu.load(b.at[group, pl.ds(half * F + column, n)], mask=in_columns_n, other=0)
+                for half in range(halves)
+            ]
+            sums = tuple(sum_mn + half_n.astype(jnp.float32) for sum_mn, half_n in zip(sums, b_n, strict=True))
+        store(sums[0] if combine is None else combine.halves(*sums, activations=_ACTIVATIONS))
+
+    if combine is None:
+
+        @pl.when((first < end) & (group == G))
+        def of_none() -> None:
+            store(jnp.zeros((m, n), out.dtype))
+
+
+def _load(tile: Any, in_rows: jax.Array, in_columns: jax.Array | None) -> jax.Array:
+    """A tile, zero where it is masked; a mask that is true everywhere is better left out."""
+    mask = in_rows[:, None] if in_columns is None else in_rows[:, None] & in_columns
+    return plgpu.load(tile, mask=jnp.broadcast_to(mask, tile.shape), other=0)
+
+
+def _dot(x_mk: jax.Array, w_nk: jax.Array) -> jax.Array:
+    return lax.dot_general(x_mk, w_nk, (((1,), (1,)), ((), ())), preferred_element_type=jnp.float32)
+
+
+def _place(program: Any, row_tiles: int, column_tiles: int, band: int) -> tuple[Any, Any]:
+    """The tile of a program, in an order in which programs that run at the same time share rows and weights in L2.
+
+    Bands of `band` row tiles, which mostly are of one group or two, through all columns; inside a band down the rows
+    first.
+    """
+    first = program // (band * column_tiles) * band
+    within = program % (band * column_tiles)
+    height = jnp.minimum(row_tiles - first, band)
+    return first + within % height, within // height
+
+
+def _gelu(x: jax.Array) -> jax.Array:
+    """x Φ(x), with an error below 1.5e-7 |x|: Pallas Triton has no erf (Abramowitz and Stegun, 1964, formula 7.1.26)."""
+    z = jnp.abs(x) * 0.7071067811865476
+    t = 1 / (1 + 0.3275911 * z)
+    polynomial = t * (0.254829592 + t * (-0.284496736 + t * (1.421413741 + t * (-1.453152027 + t * 1.061405429))))
+    tail = 0.5 * polynomial * jnp.exp(-z * z)  # Φ(-|x|)
+    return x * jnp.where(x < 0, tail, 1 - tail)
+
+
+_ACTIVATIONS: dict[str, Activation] = {**ACTIVATIONS, "gelu": _gelu}

@@ -1,0 +1,309 @@
+"""The benchmark and tuning scripts: what is counted, who takes part, what is written; no figure is looked at."""
+
+import dataclasses
+import json
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxmoe.kernels.grouped_matmul import expert_mlp, grouped_matmul
+from jaxmoe.kernels.grouped_matmul.tile_table import lookup
+from scripts import bench_kernels, bench_layer, tune_kernels
+from scripts._bench import inputs
+from scripts._bench.cases import ROUTINGS, SHAPES, Case, Shape, draw_group_sizes, floor_of, parse_shape
+from scripts._bench.inputs import exact_sample, make_layers, make_variants
+from scripts._bench.report import write_json
+from scripts._bench.sides import all_sides
+from scripts._bench.timing import take_turns
+from scripts._bench.tuning import tune
+
+SMALL = Shape(experts=6, per_token=2, width=32, expert_width=16)
+
+
+def case_of(operation="up", tokens=5, routing="uniform", dtype="float32", shape=SMALL):
+    return Case("small", shape, operation, tokens, routing, dtype)
+
+
+# --- cases
+
+
+@pytest.mark.parametrize("routing", ROUTINGS)
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
+@pytest.mark.parametrize("tokens", [1, 32, 4096])
+def test_group_sizes_sum_to_the_rows(routing, shape, tokens):
+    sizes = draw_group_sizes(routing, shape, tokens, np.random.default_rng(0))
+    assert sizes.dtype == np.int32
+    assert sizes.shape == (shape.experts,)
+    assert sizes.sum() == tokens * shape.per_token
+    # A token goes to an expert once, but for the routing that has only one.
+    assert routing == "one" or sizes.max() <= tokens
+
+
+def test_routings_are_what_they_are_called():
+    shape, rng = SHAPES["qwen3-30b-a3b"], np.random.default_rng(0)
+    sizes = {routing: np.sort(draw_group_sizes(routing, shape, 4096, rng))[::-1] for routing in ROUTINGS}
+    mean = 4096 * 8 / 128
+    assert sizes["uniform"][0] < 1.4 * mean
+    assert sizes["zipf"][0] > 8 * mean
+    assert np.count_nonzero(sizes["one"]) == 1
+    assert np.count_nonzero(sizes["half"]) == 64
+
+
+def test_floor_of_published_shapes():
+    """Mixtral with 4096 tokens is bound by arithmetic, Qwen3-30B with one by reading the experts of that token."""
+    flops_per_second, bytes_per_second = 989e12, 3.35e12
+    large = floor_of(case_of("mlp", 4096, shape=SHAPES["mixtral-8x7b"]), touched=8, itemsize=2)
+    assert large.flops == 2 * 4096 * 2 * 3 * 4096 * 14336
+    assert large.seconds(flops_per_second, bytes_per_second) == pytest.approx(2918e-6, rel=1e-3)
+    small = floor_of(case_of("mlp", 1, shape=SHAPES["qwen3-30b-a3b"]), touched=8, itemsize=2)
+    assert small.nbytes == 2 * (8 * 3 * 2048 * 768 + 8 * 2 * 2048)
+    assert small.seconds(flops_per_second, bytes_per_second) == pytest.approx(23e-6, rel=0.03)
+
+
+def test_floor_of_both_products_and_of_the_whole():
+    D, F, R, touched = 32, 16, 10, 4
+    floors = {name: floor_of(case_of(name), touched, 4) for name in ("up", "down", "mlp")}
+    assert floors["up"].nbytes == 4 * (touched * 2 * F * D + R * (D + 2 * F))
+    assert floors["down"].nbytes == 4 * (touched * D * F + R * (F + D))
+    assert floors["mlp"].nbytes == 4 * (touched * 3 * D * F + R * 2 * D)
+    assert floors["mlp"].flops == floors["up"].flops + floors["down"].flops == 2 * R * 3 * D * F
+
+
+def test_shapes_by_name_and_by_number():
+    assert parse_shape("gpt-oss-20b") == ("gpt-oss-20b", Shape(32, 4, 2880, 2880))
+    assert parse_shape("128,8,512,384") == ("128,8,512,384", Shape(128, 8, 512, 384))
+    assert Shape(8, 2, 4096, 14336).scaled(100) == Shape(8, 2, 40, 136)
+    for wrong in ("gpt", "1,2,3", "1,2,3,0"):
+        with pytest.raises(ValueError, match=rf"a shape is one of mixtral-8x7b.*got '{wrong}'"):
+            parse_shape(wrong)
+
+
+# --- timing
+
+
+def test_every_side_has_a_turn_a_round_until_its_budget_is_used_up():
+    now, order = [0.0], []
+
+    def side(name, seconds):
+        def work():
+            order.append(name)
+            now[0] += seconds
+
+        return work
+
+    taken = take_turns(
+        {"quick": side("quick", 1.0), "slow": side("slow", 5.0)},
+        rounds=3,
+        budget_s=4.0,
+        clock=lambda: now[0],
+        pause=lambda seconds: now.__setitem__(0, now[0] + 100),
+    )
+    assert order == ["quick", "slow", "quick", "quick"]
+    assert taken == {"quick": [1.0, 1.0, 1.0], "slow": [5.0]}
+
+
+# --- inputs and sides
+
+
+@pytest.mark.parametrize("operation", ["up", "down", "mlp"])
+@pytest.mark.parametrize("routing", ROUTINGS)
+def test_sample_is_the_operation_in_float64(operation, routing):
+    case = case_of(operation, routing=routing)
+    layers = make_layers(SMALL, "float32", jax.devices()[0])
+    variant = make_variants(case, layers)[0]
+    sample = exact_sample(case, variant)
+    layer, rows = variant.layer, variant.rows
+    if operation == "mlp":
+        out = expert_mlp(rows, layer.up.reshape(6, 2, 16, 32), layer.down, variant.group_sizes)
+    else:
+        out = grouped_matmul(rows, *layer.matrices(operation), variant.group_sizes)
+    assert sample.error(np.asarray(out)[sample.rows]) < 1e-6
+    assert sample.error(np.asarray(out)[sample.rows] * 1.01) == pytest.approx(0.01, rel=1e-3)
+    assert math.isnan(sample.error(np.full(sample.exact.shape, np.nan)))
+
+
+def test_variants_differ_and_are_the_same_for_all_who_ask():
+    case, layers = case_of(), make_layers(SMALL, "float32", jax.devices()[0])
+    assert len({id(layer.up) for layer in layers}) == inputs.VARIANTS
+    first, again = make_variants(case, layers), make_variants(case, layers)
+    for a, b in zip(first, again, strict=True):
+        np.testing.assert_array_equal(a.rows, b.rows)
+        np.testing.assert_array_equal(a.group_sizes, b.group_sizes)
+        np.testing.assert_array_equal(a.host_sizes, a.group_sizes)
+    assert len({variant.rows.sum().item() for variant in first}) == len(first)
+
+
+def test_matrices_that_do_not_fit_are_refused(monkeypatch):
+    monkeypatch.setattr(inputs, "free_memory", lambda device: 10_000)
+    with pytest.raises(MemoryError, match="one layer takes 0.0 GB.*use --scale"):
+        make_layers(SMALL, "float32", jax.devices()[0])
+
+
+def test_a_program_that_needs_too_much_memory_is_refused(monkeypatch):
+    case = case_of()
+    variants = make_variants(case, make_layers(SMALL, "float32", jax.devices()[0]))
+    side = next(side for side in all_sides() if side.name == "xla_ragged_dot")
+    monkeypatch.setattr("scripts._bench.sides.free_memory", lambda device: 100)
+    with pytest.raises(MemoryError, match="needs 0.0 GB beside its inputs"):
+        side.prepare(case, variants)
+
+
+@pytest.mark.parity
+@pytest.mark.parametrize("operation", ["up", "down", "mlp"])
+@pytest.mark.parametrize("routing", ["uniform", "half"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_torch_multiplies_the_same(operation, routing, dtype):
+    pytest.importorskip("torch", reason="needs torch: scripts/test --parity")
+    case = case_of(operation, routing=routing, dtype=dtype)
+    variants = make_variants(case, make_layers(SMALL, dtype, jax.devices()[0]))
+    sample = exact_sample(case, variants[0])
+    for name in ("torch_grouped_mm", "torch_mm_loop"):
+        side = next(side for side in all_sides() if side.name == name)
+        error = sample.error(inputs.to_float64(side.prepare(case, variants)(), sample.rows))
+        assert error < (1e-6 if dtype == "float32" else 1e-2)
+
+
+# --- the scripts
+
+
+@pytest.fixture(autouse=True)
+def environment(monkeypatch):
+    """What the scripts set for their process."""
+    monkeypatch.setenv("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
+
+
+JAX_SIDES = ["portable", "xla_ragged_dot", "lax_in_out"]
+
+
+def test_bench_kernels_times_or_gives_a_reason(tmp_path, capsys):
+    written, drawn = tmp_path / "kernels.json", tmp_path / "kernels.png"
+    options = ["--quick", "--rounds", "2", "--tokens", "3", "--routings", "uniform", "one", "--json", str(written)]
+    bench_kernels.main([*options, "--roofline", str(drawn), "--backends", *JAX_SIDES, "triton"])
+    report = json.loads(written.read_text())
+    assert report["machine"]["platform"] == "cpu"
+    assert report["machine"]["versions"]["jax"] == jax.__version__
+    assert len(report["cases"]) == 3 * 2
+    for case in report["cases"]:
+        timed = [side for side in case["sides"] if "seconds" in side]
+        (refused,) = (side for side in case["sides"] if side not in timed)
+        assert [side["side"] for side in timed] == JAX_SIDES
+        assert refused["side"] == "triton"
+        for side in timed:
+            assert len(side["turns"]) == 2
+            assert side["error"] < 1e-2
+            assert side["of_floor"] == pytest.approx(case["floor_seconds"] / side["seconds"])
+        assert "NVIDIA GPUs" in refused["refused"]
+    assert drawn.read_bytes().startswith(b"\x89PNG")
+    shown = capsys.readouterr().out
+    assert "quick, mlp, bfloat16" in shown
+    assert shown.count("refused: triton: ") == 3
+
+
+def test_bench_layer_times_or_gives_a_reason(tmp_path, capsys):
+    written = tmp_path / "layer.json"
+    options = ["--quick", "--mesh", "tp=2,ep=4", "--dispatch", "all_to_all", "ragged_all_to_all", "--rounds", "1"]
+    bench_layer.main([*options, "--kernels", "portable", "--dtype", "float32", "--json", str(written)])
+    (case,) = json.loads(written.read_text())["cases"]
+    timed, refused, torch = case["sides"]
+    assert timed["side"] == "tp=2,ep=4 all_to_all portable"
+    assert timed["difference"] < 1e-5
+    assert timed["tokens_per_second"] == pytest.approx(case["tokens"] / timed["seconds"])
+    assert "cannot run on cpu" in refused["refused"]
+    # With torch installed it is timed and gives the same; without, it says what is missing.
+    assert torch.get("difference", 0) < 1e-5
+    assert torch.get("refused", "is not installed").endswith("is not installed")
+    assert "times transformers" in capsys.readouterr().out
+
+
+def test_tune_kernels_needs_the_kernels_device():
+    with pytest.raises(SystemExit, match=r"tune_kernels.py: kernels 'triton' run on .*; these devices are cpu"):
+        tune_kernels.main(["--kernel", "triton"])
+
+
+def test_write_json_is_all_or_nothing(tmp_path):
+    file = tmp_path / "out.json"
+    write_json(file, {"a": 1})
+    with pytest.raises(TypeError):
+        write_json(file, {"a": object()})
+    assert json.loads(file.read_text()) == {"a": 1}
+    assert list(tmp_path.iterdir()) == [file]
+
+
+# --- tuning
+
+
+@dataclasses.dataclass(frozen=True)
+class Tiles:
+    rows: int
+
+
+# Seconds by rows of a tile, those of the kernel's own choice first; and tiles that give wrong results.
+TIMES, DEFECTS = {None: 4, 8: 3, 16: 1, 32: 2, 64: 0}, {64}
+
+
+class FakeKernel:
+    """A kernel with tiles that are wrong, some that do not compile, and others that take some time."""
+
+    def candidate_tiles(self, R, G, K, N, itemsize):
+        assert (G, itemsize) == (6, 2)
+        return [Tiles(rows) for rows in (8, 16, 32, 64, 128)]
+
+    def grouped_matmul(self, lhs_RK, rhs_GNK, group_sizes_G, *, out_dtype, tiles):
+        rows = None if tiles is None else tiles.rows
+        if rows not in TIMES:
+            raise ValueError("too much shared memory")
+        out = grouped_matmul(lhs_RK, rhs_GNK, group_sizes_G, out_dtype=out_dtype)
+        return out * 2 if rows in DEFECTS else out
+
+    def expert_mlp(self, x_RD, up, down, sizes, *, combine, out_dtype, tiles, **biases):
+        assert biases == {"b_up_pN": None, "b_down_pD": None}
+        both = self.grouped_matmul(x_RD, up, sizes, out_dtype=jnp.float32, tiles=tiles[0])
+        return self.grouped_matmul(combine(both).astype(x_RD.dtype), down, sizes, out_dtype=out_dtype, tiles=tiles[1])
+
+
+@pytest.fixture
+def fake_times(monkeypatch):
+    def turns(sides, *, rounds, budget_s):
+        return {tiles: [TIMES[tiles and tiles.rows]] * rounds for tiles in sides}
+
+    monkeypatch.setattr("scripts._bench.tuning.take_turns", turns)
+
+
+def tune_small():
+    case = case_of("down", dtype="bfloat16")
+    variants = make_variants(case, make_layers(SMALL, "bfloat16", jax.devices()[0]))
+    kernel = FakeKernel()
+    candidates = tune_kernels.list_candidates("triton", kernel, case, variants[0])
+    return tune(tune_kernels.with_tiles(kernel, case), candidates, case, variants)
+
+
+def test_tuning_takes_the_fastest_that_is_right(fake_times):
+    tuned = tune_small()
+    assert tuned.best() == Tiles(16)
+    assert list(tuned.seconds) == [Tiles(16), Tiles(32), Tiles(8)]
+    assert tuned.default_seconds == 4 * tuned.seconds[Tiles(16)]
+    assert "relative error 1.0e+00" in tuned.refused[Tiles(64)]
+    assert tuned.refused[Tiles(128)] == "ValueError: too much shared memory"
+
+
+def test_tuning_notes_nothing_that_is_no_faster(fake_times, monkeypatch):
+    monkeypatch.setitem(TIMES, None, 1)
+    assert tune_small().best() is None
+
+
+def test_tune_kernels_writes_the_table(fake_times, monkeypatch, tmp_path, capsys):
+    """The whole script, with the fake kernel in place of one that needs a GPU."""
+    monkeypatch.setattr(tune_kernels, "check_backend", lambda name, device: None)
+    monkeypatch.setattr(tune_kernels.importlib, "import_module", lambda name: FakeKernel())
+    # 5 and 6 tokens are of the same class of rows a group.
+    options = ["--shapes", "6,2,32,16", "--tokens", "5", "6", "--tables", str(tmp_path), "--rounds", "1"]
+    tune_kernels.main(["--kernel", "triton", *options])
+    assert capsys.readouterr().out.count("3 candidates, 2 refused") == 2
+    device = jax.devices()[0].device_kind
+    common = {"dtype": "bfloat16", "rows_per_group": 2, "folder": tmp_path}
+    assert lookup(device, kernel="triton.gate_up", K=32, N=32, **common) == {"rows": 16}
+    assert lookup(device, kernel="triton", K=16, N=32, **common) == {"rows": 16}
+    assert lookup(device, kernel="triton", K=32, N=32, **common) is None
