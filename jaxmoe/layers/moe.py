@@ -393,6 +393,7 @@ def _experts(params: dict[str, jax.Array], plan: _Plan) -> Experts:
             limit=config.activation_limit,
             out_dtype=dtype,
             backend=plan.kernels,
+            device_kind=plan.mesh.devices.flat[0].device_kind,
         )
 
     return Experts(apply, stacks)

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import math
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -16,7 +17,7 @@ from scripts._bench import inputs
 from scripts._bench.cases import ROUTINGS, SHAPES, Case, Shape, draw_group_sizes, floor_of, parse_shape
 from scripts._bench.inputs import exact_sample, make_layers, make_variants
 from scripts._bench.report import write_json
-from scripts._bench.sides import all_sides
+from scripts._bench.sides import all_sides, jax_turn
 from scripts._bench.timing import take_turns
 from scripts._bench.tuning import tune
 
@@ -149,6 +150,20 @@ def test_a_program_that_needs_too_much_memory_is_refused(monkeypatch):
     monkeypatch.setattr("scripts._bench.sides.free_memory", lambda device: 100)
     with pytest.raises(MemoryError, match="needs 0.0 GB beside its inputs"):
         side.prepare(case, variants)
+
+
+def test_a_turn_on_a_gpu_is_one_program_of_all_calls(monkeypatch):
+    monkeypatch.setattr("scripts._bench.sides.free_memory", lambda device: 10**9)
+    calls = [(jnp.full(3, float(number)), jnp.ones(3)) for number in range(4)]
+    traced = []
+
+    def add(a, b):
+        traced.append(a)
+        return a + b
+
+    turn = jax_turn(add, calls, SimpleNamespace(platform="gpu"))
+    assert len(traced) == 1  # compiled as one function, for all of the calls
+    np.testing.assert_array_equal(turn(), np.ones(3))
 
 
 @pytest.mark.parity

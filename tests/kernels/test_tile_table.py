@@ -1,11 +1,17 @@
 """The tables of tuned tiles: found by shape class, silent where nothing was measured, never half written."""
 
+import dataclasses
 import doctest
+import importlib
 import json
+import sys
 
+import jax
+import jax.numpy as jnp
 import pytest
 
-from jaxmoe.kernels.grouped_matmul import tile_table
+from jaxmoe.kernels.grouped_matmul import expert_mlp, tile_table
+from jaxmoe.kernels.grouped_matmul.api import GPU_BACKENDS
 from jaxmoe.kernels.grouped_matmul.tile_table import TILE_TABLES, lookup, read_table, row_class, table_file, write_table
 
 DEVICE = "NVIDIA H100 80GB HBM3"
@@ -22,6 +28,31 @@ def table(*entries):
 
 def test_examples():
     assert doctest.testmod(tile_table).failed == 0
+
+
+@pytest.mark.parametrize("name", ["triton", "mosaic_gpu"])
+def test_kernels_take_what_was_measured(name, monkeypatch):
+    if jax.__version_info__ < GPU_BACKENDS[name].since:
+        pytest.skip("needs a newer jax")
+    kernel = importlib.import_module(GPU_BACKENDS[name].module)
+    warps = {"warps": 4} if name == "triton" else {}
+    asked = []
+
+    def measured(device_kind, **shape):
+        asked.append((device_kind, *shape.values()))
+        return dataclasses.asdict(kernel.Tiles(m=128, n=128, k=64, stages=2, **warps))
+
+    monkeypatch.setattr(tile_table, "lookup", measured)
+    monkeypatch.setattr(sys.modules[kernel.grouped_matmul.__module__], "choose_tiles", None)
+    shapes = [(64, 128), (4, 2, 256, 128), (4, 128, 256)]
+    arrays = [jax.ShapeDtypeStruct(shape, jnp.bfloat16) for shape in shapes]
+    sizes = jax.ShapeDtypeStruct((4,), jnp.int32)
+    out = jax.eval_shape(lambda *args: expert_mlp(*args, backend=name, device_kind=DEVICE), *arrays, sizes)
+    assert out.shape == (64, 128)
+    assert asked == [
+        (DEVICE, f"{name}.gate_up", "bfloat16", 128, 512, 16),
+        (DEVICE, name, "bfloat16", 256, 128, 16),
+    ]
 
 
 def test_lookup_is_by_device_dtype_and_shape_class(tmp_path):

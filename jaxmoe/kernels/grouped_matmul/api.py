@@ -66,6 +66,7 @@ def grouped_matmul(
     *,
     out_dtype: DTypeLike | None = None,
     backend: str = "auto",
+    device_kind: str | None = None,
 ) -> jax.Array:
     """Multiply each row by the matrix of its group.
 
@@ -78,7 +79,9 @@ def grouped_matmul(
         rhs_GNK: one matrix a group, (out, in) as in torch; of lhs_RK's dtype, or a `QuantizedStack`.
         group_sizes_G: int32, rows of each group; zeros are welcome.
         out_dtype: dtype of the result, lhs_RK's by default. Sums are float32 whatever it is.
-        backend: a name in `BACKENDS`, or "auto".
+        backend: a name in `BACKENDS` or `GPU_BACKENDS`, or "auto".
+        device_kind: `jax.Device.device_kind` of where it will run. A GPU backend takes the tiles that were measured to
+            be fastest there; without it, or where nothing was measured, its own choice.
 
     Returns:
         out_RN. Rows at or beyond sum(group_sizes) are zeros, whatever lhs_RK holds there.
@@ -97,7 +100,11 @@ def grouped_matmul(
     _check_rows(lhs_RK, group_sizes_G)
     _check_matrix("rhs", rhs_GNK, (rhs_GNK.shape[1], lhs_RK.shape[1]), lhs_RK, group_sizes_G)
     return _backend(backend, rhs_GNK).grouped_matmul(
-        lhs_RK, _flatten(rhs_GNK), group_sizes_G, out_dtype=jnp.dtype(out_dtype or lhs_RK.dtype)
+        lhs_RK,
+        _flatten(rhs_GNK),
+        group_sizes_G,
+        out_dtype=jnp.dtype(out_dtype or lhs_RK.dtype),
+        **_device(backend, device_kind),
     )
 
 
@@ -113,6 +120,7 @@ def expert_mlp(
     limit: float | None = None,
     out_dtype: DTypeLike | None = None,
     backend: str = "auto",
+    device_kind: str | None = None,
 ) -> jax.Array:
     """Pass each row through the gated feed-forward network of its expert (Shazeer, 2020, "GLU Variants").
 
@@ -135,7 +143,9 @@ def expert_mlp(
         activation: a name in `ACTIVATIONS` or `CLAMPED`, computed in float32.
         limit: of a clamped activation.
         out_dtype: dtype of the result, x_RD's by default. Sums are float32 whatever it is.
-        backend: a name in `BACKENDS`, or "auto".
+        backend: a name in `BACKENDS` or `GPU_BACKENDS`, or "auto".
+        device_kind: `jax.Device.device_kind` of where it will run. A GPU backend takes the tiles that were measured to
+            be fastest there; without it, or where nothing was measured, its own choice.
 
     Returns:
         y_RD. Rows at or beyond sum(group_sizes) are zeros, whatever x_RD holds there.
@@ -175,6 +185,7 @@ def expert_mlp(
         b_down_pD=b_down_pD,
         combine=combine_halves(activation, limit, gated=halves == 2),
         out_dtype=jnp.dtype(out_dtype or x_RD.dtype),
+        **_device(backend, device_kind),
     )
 
 
@@ -222,6 +233,11 @@ def _backend(name: str, *stacks: Matrices) -> ModuleType:
             "needs Python 3.12), or use 'portable'"
         )
     return importlib.import_module(backend.module)
+
+
+def _device(name: str, device_kind: str | None) -> dict[str, str | None]:
+    """What only backends with measured tiles take."""
+    return {"device_kind": device_kind} if name in GPU_BACKENDS else {}
 
 
 def _flatten(stack: Matrices) -> Matrices:

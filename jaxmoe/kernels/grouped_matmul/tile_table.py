@@ -11,10 +11,14 @@ import json
 import math
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import cache
 from pathlib import Path
 from typing import Any
+
+import jax
+
+from jaxmoe.kernels.grouped_matmul.quantized import Matrices, QuantizedStack
 
 TILE_TABLES = Path(__file__).with_name("tile_tables")
 
@@ -69,6 +73,26 @@ def lookup(
     """
     tiles = _read(device_kind, folder).get((kernel, dtype, K, N, row_class(rows_per_group)))
     return None if tiles is None else dict(tiles)
+
+
+def measured_tiles(
+    make: Callable[..., Any], device_kind: str | None, kernel: str, rows: jax.Array, matrices: Matrices
+) -> Any | None:
+    """`lookup` for rows [R, K] and matrices [G, N, K], as what `make` makes of it; None for packed matrices.
+
+    Args:
+        make: the kernel's type of tiles.
+        device_kind: None if nobody knows, and then nothing is measured.
+        kernel: as for `lookup`.
+        rows: what is multiplied, like `matrices`; only shapes and dtypes matter.
+        matrices: see `rows`.
+    """
+    if device_kind is None or isinstance(matrices, QuantizedStack):
+        return None
+    G, N, K = matrices.shape
+    per_group = rows.shape[0] / max(G, 1)
+    found = lookup(device_kind, kernel=kernel, dtype=rows.dtype.name, K=K, N=N, rows_per_group=per_group)
+    return None if found is None else make(**found)
 
 
 @cache

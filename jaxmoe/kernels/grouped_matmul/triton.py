@@ -25,8 +25,9 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
 from jaxmoe.kernels.grouped_matmul import portable
-from jaxmoe.kernels.grouped_matmul.activations import ACTIVATIONS, Activation, Combine
+from jaxmoe.kernels.grouped_matmul.activations import KERNEL_ACTIVATIONS, Combine
 from jaxmoe.kernels.grouped_matmul.borrowed_gradient import with_gradient_of
+from jaxmoe.kernels.grouped_matmul.tile_table import measured_tiles
 
 # Rows a group on average, up to which the time is that of reading the matrices.
 FEW_ROWS = 32
@@ -106,9 +107,11 @@ def grouped_matmul(
     *,
     out_dtype: jnp.dtype,
     tiles: Tiles | None = None,
+    device_kind: str | None = None,
     interpret: bool = False,
 ) -> jax.Array:
-    """out[r] = rhs[g(r)] @ lhs[r]; see `api.grouped_matmul`. `tiles` are chosen unless given."""
+    """out[r] = rhs[g(r)] @ lhs[r]; see `api.grouped_matmul`. `tiles` are looked up or chosen unless given."""
+    tiles = tiles or measured_tiles(Tiles, device_kind, "triton", lhs_RK, rhs_GNK)
 
     def forward(arrays: Any, group_sizes_G: jax.Array) -> jax.Array:
         lhs_RK, rhs_GNK = arrays
@@ -134,20 +137,23 @@ def expert_mlp(
     combine: Combine,
     out_dtype: jnp.dtype,
     tiles: tuple[Tiles | None, Tiles | None] = (None, None),
+    device_kind: str | None = None,
     interpret: bool = False,
 ) -> jax.Array:
     """y = W_down[g] @ combine(W_up[g] @ x + b_up[g]) + b_down[g]; see `api.expert_mlp`.
 
-    `tiles` are those of the first and of the second product, chosen unless given.
+    `tiles` are those of the first and of the second product, looked up or chosen unless given.
     """
+    up_tiles = tiles[0] or measured_tiles(Tiles, device_kind, "triton.gate_up", x_RD, w_up_pND)
+    down_tiles = tiles[1] or measured_tiles(Tiles, device_kind, "triton", x_RD, w_down_pDF)
 
     def forward(arrays: Any, group_sizes_p: jax.Array) -> jax.Array:
         x_RD, w_up, w_down, b_up, b_down = arrays
         if 0 in (*x_RD.shape, *w_up.shape, *w_down.shape):
             return jnp.zeros(x_RD.shape, out_dtype)
         # Rows of h that no group owns are never written, and never read.
-        h_RF = _product(x_RD, w_up, b_up, group_sizes_p, combine, x_RD.dtype, tiles[0], interpret)
-        return _product(h_RF, w_down, b_down, group_sizes_p, None, out_dtype, tiles[1], interpret)
+        h_RF = _product(x_RD, w_up, b_up, group_sizes_p, combine, x_RD.dtype, up_tiles, interpret)
+        return _product(h_RF, w_down, b_down, group_sizes_p, None, out_dtype, down_tiles, interpret)
 
     def same(arrays: Any, group_sizes_p: jax.Array) -> jax.Array:
         x_RD, w_up, w_down, b_up, b_down = arrays
@@ -250,7 +256,7 @@ def _kernel(group_I: Any, first_I: Any, end_I: Any, x: Any, w: Any, *rest: Any, 
                 for half in range(halves)
             ]
             sums = tuple(sum_mn + half_n.astype(jnp.float32) for sum_mn, half_n in zip(sums, b_n, strict=True))
-        store(sums[0] if combine is None else combine.halves(*sums, activations=_ACTIVATIONS))
+        store(sums[0] if combine is None else combine.halves(*sums, activations=KERNEL_ACTIVATIONS))
 
     if combine is None:
 
@@ -279,15 +285,3 @@ def _place(program: Any, row_tiles: int, column_tiles: int, band: int) -> tuple[
     within = program % (band * column_tiles)
     height = jnp.minimum(row_tiles - first, band)
     return first + within % height, within // height
-
-
-def _gelu(x: jax.Array) -> jax.Array:
-    """x Φ(x), with an error below 1.5e-7 |x|: Pallas Triton has no erf (Abramowitz and Stegun, 1964, formula 7.1.26)."""
-    z = jnp.abs(x) * 0.7071067811865476
-    t = 1 / (1 + 0.3275911 * z)
-    polynomial = t * (0.254829592 + t * (-0.284496736 + t * (1.421413741 + t * (-1.453152027 + t * 1.061405429))))
-    tail = 0.5 * polynomial * jnp.exp(-z * z)  # Φ(-|x|)
-    return x * jnp.where(x < 0, tail, 1 - tail)
-
-
-_ACTIVATIONS: dict[str, Activation] = {**ACTIVATIONS, "gelu": _gelu}

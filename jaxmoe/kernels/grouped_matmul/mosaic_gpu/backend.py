@@ -8,12 +8,13 @@ import jax
 import jax.numpy as jnp
 
 from jaxmoe.kernels.grouped_matmul import portable
-from jaxmoe.kernels.grouped_matmul.activations import ACTIVATIONS, Activation, Combine
+from jaxmoe.kernels.grouped_matmul.activations import KERNEL_ACTIVATIONS, Combine
 from jaxmoe.kernels.grouped_matmul.borrowed_gradient import with_gradient_of
 from jaxmoe.kernels.grouped_matmul.group_tiles import ALIGNMENT, tile_groups
 from jaxmoe.kernels.grouped_matmul.mosaic_gpu.kernel import multiply
 from jaxmoe.kernels.grouped_matmul.mosaic_gpu.tiles import Problem, Tiles, choose_tiles
 from jaxmoe.kernels.grouped_matmul.quantized import FORMATS, Matrices, QuantizedStack
+from jaxmoe.kernels.grouped_matmul.tile_table import measured_tiles
 
 
 def grouped_matmul(
@@ -23,13 +24,15 @@ def grouped_matmul(
     *,
     out_dtype: jnp.dtype,
     tiles: Tiles | None = None,
+    device_kind: str | None = None,
     interpret: bool = False,
 ) -> jax.Array:
-    """out[r] = rhs[g(r)] @ lhs[r]; see `api.grouped_matmul`. `tiles` are chosen unless given."""
+    """out[r] = rhs[g(r)] @ lhs[r]; see `api.grouped_matmul`. `tiles` are looked up or chosen unless given."""
+    measured = measured_tiles(Tiles, device_kind, "mosaic_gpu", lhs_RK, rhs_GNK)
 
     def forward(arrays: Any, group_sizes_G: jax.Array) -> jax.Array:
         lhs_RK, rhs_GNK = arrays
-        return _product(lhs_RK, rhs_GNK, None, group_sizes_G, _identity, 1, out_dtype, tiles, interpret)
+        return _product(lhs_RK, rhs_GNK, None, group_sizes_G, _identity, 1, out_dtype, (tiles, measured), interpret)
 
     def same(arrays: Any, group_sizes_G: jax.Array) -> jax.Array:
         lhs_RK, rhs_GNK = arrays
@@ -49,21 +52,24 @@ def expert_mlp(
     combine: Combine,
     out_dtype: jnp.dtype,
     tiles: tuple[Tiles | None, Tiles | None] = (None, None),
+    device_kind: str | None = None,
     interpret: bool = False,
 ) -> jax.Array:
     """y = W_down[g] @ combine(W_up[g] @ x + b_up[g]) + b_down[g]; see `api.expert_mlp`.
 
-    `tiles` are those of the first and of the second product, chosen unless given.
+    `tiles` are those of the first and of the second product, looked up or chosen unless given.
     """
+    measured_up = measured_tiles(Tiles, device_kind, "mosaic_gpu.gate_up", x_RD, w_up_pND)
+    measured_down = measured_tiles(Tiles, device_kind, "mosaic_gpu", x_RD, w_down_pDF)
     halves = 2 if combine.gated else 1
 
     def finish(*sums: jax.Array) -> jax.Array:
-        return combine.halves(*sums, activations=_LOWERED)
+        return combine.halves(*sums, activations=KERNEL_ACTIVATIONS)
 
     def forward(arrays: Any, group_sizes_p: jax.Array) -> jax.Array:
         x_RD, w_up, w_down, b_up, b_down = arrays
-        h_RF = _product(x_RD, w_up, b_up, group_sizes_p, finish, halves, x_RD.dtype, tiles[0], interpret)
-        return _product(h_RF, w_down, b_down, group_sizes_p, _identity, 1, out_dtype, tiles[1], interpret)
+        h_RF = _product(x_RD, w_up, b_up, group_sizes_p, finish, halves, x_RD.dtype, (tiles[0], measured_up), interpret)
+        return _product(h_RF, w_down, b_down, group_sizes_p, _identity, 1, out_dtype, (tiles[1], measured_down), interpret)
 
     def same(arrays: Any, group_sizes_p: jax.Array) -> jax.Array:
         x_RD, w_up, w_down, b_up, b_down = arrays
@@ -108,7 +114,7 @@ def _product(
     finish: Callable[..., jax.Array],
     halves: int,
     out_dtype: jnp.dtype,
-    tiles: Tiles | None,
+    given_or_measured: tuple[Tiles | None, Tiles | None],
     interpret: bool,
 ) -> jax.Array:
     """The kernel on rows [R, K] and matrices [G, halves·N, K]; anything in rows that no group owns."""
@@ -117,8 +123,12 @@ def _product(
     if 0 in (R, G, N, K):
         return jnp.zeros((R, N), out_dtype)
     problem = problem_of(rows_RK, matrices_GNK, halves, out_dtype)
-    tiles = tiles or choose_tiles(problem)
-    problem.check(tiles)
+    given, measured = given_or_measured
+    if given:
+        problem.check(given)
+    elif measured and not problem.fits(measured):  # of a result of fewer bytes
+        measured = None
+    tiles = given or measured or choose_tiles(problem)
 
     def by_half(array: jax.Array) -> jax.Array:
         return array.reshape(G, halves, array.shape[1] // halves, *array.shape[2:])
@@ -143,16 +153,3 @@ def _owned_only(out_RN: jax.Array, group_sizes_G: jax.Array) -> jax.Array:
 
 def _identity(sums: jax.Array) -> jax.Array:
     return sums
-
-
-def _gelu(x: jax.Array) -> jax.Array:
-    """x Φ(x), with the error function by Abramowitz and Stegun's formula 7.1.26, within 1.5e-7: Mosaic GPU has none."""
-    z = jnp.abs(x) * 2**-0.5
-    t = 1 / (1 + 0.3275911 * z)
-    series = ((((1.061405429 * t - 1.453152027) * t + 1.421413741) * t - 0.284496736) * t + 0.254829592) * t
-    tail = 0.5 * series * jnp.exp(-z * z)
-    return x * jnp.where(x < 0, tail, 1 - tail)
-
-
-# What the names stand for inside the kernel.
-_LOWERED: dict[str, Activation] = {**ACTIVATIONS, "gelu": _gelu}
