@@ -43,7 +43,8 @@ def tile_groups(group_sizes_G: jax.Array, R: int, m: int) -> GroupTiles:
     aligned_G = starts_G // ALIGNMENT * ALIGNMENT
     tiles_G = jnp.where(ends_G > starts_G, -(-(ends_G - aligned_G) // m), 0)
     tile_ends_G = jnp.cumsum(tiles_G)
-    group_I = jnp.minimum(jnp.searchsorted(tile_ends_G, jnp.arange(I), side="right"), G - 1)
+    # All comparisons at once: a search would be a loop of small kernels.
+    group_I = jnp.minimum(jnp.searchsorted(tile_ends_G, jnp.arange(I), side="right", method="compare_all"), G - 1)
     row_I = aligned_G[group_I] + (jnp.arange(I) - (tile_ends_G - tiles_G)[group_I]) * m
     first_I = jnp.maximum(row_I, starts_G[group_I])
     size_I = jnp.clip(jnp.minimum(row_I + m, ends_G[group_I]) - first_I, 0, m)

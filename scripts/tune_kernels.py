@@ -1,0 +1,156 @@
+"""Finds the fastest tiles of a kernel on the GPU at hand and notes them down for `tile_table.lookup`.
+
+For each shape and number of tokens, every candidate that the kernel names is compiled, compared with float64, and timed in
+turns with the kernel's own choice: for gate and up with the activation, as part of a whole MLP, and for the product with
+down. Tiles that beat that choice go into the table of this kind of device, a JSON file, after every case, so that a run may
+be cut short. Written for GPUs; it has not run on one yet, and no table ships.
+
+    python scripts/tune_kernels.py --kernel mosaic_gpu
+    python scripts/tune_kernels.py --kernel triton --shapes mixtral-8x7b --tokens 4096 --tables /tmp/tables
+"""
+
+import argparse
+import dataclasses
+import importlib
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+import jax
+
+from jaxmoe.kernels.grouped_matmul import check_backend, combine_halves
+from jaxmoe.kernels.grouped_matmul.api import GPU_BACKENDS
+from jaxmoe.kernels.grouped_matmul.tile_table import TILE_TABLES, row_class, write_table
+from scripts._bench.cases import SHAPES, TOKENS, Case, parse_shape
+from scripts._bench.inputs import Layer, Variant, make_layers, make_variants
+from scripts._bench.tuning import Tuned, WithTiles, tune
+
+# From a kernel's module, rows, matrices [G, halves·N, K] and halves to the tiles that may be good for them.
+CANDIDATES: dict[str, Callable[[Any, jax.Array, jax.Array, int], Sequence[Any]]] = {
+    "mosaic_gpu": lambda kernel, rows, matrices, halves: kernel.candidate_tiles(
+        kernel.problem_of(rows, matrices, halves, rows.dtype)
+    ),
+    "triton": lambda kernel, rows, matrices, halves: kernel.candidate_tiles(
+        rows.shape[0], matrices.shape[0], matrices.shape[2], matrices.shape[1], rows.dtype.itemsize
+    ),
+}
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Parse the command line, tune case after case."""
+    args = parse_arguments(argv)
+    device = jax.devices()[0]
+    try:
+        check_backend(args.kernel, device)
+    except NotImplementedError as error:
+        raise SystemExit(f"tune_kernels.py: {error}") from error
+    kernel = importlib.import_module(GPU_BACKENDS[args.kernel].module)
+    for name, shape in args.shapes:
+        layers = make_layers(shape, args.dtype, device)
+        # Several numbers of tokens may be of one class; the largest stands for it.
+        tokens = {row_class(T * shape.per_token / shape.experts): T for T in sorted(args.tokens)}
+        for T in tokens.values():
+            for operation in ("mlp", "down"):
+                tune_case(kernel, Case(name, shape, operation, T, "uniform", args.dtype), layers, device, args)
+
+
+def tune_case(
+    kernel: ModuleType, case: Case, layers: list[Layer], device: jax.Device, args: argparse.Namespace
+) -> None:
+    """Tune one case, say what came out, write it down."""
+    where = f"{case.name} {'gate_up' if case.operation == 'mlp' else 'down'}, {case.tokens} tokens"
+    variants = make_variants(case, layers)
+    try:
+        candidates = list_candidates(args.kernel, kernel, case, variants[0])
+        tuned = tune(with_tiles(kernel, case), candidates, case, variants, rounds=args.rounds)
+    except NotImplementedError as error:
+        print(f"{where}: {error}", flush=True)
+        return
+    print(f"{where}: {len(tuned.seconds)} candidates, {len(tuned.refused)} refused", flush=True)
+    for tiles, why in tuned.refused.items():
+        print(f"  {tiles}: {why}")
+    for tiles, seconds in [("its own choice", tuned.default_seconds), *list(tuned.seconds.items())[:3]]:
+        print(f"  {seconds * 1e6:10.1f} us  {tiles}", flush=True)
+    if tuned.best():
+        table = {"device": device.device_kind, "entries": [entry(args.kernel, case, tuned)]}
+        print(f"  into {write_table(table, args.tables)}", flush=True)
+
+
+def list_candidates(name: str, kernel: ModuleType, case: Case, variant: Variant) -> Sequence[Any]:
+    """The tiles of the product that is tuned: gate and up of an MLP, or down."""
+    fused = case.operation == "mlp"
+    return CANDIDATES[name](kernel, variant.rows, variant.layer.matrices(case.operation)[0], 2 if fused else 1)
+
+
+def with_tiles(kernel: ModuleType, case: Case) -> WithTiles:
+    """The kernel, for `tuning.tune`; of an MLP the tiles are those of the first product."""
+
+    def bind(tiles: Any) -> Callable[..., jax.Array]:
+        def down(rows: jax.Array, matrices: jax.Array, sizes: jax.Array) -> jax.Array:
+            return kernel.grouped_matmul(rows, matrices, sizes, out_dtype=rows.dtype, tiles=tiles)
+
+        def mlp(rows: jax.Array, up: jax.Array, down: jax.Array, sizes: jax.Array) -> jax.Array:
+            return kernel.expert_mlp(
+                rows,
+                up,
+                down,
+                sizes,
+                b_up_pN=None,
+                b_down_pD=None,
+                combine=combine_halves("silu", None, gated=True),
+                out_dtype=rows.dtype,
+                tiles=(tiles, None),
+            )
+
+        return mlp if case.operation == "mlp" else down
+
+    return bind
+
+
+def entry(name: str, case: Case, tuned: Tuned) -> dict[str, Any]:
+    """A line of the tile table."""
+    best = tuned.best()
+    N, K = case.matrices[0]
+    return {
+        "kernel": f"{name}.gate_up" if case.operation == "mlp" else name,
+        "dtype": case.dtype,
+        "K": K,
+        "N": N,
+        "row_class": row_class(case.rows / case.shape.experts),
+        "tiles": dataclasses.asdict(best),
+        "rows": case.rows,
+        "groups": case.shape.experts,
+        "seconds": tuned.seconds[best],
+        "default_seconds": tuned.default_seconds,
+        "jax": jax.__version__,
+    }
+
+
+def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
+    """The options."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--kernel", required=True, choices=CANDIDATES, help="a backend that has tiles")
+    parser.add_argument(
+        "--shapes",
+        nargs="+",
+        type=parse_shape,
+        default=list(SHAPES.items()),
+        metavar="SHAPE",
+        help=f"{', '.join(SHAPES)}, or experts,per token,width,expert width (default: all)",
+    )
+    parser.add_argument("--tokens", nargs="+", type=int, default=TOKENS, help=f"default: {TOKENS}")
+    parser.add_argument("--dtype", choices=["bfloat16", "float16"], default="bfloat16")
+    parser.add_argument("--rounds", type=int, default=7, help="turns of each candidate (default: 7)")
+    parser.add_argument(
+        "--tables", type=Path, default=TILE_TABLES, help="folder of the tables (default: the package's)"
+    )
+    return parser.parse_args(argv)
+
+
+if __name__ == "__main__":
+    main()
