@@ -5,8 +5,10 @@ import shutil
 
 import numpy as np
 import pytest
+from flax import nnx
 
 import jaxmoe
+from jaxmoe.models import Decoder
 from tests.conftest import mesh_of
 from tests.models.test_goldens import GOLDENS
 
@@ -48,15 +50,16 @@ def test_the_length_of_a_prompt_gives_the_scale_of_all_its_positions(models, len
 
 
 def test_a_sequence_that_grows_keeps_its_cache_and_has_the_long_scale_from_then_on(models):
+    prefill, decode = nnx.jit(Decoder.prefill), nnx.jit(Decoder.decode)
     prompt, lengths = tokens(CONTEXT - 1), np.full(2, CONTEXT - 1, np.int32)
     rest = tokens(CONTEXT + 3)[:, CONTEXT - 1 :]
-    _, cache = models["own"].prefill(prompt, lengths, models["own"].init_cache(2, 16))
-    _, expected_cache = models["short"].prefill(prompt, lengths, models["short"].init_cache(2, 16))
+    _, cache = prefill(models["own"], prompt, lengths, models["own"].init_cache(2, 16))
+    _, expected_cache = prefill(models["short"], prompt, lengths, models["short"].init_cache(2, 16))
     for i, token in enumerate(rest.T):
         position = np.full(2, CONTEXT - 1 + i, np.int32)
         # The tenth token, at position 9, is the last one within the context.
         scale = "short" if i == 0 else "long"
-        logits, cache = models["own"].decode(token, position, cache)
-        expected, expected_cache = models[scale].decode(token, position, expected_cache)
+        logits, cache = decode(models["own"], token, position, cache)
+        expected, expected_cache = decode(models[scale], token, position, expected_cache)
         assert largest_difference(logits, expected) < 1e-6
     assert largest_difference(logits, models["own"](tokens(CONTEXT + 3))[:, -1]) > 1e-3

@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+from flax import nnx
 
 from tests.conftest import mesh_of
 from tests.families import FAMILIES
@@ -12,6 +13,7 @@ torch = pytest.importorskip("torch", reason="live parity needs torch and transfo
 pytest.importorskip("transformers", reason="live parity needs torch and transformers: scripts/test --parity")
 
 import jaxmoe  # noqa: E402
+from jaxmoe.models import Decoder  # noqa: E402
 from scripts.make_goldens import make_model  # noqa: E402
 from tests.models.test_goldens import LOGIT_TOLERANCE  # noqa: E402
 
@@ -25,8 +27,9 @@ def test_token_by_token_with_a_cache(tmp_path):
     ours = jaxmoe.load(tmp_path / "model", mesh=mesh_of(1, 2, 2))
     tokens = np.random.default_rng(0).integers(3, 97, (1, 20), dtype=np.int32)
     prompt = tokens[:, : CONTEXT - 2]
-    found, cache = ours.prefill(
-        np.repeat(prompt, 2, 0), np.full(2, prompt.shape[1], np.int32), ours.init_cache(2, tokens.shape[1])
+    prefill, decode = nnx.jit(Decoder.prefill), nnx.jit(Decoder.decode)
+    found, cache = prefill(
+        ours, np.repeat(prompt, 2, 0), np.full(2, prompt.shape[1], np.int32), ours.init_cache(2, tokens.shape[1])
     )
     with torch.inference_mode():
         out = theirs(torch.tensor(prompt), use_cache=True)
@@ -34,5 +37,5 @@ def test_token_by_token_with_a_cache(tmp_path):
             expected = out.logits[0, -1].numpy()
             assert np.abs(np.asarray(found)[0] - expected).max() < LOGIT_TOLERANCE * np.abs(expected).max()
             token = tokens[:, position]
-            found, cache = ours.decode(np.repeat(token, 2), np.full(2, position, np.int32), cache)
+            found, cache = decode(ours, np.repeat(token, 2), np.full(2, position, np.int32), cache)
             out = theirs(torch.tensor(token[:, None]), past_key_values=out.past_key_values, use_cache=True)
