@@ -323,10 +323,11 @@ def test_bfloat16_results_are_not_converted_whole(R):
     assert f"f32[{R},{N}]" not in hlo
 
 
+@pytest.mark.parametrize("D", [64, 1024, 1552], ids="{} inputs".format)
 @pytest.mark.parametrize("R", [60, 300], ids=REGIMES)
-def test_bfloat16_stacks_are_not_converted_whole(R):
+def test_bfloat16_stacks_are_not_converted_whole(R, D):
     """XLA for CPU may compute bfloat16 in float32, but only of the group at hand: forward or in the gradient."""
-    groups, F, D = 50, 64, 64
+    groups, F = 50, 64  # inputs are one block of lanes, two, and three with a rest
     x_RD, up, down = arrays(2, (R, D), (groups, 2, F, D), (groups, D, F), dtype=jnp.bfloat16)
 
     def loss(x_RD, up, down, sizes):

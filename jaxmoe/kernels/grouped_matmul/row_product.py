@@ -110,7 +110,7 @@ def _packed_lane_product(x_K: jax.Array, stack: QuantizedStack, group: jax.Array
 def _sum_lanes(terms: Terms, slices: int) -> jax.Array:
     """Σ over lanes of Σ over slices of `terms`, [N]."""
     blocks, rest = divmod(slices, BLOCK)
-    if blocks < 2:
+    if blocks < 3:  # of two, the loop would have one trip, which XLA inlines; then nothing ties the stack to it
         sum_NL = reduce(add, terms(0, slices))
     else:
         sum_NL = reduce(add, terms(0, BLOCK))  # not zeros: inside `shard_map` the carry has to vary from the start

@@ -69,7 +69,9 @@ def expert_mlp(
     def forward(arrays: Any, group_sizes_p: jax.Array) -> jax.Array:
         x_RD, w_up, w_down, b_up, b_down = arrays
         h_RF = _product(x_RD, w_up, b_up, group_sizes_p, finish, halves, x_RD.dtype, (tiles[0], measured_up), interpret)
-        return _product(h_RF, w_down, b_down, group_sizes_p, _identity, 1, out_dtype, (tiles[1], measured_down), interpret)
+        return _product(
+            h_RF, w_down, b_down, group_sizes_p, _identity, 1, out_dtype, (tiles[1], measured_down), interpret
+        )
 
     def same(arrays: Any, group_sizes_p: jax.Array) -> jax.Array:
         x_RD, w_up, w_down, b_up, b_down = arrays
