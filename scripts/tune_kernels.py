@@ -30,12 +30,12 @@ from scripts._bench.cases import SHAPES, TOKENS, Case, parse_shape
 from scripts._bench.inputs import Layer, Variant, make_layers, make_variants
 from scripts._bench.tuning import Tuned, WithTiles, tune
 
-# From a kernel's module, rows, matrices [G, halves·N, K] and halves to the tiles that may be good for them.
-CANDIDATES: dict[str, Callable[[Any, jax.Array, jax.Array, int], Sequence[Any]]] = {
-    "mosaic_gpu": lambda kernel, rows, matrices, halves: kernel.candidate_tiles(
-        kernel.problem_of(rows, matrices, halves, rows.dtype)
+# From a kernel's module, rows, matrices [G, halves·N, K], halves and kind of device to the tiles that may be good for them.
+CANDIDATES: dict[str, Callable[[Any, jax.Array, jax.Array, int, str], Sequence[Any]]] = {
+    "mosaic_gpu": lambda kernel, rows, matrices, halves, device_kind: kernel.candidate_tiles(
+        kernel.problem_of(rows, matrices, halves, rows.dtype, device_kind)
     ),
-    "triton": lambda kernel, rows, matrices, halves: kernel.candidate_tiles(
+    "triton": lambda kernel, rows, matrices, halves, device_kind: kernel.candidate_tiles(
         rows.shape[0], matrices.shape[0], matrices.shape[2], matrices.shape[1], rows.dtype.itemsize
     ),
 }
@@ -66,8 +66,8 @@ def tune_case(
     where = f"{case.name} {'gate_up' if case.operation == 'mlp' else 'down'}, {case.tokens} tokens"
     variants = make_variants(case, layers)
     try:
-        candidates = list_candidates(args.kernel, kernel, case, variants[0])
-        tuned = tune(with_tiles(kernel, case), candidates, case, variants, rounds=args.rounds)
+        candidates = list_candidates(args.kernel, kernel, case, variants[0], device.device_kind)
+        tuned = tune(with_tiles(kernel, case, device.device_kind), candidates, case, variants, rounds=args.rounds)
     except NotImplementedError as error:
         print(f"{where}: {error}", flush=True)
         return
@@ -81,18 +81,21 @@ def tune_case(
         print(f"  into {write_table(table, args.tables)}", flush=True)
 
 
-def list_candidates(name: str, kernel: ModuleType, case: Case, variant: Variant) -> Sequence[Any]:
+def list_candidates(name: str, kernel: ModuleType, case: Case, variant: Variant, device_kind: str) -> Sequence[Any]:
     """The tiles of the product that is tuned: gate and up of an MLP, or down."""
     fused = case.operation == "mlp"
-    return CANDIDATES[name](kernel, variant.rows, variant.layer.matrices(case.operation)[0], 2 if fused else 1)
+    matrices = variant.layer.matrices(case.operation)[0]
+    return CANDIDATES[name](kernel, variant.rows, matrices, 2 if fused else 1, device_kind)
 
 
-def with_tiles(kernel: ModuleType, case: Case) -> WithTiles:
-    """The kernel, for `tuning.tune`; of an MLP the tiles are those of the first product."""
+def with_tiles(kernel: ModuleType, case: Case, device_kind: str) -> WithTiles:
+    """The kernel for a kind of device, for `tuning.tune`; of an MLP the tiles are those of the first product."""
 
     def bind(tiles: Any) -> Callable[..., jax.Array]:
         def down(rows: jax.Array, matrices: jax.Array, sizes: jax.Array) -> jax.Array:
-            return kernel.grouped_matmul(rows, matrices, sizes, out_dtype=rows.dtype, tiles=tiles)
+            return kernel.grouped_matmul(
+                rows, matrices, sizes, out_dtype=rows.dtype, device_kind=device_kind, tiles=tiles
+            )
 
         def mlp(rows: jax.Array, up: jax.Array, down: jax.Array, sizes: jax.Array) -> jax.Array:
             return kernel.expert_mlp(
@@ -104,6 +107,7 @@ def with_tiles(kernel: ModuleType, case: Case) -> WithTiles:
                 b_down_pD=None,
                 combine=combine_halves("silu", None, gated=True),
                 out_dtype=rows.dtype,
+                device_kind=device_kind,
                 tiles=(tiles, None),
             )
 

@@ -52,6 +52,19 @@ CHIPS = {
         device_memory_size=150_110_011_392,
         **_HOPPER,
     ),
+    # Of the 192 GB and 8 TB/s of its data sheet, what CUDA says there is.
+    "b200": _Chip(
+        description="NVIDIA B200",
+        compute_capability=(10, 0),
+        accelerated_features=True,
+        core_count=148,
+        clock_rate_ghz=1.965,
+        memory_bandwidth=7_672_320_000_000,
+        device_memory_size=191_514_411_008,
+        l2_cache_size=132_644_864,
+        shared_memory_per_core=228 * 2**10,
+        shared_memory_per_block_optin=227 * 2**10,
+    ),
     "a100": _Chip(
         description="NVIDIA A100-SXM4-80GB",
         compute_capability=(8, 0),
@@ -75,7 +88,7 @@ def gpu_topology(chip: str, count: int, *, hosts: int = 1) -> tuple[jax.Device, 
     nothing can be run or allocated on them.
 
     Args:
-        chip: "h100", "h200" or "a100".
+        chip: "h100", "h200", "b200" or "a100".
         count: GPUs in all.
         hosts: machines that they are on, equally many on each.
 

@@ -10,10 +10,12 @@ import pytest
 
 from tests.distributed.processes import ROOT
 
-SHOW = [sys.executable, "-c", "import sys; print(sys.argv[1:])", 'it\'s "one" $HOME argument']
+# A line is one write, for both processes have the same stdout; `print` makes two of it where Python does not buffer.
+SAY = "import sys, time; say = lambda line: (sys.stdout.write(line + '\\n'), sys.stdout.flush()); "
+SHOW = [sys.executable, "-c", SAY + "say(str(sys.argv[1:]))", 'it\'s "one" $HOME argument']
 # Process 1 fails; the other would go on for minutes.
 FAIL = [sys.executable, "-c", "import sys, time; sys.exit(7) if '1' in sys.argv[-1] else time.sleep(300)"]
-SLEEP = [sys.executable, "-c", "import time; print('started', flush=True); time.sleep(300); print('ended')"]
+SLEEP = [sys.executable, "-c", SAY + "say('started'); time.sleep(300); say('ended')"]
 
 LAUNCHERS = {
     "node": [sys.executable, str(ROOT / "scripts/launch_node"), "--port", "5", "2"],

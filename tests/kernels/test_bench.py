@@ -266,17 +266,20 @@ class FakeKernel:
         assert (G, itemsize) == (6, 2)
         return [Tiles(rows) for rows in (8, 16, 32, 64, 128)]
 
-    def grouped_matmul(self, lhs_RK, rhs_GNK, group_sizes_G, *, out_dtype, tiles):
+    def grouped_matmul(self, lhs_RK, rhs_GNK, group_sizes_G, *, out_dtype, device_kind, tiles):
+        assert device_kind == jax.devices()[0].device_kind
         rows = None if tiles is None else tiles.rows
         if rows not in TIMES:
             raise ValueError("too much shared memory")
         out = grouped_matmul(lhs_RK, rhs_GNK, group_sizes_G, out_dtype=out_dtype)
         return out * 2 if rows in DEFECTS else out
 
-    def expert_mlp(self, x_RD, up, down, sizes, *, combine, out_dtype, tiles, **biases):
-        assert biases == {"b_up_pN": None, "b_down_pD": None}
-        both = self.grouped_matmul(x_RD, up, sizes, out_dtype=jnp.float32, tiles=tiles[0])
-        return self.grouped_matmul(combine(both).astype(x_RD.dtype), down, sizes, out_dtype=out_dtype, tiles=tiles[1])
+    def expert_mlp(self, x_RD, up, down, sizes, *, combine, out_dtype, tiles, **others):
+        assert {name for name, value in others.items() if value is None} == {"b_up_pN", "b_down_pD"}
+        device = {"device_kind": others["device_kind"]}
+        both = self.grouped_matmul(x_RD, up, sizes, out_dtype=jnp.float32, tiles=tiles[0], **device)
+        h = combine(both).astype(x_RD.dtype)
+        return self.grouped_matmul(h, down, sizes, out_dtype=out_dtype, tiles=tiles[1], **device)
 
 
 @pytest.fixture
@@ -291,8 +294,9 @@ def tune_small():
     case = case_of("down", dtype="bfloat16")
     variants = make_variants(case, make_layers(SMALL, "bfloat16", jax.devices()[0]))
     kernel = FakeKernel()
-    candidates = tune_kernels.list_candidates("triton", kernel, case, variants[0])
-    return tune(tune_kernels.with_tiles(kernel, case), candidates, case, variants)
+    kind = jax.devices()[0].device_kind
+    candidates = tune_kernels.list_candidates("triton", kernel, case, variants[0], kind)
+    return tune(tune_kernels.with_tiles(kernel, case, kind), candidates, case, variants)
 
 
 def test_tuning_takes_the_fastest_that_is_right(fake_times):

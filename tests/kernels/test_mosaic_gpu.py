@@ -14,34 +14,25 @@ import numpy as np
 import pytest
 
 from jaxmoe.config import MoEConfig
-from jaxmoe.kernels.grouped_matmul import QuantizedStack, check_backend, expert_mlp, grouped_matmul
+from jaxmoe.kernels.grouped_matmul import check_backend, expert_mlp, grouped_matmul
 from jaxmoe.kernels.grouped_matmul.activations import combine_halves
 from jaxmoe.kernels.grouped_matmul.quantized import as_matrices, dequantize
 from jaxmoe.layers import MoE
 from tests.conftest import mesh_of
-
-OLD = jax.__version_info__ < (0, 11, 2)
-needs_mosaic = pytest.mark.skipif(OLD, reason="the kernel is written for jax 0.11.2 and newer")
-FLOAT32 = jnp.dtype(jnp.float32)
-
-# Empty groups; groups of less than a tile and of more, over several tiles, none at a multiple of 8; rows that no group owns;
-# a number of rows that is no multiple of 8.
-SIZES = [([5, 0, 130, 1], 141), ([0, 0, 0], 24), ([1, 1, 1, 1], 4), ([0, 9, 0, 23], 32)]
-
-
-def arrays(R, *shapes, dtype):
-    rng = np.random.default_rng(0)
-    rows = rng.normal(size=(R, shapes[0][-1]))
-    return [jnp.asarray(rows, dtype), *(jnp.asarray(rng.normal(size=s) / np.sqrt(s[-1]), dtype) for s in shapes)]
-
-
-def exact(rows, matrices, sizes):
-    rows, matrices = np.asarray(rows, np.float64), np.asarray(matrices, np.float64)
-    out, start = np.zeros((len(rows), matrices.shape[1])), 0
-    for group, size in enumerate(sizes):
-        out[start : start + size] = rows[start : start + size] @ matrices[group].T
-        start += size
-    return out
+from tests.kernels._mosaic import (
+    FLOAT32,
+    MLPS,
+    OLD,
+    SIZES,
+    arrays,
+    check_gradient,
+    check_mlp,
+    check_product,
+    exact,
+    needs_mosaic,
+    packed_stack,
+    widths_of_single_rows,
+)
 
 
 def tiles_of(swapped, **sizes):
@@ -57,42 +48,16 @@ def tiles_of(swapped, **sizes):
 @pytest.mark.parametrize("swapped", [True, False], ids=["few rows", "many rows"])
 @pytest.mark.parametrize(("sizes", "R"), SIZES, ids=str)
 def test_product(sizes, R, swapped) -> None:
-    from jaxmoe.kernels.grouped_matmul import mosaic_gpu
-
     # Outputs that are no multiple of a tile, as the 2880 of gpt-oss are none.
     N, dtype = (136, jnp.bfloat16) if swapped else (192, jnp.float16)
-    rows, matrices = arrays(R, (len(sizes), N, 96), dtype=dtype)
-    rows = rows.at[sum(sizes) :].set(jnp.nan)
-    out = mosaic_gpu.grouped_matmul(
-        rows, matrices, jnp.asarray(sizes, jnp.int32), out_dtype=FLOAT32, tiles=tiles_of(swapped), interpret=True
-    )
-    np.testing.assert_allclose(out, exact(rows.at[sum(sizes) :].set(0), matrices, sizes), atol=1e-5)
-    assert not np.asarray(out)[sum(sizes) :].any()
+    check_product(sizes, R, N, dtype, tiles=tiles_of(swapped))
 
 
 @needs_mosaic
 @pytest.mark.parametrize("swapped", [True, False], ids=["few rows", "many rows"])
-@pytest.mark.parametrize(
-    ("activation", "limit", "gated"),
-    [("silu", None, True), ("gelu", None, True), ("clamped_swiglu", 1.5, True), ("relu2", None, False)],
-)
+@pytest.mark.parametrize(("activation", "limit", "gated"), MLPS)
 def test_mlp_with_biases(activation, limit, gated, swapped) -> None:
-    from jaxmoe.kernels.grouped_matmul import mosaic_gpu, portable
-
-    sizes, halves, D, F = [7, 0, 20], 2 if gated else 1, 64, 64
-    x, up, down, b_up, b_down = arrays(30, (3, halves * F, D), (3, D, F), (3, halves * F), (3, D), dtype=jnp.bfloat16)
-    options = {
-        "b_up_pN": b_up,
-        "b_down_pD": b_down,
-        "combine": combine_halves(activation, limit, gated=gated),
-        "out_dtype": FLOAT32,
-    }
-    group_sizes = jnp.asarray(sizes, jnp.int32)
-    tiles = (tiles_of(swapped), tiles_of(swapped))
-    out = mosaic_gpu.expert_mlp(x, up, down, group_sizes, **options, tiles=tiles, interpret=True)
-    expected = portable.expert_mlp(x, up, down, group_sizes, **options)
-    # Both round h to bfloat16; where that falls to different sides, by one part in 2^8 of one of F terms.
-    np.testing.assert_allclose(out, expected, atol=2e-3)
+    check_mlp(activation, limit, gated, tiles=(tiles_of(swapped), tiles_of(swapped)))
 
 
 # As on disk: format, block, and dtype of the scales.
@@ -104,20 +69,6 @@ PACKED = [
     ("int4", (64, 128), "float32"),
     ("mxfp4", (1, 32), "uint8"),
 ]
-
-
-def packed_stack(format, block, scale_dtype, G, N, K, seed=0):
-    rng = np.random.default_rng(seed)
-    if format == "float8_e4m3fn":
-        values = jnp.asarray(rng.normal(size=(G, N, K)), jnp.float8_e4m3fn)
-    else:
-        values = jnp.asarray(rng.integers(0, 256, (G, N, K // 2)), jnp.uint8)
-    shape = (G, N // block[0], K // block[1])
-    if scale_dtype == "uint8":
-        scales = jnp.asarray(rng.integers(120, 126, shape), jnp.uint8)
-    else:
-        scales = jnp.asarray(rng.uniform(0.01, 0.1, shape), scale_dtype)
-    return QuantizedStack(values=values, scales=scales, format=format, block=block)
 
 
 @needs_mosaic
@@ -159,19 +110,14 @@ def test_packed_mlp_is_the_portable_one() -> None:
 
 
 @needs_mosaic
+@pytest.mark.parametrize(("swapped", "N", "widths"), [(True, 136, {64, 8}), (False, 192, {128, 64})])
+def test_single_rows_end_with_the_matrix(swapped, N, widths, monkeypatch) -> None:
+    assert widths_of_single_rows(N, tiles_of(swapped), monkeypatch) == widths
+
+
+@needs_mosaic
 def test_gradient_is_that_of_the_portable_backend() -> None:
-    from jaxmoe.kernels.grouped_matmul import mosaic_gpu, portable
-
-    rows, matrices = arrays(70, (2, 32, 64), dtype=jnp.bfloat16)
-    options = {"group_sizes_G": jnp.asarray([3, 60], jnp.int32), "out_dtype": FLOAT32}
-
-    def total(function, **more):
-        return jax.grad(lambda rows, matrices: jnp.sum(function(rows, matrices, **options, **more) ** 2), (0, 1))
-
-    got = total(mosaic_gpu.grouped_matmul, interpret=True)(rows, matrices)
-    expected = total(portable.grouped_matmul)(rows, matrices)
-    for one, other in zip(got, expected, strict=True):
-        np.testing.assert_allclose(one.astype(jnp.float32), other.astype(jnp.float32), rtol=2e-2, atol=2e-2)
+    check_gradient()
 
 
 @needs_mosaic
@@ -252,7 +198,11 @@ def test_what_it_does_not_unpack() -> None:
 
 def test_a_layer_refuses_it_where_it_cannot_run() -> None:
     config = MoEConfig(num_experts=4, num_experts_per_tok=2, hidden_size=64, moe_intermediate_size=32)
-    message = "need jax 0.11.2 or newer" if OLD else r"run on Hopper GPUs \(H100, H200\); these devices are cpu"
+    message = (
+        "need jax 0.11.2 or newer"
+        if OLD
+        else r"run on Hopper and Blackwell .*\(H100, H200, B200\); these devices are cpu"
+    )
     with pytest.raises(NotImplementedError, match=message):
         MoE(config, mesh=mesh_of(1, 1, 4), kernels="mosaic_gpu")
     with pytest.raises(ValueError, match=r"one of \['mosaic_gpu', .*'portable', 'reference'.*\]; got 'fast'"):

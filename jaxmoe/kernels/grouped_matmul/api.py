@@ -46,7 +46,10 @@ class GPUBackend(NamedTuple):
 
 GPU_BACKENDS = {
     "mosaic_gpu": GPUBackend(
-        "jaxmoe.kernels.grouped_matmul.mosaic_gpu", (0, 11, 2), range(9, 10), "Hopper GPUs (H100, H200)"
+        "jaxmoe.kernels.grouped_matmul.mosaic_gpu",
+        (0, 11, 2),
+        range(9, 11),
+        "Hopper and Blackwell GPUs of data centres (H100, H200, B200)",
     ),
     "triton": GPUBackend(
         "jaxmoe.kernels.grouped_matmul.triton", (0, 10, 2), range(8, 100), "NVIDIA GPUs since Ampere (A100, H100)"
@@ -81,7 +84,8 @@ def grouped_matmul(
         out_dtype: dtype of the result, lhs_RK's by default. Sums are float32 whatever it is.
         backend: a name in `BACKENDS` or `GPU_BACKENDS`, or "auto".
         device_kind: `jax.Device.device_kind` of where it will run. A GPU backend takes the tiles that were measured to
-            be fastest there; without it, or where nothing was measured, its own choice.
+            be fastest there; without it, or where nothing was measured, its own choice. "mosaic_gpu" has a kernel of
+            its own for Blackwell, which it takes only where this says so.
 
     Returns:
         out_RN. Rows at or beyond sum(group_sizes) are zeros, whatever lhs_RK holds there.
@@ -145,7 +149,8 @@ def expert_mlp(
         out_dtype: dtype of the result, x_RD's by default. Sums are float32 whatever it is.
         backend: a name in `BACKENDS` or `GPU_BACKENDS`, or "auto".
         device_kind: `jax.Device.device_kind` of where it will run. A GPU backend takes the tiles that were measured to
-            be fastest there; without it, or where nothing was measured, its own choice.
+            be fastest there; without it, or where nothing was measured, its own choice. "mosaic_gpu" has a kernel of
+            its own for Blackwell, which it takes only where this says so.
 
     Returns:
         y_RD. Rows at or beyond sum(group_sizes) are zeros, whatever x_RD holds there.

@@ -1,11 +1,12 @@
-"""The backend for Hopper GPUs: tensor cores through Pallas Mosaic GPU.
+"""The backend for Hopper and Blackwell GPUs of data centres: tensor cores through Pallas Mosaic GPU.
 
 Gate, up, their biases and the activation are one kernel, the second product with its bias another. Matrices stay
 (out, in) and rows where they are: nothing is copied, transposed or padded first. `tiles` has the two regimes, for many and
-for few rows a group; `packed` what is done with 8-bit and 4-bit matrices.
+for few rows a group; `packed` what is done with 8-bit and 4-bit matrices, on Hopper only; `kernel` is Hopper's and
+`blackwell` Blackwell's, which the kind of device chooses.
 
-Status: right in the interpreter, and built for an H100 by ptxas with no register spilled at the tiles it chooses; it has
-not run on a GPU, so nothing of it is timed, and "auto" does not choose it.
+Status: right in the interpreter, and built for H100 and B200 by ptxas with no register spilled at the tiles it chooses; it
+has not run on a GPU, so nothing of it is timed, and "auto" does not choose it.
 """
 
 from jaxmoe.kernels.grouped_matmul.mosaic_gpu.backend import expert_mlp, grouped_matmul, problem_of

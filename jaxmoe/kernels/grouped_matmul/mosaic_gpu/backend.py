@@ -11,7 +11,8 @@ from jaxmoe.kernels.grouped_matmul import portable
 from jaxmoe.kernels.grouped_matmul.activations import KERNEL_ACTIVATIONS, Combine
 from jaxmoe.kernels.grouped_matmul.borrowed_gradient import with_gradient_of
 from jaxmoe.kernels.grouped_matmul.group_tiles import ALIGNMENT, tile_groups
-from jaxmoe.kernels.grouped_matmul.mosaic_gpu.kernel import multiply
+from jaxmoe.kernels.grouped_matmul.mosaic_gpu import blackwell, kernel
+from jaxmoe.kernels.grouped_matmul.mosaic_gpu.blackwell_tiles import BlackwellProblem, is_blackwell
 from jaxmoe.kernels.grouped_matmul.mosaic_gpu.tiles import Problem, Tiles, choose_tiles
 from jaxmoe.kernels.grouped_matmul.quantized import FORMATS, Matrices, QuantizedStack
 from jaxmoe.kernels.grouped_matmul.tile_table import measured_tiles
@@ -32,7 +33,8 @@ def grouped_matmul(
 
     def forward(arrays: Any, group_sizes_G: jax.Array) -> jax.Array:
         lhs_RK, rhs_GNK = arrays
-        return _product(lhs_RK, rhs_GNK, None, group_sizes_G, _identity, 1, out_dtype, (tiles, measured), interpret)
+        options = (out_dtype, (tiles, measured), device_kind, interpret)
+        return _product(lhs_RK, rhs_GNK, None, group_sizes_G, _identity, 1, *options)
 
     def same(arrays: Any, group_sizes_G: jax.Array) -> jax.Array:
         lhs_RK, rhs_GNK = arrays
@@ -68,10 +70,10 @@ def expert_mlp(
 
     def forward(arrays: Any, group_sizes_p: jax.Array) -> jax.Array:
         x_RD, w_up, w_down, b_up, b_down = arrays
-        h_RF = _product(x_RD, w_up, b_up, group_sizes_p, finish, halves, x_RD.dtype, (tiles[0], measured_up), interpret)
-        return _product(
-            h_RF, w_down, b_down, group_sizes_p, _identity, 1, out_dtype, (tiles[1], measured_down), interpret
-        )
+        up = (x_RD.dtype, (tiles[0], measured_up), device_kind, interpret)
+        down = (out_dtype, (tiles[1], measured_down), device_kind, interpret)
+        h_RF = _product(x_RD, w_up, b_up, group_sizes_p, finish, halves, *up)
+        return _product(h_RF, w_down, b_down, group_sizes_p, _identity, 1, *down)
 
     def same(arrays: Any, group_sizes_p: jax.Array) -> jax.Array:
         x_RD, w_up, w_down, b_up, b_down = arrays
@@ -83,8 +85,10 @@ def expert_mlp(
     return _owned_only(with_gradient_of(same, forward, arrays, group_sizes_p), group_sizes_p)
 
 
-def problem_of(rows: jax.Array, matrices: Matrices, halves: int, out_dtype: jnp.dtype) -> Problem:
-    """What tiles are chosen for, of rows [R, K] and matrices [G, halves·N, K].
+def problem_of(
+    rows: jax.Array, matrices: Matrices, halves: int, out_dtype: jnp.dtype, device_kind: str | None = None
+) -> Problem:
+    """What tiles are chosen for, of rows [R, K] and matrices [G, halves·N, K]; on Hopper, unless `device_kind` is newer.
 
     Raises:
         NotImplementedError: the kernel does not multiply those dtypes, or matrices so packed.
@@ -98,9 +102,15 @@ def problem_of(rows: jax.Array, matrices: Matrices, halves: int, out_dtype: jnp.
             f"the mosaic_gpu kernel multiplies rows of {names}{' with packed matrices' if packed else ''}; got "
             f"{rows.dtype}: use the portable one"
         )
-    problem = Problem(R=rows.shape[0], G=G, halves=halves, N=N // halves, K=K, out_bytes=jnp.dtype(out_dtype).itemsize)
+    kind = BlackwellProblem if is_blackwell(device_kind) else Problem
+    problem = kind(R=rows.shape[0], G=G, halves=halves, N=N // halves, K=K, out_bytes=jnp.dtype(out_dtype).itemsize)
     if not isinstance(matrices, QuantizedStack):
         return problem
+    if kind is BlackwellProblem:
+        raise NotImplementedError(
+            f"the mosaic_gpu kernel takes no packed matrices on Blackwell ({device_kind}), here {matrices.format}: use the "
+            "portable one, or `dequantize` them first"
+        )
     if matrices.zero_points is not None:
         raise NotImplementedError(
             "the mosaic_gpu kernel takes no zero points with packed matrices: use the portable one, which does"
@@ -117,6 +127,7 @@ def _product(
     halves: int,
     out_dtype: jnp.dtype,
     given_or_measured: tuple[Tiles | None, Tiles | None],
+    device_kind: str | None,
     interpret: bool,
 ) -> jax.Array:
     """The kernel on rows [R, K] and matrices [G, halves·N, K]; anything in rows that no group owns."""
@@ -124,7 +135,7 @@ def _product(
     N = matrices_GNK.shape[1] // halves
     if 0 in (R, G, N, K):
         return jnp.zeros((R, N), out_dtype)
-    problem = problem_of(rows_RK, matrices_GNK, halves, out_dtype)
+    problem = problem_of(rows_RK, matrices_GNK, halves, out_dtype, device_kind)
     given, measured = given_or_measured
     if given:
         problem.check(given)
@@ -136,6 +147,7 @@ def _product(
         return array.reshape(G, halves, array.shape[1] // halves, *array.shape[2:])
 
     padded = jnp.pad(rows_RK, ((0, -R % ALIGNMENT), (0, 0)))
+    multiply = blackwell.multiply if isinstance(problem, BlackwellProblem) else kernel.multiply
     out = multiply(
         padded,
         jax.tree.map(by_half, matrices_GNK),

@@ -1,4 +1,4 @@
-"""The kernel: products of tiles of rows with the matrices of their groups, and what follows them.
+"""The kernel for Hopper: products of tiles of rows with the matrices of their groups, and what follows them.
 
 A persistent grid over the multiprocessors, and in each block three warpgroups: one keeps bringing tiles of rows and of
 matrices to shared memory, by the tensor memory accelerator; two multiply them by wgmma. The loader runs ahead over the ends
@@ -15,15 +15,21 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
-from jax.experimental.pallas import mosaic_gpu
 
 from jaxmoe.kernels.grouped_matmul.group_tiles import ALIGNMENT, GroupTiles
 from jaxmoe.kernels.grouped_matmul.mosaic_gpu.packed import EXPAND, scale_number
+from jaxmoe.kernels.grouped_matmul.mosaic_gpu.pipeline import (
+    copy_rows_out,
+    count_tiles,
+    drain,
+    each_tile,
+    load,
+    plgpu,
+    swizzled,
+    write,
+)
 from jaxmoe.kernels.grouped_matmul.mosaic_gpu.tiles import WARPGROUPS, WGMMA_ROWS, Tiles
 from jaxmoe.kernels.grouped_matmul.quantized import QuantizedStack
-
-# Its types are still moving, and a checker would hold them against us.
-plgpu: Any = mosaic_gpu
 
 # Multiprocessors of H100 and H200 SXM; with fewer, some work longer.
 MULTIPROCESSORS = 132
@@ -117,10 +123,10 @@ def _scratch(call: Call, H: int, row_dtype: Any, matrix_dtype: Any, out_dtype: A
     tiles, parts = call.tiles, call.parts
     row_width = (call.chunk if call.format else tiles.k) // parts
     # The interpreter reads no swizzled tile into registers.
-    matrix_layout = () if call.interpret and call.format else _swizzled(tiles.k // parts, matrix_dtype)
+    matrix_layout = () if call.interpret and call.format else swizzled(tiles.k // parts, matrix_dtype)
     scratch = {
         "row_tiles": plgpu.SMEM(
-            (tiles.stages, parts, tiles.m, tiles.k // parts), row_dtype, transforms=_swizzled(row_width, row_dtype)
+            (tiles.stages, parts, tiles.m, tiles.k // parts), row_dtype, transforms=swizzled(row_width, row_dtype)
         ),
         "matrix_tiles": plgpu.SMEM(
             (tiles.stages, H, tiles.n, tiles.k // parts), matrix_dtype, transforms=matrix_layout
@@ -139,17 +145,10 @@ def _kernel(*refs: Any, call: Call, **scratch: Any) -> None:
     tiles = call.tiles
     H, N = matrices.shape[1:3]
     steps, column_tiles = rows.shape[2] * call.parts // tiles.k, pl.cdiv(N, tiles.n)
-    here, everywhere = lax.axis_index("multiprocessor"), lax.axis_size("multiprocessor")
-    own_tiles = lax.div(used[0] * column_tiles - here + everywhere - 1, everywhere)
 
-    def each_tile(body: Callable[[Any, Any, Any], None]) -> None:
+    def each(body: Callable[[Any, Any, Any], None]) -> None:
         """body(number of the first stage, row tile, first output) for this block's tiles."""
-
-        def one(i: Any, _: Any) -> None:
-            row_tile, column_tile = _place(here + i * everywhere, used[0], column_tiles, tiles.band)
-            body(i * steps, row_tile, column_tile * tiles.n)
-
-        lax.fori_loop(0, own_tiles, one, None)
+        each_tile(used[0], column_tiles, tiles.band, lambda i, row, column: body(i * steps, row, column * tiles.n))
 
     warpgroup = lax.axis_index("warpgroup")
 
@@ -157,19 +156,19 @@ def _kernel(*refs: Any, call: Call, **scratch: Any) -> None:
     def _() -> None:
         plgpu.set_max_registers(_LOADER_REGISTERS, action="decrease")
 
-        @each_tile
+        @each
         def _(first_stage: Any, row_tile: Any, column: Any) -> None:
             row = blocks[row_tile] * ALIGNMENT
             matrix = matrices.at[groups[row_tile]]
-            _load(call, steps, first_stage, rows.at[:, pl.ds(row, tiles.m)], matrix, column, **scratch)
+            load(steps, first_stage, rows.at[:, pl.ds(row, tiles.m)], matrix, column, **scratch)
 
-        _drain(call, own_tiles * steps, scratch["emptied"])
+        drain(count_tiles(used[0], column_tiles) * steps, tiles.stages, scratch["emptied"])
 
     @pl.when(warpgroup < WARPGROUPS)
     def _() -> None:
         plgpu.set_max_registers(_COMPUTE_REGISTERS, action="increase")
 
-        @each_tile
+        @each
         def _(first_stage: Any, row_tile: Any, column: Any) -> None:
             group, row = groups[row_tile], blocks[row_tile] * ALIGNMENT
             first, last = skips[row_tile], skips[row_tile] + sizes[row_tile]
@@ -183,48 +182,6 @@ def _kernel(*refs: Any, call: Call, **scratch: Any) -> None:
             _store(call, result, scratch["results"], out, row, first, last, column)
 
         plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-
-
-def _place(number: Any, row_tiles: Any, column_tiles: int, band: int) -> tuple[Any, Any]:
-    """Row and column tile of a number: down the row tiles of a band, then on to the next columns, then the next band."""
-    first = lax.div(number, band * column_tiles) * band
-    height = jnp.minimum(row_tiles - first, band)
-    inside = number - first * column_tiles
-    return first + lax.rem(inside, height), lax.div(inside, height)
-
-
-def _load(call: Call, steps: int, first_stage: Any, rows: Any, matrix: Any, column: Any, **scratch: Any) -> None:
-    """Bring the stages of one tile to shared memory, each as soon as its place has been emptied."""
-    tiles, width = call.tiles, call.tiles.k // call.parts
-
-    def one(step: Any, nothing: Any) -> None:
-        del nothing
-        stage = first_stage + step
-        slot = lax.rem(stage, tiles.stages)
-        filled, inner = scratch["filled"].at[slot], pl.ds(step * width, width)
-
-        @pl.when(stage >= tiles.stages)
-        def _() -> None:
-            plgpu.barrier_wait(scratch["emptied"].at[slot])
-
-        for part in range(call.parts):
-            plgpu.copy_gmem_to_smem(rows.at[part, :, inner], scratch["row_tiles"].at[slot, part], filled)
-        for h in range(matrix.shape[0]):
-            outputs = matrix.at[h, pl.ds(column, tiles.n), inner]
-            plgpu.copy_gmem_to_smem(outputs, scratch["matrix_tiles"].at[slot, h], filled)
-
-    lax.fori_loop(0, steps, one, None)
-
-
-def _drain(call: Call, stages: Any, emptied: Any) -> None:
-    """Wait for the last of all stages to be given back, so that no barrier is left with an arrival that nobody saw."""
-    pending = jnp.minimum(stages, call.tiles.stages)
-
-    def one(i: Any, nothing: Any) -> None:
-        del nothing
-        plgpu.barrier_wait(emptied.at[lax.rem(stages - pending + i, call.tiles.stages)])
-
-    lax.fori_loop(0, pending, one, None)
 
 
 def _sum(call: Call, H: int, steps: int, first_stage: Any, **scratch: Any) -> list[jax.Array]:
@@ -329,48 +286,16 @@ def _add_bias(call: Call, sums: jax.Array, bias: Any, column: Any) -> jax.Array:
 
 
 def _store(call: Call, result: jax.Array, results: Any, out: Any, row: Any, first: Any, last: Any, column: Any) -> None:
-    """Write the rows from `first` to `last` of a tile that begins at `row`.
-
-    A copy has a static number of rows, so the number wanted is made up of powers of two. Outputs beyond the matrix are
-    left out by the accelerator.
-    """
+    """Write the rows from `first` to `last` of a tile that begins at `row`."""
     warpgroup, height = lax.axis_index("warpgroup"), call.own_shape[0]
     plgpu.wait_smem_to_gmem(0, wait_read_only=True)
     if call.tiles.swapped:
         # Neighbours along the rows of a tile change hands, for registers are stored in pairs.
         transposed = plgpu.layout_cast(result, plgpu.Layout.WGMMA_TRANSPOSED)
-        _write(results.at[warpgroup].T, transposed)
-        tile_rows, above = call.tiles.m, jnp.int32(0)
-        outputs = pl.ds(column + warpgroup * height, height)
+        write(results.at[warpgroup].T, transposed)
+        above, column = jnp.int32(0), column + warpgroup * height
     else:
-        _write(results.at[warpgroup], result)
-        tile_rows, above = height, warpgroup * height
-        outputs = pl.ds(column, call.own_shape[1])
+        write(results.at[warpgroup], result)
+        above = warpgroup * height
     plgpu.commit_smem()
-    start = jnp.clip(first - above, 0, tile_rows)
-    count = jnp.clip(last - above, 0, tile_rows) - start
-    piece = 1 << (tile_rows.bit_length() - 1)
-    while piece:
-
-        @pl.when(count & piece != 0)
-        def _(start: Any = start, piece: int = piece) -> None:
-            piece_rows = results.at[warpgroup, pl.ds(start, piece)]
-            plgpu.copy_smem_to_gmem(piece_rows, out.at[pl.ds(row + above + start, piece), outputs])
-
-        start += count & piece
-        piece //= 2
-
-
-def _write(shared: Any, value: jax.Array) -> None:
-    """Store to shared memory that is not swizzled, so not free of bank conflicts: jax since 0.12 wants to be told."""
-    if hasattr(plgpu, "store"):
-        plgpu.store(shared, value, optimized=False)
-    else:
-        shared[...] = value
-
-
-def _swizzled(width: int, dtype: Any) -> tuple[Any, ...]:
-    """The layout in shared memory that the accelerator writes and wgmma reads without bank conflicts."""
-    itemsize = jnp.dtype(dtype).itemsize
-    swizzle = plgpu.find_swizzle(width * itemsize * 8)
-    return plgpu.TilingTransform((ALIGNMENT, swizzle // itemsize)), plgpu.SwizzleTransform(swizzle)
+    copy_rows_out(results.at[warpgroup], out, row + above, first - above, last - above, column)

@@ -1,4 +1,4 @@
-"""Sizes of the tiles that a block of the kernel works on, and which are chosen where nobody has measured any."""
+"""Sizes of the tiles that a block of a kernel works on, and which are chosen where nobody has measured any; on Hopper."""
 
 import dataclasses
 import itertools
@@ -74,6 +74,11 @@ class Problem:
         """
         return not self.packed and self.N % 64 == 0
 
+    @property
+    def row_sizes(self) -> tuple[int, ...]:
+        """Rows of tiles that are `swapped`: those worth trying."""
+        return (16, 32, 64, 128)
+
     def shared_bytes(self, tiles: Tiles) -> int:
         """Shared memory that those tiles need."""
         stage = tiles.m * tiles.k * self.row_bytes + self.halves * tiles.n * tiles.k * self.weight_bits // 8
@@ -121,7 +126,8 @@ def choose_tiles(problem: Problem) -> Tiles:
     if rows > 64 and problem.rows_may_lead:
         tiles = Tiles(m=128, n=128 if problem.halves == 2 or problem.N <= 128 else 256, k=k, stages=1)
     else:
-        m = next((m for m in (16, 32, 64) if rows <= m // 2), 128)
+        *sizes, largest = problem.row_sizes
+        m = next((m for m in sizes if rows <= m // 2), largest)
         tiles = Tiles(m=m, n=128, k=k, stages=1, swapped=True)
         while tiles.m > 16 and not problem.fits(tiles):
             tiles = dataclasses.replace(tiles, m=tiles.m // 2)
@@ -135,7 +141,7 @@ def candidate_tiles(problem: Problem) -> list[Tiles]:
         NotImplementedError: as of `choose_tiles`.
     """
     k = inner_tile(problem)
-    shapes = [(m, n, True) for m, n in itertools.product((16, 32, 64, 128), (128, 256))]
+    shapes = [(m, n, True) for m, n in itertools.product(problem.row_sizes, (128, 256))]
     if problem.rows_may_lead:
         shapes += [(m, n, False) for m, n in itertools.product((128, 256), (64, 128, 256))]
     tiles = [

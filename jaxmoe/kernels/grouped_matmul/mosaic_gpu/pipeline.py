@@ -1,0 +1,148 @@
+"""What the kernels of both generations do alike: which tiles a block has, how they come to shared memory, how results leave.
+
+Letters beyond the design's: H halves (gate and up, or one), I row tiles.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu
+
+from jaxmoe.kernels.grouped_matmul.group_tiles import ALIGNMENT
+
+# Its types are still moving, and a checker would hold them against us.
+plgpu: Any = mosaic_gpu
+
+
+def count_tiles(row_tiles: Any, column_tiles: int) -> Any:
+    """Tiles that are this block's: every so many-th, by the number of blocks."""
+    here, everywhere = lax.axis_index("multiprocessor"), lax.axis_size("multiprocessor")
+    return lax.div(row_tiles * column_tiles - here + everywhere - 1, everywhere)
+
+
+def each_tile(row_tiles: Any, column_tiles: int, band: int, body: Callable[[Any, Any, Any], None]) -> None:
+    """body(number among this block's, row tile, column tile) for this block's tiles."""
+    here, everywhere = lax.axis_index("multiprocessor"), lax.axis_size("multiprocessor")
+
+    def one(i: Any, nothing: Any) -> None:
+        del nothing
+        body(i, *place(here + i * everywhere, row_tiles, column_tiles, band))
+
+    lax.fori_loop(0, count_tiles(row_tiles, column_tiles), one, None)
+
+
+def place(number: Any, row_tiles: Any, column_tiles: int, band: int) -> tuple[Any, Any]:
+    """Row and column tile of a number: down the row tiles of a band, then on to the next columns, then the next band."""
+    first = lax.div(number, band * column_tiles) * band
+    height = jnp.minimum(row_tiles - first, band)
+    inside = number - first * column_tiles
+    return first + lax.rem(inside, height), lax.div(inside, height)
+
+
+def load(
+    steps: int,
+    first_stage: Any,
+    rows: Any,
+    matrix: Any,
+    column: Any,
+    *,
+    row_tiles: Any,
+    matrix_tiles: Any,
+    filled: Any,
+    emptied: Any,
+    **others: Any,
+) -> None:
+    """Bring the stages of one tile to shared memory, each as soon as its place has been emptied.
+
+    Args:
+        steps: stages of the tile.
+        first_stage: its first one, counted from the block's first.
+        rows: of the tile, [parts, m, inner numbers of a part]; see `packed` for more than one.
+        matrix: of its group, [H, N, inner numbers of a part].
+        column: first output of the tile.
+        row_tiles: where they go, [stages, parts, m, k of a part].
+        matrix_tiles: [stages, H, n, k of a part].
+        filled: barriers of the stages, which the copies arrive at.
+        emptied: barriers of the stages, which whoever multiplies arrives at.
+        others: scratch that loading has nothing to do with.
+    """
+    del others
+    stages, parts, _, width = row_tiles.shape
+    _, halves, n, _ = matrix_tiles.shape
+
+    def one(step: Any, nothing: Any) -> None:
+        del nothing
+        stage = first_stage + step
+        slot = lax.rem(stage, stages)
+        inner = pl.ds(step * width, width)
+
+        @pl.when(stage >= stages)
+        def _() -> None:
+            plgpu.barrier_wait(emptied.at[slot])
+
+        for part in range(parts):
+            plgpu.copy_gmem_to_smem(rows.at[part, :, inner], row_tiles.at[slot, part], filled.at[slot])
+        for h in range(halves):
+            outputs = matrix.at[h, pl.ds(column, n), inner]
+            plgpu.copy_gmem_to_smem(outputs, matrix_tiles.at[slot, h], filled.at[slot])
+
+    lax.fori_loop(0, steps, one, None)
+
+
+def drain(uses: Any, slots: int, barriers: Any) -> None:
+    """Wait for the last use of each slot to end, so that no barrier is left with an arrival that nobody saw."""
+    pending = jnp.minimum(uses, slots)
+
+    def one(i: Any, nothing: Any) -> None:
+        del nothing
+        plgpu.barrier_wait(barriers.at[lax.rem(uses - pending + i, slots)])
+
+    lax.fori_loop(0, pending, one, None)
+
+
+def copy_rows_out(results: Any, out: Any, row: Any, first: Any, last: Any, column: Any) -> None:
+    """Copy the rows from `first` to `last` of results in shared memory, which begin at [row, column] of `out`; no wait.
+
+    A copy has a static number of rows, so the number wanted is made up of powers of two. Outputs beyond the matrix are
+    left out by the accelerator, but not where it copies a single row: that is made one run of bytes, which would go on
+    into the next row. `column` is a multiple of the results' width. All of it is one group to `wait_smem_to_gmem`.
+    """
+    (height, width), N = results.shape, out.shape[1]
+    start = jnp.clip(first, 0, height)
+    count = jnp.clip(last, 0, height) - start
+
+    def copy(when: Any, start: Any, rows: int, outputs: int) -> None:
+        @pl.when((count & rows != 0) & when)
+        def _() -> None:
+            source = results.at[pl.ds(start, rows), pl.ds(0, outputs)]
+            target = out.at[pl.ds(row + start, rows), pl.ds(column, outputs)]
+            plgpu.copy_smem_to_gmem(source, target, commit_group=False)
+
+    rows = 1 << (height.bit_length() - 1)
+    while rows > 1:
+        copy(True, start, rows, width)
+        start += count & rows
+        rows //= 2
+    copy(column + width <= N, start, 1, width)
+    if N % width:
+        copy((column < N) & (column + width > N), start, 1, N % width)
+    plgpu.commit_smem_to_gmem_group()
+
+
+def write(shared: Any, value: jax.Array) -> None:
+    """Store to shared memory that is not swizzled, so not free of bank conflicts: jax since 0.12 wants to be told."""
+    if hasattr(plgpu, "store"):
+        plgpu.store(shared, value, optimized=False)
+    else:
+        shared[...] = value
+
+
+def swizzled(width: int, dtype: Any) -> tuple[Any, ...]:
+    """The layout in shared memory that the accelerator writes and tensor cores read without bank conflicts."""
+    itemsize = jnp.dtype(dtype).itemsize
+    swizzle = plgpu.find_swizzle(width * itemsize * 8)
+    return plgpu.TilingTransform((ALIGNMENT, swizzle // itemsize)), plgpu.SwizzleTransform(swizzle)

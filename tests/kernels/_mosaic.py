@@ -1,0 +1,117 @@
+"""What the tests of the Mosaic GPU kernels share: exact products, and checks that both generations have to pass."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxmoe.kernels.grouped_matmul import QuantizedStack
+from jaxmoe.kernels.grouped_matmul.activations import combine_halves
+
+OLD = jax.__version_info__ < (0, 11, 2)
+needs_mosaic = pytest.mark.skipif(OLD, reason="the kernel is written for jax 0.11.2 and newer")
+FLOAT32 = jnp.dtype(jnp.float32)
+
+# Empty groups; groups of less than a tile and of more, over several tiles, none at a multiple of 8; rows that no group owns;
+# a number of rows that is no multiple of 8.
+SIZES = [([5, 0, 130, 1], 141), ([0, 0, 0], 24), ([1, 1, 1, 1], 4), ([0, 9, 0, 23], 32)]
+# Activation, its limit, and whether there is a gate.
+MLPS = [("silu", None, True), ("gelu", None, True), ("clamped_swiglu", 1.5, True), ("relu2", None, False)]
+
+
+def arrays(R, *shapes, dtype):
+    rng = np.random.default_rng(0)
+    rows = rng.normal(size=(R, shapes[0][-1]))
+    return [jnp.asarray(rows, dtype), *(jnp.asarray(rng.normal(size=s) / np.sqrt(s[-1]), dtype) for s in shapes)]
+
+
+def exact(rows, matrices, sizes):
+    """The product in float64."""
+    rows, matrices = np.asarray(rows, np.float64), np.asarray(matrices, np.float64)
+    out, start = np.zeros((len(rows), matrices.shape[1])), 0
+    for group, size in enumerate(sizes):
+        out[start : start + size] = rows[start : start + size] @ matrices[group].T
+        start += size
+    return out
+
+
+def packed_stack(format, block, scale_dtype, G, N, K, seed=0):
+    rng = np.random.default_rng(seed)
+    if format == "float8_e4m3fn":
+        values = jnp.asarray(rng.normal(size=(G, N, K)), jnp.float8_e4m3fn)
+    else:
+        values = jnp.asarray(rng.integers(0, 256, (G, N, K // 2)), jnp.uint8)
+    shape = (G, N // block[0], K // block[1])
+    if scale_dtype == "uint8":
+        scales = jnp.asarray(rng.integers(120, 126, shape), jnp.uint8)
+    else:
+        scales = jnp.asarray(rng.uniform(0.01, 0.1, shape), scale_dtype)
+    return QuantizedStack(values=values, scales=scales, format=format, block=block)
+
+
+def check_product(sizes, R, N, dtype, **options) -> None:
+    """Against the product in float64, with NaN in the rows that no group owns."""
+    from jaxmoe.kernels.grouped_matmul import mosaic_gpu
+
+    rows, matrices = arrays(R, (len(sizes), N, 96), dtype=dtype)
+    rows = rows.at[sum(sizes) :].set(jnp.nan)
+    out = mosaic_gpu.grouped_matmul(
+        rows, matrices, jnp.asarray(sizes, jnp.int32), out_dtype=FLOAT32, interpret=True, **options
+    )
+    np.testing.assert_allclose(out, exact(rows.at[sum(sizes) :].set(0), matrices, sizes), atol=1e-5)
+    assert not np.asarray(out)[sum(sizes) :].any()
+
+
+def check_mlp(activation, limit, gated, **kernel_options) -> None:
+    """With biases, against the portable backend."""
+    from jaxmoe.kernels.grouped_matmul import mosaic_gpu, portable
+
+    sizes, halves, D, F = [7, 0, 20], 2 if gated else 1, 64, 64
+    x, up, down, b_up, b_down = arrays(30, (3, halves * F, D), (3, D, F), (3, halves * F), (3, D), dtype=jnp.bfloat16)
+    options = {
+        "b_up_pN": b_up,
+        "b_down_pD": b_down,
+        "combine": combine_halves(activation, limit, gated=gated),
+        "out_dtype": FLOAT32,
+    }
+    group_sizes = jnp.asarray(sizes, jnp.int32)
+    out = mosaic_gpu.expert_mlp(x, up, down, group_sizes, **options, **kernel_options, interpret=True)
+    expected = portable.expert_mlp(x, up, down, group_sizes, **options)
+    # Both round h to bfloat16; where that falls to different sides, by one part in 2^8 of one of F terms.
+    np.testing.assert_allclose(out, expected, atol=2e-3)
+
+
+def check_gradient(**kernel_options) -> None:
+    """Against that of the portable backend."""
+    from jaxmoe.kernels.grouped_matmul import mosaic_gpu, portable
+
+    rows, matrices = arrays(70, (2, 32, 64), dtype=jnp.bfloat16)
+    options = {"group_sizes_G": jnp.asarray([3, 60], jnp.int32), "out_dtype": FLOAT32}
+
+    def total(function, **more):
+        return jax.grad(lambda rows, matrices: jnp.sum(function(rows, matrices, **options, **more) ** 2), (0, 1))
+
+    got = total(mosaic_gpu.grouped_matmul, interpret=True, **kernel_options)(rows, matrices)
+    expected = total(portable.grouped_matmul)(rows, matrices)
+    for one, other in zip(got, expected, strict=True):
+        np.testing.assert_allclose(one.astype(jnp.float32), other.astype(jnp.float32), rtol=2e-2, atol=2e-2)
+
+
+def widths_of_single_rows(N, tiles, monkeypatch, **options) -> set[int]:
+    """Outputs that are copied together where a single row is.
+
+    On a GPU such a copy is one run of bytes and would write what is beyond the matrix into the next row; the interpreter
+    leaves it out, as it does of copies of more rows.
+    """
+    from jaxmoe.kernels.grouped_matmul.mosaic_gpu import pipeline
+
+    copy, widths = pipeline.plgpu.copy_smem_to_gmem, set()
+
+    def recorded(source, target, **more):
+        if source.shape[0] == 1:
+            widths.add(source.shape[1])
+        copy(source, target, **more)
+
+    monkeypatch.setattr(pipeline.plgpu, "copy_smem_to_gmem", recorded)
+    check_product([3, 8], 16, N, jnp.bfloat16, tiles=tiles, **options)
+    return widths
