@@ -27,7 +27,7 @@ BATCH, PROMPT, LENGTH = 8, 1024, 2048
 CASES = {
     "mixtral-8x7b, tp 2 ep 4": (MIXTRAL_8X7B, "h100", 8, 1, {"tp": 2, "ep": 4}, {"prefill": 604, "decode": 213}),
     "mixtral-8x7b, tp 8 on a100": (MIXTRAL_8X7B, "a100", 8, 1, {"tp": 8}, {"prefill": 783, "decode": 2}),
-    "qwen3-30b-a3b, ep 8": (QWEN3_30B, "h100", 8, 1, {"ep": 8}, {"prefill": 346, "decode": 1}),
+    "qwen3-30b-a3b, ep 8": (QWEN3_30B, "h100", 8, 1, {"ep": 8}, {"prefill": 346, "decode": 13}),
     "qwen3-30b-a3b, tp 2 ep 4": (QWEN3_30B, "h200", 8, 1, {"tp": 2, "ep": 4}, {"prefill": 498, "decode": 2}),
     "gpt-oss-120b, tp 2 ep 4": (GPT_OSS_120B, "h100", 8, 1, {"tp": 2, "ep": 4}, {"prefill": 472, "decode": 21}),
     "deepseek-v3, ep 8": (DEEPSEEK_V3, "h200", 8, 1, {"ep": 8}, {"prefill": 1230, "decode": 7}),
