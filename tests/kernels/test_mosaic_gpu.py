@@ -128,10 +128,15 @@ def test_tiles_that_do_not_divide_the_matrices_are_refused() -> None:
     problem = mosaic_gpu.problem_of(rows, matrices, 1, FLOAT32)
     with pytest.raises(ValueError, match=r"k must divide 96; got Tiles\(m=16, n=128, k=64.*: use 32"):
         problem.check(tiles_of(True, k=64))
-    with pytest.raises(ValueError, match="m must be a multiple of 128 and n of 8"):
+    with pytest.raises(ValueError, match="m must be a multiple of 128 and n of 64"):
         problem.check(tiles_of(False, m=64))
+    with pytest.raises(ValueError, match="m must be a multiple of 128 and n of 64"):
+        problem.check(tiles_of(False, n=72))
     with pytest.raises(ValueError, match="tiles must be swapped where .* N, here 72, is no multiple of 64"):
         dataclasses.replace(problem, N=72).check(tiles_of(False))
+    packed = dataclasses.replace(problem, K=128, block=(1, 32), weight_bits=8)
+    with pytest.raises(ValueError, match="n must be 128 where matrices are packed"):
+        packed.check(tiles_of(True, n=256))
     with pytest.raises(ValueError, match="need 264192 bytes of shared memory, of 232448"):
         problem.check(tiles_of(False, stages=12))
     with pytest.raises(ValueError, match="k must divide 96"):
@@ -160,7 +165,8 @@ def test_chosen_tiles_fit(rows, halves, bits, block) -> None:
         candidates = candidate_tiles(problem)
         assert candidates[0] == chosen
         assert len(set(candidates)) == len(candidates)
-        assert all(problem.fits(tiles) for tiles in candidates)
+        for tiles in candidates:
+            problem.check(tiles)
 
 
 @needs_mosaic

@@ -18,7 +18,8 @@ class Tiles:
 
     Attributes:
         m: rows, a multiple of 8; of 128 unless `swapped`.
-        n: outputs of each of gate and up, or of a single matrix; a multiple of 128 if `swapped`, else of 8.
+        n: outputs of each of gate and up, or of a single matrix; a multiple of 128 if `swapped`, else of 64, and 128 where
+            matrices are packed.
         k: numbers of the inner dimension in a stage of the pipeline.
         stages: stages that are under way at once.
         swapped: matrices are wgmma's first operand and rows its second, for it takes 64 of the first at least, but any
@@ -79,6 +80,11 @@ class Problem:
         """Rows of tiles that are `swapped`: those worth trying."""
         return (16, 32, 64, 128)
 
+    @property
+    def column_sizes(self) -> tuple[int, ...]:
+        """Outputs of tiles that are `swapped`: those worth trying; all that there are where matrices are packed."""
+        return (128,) if self.packed else (128, 256)
+
     def shared_bytes(self, tiles: Tiles) -> int:
         """Shared memory that those tiles need."""
         stage = tiles.m * tiles.k * self.row_bytes + self.halves * tiles.n * tiles.k * self.weight_bits // 8
@@ -99,11 +105,14 @@ class Problem:
             NotImplementedError: no tiles would work, see `inner_tile`.
         """
         widest = inner_tile(self)
-        rows, outputs = (ALIGNMENT, WARPGROUPS * WGMMA_ROWS) if tiles.swapped else (WARPGROUPS * WGMMA_ROWS, ALIGNMENT)
+        # What is copied out begins at a multiple of 128 bytes in shared memory, so a row of it has 64 numbers.
+        rows, outputs = (ALIGNMENT, WARPGROUPS * WGMMA_ROWS) if tiles.swapped else (WARPGROUPS * WGMMA_ROWS, 64)
         if widest % tiles.k or self.K % tiles.k:
             raise ValueError(f"k must divide {self.K}; got {tiles}: use {widest}")
         if tiles.m % rows or tiles.n % outputs:
             raise ValueError(f"m must be a multiple of {rows} and n of {outputs}; got {tiles}")
+        if self.packed and tiles.n not in self.column_sizes:
+            raise ValueError(f"n must be 128 where matrices are packed, for a warpgroup scales 64 outputs; got {tiles}")
         if not (tiles.swapped or self.rows_may_lead):
             raise ValueError(
                 f"tiles must be swapped where matrices are packed or N, here {self.N}, is no multiple of 64; got {tiles}"
@@ -141,7 +150,7 @@ def candidate_tiles(problem: Problem) -> list[Tiles]:
         NotImplementedError: as of `choose_tiles`.
     """
     k = inner_tile(problem)
-    shapes = [(m, n, True) for m, n in itertools.product(problem.row_sizes, (128, 256))]
+    shapes = [(m, n, True) for m, n in itertools.product(problem.row_sizes, problem.column_sizes)]
     if problem.rows_may_lead:
         shapes += [(m, n, False) for m, n in itertools.product((128, 256), (64, 128, 256))]
     tiles = [
