@@ -19,12 +19,14 @@ SHAPES = {
     "gpt-oss, ep 8": (16, 2880, 2880, "clamped_swiglu", 7.0),
     "gpt-oss, tp 2 ep 4": (32, 2880, 1440, "clamped_swiglu", 7.0),
 }
-# As the checkpoints are: format, block of the first and of the second product, dtype of the scales.
-PACKED = {
-    "deepseek-v3, ep 8": ("float8_e4m3fn", (128, 128), "float32"),
-    "gpt-oss, ep 8": ("mxfp4", (1, 32), "uint8"),
-    "qwen3-30b-a3b, ep 8": ("int4", (1, 32), "bfloat16"),
-}
+# As the checkpoints are: model, format, block, dtype of the scales, and whether there are zero points.
+PACKED = [
+    ("deepseek-v3, ep 8", "float8_e4m3fn", (128, 128), "float32", False),
+    ("gpt-oss, ep 8", "mxfp4", (1, 32), "uint8", False),
+    ("qwen3-30b-a3b, ep 8", "int4", (1, 32), "bfloat16", False),
+    ("qwen3-30b-a3b, ep 8", "int4", (1, 32), "bfloat16", True),
+    ("qwen3-235b, ep 8", "int4", (1, 128), "bfloat16", True),
+]
 
 pytestmark = [
     pytest.mark.slow,
@@ -37,11 +39,13 @@ def array(*shape, dtype="bfloat16"):
     return jax.ShapeDtypeStruct(shape, jnp.dtype(dtype), sharding=on)
 
 
-def packed(shape, format, block, scale_dtype):
+def packed(shape, format, block, scale_dtype, has_zeros):
     *lead, N, K = shape
     values = array(*shape, dtype=format) if format == "float8_e4m3fn" else array(*lead, N, K // 2, dtype="uint8")
-    scales = array(*lead, N // block[0], K // block[1], dtype=scale_dtype)
-    return QuantizedStack(values=values, scales=scales, format=format, block=block)
+    blocks = (*lead, N // block[0], K // block[1])
+    zeros = array(*blocks, dtype="uint8") if has_zeros else None
+    scales = array(*blocks, dtype=scale_dtype)
+    return QuantizedStack(values=values, scales=scales, zero_points=zeros, format=format, block=block)
 
 
 def compile_mlp(up, down, rows, activation, limit, monkeypatch, capfd, out_dtype=jnp.bfloat16):
@@ -75,10 +79,12 @@ def test_published_shapes(shape, rows, gpu_compiler, monkeypatch, capfd) -> None
 
 
 @pytest.mark.parametrize("rows", [64, 8192])
-@pytest.mark.parametrize("shape", PACKED)
-def test_packed_at_published_shapes(shape, rows, gpu_compiler, monkeypatch, capfd) -> None:
+@pytest.mark.parametrize(("shape", "format", "block", "scale_dtype", "has_zeros"), PACKED)
+def test_packed_at_published_shapes(
+    shape, format, block, scale_dtype, has_zeros, rows, gpu_compiler, monkeypatch, capfd
+) -> None:
     G, D, F, activation, limit = SHAPES[shape]
-    up, down = packed((G, 2, F, D), *PACKED[shape]), packed((G, D, F), *PACKED[shape])
+    up, down = (packed(dims, format, block, scale_dtype, has_zeros) for dims in ((G, 2, F, D), (G, D, F)))
     compiled = compile_mlp(up, down, rows, activation, limit, monkeypatch, capfd)
     weights = sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves((up, down)))
     memory = compiled.memory_analysis()

@@ -87,6 +87,25 @@ def test_packed_product(format, block, scale_dtype) -> None:
 
 
 @needs_mosaic
+@pytest.mark.parametrize("block", [(1, 32), (64, 128)], ids=str)
+@pytest.mark.parametrize("most", [15, 255])  # codes go up to 15, but a zero point may be any byte
+def test_packed_product_with_zero_points(most, block) -> None:
+    from jaxmoe.kernels.grouped_matmul import mosaic_gpu
+
+    sizes, R = [5, 0, 18, 1], 30
+    stack = packed_stack("int4", block, "float32", 4, 192, 128)
+    zeros = np.random.default_rng(1).integers(0, most + 1, stack.scales.shape)
+    stack = dataclasses.replace(stack, zero_points=jnp.asarray(zeros, jnp.uint8))
+    [rows] = arrays(R, (1, 128), dtype=jnp.bfloat16)[:1]
+    out = mosaic_gpu.grouped_matmul(
+        rows, as_matrices(stack), jnp.asarray(sizes, jnp.int32), out_dtype=FLOAT32, interpret=True
+    )
+    expected = exact(rows, dequantize(stack), sizes)
+    # A difference of two codes is exact in bfloat16: again as near as with matrices of float32.
+    np.testing.assert_allclose(out, expected, rtol=1e-5, atol=1e-6 * np.abs(expected).max())
+
+
+@needs_mosaic
 def test_packed_mlp_is_the_portable_one() -> None:
     sizes = jnp.asarray([7, 0, 20], jnp.int32)
     x, b_up, b_down = arrays(30, (3, 2, 64), (3, 64), dtype=jnp.bfloat16)
@@ -194,8 +213,6 @@ def test_what_it_does_not_unpack() -> None:
     groups = packed_stack("int4", (1, 32), "bfloat16", 1, 64, 128)
     with pytest.raises(NotImplementedError, match="rows of bfloat16 with packed matrices; got float16"):
         multiply(groups, rows.astype(jnp.float16))
-    with pytest.raises(NotImplementedError, match="no zero points"):
-        multiply(dataclasses.replace(groups, zero_points=jnp.full(groups.scales.shape, 7, jnp.uint8)))
     with pytest.raises(NotImplementedError, match=r"got blocks of \(1, 16\) in matrices of 64 by 128"):
         multiply(packed_stack("int4", (1, 16), "bfloat16", 1, 64, 128))
     with pytest.raises(NotImplementedError, match="a multiple of 64 outputs and of 64 inputs; got N=72"):

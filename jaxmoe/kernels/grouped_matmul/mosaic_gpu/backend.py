@@ -111,10 +111,6 @@ def problem_of(
             f"the mosaic_gpu kernel takes no packed matrices on Blackwell ({device_kind}), here {matrices.format}: use the "
             "portable one, or `dequantize` them first"
         )
-    if matrices.zero_points is not None:
-        raise NotImplementedError(
-            "the mosaic_gpu kernel takes no zero points with packed matrices: use the portable one, which does"
-        )
     return dataclasses.replace(problem, weight_bits=8 // FORMATS[matrices.format].per_byte, block=matrices.block)
 
 

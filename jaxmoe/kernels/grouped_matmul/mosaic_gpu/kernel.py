@@ -7,7 +7,7 @@ I row tiles.
 """
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -17,7 +17,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 
 from jaxmoe.kernels.grouped_matmul.group_tiles import ALIGNMENT, GroupTiles
-from jaxmoe.kernels.grouped_matmul.mosaic_gpu.packed import EXPAND, scale_number
+from jaxmoe.kernels.grouped_matmul.mosaic_gpu.packed import EXPAND, scale_number, zero_number
 from jaxmoe.kernels.grouped_matmul.mosaic_gpu.pipeline import (
     copy_rows_out,
     count_tiles,
@@ -46,6 +46,7 @@ class Call:
         finish: from the sums of the halves, float32, to the result; differentiable or not.
         format: of packed matrices, see `QuantizedStack`; None of others.
         block: outputs and inputs that share a scale, of packed matrices.
+        zeros: whether packed matrices have zero points of their own.
         biased: whether biases are added before `finish`.
         interpret: run in the interpreter, which multiplies from shared memory only.
     """
@@ -54,6 +55,7 @@ class Call:
     finish: Callable[..., jax.Array]
     format: str | None
     block: tuple[int, int] | None
+    zeros: bool
     biased: bool
     interpret: bool
 
@@ -97,11 +99,13 @@ def multiply(
         finish=finish,
         format=packed.format if packed else None,
         block=packed.block if packed else None,
+        zeros=packed is not None and packed.zero_points is not None,
         biased=biases_GHN is not None,
         interpret=interpret,
     )
     _, H, N, _ = matrices_GHNK.shape
-    stored: list[Any] = [packed.values, packed.scales] if packed else [matrices_GHNK]
+    # Values, scales and zero points of what is packed.
+    stored: list[Any] = jax.tree.leaves(matrices_GHNK)
     rows = jnp.moveaxis(rows_RK.reshape(R, K // call.parts, call.parts), -1, 0)
     if biases_GHN is not None:  # read without bounds, unlike what the accelerator copies
         stored.append(jnp.pad(biases_GHN, ((0, 0), (0, 0), (0, -N % tiles.n))))
@@ -136,7 +140,7 @@ def _scratch(call: Call, H: int, row_dtype: Any, matrix_dtype: Any, out_dtype: A
         "emptied": plgpu.Barrier(num_arrivals=WARPGROUPS, num_barriers=tiles.stages),
     }
     if call.interpret and call.format:
-        scratch["expanded"] = plgpu.SMEM((WARPGROUPS, parts, WGMMA_ROWS, tiles.k // parts), jnp.bfloat16)
+        scratch["expanded"] = plgpu.SMEM((WARPGROUPS, parts, WGMMA_ROWS, row_width), jnp.bfloat16)
     return scratch
 
 
@@ -173,7 +177,8 @@ def _kernel(*refs: Any, call: Call, **scratch: Any) -> None:
             group, row = groups[row_tile], blocks[row_tile] * ALIGNMENT
             first, last = skips[row_tile], skips[row_tile] + sizes[row_tile]
             if call.format:
-                sums = _sum_packed(call, H, steps, first_stage, others[0].at[group], column, **scratch)
+                of_blocks = [ref.at[group] for ref in others[: 1 + call.zeros]]
+                sums = _sum_packed(call, H, steps, first_stage, of_blocks, column, **scratch)
             else:
                 sums = _sum(call, H, steps, first_stage, **scratch)
             if call.biased:
@@ -216,12 +221,14 @@ def _sum(call: Call, H: int, steps: int, first_stage: Any, **scratch: Any) -> li
 
 
 def _sum_packed(
-    call: Call, H: int, steps: int, first_stage: Any, scales: Any, column: Any, **scratch: Any
+    call: Call, H: int, steps: int, first_stage: Any, of_blocks: list[Any], column: Any, **scratch: Any
 ) -> list[jax.Array]:
     """The same of packed matrices: sums over inputs that share a scale are scaled in float32 and then added up.
 
-    Expanded numbers have few digits, so nothing is rounded before the sums.
+    Expanded numbers have few digits, zero points taken off or not, so nothing is rounded before the sums. `of_blocks` are
+    scales and, if any, zero points.
     """
+    scales, *zeros = of_blocks
     tiles, shape, chunk = call.tiles, call.own_shape, call.chunk
     assert call.format is not None
     assert call.block is not None
@@ -231,27 +238,33 @@ def _sum_packed(
     first_output = jnp.minimum(column + warpgroup * WGMMA_ROWS, scales.shape[1] * bn - WGMMA_ROWS)
     width = chunk // call.parts
 
-    def scale(h: int, inner: Any) -> jax.Array:
+    def of_block(ref: Any, decode: Callable[[jax.Array], jax.Array], columns: int, h: int, inner: Any) -> jax.Array:
+        """A block's number; where each output has its own, as an array of so many columns."""
         if bn > 1:
-            return scale_number(scales[h, lax.div(first_output, bn), inner])
-        outputs = scales.at[h, pl.ds(first_output, WGMMA_ROWS), inner]
-        return lax.broadcast_in_dim(scale_number(plgpu.load(outputs, optimized=False)), shape, (0,))
+            return decode(ref[h, lax.div(first_output, bn), inner])
+        outputs = plgpu.load(ref.at[h, pl.ds(first_output, WGMMA_ROWS), inner], optimized=False)
+        return lax.broadcast_in_dim(decode(outputs), (WGMMA_ROWS, columns), (0,))
 
     def one(step: Any, sums: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
         slot = lax.rem(first_stage + step, tiles.stages)
         chunks = range(tiles.k // chunk)
         # Read before the wait, for they come from far.
-        scale_Hc = [[scale(h, lax.div(step * tiles.k + c * chunk, bk)) for c in chunks] for h in range(H)]
+        blocks = [[(h, lax.div(step * tiles.k + c * chunk, bk)) for c in chunks] for h in range(H)]
+        scale_Hc = [[of_block(scales, scale_number, tiles.m, *at) for at in of_half] for of_half in blocks]
+        zero_Hc = [[of_block(zeros[0], zero_number, width, *at) for at in of_half] for of_half in blocks if zeros]
         plgpu.barrier_wait(scratch["filled"].at[slot])
         scaled = list(sums)
         for h in range(H):
             expanded = expand(scratch["matrix_tiles"][slot, h, own])
             for c in chunks:
                 inner = slice(c * width, (c + 1) * width)
+                matrices = [matrix[:, inner] for matrix in expanded] if len(chunks) > 1 else expanded
+                if zeros:
+                    matrices = [matrix - zero_Hc[h][c] for matrix in matrices]
 
-                def product(sum_ref: Any, expanded: Any = expanded, inner: slice = inner) -> jax.Array:
-                    for part, matrix in enumerate(expanded):
-                        first = _first_operand(call, scratch, part, matrix, inner)
+                def product(sum_ref: Any, matrices: Sequence[jax.Array] = matrices, inner: slice = inner) -> jax.Array:
+                    for part, matrix in enumerate(matrices):
+                        first = _first_operand(call, scratch, part, matrix)
                         plgpu.wgmma(sum_ref, first, scratch["row_tiles"].at[slot, part, :, inner].T)
                     plgpu.wgmma_wait(0)
                     return sum_ref[...]
@@ -263,13 +276,13 @@ def _sum_packed(
     return list(lax.fori_loop(0, steps, one, tuple(jnp.zeros(shape, jnp.float32) for _ in range(H))))
 
 
-def _first_operand(call: Call, scratch: dict[str, Any], part: int, matrix: jax.Array, inner: slice) -> Any:
+def _first_operand(call: Call, scratch: dict[str, Any], part: int, matrix: jax.Array) -> Any:
     """A part of an expanded tile for wgmma: registers; in the interpreter, which takes none, shared memory."""
     if not call.interpret:
-        return matrix if matrix.shape[1] == inner.stop - inner.start else matrix[:, inner]
+        return matrix
     staged = scratch["expanded"].at[lax.axis_index("warpgroup"), part]
     staged[...] = matrix
-    return staged.at[:, inner]
+    return staged
 
 
 def _own(call: Call) -> Any:

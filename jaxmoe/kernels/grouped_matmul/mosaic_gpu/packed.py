@@ -48,3 +48,8 @@ def scale_number(scale: jax.Array) -> jax.Array:
         return scale.astype(jnp.float32)
     exponent = scale.astype(jnp.int32).astype(jnp.float32)
     return jnp.where(exponent == 255, jnp.nan, jnp.exp2(exponent - 127))
+
+
+def zero_number(zero: jax.Array) -> jax.Array:
+    """What is still to be taken off an expanded code of int4 where `zero` stands for zero, as bfloat16, exact."""
+    return zero.astype(jnp.int32).astype(jnp.float32).astype(jnp.bfloat16) - 8
