@@ -77,6 +77,11 @@ def test_all_patterns_of_empty_groups(backend, R):
         check_mlp(backend, R, np.array(pattern) * (R // G))
 
 
+@each_regime
+def test_the_oracle_keeps_to_it_too(R):
+    check_mlp("reference", R, np.array([2, 0, 4, 1, 0, 3]))
+
+
 @each_backend
 @each_regime
 @pytest.mark.parametrize("group", [0, 3, G - 1])

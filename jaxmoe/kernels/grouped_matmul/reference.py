@@ -15,6 +15,8 @@ def grouped_matmul(
         lhs_RK, rhs_GNK = lhs_RK.astype(jnp.float32), dequantize(rhs_GNK)
     R, (G, N, _) = lhs_RK.shape[0], rhs_GNK.shape
     row_R = jnp.arange(R)
+    # What no group owns is kept out of gradients, where it would meet zeros, and NaN times zero is NaN.
+    lhs_RK = jnp.where((row_R < jnp.sum(group_sizes_G))[:, None], lhs_RK, 0)
     out_RN = jnp.zeros((R, N), jnp.float32)
     end = jnp.int32(0)
     for g in range(G):
