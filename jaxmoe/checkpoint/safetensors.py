@@ -32,6 +32,7 @@ MAX_TENSORS = 1_000_000
 MAX_NAME_BYTES = 1024
 MAX_RANK = 8
 MAX_DIM = 2**48
+MAX_JSON_VALUES = 14 * MAX_TENSORS  # a tensor's entry has an object, two lists and up to 11 commas
 
 _LENGTH_BYTES = 8
 _FIELDS = {"dtype", "shape", "data_offsets"}
@@ -266,6 +267,8 @@ class _Header:
 def parse_json(text: str, refuse: Callable[[str, str], NoReturn]) -> Any:
     """Parse JSON without the liberties Python takes: no duplicate keys, no NaN, no negative zero, no deep nesting.
 
+    Nor more values than a header of `MAX_TENSORS` has: as objects they take up to thirty times the bytes of their text.
+
     Args:
         text: the document.
         refuse: called with (rule, value received) where it breaks one; must raise.
@@ -287,6 +290,9 @@ def parse_json(text: str, refuse: Callable[[str, str], NoReturn]) -> Any:
     def constant(name: str) -> NoReturn:
         refuse("only JSON values are allowed", f"one is {name}")
 
+    values = sum(text.count(mark) for mark in ",[{")
+    if values > MAX_JSON_VALUES:
+        refuse(f"it may have up to {MAX_JSON_VALUES} values", f"it has {values}")
     try:
         return json.loads(text, object_pairs_hook=unique, parse_int=integer, parse_constant=constant)
     except json.JSONDecodeError as error:

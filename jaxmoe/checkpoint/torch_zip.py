@@ -18,6 +18,7 @@ from jaxmoe.checkpoint.errors import CheckpointError
 
 MAX_ENTRIES = 1_000_000
 MAX_DIRECTORY_BYTES = 200_000_000
+MAX_ENTRY_NAME_BYTES = 1024
 
 _LOCAL = struct.Struct("<4s5H3I2H")
 _CENTRAL = struct.Struct("<4s6H3I5H2I")
@@ -206,6 +207,8 @@ class _Archive:
         return result
 
     def check_name(self, raw: bytes) -> str:
+        if len(raw) > MAX_ENTRY_NAME_BYTES:
+            self.refuse(f"an entry's name has at most {MAX_ENTRY_NAME_BYTES} bytes", f"{raw[:40]!r}... has {len(raw)}")
         try:
             name = raw.decode("utf-8")
         except UnicodeDecodeError:
@@ -247,7 +250,8 @@ class _Archive:
             self.refuse("the central directory must point to headers", f"at {entry.header} there is none", _CUT)
         rest = self.read(entry.header + _LOCAL.size, name_length + extra_length, what)
         size, packed = self.widen(entry.name, rest[name_length:], (size, _FULL_32), (packed, _FULL_32))
-        said = [rest[:name_length], flags, method]
+        # Cut, as a header may claim any length of name; a name that goes on is another one all the same.
+        said = [rest[: min(name_length, len(entry.raw_name) + 1)], flags, method]
         true = [entry.raw_name, entry.flags, _STORED]
         # A writer that streams does not know CRC and sizes yet when it writes the header.
         if not (entry.flags & _DESCRIPTOR_FLAG and crc == packed == size == 0):

@@ -119,6 +119,22 @@ def test_tensor_count_is_capped(tmp_path, monkeypatch):
         read_safetensors(path)
 
 
+@pytest.mark.parametrize("value", ["[],", "{},", "1,"])
+def test_values_are_counted_before_they_are_made(value, tmp_path, monkeypatch):
+    monkeypatch.setattr("jaxmoe.checkpoint.safetensors.MAX_JSON_VALUES", 1000)
+    monkeypatch.setattr("json.loads", lambda *args, **kwargs: pytest.fail("the header was parsed"))
+    path = tmp_path / "f.safetensors"
+    path.write_bytes(raw('{"a": [' + 1000 * value + "1]}", b""))
+    with pytest.raises(CheckpointError, match="must be JSON: it may have up to 1000 values; it has"):
+        read_safetensors(path)
+
+
+def test_a_header_may_have_as_many_values_as_its_tensors_need(tmp_path, monkeypatch):
+    monkeypatch.setattr("jaxmoe.checkpoint.safetensors.MAX_JSON_VALUES", 14 * 3)
+    path = write_file(tmp_path / "f.safetensors", {name: np.zeros((1,) * 8, np.float32) for name in "abc"})
+    assert list(read_safetensors(path).tensors) == ["a", "b", "c"]
+
+
 def test_tensors_are_found_where_they_are(tmp_path):
     a, b = np.arange(6, dtype=np.float32).reshape(2, 3), np.arange(3, dtype=np.uint8)
     path = write_file(tmp_path / "f.safetensors", {"b": b, "a": a}, metadata={"format": "pt"})

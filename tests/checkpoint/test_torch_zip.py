@@ -103,6 +103,7 @@ def refuse(path: Path, match: str) -> None:
     with pytest.raises(CheckpointError, match=match) as error:
         read_torch_file(path)
     assert str(path) in str(error.value)
+    assert len(str(error.value)) < 600
 
 
 # Files that torch wrote.
@@ -616,6 +617,14 @@ def test_headers_that_disagree(tmp_path: Path) -> None:
     ]:
         path.write_bytes(good)
         refuse(patched(path, (at, value)), message)
+
+
+def test_messages_show_the_start_of_a_long_name(tmp_path: Path) -> None:
+    path = archive(tmp_path / "a.bin", more={"archive/data/1": bytes(3000)})
+    local = path.read_bytes().index(b"PK\x03\x04", 30)
+    refuse(patched(path, (local + 26, struct.pack("<H", 2000))), "must agree with the central directory")
+    path = archive(tmp_path / "b.bin", more={f"archive/{'n' * 60_000}": b""})
+    refuse(path, "name has at most 1024 bytes; b'archive/n.* has 60008")
 
 
 def test_overlapping_entries(tmp_path: Path) -> None:
