@@ -50,6 +50,14 @@ class _Settings:
     head_dim: int
     max_position_embeddings: int
 
+    @property
+    def original_context(self) -> int:
+        """Positions that the model had before its context was stretched; all of them where that is not said."""
+        context = self.rope.get("original_max_position_embeddings") or self.max_position_embeddings
+        if not context:
+            raise KeyError("original_max_position_embeddings")
+        return int(context)
+
 
 def _base_frequencies(theta: float, rotary_dim: int) -> np.ndarray:
     """theta^(-2i / rotary_dim), float32 as the reference implementations compute it."""
@@ -68,8 +76,8 @@ def _linear(settings: _Settings) -> tuple[np.ndarray, float]:
 
 def _llama3(settings: _Settings) -> tuple[np.ndarray, float]:
     """Long wavelengths divided by a factor, short ones kept, those between blended (Llama 3.1)."""
-    rope = settings.rope
-    factor, original = rope["factor"], rope["original_max_position_embeddings"]
+    rope, original = settings.rope, settings.original_context
+    factor = rope["factor"]
     low, high = rope["low_freq_factor"], rope["high_freq_factor"]
     wavelengths = 2 * np.pi / settings.base
     blend = np.clip((original / wavelengths - low) / (high - low), 0, 1).astype(np.float32)
@@ -78,8 +86,7 @@ def _llama3(settings: _Settings) -> tuple[np.ndarray, float]:
 
 def _yarn(settings: _Settings) -> tuple[np.ndarray, float]:
     """YaRN (Peng et al. 2023, arXiv:2309.00071), section 3: blend by rotations over the original context."""
-    rope, dim = settings.rope, 2 * len(settings.base)
-    original = rope.get("original_max_position_embeddings") or settings.max_position_embeddings
+    rope, dim, original = settings.rope, 2 * len(settings.base), settings.original_context
     factor = rope.get("factor") or settings.max_position_embeddings / original
 
     def dim_of(rotations: float) -> float:
@@ -116,7 +123,7 @@ def _longrope(settings: _Settings, kind: str = "short") -> tuple[np.ndarray, flo
     frequencies = settings.base / np.asarray(rope[f"{kind}_factor"], np.float32)
     scale = rope.get(f"{kind}_mscale") or rope.get("attention_factor")
     if scale is None:
-        original = rope["original_max_position_embeddings"]
+        original = settings.original_context
         factor = rope.get("factor") or settings.max_position_embeddings / original
         scale = 1.0 if factor <= 1 else math.sqrt(1 + math.log(factor) / math.log(original))
     return frequencies, float(scale)
@@ -130,7 +137,7 @@ def _dynamic(settings: _Settings) -> tuple[np.ndarray, float]:
 
 def _proportional(settings: _Settings) -> tuple[np.ndarray, float]:
     """The fast ones of a whole head's frequencies; its other pairs stand still, and remain pairs of (i, i + h/2)."""
-    turning = len(settings.base)
+    turning = int(_rotating_part(settings.rope) * settings.head_dim // 2)
     frequencies = _base_frequencies(settings.theta, settings.head_dim) / np.float32(settings.rope.get("factor") or 1.0)
     return np.where(np.arange(len(frequencies)) < turning, frequencies, np.float32(0)), 1.0
 
@@ -152,7 +159,15 @@ def rope_settings(config: Mapping[str, Any]) -> dict[str, Any]:
     for name in ("rope_theta", "partial_rotary_factor"):
         if rope.get(name) is None and config.get(name) is not None:
             rope[name] = config[name]
+    # In both places it is the outer one that transformers takes.
+    if config.get("original_max_position_embeddings") is not None:
+        rope["original_max_position_embeddings"] = config["original_max_position_embeddings"]
     return rope
+
+
+def _rotating_part(rope: Mapping[str, Any]) -> float:
+    part = rope.get("partial_rotary_factor")
+    return 1.0 if part is None else float(part)
 
 
 def read_rope(
@@ -161,6 +176,7 @@ def read_rope(
     head_dim: int,
     default_theta: float,
     interleaved: bool = False,
+    partial: bool = False,
     rope: Mapping[str, Any] | None = None,
 ) -> RopeConfig:
     """Read a config.json's rotary settings.
@@ -170,17 +186,26 @@ def read_rope(
         head_dim: dims of a head that may rotate.
         default_theta: the family's theta where the config gives none.
         interleaved: see `RopeConfig`.
+        partial: whether ``partial_rotary_factor`` counts in the family. Where it does not, transformers passes it over
+            or fails at it, and other engines look at it.
         rope: the rope dictionary where a family keeps several; `rope_settings` of `config` by default.
 
     Raises:
-        ValueError: the scaling is of a kind that is not known here.
+        ValueError: the scaling is of a kind that is not known here, or a part of a head is to rotate where heads
+            rotate as a whole.
     """
     rope = rope_settings(config) if rope is None else rope
     kind = rope.get("rope_type") or rope.get("type") or "default"
     if kind not in SCALINGS:
         raise ValueError(f"rope scaling can be {', '.join(SCALINGS)}; config.json asks for {kind!r}")
     theta = float(rope.get("rope_theta") or default_theta)
-    rotary_dim = int(head_dim * (rope.get("partial_rotary_factor") or 1.0))
+    part = _rotating_part(rope)
+    if part != 1 and not partial and kind != "proportional":
+        raise ValueError(
+            f"heads of {config['model_type']} rotate as a whole; config.json has partial_rotary_factor={part}, which "
+            "transformers does not look at; set it to 1 for what transformers computes"
+        )
+    rotary_dim = int(head_dim * part)
     settings = _Settings(
         rope=rope,
         base=_base_frequencies(theta, rotary_dim),
@@ -197,7 +222,7 @@ def read_rope(
         return dataclasses.replace(
             result,
             long=dataclasses.replace(result, frequencies=tuple(frequencies.tolist()), scale=scale),
-            long_above=rope["original_max_position_embeddings"],
+            long_above=settings.original_context,
         )
     except KeyError as error:
         raise ValueError(f"rope scaling {kind!r} needs {error} in config.json's rope settings") from error

@@ -30,6 +30,7 @@ def read_config(config: Mapping[str, Any]) -> DecoderConfig:
             config,
             head_dim=head_dim,
             default_theta=10000.0,
+            partial=True,
             rope={"partial_rotary_factor": 0.5, **rope_settings(config)},
         ),
         qk_norm="head" if pick(config, "use_qk_norm", default=False) else None,

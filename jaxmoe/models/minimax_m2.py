@@ -35,7 +35,7 @@ def read_config(config: Mapping[str, Any]) -> DecoderConfig:
             num_heads=heads,
             num_kv_heads=pick(config, "num_key_value_heads", default=heads),
             head_dim=head_dim,
-            rope=read_rope(config, head_dim=head_dim, default_theta=5e6, rope=rope),
+            rope=read_rope(config, head_dim=head_dim, default_theta=5e6, partial=True, rope=rope),
             qk_norm="full",
         ),
         feed_forward=MoEConfig(

@@ -79,6 +79,7 @@ def read_token_mixers(config: Mapping[str, Any], *, fused_projections: bool) -> 
                 config,
                 head_dim=head_dim,
                 default_theta=10000.0,
+                partial=True,
                 rope={"partial_rotary_factor": 0.25, **rope_settings(config)},
             ),
             qk_norm="head",
