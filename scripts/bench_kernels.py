@@ -31,10 +31,12 @@ import jax.numpy as jnp
 import numpy as np
 from rich.console import Console
 
-from scripts._bench.cases import OPERATIONS, ROUTINGS, SHAPES, TOKENS, Case, Shape, floor_of, parse_shape
+from jaxmoe.cli_options import count
+from scripts._bench.cases import OPERATIONS, ROUTINGS, TOKENS, Case, Shape, floor_of
 from scripts._bench.ceilings import Ceilings, measure_ceilings
 from scripts._bench.inputs import VARIANTS, Layer, exact_sample, make_layers, make_variants, to_float64
-from scripts._bench.report import machine, plot_roofline, print_cases, reason, write_json
+from scripts._bench.options import add_shapes, new_file, picture
+from scripts._bench.report import check_finite, machine, plot_roofline, print_cases, reason, warn_if_busy, write_json
 from scripts._bench.sides import SIDES_HELP, Side, Turn, all_sides
 from scripts._bench.timing import take_turns
 
@@ -50,14 +52,20 @@ def main(argv: Sequence[str] | None = None) -> None:
     device = jax.devices()[0]
     console = Console(width=None if sys.stdout.isatty() else 120)
     here = machine(device)
-    if device.platform == "cpu" and here["load"] > here["cpus"] / 4:
-        say(f"other programs are at work (load {here['load']} on {here['cpus']} CPUs): these figures mean little")
+    warn_if_busy(here)
     on_cpu = device.platform == "cpu"
     scale = args.scale or (CPU_SCALE if on_cpu and not args.quick else 1)
     tokens = args.tokens or ((1, 16) if args.quick else CPU_TOKENS if on_cpu else TOKENS)
     shapes = [("quick", QUICK)] if args.quick else [(name, shape.scaled(scale)) for name, shape in args.shapes]
     sides = [side for side in all_sides() if not args.backends or side.name in args.backends]
-    results = []
+    results: list[dict[str, Any]] = []
+
+    def save() -> None:
+        """What there is so far, so that a run may be cut short."""
+        if args.json:
+            now = here | {"load_at_the_end": os.getloadavg()[0]}
+            write_json(args.json, {"machine": now, "scale": scale, "cases": results})
+
     for dtype in args.dtype:
         for name, shape in shapes:
             say(f"{name}, {dtype}: making matrices")
@@ -66,6 +74,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             except MemoryError as error:
                 say(f"{name}, {dtype}: left out, {error}")
                 results.append({"shape": name, "dtype": dtype, "left_out": str(error)})
+                save()
                 continue
             ceilings = measure_ceilings(dtype, device, quick=args.quick)
             for operation in args.operations:
@@ -73,10 +82,8 @@ def main(argv: Sequence[str] | None = None) -> None:
                 done = [measure(case, layers, sides, ceilings, args) for case in cases]
                 print_cases(console, title(cases[0], scale, ceilings), done)
                 results += done
+                save()
             del layers
-    report = {"machine": here | {"load_at_the_end": os.getloadavg()[0]}, "scale": scale, "cases": results}
-    if args.json:
-        write_json(args.json, report)
     measured = [case for case in results if "sides" in case]
     if args.roofline and measured:
         plot_roofline(args.roofline, measured)
@@ -94,7 +101,7 @@ def measure(
     for side in sides:
         try:
             turn = side.prepare(case, variants)
-            error = sample.error(to_float64(turn(), sample.rows))
+            error = check_finite(sample.error(to_float64(turn(), sample.rows)))
         except Exception as refusal:  # whatever it is, it is listed
             lines[side.name] = {"side": side.name, "refused": reason(refusal)}
         else:
@@ -138,14 +145,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, epilog=f"sides:\n{SIDES_HELP}"
     )
     known = [side.name for side in all_sides()]
-    parser.add_argument(
-        "--shapes",
-        nargs="+",
-        type=parse_shape,
-        default=list(SHAPES.items()),
-        metavar="SHAPE",
-        help=f"{', '.join(SHAPES)}, or experts,per token,width,expert width (default: all)",
-    )
+    add_shapes(parser)
     parser.add_argument("--operations", nargs="+", choices=OPERATIONS, default=OPERATIONS, help="default: all")
     parser.add_argument("--routings", nargs="+", choices=ROUTINGS, default=list(ROUTINGS), help="default: all")
     parser.add_argument("--tokens", nargs="+", type=count, help=f"default: {TOKENS}; on a CPU {CPU_TOKENS}")
@@ -157,17 +157,9 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         "--seconds", type=float, default=5.0, help="a side that has worked so long on a case has no more turns (5)"
     )
     parser.add_argument("--quick", action="store_true", help="one tiny shape, to see whether it works")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write everything there")
-    parser.add_argument("--roofline", type=Path, metavar="FILE.png", help="draw it there (needs matplotlib)")
+    parser.add_argument("--json", type=new_file, metavar="FILE", help="write everything there")
+    parser.add_argument("--roofline", type=picture, metavar="FILE.png", help="draw it there (needs matplotlib)")
     return parser.parse_args(argv)
-
-
-def count(text: str) -> int:
-    """A positive number of an option."""
-    value = int(text)
-    if value < 1:
-        raise ValueError(f"a number of at least 1; got {text}")
-    return value
 
 
 def say(text: str) -> None:

@@ -34,15 +34,17 @@ from rich.console import Console
 from rich.table import Table
 
 import jaxmoe
+from jaxmoe.cli_options import count
 from jaxmoe.config import MoEConfig
 from jaxmoe.dispatch import DISPATCHES
 from jaxmoe.kernels.grouped_matmul import BACKENDS, check_backend
 from jaxmoe.kernels.grouped_matmul.api import GPU_BACKENDS
 from jaxmoe.layers import MoE
-from jaxmoe.mesh import batch_axes, named, parse_mesh
-from scripts._bench.cases import SHAPES, Shape, parse_shape
+from jaxmoe.mesh import batch_axes, named, padded_batch, parse_mesh
+from scripts._bench.cases import Shape
 from scripts._bench.inputs import VARIANTS
-from scripts._bench.report import machine, print_refusals, reason, write_json
+from scripts._bench.options import add_shapes, mesh, new_file
+from scripts._bench.report import check_finite, machine, print_refusals, reason, warn_if_busy, write_json
 from scripts._bench.timing import take_turns
 
 CPU_SCALE, CPU_TOKENS, TOKENS = 8, (1, 32, 128), (1, 32, 128, 4096, 16384)
@@ -64,6 +66,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     shapes = [("quick", QUICK)] if args.quick else [(name, shape.scaled(scale)) for name, shape in args.shapes]
     tokens = args.tokens or ((16,) if args.quick else CPU_TOKENS if on_cpu else TOKENS)
     here, results = machine(jax.devices()[0]), []
+    warn_if_busy(here)
     console = Console(width=None if sys.stdout.isatty() else 120)
     for name, shape in shapes:
         layers = {mesh: make_layer(shape, mesh, args.dtype) for mesh in meshes}
@@ -72,10 +75,9 @@ def main(argv: Sequence[str] | None = None) -> None:
             case["sides"] = measure(layers, shape, T, args)
             show(console, case, scale)
             results.append(case)
-    if args.json:
-        write_json(
-            args.json, {"machine": here | {"load_at_the_end": os.getloadavg()[0]}, "scale": scale, "cases": results}
-        )
+            if args.json:  # what there is so far, so that a run may be cut short
+                now = here | {"load_at_the_end": os.getloadavg()[0]}
+                write_json(args.json, {"machine": now, "scale": scale, "cases": results})
 
 
 def _has_gpu() -> bool:
@@ -115,12 +117,11 @@ def measure(layers: dict[str, MoE], shape: Shape, T: int, args: argparse.Namespa
     for name, prepare in sides.items():
         try:
             turn = prepare()
-            out = _float64(turn())
+            difference = check_finite(float(np.linalg.norm(_float64(turn()) - exact) / np.linalg.norm(exact)))
         except Exception as refusal:  # whatever it is, it is listed
             lines[name] = {"side": name, "refused": reason(refusal)}
         else:
             turns[name] = turn
-            difference = float(np.linalg.norm(out - exact) / np.linalg.norm(exact))
             lines[name] = {"side": name, "difference": difference}
     for name, taken in take_turns(turns, rounds=args.rounds, budget_s=args.seconds).items():
         seconds = statistics.median(taken) / VARIANTS
@@ -145,7 +146,9 @@ def jaxmoe_turn(layer: MoE, dispatch: str, kernels: str, inputs: Sequence[np.nda
     graph, state = nnx.split(layer)
     if dtype == "float32":
         state = jax.tree.map(lambda array: array.astype(dtype) if array.dtype != np.int32 else array, state)
-    sharding = named(layer.mesh, batch_axes(layer.mesh, len(inputs[0])) or None)
+    T = len(inputs[0])
+    split = padded_batch(layer.mesh, T) == T  # else the layer pads them before it splits them
+    sharding = named(layer.mesh, (batch_axes(layer.mesh, T) if split else None) or None)
     tokens = [jax.device_put(jax.numpy.asarray(x_TD, dtype), sharding) for x_TD in inputs]
     call = jax.jit(lambda state, x_TD: nnx.merge(graph, state)(x_TD, dispatch=dispatch)[0])
 
@@ -198,28 +201,24 @@ def show(console: Console, case: dict[str, Any], scale: int) -> None:
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     """The options."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add_shapes(parser)
+    parser.add_argument("--tokens", nargs="+", type=count, help=f"default: {TOKENS}; on a CPU {CPU_TOKENS}")
     parser.add_argument(
-        "--shapes",
+        "--mesh",
         nargs="+",
-        type=parse_shape,
-        default=list(SHAPES.items()),
-        metavar="SHAPE",
-        help=f"{', '.join(SHAPES)}, or experts,per token,width,expert width (default: all)",
-    )
-    parser.add_argument("--tokens", nargs="+", type=int, help=f"default: {TOKENS}; on a CPU {CPU_TOKENS}")
-    parser.add_argument(
-        "--mesh", nargs="+", help=f"meshes, such as tp=2,ep=4 (default: ep over all GPUs; on a CPU {CPU_MESHES})"
+        type=mesh,
+        help=f"meshes, such as tp=2,ep=4 (default: ep over all GPUs; on a CPU {CPU_MESHES})",
     )
     parser.add_argument("--dispatch", nargs="+", choices=["auto", *DISPATCHES], default=["auto", *DISPATCHES])
     kernels = ["auto", *(name for name in [*BACKENDS, *GPU_BACKENDS] if name != "reference")]
     parser.add_argument("--kernels", nargs="+", choices=kernels, default=kernels[1:], help="default: all but auto")
     parser.add_argument("--dtype", choices=["bfloat16", "float16", "float32"], default="bfloat16")
     parser.add_argument("--simulate", action="store_true", help="simulated CPU devices even where there are GPUs")
-    parser.add_argument("--scale", type=int, help=f"divide the widths by this (default: 1; on a CPU {CPU_SCALE})")
-    parser.add_argument("--rounds", type=int, default=7, help="turns of each side (default: 7)")
+    parser.add_argument("--scale", type=count, help=f"divide the widths by this (default: 1; on a CPU {CPU_SCALE})")
+    parser.add_argument("--rounds", type=count, default=7, help="turns of each side (default: 7)")
     parser.add_argument("--seconds", type=float, default=5.0, help="a side that worked so long has no more turns (5)")
     parser.add_argument("--quick", action="store_true", help="one tiny shape, to see whether it works")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write everything there")
+    parser.add_argument("--json", type=new_file, metavar="FILE", help="write everything there")
     return parser.parse_args(argv)
 
 

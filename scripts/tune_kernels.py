@@ -23,11 +23,13 @@ sys.path.insert(0, str(ROOT))
 
 import jax
 
+from jaxmoe.cli_options import count
 from jaxmoe.kernels.grouped_matmul import check_backend, combine_halves
 from jaxmoe.kernels.grouped_matmul.api import GPU_BACKENDS
 from jaxmoe.kernels.grouped_matmul.tile_table import TILE_TABLES, row_class, write_table
-from scripts._bench.cases import SHAPES, TOKENS, Case, parse_shape
+from scripts._bench.cases import TOKENS, Case
 from scripts._bench.inputs import Layer, Variant, make_layers, make_variants
+from scripts._bench.options import add_shapes
 from scripts._bench.tuning import Tuned, WithTiles, tune
 
 # From a kernel's module, rows, matrices [G, halves·N, K], halves and kind of device to the tiles that may be good for them.
@@ -51,7 +53,11 @@ def main(argv: Sequence[str] | None = None) -> None:
         raise SystemExit(f"tune_kernels.py: {error}") from error
     kernel = importlib.import_module(GPU_BACKENDS[args.kernel].module)
     for name, shape in args.shapes:
-        layers = make_layers(shape, args.dtype, device)
+        try:
+            layers = make_layers(shape, args.dtype, device)
+        except MemoryError as error:
+            print(f"{name}: left out, {error}", flush=True)
+            continue
         # Several numbers of tokens may be of one class; the largest stands for it.
         tokens = {row_class(T * shape.per_token / shape.experts): T for T in sorted(args.tokens)}
         for T in tokens.values():
@@ -68,7 +74,7 @@ def tune_case(
     try:
         candidates = list_candidates(args.kernel, kernel, case, variants[0], device.device_kind)
         tuned = tune(with_tiles(kernel, case, device.device_kind), candidates, case, variants, rounds=args.rounds)
-    except NotImplementedError as error:
+    except (NotImplementedError, MemoryError) as error:
         print(f"{where}: {error}", flush=True)
         return
     print(f"{where}: {len(tuned.seconds)} candidates, {len(tuned.refused)} refused", flush=True)
@@ -139,17 +145,10 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     """The options."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kernel", required=True, choices=CANDIDATES, help="a backend that has tiles")
-    parser.add_argument(
-        "--shapes",
-        nargs="+",
-        type=parse_shape,
-        default=list(SHAPES.items()),
-        metavar="SHAPE",
-        help=f"{', '.join(SHAPES)}, or experts,per token,width,expert width (default: all)",
-    )
-    parser.add_argument("--tokens", nargs="+", type=int, default=TOKENS, help=f"default: {TOKENS}")
+    add_shapes(parser)
+    parser.add_argument("--tokens", nargs="+", type=count, default=TOKENS, help=f"default: {TOKENS}")
     parser.add_argument("--dtype", choices=["bfloat16", "float16"], default="bfloat16")
-    parser.add_argument("--rounds", type=int, default=7, help="turns of each candidate (default: 7)")
+    parser.add_argument("--rounds", type=count, default=7, help="turns of each candidate (default: 7)")
     parser.add_argument(
         "--tables", type=Path, default=TILE_TABLES, help="folder of the tables (default: the package's)"
     )

@@ -2,8 +2,10 @@
 
 import importlib.metadata
 import json
+import math
 import os
 import platform
+import sys
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -30,6 +32,13 @@ def machine(device: jax.Device) -> dict[str, Any]:
     }
 
 
+def warn_if_busy(here: Mapping[str, Any]) -> None:
+    """Say so on stderr where other programs share the CPU that is measured."""
+    if here["platform"] == "cpu" and here["load"] > here["cpus"] / 4:
+        busy = f"other programs are at work (load {here['load']} on {here['cpus']} CPUs)"
+        print(f"· {busy}: these figures mean little", file=sys.stderr, flush=True)
+
+
 def _version(package: str) -> str | None:
     try:
         return importlib.metadata.version(package)
@@ -41,6 +50,17 @@ def reason(refusal: Exception) -> str:
     """The first line of what a side said."""
     text = (str(refusal).strip().splitlines() or [""])[0]
     return text if text and isinstance(refusal, SPOKEN) else f"{type(refusal).__name__}: {text}"
+
+
+def check_finite(error: float) -> float:
+    """An error, for JSON has no NaN and a time says nothing of a result that is none.
+
+    Raises:
+        ArithmeticError: it is infinite or NaN.
+    """
+    if not math.isfinite(error):
+        raise ArithmeticError("the result is not finite")
+    return error
 
 
 def write_json(file: Path, value: Any) -> None:

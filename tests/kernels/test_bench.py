@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import math
+import re
 from types import SimpleNamespace
 
 import jax
@@ -16,7 +17,7 @@ from scripts import bench_kernels, bench_layer, tune_kernels
 from scripts._bench import inputs
 from scripts._bench.cases import ROUTINGS, SHAPES, Case, Shape, draw_group_sizes, floor_of, parse_shape
 from scripts._bench.inputs import exact_sample, make_layers, make_variants
-from scripts._bench.report import write_json
+from scripts._bench.report import check_finite, write_json
 from scripts._bench.sides import all_sides, jax_turn
 from scripts._bench.timing import take_turns
 from scripts._bench.tuning import tune
@@ -231,6 +232,64 @@ def test_bench_layer_times_or_gives_a_reason(tmp_path, capsys):
     assert torch.get("difference", 0) < 1e-5
     assert torch.get("refused", "is not installed").endswith("is not installed")
     assert "times transformers" in capsys.readouterr().out
+
+
+def test_a_batch_that_the_mesh_does_not_divide_is_timed_too(capsys):
+    options = ["--quick", "--mesh", "ep=8", "ep=3", "--dispatch", "auto", "--kernels", "portable", "--rounds", "1"]
+    bench_layer.main(options)
+    assert "ep=3 auto portable" in capsys.readouterr().out
+
+
+def test_what_was_measured_before_an_interruption_is_kept(tmp_path, monkeypatch):
+    written, measure = tmp_path / "kernels.json", bench_kernels.measure
+
+    def interrupted(case, *others):
+        if case.operation == "down":
+            raise KeyboardInterrupt
+        return measure(case, *others)
+
+    monkeypatch.setattr(bench_kernels, "measure", interrupted)
+    options = ["--quick", "--rounds", "1", "--tokens", "3", "--routings", "one", "--backends", "portable"]
+    with pytest.raises(KeyboardInterrupt):
+        bench_kernels.main([*options, "--operations", "up", "down", "--json", str(written)])
+    (case,) = json.loads(written.read_text())["cases"]
+    assert case["operation"] == "up"
+
+
+def test_a_result_that_is_not_finite_has_no_time():
+    assert check_finite(0.5) == 0.5
+    for error in (math.nan, math.inf):
+        with pytest.raises(ArithmeticError, match="the result is not finite"):
+            check_finite(error)
+
+
+@pytest.mark.parametrize(
+    ("script", "option", "value", "message"),
+    [
+        (bench_kernels, "--shapes", "mixtral", "a shape is one of mixtral-8x7b, .*; got 'mixtral'"),
+        (tune_kernels, "--shapes", "8,2,0,64", "experts,per token,width,expert width; got '8,2,0,64'"),
+        (bench_layer, "--tokens", "0", "a whole number of at least 1; got '0'"),
+        (tune_kernels, "--rounds", "0", "a whole number of at least 1; got '0'"),
+        (bench_layer, "--mesh", "ep", "a mesh is written dp=1,tp=2,ep=4"),
+        (bench_kernels, "--json", "/no/such/folder/x.json", "a file in a folder that exists; got '/no/such/folder"),
+        (bench_kernels, "--roofline", "x.bmp", "ends in .png, .pdf or .svg; got 'x.bmp'"),
+    ],
+)
+def test_options_are_refused_before_anything_is_measured(script, option, value, message, capsys):
+    kernel = ["--kernel", "triton"] if script is tune_kernels else []
+    with pytest.raises(SystemExit, match="2"):
+        script.main([*kernel, option, value])
+    assert re.search(message, capsys.readouterr().err)
+
+
+def test_tune_kernels_goes_on_after_a_shape_that_does_not_fit(monkeypatch, tmp_path, capsys):
+    def too_large(shape, dtype, device):
+        raise MemoryError("one layer takes 9.0 GB")
+
+    monkeypatch.setattr(tune_kernels, "check_backend", lambda name, device: None)
+    monkeypatch.setattr(tune_kernels, "make_layers", too_large)
+    tune_kernels.main(["--kernel", "triton", "--shapes", "6,2,32,16", "4,2,32,16", "--tables", str(tmp_path)])
+    assert capsys.readouterr().out.count("left out, one layer takes 9.0 GB") == 2
 
 
 def test_tune_kernels_needs_the_kernels_device():
