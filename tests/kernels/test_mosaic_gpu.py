@@ -156,6 +156,13 @@ def test_tiles_that_do_not_divide_the_matrices_are_refused() -> None:
     packed = dataclasses.replace(problem, K=128, block=(1, 32), weight_bits=8)
     with pytest.raises(ValueError, match="n must be 128 where matrices are packed"):
         packed.check(tiles_of(True, n=256))
+    # A stage is given back when the next one is under way: with room for one, both would wait for ever.
+    with pytest.raises(ValueError, match="stages must be 2 at least, and band 1; got .*stages=1"):
+        problem.check(tiles_of(True, stages=1))
+    dataclasses.replace(problem, K=32).check(tiles_of(True, stages=1))
+    packed.check(tiles_of(True, stages=1))
+    with pytest.raises(ValueError, match="stages must be 2 at least, and band 1; got .*band=0"):
+        problem.check(tiles_of(True, band=0))
     with pytest.raises(ValueError, match="need 264192 bytes of shared memory, of 232448"):
         problem.check(tiles_of(False, stages=12))
     with pytest.raises(ValueError, match="k must divide 96"):

@@ -41,6 +41,10 @@ class BlackwellProblem(Problem):
         """Rows that a tile may have, as many as the second operand takes and tensor memory gives out."""
         return (16, 32, 64, 128, 256)
 
+    def least_stages(self, tiles: Tiles) -> int:
+        """Stages that are needed to go on: the tensor core gives each back by itself."""
+        return 1
+
     def shared_bytes(self, tiles: Tiles) -> int:
         """Shared memory that those tiles need."""
         stage = (tiles.m + self.halves * OUTPUTS) * tiles.k * self.row_bytes

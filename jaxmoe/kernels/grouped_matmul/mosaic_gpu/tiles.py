@@ -85,6 +85,10 @@ class Problem:
         """Outputs of tiles that are `swapped`: those worth trying; all that there are where matrices are packed."""
         return (128,) if self.packed else (128, 256)
 
+    def least_stages(self, tiles: Tiles) -> int:
+        """Stages that are needed to go on: where a stage is given back when the next is under way, that needs a place."""
+        return 1 if self.packed or tiles.k == self.K else 2
+
     def shared_bytes(self, tiles: Tiles) -> int:
         """Shared memory that those tiles need."""
         stage = tiles.m * tiles.k * self.row_bytes + self.halves * tiles.n * tiles.k * self.weight_bits // 8
@@ -111,6 +115,8 @@ class Problem:
             raise ValueError(f"k must divide {self.K}; got {tiles}: use {widest}")
         if tiles.m % rows or tiles.n % outputs:
             raise ValueError(f"m must be a multiple of {rows} and n of {outputs}; got {tiles}")
+        if tiles.stages < self.least_stages(tiles) or tiles.band < 1:
+            raise ValueError(f"stages must be {self.least_stages(tiles)} at least, and band 1; got {tiles}")
         if self.packed and tiles.n not in self.column_sizes:
             raise ValueError(f"n must be 128 where matrices are packed, for a warpgroup scales 64 outputs; got {tiles}")
         if not (tiles.swapped or self.rows_may_lead):
