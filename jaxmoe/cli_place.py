@@ -3,15 +3,12 @@
 import argparse
 import dataclasses
 import json
-import math
 import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    import numpy as np
-
     from jaxmoe.placement import ExpertPlacement, RoutingTrace
     from jaxmoe.placement.compare import Comparison
     from jaxmoe.placement.cost import CostModel
@@ -125,24 +122,13 @@ def _print(args: argparse.Namespace, result: "Comparison", best: str) -> None:
 
 
 def _read(args: argparse.Namespace, sizes: _Sizes) -> "RoutingTrace":
+    from jaxmoe.checkpoint.torch_object import read_torch_object
     from jaxmoe.placement.trace_formats import read_trace
 
     for file in args.trace:
         if not Path(file).is_file():
             raise FileNotFoundError(f"the trace {file} does not exist")
-    return read_trace(args.trace, num_experts=sizes.num_experts, window=args.window, read_torch=_read_torch)
-
-
-def _read_torch(path: Path) -> dict[str, "np.ndarray"]:
-    """The tensors of a file of torch.save by name, nothing in it being executed."""
-    import numpy as np
-
-    from jaxmoe.checkpoint.torch_file import read_torch_file
-
-    return {
-        name: np.fromfile(path, info.dtype, math.prod(info.shape), offset=info.offset).reshape(info.shape)
-        for name, info in read_torch_file(path).tensors.items()
-    }
+    return read_trace(args.trace, num_experts=sizes.num_experts, window=args.window, read_torch=read_torch_object)
 
 
 def _read_placements(file: str, trace: "RoutingTrace") -> list["ExpertPlacement"]:

@@ -5,11 +5,12 @@ joined: each tensor becomes a byte range of the file, so that the loader reads `
 safetensors. Tensors may share a storage (tied embeddings, chunks of one buffer); each has its own range of it.
 """
 
+import contextlib
 import dataclasses
 import math
 import os
 import stat
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -96,6 +97,22 @@ def read_torch_file(path: str | os.PathLike[str], *, allow_permuted: bool = Fals
         ('BF16', (32000, 4096), 1536)
     """
     path = Path(path)
+    with open_archive(path) as archive:
+        tensors, skipped = archive.tensors()
+    permuted = [tensor for tensor in tensors.values() if tensor.dim_order is not None]
+    if permuted and not allow_permuted:
+        archive.refuse("tensors must be contiguous here", f"{permuted[0].name!r} is transposed", _CONTIGUOUS)
+    return TorchFile(path, tensors, {}, archive.status.st_size, archive.status.st_mtime_ns, skipped)
+
+
+@contextlib.contextmanager
+def open_archive(path: Path) -> Iterator["TorchArchive"]:
+    """Open a file of ``torch.save`` for as long as the ``with`` block lasts.
+
+    Raises:
+        CheckpointError: it is no regular file, or no archive that torch writes.
+        FileNotFoundError: there is no such file.
+    """
     # Non-blocking, so that a FIFO of that name is refused below and not waited for; it changes nothing for a file.
     descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
     try:
@@ -103,15 +120,9 @@ def read_torch_file(path: str | os.PathLike[str], *, allow_permuted: bool = Fals
         if not stat.S_ISREG(status.st_mode):
             raise CheckpointError(f"{path}: a checkpoint file must be a regular file, and this is not one")
         _check_start(path, os.pread(descriptor, 64, 0), status.st_size)
-        entries = read_stored_zip(path, descriptor, status.st_size)
-        archive = _Archive(path, descriptor, entries)
-        tensors, skipped = archive.tensors(status.st_size)
+        yield TorchArchive(path, descriptor, status, read_stored_zip(path, descriptor, status.st_size))
     finally:
         os.close(descriptor)
-    permuted = [tensor for tensor in tensors.values() if tensor.dim_order is not None]
-    if permuted and not allow_permuted:
-        archive.refuse("tensors must be contiguous here", f"{permuted[0].name!r} is transposed", _CONTIGUOUS)
-    return TorchFile(path, tensors, {}, status.st_size, status.st_mtime_ns, skipped)
 
 
 def _check_start(path: Path, start: bytes, size: int) -> None:
@@ -133,19 +144,22 @@ def _check_start(path: Path, start: bytes, size: int) -> None:
     )
 
 
-class _Archive:
+class TorchArchive:
     """One archive being read: every refusal names the file."""
 
-    def __init__(self, path: Path, descriptor: int, entries: Mapping[str, ZipEntry]) -> None:
+    def __init__(self, path: Path, descriptor: int, status: os.stat_result, entries: Mapping[str, ZipEntry]) -> None:
         self.path = path
         self.descriptor = descriptor
+        self.status = status
         self.entries = entries
         self.root = self.find_root()
 
     def refuse(self, rule: str, value: str, way_out: str = _RESAVE) -> NoReturn:
+        """Raise a `CheckpointError` that names the file, the rule, the value received and the way out."""
         raise CheckpointError(f"{self.path}: {rule}; {value}; {way_out}")
 
     def find_root(self) -> str:
+        """The top directory of the archive's entries."""
         roots = sorted({name.partition("/")[0] for name in self.entries})
         if len(roots) != 1:
             self.refuse("a torch archive has one top directory", f"this one has {', '.join(roots[:3]) or 'none'}")
@@ -157,20 +171,24 @@ class _Archive:
         return root
 
     def read(self, name: str, limit: int) -> bytes:
+        """A whole entry, refused above `limit` bytes."""
         entry = self.entries[f"{self.root}/{name}"]
         if entry.size > limit:
             self.refuse(f"{name} has at most {limit} bytes", f"this one has {entry.size}")
         # Its CRC is not asked: torch has an option to write files without, and does not ask either.
         return os.pread(self.descriptor, entry.size, entry.offset)
 
-    def tensors(self, file_size: int) -> tuple[dict[str, TensorInfo], tuple[str, ...]]:
-        """The tensors of the state dict, and the keys that were passed over."""
+    def document(self) -> Any:
+        """The saved object, with a `TensorRef` for every tensor."""
         if f"{self.root}/byteorder" in self.entries:
             order = self.read("byteorder", 16)
             if order != b"little":
                 self.refuse("numbers must be stored little-endian", f"the byteorder is {order!r}")
-        document = read_torch_pickle(self.read("data.pkl", MAX_PICKLE_BYTES), f"{self.path}, {self.root}/data.pkl")
-        state, skipped = self.find_state_dict(document)
+        return read_torch_pickle(self.read("data.pkl", MAX_PICKLE_BYTES), f"{self.path}, {self.root}/data.pkl")
+
+    def tensors(self) -> tuple[dict[str, TensorInfo], tuple[str, ...]]:
+        """The tensors of the state dict, and the keys that were passed over."""
+        state, skipped = self.find_state_dict(self.document())
         tensors: dict[str, TensorInfo] = {}
         for name, value in state.items():
             if type(value) is TensorRef:
@@ -184,13 +202,16 @@ class _Archive:
                 skipped.append(str(name))
         if not tensors:
             self.refuse("a checkpoint must hold tensors", "this one has none")
-        total = sum(tensor.nbytes for tensor in tensors.values())
-        if total > MAX_SHARING * file_size:
+        self.check_sharing(sum(tensor.nbytes for tensor in tensors.values()))
+        return tensors, tuple(skipped)
+
+    def check_sharing(self, total: int) -> None:
+        """Refuse tensors that have more bytes in all than sharing explains."""
+        if total > MAX_SHARING * self.status.st_size:
             self.refuse(
                 f"tensors that share storages may have up to {MAX_SHARING} times the bytes of their file",
-                f"these have {total} bytes, and the file {file_size}",
+                f"these have {total} bytes, and the file {self.status.st_size}",
             )
-        return tensors, tuple(skipped)
 
     def find_state_dict(self, document: Any) -> tuple[dict[Any, Any], list[str]]:
         """The innermost dict under one of the usual keys, and the keys beside it."""
@@ -250,6 +271,7 @@ class _Archive:
         )
 
     def storage_entry(self, name: str, storage: StorageRef) -> ZipEntry:
+        """The entry of a storage, of the size that the pickle claims for it; `name` is for messages."""
         entry = self.entries.get(f"{self.root}/data/{storage.key}")
         if entry is None:
             self.refuse("every storage must be in the file", f"{storage.key!r} of tensor {name!r} is not")

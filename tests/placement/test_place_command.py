@@ -2,6 +2,7 @@
 
 import argparse
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -10,6 +11,7 @@ from jaxmoe import ExpertPlacement, cli_place
 from jaxmoe.placement import placements_from_json, placements_to_json
 from jaxmoe.placement.synthetic import synthetic_trace
 
+RECORDER = Path(__file__).parent.parent / "checkpoint" / "data" / "torch_recorder.pt"
 WIDTHS = ["--hidden-size", "64", "--moe-intermediate-size", "32"]
 
 
@@ -65,6 +67,11 @@ def test_a_trace_of_vllm(tmp_path, capsys) -> None:
     np.save(tmp_path / "routed.npy", np.random.default_rng(0).integers(0, 8, (64, 2, 2)))
     place(str(tmp_path / "routed.npy"), "--num-experts", "8", "--window", "16", "--ep", "2", *WIDTHS)
     assert "2 layers of 8 experts, 4 windows, 64 tokens" in capsys.readouterr().err
+
+
+def test_a_trace_of_sglang_with_tokens(capsys) -> None:
+    place(str(RECORDER), "--ep", "2", "--strategies", "linear,affinity", *WIDTHS)
+    assert "2 layers of 4 experts, 3 windows, 12 tokens" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -289,6 +289,17 @@ def test_sglang_passes_without_tokens() -> None:
         ({"logical_count": np.zeros((2, 1, 4), np.int32)}, "counted no token"),
         ({"logical_count": np.ones((1, 4), np.int32)}, r"\[passes, layers, E\]"),
         ({"records": [], "last_physical_to_logical_map": np.array([[0]])}, "has no record"),
+        ({"records": 7, "last_physical_to_logical_map": np.array([[0]])}, "records are a list of dicts; got a int"),
+        ({"records": [7], "last_physical_to_logical_map": np.array([[0]])}, "a record is a dict .*; one is a int"),
+        (
+            {"records": [{"rank": 0}], "last_physical_to_logical_map": np.array([[0]])},
+            "with an integer forward_pass_id; one is a dict of rank",
+        ),
+        (
+            {"records": [{"forward_pass_id": 0}], "last_physical_to_logical_map": np.array([[0]])},
+            r"global_physical_count is integers \[layers, P\]",
+        ),
+        ({"records": [], "last_physical_to_logical_map": np.array([[0, -1]])}, r"integers \[layers, P\] from 0 up"),
         (
             {"records": [sglang(0, 0, [[[5]]])], "last_physical_to_logical_map": np.array([[0, 1]])},
             "physical experts are 0..1",

@@ -53,28 +53,46 @@ def _from_counts(counts_WLE: np.ndarray) -> RoutingTrace:
 
 def _from_records(parts: Sequence[Mapping[str, Any]]) -> RoutingTrace:
     map_LP = np.asarray(parts[0]["last_physical_to_logical_map"])
-    if map_LP.ndim != 2 or map_LP.dtype.kind not in "iu":
-        raise ValueError(f"last_physical_to_logical_map is integers [layers, P]; got {map_LP.dtype} {map_LP.shape}")
+    if map_LP.ndim != 2 or map_LP.dtype.kind not in "iu" or not map_LP.size or map_LP.min() < 0:
+        raise ValueError(
+            f"last_physical_to_logical_map is integers [layers, P] from 0 up; got {map_LP.dtype} {map_LP.shape}"
+        )
     # Every logical expert has a physical one, so the largest id is the last expert.
     num_experts = int(map_LP.max()) + 1
-    passes: dict[int, list[Mapping[str, Any]]] = defaultdict(list)
-    for part in parts:
-        for record in part["records"]:
-            passes[int(record["forward_pass_id"])].append(record)
-    if not passes:
-        raise ValueError("the recorder has no record: start it before sending requests")
-    ordered = [passes[number] for number in sorted(passes)]
-    if all("topk_ids_of_layer" in record for records in ordered for record in records):
-        return _from_tokens(ordered, map_LP, num_experts)
-    counts_WLE = np.zeros((len(ordered), len(map_LP), num_experts), np.int64)
-    for window, records in enumerate(ordered):
+    passes = _by_pass(parts)
+    if all("topk_ids_of_layer" in record for records in passes for record in records):
+        return _from_tokens(passes, map_LP, num_experts)
+    counts_WLE = np.zeros((len(passes), len(map_LP), num_experts), np.int64)
+    for window, records in enumerate(passes):
         for record in records:
-            physical_LP = np.asarray(record["global_physical_count"])
-            if physical_LP.shape != map_LP.shape:
-                raise ValueError(f"global_physical_count is [layers, P] = {map_LP.shape}; got {physical_LP.shape}")
+            physical_LP = np.asarray(record.get("global_physical_count"))
+            if physical_LP.shape != map_LP.shape or physical_LP.dtype.kind not in "iu":
+                raise ValueError(
+                    f"global_physical_count is integers [layers, P] = {map_LP.shape}; got {physical_LP.dtype} "
+                    f"{physical_LP.shape}"
+                )
             for layer, experts_P in enumerate(map_LP):
                 np.add.at(counts_WLE[window, layer], experts_P, physical_LP[layer])
     return _from_counts(counts_WLE)
+
+
+def _by_pass(parts: Sequence[Mapping[str, Any]]) -> list[list[Mapping[str, Any]]]:
+    """The records of all ranks, those of a forward pass together."""
+    passes: dict[int, list[Mapping[str, Any]]] = defaultdict(list)
+    for part in parts:
+        if not isinstance(part["records"], Sequence):
+            raise ValueError(f"records are a list of dicts; got a {type(part['records']).__name__}")
+        for record in part["records"]:
+            if not isinstance(record, Mapping) or not isinstance(record.get("forward_pass_id"), int):
+                raise ValueError(f"a record is a dict with an integer forward_pass_id; one is a {_kind(record)}")
+            passes[record["forward_pass_id"]].append(record)
+    if not passes:
+        raise ValueError("the recorder has no record: start it before sending requests")
+    return [passes[number] for number in sorted(passes)]
+
+
+def _kind(record: Any) -> str:
+    return f"dict of {', '.join(map(str, record))}" if isinstance(record, Mapping) else type(record).__name__
 
 
 def _from_tokens(passes: Sequence[Sequence[Mapping[str, Any]]], map_LP: np.ndarray, num_experts: int) -> RoutingTrace:

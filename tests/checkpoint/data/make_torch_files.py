@@ -50,6 +50,17 @@ def main() -> None:
     training = {"state_dict": layer.state_dict(), "optimizer": optimizer, "epoch": 3, "name": "tiny", "best": None}
     torch.save(training, HERE / "torch_training.pt")
 
+    # As SGLang's recorder of expert distribution dumps it: 3 passes, 2 layers, 4 tokens, 2 choices of 5 physical experts.
+    records = [
+        {"forward_pass_id": number, "rank": 0, "gatherer_key": "primary", "extend_seq_lens": [4], "positions": None}
+        | {"topk_ids_of_layer": (count(2, 4, 2, dtype=torch.int32) + number) % 5}
+        for number in range(3)
+    ]
+    torch.save(
+        {"records": records, "last_physical_to_logical_map": torch.tensor([[0, 1, 2, 3, 0], [3, 2, 1, 0, 1]])},
+        HERE / "torch_recorder.pt",
+    )
+
 
 if __name__ == "__main__":
     main()
