@@ -24,7 +24,7 @@ class ExpertPlacement:
         slot_to_expert: int32 [P], the logical expert in each slot, -1 for padding.
 
     Raises:
-        ValueError: P is not a multiple of `ep`, an id is outside -1..E-1, or an expert has no slot.
+        ValueError: P is not a multiple of `ep`, an id is no whole number or outside -1..E-1, or an expert has no slot.
 
     Example:
         >>> ExpertPlacement.linear(num_experts=3, ep=2).slot_to_expert.tolist()
@@ -36,7 +36,7 @@ class ExpertPlacement:
     slot_to_expert: np.ndarray
 
     def __post_init__(self) -> None:
-        slots = np.array(self.slot_to_expert, dtype=np.int32)
+        slots = _whole_numbers("slot_to_expert", self.slot_to_expert)
         slots.setflags(write=False)
         object.__setattr__(self, "slot_to_expert", slots)
         if self.num_experts < 1 or self.ep < 1:
@@ -111,8 +111,9 @@ class ExpertPlacement:
         """Build a placement from the experts of each device, padding the shorter lists.
 
         Raises:
-            ValueError: the lists differ in length and `allow_padding` is False.
+            ValueError: a number is no whole one, or the lists differ in length and `allow_padding` is False.
         """
+        device_experts = [_whole_numbers("the experts of a device", experts) for experts in device_experts]
         ep = len(device_experts)
         per_device = max(1, *(len(experts) for experts in device_experts)) if ep else 1
         padding = ep * per_device - sum(len(experts) for experts in device_experts)
@@ -200,12 +201,10 @@ class ExpertPlacement:
             raise ValueError(
                 f"placement files of version 1 are known here; got {fields.get('version')!r}; upgrade jaxmoe"
             )
-        try:
-            return cls(int(fields["num_experts"]), int(fields["ep"]), np.array(fields["slot_to_expert"], np.int32))
-        except (KeyError, TypeError, OverflowError) as error:
-            raise ValueError(
-                f"a placement file has num_experts, ep and slot_to_expert, all whole numbers: {error!r}"
-            ) from error
+        if not all(type(fields.get(name)) is int for name in ("num_experts", "ep")) or "slot_to_expert" not in fields:
+            got = ", ".join(f"{name} {fields.get(name)!r:.40}" for name in ("num_experts", "ep", "slot_to_expert"))
+            raise ValueError(f"a placement file has num_experts, ep and slot_to_expert, all whole numbers; got {got}")
+        return cls(fields["num_experts"], fields["ep"], fields["slot_to_expert"])
 
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, ExpertPlacement):
@@ -229,6 +228,18 @@ def placements_from_json(text: str) -> ExpertPlacement | list[ExpertPlacement]:
     if isinstance(fields, list):
         return [ExpertPlacement._from_dict(layer) for layer in fields]
     return ExpertPlacement._from_dict(fields)
+
+
+def _whole_numbers(name: str, values: Any) -> np.ndarray:
+    """An int32 copy, refused where a number would be rounded or wrapped round."""
+    try:
+        given = np.asarray(values)
+    except ValueError as error:
+        raise ValueError(f"{name} is a list of whole numbers: {error}") from error
+    limits = np.iinfo(np.int32)
+    if given.size and (given.dtype.kind not in "iu" or given.min() < limits.min or given.max() > limits.max):
+        raise ValueError(f"{name} is a list of whole numbers, each an expert; got {given.dtype} {given.tolist()!r:.80}")
+    return given.astype(np.int32)
 
 
 def _parse(text: str) -> Any:

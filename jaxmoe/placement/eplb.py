@@ -39,6 +39,10 @@ def eplb(
     weights_LE = check_counts(counts).astype(np.float32)
     assert weights_LE.ndim == 2
     E = weights_LE.shape[1]
+    if min(ep, num_groups, num_nodes) < 1:
+        raise ValueError(
+            f"ep, num_groups and num_nodes are at least 1; got ep={ep}, num_groups={num_groups}, num_nodes={num_nodes}"
+        )
     num_slots = -(-E // ep) * ep if num_slots is None else num_slots
     if num_groups % num_nodes:
         num_groups = num_nodes = 1

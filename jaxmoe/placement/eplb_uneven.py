@@ -54,7 +54,8 @@ def level_loads(counts: np.ndarray, device_slots: np.ndarray, device_speeds: np.
             f"device {device_slots.argmax()}; ask for fewer slots"
         )
     # An expert that was never chosen still counts a little: spare slots then go round instead of all to expert 0.
-    weights_LE = counts_LE + 1e-6 * np.maximum(counts_LE.mean(axis=1, keepdims=True), 1)
+    mean_L1 = counts_LE.mean(axis=1, keepdims=True)
+    weights_LE = counts_LE + 1e-6 * np.where(mean_L1 > 0, mean_L1, 1)
     ready = int(np.count_nonzero(device_slots))
     expert_LP, replicas_LE = replicate_experts(weights_LE.astype(np.float32), num_slots, max_replicas=ready)
     share_LE = weights_LE / replicas_LE

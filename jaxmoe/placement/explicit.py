@@ -22,7 +22,7 @@ def explicit(device_experts: Sequence[Sequence[int]], *, num_experts: int | None
         >>> explicit([[2, 0], [1]]).slot_to_expert.tolist()
         [2, 0, 1, -1]
     """
-    lists = [np.asarray(experts, dtype=np.int32).reshape(-1) for experts in device_experts]
+    lists = [np.asarray(experts).reshape(-1) for experts in device_experts]
     if any(experts.size and experts.min() < 0 for experts in lists):
         raise ValueError("device_experts lists experts, 0 and up; leave a device's list short to pad it")
     if num_experts is None:

@@ -18,10 +18,12 @@ def linear(num_experts: int, ep: int, *, num_slots: int | None = None, allow_pad
         allow_padding: whether slots may stay empty.
 
     Raises:
-        ValueError: slots would be padding and `allow_padding` is False, or there are fewer slots than experts.
+        ValueError: slots would be padding and `allow_padding` is False, there are fewer slots than experts, or no device.
 
     Source: vLLM, determine_expert_map and build_initial_global_physical_to_logical_map.
     """
+    if ep < 1:
+        raise ValueError(f"experts are placed on at least one device; got ep={ep}")
     blocks = np.array_split(initial_experts(num_experts, num_slots), ep)
     return ExpertPlacement.from_device_experts(num_experts, blocks, allow_padding=allow_padding)
 

@@ -12,6 +12,7 @@ from jaxmoe.placement.base import ExpertPlacement
 from jaxmoe.placement.coactivation import transitions
 from jaxmoe.placement.cost import CostModel
 from jaxmoe.placement.migration import migration_bytes
+from jaxmoe.placement.strategy import check_device_speeds
 from jaxmoe.placement.trace import RoutingTrace
 from jaxmoe.placement.traffic import BETWEEN, WITHIN, route_trace
 
@@ -112,7 +113,7 @@ def evaluate(
         deduplicate=deduplicate,
         seed=seed,
     )
-    speeds = None if device_speeds is None else np.asarray(device_speeds, np.float64)
+    speeds = None if device_speeds is None else check_device_speeds(device_speeds)
     # A device twice as fast is as busy with twice the rows.
     loads = traffic.rows if speeds is None else traffic.rows / speeds
     copies_2 = traffic.sent.sum(axis=(0, 1, 3)) / trace.num_windows

@@ -35,7 +35,8 @@ class PlacementTask:
         device_experts: the explicit map, a list of experts for each device.
 
     Raises:
-        ValueError: a size is below 1, or the counts or the device lists are of other sizes.
+        ValueError: a size is below 1, the counts or the device lists are of other sizes, or a device has less than no
+            slots or no speed.
     """
 
     num_experts: int
@@ -74,6 +75,10 @@ class PlacementTask:
             values = getattr(self, name)
             if values is not None and len(values) != self.ep:
                 raise ValueError(f"{name} has one entry for each of {self.ep} devices; got {len(values)}")
+        if self.device_slots is not None:
+            check_device_slots(self.device_slots)
+        if self.device_speeds is not None:
+            check_device_speeds(self.device_speeds)
 
     @property
     def expert_ids(self) -> np.ndarray | None:
@@ -127,6 +132,30 @@ class Strategy:
         if not self.can_place(task):
             raise ValueError(f"placement {self.name!r} is made from {_MISSING[self.needs]}, and none was given")
         return self.make(task)
+
+
+def check_device_slots(device_slots: Sequence[int]) -> np.ndarray:
+    """Slots of each device as int64 [ep].
+
+    Raises:
+        ValueError: one is below 0 or no whole number.
+    """
+    slots = np.asarray(device_slots)
+    if slots.dtype.kind not in "iu" or slots.min() < 0:
+        raise ValueError(f"device_slots are whole numbers, at least 0; got {slots.tolist()}")
+    return slots.astype(np.int64)
+
+
+def check_device_speeds(device_speeds: Sequence[float] | np.ndarray) -> np.ndarray:
+    """Relative speed of each device as float64 [ep].
+
+    Raises:
+        ValueError: one is not above 0, or not finite.
+    """
+    speeds = np.asarray(device_speeds, np.float64)
+    if not (np.isfinite(speeds).all() and speeds.min() > 0):
+        raise ValueError(f"device_speeds are finite and above 0; got {speeds.tolist()}")
+    return speeds
 
 
 def check_counts(counts: np.ndarray) -> np.ndarray:

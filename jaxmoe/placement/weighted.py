@@ -6,7 +6,7 @@ import numpy as np
 
 from jaxmoe.placement.base import ExpertPlacement
 from jaxmoe.placement.eplb_uneven import level_loads
-from jaxmoe.placement.strategy import PlacementTask, Strategy, check_counts
+from jaxmoe.placement.strategy import PlacementTask, Strategy, check_counts, check_device_slots, check_device_speeds
 
 
 def weighted(
@@ -45,12 +45,10 @@ def weighted(
         slots = np.array([len(block) for block in np.array_split(np.arange(filled), ep)])
     else:
         # More slots than experts on one device would hold doubles only.
-        slots = np.minimum(np.asarray(device_slots, np.int64), E)
-    speeds = np.ones(ep) if device_speeds is None else np.asarray(device_speeds, np.float64)
+        slots = np.minimum(check_device_slots(device_slots), E)
+    speeds = np.ones(ep) if device_speeds is None else check_device_speeds(device_speeds)
     if slots.shape != (ep,) or speeds.shape != (ep,):
         raise ValueError(f"device_slots and device_speeds have one entry for each of {ep} devices")
-    if slots.min() < 0 or not (np.isfinite(speeds).all() and speeds.min() > 0):
-        raise ValueError("device_slots are at least 0 and device_speeds are finite and above 0")
     return level_loads(counts, slots, speeds)
 
 

@@ -341,6 +341,12 @@ def test_metrics_are_those_of_their_parts() -> None:
     assert json.loads(json.dumps(metrics.to_dict()))["distinct_destinations"] == metrics.distinct_destinations
 
 
+@pytest.mark.parametrize("speed", [0.0, -1.0, np.nan, np.inf])
+def test_devices_without_a_speed_are_refused(speed) -> None:
+    with pytest.raises(ValueError, match="device_speeds are finite and above 0"):
+        evaluate(REPLICATED, TRACE, COST, device_speeds=[1, speed, 1, 1])
+
+
 def test_comparison_is_made_on_one_half_and_judged_on_the_other() -> None:
     trace = synthetic_trace(
         num_experts=16, experts_per_token=3, num_layers=2, num_windows=4, tokens_per_window=400, drift=0

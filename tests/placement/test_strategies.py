@@ -106,6 +106,10 @@ def test_a_new_strategy_is_one_entry(monkeypatch) -> None:
         ({"counts": np.array([1.0, np.nan, 1, 1])}, "finite"),
         ({"counts": np.array([1, -1, 1, 1])}, "at least 0"),
         ({"device_speeds": [1, 1]}, "one entry for each of 4 devices"),
+        ({"device_speeds": [1, 0, 1, 1]}, r"finite and above 0; got \[1.0, 0.0"),
+        ({"device_speeds": [1, np.nan, 1, 1]}, "finite and above 0"),
+        ({"device_slots": [2, -1, 2, 2]}, r"whole numbers, at least 0; got \[2, -1"),
+        ({"device_slots": [1.5, 1, 1, 1]}, r"whole numbers, at least 0; got \[1.5"),
         ({"counts": np.ones((2, 4)), "trace": trace_of(4, 1)}, "same layers; got 2 and 3"),
     ],
 )
@@ -166,6 +170,9 @@ def test_slots_that_do_not_split_are_refused() -> None:
         ExpertPlacement.from_counts(PUBLISHED, ep=8, num_slots=8)
     with pytest.raises(ValueError, match=r"numbers, \[E\] or \[layers, E\]"):
         ExpertPlacement.from_counts(np.ones((1, 1, 4)), ep=2)
+    for size in ("ep", "num_groups", "num_nodes"):
+        with pytest.raises(ValueError, match=f"are at least 1; got .*{size}=0"):
+            ExpertPlacement.from_counts(PUBLISHED, **{"ep": 8, size: 0})
 
 
 def packed_one_by_one(weights: np.ndarray, num_packs: int) -> list[int]:
@@ -250,6 +257,15 @@ def test_uneven_takes_any_number_of_slots() -> None:
 def test_spare_slots_of_unused_experts_go_round() -> None:
     (placement,) = eplb_uneven(np.zeros((1, 4)), 4, num_slots=8)
     assert placement.replica_counts.tolist() == [2, 2, 2, 2]
+
+
+@given(st.lists(st.integers(0, 50), min_size=12, max_size=12), st.integers(12, 30), st.integers(-40, 40))
+def test_the_unit_of_loads_does_not_matter(counts, num_slots, exponent) -> None:
+    if not any(counts):
+        return
+    loads = np.array([counts], np.float64)
+    # By a power of two, which rounds nothing.
+    assert eplb_uneven(loads * 2.0**exponent, 4, num_slots=num_slots) == eplb_uneven(loads, 4, num_slots=num_slots)
 
 
 def test_weighted_loads_follow_speed_and_memory() -> None:
