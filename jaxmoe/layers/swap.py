@@ -8,6 +8,7 @@ a device needs room for as many slots of one stack as it receives, and one more.
 import dataclasses
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 
 import jax
@@ -87,12 +88,27 @@ def swap_experts(moe: MoE, placement: ExpertPlacement, *, num_nodes: int = 1) ->
 
     Raises:
         ValueError, NotImplementedError: see `check_swap`.
+        Exception: what JAX raises where a device has no room for the slots on their way; the layer is as it was then.
     """
     check_swap(moe, placement)
+    # Ctrl-C is raised in the main thread, and the other one finishes the layer first: stacks that lie by different
+    # placements would compute something else without a word.
+    with ThreadPoolExecutor(max_workers=1) as worker:
+        return worker.submit(_swap_stacks, moe, placement, num_nodes).result()
+
+
+def _swap_stacks(moe: MoE, placement: ExpertPlacement, num_nodes: int) -> MovedBytes:
     moves = plan_migration(moe.placement, placement, num_nodes=num_nodes).moves
-    moved = MovedBytes()
-    for stack in moe.expert_stacks():
-        stack.set_value(_swap(stack.get_value(), moves, moe, moved))
+    moved, swapped = MovedBytes(), []
+    try:
+        for stack in moe.expert_stacks():
+            stack.set_value(_swap(stack.get_value(), moves, moe, moved))
+            swapped.append(stack)
+    except BaseException:
+        back = plan_migration(placement, moe.placement, num_nodes=num_nodes).moves
+        for stack in swapped:
+            stack.set_value(_swap(stack.get_value(), back, moe, MovedBytes()))
+        raise
     moe.set_placement(placement)
     return moved
 

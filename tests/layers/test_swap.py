@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from jaxmoe import ExpertPlacement, MoE, MoEConfig
-from jaxmoe.layers import swap_experts
+from jaxmoe.layers import swap, swap_experts
 from jaxmoe.layers.param import row_map
 from jaxmoe.mesh import axes_size
 from jaxmoe.placement.migration import migration_bytes
@@ -113,10 +113,46 @@ def test_misfits_are_refused_before_anything_moves() -> None:
     assert layer.placement == ExpertPlacement.linear(E, 8)
 
 
+@pytest.mark.parametrize("calls", [0, 1, 2, 5, 8])
+def test_a_swap_that_fails_leaves_the_layer_as_it_was(monkeypatch, calls) -> None:
+    before = ExpertPlacement(E, 4, [*range(E), 0, 1, 2, -1, -1])
+    layer = make_layer((1, 2, 4), ("ep",), before, bias=True)
+    y_before, _ = layer(tokens())
+    take, left = swap._take, calls
+
+    def failing_take(*args, **kwargs):
+        nonlocal left
+        left -= 1
+        if left < 0:
+            monkeypatch.setattr(swap, "_take", take)
+            raise MemoryError("no room")
+        return take(*args, **kwargs)
+
+    monkeypatch.setattr(swap, "_take", failing_take)
+    with pytest.raises(MemoryError, match="no room"):
+        swap_experts(layer, ExpertPlacement(E, 4, np.roll(before.slot_to_expert, 3)))
+    assert layer.placement == before
+    np.testing.assert_allclose(layer(tokens())[0], y_before, atol=1e-5)
+
+
+def test_ctrl_c_waits_for_the_layer(monkeypatch) -> None:
+    class Interrupted(swap.ThreadPoolExecutor):
+        def submit(self, *args):
+            super().submit(*args)
+            raise KeyboardInterrupt  # as in the main thread, while the other one works
+
+    before, after = ExpertPlacement.linear(E, 8, num_slots=SLOTS), ExpertPlacement.round_robin(E, 8, num_slots=SLOTS)
+    layer = make_layer((1, 1, 8), ("ep",), before)
+    y_before, _ = layer(tokens())
+    monkeypatch.setattr(swap, "ThreadPoolExecutor", Interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        swap_experts(layer, after)
+    assert layer.placement == after
+    np.testing.assert_allclose(layer(tokens())[0], y_before, atol=1e-5)
+
+
 def test_memory_of_a_swap(monkeypatch) -> None:
     """Besides the stacks a device holds the slots it receives of one stack, and one more."""
-    import jaxmoe.layers.swap as swap
-
     most = 0
 
     def watched_put(*args, **kwargs):
