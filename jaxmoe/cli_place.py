@@ -26,6 +26,7 @@ class _Sizes:
     experts_per_token: int | None
     num_moe_layers: int | None
     num_groups: int
+    gated: bool
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -53,7 +54,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--ep", type=_count, required=True, metavar="N", help="devices that share the experts")
     group.add_argument("--num-nodes", type=_count, default=1, metavar="N", help="nodes they are on (1)")
     group.add_argument("--num-slots", type=_count, metavar="P", help="slots to fill, replicas included (one an expert)")
-    group.add_argument("--device-slots", type=_numbers, metavar="9,9,4", help="room of each device, for weighted")
+    group.add_argument("--device-slots", type=_whole_numbers, metavar="9,9,4", help="room of each device, for weighted")
     group.add_argument("--device-speeds", type=_numbers, metavar="1,1,0.5", help="relative speed of each device")
 
     group = parser.add_argument_group("comparison")
@@ -85,6 +86,13 @@ def run(args: argparse.Namespace) -> None:
         args.usage_error("give the files of a routing trace, or --synthetic")
     sizes = _sizes(args)
     trace = _synthetic(sizes, args.seed) if args.synthetic else _read(args, sizes)
+    if sizes.num_experts not in (None, trace.num_experts):
+        raise ValueError(
+            f"trace and model have the same experts: the trace has {trace.num_experts}, and --config or --num-experts "
+            f"says {sizes.num_experts}"
+        )
+    if args.output is not None and not Path(args.output).absolute().parent.is_dir():
+        raise FileNotFoundError(f"the directory of --output {args.output} does not exist")
     if not args.json:
         print(_describe(trace), file=sys.stderr)
     result = compare(
@@ -99,7 +107,7 @@ def run(args: argparse.Namespace) -> None:
         deduplicate=args.deduplicate,
         before=None if args.before is None else _read_placements(args.before, trace),
         given={file: _read_placements(file, trace) for file in args.include or ()},
-        device_slots=None if args.device_slots is None else [int(slots) for slots in args.device_slots],
+        device_slots=args.device_slots,
         device_speeds=args.device_speeds,
         bound=args.bound,
         seed=args.seed,
@@ -127,7 +135,7 @@ def _read(args: argparse.Namespace, sizes: _Sizes) -> "RoutingTrace":
 
     for file in args.trace:
         if not Path(file).is_file():
-            raise FileNotFoundError(f"the trace {file} does not exist")
+            raise FileNotFoundError(f"the trace {file} is no file")
     return read_trace(args.trace, num_experts=sizes.num_experts, window=args.window, read_torch=read_torch_object)
 
 
@@ -154,9 +162,26 @@ def _synthetic(sizes: _Sizes, seed: int) -> "RoutingTrace":
 
 
 def _sizes(args: argparse.Namespace) -> _Sizes:
-    from jaxmoe.config import pick, read_config_json
+    from jaxmoe.config import MoEConfig, pick, read_config_json
+    from jaxmoe.models import FAMILIES, WRAPPERS, read_model_config
 
     config: Mapping[str, Any] = {} if args.config is None else read_config_json(args.config)
+    if config.get("model_type") in {*FAMILIES, *WRAPPERS}:
+        decoder = read_model_config(args.config)[1]
+        moes = [layer.feed_forward for layer in decoder.layers if isinstance(layer.feed_forward, MoEConfig)]
+        if not moes:
+            raise ValueError(f"{args.config}/config.json is of a model without experts: there is nothing to place")
+        moe = moes[0]
+        return _Sizes(
+            hidden_size=args.hidden_size or moe.expert_input_size,
+            moe_intermediate_size=args.moe_intermediate_size or moe.moe_intermediate_size,
+            num_experts=args.num_experts or moe.num_experts,
+            experts_per_token=moe.num_experts_per_tok,
+            num_moe_layers=len(moes),
+            num_groups=args.num_groups or moe.router.num_groups,
+            gated=moe.gated,
+        )
+    # Of a family that is not known here, what its config calls by the usual names.
     config = pick(config, "text_config", default=config)
 
     def size(given: int | None, *names: str) -> int | None:
@@ -171,6 +196,7 @@ def _sizes(args: argparse.Namespace) -> _Sizes:
         experts_per_token=size(None, "num_experts_per_tok", "num_experts_per_token"),
         num_moe_layers=None if layers is None else layers - dense,
         num_groups=size(args.num_groups, "n_group") or 1,
+        gated=True,
     )
 
 
@@ -184,6 +210,7 @@ def _cost(args: argparse.Namespace, sizes: _Sizes) -> "CostModel":
     return CostModel.for_sizes(
         hidden_size=sizes.hidden_size,
         moe_intermediate_size=sizes.moe_intermediate_size,
+        gated=sizes.gated,
         weight_bytes=args.weight_bytes,
         activation_bytes=args.activation_bytes,
     )
@@ -210,5 +237,15 @@ def _numbers(text: str) -> list[float]:
         raise argparse.ArgumentTypeError(f"numbers between commas, one a device; got {text!r}") from error
 
 
+def _whole_numbers(text: str) -> list[int]:
+    try:
+        return [int(part) for part in text.split(",")]
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"whole numbers between commas, one a device; got {text!r}") from error
+
+
 def _names(text: str) -> list[str]:
-    return [part.strip() for part in text.split(",") if part.strip()]
+    names = [part.strip() for part in text.split(",") if part.strip()]
+    if not names:
+        raise argparse.ArgumentTypeError(f"names between commas; got {text!r}")
+    return names

@@ -22,7 +22,7 @@ class CostModel:
     Attributes:
         token_bytes: of one token's activations on the wire (D · bytes per number).
         expert_bytes: of one expert's weights.
-        flops_per_row: arithmetic of one expert on one token (6·D·F).
+        flops_per_row: arithmetic of one expert on one token (6·D·F, 4·D·F without a gate).
         flops: of a device, per second.
         memory: bytes per second that a device reads weights at.
         within: bytes per second a device sends, or receives, within a node.
@@ -50,13 +50,20 @@ class CostModel:
 
     @classmethod
     def for_sizes(
-        cls, *, hidden_size: int, moe_intermediate_size: int, weight_bytes: float = 2, activation_bytes: float = 2
+        cls,
+        *,
+        hidden_size: int,
+        moe_intermediate_size: int,
+        gated: bool = True,
+        weight_bytes: float = 2,
+        activation_bytes: float = 2,
     ) -> "CostModel":
-        """The model for experts of three matrices [F, D] on H100s.
+        """The model for experts of three matrices [F, D], two without a gate, on H100s.
 
         Args:
             hidden_size: D.
             moe_intermediate_size: F.
+            gated: whether experts have a gate.
             weight_bytes: bytes per weight.
             activation_bytes: bytes per activation on the wire.
 
@@ -64,7 +71,7 @@ class CostModel:
             >>> CostModel.for_sizes(hidden_size=7168, moe_intermediate_size=2048, weight_bytes=1).expert_bytes
             44040192
         """
-        weights = 3 * hidden_size * moe_intermediate_size
+        weights = (3 if gated else 2) * hidden_size * moe_intermediate_size
         return cls(
             token_bytes=hidden_size * activation_bytes, expert_bytes=weights * weight_bytes, flops_per_row=2 * weights
         )

@@ -90,6 +90,36 @@ class RoutingTrace:
                 raise ValueError(f"window sizes add up to the {ids.shape[0]} tokens of expert_ids; got {sizes.sum()}")
         return cls(counts=_count(ids, sizes, num_experts), expert_ids=ids, window_sizes=sizes)
 
+    @classmethod
+    def joined(cls, traces: Sequence["RoutingTrace"]) -> "RoutingTrace":
+        """The windows of several recordings of one model, one after the other.
+
+        Raises:
+            ValueError: there is none, they differ in layers, experts or choices, or only some have token-level ids.
+
+        Example:
+            >>> trace = RoutingTrace.from_expert_ids(np.array([[[0, 2]], [[2, 1]]]), num_experts=4)
+            >>> RoutingTrace.joined(trace.halves()).expert_ids.tolist() == trace.expert_ids.tolist()
+            True
+        """
+        kinds = sorted(
+            {
+                (trace.num_layers, trace.num_experts, 0 if trace.expert_ids is None else trace.expert_ids.shape[2])
+                for trace in traces
+            }
+        )
+        if len(kinds) != 1:
+            raise ValueError(
+                "traces that are joined are of the same layers, experts and choices of every token (0 where there are "
+                f"counts only); got {', '.join(map(str, kinds)) or 'no trace'}"
+            )
+        counts = np.concatenate([trace.counts for trace in traces])
+        ids = [trace.expert_ids for trace in traces if trace.expert_ids is not None]
+        sizes = [trace.window_sizes for trace in traces if trace.window_sizes is not None]
+        if not ids:
+            return cls(counts=counts)
+        return cls(counts=counts, expert_ids=np.concatenate(ids), window_sizes=np.concatenate(sizes))
+
     @property
     def num_windows(self) -> int:
         """W."""

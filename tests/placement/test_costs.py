@@ -240,6 +240,12 @@ def test_traffic_that_does_not_fit_is_refused(change, message) -> None:
 # --- time
 
 
+def test_experts_without_a_gate_have_two_matrices() -> None:
+    plain = CostModel.for_sizes(hidden_size=64, moe_intermediate_size=32, gated=False)
+    assert (plain.expert_bytes, plain.flops_per_row) == (COST.expert_bytes * 2 / 3, COST.flops_per_row * 2 / 3)
+    assert plain.token_bytes == COST.token_bytes
+
+
 def test_step_time_is_the_slowest_device() -> None:
     cost = CostModel(
         token_bytes=10, expert_bytes=100, flops_per_row=4, flops=2, memory=50, within=5, between=1, latency=0.25

@@ -7,11 +7,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from jaxmoe import ExpertPlacement, cli_place
+from jaxmoe import ExpertPlacement, RoutingTrace, cli_place
 from jaxmoe.placement import placements_from_json, placements_to_json
 from jaxmoe.placement.synthetic import synthetic_trace
 
 RECORDER = Path(__file__).parent.parent / "checkpoint" / "data" / "torch_recorder.pt"
+GOLDENS = Path(__file__).parent.parent / "goldens"
 WIDTHS = ["--hidden-size", "64", "--moe-intermediate-size", "32"]
 
 
@@ -57,7 +58,7 @@ def test_json_for_machines(trace_file, tmp_path, capsys) -> None:
 
 
 def test_a_config_alone_is_enough(tmp_path, capsys) -> None:
-    config = {"model_type": "qwen3_moe", "hidden_size": 64, "moe_intermediate_size": 32, "num_experts": 8}
+    config = {"model_type": "of_no_family_here", "hidden_size": 64, "moe_intermediate_size": 32, "num_experts": 8}
     (tmp_path / "config.json").write_text(json.dumps(config | {"num_experts_per_tok": 2, "num_hidden_layers": 2}))
     place("--synthetic", "--config", str(tmp_path), "--ep", "2", "--strategies", "linear,eplb")
     assert "2 layers of 8 experts" in capsys.readouterr().err
@@ -75,9 +76,40 @@ def test_a_trace_of_sglang_with_tokens(capsys) -> None:
 
 
 @pytest.mark.parametrize(
+    ("family", "layers"),
+    [("dbrx", 2), ("ernie4_5_moe", 2), ("jamba", 1), ("llama4", 1), ("nemotron_h", 1), ("qwen2_moe", 2), ("gemma4", 2)],
+)
+def test_every_familys_config_tells_its_sizes(family, layers, capsys) -> None:
+    config = GOLDENS / family / "original"
+    place("--synthetic", "--config", str(config), "--ep", "2", "--strategies", "linear", "--num-slots", "12")
+    experts = 5 if family == "gemma4" else 11
+    assert f"{layers} layers of {experts} experts" in capsys.readouterr().err
+
+
+def test_a_model_without_experts_is_refused(tmp_path) -> None:
+    config = json.loads((GOLDENS / "qwen3_moe" / "original" / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | {"mlp_only_layers": [0, 1]}))
+    with pytest.raises(ValueError, match="a model without experts"):
+        place("--synthetic", "--config", str(tmp_path), "--ep", "2")
+
+
+def test_two_recordings_are_one_after_the_other(trace_file, tmp_path, capsys) -> None:
+    for name, half in zip("ab", RoutingTrace.load(trace_file).halves(), strict=True):
+        half.save(tmp_path / f"{name}.npz")
+    tables = []
+    for files in ([trace_file], [str(tmp_path / "a.npz"), str(tmp_path / "b.npz")]):
+        place(*files, "--ep", "4", *WIDTHS)
+        tables.append(capsys.readouterr())
+    assert tables[0] == tables[1]
+
+
+@pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["absent.npz", *WIDTHS], "the trace absent.npz does not exist"),
+        (["absent.npz", *WIDTHS], "the trace absent.npz is no file"),
+        (["TRACE", "--num-experts", "8", *WIDTHS], "the trace has 16, and --config or --num-experts says 8"),
+        (["TRACE", "-o", "absent/best.json", *WIDTHS], "the directory of --output absent/best.json does not exist"),
+        (["TRACE", "--device-speeds", "1,0,1,1", *WIDTHS], "device_speeds are finite and above 0"),
         (["TRACE"], "pass --config, or --hidden-size and --moe-intermediate-size"),
         (["TRACE", "--strategies", "best", *WIDTHS], "placement strategies are .*; got 'best'"),
         (["TRACE", "--by", "beauty", *WIDTHS], "strategies are ranked by"),
@@ -91,7 +123,17 @@ def test_what_does_not_fit_is_told_in_a_line(trace_file, words, message) -> None
         place(*[trace_file if word == "TRACE" else word for word in words], "--ep", "4")
 
 
-@pytest.mark.parametrize("words", [[], ["--ep", "4"], ["TRACE", "--synthetic", "--ep", "4"], ["TRACE", "--ep", "0"]])
+@pytest.mark.parametrize(
+    "words",
+    [
+        [],
+        ["--ep", "4"],
+        ["TRACE", "--synthetic", "--ep", "4"],
+        ["TRACE", "--ep", "0"],
+        ["TRACE", "--ep", "4", "--strategies", ","],
+        ["TRACE", "--ep", "2", "--device-slots", "8.5,8"],
+    ],
+)
 def test_wrong_usage(trace_file, words, capsys) -> None:
     with pytest.raises(SystemExit) as stopped:
         place(*[trace_file if word == "TRACE" else word for word in words])

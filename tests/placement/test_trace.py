@@ -52,6 +52,16 @@ def test_halves_are_the_past_and_the_future() -> None:
     assert np.array_equal(counts_future.counts, future.counts)
 
 
+def test_traces_are_joined() -> None:
+    trace = RoutingTrace.from_expert_ids(IDS, 4, window=1)
+    assert same(RoutingTrace.joined(trace.halves()), trace)
+    counts = RoutingTrace(counts=trace.counts)
+    assert same(RoutingTrace.joined(counts.halves()), counts)
+    for others in ([], [trace, counts], [trace, RoutingTrace(counts=trace.counts[:, :1])]):
+        with pytest.raises(ValueError, match="traces that are joined are of the same layers"):
+            RoutingTrace.joined(others)
+
+
 def test_a_single_window_is_halved_by_tokens() -> None:
     past, future = RoutingTrace.from_expert_ids(IDS, 4).halves()
     assert (past.expert_ids.shape[0], future.expert_ids.shape[0]) == (2, 1)
@@ -230,7 +240,8 @@ def test_megatron_pipeline_ranks_leave_counts() -> None:
         ([{"step": 0}], "record 1 is none of a router trace: KeyError"),
         ([megatron(0, 1, [[0, 9]])], "record 1 has shape .* ids 0..9"),
         ([megatron(0, 1, [[0]]), megatron(0, 1, [[0, 1]])], "same number of experts per token"),
-        ([megatron(0, 1, [["a"]])], "record 1 is none"),
+        ([megatron(0, 1, [["a"]])], r"record 1 has shape \(1, 1\)"),
+        ([megatron(0, 1, [[0.7, 1.2]])], "record 1 has shape .* ids 0.7..1.2"),
         ([megatron(0, 1, [[0], [1, 2]])], "record 1 is none"),
     ],
 )
@@ -338,6 +349,7 @@ def test_files_are_told_by_their_suffix(tmp_path) -> None:
         ("a.npy", b"nothing", "damaged or is no .npy"),
         ("a.npz", b"nothing", "is no .npz"),
         ("a.jsonl", b"{", "line 1: a router trace is JSON lines"),
+        ("a.jsonl", b"\xff", "a.jsonl, line 1: a router trace is JSON lines"),
         ("a.jsonl", b"[]", "line 1: a router trace is one JSON object a line"),
     ],
 )
@@ -351,5 +363,9 @@ def test_a_format_that_is_silent_on_experts_asks_for_them(tmp_path) -> None:
     np.save(tmp_path / "vllm.npy", IDS)
     with pytest.raises(ValueError, match=r"vLLM's routed_experts does not say .*--num-experts"):
         read_trace(tmp_path / "vllm.npy")
+    RoutingTrace.from_expert_ids(IDS, 4).save(tmp_path / "own.npz")
+    np.savez(tmp_path / "vllm.npz", IDS)
+    with pytest.raises(ValueError, match=r"of one format: .*own\.npz is jaxmoe's own, and others are not"):
+        read_trace([tmp_path / "vllm.npz", tmp_path / "own.npz"], num_experts=4)
     with pytest.raises(ValueError, match="same suffix"):
         read_trace([tmp_path / "a.npz", tmp_path / "b.npy"], num_experts=4)

@@ -25,7 +25,7 @@ def read_trace(
     """Read a trace, its format told by the suffix.
 
     ======  ==========================================================================
-    .npz    jaxmoe's own (`RoutingTrace.save`), or vLLM's `routed_experts` arrays
+    .npz    jaxmoe's own (`RoutingTrace.save`), one after the other, or vLLM's `routed_experts` arrays
     .npy    one vLLM `routed_experts` array
     .jsonl  Megatron-LM's router trace, one file a rank
     .pt     SGLang's expert distribution recorder, one file a rank
@@ -55,8 +55,13 @@ def read_trace(
         return from_sglang([read_torch(file) for file in files])
     if suffix == ".npz":
         contents = [read_npz(file) for file in files]
-        if len(files) == 1 and is_trace_file(contents[0]):
-            return RoutingTrace.load(files[0])
+        if all(map(is_trace_file, contents)):
+            return RoutingTrace.joined([RoutingTrace.load(file) for file in files])
+        own = [file for file, fields in zip(files, contents, strict=True) if is_trace_file(fields)]
+        if own:
+            raise ValueError(
+                f"the files of one recording are of one format: {own[0]} is jaxmoe's own, and others are not"
+            )
         arrays = [array for fields in contents for _, array in sorted(fields.items())]
         return from_vllm(arrays, num_experts=_needed(num_experts, "vLLM's routed_experts"), window=window)
     if suffix == ".npy":

@@ -1,7 +1,7 @@
 """Megatron-LM's router trace: JSON lines, one record per step, rank and layer."""
 
 import json
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -33,19 +33,20 @@ def from_megatron(records: Iterable[Mapping[str, Any]], *, num_experts: int, blo
         try:
             if record.get("block", "decoder") != block:
                 continue
-            ids = np.asarray(record["top_indices"], dtype=np.int32)
+            ids = np.asarray(record["top_indices"])
             # A head of multi-token prediction numbers its layers from 0 again.
             layer = (int(record.get("mtp_idx", 0)), int(record["layer"]))
             part = (int(record["step"]), int(record.get("rank", 0)))
         except (AttributeError, KeyError, TypeError, ValueError, OverflowError) as error:
             raise ValueError(f"record {number} is none of a router trace: {error!r}") from error
-        if ids.ndim != 2 or (ids.size and not 0 <= ids.min() <= ids.max() < num_experts):
+        in_range = ids.dtype.kind in "iu" and ids.min(initial=0) >= 0 and ids.max(initial=0) < num_experts
+        if ids.ndim != 2 or (ids.size and not in_range):
             raise ValueError(
                 f"top_indices are [tokens, K] of experts 0..{num_experts - 1}; record {number} has shape {ids.shape}"
-                + (f" and ids {ids.min()}..{ids.max()}" if ids.size else "")
+                + (f" and ids {ids.min()}..{ids.max()}" if ids.size and ids.dtype.kind in "iuf" else "")
             )
         # Micro-batches of a step are records of the same layer, in order.
-        chosen[part][layer].append(ids)
+        chosen[part][layer].append(ids.astype(np.int32))
     if not chosen:
         raise ValueError(f"the router trace has no record of block {block!r}")
     joined = {part: {layer: _join(ids) for layer, ids in layers.items()} for part, layers in sorted(chosen.items())}
@@ -55,12 +56,16 @@ def from_megatron(records: Iterable[Mapping[str, Any]], *, num_experts: int, blo
     shapes = {ids.shape[1] for by_layer in joined.values() for ids in by_layer.values()}
     if len(whole) == len(joined) and len(shapes) == 1 and all(_same_tokens(by_layer) for by_layer in whole):
         ids = np.concatenate([np.stack([by_layer[layer] for layer in layers], axis=1) for by_layer in whole])
-        sizes = [sum(_tokens(joined[part]) for part in joined if part[0] == step) for step in steps]
-        return RoutingTrace.from_expert_ids(ids, num_experts, window=sizes)
+        sizes = Counter[int]()
+        for (step, _), by_layer in joined.items():
+            sizes[step] += _tokens(by_layer)
+        return RoutingTrace.from_expert_ids(ids, num_experts, window=[sizes[step] for step in steps])
     counts = np.zeros((len(steps), len(layers), num_experts), np.int64)
+    window_of = {step: window for window, step in enumerate(steps)}
     for (step, _), by_layer in joined.items():
-        for layer, ids in by_layer.items():
-            counts[steps.index(step), layers.index(layer)] += np.bincount(ids.reshape(-1), minlength=num_experts)
+        for place, layer in enumerate(layers):
+            if layer in by_layer:
+                counts[window_of[step], place] += np.bincount(by_layer[layer].reshape(-1), minlength=num_experts)
     return RoutingTrace(counts=counts)
 
 
@@ -70,12 +75,12 @@ def read_jsonl(file: Path) -> Iterator[Mapping[str, Any]]:
     Raises:
         ValueError: a line is no JSON object.
     """
-    with file.open(encoding="utf-8") as lines:
+    with file.open("rb") as lines:
         for number, line in enumerate(lines, 1):
             if not line.strip():
                 continue
             try:
-                record = json.loads(line)
+                record = json.loads(line.decode("utf-8"))
             except ValueError as error:
                 raise ValueError(f"{file}, line {number}: a router trace is JSON lines: {error}") from error
             if not isinstance(record, dict):
