@@ -13,6 +13,7 @@ from jaxmoe.checkpoint.execute import load_arrays
 from jaxmoe.checkpoint.files import Checkpoint, open_checkpoint
 from jaxmoe.checkpoint.names import is_expert_stack, model_blocks
 from jaxmoe.checkpoint.plan import IgnoreRule, make_load_plan
+from jaxmoe.checkpoint.tied import settle_tied
 from jaxmoe.config import DecoderConfig, RouterFunction
 from jaxmoe.layers import param_specs, params_by_path
 from jaxmoe.mesh import EP
@@ -77,6 +78,8 @@ def load(
         config = config.with_router(router)
     checkpoint = open_checkpoint(path).renamed(family.text_name)
     check_not_quantized(checkpoint, path)
+    checkpoint, config, tied = settle_tied(checkpoint, family, config)
+    ignored = {**family.ignored_in(config), **tied}
     model = Decoder(
         config,
         mesh=mesh,
@@ -92,7 +95,7 @@ def load(
         checkpoint,
         specs.values(),
         model_blocks(specs, family, checkpoint.tensors),
-        ignore=[IgnoreRule(name=name, pattern=pattern) for name, pattern in family.ignored_in(config).items()],
+        ignore=[IgnoreRule(name=name, pattern=pattern) for name, pattern in ignored.items()],
         expert_params=[path for path in specs if is_expert_stack(path)],
     )
     if adapter is not None:

@@ -22,9 +22,9 @@ from jaxmoe.checkpoint.names import Form, model_blocks, wanted_names, written_fo
 from jaxmoe.checkpoint.outputs import OutputTensor, copied_tensor, output_tensors
 from jaxmoe.checkpoint.plan import IgnoreRule
 from jaxmoe.checkpoint.reading import open_files
+from jaxmoe.checkpoint.tied import TIED_RULE, settle_tied
 from jaxmoe.checkpoint.values import CheckpointValues, ModelValues
 from jaxmoe.checkpoint.write import divide_into_files, parse_size, write_files
-from jaxmoe.config import DecoderConfig
 from jaxmoe.layers import ParamSpec, param_specs, params_by_path
 from jaxmoe.models import Decoder, Family, read_model_config
 from jaxmoe.progress import ProgressCallback, byte_progress
@@ -177,10 +177,11 @@ def convert(
     family, config = read_model_config(source)
     checkpoint = open_checkpoint(source).renamed(family.text_name)
     check_not_quantized(checkpoint, source)
+    checkpoint, config, tied = settle_tied(checkpoint, family, config)
     model_dtype = target or np.dtype(np.float32)
     specs = abstract_specs(config, model_dtype)
     blocks = list(model_blocks(specs, family, checkpoint.tensors))
-    ignored = _check_complete(checkpoint, specs, blocks, family, config)
+    ignored = _check_complete(checkpoint, specs, blocks, family, {**family.ignored_in(config), **tied})
     with open_files(checkpoint.files) as descriptors:
         values = CheckpointValues(blocks, checkpoint.tensors, descriptors)
         wanted = wanted_names(specs, family, form, checkpoint.tensors)
@@ -248,8 +249,8 @@ def _plain_dtype(name: str | None) -> np.dtype | None:
 
 
 def _carried(ignored: Mapping[str, Sequence[str]], family: Family) -> list[str]:
-    """The ignored tensors that are copied: all but those beside the text part of a multimodal model."""
-    left_out = family.wrapper.ignored if family.wrapper else {}
+    """The ignored tensors that are copied: all but those beside a multimodal model's text part, and the embedding again."""
+    left_out = {TIED_RULE, *(family.wrapper.ignored if family.wrapper else ())}
     return [name for rule, names in ignored.items() if rule not in left_out for name in names]
 
 
@@ -268,13 +269,13 @@ def _check_complete(
     specs: dict[str, ParamSpec],
     blocks: Iterable[Block],
     family: Family,
-    config: DecoderConfig,
+    ignored_by: Mapping[str, str],
 ) -> list[str]:
     """The checks of a load plan: nothing is left out silently. Returns the tensors to copy as they are."""
     by_param: dict[str, list[Block]] = {path: [] for path in specs}
     for block in blocks:
         by_param[block.param].append(block)
-    rules = [IgnoreRule(name=name, pattern=pattern) for name, pattern in family.ignored_in(config).items()]
+    rules = [IgnoreRule(name=name, pattern=pattern) for name, pattern in ignored_by.items()]
     problems = Problems(f"the conversion of {checkpoint.path}")
     check_tensors(checkpoint, list(specs.values()), by_param, problems)
     ignored = check_all_used(

@@ -14,6 +14,7 @@ from jaxmoe.checkpoint.files import open_checkpoint
 from jaxmoe.checkpoint.names import is_expert_stack, layer_index, model_blocks
 from jaxmoe.checkpoint.plan import make_load_plan
 from jaxmoe.checkpoint.report import LoadReport
+from jaxmoe.checkpoint.tied import settle_tied
 from jaxmoe.elastic.assemble import assemble
 from jaxmoe.elastic.relocate import Relocation, device_boxes, plan_relocation
 from jaxmoe.layers.param import ParamSpec, param_specs, params_by_path
@@ -146,8 +147,8 @@ def _read_lost(
         if is_expert_stack(path) and _layer(path) in lost_slots:
             index = _layer(path)
             wanted[path] = _fewer_slots(spec, by_rank(lost_slots[index], moved.layers[index].moe.placement))
-    family, _ = read_model_config(model.source)
-    checkpoint = open_checkpoint(model.source)
+    family, config = read_model_config(model.source)
+    checkpoint, _, _ = settle_tied(open_checkpoint(model.source).renamed(family.text_name), family, config)
     blocks = model_blocks({**new, **wanted}, family, checkpoint.tensors)
     plan = make_load_plan(
         checkpoint, wanted.values(), [block for block in blocks if block.param in wanted], complete=False

@@ -100,6 +100,12 @@ def test_a_lost_tp_rank(form) -> None:
     assert 0 < moved.load_report.bytes_read < everything
 
 
+def test_the_text_part_of_a_multimodal_model_is_read_again_behind_its_prefix() -> None:
+    model = jaxmoe.load(GOLDENS / "llama4" / "original", mesh=on((1, 2, 2)))
+    moved = jaxmoe.move(model, mesh=on((1, 1, 2)), lost_devices=jax.devices()[2:4])
+    check_logits(moved, read_expected("llama4"))
+
+
 def test_a_moved_model_can_be_rebalanced_saved_and_moved_again(tmp_path) -> None:
     model = jaxmoe.load(QWEN, mesh=on((1, 2, 4)))
     model = jaxmoe.move(model, mesh=on((1, 2, 2)))

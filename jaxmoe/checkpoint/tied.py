@@ -1,0 +1,57 @@
+"""Tied embeddings: what a checkpoint has of an output projection that config.json says is the embedding."""
+
+import dataclasses
+import re
+from typing import NamedTuple
+
+from jaxmoe.checkpoint.files import Checkpoint
+from jaxmoe.checkpoint.safetensors import TensorInfo
+from jaxmoe.config import DecoderConfig
+from jaxmoe.models import Family
+
+TIED_RULE = "tied output projection"
+
+
+class Settled(NamedTuple):
+    """What `settle_tied` finds.
+
+    Attributes:
+        checkpoint: with the embedding under its own name.
+        config: with the tie that the checkpoint has.
+        ignored: as `Family.ignored_in`, for a tensor that is the embedding again.
+    """
+
+    checkpoint: Checkpoint
+    config: DecoderConfig
+    ignored: dict[str, str]
+
+
+def settle_tied(checkpoint: Checkpoint, family: Family, config: DecoderConfig) -> Settled:
+    """Find the two ends of a tied model in a checkpoint, which may have either or both, without reading them.
+
+    * Only the output projection: it is the embedding too.
+    * Both, and they are the same bytes, as in every ``.bin`` file: the second is ignored by the rule `TIED_RULE`.
+    * Both, each with bytes of its own: the model is loaded as one that is not tied. That is right whether or not they
+      are equal. transformers compares them and leaves them untied where they differ.
+
+    Args:
+        checkpoint: its tensors under the family's names.
+        family: of the model.
+        config: of config.json. Where it does not tie, all stays as it is.
+    """
+    as_it_is = Settled(checkpoint, config, {})
+    output = _find(checkpoint, family, "lm_head.weight")
+    if not config.tie_word_embeddings or output is None:
+        return as_it_is
+    embedding = _find(checkpoint, family, "embed.weight")
+    if embedding is None:
+        name = family.tensors["embed.weight"][0]
+        renamed = checkpoint.renamed(lambda old: name if old == output.name else old)
+        return Settled(renamed, config, {})
+    if dataclasses.replace(output, name=embedding.name) == embedding:
+        return Settled(checkpoint, config, {TIED_RULE: re.escape(output.name)})
+    return Settled(checkpoint, dataclasses.replace(config, tie_word_embeddings=False), {})
+
+
+def _find(checkpoint: Checkpoint, family: Family, path: str) -> TensorInfo | None:
+    return next((checkpoint.tensors[name] for name in family.tensors[path] if name in checkpoint.tensors), None)

@@ -1,0 +1,85 @@
+"""A model whose output projection is its embedding, from files that hold either of the two, or both."""
+
+import json
+from pathlib import Path
+
+import ml_dtypes
+import numpy as np
+import pytest
+
+import jaxmoe
+from jaxmoe.checkpoint.summary import summarize
+from tests.checkpoint.test_save import GOLDENS, assert_same_tensors, read_all
+from tests.checkpoint.test_torch_zip import archive, number, state_dict, storage, tensor, text
+from tests.checkpoint.writing import write_checkpoint
+from tests.conftest import mesh_of
+
+EMBED, OUTPUT = "model.embed_tokens.weight", "lm_head.weight"
+TENSORS = read_all(GOLDENS / "qwen3_moe" / "original")
+TABLE = TENSORS.pop(EMBED)
+del TENSORS[OUTPUT]
+TOKENS = np.arange(3, 20, dtype=np.int32)[None]
+
+
+def checkpoint(directory: Path, ends: dict[str, np.ndarray], *, tied: bool = True) -> Path:
+    config = json.loads((GOLDENS / "qwen3_moe" / "original" / "config.json").read_text())
+    write_checkpoint(directory, TENSORS | ends)
+    (directory / "config.json").write_text(json.dumps({**config, "tie_word_embeddings": tied}))
+    return directory
+
+
+def load(directory: Path) -> jaxmoe.models.Decoder:
+    return jaxmoe.load(directory, mesh=mesh_of(2, 2, 2))
+
+
+def write_bin(path: Path, tensors: dict[str, np.ndarray]) -> None:
+    """As torch writes it: arrays that are one object share a storage."""
+    items, storages, keys = {}, {}, {}
+    for name, value in tensors.items():
+        key = keys.setdefault(id(value), f"{len(keys)}")
+        storages[f"archive/data/{key}"] = value.tobytes()
+        strides = tuple(stride // 4 for stride in value.strides)
+        items[name] = tensor(storage(text(key), numel=number(value.size)), 0, value.shape, strides)
+    archive(path, state_dict(**items), more=storages)
+
+
+@pytest.fixture(scope="module")
+def tied_logits(tmp_path_factory) -> np.ndarray:
+    """Of a model that is not tied and has the table twice."""
+    directory = checkpoint(tmp_path_factory.mktemp("untied"), {EMBED: TABLE, OUTPUT: TABLE}, tied=False)
+    return np.asarray(load(directory)(TOKENS))
+
+
+@pytest.mark.parametrize("ends", [(EMBED,), (OUTPUT,), (EMBED, OUTPUT)], ids=str)
+def test_either_end_will_do(ends, tied_logits, tmp_path):
+    source = checkpoint(tmp_path / "a", dict.fromkeys(ends, TABLE))
+    model = load(source)
+    np.testing.assert_array_equal(model(TOKENS), tied_logits)
+    assert model.load_report.ignored == {}
+    assert summarize(source).problems == ()
+    for written in (jaxmoe.save(model, tmp_path / "b"), jaxmoe.convert(source, tmp_path / "c")):
+        np.testing.assert_array_equal(load(Path(written.path))(TOKENS), tied_logits)
+
+
+def test_ends_that_differ_are_not_tied(tmp_path):
+    ends = {EMBED: TABLE, OUTPUT: TABLE[::-1]}
+    model = load(checkpoint(tmp_path / "a", ends))
+    np.testing.assert_array_equal(model(TOKENS), load(checkpoint(tmp_path / "b", ends, tied=False))(TOKENS))
+    jaxmoe.save(model, tmp_path / "c")
+    assert_same_tensors(tmp_path / "c", tmp_path / "a")
+
+
+def test_files_of_torch_hold_the_same_bytes_under_both_names(tied_logits, tmp_path):
+    source = checkpoint(tmp_path / "a", {})
+    (source / "model.safetensors").unlink()
+    write_bin(source / "pytorch_model.bin", TENSORS | {EMBED: TABLE, OUTPUT: TABLE})
+    model = load(source)
+    np.testing.assert_array_equal(model(TOKENS), tied_logits)
+    assert model.load_report.ignored == {"tied output projection": (OUTPUT,)}
+    assert summarize(source).ignored == {"tied output projection": [OUTPUT]}
+    # What is written has the embedding alone, so that no other dtype can make the two differ.
+    for report in (jaxmoe.save(model, tmp_path / "b"), jaxmoe.convert(source, tmp_path / "c", dtype="bfloat16")):
+        written = read_all(Path(report.path))
+        assert OUTPUT not in written
+        assert report.carried == 0
+    assert written[EMBED].dtype == ml_dtypes.bfloat16
