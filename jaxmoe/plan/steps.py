@@ -71,7 +71,8 @@ def compile_steps(
     Args:
         config: the model's.
         mesh: over devices from `gpu_topology`, or any others.
-        placement, expert_axes, dispatch, kernels, dtype: as for `jaxmoe.load`.
+        placement, expert_axes, dispatch, kernels, dtype: as for `jaxmoe.load`. In one process "mosaic_gpu" compiles for
+            one generation of GPUs, the first that it was asked for.
         batch_size: sequences.
         prompt_length: tokens of each in the prefill.
         max_length: tokens of each that the cache holds.
@@ -82,6 +83,12 @@ def compile_steps(
     Raises:
         ValueError: model, mesh and arguments do not fit together.
     """
+    if batch_size < 1 or not 1 <= prompt_length <= max_length <= config.max_position_embeddings:
+        raise ValueError(
+            "there is at least one sequence, with at least one token, and 1 <= prompt_length <= max_length <= "
+            f"max_position_embeddings ({config.max_position_embeddings}); got batch_size {batch_size}, prompt_length "
+            f"{prompt_length} and max_length {max_length}"
+        )
     model = Decoder(
         config,
         mesh=mesh,

@@ -1,0 +1,40 @@
+"""Compiled steps on simulated devices; tests/aot has them for GPUs."""
+
+import json
+
+import pytest
+
+from jaxmoe.models import get_family
+from jaxmoe.plan import compile_steps, plan
+from tests.conftest import mesh_of
+from tests.models.test_goldens import GOLDENS
+
+QWEN = GOLDENS / "qwen3_moe" / "original"
+SIZES = {"batch_size": 2, "prompt_length": 5, "max_length": 9}
+
+
+@pytest.fixture(scope="module")
+def config():
+    return get_family("qwen3_moe").read_config(json.loads((QWEN / "config.json").read_text()))
+
+
+def test_both_steps_take_what_the_plan_says(config) -> None:
+    steps = compile_steps(config, mesh_of(1, 2, 2), dtype="float32", dispatch="all_to_all", **SIZES)
+    assert steps.keys() == {"prefill", "decode"}
+    planned = plan(QWEN, tp=2, ep=2, dtype="float32", batch_size=2, max_length=9)
+    for step in steps.values():
+        extra = step.argument_bytes - max(planned.bytes_per_device.values())
+        assert 0 <= extra < 4096  # tokens, lengths, places
+        assert step.collectives["all-to-all"] > 0
+        assert step.temp_bytes > 0
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [{"batch_size": 0}, {"prompt_length": 0}, {"prompt_length": 10}, {"max_length": 4}, {"max_length": 10**6}],
+    ids=str,
+)
+def test_sizes_that_no_step_has_are_refused(wrong, config) -> None:
+    [(name, value)] = wrong.items()
+    with pytest.raises(ValueError, match=rf"1 <= prompt_length <= max_length <= .*; got .*{name} {value}\b"):
+        compile_steps(config, mesh_of(1, 1, 1), **SIZES | wrong)
