@@ -134,6 +134,56 @@ def test_single_rows_end_with_the_matrix(swapped, N, widths, monkeypatch) -> Non
     assert widths_of_single_rows(N, tiles_of(swapped), monkeypatch) == widths
 
 
+class Rows:
+    """An array in place of a reference: it shows what `copy_rows_out` asks to copy."""
+
+    def __init__(self, array):
+        self.array, self.shape = array, array.shape
+
+    @property
+    def at(self):
+        return self
+
+    def __getitem__(self, slices):
+        return self.array, [(int(part.start), part.size) for part in slices]
+
+
+@needs_mosaic
+@pytest.mark.parametrize("width", [64, 128])
+@pytest.mark.parametrize("N", [8, 64, 72, 128, 136, 200, 256])
+@pytest.mark.parametrize(("first", "last"), [(0, 16), (0, 1), (3, 14), (7, 7), (-9, -2), (-3, 5), (5, 21), (15, 30)])
+def test_results_are_copied_as_the_accelerator_does_it(first, last, N, width, monkeypatch) -> None:
+    """Into a matrix in flat memory: boxes are cut off at its edges, but runs of bytes are not."""
+    from jaxmoe.kernels.grouped_matmul.mosaic_gpu import pipeline
+
+    height, row, memory = 16, 8, np.zeros((40, N))
+
+    def copy(source, target, *, commit_group):
+        assert not commit_group
+        (array, ((top, rows), (left, columns))), (_, ((to_top, _), (to_left, _))) = source, target
+        block = array[top : top + rows, left : left + columns]
+        assert block.shape == (rows, columns)
+        assert to_left * 2 % 16 == columns * 2 % 16 == (top * width + left) * 2 % 16 == 0
+        if rows == 1 or columns == N:
+            start = to_top * N + to_left
+            memory.reshape(-1)[start : start + block.size] = block.reshape(-1)
+        else:
+            there = memory[to_top : to_top + rows, to_left : to_left + columns]
+            there[...] = block[:, : there.shape[1]]
+
+    monkeypatch.setattr(pipeline.pl, "when", lambda condition: lambda body: body() if condition else None)
+    monkeypatch.setattr(pipeline.plgpu, "copy_smem_to_gmem", copy)
+    monkeypatch.setattr(pipeline.plgpu, "commit_smem_to_gmem_group", lambda: None)
+    expected = np.zeros_like(memory)
+    # Of two warpgroups that share the outputs of a tile, the second may be beyond the matrix.
+    for column in range(0, -(-N // (2 * width)) * 2 * width, width):
+        results = 1 + np.arange(height * width).reshape(height, width) + 10000 * column
+        inside = results[max(first, 0) : max(last, 0), : max(N - column, 0)]
+        expected[row + max(first, 0) : row + max(first, 0) + len(inside), column : column + width] = inside
+        pipeline.copy_rows_out(Rows(results), Rows(memory), row, first, last, column)
+    np.testing.assert_array_equal(memory, expected)
+
+
 @needs_mosaic
 def test_gradient_is_that_of_the_portable_backend() -> None:
     check_gradient()

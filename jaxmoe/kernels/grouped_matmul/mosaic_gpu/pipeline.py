@@ -108,8 +108,9 @@ def copy_rows_out(results: Any, out: Any, row: Any, first: Any, last: Any, colum
     """Copy the rows from `first` to `last` of results in shared memory, which begin at [row, column] of `out`; no wait.
 
     A copy has a static number of rows, so the number wanted is made up of powers of two. Outputs beyond the matrix are
-    left out by the accelerator, but not where it copies a single row: that is made one run of bytes, which would go on
-    into the next row. `column` is a multiple of the results' width. All of it is one group to `wait_smem_to_gmem`.
+    left out by the accelerator, but not where it copies a single row, or rows as wide as the matrix: that is made one run
+    of bytes, which would go on into the next row. `column` is a multiple of the results' width, and may be beyond the
+    matrix. All of it is one group to `wait_smem_to_gmem`.
     """
     (height, width), N = results.shape, out.shape[1]
     start = jnp.clip(first, 0, height)
@@ -124,7 +125,7 @@ def copy_rows_out(results: Any, out: Any, row: Any, first: Any, last: Any, colum
 
     rows = 1 << (height.bit_length() - 1)
     while rows > 1:
-        copy(True, start, rows, width)
+        copy(column < N, start, rows, width)
         start += count & rows
         rows //= 2
     copy(column + width <= N, start, 1, width)
