@@ -4,10 +4,9 @@ from collections.abc import Mapping
 
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.ticker import MaxNLocator
 
 from jaxmoe.placement.balance import max_over_mean
-from jaxmoe.viz.style import COLORS, LINES, MARKERS, axes_or_new, plain
+from jaxmoe.viz.style import COLORS, LINES, MARKERS, axes_or_new, plain, whole_ticks
 
 
 def balance_over_time(
@@ -23,10 +22,15 @@ def balance_over_time(
     Returns:
         The axes.
 
+    Raises:
+        ValueError: there are no loads.
+
     Example:
         >>> balance_over_time({"linear": np.array([[[3, 1]], [[2, 2]]])}).get_lines()[0].get_ydata().tolist()
         [1.5, 1.0]
     """
+    if not loads:
+        raise ValueError("there are no loads to draw")
     ax = axes_or_new(ax, 7.0, 3.6)
     for number, (label, load) in enumerate(loads.items()):
         ratio = max_over_mean(np.asarray(load, np.float64)).mean(axis=1)
@@ -54,6 +58,6 @@ def balance_over_time(
         )
     ax.axhline(1.0, color="black", linewidth=0.8, linestyle=(0, (1, 3)))
     ax.set(xlabel="window", ylabel="max / mean device load")
-    ax.xaxis.set_major_locator(MaxNLocator(integer=True))
+    whole_ticks(ax.xaxis, 9)
     ax.legend(frameon=False, ncols=min(4, max(1, len(loads))), loc="lower left", bbox_to_anchor=(0, 1))
     return plain(ax)

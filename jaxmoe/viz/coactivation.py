@@ -2,10 +2,9 @@
 
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.ticker import MaxNLocator
 
 from jaxmoe.placement import ExpertPlacement
-from jaxmoe.viz.style import SEQUENTIAL, axes_or_new, cased_line, colorbar
+from jaxmoe.viz.style import SEQUENTIAL, axes_or_new, cased_line, colorbar, whole_ticks
 
 
 def coactivation_matrix(pairs: np.ndarray, *, placement: ExpertPlacement | None = None, ax: Axes | None = None) -> Axes:
@@ -40,13 +39,13 @@ def coactivation_matrix(pairs: np.ndarray, *, placement: ExpertPlacement | None 
     image = ax.imshow(drawn, interpolation="nearest", cmap=SEQUENTIAL, vmin=0, vmax=top)
     for start, size in boxes:
         square = np.array([start, start + size]) - 0.5
-        cased_line(ax, square[[0, 1, 1, 0, 0]], square[[0, 0, 1, 1, 0]])
+        cased_line(ax, square[[0, 1, 1, 0, 0]], square[[0, 0, 1, 1, 0]], cells=E)
     colorbar(ax, image, "together / by chance")
     label = "expert" if placement is None else "expert, in order of devices (boxes)"
     ax.set(xlabel=label, ylabel=label, xlim=(-0.5, E - 0.5), ylim=(E - 0.5, -0.5))
     if placement is None:
         for axis in (ax.xaxis, ax.yaxis):
-            axis.set_major_locator(MaxNLocator(nbins=min(8, E), integer=True))
+            whole_ticks(axis, min(8, E))
     else:
         # Positions are no expert numbers here.
         ax.set(xticks=[], yticks=[])

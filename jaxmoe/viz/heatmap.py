@@ -2,9 +2,8 @@
 
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.ticker import MaxNLocator
 
-from jaxmoe.viz.style import SEQUENTIAL, axes_or_new, colorbar
+from jaxmoe.viz.style import SEQUENTIAL, axes_or_new, colorbar, whole_ticks
 
 
 def expert_heatmap(counts: np.ndarray, *, sort: bool = False, ax: Axes | None = None) -> Axes:
@@ -33,8 +32,8 @@ def expert_heatmap(counts: np.ndarray, *, sort: bool = False, ax: Axes | None = 
     image = ax.imshow(relative, aspect="auto", interpolation="nearest", cmap=SEQUENTIAL, vmin=0, vmax=top)
     bar = colorbar(ax, image, "load / layer mean")
     if relative.max() > top:
-        bar.ax.set_title(f"max {relative.max():.1f}", fontsize="small")
+        bar.ax.set_title(f"max {relative.max():.1f}", fontsize="small", loc="left")
     ax.set(xlabel="expert, by load" if sort else "expert", ylabel="MoE layer")
     for axis, size in ((ax.xaxis, E), (ax.yaxis, L)):
-        axis.set_major_locator(MaxNLocator(nbins=min(10, size), integer=True))
+        whole_ticks(axis, min(10, size))
     return ax

@@ -4,9 +4,8 @@ from collections.abc import Mapping
 
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.ticker import MaxNLocator
 
-from jaxmoe.viz.style import COLORS, HATCHES, axes_or_new, plain
+from jaxmoe.viz.style import COLORS, HATCHES, axes_or_new, plain, whole_ticks
 
 
 def device_loads(loads: Mapping[str, np.ndarray], *, ax: Axes | None = None) -> Axes:
@@ -51,7 +50,7 @@ def device_loads(loads: Mapping[str, np.ndarray], *, ax: Axes | None = None) -> 
         )
     ax.axhline(1.0, color="black", linewidth=1, linestyle="--", label="mean")
     ax.set(xlabel="device", ylabel="load / mean", xlim=(-0.6, n - 0.4))
-    ax.xaxis.set_major_locator(MaxNLocator(nbins=min(16, n + 1), integer=True))
+    whole_ticks(ax.xaxis, min(16, n + 1))
     ax.set_ylim(0, ax.get_ylim()[1] * 1.25)  # Room for the legend above the bars.
     handles, labels = ax.get_legend_handles_labels()
     order = [*range(1, len(handles)), 0]

@@ -4,10 +4,9 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.ticker import MaxNLocator
 
 from jaxmoe.placement import ExpertPlacement
-from jaxmoe.viz.style import COLORS, HATCHES, axes_or_new, plain
+from jaxmoe.viz.style import COLORS, HATCHES, axes_or_new, plain, whole_ticks
 
 
 def device_memory(parts: Mapping[str, np.ndarray], *, capacity: float | None = None, ax: Axes | None = None) -> Axes:
@@ -50,7 +49,7 @@ def device_memory(parts: Mapping[str, np.ndarray], *, capacity: float | None = N
     if capacity is not None:
         ax.axhline(capacity / 1e9, color="black", linewidth=1.2, linestyle="--", label="capacity")
     ax.set(xlabel="device", ylabel="GB", xlim=(-0.6, n - 0.4))
-    ax.xaxis.set_major_locator(MaxNLocator(nbins=min(16, n + 1), integer=True))
+    whole_ticks(ax.xaxis, min(16, n + 1))
     ax.set_ylim(0, ax.get_ylim()[1] * 1.3)  # Room for the legend above the bars.
     ax.legend(frameon=False, ncols=3, loc="upper left", fontsize="small")
     return plain(ax)

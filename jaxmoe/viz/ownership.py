@@ -6,7 +6,7 @@ from matplotlib.axes import Axes
 from matplotlib.patches import Patch, Rectangle
 
 from jaxmoe.placement import ExpertPlacement
-from jaxmoe.viz.style import COLORS, axes_or_new
+from jaxmoe.viz.style import COLORS, axes_or_new, check_nodes
 
 _MAX_WIDTH, _MAX_LINES = 24, 40
 _ONLY: dict[str, Any] = {"facecolor": "#DCE9F5", "edgecolor": "0.6", "linewidth": 0.5}
@@ -27,11 +27,15 @@ def ownership_map(placement: ExpertPlacement, *, num_nodes: int = 1, ax: Axes | 
     Returns:
         The axes.
 
+    Raises:
+        ValueError: the devices do not split into that many nodes.
+
     Example:
         >>> [text.get_text() for text in ownership_map(ExpertPlacement.linear(num_experts=3, ep=2)).texts]
         ['device 0', '0', '1', 'device 1', '2']
     """
     n, p = placement.ep, placement.slots_per_device
+    check_nodes(n, num_nodes)
     width = min(p, _MAX_WIDTH)
     lines = -(-p // width)
     columns = min(n, -(-n * lines // _MAX_LINES))

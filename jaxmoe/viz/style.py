@@ -3,8 +3,10 @@
 import numpy as np
 from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
+from matplotlib.axis import Axis
 from matplotlib.colorbar import Colorbar
 from matplotlib.image import AxesImage
+from matplotlib.ticker import MaxNLocator
 from numpy.typing import ArrayLike
 
 # Okabe and Ito's palette (2008), ordered so that neighbours differ in lightness as well.
@@ -21,7 +23,8 @@ def axes_or_new(ax: Axes | None, width: float = 7.0, height: float = 4.0) -> Axe
     """`ax`, or the axes of a new figure of that size in inches."""
     if ax is not None:
         return ax
-    _, new = plt.subplots(figsize=(width, height), layout="constrained")
+    # Not "constrained": beside a square matrix that one leaves the labels no room within the figure.
+    _, new = plt.subplots(figsize=(width, height), layout="compressed")
     return new
 
 
@@ -32,10 +35,15 @@ def plain(ax: Axes) -> Axes:
 
 
 def colorbar(ax: Axes, image: AxesImage, label: str) -> Colorbar:
-    """A colour scale at the right of `ax`."""
+    """A colour scale at the right of `ax`; it ends in an arrow where values are beyond it."""
     figure = ax.get_figure(root=True)
     assert figure is not None
-    bar = figure.colorbar(image, ax=ax, fraction=0.04, pad=0.02)
+    values = image.get_array()
+    assert values is not None
+    most = np.nanmax(np.ma.filled(values, np.nan), initial=0.0)
+    bar = figure.colorbar(
+        image, ax=ax, fraction=0.04, pad=0.02, extend="max" if most > image.get_clim()[1] else "neither"
+    )
     bar.set_label(label)
     return bar
 
@@ -46,7 +54,26 @@ def text_color(image: AxesImage, value: float) -> str:
     return "black" if 0.299 * red + 0.587 * green + 0.114 * blue > 0.5 else "white"
 
 
-def cased_line(ax: Axes, xs: ArrayLike, ys: ArrayLike) -> None:
-    """A thin black line in a white casing, which shows on any colour under it, in print too."""
-    ax.plot(xs, ys, color="white", linewidth=3, solid_joinstyle="miter", scalex=False, scaley=False)
-    ax.plot(xs, ys, color="black", linewidth=1.2, solid_joinstyle="miter", scalex=False, scaley=False)
+def cased_line(ax: Axes, xs: ArrayLike, ys: ArrayLike, *, cells: int) -> None:
+    """A thin black line in a white casing, which shows on any colour under it, in print too.
+
+    Over a matrix of many `cells` a side it is thinner, so that it hides none.
+    """
+    scale = min(1.0, 96 / cells)
+    ax.plot(xs, ys, color="white", linewidth=3 * scale, solid_joinstyle="miter", scalex=False, scaley=False)
+    ax.plot(xs, ys, color="black", linewidth=1.2 * scale, solid_joinstyle="miter", scalex=False, scaley=False)
+
+
+def whole_ticks(axis: Axis, most: int) -> None:
+    """Ticks at whole numbers, a few more than `most` of them at most; a single one where there is a single number."""
+    axis.set_major_locator(MaxNLocator(nbins=most, integer=True, min_n_ticks=1))
+
+
+def check_nodes(devices: int, num_nodes: int) -> None:
+    """Refuse nodes that do not hold equally many devices.
+
+    Raises:
+        ValueError: they do not.
+    """
+    if num_nodes < 1 or devices % num_nodes:
+        raise ValueError(f"nodes hold equally many devices: {devices} devices are no multiple of {num_nodes} nodes")

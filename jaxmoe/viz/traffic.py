@@ -2,9 +2,8 @@
 
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.ticker import MaxNLocator
 
-from jaxmoe.viz.style import SEQUENTIAL, axes_or_new, cased_line, colorbar, text_color
+from jaxmoe.viz.style import SEQUENTIAL, axes_or_new, cased_line, check_nodes, colorbar, text_color, whole_ticks
 
 _UNITS = ((1e12, "TB"), (1e9, "GB"), (1e6, "MB"), (1e3, "kB"), (1.0, "bytes"))
 
@@ -22,6 +21,9 @@ def traffic_matrix(copies: np.ndarray, token_bytes: float, *, num_nodes: int = 1
     Returns:
         The axes.
 
+    Raises:
+        ValueError: the devices do not split into that many nodes.
+
     Example:
         >>> traffic_matrix(np.array([[5, 2], [1, 5]]), token_bytes=4096).get_ylabel()
         'from device'
@@ -29,12 +31,13 @@ def traffic_matrix(copies: np.ndarray, token_bytes: float, *, num_nodes: int = 1
     copies = np.asarray(copies, np.float64)
     sent = copies.reshape(-1, *copies.shape[-2:]).sum(axis=0) * token_bytes
     n = sent.shape[0]
+    check_nodes(n, num_nodes)
     np.fill_diagonal(sent, np.nan)
     most = float(np.nanmax(sent)) if n > 1 else 0.0
     scale, unit = next(((size, name) for size, name in _UNITS if most >= size), _UNITS[-1])
     sent /= scale
     ax = axes_or_new(ax, 5.8, 5.0)
-    image = ax.imshow(sent, interpolation="nearest", cmap=SEQUENTIAL, vmin=0, vmax=max(most / scale, 1e-12))
+    image = ax.imshow(sent, interpolation="nearest", cmap=SEQUENTIAL, vmin=0, vmax=most / scale or 1.0)
     ax.set_facecolor("0.85")  # Shows through where nothing is sent.
     if n <= 12:
         for source, target in np.argwhere(np.isfinite(sent)):
@@ -44,10 +47,10 @@ def traffic_matrix(copies: np.ndarray, token_bytes: float, *, num_nodes: int = 1
             )
     for node in range(1, num_nodes):
         edge = node * n / num_nodes - 0.5
-        cased_line(ax, [-0.5, n - 0.5], [edge, edge])
-        cased_line(ax, [edge, edge], [-0.5, n - 0.5])
+        cased_line(ax, [-0.5, n - 0.5], [edge, edge], cells=n)
+        cased_line(ax, [edge, edge], [-0.5, n - 0.5], cells=n)
     colorbar(ax, image, f"{unit} sent")
     ax.set(xlabel="to device", ylabel="from device")
     for axis in (ax.xaxis, ax.yaxis):
-        axis.set_major_locator(MaxNLocator(nbins=min(12, n), integer=True))
+        whole_ticks(axis, min(12, n))
     return ax

@@ -100,10 +100,65 @@ def test_traffic_is_in_bytes_and_blank_at_home() -> None:
     assert np.isnan(drawn[[0, 1], [0, 1]]).all()
 
 
+@pytest.mark.parametrize(
+    "plot",
+    [
+        lambda: viz.expert_heatmap(np.array([[5]])),
+        lambda: viz.device_loads({"all": np.array([3.0])}),
+        lambda: viz.coactivation_matrix(np.zeros((1, 1))),
+        lambda: viz.traffic_matrix(np.ones((1, 1)), 1),
+        lambda: viz.balance_over_time({"all": np.ones((1, 1, 1))}),
+        lambda: viz.device_memory({"experts": np.array([1e9])}),
+    ],
+)
+def test_one_of_a_kind_has_one_number_on_its_axis(plot) -> None:
+    ax = plot()
+    low, high = sorted(ax.get_xlim())
+    assert [tick for tick in ax.get_xticks() if low <= tick <= high] == [0]
+
+
+@pytest.mark.parametrize(("most", "arrow"), [(1, False), (900, True)])
+def test_the_scale_tells_what_it_cuts_off(most, arrow) -> None:
+    counts, pairs = np.ones((8, 64)), np.ones((64, 64)) - np.eye(64)
+    counts[0, 0] = pairs[0, 1] = pairs[1, 0] = most
+    heatmap, matrix = (
+        next(child for child in ax.get_children() if isinstance(child, AxesImage))
+        for ax in (viz.expert_heatmap(counts), viz.coactivation_matrix(pairs))
+    )
+    assert heatmap.colorbar.extend == ("max" if arrow else "neither")
+    assert matrix.colorbar.extend == ("max" if arrow else "neither")
+
+
+@pytest.mark.parametrize("size", [8, 144, 256])
+def test_labels_of_a_matrix_are_within_the_figure(size) -> None:
+    values = np.random.default_rng(0).random((size, size))
+    for ax in (viz.traffic_matrix(values, 14336), viz.coactivation_matrix(values)):
+        ax.figure.draw_without_rendering()
+        boxes = [ax.get_tightbbox(), *(other.get_tightbbox() for other in ax.figure.axes)]
+        assert min(box.x0 for box in boxes) >= 0
+        assert max(box.x1 for box in boxes) <= ax.figure.bbox.x1
+
+
+def test_no_traffic_has_a_plain_scale() -> None:
+    ax = viz.traffic_matrix(np.zeros((4, 4)), 4096)
+    (image,) = (child for child in ax.get_children() if isinstance(child, AxesImage))
+    assert image.get_clim() == (0, 1)
+
+
+@pytest.mark.parametrize("num_nodes", [0, 3, 8])
+def test_nodes_that_do_not_split_are_refused(num_nodes) -> None:
+    with pytest.raises(ValueError, match=f"4 devices are no multiple of {num_nodes} nodes"):
+        viz.ownership_map(LINEAR[0], num_nodes=num_nodes)
+    with pytest.raises(ValueError, match=f"4 devices are no multiple of {num_nodes} nodes"):
+        viz.traffic_matrix(np.ones((4, 4)), 1, num_nodes=num_nodes)
+
+
 def test_lines_differ_without_colour() -> None:
     ax = viz.balance_over_time({str(i): BEFORE.rows for i in range(8)})
     looks = {(line.get_linestyle(), line.get_marker()) for line in ax.get_lines()[:8]}
     assert len(looks) == 8
+    with pytest.raises(ValueError, match="no loads to draw"):
+        viz.balance_over_time({})
 
 
 def test_memory_adds_up() -> None:
