@@ -34,7 +34,7 @@ def device_loads(loads: Mapping[str, np.ndarray], *, ax: Axes | None = None) -> 
     if len({total.size for total in totals.values()}) != 1:
         raise ValueError(f"loads are of the same devices; got { ({label: t.size for label, t in totals.items()}) }")
     n = next(iter(totals.values())).size
-    ax = axes_or_new(ax, min(12.0, max(5.0, 2.0 + 0.25 * n * len(totals))), 3.6)
+    ax = axes_or_new(ax, min(12.0, max(7.0, 2.0 + 0.25 * n * len(totals))), 3.6)
     width = 0.8 / len(totals)
     for number, (label, total) in enumerate(totals.items()):
         relative = total / total.mean() if total.any() else total

@@ -30,7 +30,7 @@ def device_memory(parts: Mapping[str, np.ndarray], *, capacity: float | None = N
     if len({np.size(sizes) for sizes in parts.values()}) != 1:
         raise ValueError(f"parts are of the same devices; got { ({label: np.size(s) for label, s in parts.items()}) }")
     n = np.size(next(iter(parts.values())))
-    ax = axes_or_new(ax, min(12.0, max(5.0, 2.0 + 0.3 * n)), 3.6)
+    ax = axes_or_new(ax, min(12.0, max(7.0, 3.5 + 0.3 * n)), 3.6)
     bottom = np.zeros(n)
     for number, (label, sizes) in enumerate(parts.items()):
         height = np.asarray(sizes, np.float64) / 1e9
@@ -50,8 +50,18 @@ def device_memory(parts: Mapping[str, np.ndarray], *, capacity: float | None = N
         ax.axhline(capacity / 1e9, color="black", linewidth=1.2, linestyle="--", label="capacity")
     ax.set(xlabel="device", ylabel="GB", xlim=(-0.6, n - 0.4))
     whole_ticks(ax.xaxis, min(16, n + 1))
-    ax.set_ylim(0, ax.get_ylim()[1] * 1.3)  # Room for the legend above the bars.
-    ax.legend(frameon=False, ncols=3, loc="upper left", fontsize="small")
+    ax.set_ylim(0, ax.get_ylim()[1] * 1.05)
+    # At the right, as the parts are stacked: above the bars a legend of many parts would be wider than a few bars.
+    handles, labels = ax.get_legend_handles_labels()
+    order = [*range(len(handles) - len(parts)), *reversed(range(len(handles) - len(parts), len(handles)))]
+    ax.legend(
+        [handles[i] for i in order],
+        [labels[i] for i in order],
+        frameon=False,
+        loc="center left",
+        bbox_to_anchor=(1, 0.5),
+        fontsize="small",
+    )
     return plain(ax)
 
 

@@ -139,6 +139,19 @@ def test_labels_of_a_matrix_are_within_the_figure(size) -> None:
         assert max(box.x1 for box in boxes) <= ax.figure.bbox.x1
 
 
+@pytest.mark.parametrize("devices", [1, 4, 8, 144])
+def test_a_legend_leaves_room_for_the_bars(devices) -> None:
+    bytes_n = np.full(devices, 1e9)
+    names = ("routed experts", "attention", "embedding and head", "key/value cache and state", "other")
+    strategies = ("linear", "eplb_uneven", "layer_affinity")
+    memory = viz.device_memory(dict.fromkeys(names, bytes_n), capacity=8e10)
+    for ax in (memory, viz.device_loads(dict.fromkeys(strategies, bytes_n))):
+        ax.figure.draw_without_rendering()
+        assert ax.get_position().width > 0.55
+    # As they are stacked, from the top down.
+    assert [text.get_text() for text in memory.get_legend().get_texts()] == ["capacity", *reversed(names)]
+
+
 def test_no_traffic_has_a_plain_scale() -> None:
     ax = viz.traffic_matrix(np.zeros((4, 4)), 4096)
     (image,) = (child for child in ax.get_children() if isinstance(child, AxesImage))
