@@ -3,6 +3,7 @@
 import argparse
 import contextlib
 import os
+import signal
 import sys
 from collections.abc import Iterator
 
@@ -48,10 +49,19 @@ def processes(args: argparse.Namespace) -> Iterator[None]:
     from jaxmoe.supervise import supervise
 
     number = "this process" if args.process_id is None else f"process {args.process_id} of {args.num_processes}"
-    supervise(number, show_native=args.debug)
+    epitaph = supervise(number, show_native=args.debug)
     from jaxmoe import distributed
 
-    distributed.initialize(args.coordinator, args.num_processes, args.process_id, failure_timeout=args.failure_timeout)
+    # Joining waits in native code, where Python's own handler of an interrupt would not be run.
+    interrupt = signal.signal(signal.SIGINT, signal.SIG_DFL)
+    distributed.initialize(
+        args.coordinator,
+        args.num_processes,
+        args.process_id,
+        failure_timeout=args.failure_timeout,
+        epitaph=epitaph,
+    )
+    signal.signal(signal.SIGINT, interrupt)
     with contextlib.ExitStack() as silence:
         if not distributed.is_first():
             nothing = silence.enter_context(open(os.devnull, "w"))

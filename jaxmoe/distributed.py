@@ -9,12 +9,15 @@ and one line on stderr, where a collective would wait for ever.
 import atexit
 import contextlib
 import hashlib
+import itertools
 import math
 import os
+import signal
 import sys
 import threading
 import time
 import traceback
+from collections.abc import Callable, Mapping
 from types import TracebackType
 from typing import Any, NoReturn, TextIO
 
@@ -22,9 +25,17 @@ import jax
 import numpy as np
 
 # Keys of the coordination service, each followed by a process id.
-_ALIVE, _FAILED, _STOPPED = "jaxmoe/alive/", "jaxmoe/failed/", "jaxmoe/stopped/"
+_ALIVE, _FAILED, _STOPPED, _FINISHED = "jaxmoe/alive/", "jaxmoe/failed/", "jaxmoe/stopped/", "jaxmoe/finished/"
+# Apart from those, which the watchdog reads all together; followed by the number of the meeting and a process id.
+_MET = "jaxmoe-met/"
+
+# As long as the coordination service can wait. Whoever waits is ended by the watchdog where that is in vain.
+_FOREVER_MS = 2**31 - 1
+
+_FIRST_IS_GONE = "process 0, which coordinates the others, is gone or out of reach"
 
 _watchdog: "Watchdog | None" = None
+_meetings = itertools.count()
 
 
 def initialize(
@@ -33,6 +44,7 @@ def initialize(
     process_id: int | None = None,
     *,
     failure_timeout: float = 60.0,
+    epitaph: Callable[[str], None] = lambda reason: None,
 ) -> None:
     """Join this process to the others; call it before anything uses a device, and before `jaxmoe.simulate_devices`.
 
@@ -44,6 +56,7 @@ def initialize(
         num_processes: how many there are.
         process_id: which of them this is, from 0.
         failure_timeout: seconds without a sign of life after which a process counts as dead.
+        epitaph: from `jaxmoe.supervise.supervise`, is told what it means if JAX's runtime aborts this process.
 
     Raises:
         ValueError: some of the three are given and others not, or they do not fit together.
@@ -69,13 +82,18 @@ def initialize(
     # XLA's CPU devices have no collectives between processes of themselves; no other platform reads this.
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
     seconds = math.ceil(failure_timeout)
+    join_seconds = max(seconds, 60)
+    epitaph(
+        f"the processes did not find together within {join_seconds} s; start all of them, where each reaches process 0"
+        + (f" at {coordinator}" if coordinator else "")
+    )
     try:
         jax.distributed.initialize(
             coordinator,
             num_processes,
             process_id,
             cluster_detection_method=None if coordinator is None else "deactivate",
-            initialization_timeout=max(seconds, 60),
+            initialization_timeout=join_seconds,
             # JAX's own answer to a lost process is to abort with a C++ trace. The watchdog comes before it.
             heartbeat_timeout_seconds=max(10, 3 * seconds),
             shutdown_timeout_seconds=seconds,
@@ -87,7 +105,7 @@ def initialize(
     # the backend, and devices can still be simulated after this.
     from jax._src.distributed import global_state as state
 
-    _watchdog = Watchdog(state.client, state.process_id, state.num_processes, failure_timeout)
+    _watchdog = Watchdog(state.client, state.process_id, state.num_processes, failure_timeout, epitaph)
     # Registered after JAX's own, so run before it.
     atexit.register(finish)
     sys.excepthook = _fail_on_exception
@@ -100,8 +118,9 @@ def finish() -> None:
     if watchdog is None:
         return
     try:
-        # The watchdog goes on until all have arrived: until then one may still die.
-        watchdog.client.wait_at_barrier("jaxmoe/finish", math.ceil(1000 * watchdog.timeout))
+        watchdog.client.key_value_set(f"{_FINISHED}{watchdog.process_id}", "")
+        # However long one still has to do: the watchdog goes on until all have arrived, for until then one may die.
+        watchdog.client.wait_at_barrier("jaxmoe/finish", _FOREVER_MS)
     except RuntimeError as error:
         watchdog.fail(error)
     watchdog.stop()
@@ -122,26 +141,64 @@ def fail(error: BaseException, *, show_traceback: bool = False) -> NoReturn:
 
 
 def from_first(values: np.ndarray) -> np.ndarray:
-    """The `values` that process 0 passed, in every process; all pass the same shape and dtype."""
+    """The `values` that process 0 passed, in every process; all pass the same shape and dtype.
+
+    Raises:
+        RuntimeError: a process has come to its end, and will pass none.
+    """
     from jax.experimental import multihost_utils
 
+    meet()
     return np.asarray(multihost_utils.broadcast_one_to_all(values))
 
 
-def check_same(what: str, value: Any) -> None:
-    """Refuse to go on where a process was given another `value` than process 0.
+def meet() -> None:
+    """Wait until every process is here, however long it still has to do.
+
+    The CPU collectives give up on a partner that is 30 seconds late when they meet for the first time.
+
+    Raises:
+        RuntimeError: a process has come to its end, and will never be here.
+    """
+    if _watchdog is None:
+        return
+    client, meeting = _watchdog.client, next(_meetings)
+    client.key_value_set(f"{_MET}{meeting}/{_watchdog.process_id}", "")
+    for process in range(_watchdog.num_processes):
+        finished = False
+        while True:
+            try:
+                client.blocking_key_value_get(f"{_MET}{meeting}/{process}", 1000)
+                break
+            except RuntimeError as error:
+                if "DEADLINE_EXCEEDED" not in str(error):
+                    raise
+            if finished:
+                raise RuntimeError(
+                    f"process {process} has come to its end, and process {_watchdog.process_id} waits for it to do the "
+                    "same next; every process runs the same program"
+                )
+            # It may have been here just before: that is looked for once more.
+            finished = f"{_FINISHED}{process}" in dict(client.key_value_dir_get(_FINISHED))
+
+
+def check_same(parts: Mapping[str, Any]) -> None:
+    """Refuse to go on where a process was given something else than process 0.
 
     Args:
-        what: for the message.
-        value: anything whose ``repr`` tells all of it.
+        parts: by their name for the message, values whose ``repr`` tells all of them.
 
     Raises:
         ValueError: in the process that differs.
     """
-    digest = np.frombuffer(hashlib.sha256(repr(value).encode()).digest(), np.uint32)
-    if not np.array_equal(from_first(digest), digest):
+    digests = np.stack(
+        [np.frombuffer(hashlib.sha256(repr(value).encode()).digest(), np.uint32) for value in parts.values()]
+    )
+    same = np.all(from_first(digests) == digests, axis=1)
+    if not same.all():
+        different = " and ".join(name for name, is_same in zip(parts, same, strict=True) if not is_same)
         raise ValueError(
-            f"every process is given the same input, but {what} differ between process 0 and process "
+            f"every process is given the same input, but {different} differ between process 0 and process "
             f"{jax.process_index()}; start all of them with the same arguments and files"
         )
 
@@ -154,16 +211,22 @@ class Watchdog:
         process_id: this process.
         num_processes: how many there are.
         timeout: seconds without a sign of life after which a process counts as dead.
+        epitaph: see `initialize`.
     """
 
-    def __init__(self, client: Any, process_id: int, num_processes: int, timeout: float) -> None:
+    def __init__(
+        self, client: Any, process_id: int, num_processes: int, timeout: float, epitaph: Callable[[str], None]
+    ) -> None:
         self.client = client
         self.timeout = timeout
         self.stderr: TextIO = sys.stderr
-        self.process_id, self._count = process_id, num_processes
+        self.process_id, self.num_processes = process_id, num_processes
         self._interval = min(1.0, timeout / 5)
         self._end = threading.Event()
         self._ending = threading.Lock()
+        self._epitaph = epitaph
+        epitaph("it lost another process" if process_id == 0 else _FIRST_IS_GONE)
+        client.key_value_set(f"{_ALIVE}{process_id}", "", allow_overwrite=True)
         self._thread = threading.Thread(target=self._watch, name="jaxmoe-watchdog", daemon=True)
         self._thread.start()
 
@@ -174,6 +237,9 @@ class Watchdog:
 
     def fail(self, error: BaseException) -> NoReturn:
         """See `fail`."""
+        if threading.current_thread() is threading.main_thread():
+            # Asked to end more than once: it is on the way.
+            signal.signal(signal.SIGINT, signal.SIG_IGN)
         if isinstance(error, jax.errors.JaxRuntimeError):
             # Most likely a collective whose partner has died. The watchdog is about to find out which, and ends us.
             time.sleep(self.timeout + 3 * self._interval)
@@ -184,14 +250,16 @@ class Watchdog:
 
     def _watch(self) -> None:
         beats = 0
-        heard = {process: ("", time.monotonic()) for process in range(self._count) if process != self.process_id}
+        heard = {process: ("", time.monotonic()) for process in range(self.num_processes) if process != self.process_id}
         while not self._end.wait(self._interval):
             beats += 1
             try:
+                # Alone among these, this call gives up where process 0 is there and does not answer.
+                self.client.blocking_key_value_get(f"{_ALIVE}{self.process_id}", math.ceil(1000 * self.timeout))
                 self.client.key_value_set(f"{_ALIVE}{self.process_id}", str(beats), allow_overwrite=True)
                 told = dict(self.client.key_value_dir_get("jaxmoe/"))
             except RuntimeError:
-                self._stop_for("process 0, which coordinates the others, is gone")
+                self._stop_for(_FIRST_IS_GONE, tell=False)
             now = time.monotonic()
             for process, (last, since) in heard.items():
                 if (reason := told.get(f"{_FAILED}{process}")) is not None:
@@ -202,13 +270,18 @@ class Watchdog:
                 elif now - since > self.timeout:
                     self._stop_for(f"stopped because process {process} gave no sign of life for {self.timeout:g} s")
 
-    def _stop_for(self, reason: str) -> NoReturn:
+    def _stop_for(self, reason: str, *, tell: bool = True) -> NoReturn:
         with self._ending:
-            self._exit(reason)
+            self._exit(reason, tell=tell)
 
-    def _exit(self, reason: str) -> NoReturn:
-        print(f"jaxmoe: process {self.process_id} of {self._count}: error: {reason}", file=self.stderr, flush=True)
-        self._set(_STOPPED, "")
+    def _exit(self, reason: str, *, tell: bool = True) -> NoReturn:
+        # JAX may abort this process before it has ended, and that is no news any more.
+        self._epitaph("")
+        line = f"jaxmoe: process {self.process_id} of {self.num_processes}: error: {reason}"
+        with contextlib.suppress(OSError, ValueError):  # nobody reads stderr, or it is closed
+            print(line, file=self.stderr, flush=True)
+        if tell:
+            self._set(_STOPPED, "")
         if self.process_id == 0:
             self._wait_for_others()
         # Not sys.exit: the main thread may be inside a collective that never ends, and JAX's own exit waits for all.
@@ -218,7 +291,7 @@ class Watchdog:
         """The service dies with process 0: let the others read why first. A dead one does not answer."""
         deadline = time.monotonic() + 3 * self._interval
         with contextlib.suppress(RuntimeError):
-            while time.monotonic() < deadline and len(self.client.key_value_dir_get(_STOPPED)) < self._count:
+            while time.monotonic() < deadline and len(self.client.key_value_dir_get(_STOPPED)) < self.num_processes:
                 time.sleep(self._interval / 5)
 
     def _set(self, key: str, value: str) -> None:

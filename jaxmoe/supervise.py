@@ -5,15 +5,20 @@ the CPU collectives greet on stdout. The child's Python keeps the streams it had
 the parent, which drops it, or shows it where asked.
 """
 
+import contextlib
 import os
 import signal
 import sys
 import threading
+from collections.abc import Callable
 from types import FrameType
 from typing import NoReturn
 
+# Given the reason that stands for an abort from now on; "" where nothing is left to say.
+Epitaph = Callable[[str], None]
 
-def supervise(name: str, *, show_native: bool = False) -> None:
+
+def supervise(name: str, *, show_native: bool = False) -> Epitaph:
     """Fork: the child returns from here and does the work, the parent waits and exits as the child does.
 
     Call it before any thread is started. A child that dies of a signal is told in one line on stderr; the parent exits
@@ -22,24 +27,34 @@ def supervise(name: str, *, show_native: bool = False) -> None:
     Args:
         name: of the process, for that line.
         show_native: show on stderr what native code writes, instead of dropping it.
+
+    Returns:
+        A function for the child to say beforehand what an abort by JAX's runtime will mean. The last reason it was
+        given counts, and "" keeps the parent silent: the child has told by itself why it ends.
     """
     native_read, native_write = os.pipe()
+    reason_read, reason_write = os.pipe()
     life_read, life_write = os.pipe()  # closed by the system when the parent ends, however it ends
     sys.stdout.flush()
     sys.stderr.flush()
     child = os.fork()
     if child:
         os.close(native_write)
+        os.close(reason_write)
         os.close(life_read)
-        _parent(child, native_read, name, show_native)
+        _parent(child, native_read, reason_read, name, show_native)
     os.close(native_read)
+    os.close(reason_read)
     os.close(life_write)
+    # A terminal sends an interrupt to its whole process group: here it arrives once, by way of the parent.
+    os.setpgid(0, 0)
     sys.stdout = os.fdopen(os.dup(1), "w", encoding=sys.stdout.encoding, errors=sys.stdout.errors)
     sys.stderr = os.fdopen(os.dup(2), "w", encoding=sys.stderr.encoding, errors=sys.stderr.errors, buffering=1)
     os.dup2(native_write, 1)
     os.dup2(native_write, 2)
     os.close(native_write)
     threading.Thread(target=_end_with_parent, args=(life_read,), daemon=True).start()
+    return lambda reason: _tell(reason_write, reason)
 
 
 def _end_with_parent(life: int) -> None:
@@ -47,23 +62,29 @@ def _end_with_parent(life: int) -> None:
     os._exit(1)
 
 
-def _parent(child: int, native: int, name: str, show_native: bool) -> NoReturn:
+def _tell(pipe: int, reason: str) -> None:
+    with contextlib.suppress(BrokenPipeError):  # the parent is gone, and this process is about to be
+        os.write(pipe, (" ".join(reason.split()) + "\n").encode())
+
+
+def _parent(child: int, native: int, reasons: int, name: str, show_native: bool) -> NoReturn:
     def pass_on(signum: int, frame: FrameType | None) -> None:
         del frame
         os.kill(child, signum)
 
-    # An interrupt at the terminal reaches the child by itself, one sent to this process alone does not.
     for signum in (signal.SIGTERM, signal.SIGHUP, signal.SIGINT):
         signal.signal(signum, pass_on)
     while piece := os.read(native, 65536):
         if show_native:
             os.write(2, piece)
     status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-    if status == -signal.SIGABRT:
-        reason = "JAX's runtime ended it: process 0, which coordinates all, is gone or out of reach (see --debug)"
-    elif status < 0:
-        reason = f"ended by signal {-status} ({signal.strsignal(-status)})"
-    else:
+    if status >= 0:
         os._exit(status)
-    os.write(2, f"jaxmoe: {name}: error: {reason}\n".encode())
+    reason = f"ended by signal {-status} ({signal.strsignal(-status)})"
+    # The child is gone, and its end of the pipe with it.
+    told = os.read(reasons, 65536).decode().splitlines()
+    if status == -signal.SIGABRT and told:
+        reason = told[-1] and f"{told[-1]} (JAX's runtime ended this process, see --debug)"
+    if reason:
+        os.write(2, f"jaxmoe: {name}: error: {reason}\n".encode())
     os._exit(1)

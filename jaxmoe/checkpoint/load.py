@@ -1,13 +1,16 @@
 """`jaxmoe.load`: from a checkpoint directory to a model on the mesh."""
 
+import hashlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import Mesh
 
-from jaxmoe.checkpoint.adapter import merge_adapter, open_adapter
+from jaxmoe.checkpoint.adapter import Adapter, merge_adapter, open_adapter
 from jaxmoe.checkpoint.checks import check_not_quantized
 from jaxmoe.checkpoint.execute import load_arrays
 from jaxmoe.checkpoint.files import Checkpoint, open_checkpoint
@@ -15,6 +18,7 @@ from jaxmoe.checkpoint.names import is_expert_stack, model_blocks
 from jaxmoe.checkpoint.plan import IgnoreRule, make_load_plan
 from jaxmoe.checkpoint.tied import settle_tied
 from jaxmoe.config import DecoderConfig, RouterFunction
+from jaxmoe.distributed import check_same
 from jaxmoe.layers import param_specs, params_by_path
 from jaxmoe.mesh import EP
 from jaxmoe.models import Decoder, Family, read_model_config
@@ -64,7 +68,8 @@ def load(
 
     Raises:
         FileNotFoundError: no checkpoint or adapter there, or a part of it is missing.
-        ValueError: the checkpoint, the mesh and the arguments do not fit together.
+        ValueError: the checkpoint, the mesh and the arguments do not fit together, or another process of the mesh
+            was given other ones.
 
     Example:
         >>> mesh = jaxmoe.make_mesh(dp=2, tp=2, ep=2)  # doctest: +SKIP
@@ -98,15 +103,42 @@ def load(
         ignore=[IgnoreRule(name=name, pattern=pattern) for name, pattern in ignored.items()],
         expert_params=[path for path in specs if is_expert_stack(path)],
     )
-    if adapter is not None:
-        plan = merge_adapter(
-            plan, checkpoint, open_adapter(adapter), spellings=family.spellings, text_name=family.text_name
-        )
+    opened = None if adapter is None else open_adapter(adapter)
+    if opened is not None:
+        plan = merge_adapter(plan, checkpoint, opened, spellings=family.spellings, text_name=family.text_name)
+    if mesh.is_multi_process:
+        settings = (dtype, getattr(router, "__qualname__", type(router).__qualname__), expert_axes, dispatch, kernels)
+        _check_same_input(model, checkpoint, opened, settings)
     with byte_progress(f"loading {path.name}", progress) as report_bytes:
         arrays, model.load_report = load_arrays(plan, check_finite=check_finite, progress=report_bytes)
+    if mesh.is_multi_process:
+        check_same({"weights": _fingerprint(arrays)})
     for name, param in params_by_path(model).items():
         param.set_value(arrays[name])
     return model
+
+
+def _check_same_input(model: Decoder, checkpoint: Checkpoint, adapter: Adapter | None, settings: Any) -> None:
+    """Refuse what would give each process a part of another model, before minutes of reading."""
+    check_same(
+        {
+            "meshes": (model.mesh.shape, [device.id for device in model.mesh.devices.flat]),
+            "configs": read_model_config(checkpoint.path)[1],
+            "tensors": [(name, tensor.dtype_name, tensor.shape) for name, tensor in sorted(checkpoint.tensors.items())],
+            "adapters": adapter and (adapter.config, sorted(adapter.file.tensors)),
+            "placements": [placement.slot_to_expert.tolist() for placement in model.placements],
+            "settings of load": settings,
+        }
+    )
+
+
+def _fingerprint(arrays: Mapping[str, jax.Array]) -> str:
+    """A digest of the vectors that every process holds, norms above all: two states of training differ there too."""
+    digest = hashlib.sha256()
+    for _, array in sorted(arrays.items()):
+        if array.ndim == 1 and array.is_fully_replicated:
+            digest.update(np.asarray(array.addressable_data(0)).tobytes())
+    return digest.hexdigest()
 
 
 def _choose_dtype(dtype: Any, config: DecoderConfig, checkpoint: Checkpoint, family: Family) -> str:

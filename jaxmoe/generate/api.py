@@ -104,7 +104,8 @@ def generate(
     if model.mesh.is_multi_process:
         if balancer is not None:
             raise NotImplementedError("experts are not rebalanced between processes: leave balancer out")
-        seeds = _agree(model, seeds, token_ids, params, max_new_tokens, sorted(eos_token_ids), stop, drawn=seed is None)
+        settings = (params, max_new_tokens, sorted(eos_token_ids), stop)
+        seeds = _agree(model, seeds, token_ids, settings, drawn=seed is None)
     stats = GenerationStats() if stats is None else stats
     compiled_before = stats.compile_seconds
 
@@ -217,10 +218,13 @@ def _seeds(seed: int | Sequence[int] | None, count: int) -> list[int]:
     return [seed] * count
 
 
-def _agree(model: Any, seeds: list[int] | None, *settings: Any, drawn: bool) -> list[int] | None:
+def _agree(
+    model: Any, seeds: list[int] | None, token_ids: list[list[int]], settings: Any, *, drawn: bool
+) -> list[int] | None:
     """The seeds for all processes, once it is sure that what decides the text is the same in all of them.
 
-    Each process runs the whole loop and stops a row by itself, which is right as long as all come to the same end.
+    Each process runs the whole loop and stops a row by itself, which is right as long as all come to the same end. The
+    programs of a step differ with what is recorded.
     """
     import numpy as np
 
@@ -229,7 +233,15 @@ def _agree(model: Any, seeds: list[int] | None, *settings: Any, drawn: bool) -> 
     # Stop strings are looked for in text, so with them the tokenizer decides as well.
     path = None if model.source is None else model.source / "tokenizer.json"
     tokenizer = path.read_bytes() if path is not None and path.is_file() else None
-    check_same("prompts, settings or tokenizers", (settings, tokenizer, None if drawn else seeds))
+    recorder = model.recorder
+    check_same(
+        {
+            "prompts": token_ids,
+            "settings of generate": (settings, None if drawn else seeds),
+            "tokenizers": tokenizer,
+            "recordings of routing": None if recorder is None else recorder.token_ids,
+        }
+    )
     if seeds is None or not drawn:
         return seeds
     words = from_first(np.array([(seed >> 32, seed & 0xFFFFFFFF) for seed in seeds], np.uint32))

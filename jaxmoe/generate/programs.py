@@ -17,6 +17,7 @@ import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
 
+from jaxmoe.distributed import meet
 from jaxmoe.generate import sampling
 from jaxmoe.generate.params import SamplingParams
 from jaxmoe.mesh import batch_axes, named, put
@@ -233,6 +234,8 @@ class Programs:
             jitted = jax.jit(function, donate_argnums=donate, out_shardings=out)
             self.compiled[key] = jitted.lower(*args).compile()
             self.compile_seconds += time.perf_counter() - start
+            if self.mesh.is_multi_process:
+                meet()
         return self.compiled[key]
 
 

@@ -1,9 +1,13 @@
 """One process fails or dies: the others stop, soon, and say why in one line."""
 
 import json
+import shutil
+import signal
 import time
 
+import numpy as np
 import pytest
+from safetensors.numpy import load_file, save_file
 
 from tests.distributed.processes import ROOT, finish, start
 
@@ -50,9 +54,64 @@ def test_an_input_error_in_one_process_ends_all_with_its_message() -> None:
     assert told == "jaxmoe: process 0 of 2: error: stopped because process 1 failed: " + own.partition("error: ")[2]
 
 
-def test_other_prompts_in_one_process_are_refused() -> None:
-    ids = {0: ["--prompt-ids", "5,6,7"], 1: ["--prompt-ids", "5,6,8"]}
-    first, second = finish(start(2, "jaxmoe", "generate", DEMO, *GENERATE, per_process=ids))
+@pytest.mark.parametrize(
+    ("options", "different"),
+    [
+        (["--prompt-ids", "5,6,8"], "prompts"),
+        (["--max-new-tokens", "9"], "settings of generate"),
+        (["--record-routing", "never-written.npz"], "recordings of routing"),
+        (["--placement", "round_robin", "--dtype", "bfloat16"], "placements and settings of load"),
+        (["--mesh", "dp=1,tp=2,ep=4"], "meshes"),
+    ],
+    ids=["prompts", "settings", "recording", "loading", "mesh"],
+)
+def test_other_input_in_one_process_is_refused(options, different) -> None:
+    # Of an option that is given twice the last counts, but prompts add up.
+    prompts = {0: ["--prompt-ids", "5,6,7"], 1: ["--prompt-ids", "5,6,7"]}
+    prompts[1] = options if "--prompt-ids" in options else [*prompts[1], *options]
+    refused(start(2, "jaxmoe", "generate", DEMO, *GENERATE, per_process=prompts), different)
+
+
+def test_other_weights_in_one_process_are_refused(tmp_path) -> None:
+    """Of the same names and shapes; each process reads its own experts only, but all of them read the norms."""
+    shutil.copytree(DEMO, tmp_path / "demo")
+    path = tmp_path / "demo/model.safetensors"
+    tensors = load_file(path)
+    tensors["model.norm.weight"] *= np.float32(1.01)
+    save_file(tensors, path)
+    directories = {0: [DEMO], 1: [str(tmp_path / "demo")]}
+    refused(start(2, "jaxmoe", "generate", "--prompt-ids", "5,6,7", *GENERATE, per_process=directories), "weights")
+
+
+def refused(processes: list, different: str) -> None:
+    first, second = finish(processes)
     assert (first.returncode, second.returncode) == (1, 1)
-    assert "differ between process 0 and process 1" in second.stderr
-    assert "process 1 failed" in first.stderr
+    assert first.stdout == second.stdout == ""
+    rule = f"every process is given the same input, but {different} differ between process 0 and process 1"
+    assert second.stderr.startswith(f"jaxmoe: process 1 of 2: error: {rule}")
+    assert first.stderr.startswith(f"jaxmoe: process 0 of 2: error: stopped because process 1 failed: {rule}")
+    assert first.stderr.count("\n") == second.stderr.count("\n") == 1
+
+
+def test_a_process_that_leaves_early_is_not_waited_for() -> None:
+    first, second = finish(start(2, "tests.distributed.leaver"))
+    assert (first.returncode, second.returncode) == (1, 1)
+    rule = "process 1 has come to its end, and process 0 waits for it to do the same next"
+    assert f"jaxmoe: process 0 of 2: error: {rule}" in first.stderr
+    assert f"jaxmoe: process 1 of 2: error: stopped because process 0 failed: {rule}" in second.stderr
+
+
+def test_a_coordinator_that_does_not_answer_counts_as_dead() -> None:
+    """JAX's own answer would be to abort, later."""
+    processes = start(2, "tests.distributed.leaver", "--stay")
+    try:
+        assert [process.stdout.readline() for process in processes] == ["joined\n"] * 2
+        processes[0].send_signal(signal.SIGSTOP)
+        _, err = processes[1].communicate(timeout=60)
+    finally:
+        for process in processes:
+            process.kill()
+        finish(processes)
+    assert processes[1].returncode == 1
+    rule = "process 0, which coordinates the others, is gone or out of reach"
+    assert err == f"jaxmoe: process 1 of 2: error: {rule}\n"
