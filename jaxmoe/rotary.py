@@ -155,7 +155,10 @@ SCALINGS: dict[str, Callable[[_Settings], tuple[np.ndarray, float]]] = {
 
 def rope_settings(config: Mapping[str, Any]) -> dict[str, Any]:
     """The rope dictionary in the v5 (``rope_parameters``) and v4 (``rope_scaling``, ``rope_theta``) spellings."""
-    rope = {**(config.get("rope_scaling") or {}), **(config.get("rope_parameters") or {})}
+    found = [config.get(name) or {} for name in ("rope_scaling", "rope_parameters")]
+    if not all(isinstance(settings, dict) for settings in found):
+        raise ValueError(f"rope_scaling and rope_parameters in config.json are objects; they are {found}")
+    rope = {**found[0], **found[1]}
     for name in ("rope_theta", "partial_rotary_factor"):
         if rope.get(name) is None and config.get(name) is not None:
             rope[name] = config[name]
@@ -165,9 +168,36 @@ def rope_settings(config: Mapping[str, Any]) -> dict[str, Any]:
     return rope
 
 
+_NUMBERS = (
+    "rope_theta partial_rotary_factor factor attention_factor original_max_position_embeddings beta_fast beta_slow mscale "
+    "mscale_all_dim low_freq_factor high_freq_factor alpha short_mscale long_mscale"
+).split()
+_LISTS = ("short_factor", "long_factor")
+_MAY_BE_ZERO = ("mscale", "mscale_all_dim", "partial_rotary_factor")
+
+
+def _checked(rope: Any) -> dict[str, Any]:
+    """The settings that are there, once they are of the right kinds."""
+    if not isinstance(rope, Mapping):
+        raise ValueError(f"rope settings in config.json are an object; they are {rope!r:.80}")
+    rope = {name: value for name, value in rope.items() if value is not None}
+    for name in ("rope_type", "type"):
+        if not isinstance(rope.get(name, ""), str):
+            raise ValueError(f"{name} of the rope settings is a string; it is {rope[name]!r:.80}")
+    for name in rope.keys() & {*_NUMBERS, *_LISTS}:
+        value = rope[name]
+        for number in value if name in _LISTS and isinstance(value, list) else [value]:
+            positive = type(number) in (int, float) and 0 < number < math.inf
+            if not positive and not (number == 0 and name in _MAY_BE_ZERO):
+                what = "numbers" if name in _LISTS else "a number"
+                raise ValueError(f"{name} of the rope settings is {what} above 0; it has {number!r:.80}")
+    if _rotating_part(rope) > 1:
+        raise ValueError(f"partial_rotary_factor is at most 1; it is {rope['partial_rotary_factor']}")
+    return rope
+
+
 def _rotating_part(rope: Mapping[str, Any]) -> float:
-    part = rope.get("partial_rotary_factor")
-    return 1.0 if part is None else float(part)
+    return float(rope.get("partial_rotary_factor", 1.0))
 
 
 def read_rope(
@@ -194,7 +224,7 @@ def read_rope(
         ValueError: the scaling is of a kind that is not known here, or a part of a head is to rotate where heads
             rotate as a whole.
     """
-    rope = rope_settings(config) if rope is None else rope
+    rope = _checked(rope_settings(config) if rope is None else rope)
     kind = rope.get("rope_type") or rope.get("type") or "default"
     if kind not in SCALINGS:
         raise ValueError(f"rope scaling can be {', '.join(SCALINGS)}; config.json asks for {kind!r}")

@@ -34,7 +34,7 @@ def read_json(path: Path) -> dict[str, Any]:
         return {}
     try:
         document = json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except (ValueError, RecursionError) as error:  # no JSON, no UTF-8, a number of thousands of digits, deep nesting
         raise ValueError(f"{path} is not readable as JSON: {error}") from error
     if not isinstance(document, dict):
         raise ValueError(f"{path} must hold a JSON object; it holds a {type(document).__name__}")

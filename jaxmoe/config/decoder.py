@@ -55,7 +55,7 @@ class DecoderConfig:
         residual_multiplier: what a layer's halves add to the residual stream is multiplied by it.
         logits_scaling: the logits are divided by it.
         logits_softcap: the logits become softcap · tanh(logits / softcap), and so stay within ±softcap; None for not.
-        lm_head_bias: the output projection has a bias.
+        lm_head_bias: the output projection, which is then not tied, has a bias.
         num_mtp_layers: layers for multi-token prediction that a checkpoint may have behind the model's own, and that
             are not loaded.
     """
@@ -80,6 +80,11 @@ class DecoderConfig:
         check_positive(self, "vocab_size", "hidden_size", "max_position_embeddings")
         if not self.layers:
             raise ValueError("a decoder has at least one layer; got none (num_hidden_layers)")
+        if self.tie_word_embeddings and self.lm_head_bias:
+            raise ValueError(
+                "a tied output projection has no bias; config.json has tie_word_embeddings and a bias (lm_head_bias, or "
+                "use_bias); no released model has both"
+            )
 
     @property
     def moe_layers(self) -> tuple[int, ...]:

@@ -1,11 +1,14 @@
 """The reading of a checkpoint's ``config.json``."""
 
 import json
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 _REQUIRED = object()
+_PERIODS = re.compile(r".*_(step|interval|period|freq)|n_heads")  # what layers are counted, or widths divided, by
+_MOST = {"num_hidden_layers": 10_000, "n_layers": 10_000}  # a layer is an object, before there is a tensor to ask for
 
 
 def read_config_json(directory: str | Path) -> dict[str, Any]:
@@ -23,7 +26,7 @@ def read_config_json(directory: str | Path) -> dict[str, Any]:
         )
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except (ValueError, RecursionError) as error:  # no JSON, no UTF-8, a number of thousands of digits, deep nesting
         raise ValueError(f"{path} is not readable as JSON: {error}") from error
     if not isinstance(config, dict) or not isinstance(config.get("model_type"), str):
         raise ValueError(f'{path} names no model family: "model_type" is missing')
@@ -36,14 +39,55 @@ def pick(config: Mapping[str, Any], *names: str, default: Any = _REQUIRED) -> An
     Checkpoints spell one setting in several ways; this is where the spellings meet.
 
     Raises:
-        ValueError: none is there and no `default` is given.
+        ValueError: none is there and no `default` is given, or the value is of another kind than the default: without
+            one it is a size, a whole number of at least 1.
     """
     for name in names:
-        if config.get(name) is not None:
-            return config[name]
+        value = config.get(name)
+        if value is not None:
+            _check_kind(name, value, 1 if default is _REQUIRED else default)
+            if (default is _REQUIRED or _PERIODS.fullmatch(name)) and not 1 <= value <= _MOST.get(name, value):
+                most = f" and at most {_MOST[name]}" if name in _MOST else ""
+                raise ValueError(f"{name} in config.json is at least 1{most}; it is {value}")
+            return value
     if default is _REQUIRED:
         raise ValueError(f"config.json needs one of {', '.join(names)}; none is there")
     return default
+
+
+def _check_kind(name: str, value: Any, default: Any) -> None:
+    """Refuse a value that is not of the kind of `default`; None is of no kind."""
+    kinds: dict[type, tuple[str, tuple[type, ...]]] = {
+        bool: ("true or false", (bool,)),
+        int: ("a whole number", (int,)),
+        float: ("a number", (int, float)),
+        str: ("a string", (str,)),
+        dict: ("an object", (dict,)),
+        list: ("a list", (list,)),
+        range: ("a list", (list,)),
+    }
+    if default is None:
+        return
+    what, types = kinds[type(default)]
+    if not isinstance(value, types) or (isinstance(value, bool) and bool not in types):
+        raise ValueError(f"{name} in config.json is {what}; it is {value!r:.80}")
+
+
+def pick_layer_types(config: Mapping[str, Any], usual: list[str], *known: str) -> list[str]:
+    """The kind of each layer by ``layer_types``, or `usual` where there is none.
+
+    Raises:
+        ValueError: it has another number of layers than `usual`, or a kind that is none of `known`.
+    """
+    kinds: list[Any] = pick(config, "layer_types", default=usual)
+    if len(kinds) != len(usual):
+        raise ValueError(f"layer_types has a kind for each of the {len(usual)} layers; it has {len(kinds)}")
+    unknown = sorted({repr(kind) for kind in kinds if kind not in known})
+    if unknown:
+        raise ValueError(
+            f"layer_types of {config['model_type']} are {' and '.join(known)}; config.json has {', '.join(unknown)}"
+        )
+    return kinds
 
 
 def read_dtype(config: Mapping[str, Any]) -> str | None:

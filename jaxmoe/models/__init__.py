@@ -76,7 +76,7 @@ def get_family(model_type: str) -> Family:
     Raises:
         ValueError: it is not known here.
     """
-    if model_type not in FAMILIES:
+    if not isinstance(model_type, str) or model_type not in FAMILIES:
         raise ValueError(
             f"model_type {model_type!r} is not known; jaxmoe loads {', '.join(sorted(FAMILIES))}, and the text part of "
             f"{', '.join(sorted(WRAPPERS))}"

@@ -15,11 +15,14 @@ def read_mla(config: Mapping[str, Any], *, interleaved: bool) -> MLAConfig:
     ``mscale_all_dim`` is what the scores are multiplied by, twice as queries and keys both have it.
     """
     nope, turning = pick(config, "qk_nope_head_dim"), pick(config, "qk_rope_head_dim")
+    rotary = read_rope(config, head_dim=turning, default_theta=10000.0, interleaved=interleaved)
     rope = rope_settings(config)
     kind, mscale_all_dim = rope.get("rope_type") or rope.get("type") or "default", rope.get("mscale_all_dim")
     scale = (nope + turning) ** -0.5
     if kind != "default" and mscale_all_dim:
-        scale *= yarn_mscale(pick(rope, "factor"), mscale_all_dim) ** 2
+        if rope.get("factor") is None:
+            raise ValueError(f"rope scaling {kind!r} with mscale_all_dim needs 'factor' in config.json's rope settings")
+        scale *= yarn_mscale(rope["factor"], mscale_all_dim) ** 2
     return MLAConfig(
         num_heads=pick(config, "num_attention_heads"),
         kv_rank=pick(config, "kv_lora_rank"),
@@ -27,7 +30,7 @@ def read_mla(config: Mapping[str, Any], *, interleaved: bool) -> MLAConfig:
         q_rank=config.get("q_lora_rank", 1536),
         nope_head_dim=nope,
         v_head_dim=pick(config, "v_head_dim"),
-        rope=read_rope(config, head_dim=turning, default_theta=10000.0, interleaved=interleaved),
+        rope=rotary,
         scale=scale,
         bias=pick(config, "attention_bias", default=False),
     )
@@ -60,7 +63,7 @@ def read_deepseek(
     def mlp(width: int) -> MLPConfig:
         return MLPConfig(hidden_size=hidden, intermediate_size=width, activation=activation, bias=mlp_bias)
 
-    shared = config.get("n_shared_experts", shared_experts)
+    shared = pick(config, "n_shared_experts", default=0 if "n_shared_experts" in config else shared_experts)
     moe = MoEConfig(
         num_experts=pick(config, "n_routed_experts", "num_experts", "num_local_experts"),
         num_experts_per_tok=pick(config, "num_experts_per_tok"),

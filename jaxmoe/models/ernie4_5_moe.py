@@ -18,18 +18,12 @@ from jaxmoe.rotary import read_rope
 
 
 def read_config(config: Mapping[str, Any]) -> DecoderConfig:
-    """Read the config.json of an ernie4_5_moe checkpoint.
-
-    Raises:
-        ValueError: a tied output projection with a bias, which no checkpoint is known to have.
-    """
+    """Read the config.json of an ernie4_5_moe checkpoint."""
     hidden = pick(config, "hidden_size")
     heads = pick(config, "num_attention_heads")
     head_dim = pick(config, "head_dim", default=hidden // heads)
     bias = pick(config, "use_bias", default=False)
     tied = pick(config, "tie_word_embeddings", default=True)
-    if bias and tied:
-        raise ValueError("a tied output projection has no bias; use_bias and tie_word_embeddings are both true")
     attention = AttentionConfig(
         num_heads=heads,
         num_kv_heads=pick(config, "num_key_value_heads", default=heads),

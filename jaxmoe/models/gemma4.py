@@ -16,6 +16,7 @@ from jaxmoe.config import (
     MoEConfig,
     RouterConfig,
     pick,
+    pick_layer_types,
     read_common,
 )
 from jaxmoe.models.family import ROTARY_BUFFERS, ExpertTensors, Family, llama_tensors, mlp_tensors
@@ -93,9 +94,9 @@ def _check_supported(config: Mapping[str, Any]) -> None:
 def _read_attention(config: Mapping[str, Any], count: int) -> list[AttentionConfig]:
     """The attention of each layer."""
     usual = [_FULL if (i + 1) % 6 == 0 else _SLIDING for i in range(count)]
-    kinds = list(pick(config, "layer_types", default=usual))
+    kinds = list(pick_layer_types(config, usual, _SLIDING, _FULL))
     kinds[-1] = _FULL  # as in the reference, whatever the list says
-    ropes = config.get("rope_parameters") or _ROPE
+    ropes = {**_ROPE, **pick(config, "rope_parameters", default={})}
     keys_are_values = bool(config.get("attention_k_eq_v"))
     return [
         AttentionConfig(
@@ -123,19 +124,20 @@ def _read_head_sizes(config: Mapping[str, Any], kinds: list[str]) -> list[dict[s
         "head_dim": pick(config, "head_dim", default=256),
         "num_key_value_heads": pick(config, "num_key_value_heads"),
     }
-    by_layer = config.get("per_layer_config")
-    if by_layer is None:
+    if config.get("per_layer_config") is None:
         full = {**usual, "head_dim": pick(config, "global_head_dim", default=512)}
         if config.get("attention_k_eq_v"):
             full["num_key_value_heads"] = pick(config, "num_global_key_value_heads", "num_key_value_heads")
         return [full if kind == _FULL else usual for kind in kinds]
-    other = {name for own in by_layer.values() for name in own} - _LAYER_SETTINGS
+    whole: dict[str, Any] = pick(config, "per_layer_config", default={})
+    by_layer = [pick(whole, str(i), default={}) for i in range(len(kinds))]
+    other = {name for own in by_layer for name in own} - _LAYER_SETTINGS
     if other:
         raise ValueError(
             f"layers of gemma4_text differ in {' and '.join(sorted(_LAYER_SETTINGS))}; per_layer_config has "
             f"{', '.join(sorted(other))} too"
         )
-    return [{**usual, **by_layer.get(str(i), {})} for i in range(len(kinds))]
+    return [{name: pick(own, name, default=size) for name, size in usual.items()} for own in by_layer]
 
 
 def _norms() -> dict[str, tuple[str, ...]]:

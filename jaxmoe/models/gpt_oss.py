@@ -3,7 +3,16 @@
 from collections.abc import Mapping
 from typing import Any
 
-from jaxmoe.config import AttentionConfig, DecoderConfig, LayerConfig, MoEConfig, RouterConfig, pick, read_dtype
+from jaxmoe.config import (
+    AttentionConfig,
+    DecoderConfig,
+    LayerConfig,
+    MoEConfig,
+    RouterConfig,
+    pick,
+    pick_layer_types,
+    read_dtype,
+)
 from jaxmoe.models.family import ROTARY_BUFFERS, ExpertTensors, Family, llama_tensors
 from jaxmoe.rotary import read_rope, rope_settings
 
@@ -73,7 +82,7 @@ def read_config(config: Mapping[str, Any]) -> DecoderConfig:
                 ),
                 feed_forward=moe,
             )
-            for kind in pick(config, "layer_types", default=usual)
+            for kind in pick_layer_types(config, usual, "sliding_attention", "full_attention")
         ),
         norm_eps=pick(config, "rms_norm_eps", default=1e-5),
         tie_word_embeddings=pick(config, "tie_word_embeddings", default=False),

@@ -61,8 +61,11 @@ def _read_moe(config: Mapping[str, Any], layer: int) -> MoEConfig:
     activation = pick(config, "hidden_act", default="silu")
 
     def of_layer(*names: str, **default: int) -> int:
-        value = pick(config, *names, **default)
-        return value[layer] if isinstance(value, list) else value
+        lists = {name: config[name] for name in names if isinstance(config.get(name), list)}
+        if any(len(values) <= layer for values in lists.values()):
+            raise ValueError(f"a list in config.json has a value for each layer; got {lists}")
+        size: int = pick({**config, **{name: values[layer] for name, values in lists.items()}}, *names, **default)
+        return size
 
     shared = of_layer("num_shared_expert", default=1) if pick(config, "use_mixed_mlp_moe", default=True) else 0
     return MoEConfig(

@@ -33,7 +33,8 @@ def read_config(config: Mapping[str, Any]) -> DecoderConfig:
     dense = MLPConfig(hidden_size=hidden, intermediate_size=width, activation=activation)
     moe = MoEConfig(
         num_experts=experts,
-        num_experts_per_tok=pick(config, "num_experts_per_tok", default=2),
+        # The other setting's default is not looked at where there is nothing to choose.
+        num_experts_per_tok=pick(config, "num_experts_per_tok", default=2) if experts > 1 else 1,
         hidden_size=hidden,
         moe_intermediate_size=width,
         activation=activation,
@@ -57,7 +58,7 @@ def read_config(config: Mapping[str, Any]) -> DecoderConfig:
 
 
 def _read_mamba(config: Mapping[str, Any], activation: str) -> MambaConfig:
-    hidden, dt_rank = pick(config, "hidden_size"), pick(config, "mamba_dt_rank", default="auto")
+    hidden, dt_rank = pick(config, "hidden_size"), config.get("mamba_dt_rank", "auto")
     return MambaConfig(
         num_channels=pick(config, "mamba_expand", default=2) * hidden,
         state_size=pick(config, "mamba_d_state", default=16),

@@ -16,6 +16,7 @@ from jaxmoe.config import (
     MoEConfig,
     RouterConfig,
     pick,
+    pick_layer_types,
     read_common,
 )
 from jaxmoe.models.family import ROTARY_BUFFERS, ExpertTensors, Family, llama_tensors, mlp_tensors
@@ -66,8 +67,11 @@ def _read_attention(config: Mapping[str, Any], count: int) -> list[AttentionConf
         temperature = (float(pick(config, "floor_scale", default=8192)), float(pick(config, "attn_scale", default=0.1)))
     interval = pick(config, "no_rope_layer_interval", default=4)
     # 1 for a layer with positions, whatever the setting's name says; an empty list counts as none.
-    rotates = config.get("no_rope_layers") or [int((i + 1) % interval != 0) for i in range(count)]
-    usual = ["chunked_attention" if rotate else "full_attention" for rotate in rotates]
+    rotates = pick(config, "no_rope_layers", default=[]) or [int((i + 1) % interval != 0) for i in range(count)]
+    if len(rotates) < count:
+        raise ValueError(f"no_rope_layers has a number for each of the {count} layers; it has {len(rotates)}")
+    usual = ["chunked_attention" if rotate else "full_attention" for rotate in rotates[:count]]
+    kinds = pick_layer_types(config, usual, "chunked_attention", "full_attention")
     chunk = pick(config, "attention_chunk_size", default=8192)
     return [
         AttentionConfig(
@@ -82,7 +86,7 @@ def _read_attention(config: Mapping[str, Any], count: int) -> list[AttentionConf
             chunk=chunk if kind == "chunked_attention" else None,
             temperature=None if rotate else temperature,
         )
-        for rotate, kind in zip(rotates[:count], pick(config, "layer_types", default=usual)[:count], strict=True)
+        for rotate, kind in zip(rotates[:count], kinds, strict=True)
     ]
 
 

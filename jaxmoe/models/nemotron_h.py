@@ -61,11 +61,13 @@ def _layer_kinds(config: Mapping[str, Any]) -> list[str]:
     Raises:
         ValueError: there is another kind.
     """
-    named = pick(config, "layers_block_type", "layer_types", default=None)
-    letters = list(pick(config, "hybrid_override_pattern", default="")) if named is None else []
+    named = pick(config, "layers_block_type", "layer_types", default=[])
+    letters = [] if named else list(pick(config, "hybrid_override_pattern", default=""))
     if not (named or letters):
         raise ValueError("config.json needs layers_block_type or hybrid_override_pattern; neither is there")
-    kinds = [_KINDS.get(letter, letter) for letter in letters] or [_OLD_KINDS.get(name, name) for name in named]
+    kinds = [_KINDS.get(letter, letter) for letter in letters] or [
+        _OLD_KINDS.get(str(name), str(name)) for name in named
+    ]
     if unknown := set(kinds) - set(_KINDS.values()):
         raise ValueError(
             f"layers of nemotron_h are {', '.join(f'{kind} ({letter})' for letter, kind in _KINDS.items())}; "

@@ -11,6 +11,7 @@ from jaxmoe.config import (
     MoEConfig,
     RouterConfig,
     pick,
+    pick_layer_types,
     read_common,
 )
 from jaxmoe.models.family import MLP_EXPERTS, ROTARY_BUFFERS, Family, llama_tensors, mlp_tensors
@@ -64,7 +65,7 @@ def _read_attention(config: Mapping[str, Any]) -> list[AttentionConfig]:
             bias=pick(config, "qkv_bias", default=True),
             sliding_window=window if kind == "sliding_attention" else None,
         )
-        for kind in pick(config, "layer_types", default=usual)
+        for kind in pick_layer_types(config, usual, "sliding_attention", "full_attention")
     ]
 
 

@@ -22,7 +22,7 @@ def read_config(config: Mapping[str, Any]) -> DecoderConfig:
     hidden = pick(config, "hidden_size")
     heads = pick(config, "num_attention_heads")
     head_dim = pick(config, "head_dim", default=hidden // heads)
-    sliding = pick(config, "sliding_window", default=None) if config.get("use_sliding_window") else None
+    sliding = pick(config, "sliding_window", default=4096) if config.get("use_sliding_window") else None
     bias = pick(config, "attention_bias", default=False)
     attention = AttentionConfig(
         num_heads=heads,

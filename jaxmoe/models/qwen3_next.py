@@ -13,6 +13,7 @@ from jaxmoe.config import (
     RouterConfig,
     TokenMixerConfig,
     pick,
+    pick_layer_types,
     read_common,
 )
 from jaxmoe.models.family import MLP_EXPERTS, ROTARY_BUFFERS, Family, llama_tensors, mlp_tensors
@@ -100,10 +101,7 @@ def read_token_mixers(config: Mapping[str, Any], *, fused_projections: bool) -> 
     }
     interval, count = pick(config, "full_attention_interval", default=4), pick(config, "num_hidden_layers")
     usual = ["linear_attention" if (i + 1) % interval else "full_attention" for i in range(count)]
-    names = pick(config, "layer_types", default=usual)
-    if unknown := set(names) - kinds.keys():
-        raise ValueError(f"layer_types are {' and '.join(kinds)}; config.json has {', '.join(sorted(unknown))}")
-    return [kinds[name] for name in names]
+    return [kinds[name] for name in pick_layer_types(config, usual, *kinds)]
 
 
 _DELTA_NET = "model.layers.{layer}.linear_attn"

@@ -44,9 +44,9 @@ def test_dense_layers_and_weights_that_do_not_add_up_are_settings_of_qwen3_next_
 def test_refusals(name):
     read_config = get_family(name).read_config
     with pytest.raises(
-        ValueError, match="layer_types are full_attention and linear_attention; .* has sliding_attention"
+        ValueError, match="layer_types of .* are full_attention and linear_attention; .* has 'sliding_attention'"
     ):
-        read_config(SAVED[name] | {"layer_types": ["linear_attention", "sliding_attention", "full_attention"]})
+        read_config(SAVED[name] | {"layer_types": ["sliding_attention"] * SAVED[name]["num_hidden_layers"]})
     config = read_config(SAVED[name] | {"linear_num_key_heads": 2})
     with pytest.raises(ValueError, match=r"tp=4 does not divide linear_num_key_heads=2; tp can be 1, 2$"):
         check_tp(config, 4, ("ep",))

@@ -1,0 +1,107 @@
+"""A config.json that says something else than a model's: refused with its setting's name, or read."""
+
+import copy
+import json
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+
+from jaxmoe.models import FAMILIES, WRAPPERS, find_family, read_model_config
+from tests.models.test_goldens import GOLDENS
+
+CONFIGS = {
+    path.parent.parent.name: json.loads(path.read_text()) for path in sorted(GOLDENS.glob("*/original/config.json"))
+}
+ODD: list[Any] = ["x", ["x"], [1], {"a": 1}, [], {}, 0, -1, 1.5, float("inf"), None]
+
+
+def places(config: Any, path: tuple[str, ...] = ()) -> Iterator[tuple[str, ...]]:
+    """Where in a config there is a setting."""
+    for name, value in config.items():
+        if (*path, name) != ("model_type",):
+            yield (*path, name)
+        if isinstance(value, dict):
+            yield from places(value, (*path, name))
+
+
+def changed(config: dict[str, Any], path: tuple[str, ...], value: Any) -> dict[str, Any]:
+    result = copy.deepcopy(config)
+    inner = result
+    for name in path[:-1]:
+        inner = inner[name]
+    inner[path[-1]] = value
+    return result
+
+
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")
+@pytest.mark.parametrize("name", CONFIGS)
+def test_no_value_of_a_setting_is_a_crash(name):
+    """Nothing but a ValueError comes out, whatever kind of value a setting has."""
+    refused = 0
+    for path in places(CONFIGS[name]):
+        for value in ODD:
+            config = changed(CONFIGS[name], path, value)
+            try:
+                family, config = find_family(config)
+                family.read_config(config)
+            except ValueError:
+                refused += 1
+    assert refused > 50
+
+
+@pytest.mark.parametrize(
+    ("name", "changes", "message"),
+    [
+        ("mixtral", {"hidden_size": "32"}, "hidden_size in config.json is a whole number; it is '32'"),
+        (
+            "mixtral",
+            {"num_hidden_layers": 10**9},
+            "num_hidden_layers .* at least 1 and at most 10000; it is 1000000000",
+        ),
+        ("mixtral", {"num_attention_heads": 0}, "num_attention_heads in config.json is at least 1; it is 0"),
+        ("qwen3_moe", {"decoder_sparse_step": 0}, "decoder_sparse_step in config.json is at least 1; it is 0"),
+        ("qwen3_moe", {"norm_topk_prob": "no"}, "norm_topk_prob in config.json is true or false; it is 'no'"),
+        ("qwen3_moe", {"mlp_only_layers": 3}, "mlp_only_layers in config.json is a list; it is 3"),
+        ("qwen2_moe", {"layer_types": ["full_attention"]}, "a kind for each of the 3 layers; it has 1"),
+        ("qwen2_moe", {"layer_types": ["mamba"] * 3}, "layer_types of qwen2_moe are .*; config.json has 'mamba'"),
+        (
+            "gpt_oss",
+            {"layer_types": ["chunked_attention"] * 2},
+            "layer_types of gpt_oss are .* has 'chunked_attention'",
+        ),
+        ("llama4_text", {"no_rope_layers": [1]}, "no_rope_layers has a number for each of the 3 layers; it has 1"),
+        ("hunyuan_v1_moe", {"moe_topk": [3]}, "has a value for each layer; got {'moe_topk': ..*"),
+        ("mixtral", {"rope_parameters": "yarn"}, "rope_scaling and rope_parameters in config.json are objects"),
+        ("mixtral", {"rope_parameters": {"rope_theta": "x"}}, "rope_theta of the rope settings is a number above 0"),
+        ("phimoe", {"lm_head_bias": True, "tie_word_embeddings": True}, "a tied output projection has no bias"),
+        ("ernie4_5_moe", {"use_bias": True, "tie_word_embeddings": True}, "a tied output projection has no bias"),
+    ],
+    ids=lambda value: value if isinstance(value, str) and " " not in value else None,
+)
+def test_messages_name_the_setting(name, changes, message, tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps({**CONFIGS[name], **changes}))
+    with pytest.raises(ValueError, match=f"config.json: .*{message}"):
+        read_model_config(tmp_path)
+
+
+@pytest.mark.parametrize("text", ["{", "[" * 100_000, '{"a": ' + "1" * 10_000 + "}", "\udcff"])
+def test_what_is_no_json_is_told_so(text, tmp_path):
+    (tmp_path / "config.json").write_bytes(text.encode("utf-8", "surrogateescape"))
+    with pytest.raises(ValueError, match="is not readable as JSON"):
+        read_model_config(tmp_path)
+
+
+def test_a_single_expert_needs_no_number_of_experts_per_token():
+    config = {**CONFIGS["jamba"], "num_experts": 1}
+    del config["num_experts_per_tok"]
+    assert FAMILIES["jamba"].read_config(config).moe_layers == ()
+
+
+def test_a_window_without_a_size_has_the_usual_one():
+    config = {**CONFIGS["qwen3_moe"], "use_sliding_window": True, "sliding_window": None}
+    assert FAMILIES["qwen3_moe"].read_config(config).layers[0].attention.sliding_window == 4096
+
+
+def test_every_family_with_a_golden_is_tried():
+    assert CONFIGS.keys() <= {*FAMILIES, *WRAPPERS}
