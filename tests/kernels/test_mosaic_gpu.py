@@ -2,8 +2,9 @@
 
 The interpreter runs the kernel's threads, barriers and copies on the CPU. What it does not show, tests/aot does or nothing
 does without a GPU: speed; registers; whether the accelerator can copy a tile of that layout (the interpreter copies
-anything); wgmma with an operand in registers, which it does not have and the kernel replaces there by shared memory; and
-the order of wgmma's asynchronous products, which it computes at once. It is slow, so shapes are small.
+anything) and where a copy goes that reaches beyond the matrix (a test here has a model of it); wgmma with an operand in
+registers, which it does not have and the kernel replaces there by shared memory; and the order of wgmma's asynchronous
+products, which it computes at once. It is slow, so shapes are small.
 """
 
 import dataclasses
