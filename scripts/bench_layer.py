@@ -15,6 +15,7 @@ for any GPUs that jax serves; so far it has run on CPUs only.
 """
 
 import argparse
+import contextlib
 import importlib.util
 import math
 import os
@@ -58,10 +59,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Parse the command line, measure, print, write."""
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
     args = parse_arguments(argv)
-    on_cpu = args.simulate or not _has_gpu()
+    simulated = max(math.prod(parse_mesh(mesh).values()) for mesh in args.mesh or CPU_MESHES)
+    on_cpu = args.simulate or not _has_gpu(simulated)
     meshes = args.mesh or (CPU_MESHES if on_cpu else (f"ep={jax.device_count()}",))
     if on_cpu:
-        jaxmoe.simulate_devices(max(math.prod(parse_mesh(mesh).values()) for mesh in meshes))
+        jaxmoe.simulate_devices(simulated)
     scale = args.scale or (CPU_SCALE if on_cpu and not args.quick else 1)
     shapes = [("quick", QUICK)] if args.quick else [(name, shape.scaled(scale)) for name, shape in args.shapes]
     tokens = args.tokens or ((16,) if args.quick else CPU_TOKENS if on_cpu else TOKENS)
@@ -80,8 +82,11 @@ def main(argv: Sequence[str] | None = None) -> None:
                 write_json(args.json, {"machine": now, "scale": scale, "cases": results})
 
 
-def _has_gpu() -> bool:
-    return jax.default_backend() == "gpu" if importlib.util.find_spec("jax_cuda13_plugin") else False
+def _has_gpu(simulated: int) -> bool:
+    """Whether jax runs on GPUs here; to ask starts it, so if it has none it starts with so many simulated devices."""
+    with contextlib.suppress(RuntimeError):  # it has been started
+        jax.config.update("jax_num_cpu_devices", simulated)
+    return jax.default_backend() == "gpu"
 
 
 def make_layer(shape: Shape, mesh: str, dtype: str) -> MoE:

@@ -3,7 +3,11 @@
 import dataclasses
 import json
 import math
+import os
 import re
+import subprocess
+import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import jax
@@ -238,6 +242,28 @@ def test_a_batch_that_the_mesh_does_not_divide_is_timed_too(capsys):
     options = ["--quick", "--mesh", "ep=8", "ep=3", "--dispatch", "auto", "--kernels", "portable", "--rounds", "1"]
     bench_layer.main(options)
     assert "ep=3 auto portable" in capsys.readouterr().out
+
+
+def test_bench_layer_starts_the_devices_it_needs():
+    """In a process of its own, where the compiler for GPUs may be installed, and no GPU is to be seen."""
+    script = Path(bench_layer.__file__)
+    options = [
+        "--quick",
+        "--mesh",
+        "ep=2",
+        "--dispatch",
+        "auto",
+        "--kernels",
+        "portable",
+        "--tokens",
+        "1",
+        "--rounds",
+        "1",
+    ]
+    environ = {name: value for name, value in os.environ.items() if name not in ("XLA_FLAGS", "JAX_PLATFORMS")}
+    environ["CUDA_VISIBLE_DEVICES"] = ""
+    done = subprocess.run([sys.executable, script, *options], env=environ, capture_output=True, text=True, check=False)
+    assert "ep=2 auto portable" in done.stdout, done.stderr
 
 
 def test_what_was_measured_before_an_interruption_is_kept(tmp_path, monkeypatch):
