@@ -130,13 +130,18 @@ def _print(args: argparse.Namespace, result: "Comparison", best: str) -> None:
 
 
 def _read(args: argparse.Namespace, sizes: _Sizes) -> "RoutingTrace":
-    from jaxmoe.checkpoint.torch_object import read_torch_object
     from jaxmoe.placement.trace_formats import read_trace
 
     for file in args.trace:
         if not Path(file).is_file():
             raise FileNotFoundError(f"the trace {file} is no file")
-    return read_trace(args.trace, num_experts=sizes.num_experts, window=args.window, read_torch=read_torch_object)
+    return read_trace(args.trace, num_experts=sizes.num_experts, window=args.window, read_torch=_read_torch)
+
+
+def _read_torch(path: Path) -> Any:
+    from jaxmoe.checkpoint.torch_object import read_torch_object
+
+    return read_torch_object(path)
 
 
 def _read_placements(file: str, trace: "RoutingTrace") -> list["ExpertPlacement"]:
@@ -166,7 +171,7 @@ def _sizes(args: argparse.Namespace) -> _Sizes:
     from jaxmoe.models import FAMILIES, WRAPPERS, read_model_config
 
     config: Mapping[str, Any] = {} if args.config is None else read_config_json(args.config)
-    if config.get("model_type") in {*FAMILIES, *WRAPPERS}:
+    if args.config is not None and config.get("model_type") in {*FAMILIES, *WRAPPERS}:
         decoder = read_model_config(args.config)[1]
         moes = [layer.feed_forward for layer in decoder.layers if isinstance(layer.feed_forward, MoEConfig)]
         if not moes:

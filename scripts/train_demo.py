@@ -28,7 +28,7 @@ from tokenizers import Tokenizer
 
 import jaxmoe
 from jaxmoe.layers import params_by_path
-from jaxmoe.mesh import parse_mesh
+from jaxmoe.mesh import padded_batch, parse_mesh
 from jaxmoe.models import Decoder
 from scripts._train import corpus
 from scripts._train.card import model_card
@@ -44,9 +44,16 @@ def main() -> None:
     args = parse_arguments()
     try:
         sizes, recipe = parse_mesh(args.mesh), Recipe(steps=args.steps)
+        if not args.checkpoint_minutes >= 0:
+            raise ValueError(f"--checkpoint-minutes is a number of at least 0; got {args.checkpoint_minutes}")
     except ValueError as error:
         raise SystemExit(f"scripts/train_demo.py: {error}") from error
     jaxmoe.simulate_devices(math.prod(sizes.values()))
+    mesh = jaxmoe.make_mesh(**sizes)
+    if padded_batch(mesh, recipe.rows) != recipe.rows:
+        raise SystemExit(
+            f"scripts/train_demo.py: a batch of {recipe.rows} rows is split evenly over dp and ep; got --mesh {args.mesh}"
+        )
 
     text = read_text(CONFIG["vocab_size"])
     settings = {
@@ -63,10 +70,12 @@ def main() -> None:
         raise SystemExit(f"scripts/train_demo.py: {error}") from error
     with run:
         write_side_files(run.directory / "model", CONFIG, text.tokenizer)
-        mesh = jaxmoe.make_mesh(**sizes)
-        model = make_model(
-            run.directory / "model", mesh, seed=args.seed, expert_axes=("ep", "tp"), dispatch=args.dispatch
-        )
+        try:
+            model = make_model(
+                run.directory / "model", mesh, seed=args.seed, expert_axes=("ep", "tp"), dispatch=args.dispatch
+            )
+        except (ValueError, NotImplementedError) as error:
+            raise SystemExit(f"scripts/train_demo.py: {error}") from error
         trainer = Trainer(model, recipe)
         batches = corpus.Batches(text.stream, length=recipe.length, rows=recipe.rows, seed=args.seed)
         held_out = HeldOut(*corpus.windows(text.held_out_stream, recipe.length))

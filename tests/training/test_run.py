@@ -122,6 +122,32 @@ def test_a_run_goes_on_with_its_own_settings_only(tmp_path):
         Run(tmp_path, SETTINGS | {"seed": 1})
 
 
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--steps", "50"], "warms up for 100 steps; got steps=50"),
+        (["--mesh", "pp=2"], "a mesh is written dp=1,tp=2,ep=4"),
+        (["--mesh", "dp=3"], "a batch of 16 rows is split evenly over dp and ep; got --mesh dp=3"),
+        (["--checkpoint-minutes", "nan"], "--checkpoint-minutes is a number of at least 0; got nan"),
+    ],
+)
+def test_wrong_arguments_are_told_in_a_line(tmp_path, words, message):
+    command = [
+        sys.executable,
+        ROOT / "scripts/train_demo.py",
+        "--run",
+        tmp_path / "run",
+        "--out",
+        tmp_path / "out",
+        *words,
+    ]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 1
+    assert message in done.stderr
+    assert len(done.stderr.splitlines()) == 1
+    assert done.stdout == ""
+
+
 def test_a_finished_run_is_left_as_it_is(tmp_path, trainer):
     batches, _ = tiny_text()
     before = losses(start(tmp_path, trainer, batches, checkpoint_minutes=60))
