@@ -96,7 +96,7 @@ def summarize(path: str | os.PathLike[str]) -> CheckpointSummary:
     directory = path if path.is_dir() else path.parent
     config = read_json(directory / "config.json")
     model_type = config.get("model_type")
-    family, text_config = _find_family(config)
+    family, text_config, unknown = _find_family(config)
     if family is not None:
         checkpoint = checkpoint.renamed(family.text_name)
     quantization = find_quantization(directory, config)
@@ -105,9 +105,7 @@ def summarize(path: str | os.PathLike[str]) -> CheckpointSummary:
 
     mapped, problems = None, []
     if family is None:
-        problems.append(
-            f"jaxmoe has no family {model_type!r}" if model_type else "there is no config.json with a model_type"
-        )
+        problems.append(unknown)
     else:
         try:
             mapped = _map(checkpoint, family, family.read_config(text_config), quantized=quantization is not None)
@@ -140,12 +138,17 @@ def summarize(path: str | os.PathLike[str]) -> CheckpointSummary:
     )
 
 
-def _find_family(config: Mapping[str, Any]) -> tuple[Family | None, Mapping[str, Any]]:
-    """As `find_family`; None for a family that is not known."""
-    if config.get("model_type") in (*FAMILIES, *WRAPPERS):
-        with contextlib.suppress(ValueError):
-            return find_family(config)
-    return None, config
+def _find_family(config: Mapping[str, Any]) -> tuple[Family | None, Mapping[str, Any], str]:
+    """As `find_family`; where there is none, None and why."""
+    model_type = config.get("model_type")
+    if not model_type:
+        return None, config, "there is no config.json with a model_type"
+    if model_type not in (*FAMILIES, *WRAPPERS):
+        return None, config, f"jaxmoe has no family {model_type!r}"
+    try:
+        return *find_family(config), ""
+    except ValueError as error:
+        return None, config, str(error)
 
 
 @dataclasses.dataclass

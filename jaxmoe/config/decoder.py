@@ -7,6 +7,8 @@ from jaxmoe.config.checks import check_positive
 from jaxmoe.config.feed_forward import MLPConfig, MoEConfig, RouterFunction
 from jaxmoe.config.token_mixers import TokenMixerConfig
 
+MAX_EXPERTS = 1_000_000  # each has names and blocks, before a file is asked whether it is there
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LayerConfig:
@@ -80,6 +82,13 @@ class DecoderConfig:
         check_positive(self, "vocab_size", "hidden_size", "max_position_embeddings")
         if not self.layers:
             raise ValueError("a decoder has at least one layer; got none (num_hidden_layers)")
+        experts = sum(
+            layer.feed_forward.num_experts for layer in self.layers if isinstance(layer.feed_forward, MoEConfig)
+        )
+        if experts > MAX_EXPERTS:
+            raise ValueError(
+                f"the layers of a decoder have at most {MAX_EXPERTS} experts together; config.json: {experts}"
+            )
         if self.tie_word_embeddings and self.lm_head_bias:
             raise ValueError(
                 "a tied output projection has no bias; config.json has tie_word_embeddings and a bias (lm_head_bias, or "

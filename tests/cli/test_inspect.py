@@ -79,6 +79,23 @@ def zeros(*shape: int, dtype=np.float32) -> np.ndarray:
     return np.zeros(shape, dtype)
 
 
+def test_a_config_without_its_sizes(tmp_path, capsys) -> None:
+    """The family is known; what is wrong is told, and what names tell all the same."""
+    found = inspect(make(tmp_path, {"model_type": "qwen3_vl_moe"}, {"lm_head.weight": zeros(3, 4)}), capsys)
+    (problem,) = found["problems"]
+    assert "the config.json of qwen3_vl_moe has a text_config, with the sizes" in problem
+    assert found["groups"]["head"]["parameters"] == 12
+
+
+def test_absurd_sizes_take_no_memory(tmp_path, capsys) -> None:
+    config = json.loads((GOLDENS / "qwen3_moe" / "original" / "config.json").read_text())
+    sizes = dict.fromkeys(("num_experts", "num_local_experts"), 10**9)
+    found = inspect(make(tmp_path, {**config, **sizes}, {"lm_head.weight": zeros(3, 4)}), capsys)
+    assert found["problems"] == [
+        "the layers of a decoder have at most 1000000 experts together; config.json: 2000000000"
+    ]
+
+
 def test_an_unknown_family(tmp_path, capsys) -> None:
     """What names, shapes and the usual spellings of sizes tell; exit status 0."""
     text = {"num_hidden_layers": 2, "moe_num_experts": 2, "moe_k": [1, 1], "hidden_size": 4, "intermediate_size": 6}

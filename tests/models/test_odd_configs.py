@@ -59,6 +59,7 @@ def test_no_value_of_a_setting_is_a_crash(name):
             {"num_hidden_layers": 10**9},
             "num_hidden_layers .* at least 1 and at most 10000; it is 1000000000",
         ),
+        ("mixtral", {"num_local_experts": 10**9}, "at most 1000000 experts together; config.json: 2000000000"),
         ("mixtral", {"num_attention_heads": 0}, "num_attention_heads in config.json is at least 1; it is 0"),
         ("qwen3_moe", {"decoder_sparse_step": 0}, "decoder_sparse_step in config.json is at least 1; it is 0"),
         ("qwen3_moe", {"norm_topk_prob": "no"}, "norm_topk_prob in config.json is true or false; it is 'no'"),
