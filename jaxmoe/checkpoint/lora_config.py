@@ -13,6 +13,12 @@ from jaxmoe.checkpoint.safetensors import parse_json
 
 MAX_CONFIG_BYTES = 10_000_000
 
+# Keys of rank_pattern and alpha_pattern are regular expressions that the adapter's author wrote. Python's matcher takes
+# exponential time where quantifiers nest, and the n-th power of a name's length for n of them in a row.
+_REPEATED_GROUP = re.compile(r"\)[*+{]")
+_QUANTIFIER = re.compile(r"(?<!\()[*+?{]")
+_MAX_QUANTIFIERS = 3
+
 # What an adapter may have beyond a low-rank update of weights. Each changes the model in another way, so an adapter that
 # has one is refused and never merged in part. All are off where the value is false, none or empty.
 _NOT_A_MERGE = {
@@ -156,8 +162,13 @@ def _pattern(document: Mapping[str, Any], field: str, is_valid: Any) -> dict[str
     for name in value:
         try:
             re.compile(name)
-        except re.error as error:
+        except (re.error, OverflowError, RecursionError) as error:
             raise CheckpointError(f"a key of {field} must be a regular expression; {name!r} is not: {error}") from error
+        if _REPEATED_GROUP.search(name) or len(_QUANTIFIER.findall(name)) > _MAX_QUANTIFIERS:
+            raise CheckpointError(
+                f"a key of {field} must be matched in short time: no repeated groups and at most {_MAX_QUANTIFIERS} "
+                f"quantifiers; one is {name[:80]!r}; write the names of the modules"
+            )
     return value
 
 

@@ -207,6 +207,11 @@ def test_names_on_disk_may_differ() -> None:
         ({"lora_alpha": "16"}, "must have a rank"),
         ({"rank_pattern": {"q": "8"}}, "rank_pattern must map names to numbers"),
         ({"rank_pattern": {"(": 8}}, "must be a regular expression"),
+        ({"rank_pattern": {"a{99999999999999999999}": 8}}, "must be a regular expression"),
+        ({"rank_pattern": {"(" * 10_000 + ")" * 10_000: 8}}, "must be a regular expression"),
+        ({"rank_pattern": {r"((\w|\.)+)+!": 8}}, "matched in short time: no repeated groups"),
+        ({"alpha_pattern": {".*.*.*.*!": 8}}, "matched in short time: .* at most 3 quantifiers"),
+        ({"alpha_pattern": {"a?" * 30 + "a" * 30: 8}}, "matched in short time"),
         ({"target_parameters": "experts"}, "must be a list of names"),
     ],
 )
@@ -215,6 +220,12 @@ def test_configurations_that_are_refused(changes: dict, message: str) -> None:
     assert parse_lora_config(document) == LoraConfig(rank=8, alpha=16)
     with pytest.raises(CheckpointError, match=message):
         parse_lora_config(document | changes)
+
+
+def test_patterns_as_people_write_them_are_read() -> None:
+    patterns = {r"^model\.layers\.(1[0-9]|2[0-3])\..*\.q_proj": 4, r"(?:.*\.)?experts\.\d+\.up_proj": 2, "k_proj": 1}
+    document = {"peft_type": "LORA", "r": 8, "lora_alpha": 16, "rank_pattern": patterns}
+    assert parse_lora_config(document).rank_of("model.layers.23.self_attn.q_proj") == 4
 
 
 def test_configuration_file(tmp_path: Path) -> None:
