@@ -32,7 +32,8 @@ def pack_rows(x_TD: jax.Array, wire_dtype: str) -> tuple[jax.Array, jax.Array]:
     """
     dtype = jnp.dtype(wire_dtype)
     largest_T1 = jnp.max(jnp.abs(x_TD.astype(jnp.float32)), axis=1, keepdims=True)
-    scale_T1 = jnp.where(largest_T1 > 0, largest_T1 / float(jnp.finfo(dtype).max), 1.0)
+    # Never 0, not even for a row so small that the quotient is: no device of today divides by a subnormal number.
+    scale_T1 = jnp.maximum(largest_T1 / float(jnp.finfo(dtype).max), jnp.finfo(jnp.float32).tiny)
     return jax.lax.bitcast_convert_type((x_TD / scale_T1).astype(dtype), jnp.uint8), scale_T1
 
 

@@ -35,6 +35,13 @@ def test_rounding_is_bounded_for_rows_of_any_size(scale):
     assert not error[3].any()
 
 
+@pytest.mark.parametrize("largest", [1e-37, 1e-40, 0.0])
+def test_rows_whose_scale_would_be_subnormal_stay_finite(largest):
+    x_TD = np.linspace(-largest, largest, 16, dtype=np.float32)[None]
+    error = np.abs(through_the_wire(x_TD) - x_TD)
+    assert error.max() <= max(largest * 2**-4, np.finfo(np.float32).tiny)
+
+
 @pytest.mark.parametrize("backend", ["all_to_all", "ragged_all_to_all"])
 @pytest.mark.parametrize("mesh_shape", [(1, 1, 8), (2, 2, 2)])
 def test_experts_see_rounded_rows_and_nothing_else_changes(backend, mesh_shape):
