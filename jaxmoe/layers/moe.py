@@ -92,7 +92,8 @@ class MoE(nnx.Module):
             them on their way to experts; None to send them as they are.
         kernels: a backend of `jaxmoe.kernels.grouped_matmul`, or "auto".
         dtype: of the expert weights; the router's are float32.
-        rngs: random streams for the weights; None leaves them abstract, for a loader to fill.
+        rngs: random streams for the weights; None leaves them abstract, for a loader to fill. Replicas begin alike, and
+            the gradient of each is that of its own tokens: to train them, add up those of an expert's slots.
 
     Raises:
         ValueError: the placement does not fit, F does not divide over tp, or a name is unknown.

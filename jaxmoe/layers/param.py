@@ -100,8 +100,20 @@ class ParamFactory:
         if self.rngs is None:
             return nnx.Param(jax.ShapeDtypeStruct(shape, dtype, sharding=sharding), rows=HostData(rows))
         # Initialised where it will live: no device ever holds the whole array.
-        value = jax.jit(init, static_argnums=(1, 2), out_shardings=sharding)(self.rngs.params(), shape, dtype)
+        make = jax.jit(_initial, static_argnums=(1, 2, 3, 4), out_shardings=sharding)
+        value = make(self.rngs.params(), shape, dtype, init, rows)
         return nnx.Param(value, rows=HostData(rows))
+
+
+def _initial(key: jax.Array, shape: tuple[int, ...], dtype: Any, init: Init, rows: RowMap | None) -> jax.Array:
+    """Random values as a checkpoint would fill them: alike in groups that have one source, zeros in padding."""
+    if rows is None or rows.rows == tuple(range(rows.source_groups)):
+        return init(key, shape, dtype)
+    sources = jnp.array(rows.rows)
+    group = (shape[0] // len(sources), *shape[1:])
+    # A key for each source: taken from an array of all sources, the groups would need all of it on every device.
+    values = jax.vmap(lambda source: init(jax.random.fold_in(key, source), group, dtype))(sources)
+    return jnp.where((sources >= 0).reshape(-1, *[1] * len(group)), values, 0).reshape(shape)
 
 
 def row_map(param: nnx.Param) -> RowMap | None:

@@ -4,10 +4,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 
+import jaxmoe
 from jaxmoe import ExpertPlacement
 from jaxmoe.layers.replicas import ReplicaRule, choose_slots, token_draws, token_turns
 from jaxmoe.placement.replicas import REPLICA_CHOICES, ReplicaContext
+from tests.conftest import mesh_of
 from tests.layers.test_swap import D, E, make_layer
 
 # Expert 0 is on every device, the others once or twice.
@@ -19,6 +22,21 @@ RULES = {
     "local_first": {"devices_per_node": 2},
     "least_loaded": {"last_load": LOADS},
 }
+
+
+def test_random_weights_are_alike_in_replicas_and_nothing_is_in_padding() -> None:
+    placement = ExpertPlacement(3, 4, [0, 1, 2, -1, 1, 0, -1, 1])
+    config = jaxmoe.MoEConfig(num_experts=3, num_experts_per_tok=2, hidden_size=D, moe_intermediate_size=8, bias=True)
+    layer = jaxmoe.MoE(config, mesh=mesh_of(1, 2, 4), placement=placement, rngs=nnx.Rngs(0))
+    for stack in (layer.w_gate_up, layer.w_down):
+        values = np.asarray(stack[...])
+        assert stack[...].addressable_shards[0].data.shape[0] == 2, "two slots on a device"
+        assert not values[placement.slot_to_expert < 0].any()
+        experts = values[placement.expert_to_slots[:, 0]]
+        assert len(np.unique(experts.reshape(3, -1)[:, 0])) == 3
+        assert 0.5 < experts.std() * np.sqrt(experts.shape[-1]) < 2
+        held = placement.slot_to_expert >= 0
+        np.testing.assert_array_equal(values[held], experts[placement.slot_to_expert[held]])
 
 
 @pytest.mark.parametrize("dispatch", ["replicated", "all_gather", "all_to_all"])
