@@ -205,7 +205,9 @@ def _generate_together(args: argparse.Namespace) -> None:
     model = _load(args, mesh)
     if args.verbose:
         _print_expert_bytes(model)
-        print(model.describe(batch_size=min(len(prompts), args.batch_size)), file=sys.stderr)
+        first = token_ids[: args.batch_size]
+        longest = max(map(len, first), default=1)
+        print(model.describe(batch_size=len(first), prompt_length=longest), file=sys.stderr)
     live = len(prompts) == 1 and not args.json and sys.stdout.isatty()
     total = GenerationStats()
     with model.record_routing(token_ids=True) if args.record_routing else nullcontext() as routing:

@@ -78,8 +78,8 @@ class DispatchLayout:
         return self.expert_axes + self.partial_axes
 
     def tokens_per_device(self, T: int, token_axes: tuple[str, ...]) -> int:
-        """T tokens of a call, padded to split evenly over `token_axes`, on each device."""
-        return -(-T // self.size(token_axes))
+        """T tokens of a call, padded to split evenly over `token_axes`, on each device; a row where there is none."""
+        return max(1, -(-T // self.size(token_axes)))
 
 
 class DispatchStats(NamedTuple):

@@ -326,7 +326,7 @@ def _forward(
     layout, config = plan.layout, plan.config
     token_axes = plan.dispatch.token_axes(layout)
     T = x_TD.shape[0]
-    padding = layout.tokens_per_device(max(T, 1), token_axes) * layout.size(token_axes) - T
+    padding = layout.tokens_per_device(T, token_axes) * layout.size(token_axes) - T
     x_TD, router_TD = (jnp.pad(y_TD, ((0, padding), (0, 0))) for y_TD in (x_TD, router_TD))
     mask_T = jnp.pad(mask_T, (0, padding))
     width_axis = TP if TP in layout.partial_axes else None

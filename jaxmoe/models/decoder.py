@@ -138,7 +138,7 @@ class Decoder(nnx.Module):
 
         Args:
             batch_size: sequences, for the choice of a dispatch.
-            prompt_length: tokens of each in the prefill.
+            prompt_length: tokens of the longest in the prefill.
         """
         return describe(self, batch_size, prompt_length)
 

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 import jax.numpy as jnp
 
 from jaxmoe.layers import MoE
+from jaxmoe.models.padding import bucket_length
 
 if TYPE_CHECKING:
     from jaxmoe.models.decoder import Decoder
@@ -21,10 +22,9 @@ def describe(model: "Decoder", batch_size: int, prompt_length: int) -> str:
         f"mesh {sizes}: {model.mesh.size} {platform} device{'s' if model.mesh.size > 1 else ''}",
     ]
     lines += _runs([_experts(moe) for moe in model.moe_layers])
-    phases = {
-        "prefill": (model.dispatch.prefill, batch_size * prompt_length),
-        "decode": (model.dispatch.decode, batch_size),
-    }
+    # What is computed, padding included, is what a dispatch is chosen for.
+    rows, length = model.padded_batch(batch_size), bucket_length(prompt_length, model.config.max_position_embeddings)
+    phases = {"prefill": (model.dispatch.prefill, rows * length), "decode": (model.dispatch.decode, rows)}
     for phase, (name, tokens) in phases.items():
         if name == "auto":
             lines += _runs([f"{phase}: {moe.explain_dispatch(tokens, model.dtype)}" for moe in model.moe_layers])

@@ -35,7 +35,7 @@ def expected(layer: jaxmoe.MoE, x: np.ndarray) -> np.ndarray:
 @pytest.mark.parametrize("placement", ["linear", "round_robin"])
 def test_equals_the_dense_oracle(mesh, placement, dispatch):
     layer = jaxmoe.MoE(CONFIG, mesh=mesh, placement=placement, dispatch=dispatch, rngs=nnx.Rngs(0))
-    for shape in [(16,), (1, 16), (13, 16), (2, 5, 16)]:
+    for shape in [(16,), (0, 16), (1, 16), (13, 16), (2, 5, 16)]:
         x = np.random.default_rng(1).normal(size=shape).astype(np.float32)
         y, stats = layer(jnp.asarray(x))
         assert y.shape == shape

@@ -1,6 +1,7 @@
 """A dispatch for each phase, and what a model says of itself."""
 
 import json
+import re
 
 import pytest
 
@@ -62,6 +63,23 @@ def test_what_a_model_says_of_itself() -> None:
     # The choice and its reasons are those of the layer.
     assert f"prefill: {model.moe_layers[0].explain_dispatch(1024, 'float32')}" in text.replace("MoE layer 0: ", "")
     assert text.endswith("decode: replicated, as it was asked for")
+
+
+def test_the_command_tells_the_choices_it_makes(capsys, monkeypatch) -> None:
+    """For the rows and lengths that are computed: 3 prompts of up to 17 tokens are 4 rows of 32."""
+    used, plan = set(), MoE._plan
+
+    def noting(self, T, dtype, dispatch=None):
+        used.add(T)
+        return plan(self, T, dtype, dispatch)
+
+    monkeypatch.setattr(MoE, "_plan", noting)
+    prompts = ["--prompt-ids", ",".join(["5"] * 17), "--prompt-ids", "6,7", "--prompt-ids", "8"]
+    command = ["generate", str(QWEN), "--mesh", "tp=2,ep=4", *prompts, "-v", "--max-new-tokens", "4", "--ignore-eos"]
+    assert main(command) == 0
+    assert used == {4 * 32, 4}
+    told = re.findall(r"(prefill|decode): \w+ for (\d+) tokens", capsys.readouterr().err)
+    assert told == [("prefill", "128"), ("decode", "4")]
 
 
 def test_the_command_takes_a_dispatch_for_each_phase(capsys) -> None:
