@@ -12,6 +12,11 @@ from types import FrameType
 GRACE_SECONDS = 5.0
 
 
+def without_dashes(command: Sequence[str]) -> list[str]:
+    """The command behind a ``--`` that tells where it begins, which argparse keeps in some places and drops in others."""
+    return list(command[1:] if command[:1] == ["--"] else command)
+
+
 def run_together(commands: Sequence[Sequence[str]], *, keep_stdin: bool = False) -> int:
     """Run the commands side by side until all have ended, or one has failed and the others were ended.
 

@@ -33,9 +33,11 @@ def command(launcher: str, tmp_path: Path, argv: list[str]) -> list[str]:
     return [*LAUNCHERS[launcher], *argv]
 
 
+@pytest.mark.parametrize("dashes", [[], ["--"]], ids=["", "dashes"])
 @pytest.mark.parametrize(("launcher", "address"), [("node", "127.0.0.1:5"), ("hosts", "a:5")])
-def test_each_process_gets_the_command_and_its_place(launcher, address, tmp_path) -> None:
-    done = subprocess.run(command(launcher, tmp_path, SHOW), capture_output=True, text=True, timeout=60)
+def test_each_process_gets_the_command_and_its_place(launcher, address, dashes, tmp_path) -> None:
+    argv = command(launcher, tmp_path, [*dashes, *SHOW])
+    done = subprocess.run(argv, capture_output=True, text=True, timeout=60)
     assert (done.returncode, done.stderr) == (0, "")
     join = ["--coordinator", address, "--num-processes", "2", "--process-id"]
     assert sorted(done.stdout.splitlines()) == [str([SHOW[-1], *join, index]) for index in "01"]
@@ -91,3 +93,11 @@ def test_usage(name) -> None:
     assert shown.returncode == 0
     assert "jaxmoe generate" in shown.stdout
     assert subprocess.run([ROOT / "scripts" / name], capture_output=True, timeout=60).returncode == 2
+
+
+@pytest.mark.parametrize("ssh", ["ssh -i 'no end", ""], ids=["unbalanced", "empty"])
+def test_an_ssh_command_that_is_none(ssh) -> None:
+    command = [*LAUNCHERS["hosts"], "--ssh", ssh, "true"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 2
+    assert f"argument --ssh: invalid words value: {ssh!r}" in done.stderr
