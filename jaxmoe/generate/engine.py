@@ -106,7 +106,9 @@ class Engine:
                 _extend(rows[index], index, tokens[index], step == max_new_tokens, eos_token_ids, on_token)
             stats.generated_tokens += len(running)
             stats.decode_tokens += len(running) if step > 1 else 0
-            if arrived.routing is not None and self._watch(arrived.routing, balancer):
+            moved = arrived.routing is not None and self._watch(arrived.routing, balancer)
+            # `on_token` may have rebalanced the model as well, and a deleted array would take the process down.
+            if moved or any(leaf.is_deleted() for leaf in self._leaves):
                 batch.leaves = self._leaves = self.programs.bind(self._model)
             ended = [index for index in running if rows[index].finish_reason]
             if len(ended) == len(running):

@@ -112,6 +112,21 @@ def test_balancer_moves_experts_between_steps(model) -> None:
     assert model.placements != [jaxmoe.ExpertPlacement.linear(EXPERTS, 4, num_slots=16)] * LAYERS
 
 
+def test_a_callback_may_rebalance_the_model(model) -> None:
+    expected = read_expected("qwen3_moe")
+    seeds = iter(range(100))
+    outs = jaxmoe.generate(
+        model,
+        [prompt.tolist() for prompt in expected["prompt"]],
+        max_new_tokens=8,
+        ignore_eos=True,
+        stream=lambda event: model.rebalance(placement_with_replicas(next(seeds))),
+    )
+    assert next(seeds) == 8 * len(outs)
+    assert [out.token_ids for out in outs] == [greedy[:8].tolist() for greedy in expected["greedy"]]
+    check_logits(model, expected)
+
+
 def test_balancer_leaves_an_even_model_alone(model) -> None:
     balancer = jaxmoe.Balancer(window=8, interval=4, threshold=4.0)
     before = model.placements
