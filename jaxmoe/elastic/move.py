@@ -43,7 +43,8 @@ def move(
         lost_devices: devices whose memory is gone; nothing is taken from them, and `mesh` has none of them.
 
     Returns:
-        The model on the new mesh. Its `load_report` tells what was read.
+        The model on the new mesh. Its `load_report` tells what was read. A recording of routing that is active goes on;
+        replicas are chosen as in a loaded model ("modulo").
 
     Raises:
         ValueError: the model does not fit the mesh, the placement does not, the new mesh has a lost device, or
@@ -101,7 +102,7 @@ def _empty_on(
     model: Decoder, mesh: Mesh, placement: str | ExpertPlacement | Sequence[str | ExpertPlacement]
 ) -> Decoder:
     first = model.moe_layers[0]
-    return Decoder(
+    moved = Decoder(
         model.config,
         mesh=mesh,
         placement=placement,
@@ -111,6 +112,9 @@ def _empty_on(
         dtype=model.dtype,
         source=model.source,
     )
+    # The same cell: a `with model.record_routing()` that is open goes on with the moved model, and ends for both.
+    moved._recorder = model._recorder
+    return moved
 
 
 def _lost_slots(relocations: Mapping[str, Relocation]) -> dict[int, list[int]]:

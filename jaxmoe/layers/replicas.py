@@ -36,8 +36,9 @@ class ReplicaRule:
         Raises:
             ValueError: the choice is unknown or lacks loads, or the devices do not split into such nodes.
         """
-        n, node = placement.ep, self.devices_per_node or placement.ep
-        if n % node:
+        n = placement.ep
+        node = n if self.devices_per_node is None else self.devices_per_node
+        if node < 1 or n % node:
             raise ValueError(f"nodes hold equally many devices: {n} devices are no multiple of devices_per_node={node}")
         last_load = np.zeros(n) if self.last_load is None else np.asarray(self.last_load, np.float64)
         if last_load.shape != (n,) or (self.last_load is None and self.choice == "least_loaded"):

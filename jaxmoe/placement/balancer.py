@@ -45,7 +45,7 @@ class Balancer:
         interval: steps between two looks.
         threshold: load of the busiest device over the mean, at least 1.
         num_groups, num_nodes: as for the strategy.
-        history: one `Decision` per look.
+        history: one `Decision` for each look that found more than `threshold`.
 
     Raises:
         ValueError: a number out of range, or a strategy that needs more than counts.

@@ -111,12 +111,17 @@ def device_loads(counts: np.ndarray, placements: Sequence[ExpertPlacement]) -> n
     Returns:
         float64 [..., L, n].
 
+    Raises:
+        ValueError: the placements do not fit the counts or each other.
+
     Example:
         >>> p = ExpertPlacement(num_experts=2, ep=2, slot_to_expert=[0, -1, 1, 0])
         >>> device_loads(np.array([[8, 3]]), [p]).tolist()
         [[4.0, 7.0]]
     """
     counts = np.asarray(counts)
+    if counts.ndim < 2:
+        raise ValueError(f"counts are of every layer, [..., L, E]; got shape {counts.shape}")
     check_placements(placements, *counts.shape[-2:])
     share_LEn = np.stack([(p.device_replicas / p.replica_counts).T for p in placements])
     return np.einsum("...le,len->...ln", counts, share_LEn)

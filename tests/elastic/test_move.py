@@ -122,6 +122,19 @@ def test_the_old_model_is_let_go_parameter_by_parameter() -> None:
     assert all(isinstance(param.get_value(), jax.ShapeDtypeStruct) for param in params_by_path(model).values())
 
 
+def test_a_recording_goes_on_through_a_move() -> None:
+    model = jaxmoe.load(QWEN, mesh=on((1, 2, 4)))
+    tokens = np.arange(12).reshape(2, 6)
+    with model.record_routing() as routing:
+        model(tokens)
+        moved = jaxmoe.move(model, mesh=on((2, 2, 1)))
+        moved(tokens)
+    moved(tokens)
+    assert moved.recorder is None
+    first, second = routing.trace().counts
+    assert np.array_equal(first, second)
+
+
 def test_refusals_leave_the_model_as_it_was() -> None:
     model = jaxmoe.load(QWEN, mesh=on((1, 1, 8)))
     with pytest.raises(ValueError, match=r"the new mesh has devices \[3\], which are among lost_devices"):

@@ -113,6 +113,9 @@ def test_misfits() -> None:
         layer.choose_replicas("least_loaded", last_load=np.ones(3))
     with pytest.raises(ValueError, match="no multiple of devices_per_node=3"):
         layer.choose_replicas("local_first", devices_per_node=3)
+    for none in (0, -1):
+        with pytest.raises(ValueError, match=f"no multiple of devices_per_node={none}"):
+            layer.choose_replicas("local_first", devices_per_node=none)
     with pytest.raises(ValueError, match="replica choices are least_loaded"):
         layer.choose_replicas("nearest")
     assert layer.replica_choice == "modulo"

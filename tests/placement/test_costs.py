@@ -212,6 +212,11 @@ def test_counts_alone_give_loads_and_a_bound_on_traffic() -> None:
     assert estimate.sent.sum() > exact.sent.sum()
 
 
+def test_loads_are_of_every_layer() -> None:
+    with pytest.raises(ValueError, match=r"counts are of every layer, \[..., L, E\]; got shape \(16,\)"):
+        device_loads(np.ones(16), REPLICATED)
+
+
 def test_destinations_of_uniform_routing() -> None:
     rng = np.random.default_rng(0)
     ids = np.argsort(rng.random((4000, 1, 32)), axis=2)[:, :, :6]
