@@ -19,6 +19,7 @@ from jaxmoe.elastic.assemble import assemble
 from jaxmoe.elastic.relocate import Relocation, device_boxes, plan_relocation
 from jaxmoe.layers.param import ParamSpec, param_specs, params_by_path
 from jaxmoe.layers.swap import by_rank, fill_slots
+from jaxmoe.mesh import EP
 from jaxmoe.models import Decoder, read_model_config
 from jaxmoe.placement import ExpertPlacement
 
@@ -101,16 +102,17 @@ def _check_devices(old: Mesh, new: Mesh, lost_devices: Collection[jax.Device]) -
 def _empty_on(
     model: Decoder, mesh: Mesh, placement: str | ExpertPlacement | Sequence[str | ExpertPlacement]
 ) -> Decoder:
-    first = model.moe_layers[0]
+    # A model without routed experts may be moved too.
+    first = model.moe_layers[0] if model.moe_layers else None
     moved = Decoder(
         model.config,
         mesh=mesh,
         placement=placement,
-        expert_axes=first.expert_axes,
         dispatch=model.dispatch,
-        kernels=first.kernels,
         dtype=model.dtype,
         source=model.source,
+        expert_axes=(EP,) if first is None else first.expert_axes,
+        kernels="auto" if first is None else first.kernels,
     )
     # The same cell: a `with model.record_routing()` that is open goes on with the moved model, and ends for both.
     moved._recorder = model._recorder

@@ -187,7 +187,7 @@ class Decoder(nnx.Module):
             Bytes copied, by the way they took.
 
         Raises:
-            ValueError: a placement does not fit; nothing has been moved then.
+            ValueError: a placement does not fit, or the model has no MoE layer; nothing has been moved then.
             NotImplementedError: the mesh spans several processes.
 
         Example:
@@ -198,6 +198,8 @@ class Decoder(nnx.Module):
             201326592
         """
         layers = self.moe_layers
+        if not layers:
+            raise ValueError("no layer of this model has routed experts: there is nothing to place")
         experts = [moe.config.num_experts for moe in layers]
         placements = make_placements(placement, experts, layers[0].placement.ep)
         for moe, wanted in zip(layers, placements, strict=True):

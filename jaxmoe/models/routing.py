@@ -26,7 +26,13 @@ class Routing(NamedTuple):
 
 
 def routing_of(stats: Sequence[MoEStats], mesh: Mesh, *, token_ids: bool) -> Routing:
-    """Gather the layers' statistics; layers with fewer experts or choices are filled up with zeros or -1."""
+    """Gather the layers' statistics; layers with fewer experts or choices are filled up with zeros or -1.
+
+    Raises:
+        ValueError: there is no MoE layer.
+    """
+    if not stats:
+        raise ValueError("no layer of this model has routed experts: there is no routing to record or to balance")
     E = max(layer.expert_counts.shape[0] for layer in stats)
     counts = jnp.stack([jnp.pad(layer.expert_counts, (0, E - layer.expert_counts.shape[0])) for layer in stats])
     if not token_ids:

@@ -135,6 +135,19 @@ def test_a_recording_goes_on_through_a_move() -> None:
     assert np.array_equal(first, second)
 
 
+def test_a_model_without_experts_moves_and_says_that_it_has_none() -> None:
+    config = read_config({**FAMILIES["qwen3_moe"], "model_type": "qwen3_moe", "mlp_only_layers": [0, 1]})
+    model = Decoder(config, mesh=on((1, 2, 2)), rngs=nnx.Rngs(0))
+    tokens = np.arange(12).reshape(2, 6)
+    logits = np.asarray(model(tokens))
+    model = jaxmoe.move(model, mesh=on((2, 1, 2)))
+    np.testing.assert_allclose(model(tokens), logits, atol=1e-5)
+    with pytest.raises(ValueError, match="there is nothing to place"):
+        model.rebalance("linear")
+    with model.record_routing(), pytest.raises(ValueError, match="there is no routing to record"):
+        model(tokens)
+
+
 def test_refusals_leave_the_model_as_it_was() -> None:
     model = jaxmoe.load(QWEN, mesh=on((1, 1, 8)))
     with pytest.raises(ValueError, match=r"the new mesh has devices \[3\], which are among lost_devices"):
