@@ -70,6 +70,11 @@ def open_adapter(path: str | os.PathLike[str]) -> Adapter:
         file = read_torch_file(path / _TORCH, allow_permuted=True)
     else:
         raise _missing(path, f"{_SAFETENSORS} or {_TORCH}")
+    if not file.tensors:
+        raise CheckpointError(
+            f"{file.path}: an adapter has factors; this file has no tensors; if a trainer wrote it that splits weights "
+            "over processes, gather them (ZeRO-3: stage3_gather_16bit_weights_on_model_save) and save the adapter again"
+        )
     for tensor in file.tensors.values():
         if tensor.dtype is None or not can_cast(tensor.dtype, _FLOAT32):
             raise CheckpointError(

@@ -15,7 +15,7 @@ from jaxmoe.checkpoint.checks import check_not_quantized
 from jaxmoe.checkpoint.execute import load_arrays
 from jaxmoe.checkpoint.files import Checkpoint, open_checkpoint
 from jaxmoe.checkpoint.names import is_expert_stack, model_blocks
-from jaxmoe.checkpoint.plan import IgnoreRule, make_load_plan
+from jaxmoe.checkpoint.plan import IgnoreRule, LoadPlan, make_load_plan
 from jaxmoe.checkpoint.tied import settle_tied
 from jaxmoe.config import DecoderConfig, RouterFunction
 from jaxmoe.distributed import check_same
@@ -83,8 +83,9 @@ def load(
         config = config.with_router(router)
     checkpoint = open_checkpoint(path).renamed(family.text_name)
     check_not_quantized(checkpoint, path)
-    checkpoint, config, tied = settle_tied(checkpoint, family, config)
-    ignored = {**family.ignored_in(config), **tied}
+    said_tied = config.tie_word_embeddings
+    checkpoint, config, tied_rule = settle_tied(checkpoint, family, config)
+    ignored = {**family.ignored_in(config), **tied_rule}
     model = Decoder(
         config,
         mesh=mesh,
@@ -106,6 +107,8 @@ def load(
     opened = None if adapter is None else open_adapter(adapter)
     if opened is not None:
         plan = merge_adapter(plan, checkpoint, opened, spellings=family.spellings, text_name=family.text_name)
+        if said_tied and not config.tie_word_embeddings:
+            _refuse_untied_ends(plan, family)
     if mesh.is_multi_process:
         settings = (dtype, getattr(router, "__qualname__", type(router).__qualname__), expert_axes, dispatch, kernels)
         _check_same_input(model, checkpoint, opened, settings)
@@ -139,6 +142,21 @@ def _fingerprint(arrays: Mapping[str, jax.Array]) -> str:
         if array.ndim == 1 and array.is_fully_replicated:
             digest.update(np.asarray(array.addressable_data(0)).tobytes())
     return digest.hexdigest()
+
+
+def _refuse_untied_ends(plan: LoadPlan, family: Family) -> None:
+    """Refuse an adapter of one end of a tied model whose checkpoint has bytes for both.
+
+    Raises:
+        ValueError: where the two are equal the update is of both, else of one, and nobody has read them.
+    """
+    ends = [name for path in ("embed.weight", "lm_head.weight") for name in family.tensors[path]]
+    if adapted := [name for name in ends if name in plan.deltas]:
+        raise ValueError(
+            f"an adapter of a tied output projection changes the embedding too; config.json ties the two, the checkpoint "
+            f"has a table for each, and the adapter is of {adapted[0]!r}; remove the one that is not meant from the "
+            "checkpoint, or set tie_word_embeddings to false"
+        )
 
 
 def _choose_dtype(dtype: Any, config: DecoderConfig, checkpoint: Checkpoint, family: Family) -> str:

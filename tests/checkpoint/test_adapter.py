@@ -312,6 +312,11 @@ def test_a_process_reads_factors_of_its_own_experts_only(tmp_path) -> None:
     assert sum(plan.adapter.merged.values()) == len(case.tensors)
 
 
+def test_an_adapter_without_factors_is_refused(tmp_path) -> None:
+    with pytest.raises(CheckpointError, match="an adapter has factors; this file has no tensors"):
+        open_adapter(write_adapter(tmp_path / "adapter", {}))
+
+
 def test_nearest_name() -> None:
     names = [f"model.layers.{layer}.self_attn.{part}_proj.weight" for layer in range(4) for part in "qk"]
     assert nearest_name("model.layers.7.self_attn.q_proj.weight", names) == "model.layers.3.self_attn.q_proj.weight"

@@ -9,6 +9,7 @@ import pytest
 
 import jaxmoe
 from jaxmoe.checkpoint.summary import summarize
+from tests.checkpoint.test_adapter import factors, write_adapter
 from tests.checkpoint.test_save import GOLDENS, assert_same_tensors, read_all
 from tests.checkpoint.test_torch_zip import archive, number, state_dict, storage, tensor, text
 from tests.checkpoint.writing import write_checkpoint
@@ -83,3 +84,12 @@ def test_files_of_torch_hold_the_same_bytes_under_both_names(tied_logits, tmp_pa
         assert OUTPUT not in written
         assert report.carried == 0
     assert written[EMBED].dtype == ml_dtypes.bfloat16
+
+
+def test_an_adapter_of_one_of_two_ends_is_refused_where_nobody_knows_whether_they_are_equal(tmp_path):
+    adapter = write_adapter(tmp_path / "adapter", factors("lm_head", *TABLE.shape))
+    both = {EMBED: TABLE, OUTPUT: TABLE}
+    with pytest.raises(ValueError, match="config.json ties the two, .* and the adapter is of 'lm_head.weight'"):
+        jaxmoe.load(checkpoint(tmp_path / "a", both), mesh=mesh_of(1, 1, 1), adapter=adapter)
+    untied = jaxmoe.load(checkpoint(tmp_path / "b", both, tied=False), mesh=mesh_of(1, 1, 1), adapter=adapter)
+    assert untied.load_report.adapter.merged == {OUTPUT: 1}
