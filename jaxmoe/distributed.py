@@ -225,7 +225,7 @@ class Watchdog:
         self._end = threading.Event()
         self._ending = threading.Lock()
         self._epitaph = epitaph
-        epitaph("it lost another process" if process_id == 0 else _FIRST_IS_GONE)
+        epitaph("another process is gone or out of reach" if process_id == 0 else _FIRST_IS_GONE)
         client.key_value_set(f"{_ALIVE}{process_id}", "", allow_overwrite=True)
         self._thread = threading.Thread(target=self._watch, name="jaxmoe-watchdog", daemon=True)
         self._thread.start()
