@@ -6,6 +6,7 @@ import sys
 from typing import TYPE_CHECKING
 
 from jaxmoe import cli_options
+from jaxmoe.cli_units import show_bytes
 
 if TYPE_CHECKING:
     from jaxmoe.checkpoint import SaveReport
@@ -76,7 +77,7 @@ def run(args: argparse.Namespace) -> None:
 def _sentence(report: "SaveReport") -> str:
     count, files = len(report.files), "file" if len(report.files) == 1 else "files"
     text = (
-        f"{report.path}: {report.tensors} tensors ({report.form}), {report.bytes_written / 1e9:.3g} GB "
+        f"{report.path}: {report.tensors} tensors ({report.form}), {show_bytes(report.bytes_written)} "
         f"in {count} {files}, {report.seconds:.1f} s"
     )
     return f"{text}; {report.carried} of them copied as they were" if report.carried else text

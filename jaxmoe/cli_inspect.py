@@ -5,6 +5,8 @@ import json
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
+from jaxmoe.cli_units import show_bytes, show_count
+
 if TYPE_CHECKING:
     from jaxmoe.checkpoint.summary import CheckpointSummary
 
@@ -48,7 +50,7 @@ def _print(summary: "CheckpointSummary") -> None:
     for group, sizes in summary.groups.items():
         size = sizes["bytes"] or 0
         share = f"{size / summary.bytes:.1%}" if summary.bytes else ""
-        table.add_row(group, f"{sizes['tensors']:,}", _count(sizes["parameters"]), _bytes(size), share)
+        table.add_row(group, f"{sizes['tensors']:,}", show_count(sizes["parameters"]), show_bytes(size), share)
     console.print(table)
     for problem in _first(summary.problems, "problems"):
         console.print(Text(f"not loadable: {problem}"))
@@ -58,14 +60,14 @@ def _facts(summary: "CheckpointSummary") -> Iterable[tuple[str, str]]:
     family = summary.model_type or "not given"
     yield "checkpoint", summary.path
     yield "family", family if summary.known else f"{family} (family unknown)"
-    yield "layers", f"{_count(summary.layers)}, {_count(summary.moe_layers)} of them with routed experts"
-    yield "experts", f"{_count(summary.experts)} a layer, {_count(summary.experts_per_token)} for each token"
+    yield "layers", f"{show_count(summary.layers)}, {show_count(summary.moe_layers)} of them with routed experts"
+    yield "experts", f"{show_count(summary.experts)} a layer, {show_count(summary.experts_per_token)} for each token"
     for layout, layers in summary.layouts.items():
         yield "expert layout", f"{layout} in layers {_ranges(layers)}"
-    yield "dtypes", ", ".join(f"{name} {_bytes(size)}" for name, size in summary.dtypes.items())
+    yield "dtypes", ", ".join(f"{name} {show_bytes(size)}" for name, size in summary.dtypes.items())
     yield "quantisation", _quantization(summary)
-    yield "parameters", f"{_count(summary.parameters)}, {_count(summary.active_parameters)} active per token"
-    yield "bytes", f"{_bytes(summary.bytes)} in {summary.files} file{'' if summary.files == 1 else 's'}"
+    yield "parameters", f"{show_count(summary.parameters)}, {show_count(summary.active_parameters)} active per token"
+    yield "bytes", f"{show_bytes(summary.bytes)} in {summary.files} file{'' if summary.files == 1 else 's'}"
     for rule, names in summary.ignored.items():
         yield "ignored", f"{len(names):,} tensors ({rule})"
     if summary.uncovered:
@@ -102,19 +104,3 @@ def _ranges(numbers: Sequence[int]) -> str:
         else:
             parts.append([number])
     return ", ".join("-".join(map(str, part)) for part in parts)
-
-
-def _count(value: int | None) -> str:
-    if value is None:
-        return "unknown"
-    for unit, size in (("T", 1e12), ("B", 1e9), ("M", 1e6)):
-        if value >= size:
-            return f"{value / size:.3g}{unit}"
-    return f"{value:,}"
-
-
-def _bytes(value: int) -> str:
-    for unit, size in (("TB", 1e12), ("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
-        if value >= size:
-            return f"{value / size:.3g} {unit}"
-    return f"{value} bytes"

@@ -5,6 +5,7 @@ import json
 from typing import TYPE_CHECKING
 
 from jaxmoe import cli_options
+from jaxmoe.cli_units import show_bytes, show_count
 
 if TYPE_CHECKING:
     from jaxmoe.plan import Plan
@@ -66,19 +67,19 @@ def _print(report: "Plan") -> None:
     console = Console()
     sizes = ",".join(f"{axis}={size}" for axis, size in report.mesh.items())
     console.print(
-        f"{report.model_type}, {report.parameters / 1e9:.1f} billion parameters in {report.dtype} on {sizes}; "
+        f"{report.model_type}, {show_count(report.parameters)} parameters in {report.dtype} on {sizes}; "
         f"cache for {report.batch_size} x {report.max_length} tokens",
         highlight=False,
     )
     table = Table()
     table.add_column("on a device")
-    table.add_column("least GB", justify="right")
-    table.add_column("most GB", justify="right")
+    table.add_column("least", justify="right")
+    table.add_column("most", justify="right")
     for name, part in report.parts.items():
-        table.add_row(name, f"{part.min() / 1e9:.3f}", f"{part.max() / 1e9:.3f}")
+        table.add_row(name, show_bytes(part.min()), show_bytes(part.max()))
     total = report.bytes_per_device.values()
-    table.add_row("total", f"{min(total) / 1e9:.3f}", f"{max(total) / 1e9:.3f}", style="bold")
+    table.add_row("total", show_bytes(min(total)), show_bytes(max(total)), style="bold")
     console.print(table)
     if report.capacity is not None:
         verdict = "fits" if report.fits else "does not fit"
-        console.print(f"{verdict} in the {report.capacity / 1e9:.0f} GB of {report.device}, activations not counted")
+        console.print(f"{verdict} in the {show_bytes(report.capacity)} of {report.device}, activations not counted")

@@ -33,7 +33,7 @@ def test_a_sentence_for_people_and_the_side_files(tmp_path, capsys) -> None:
     assert main(["convert", str(DEMO), str(out), "--dtype", "float32"]) == 0
     sentence = capsys.readouterr().out
     assert sentence.startswith(f"{out}: ")
-    assert "(per_expert), 0.0288 GB in 1 file, " in sentence
+    assert "(per_expert), 28.8 MB in 1 file, " in sentence
     beside = {"README.md", "loss.png", "traces"}
     assert {path.name for path in out.iterdir()} == {path.name for path in DEMO.iterdir()} - beside
     assert {tensor.dtype_name for tensor in open_checkpoint(out).tensors.values()} == {"F32"}

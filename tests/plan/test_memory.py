@@ -1,6 +1,7 @@
 """The plan says what a load then holds, for every mesh; and it needs neither devices nor weights."""
 
 import json
+import re
 import subprocess
 import sys
 
@@ -117,8 +118,9 @@ def test_misfits(options, message) -> None:
 def test_the_command(qwen_30b, capsys) -> None:
     assert main(["plan", str(qwen_30b), "--mesh", "tp=2,ep=4", "--device", "h100"]) == 0
     out = capsys.readouterr().out
-    assert "30.5 billion parameters in bfloat16 on dp=1,tp=2,ep=4" in out
+    assert "30.5B parameters in bfloat16 on dp=1,tp=2,ep=4" in out
     assert "fits in the 80 GB of h100" in out
+    assert re.search(r"routed experts +│ +7.25 GB │ +7.25 GB", out)
     assert main(["plan", str(qwen_30b), "--json"]) == 0
     report = json.loads(capsys.readouterr().out)
     assert report["bytes_per_device"] == {"0": sum(part[0] for part in report["parts"].values())}
