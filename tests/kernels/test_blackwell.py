@@ -10,12 +10,11 @@ import jax.numpy as jnp
 import pytest
 
 from jaxmoe.kernels.grouped_matmul import expert_mlp, grouped_matmul
-from tests.kernels._mosaic import (
+from tests.kernels._checks import (
     FLOAT32,
     MLPS,
     SIZES,
     arrays,
-    check_gradient,
     check_mlp,
     check_product,
     needs_mosaic,
@@ -44,17 +43,18 @@ def problem_of(halves=1, N=136, K=96, R=64, G=1):
 @pytest.mark.parametrize(("m", "N", "dtype"), [(16, 136, jnp.bfloat16), (128, 192, jnp.float16)])
 @pytest.mark.parametrize(("sizes", "R"), SIZES, ids=str)
 def test_product(sizes, R, m, N, dtype) -> None:
-    check_product(sizes, R, N, dtype, tiles=tiles_of(m), device_kind=DEVICE)
+    from jaxmoe.kernels.grouped_matmul import mosaic_gpu
+
+    check_product(mosaic_gpu, sizes, R, N, dtype, tiles=tiles_of(m), device_kind=DEVICE, interpret=True)
 
 
 @pytest.mark.parametrize("m", [16, 64])
 @pytest.mark.parametrize(("activation", "limit", "gated"), MLPS)
 def test_mlp_with_biases(activation, limit, gated, m) -> None:
-    check_mlp(activation, limit, gated, tiles=(tiles_of(m), tiles_of(2 * m)), device_kind=DEVICE)
+    from jaxmoe.kernels.grouped_matmul import mosaic_gpu
 
-
-def test_gradient_is_that_of_the_portable_backend() -> None:
-    check_gradient(device_kind=DEVICE)
+    tiles = (tiles_of(m), tiles_of(2 * m))
+    check_mlp(mosaic_gpu, activation, limit, gated, tiles=tiles, device_kind=DEVICE, interpret=True)
 
 
 def test_single_rows_end_with_the_matrix(monkeypatch) -> None:

@@ -20,13 +20,12 @@ from jaxmoe.kernels.grouped_matmul.activations import combine_halves
 from jaxmoe.kernels.grouped_matmul.quantized import as_matrices, dequantize
 from jaxmoe.layers import MoE
 from tests.conftest import mesh_of
-from tests.kernels._mosaic import (
+from tests.kernels._checks import (
     FLOAT32,
     MLPS,
     OLD,
     SIZES,
     arrays,
-    check_gradient,
     check_mlp,
     check_product,
     exact,
@@ -49,16 +48,21 @@ def tiles_of(swapped, **sizes):
 @pytest.mark.parametrize("swapped", [True, False], ids=["few rows", "many rows"])
 @pytest.mark.parametrize(("sizes", "R"), SIZES, ids=str)
 def test_product(sizes, R, swapped) -> None:
+    from jaxmoe.kernels.grouped_matmul import mosaic_gpu
+
     # Outputs that are no multiple of a tile, as the 2880 of gpt-oss are none.
     N, dtype = (136, jnp.bfloat16) if swapped else (192, jnp.float16)
-    check_product(sizes, R, N, dtype, tiles=tiles_of(swapped))
+    check_product(mosaic_gpu, sizes, R, N, dtype, tiles=tiles_of(swapped), interpret=True)
 
 
 @needs_mosaic
 @pytest.mark.parametrize("swapped", [True, False], ids=["few rows", "many rows"])
 @pytest.mark.parametrize(("activation", "limit", "gated"), MLPS)
 def test_mlp_with_biases(activation, limit, gated, swapped) -> None:
-    check_mlp(activation, limit, gated, tiles=(tiles_of(swapped), tiles_of(swapped)))
+    from jaxmoe.kernels.grouped_matmul import mosaic_gpu
+
+    tiles = (tiles_of(swapped), tiles_of(swapped))
+    check_mlp(mosaic_gpu, activation, limit, gated, tiles=tiles, interpret=True)
 
 
 # As on disk: format, block, and dtype of the scales.
@@ -183,11 +187,6 @@ def test_results_are_copied_as_the_accelerator_does_it(first, last, N, width, mo
         expected[row + max(first, 0) : row + max(first, 0) + len(inside), column : column + width] = inside
         pipeline.copy_rows_out(Rows(results), Rows(memory), row, first, last, column)
     np.testing.assert_array_equal(memory, expected)
-
-
-@needs_mosaic
-def test_gradient_is_that_of_the_portable_backend() -> None:
-    check_gradient()
 
 
 @needs_mosaic

@@ -1,11 +1,11 @@
-"""What the tests of the Mosaic GPU kernels share: exact products, and checks that both generations have to pass."""
+"""Checks that every backend has to pass, each given as its module and options of its own."""
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxmoe.kernels.grouped_matmul import QuantizedStack
+from jaxmoe.kernels.grouped_matmul import QuantizedStack, reference
 from jaxmoe.kernels.grouped_matmul.activations import combine_halves
 
 OLD = jax.__version_info__ < (0, 11, 2)
@@ -49,23 +49,17 @@ def packed_stack(format, block, scale_dtype, G, N, K, seed=0):
     return QuantizedStack(values=values, scales=scales, format=format, block=block)
 
 
-def check_product(sizes, R, N, dtype, **options) -> None:
+def check_product(backend, sizes, R, N, dtype, **options) -> None:
     """Against the product in float64, with NaN in the rows that no group owns."""
-    from jaxmoe.kernels.grouped_matmul import mosaic_gpu
-
     rows, matrices = arrays(R, (len(sizes), N, 96), dtype=dtype)
     rows = rows.at[sum(sizes) :].set(jnp.nan)
-    out = mosaic_gpu.grouped_matmul(
-        rows, matrices, jnp.asarray(sizes, jnp.int32), out_dtype=FLOAT32, interpret=True, **options
-    )
+    out = backend.grouped_matmul(rows, matrices, jnp.asarray(sizes, jnp.int32), out_dtype=FLOAT32, **options)
     np.testing.assert_allclose(out, exact(rows.at[sum(sizes) :].set(0), matrices, sizes), atol=1e-5)
     assert not np.asarray(out)[sum(sizes) :].any()
 
 
-def check_mlp(activation, limit, gated, **kernel_options) -> None:
-    """With biases, against the portable backend."""
-    from jaxmoe.kernels.grouped_matmul import mosaic_gpu, portable
-
+def check_mlp(backend, activation, limit, gated, **backend_options) -> None:
+    """With biases, against the dense oracle."""
     sizes, halves, D, F = [7, 0, 20], 2 if gated else 1, 64, 64
     x, up, down, b_up, b_down = arrays(30, (3, halves * F, D), (3, D, F), (3, halves * F), (3, D), dtype=jnp.bfloat16)
     options = {
@@ -75,24 +69,22 @@ def check_mlp(activation, limit, gated, **kernel_options) -> None:
         "out_dtype": FLOAT32,
     }
     group_sizes = jnp.asarray(sizes, jnp.int32)
-    out = mosaic_gpu.expert_mlp(x, up, down, group_sizes, **options, **kernel_options, interpret=True)
-    expected = portable.expert_mlp(x, up, down, group_sizes, **options)
+    out = backend.expert_mlp(x, up, down, group_sizes, **options, **backend_options)
+    expected = reference.expert_mlp(x, up, down, group_sizes, **options)
     # Both round h to bfloat16; where that falls to different sides, by one part in 2^8 of one of F terms.
     np.testing.assert_allclose(out, expected, atol=2e-3)
 
 
-def check_gradient(**kernel_options) -> None:
-    """Against that of the portable backend."""
-    from jaxmoe.kernels.grouped_matmul import mosaic_gpu, portable
-
+def check_gradient(backend, **backend_options) -> None:
+    """Against that of the dense oracle."""
     rows, matrices = arrays(70, (2, 32, 64), dtype=jnp.bfloat16)
     options = {"group_sizes_G": jnp.asarray([3, 60], jnp.int32), "out_dtype": FLOAT32}
 
     def total(function, **more):
         return jax.grad(lambda rows, matrices: jnp.sum(function(rows, matrices, **options, **more) ** 2), (0, 1))
 
-    got = total(mosaic_gpu.grouped_matmul, interpret=True, **kernel_options)(rows, matrices)
-    expected = total(portable.grouped_matmul)(rows, matrices)
+    got = total(backend.grouped_matmul, **backend_options)(rows, matrices)
+    expected = total(reference.grouped_matmul)(rows, matrices)
     for one, other in zip(got, expected, strict=True):
         np.testing.assert_allclose(one.astype(jnp.float32), other.astype(jnp.float32), rtol=2e-2, atol=2e-2)
 
@@ -103,6 +95,7 @@ def widths_of_single_rows(N, tiles, monkeypatch, **options) -> set[int]:
     On a GPU such a copy is one run of bytes and would write what is beyond the matrix into the next row; the interpreter
     leaves it out, as it does of copies of more rows.
     """
+    from jaxmoe.kernels.grouped_matmul import mosaic_gpu
     from jaxmoe.kernels.grouped_matmul.mosaic_gpu import pipeline
 
     copy, widths = pipeline.plgpu.copy_smem_to_gmem, set()
@@ -113,5 +106,5 @@ def widths_of_single_rows(N, tiles, monkeypatch, **options) -> set[int]:
         copy(source, target, **more)
 
     monkeypatch.setattr(pipeline.plgpu, "copy_smem_to_gmem", recorded)
-    check_product([3, 8], 16, N, jnp.bfloat16, tiles=tiles, **options)
+    check_product(mosaic_gpu, [3, 8], 16, N, jnp.bfloat16, tiles=tiles, interpret=True, **options)
     return widths

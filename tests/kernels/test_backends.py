@@ -1,0 +1,96 @@
+"""One body of tests for all backends as they come: their own choice of tiles, GPU kernels in their interpreters.
+
+What is particular to a backend, and other tiles, have files of their own.
+"""
+
+import dataclasses
+import importlib
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxmoe.kernels.grouped_matmul import api
+from jaxmoe.kernels.grouped_matmul.quantized import as_matrices, dequantize
+from tests.kernels._checks import (
+    FLOAT32,
+    MLPS,
+    SIZES,
+    arrays,
+    check_gradient,
+    check_mlp,
+    check_product,
+    exact,
+    needs_mosaic,
+    packed_stack,
+)
+
+# Module and options. The dense oracle is held against products in float64 here, and is the measure in the other two.
+BACKENDS = {
+    "reference": ("reference", {}),
+    "portable": ("portable", {}),
+    "xla_ragged_dot": ("xla_ragged_dot", {}),
+    "triton": ("triton", {"interpret": True}),
+    "mosaic_gpu, Hopper": ("mosaic_gpu", {"interpret": True}),
+    "mosaic_gpu, Blackwell": ("mosaic_gpu", {"interpret": True, "device_kind": "NVIDIA B200"}),
+}
+# Format, block, dtype of the scales, and whether there are zero points.
+PACKED = [
+    ("float8_e4m3fn", (64, 128), "float32", False),
+    ("mxfp4", (1, 32), "uint8", False),
+    ("int4", (1, 32), "bfloat16", False),
+    ("int4", (1, 32), "bfloat16", True),
+]
+
+
+def backends(*left_out):
+    return pytest.mark.parametrize(
+        ("module", "options"),
+        [
+            pytest.param(module, options, marks=needs_mosaic if module == "mosaic_gpu" else (), id=name)
+            for name, (module, options) in BACKENDS.items()
+            if name not in left_out
+        ],
+    )
+
+
+def backend_of(module):
+    return importlib.import_module(f"jaxmoe.kernels.grouped_matmul.{module}")
+
+
+def test_all_backends_are_here() -> None:
+    assert {module for module, _ in BACKENDS.values()} == {*api.BACKENDS, *api.GPU_BACKENDS}
+
+
+@backends()
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize(("sizes", "R"), SIZES, ids=str)
+def test_product(module, options, sizes, R, dtype) -> None:
+    check_product(backend_of(module), sizes, R, 136, dtype, **options)
+
+
+@backends("reference")
+@pytest.mark.parametrize(("activation", "limit", "gated"), MLPS)
+def test_mlp_with_biases(module, options, activation, limit, gated) -> None:
+    check_mlp(backend_of(module), activation, limit, gated, **options)
+
+
+@backends("reference")
+def test_gradient(module, options) -> None:
+    check_gradient(backend_of(module), **options)
+
+
+@backends("xla_ragged_dot", "triton", "mosaic_gpu, Blackwell")  # the public functions refuse those by name
+@pytest.mark.parametrize(("format", "block", "scale_dtype", "has_zeros"), PACKED, ids=str)
+def test_packed_product(module, options, format, block, scale_dtype, has_zeros) -> None:
+    sizes, R = [5, 0, 18, 1], 30
+    stack = packed_stack(format, block, scale_dtype, 4, 192, 128)
+    if has_zeros:
+        zeros = np.random.default_rng(1).integers(0, 16, stack.scales.shape)
+        stack = dataclasses.replace(stack, zero_points=jnp.asarray(zeros, jnp.uint8))
+    [rows] = arrays(R, (1, 128), dtype="bfloat16")[:1]
+    out = backend_of(module).grouped_matmul(
+        rows, as_matrices(stack), jnp.asarray(sizes, jnp.int32), out_dtype=FLOAT32, **options
+    )
+    expected = exact(rows, dequantize(stack), sizes)
+    np.testing.assert_allclose(out, expected, rtol=1e-5, atol=1e-6 * np.abs(expected).max())
