@@ -10,11 +10,12 @@ import numpy as np
 
 from jaxmoe.checkpoint.blocks import Block
 from jaxmoe.checkpoint.boxes import Box, Cover, contains, intersect, join_dims, whole
-from jaxmoe.checkpoint.config_facts import find_quantization, read_json
+from jaxmoe.checkpoint.config_facts import find_quantization
 from jaxmoe.checkpoint.dtypes import can_cast
 from jaxmoe.checkpoint.errors import CheckpointError, Problems
 from jaxmoe.checkpoint.files import Checkpoint
 from jaxmoe.checkpoint.safetensors import Split, TensorInfo
+from jaxmoe.config import read_json
 from jaxmoe.layers.param import ParamSpec
 
 

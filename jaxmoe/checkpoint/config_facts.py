@@ -1,9 +1,10 @@
 """What a config.json says of a model whose family may not be known: sizes and quantisation, in any spelling."""
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+
+from jaxmoe.config import read_json
 
 _SPELLINGS = {
     "layers": ("num_hidden_layers", "n_layers", "num_layers"),
@@ -22,23 +23,6 @@ _SPELLINGS = {
 _NESTED = ("text_config", "ffn_config")
 _QUANTIZATION_KEYS = ("quantization_config", "compression_config")
 _QUANTIZATION_FILES = ("hf_quant_config.json", "quantize_config.json")
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """The JSON object in a file; empty where there is no such file.
-
-    Raises:
-        ValueError: there is something else in it.
-    """
-    if not path.is_file():
-        return {}
-    try:
-        document = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:  # no JSON, no UTF-8, a number of thousands of digits, deep nesting
-        raise ValueError(f"{path} is not readable as JSON: {error}") from error
-    if not isinstance(document, dict):
-        raise ValueError(f"{path} must hold a JSON object; it holds a {type(document).__name__}")
-    return document
 
 
 def find_size(config: Mapping[str, Any], size: str) -> int | None:

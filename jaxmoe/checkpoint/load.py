@@ -15,7 +15,7 @@ from jaxmoe.checkpoint.checks import check_not_quantized
 from jaxmoe.checkpoint.execute import load_arrays
 from jaxmoe.checkpoint.files import Checkpoint, open_checkpoint
 from jaxmoe.checkpoint.names import is_expert_stack, model_blocks
-from jaxmoe.checkpoint.plan import IgnoreRule, LoadPlan, make_load_plan
+from jaxmoe.checkpoint.plan import LoadPlan, make_load_plan
 from jaxmoe.checkpoint.tied import settle_tied
 from jaxmoe.config import DecoderConfig, RouterFunction
 from jaxmoe.distributed import check_same
@@ -84,8 +84,7 @@ def load(
     checkpoint = open_checkpoint(path).renamed(family.text_name)
     check_not_quantized(checkpoint, path)
     said_tied = config.tie_word_embeddings
-    checkpoint, config, tied_rule = settle_tied(checkpoint, family, config)
-    ignored = {**family.ignored_in(config), **tied_rule}
+    checkpoint, config, rules = settle_tied(checkpoint, family, config)
     model = Decoder(
         config,
         mesh=mesh,
@@ -101,7 +100,7 @@ def load(
         checkpoint,
         specs.values(),
         model_blocks(specs, family, checkpoint.tensors),
-        ignore=[IgnoreRule(name=name, pattern=pattern) for name, pattern in ignored.items()],
+        ignore=rules,
         expert_params=[path for path in specs if is_expert_stack(path)],
     )
     opened = None if adapter is None else open_adapter(adapter)

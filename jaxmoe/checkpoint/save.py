@@ -177,11 +177,11 @@ def convert(
     family, config = read_model_config(source)
     checkpoint = open_checkpoint(source).renamed(family.text_name)
     check_not_quantized(checkpoint, source)
-    checkpoint, config, tied = settle_tied(checkpoint, family, config)
+    checkpoint, config, rules = settle_tied(checkpoint, family, config)
     model_dtype = target or np.dtype(np.float32)
     specs = abstract_specs(config, model_dtype)
     blocks = list(model_blocks(specs, family, checkpoint.tensors))
-    ignored = _check_complete(checkpoint, specs, blocks, family, {**family.ignored_in(config), **tied})
+    ignored = _check_complete(checkpoint, specs, blocks, family, rules)
     with open_files(checkpoint.files) as descriptors:
         values = CheckpointValues(blocks, checkpoint.tensors, descriptors)
         wanted = wanted_names(specs, family, form, checkpoint.tensors)
@@ -269,13 +269,12 @@ def _check_complete(
     specs: dict[str, ParamSpec],
     blocks: Iterable[Block],
     family: Family,
-    ignored_by: Mapping[str, str],
+    rules: Sequence[IgnoreRule],
 ) -> list[str]:
     """The checks of a load plan: nothing is left out silently. Returns the tensors to copy as they are."""
     by_param: dict[str, list[Block]] = {path: [] for path in specs}
     for block in blocks:
         by_param[block.param].append(block)
-    rules = [IgnoreRule(name=name, pattern=pattern) for name, pattern in ignored_by.items()]
     problems = Problems(f"the conversion of {checkpoint.path}")
     check_tensors(checkpoint, list(specs.values()), by_param, problems)
     ignored = check_all_used(

@@ -13,16 +13,15 @@ from typing import Any
 from jaxmoe.checkpoint.abstract import abstract_specs
 from jaxmoe.checkpoint.blocks import Block
 from jaxmoe.checkpoint.checks import check_tensors
-from jaxmoe.checkpoint.config_facts import find_quantization, find_size, read_json
+from jaxmoe.checkpoint.config_facts import find_quantization, find_size
 from jaxmoe.checkpoint.errors import CheckpointError, Problems
 from jaxmoe.checkpoint.files import Checkpoint, open_checkpoint
 from jaxmoe.checkpoint.grouping import GROUPS, group_of, quantized_base
 from jaxmoe.checkpoint.layouts import detect_expert_layout
 from jaxmoe.checkpoint.names import model_blocks, wanted_names
-from jaxmoe.checkpoint.plan import IgnoreRule
 from jaxmoe.checkpoint.safetensors import TensorInfo
 from jaxmoe.checkpoint.tied import settle_tied
-from jaxmoe.config import DecoderConfig, MoEConfig
+from jaxmoe.config import DecoderConfig, MoEConfig, read_json
 from jaxmoe.models import FAMILIES, WRAPPERS, Family, find_family
 
 Shapes = dict[str, tuple[int, ...]]
@@ -189,7 +188,7 @@ class _MoESizes:
 
 
 def _map(checkpoint: Checkpoint, family: Family, config: DecoderConfig, *, quantized: bool) -> _Mapped:
-    checkpoint, config, tied = settle_tied(checkpoint, family, config)
+    checkpoint, config, rules = settle_tied(checkpoint, family, config)
     specs = abstract_specs(config)
     # A quantised tensor is several under other names, and stands for the one that it is made of.
     stands_for: dict[str, str] = {}
@@ -206,8 +205,6 @@ def _map(checkpoint: Checkpoint, family: Family, config: DecoderConfig, *, quant
         problems.append(str(error))
         blocks = list(model_blocks(specs, family, wanted_names(specs, family, "per_expert")))
     needed = {block.tensor: block.tensor_shape for block in blocks if block.tensor is not None}
-    ignored_by = {**family.ignored_in(config), **tied}
-    rules = [IgnoreRule(name=name, pattern=pattern) for name, pattern in ignored_by.items()]
     ignored: dict[str, list[str]] = defaultdict(list)
     uncovered = []
     for name in checkpoint.tensors:

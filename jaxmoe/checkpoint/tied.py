@@ -5,6 +5,7 @@ import re
 from typing import NamedTuple
 
 from jaxmoe.checkpoint.files import Checkpoint
+from jaxmoe.checkpoint.plan import IgnoreRule
 from jaxmoe.checkpoint.safetensors import TensorInfo
 from jaxmoe.config import DecoderConfig
 from jaxmoe.models import Family
@@ -18,12 +19,12 @@ class Settled(NamedTuple):
     Attributes:
         checkpoint: with the embedding under its own name.
         config: with the tie that the checkpoint has.
-        ignored: as `Family.ignored_in`, for a tensor that is the embedding again.
+        rules: the family's for what is ignored, and one for a tensor that is the embedding again.
     """
 
     checkpoint: Checkpoint
     config: DecoderConfig
-    ignored: dict[str, str]
+    rules: tuple[IgnoreRule, ...]
 
 
 def settle_tied(checkpoint: Checkpoint, family: Family, config: DecoderConfig) -> Settled:
@@ -39,18 +40,18 @@ def settle_tied(checkpoint: Checkpoint, family: Family, config: DecoderConfig) -
         family: of the model.
         config: of config.json. Where it does not tie, all stays as it is.
     """
-    as_it_is = Settled(checkpoint, config, {})
-    output = _find(checkpoint, family, "lm_head.weight")
-    if not config.tie_word_embeddings or output is None:
-        return as_it_is
-    embedding = _find(checkpoint, family, "embed.weight")
-    if embedding is None:
-        name = family.tensors["embed.weight"][0]
-        renamed = checkpoint.renamed(lambda old: name if old == output.name else old)
-        return Settled(renamed, config, {})
-    if dataclasses.replace(output, name=embedding.name) == embedding:
-        return Settled(checkpoint, config, {TIED_RULE: re.escape(output.name)})
-    return Settled(checkpoint, dataclasses.replace(config, tie_word_embeddings=False), {})
+    tied: dict[str, str] = {}
+    output, embedding = (_find(checkpoint, family, path) for path in ("lm_head.weight", "embed.weight"))
+    if config.tie_word_embeddings and output is not None:
+        if embedding is None:
+            name = family.tensors["embed.weight"][0]
+            checkpoint = checkpoint.renamed(lambda old: name if old == output.name else old)
+        elif dataclasses.replace(output, name=embedding.name) == embedding:
+            tied = {TIED_RULE: re.escape(output.name)}
+        else:
+            config = dataclasses.replace(config, tie_word_embeddings=False)
+    ignored = {**family.ignored_in(config), **tied}
+    return Settled(checkpoint, config, tuple(IgnoreRule(name=n, pattern=p) for n, p in ignored.items()))
 
 
 def _find(checkpoint: Checkpoint, family: Family, path: str) -> TensorInfo | None:

@@ -6,7 +6,7 @@ dictionary that `read_config_json` returns into a `DecoderConfig`.
 
 from jaxmoe.config.decoder import DecoderConfig, LayerConfig
 from jaxmoe.config.feed_forward import MLPConfig, MoEConfig, RouterConfig, RouterFunction
-from jaxmoe.config.reading import pick, pick_layer_types, read_common, read_config_json, read_dtype
+from jaxmoe.config.reading import pick, pick_layer_types, read_common, read_config_json, read_dtype, read_json
 from jaxmoe.config.token_mixers import (
     AttentionConfig,
     GatedDeltaNetConfig,
@@ -34,4 +34,5 @@ __all__ = [
     "read_common",
     "read_config_json",
     "read_dtype",
+    "read_json",
 ]

@@ -24,13 +24,31 @@ def read_config_json(directory: str | Path) -> dict[str, Any]:
             f"a checkpoint is a directory with config.json, as transformers' save_pretrained writes it: "
             f"{path} does not exist"
         )
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:  # no JSON, no UTF-8, a number of thousands of digits, deep nesting
-        raise ValueError(f"{path} is not readable as JSON: {error}") from error
+    config = _parse(path)
     if not isinstance(config, dict) or not isinstance(config.get("model_type"), str):
         raise ValueError(f'{path} names no model family: "model_type" is missing')
     return config
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The JSON object in a file of a checkpoint that may be missing; empty where there is no such file.
+
+    Raises:
+        ValueError: there is something else in it.
+    """
+    if not path.is_file():
+        return {}
+    value = _parse(path)
+    if not isinstance(value, dict):
+        raise ValueError(f"{path} holds one JSON object; got {type(value).__name__}")
+    return value
+
+
+def _parse(path: Path) -> Any:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:  # no JSON, no UTF-8, a number of thousands of digits, deep nesting
+        raise ValueError(f"{path} is not readable as JSON: {error}") from error
 
 
 def pick(config: Mapping[str, Any], *names: str, default: Any = _REQUIRED) -> Any:

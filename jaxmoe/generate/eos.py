@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from jaxmoe.generate.json_file import read_json
+from jaxmoe.config import read_json
 
 
 def eos_token_ids(directory: str | Path) -> frozenset[int]:

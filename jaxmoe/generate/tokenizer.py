@@ -7,8 +7,8 @@ from typing import Any
 
 from tokenizers import Tokenizer as RustTokenizer
 
+from jaxmoe.config import read_json
 from jaxmoe.generate.chat import ChatTemplate, Message
-from jaxmoe.generate.json_file import read_json
 
 
 class Tokenizer:

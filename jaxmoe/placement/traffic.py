@@ -71,8 +71,7 @@ def route_trace(
     get_replica_choice(replica_choice)
     if deduplicate not in DEDUPLICATIONS:
         raise ValueError(f"deduplicate is one of {', '.join(DEDUPLICATIONS)}; got {deduplicate!r}")
-    if num_nodes < 1 or n % num_nodes:
-        raise ValueError(f"nodes hold equally many devices: {n} devices are no multiple of {num_nodes} nodes")
+    check_nodes(n, num_nodes)
     W, L = trace.num_windows, trace.num_layers
     rows_WLn, active_WLn = np.zeros((W, L, n)), np.zeros((W, L, n), np.int64)
     sent, received = np.zeros((W, L, 2, n)), np.zeros((W, L, 2, n))
@@ -99,6 +98,16 @@ def route_trace(
         copies=copies_Lnn,
         distinct_destinations=None if tokens is None else destinations_L / tokens,
     )
+
+
+def check_nodes(devices: int, num_nodes: int) -> None:
+    """Refuse nodes that do not hold equally many devices.
+
+    Raises:
+        ValueError: they do not.
+    """
+    if num_nodes < 1 or devices % num_nodes:
+        raise ValueError(f"nodes hold equally many devices: {devices} devices are no multiple of {num_nodes} nodes")
 
 
 def device_loads(counts: np.ndarray, placements: Sequence[ExpertPlacement]) -> np.ndarray:

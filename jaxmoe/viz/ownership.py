@@ -6,7 +6,8 @@ from matplotlib.axes import Axes
 from matplotlib.patches import Patch, Rectangle
 
 from jaxmoe.placement import ExpertPlacement
-from jaxmoe.viz.style import COLORS, axes_or_new, check_nodes
+from jaxmoe.placement.traffic import check_nodes
+from jaxmoe.viz.style import COLORS, axes_or_new
 
 _MAX_WIDTH, _MAX_LINES = 24, 40
 _ONLY: dict[str, Any] = {"facecolor": "#DCE9F5", "edgecolor": "0.6", "linewidth": 0.5}

@@ -67,13 +67,3 @@ def cased_line(ax: Axes, xs: ArrayLike, ys: ArrayLike, *, cells: int) -> None:
 def whole_ticks(axis: Axis, most: int) -> None:
     """Ticks at whole numbers, a few more than `most` of them at most; a single one where there is a single number."""
     axis.set_major_locator(MaxNLocator(nbins=most, integer=True, min_n_ticks=1))
-
-
-def check_nodes(devices: int, num_nodes: int) -> None:
-    """Refuse nodes that do not hold equally many devices.
-
-    Raises:
-        ValueError: they do not.
-    """
-    if num_nodes < 1 or devices % num_nodes:
-        raise ValueError(f"nodes hold equally many devices: {devices} devices are no multiple of {num_nodes} nodes")

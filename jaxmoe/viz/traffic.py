@@ -3,7 +3,8 @@
 import numpy as np
 from matplotlib.axes import Axes
 
-from jaxmoe.viz.style import SEQUENTIAL, axes_or_new, cased_line, check_nodes, colorbar, text_color, whole_ticks
+from jaxmoe.placement.traffic import check_nodes
+from jaxmoe.viz.style import SEQUENTIAL, axes_or_new, cased_line, colorbar, text_color, whole_ticks
 
 _UNITS = ((1e12, "TB"), (1e9, "GB"), (1e6, "MB"), (1e3, "kB"), (1.0, "bytes"))
 
