@@ -1,6 +1,5 @@
 """Eight simulated CPU devices for every test, and the meshes they make."""
 
-import math
 import os
 from importlib.metadata import version
 
@@ -17,16 +16,13 @@ add_xla_flag("xla_force_host_platform_device_count", "8")
 os.environ["JAX_PLATFORMS"] = "cpu"
 
 import hypothesis
-import jax
 import pytest
 from jax.sharding import Mesh
 
-from jaxmoe import make_mesh
+from tests.support.meshes import MESH_SHAPES, mesh_of
 
 hypothesis.settings.register_profile("default", deadline=None, print_blob=True, derandomize=True)
 hypothesis.settings.load_profile("default")
-
-MESH_SHAPES = [(8, 1, 1), (1, 8, 1), (1, 1, 8), (2, 2, 2), (1, 2, 4)]
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -49,11 +45,6 @@ def pytest_configure(config: pytest.Config) -> None:
     add_xla_flag("xla_llvm_disable_expensive_passes", "true")
     if version("jaxlib").startswith("0.10."):  # jaxlib 0.12 has the slower emitters only
         add_xla_flag("xla_cpu_use_fusion_emitters", "false")
-
-
-def mesh_of(dp: int, tp: int, ep: int) -> Mesh:
-    """A mesh over as many of the simulated devices as it needs."""
-    return make_mesh(dp, tp, ep, devices=jax.devices()[: math.prod((dp, tp, ep))])
 
 
 @pytest.fixture(params=MESH_SHAPES, ids=lambda shape: "dp{}-tp{}-ep{}".format(*shape))

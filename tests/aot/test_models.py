@@ -17,7 +17,7 @@ from jaxmoe.models import Decoder, get_family
 from jaxmoe.plan.memory import Plan, plan_config
 from jaxmoe.plan.steps import CompiledStep, compile_steps
 from jaxmoe.plan.topology import gpu_topology
-from tests.aot.published import DEEPSEEK_V3, GPT_OSS_120B, MIXTRAL_8X7B, QWEN3_30B
+from tests.support.published import DEEPSEEK_V3, GPT_OSS_120B, MIXTRAL_8X7B, QWEN3_30B
 
 MB = 2**20
 BATCH, PROMPT, LENGTH = 8, 1024, 2048

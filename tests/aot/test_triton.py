@@ -11,7 +11,7 @@ from jaxmoe.kernels.grouped_matmul import ACTIVATIONS, expert_mlp, grouped_matmu
 from jaxmoe.models import get_family
 from jaxmoe.plan.steps import compile_steps
 from jaxmoe.plan.topology import gpu_topology
-from tests.aot.published import QWEN3_30B
+from tests.support.published import QWEN3_30B
 
 # Experts on a device, model width, expert width, activation.
 SHAPES = {

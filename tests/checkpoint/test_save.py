@@ -14,40 +14,21 @@ from hypothesis import strategies as st
 
 import jaxmoe
 from jaxmoe.checkpoint import CheckpointError, open_checkpoint, values
-from jaxmoe.checkpoint.boxes import whole
 from jaxmoe.checkpoint.directory import copy_side_files
 from jaxmoe.checkpoint.outputs import OutputTensor
-from jaxmoe.checkpoint.values import ModelValues, read_tensor
+from jaxmoe.checkpoint.values import ModelValues
 from jaxmoe.checkpoint.write import divide_into_files, parse_size, write_files
 from jaxmoe.layers import params_by_path
 from jaxmoe.models import Decoder, get_family
 from jaxmoe.placement import ExpertPlacement
-from tests.checkpoint.writing import write_checkpoint
-from tests.conftest import MESH_SHAPES, mesh_of
-from tests.families import FAMILIES
+from tests.support.families import FAMILIES
+from tests.support.goldens import GOLDENS
+from tests.support.meshes import MESH_SHAPES, mesh_of
+from tests.support.saved import SOURCES, assert_same_tensors, read_all
+from tests.support.writing import write_checkpoint
 
-GOLDENS = Path(__file__).resolve().parent.parent / "goldens"
-# Families with the forms in which transformers saves them.
-SOURCES = [path for path in sorted(GOLDENS.glob("*/*")) if path.parent.name in FAMILIES and path.is_dir()]
 FORMS = ("per_expert", "fused")
 ONE_FORM = [name for name in FAMILIES if not get_family(name).experts.per_expert(0)]
-
-
-def read_all(directory: Path) -> dict[str, np.ndarray]:
-    """Every tensor of a checkpoint."""
-    result = {}
-    for name, tensor in open_checkpoint(directory).tensors.items():
-        with open(tensor.file, "rb") as file:
-            result[name] = read_tensor(file.fileno(), tensor, whole(tensor.shape))
-    return result
-
-
-def assert_same_tensors(ours: Path, theirs: Path) -> None:
-    found, expected = read_all(ours), read_all(theirs)
-    assert found.keys() == expected.keys()
-    for name, value in expected.items():
-        assert found[name].dtype == value.dtype, name
-        assert found[name].tobytes() == value.tobytes(), name
 
 
 def assert_a_form_of_transformers(ours: Path, family: str) -> None:

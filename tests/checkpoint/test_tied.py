@@ -9,11 +9,12 @@ import pytest
 
 import jaxmoe
 from jaxmoe.checkpoint.summary import summarize
-from tests.checkpoint.test_adapter import factors, write_adapter
-from tests.checkpoint.test_save import GOLDENS, assert_same_tensors, read_all
-from tests.checkpoint.test_torch_zip import archive, number, state_dict, storage, tensor, text
-from tests.checkpoint.writing import write_checkpoint
-from tests.conftest import mesh_of
+from tests.support.adapters import factors, write_adapter
+from tests.support.goldens import GOLDENS
+from tests.support.meshes import mesh_of
+from tests.support.saved import assert_same_tensors, read_all
+from tests.support.torch_archives import archive, number, state_dict, storage, tensor, text
+from tests.support.writing import write_checkpoint
 
 EMBED, OUTPUT = "model.embed_tokens.weight", "lm_head.weight"
 TENSORS = read_all(GOLDENS / "qwen3_moe" / "original")

@@ -9,8 +9,7 @@ import pytest
 
 import jaxmoe
 from jaxmoe import make_mesh
-
-GOLDENS = Path(__file__).resolve().parents[1] / "goldens"
+from tests.support.goldens import GOLDENS
 
 
 def convert(source: Path, target: Path) -> None:

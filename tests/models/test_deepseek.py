@@ -19,8 +19,8 @@ from jaxmoe.checkpoint.summary import summarize
 from jaxmoe.config import MLAConfig, MoEConfig
 from jaxmoe.models import FAMILIES
 from jaxmoe.rotary import yarn_mscale
-from tests.conftest import mesh_of
-from tests.models.test_goldens import GOLDENS, check_logits, read_expected
+from tests.support.goldens import GOLDENS, check_logits, read_expected
+from tests.support.meshes import mesh_of
 
 V3 = GOLDENS / "deepseek_v3" / "original"
 TINY = {

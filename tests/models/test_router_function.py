@@ -10,8 +10,8 @@ import jaxmoe
 from jaxmoe.config import RouterConfig
 from jaxmoe.layers.router import choose_experts
 from jaxmoe.models import Decoder
-from tests.conftest import mesh_of
-from tests.models.test_goldens import GOLDENS, check_logits, read_expected
+from tests.support.goldens import GOLDENS, check_logits, read_expected
+from tests.support.meshes import mesh_of
 
 CHECKPOINT = GOLDENS / "qwen3_moe" / "original"
 
