@@ -120,4 +120,6 @@ def test_tests_share_helpers_through_support_only() -> None:
     for file in sorted(tests.rglob("*.py")):
         for node in ast.walk(ast.parse(file.read_text(), filename=str(file))):
             if isinstance(node, ast.ImportFrom) and (node.module or "").partition(".")[0] == "tests":
-                assert node.module.startswith("tests.support"), f"{file.relative_to(tests)}:{node.lineno}: {node.module}"
+                assert node.module.startswith("tests.support"), (
+                    f"{file.relative_to(tests)}:{node.lineno}: {node.module}"
+                )

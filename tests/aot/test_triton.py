@@ -27,7 +27,7 @@ SHAPES = {
 _TARGET = 'custom_call_target="__gpu$xla.gpu.triton"'
 
 pytestmark = [
-    pytest.mark.slow,
+    pytest.mark.covering,
     # Lowering says that Pallas Triton is to go. Nothing is there to take its place on GPUs before Hopper; and the warning
     # comes when JAX lowers a whole program, not when the kernel is called, so the kernel cannot hold it back.
     pytest.mark.filterwarnings("ignore:The Pallas Triton backend is deprecated:DeprecationWarning"),

@@ -23,6 +23,8 @@ from tests.support.loading import PATHS, Case, add_experts, spec
 from tests.support.meshes import mesh_of
 from tests.support.writing import write_checkpoint
 
+pytestmark = pytest.mark.covering
+
 E, D, F = 11, 32, 24
 FAMILIES = ("qwen3_moe", "mixtral")
 FORMS = ("original", "fused")

@@ -16,6 +16,8 @@ from tests.support.loading import BF16, F16, F32, PATHS, Case, add_experts, add_
 from tests.support.meshes import MESH_SHAPES, mesh_of
 from tests.support.writing import write_checkpoint
 
+pytestmark = pytest.mark.covering
+
 
 def load(case: Case, directory, **options):
     plan = make_load_plan(open_checkpoint(directory), case.specs, case.blocks, expert_params=case.expert_params)

@@ -12,6 +12,8 @@ from jaxmoe.dispatch import DISPATCHES
 from tests.support.dispatch_programs import LAYOUTS, E, Program, program
 from tests.support.routings import KINDS, draw_ids
 
+pytestmark = pytest.mark.covering
+
 VARIANTS = [
     {},
     {"tight": True},

@@ -10,6 +10,8 @@ from tests.support.dispatch_programs import LAYOUTS, D, Program, program, promis
 from tests.support.hlo import collectives
 from tests.support.routings import draw_ids
 
+pytestmark = pytest.mark.covering
+
 RUNS_HERE = [name for name, backend in DISPATCHES.items() if "cpu" not in backend.cannot_run]
 
 

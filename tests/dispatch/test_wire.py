@@ -14,6 +14,8 @@ from tests.support.hlo import collectives
 from tests.support.meshes import mesh_of
 from tests.support.routings import draw_ids
 
+pytestmark = pytest.mark.covering
+
 FP8 = "float8_e4m3fn"
 
 

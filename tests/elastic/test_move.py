@@ -15,6 +15,8 @@ from jaxmoe.models.qwen3_moe import read_config
 from tests.support.families import FAMILIES
 from tests.support.goldens import GOLDENS, check_greedy, check_logits, read_expected
 
+pytestmark = pytest.mark.covering
+
 QWEN = GOLDENS / "qwen3_moe" / "original"
 EXPERTS, LAYERS, EXPERT_BYTES = 11, 2, 3 * 32 * 24 * 4
 

@@ -25,6 +25,8 @@ from tests.support.kernels import (
     rows_and_matrices,
 )
 
+pytestmark = pytest.mark.covering
+
 # Module and options. The dense oracle is held against products in float64 here, and is the measure in the other two.
 BACKENDS = {
     "reference": ("reference", {}),

@@ -34,6 +34,8 @@ from tests.support.kernels import (
 )
 from tests.support.meshes import mesh_of
 
+pytestmark = pytest.mark.covering
+
 
 def tiles_of(swapped, **sizes):
     from jaxmoe.kernels.grouped_matmul.mosaic_gpu import Tiles
@@ -44,7 +46,6 @@ def tiles_of(swapped, **sizes):
 
 
 @needs_mosaic
-@pytest.mark.slow
 @pytest.mark.parametrize("swapped", [True, False], ids=["few rows", "many rows"])
 @pytest.mark.parametrize(("sizes", "R"), SIZES, ids=str)
 def test_product(sizes, R, swapped) -> None:

@@ -19,6 +19,8 @@ from tests.support.kernels import REGIMES, each_regime, int32, poison
 from tests.support.meshes import mesh_of
 from tests.support.packed import CASES, Case, D, F, G, each_case, pack
 
+pytestmark = pytest.mark.covering
+
 one_case_a_format = pytest.mark.parametrize("case", [CASES[0], CASES[5], CASES[9]], ids=str)
 # These take every format; what a GPU takes is tested with its kernel.
 each_backend = pytest.mark.parametrize("backend", [name for name in PACKED_FORMATS if name in BACKENDS])

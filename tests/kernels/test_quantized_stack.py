@@ -15,6 +15,8 @@ from tests.support.kernels import int32
 from tests.support.meshes import mesh_of
 from tests.support.packed import D, F, G, each_case, pack
 
+pytestmark = pytest.mark.covering
+
 
 @each_case
 def test_dequantize(case):

@@ -16,6 +16,8 @@ from jaxmoe.mesh import named
 from jaxmoe.models.padding import prompt_positions
 from tests.support.meshes import mesh_of
 
+pytestmark = pytest.mark.covering
+
 D, BATCH = 12, ("dp", "ep")
 CONFIG = GatedDeltaNetConfig(
     num_key_heads=2, num_value_heads=6, key_head_dim=4, value_head_dim=5, conv_kernel_size=4, fused_projections=False

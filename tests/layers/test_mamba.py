@@ -12,6 +12,8 @@ from jaxmoe.layers.param import param_specs, params_by_path
 from jaxmoe.mesh import batch_axes, named
 from tests.support.meshes import mesh_id, mesh_of
 
+pytestmark = pytest.mark.covering
+
 D, B, S = 12, 4, 9
 
 # Two groups: ranks share one where tp is 4. Every size differs from the others.

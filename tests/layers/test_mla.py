@@ -22,6 +22,8 @@ from jaxmoe.models import Decoder
 from jaxmoe.rotary import RopeConfig
 from tests.support.meshes import mesh_id, mesh_of
 
+pytestmark = pytest.mark.covering
+
 D, H, L, N, R, V = 32, 8, 12, 10, 4, 6
 
 

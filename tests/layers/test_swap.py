@@ -16,6 +16,8 @@ from jaxmoe.placement.migration import migration_bytes
 from tests.support.layers import SLOTS, D, E, F, make_layer
 from tests.support.meshes import mesh_of
 
+pytestmark = pytest.mark.covering
+
 CASES = [((1, 2, 4), ("ep",)), ((2, 2, 2), ("ep",)), ((2, 2, 2), ("ep", "tp")), ((1, 1, 8), ("ep",))]
 IDS = [f"{shape}-{'-'.join(axes)}" for shape, axes in CASES]
 

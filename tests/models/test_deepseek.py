@@ -22,6 +22,8 @@ from jaxmoe.rotary import yarn_mscale
 from tests.support.goldens import GOLDENS, check_logits, read_expected
 from tests.support.meshes import mesh_of
 
+pytestmark = pytest.mark.covering
+
 V3 = GOLDENS / "deepseek_v3" / "original"
 TINY = {
     family: json.loads((GOLDENS / family / "original" / "config.json").read_text())

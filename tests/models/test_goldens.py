@@ -15,6 +15,8 @@ from tests.support.families import FAMILIES, NEW_TOKENS, ON_EVERY_MESH
 from tests.support.goldens import GOLDENS, check_greedy, check_logits, read_expected
 from tests.support.meshes import MESH_SHAPES, mesh_id, mesh_of
 
+pytestmark = pytest.mark.covering
+
 # With ep=1 every placement is the same.
 CASES = [
     (family, placement, shape)

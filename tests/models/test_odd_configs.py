@@ -10,6 +10,8 @@ import pytest
 from jaxmoe.models import FAMILIES, WRAPPERS, find_family, read_model_config
 from tests.support.goldens import GOLDENS
 
+pytestmark = pytest.mark.covering
+
 CONFIGS = {
     path.parent.parent.name: json.loads(path.read_text()) for path in sorted(GOLDENS.glob("*/original/config.json"))
 }

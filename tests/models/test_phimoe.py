@@ -12,6 +12,8 @@ from jaxmoe.models import Decoder
 from tests.support.goldens import GOLDENS
 from tests.support.meshes import mesh_of
 
+pytestmark = pytest.mark.covering
+
 CONTEXT = 10
 SHORT, LONG = 1.2, 1.4
 

@@ -10,6 +10,8 @@ from jaxmoe.models import get_family
 from jaxmoe.models.checks import check_tp
 from tests.support.goldens import GOLDENS
 
+pytestmark = pytest.mark.covering
+
 SAVED = {
     name: json.loads((GOLDENS / name / "original" / "config.json").read_text())
     for name in ("qwen3_next", "qwen3_5_moe_text")

@@ -9,6 +9,8 @@ from jaxmoe.placement.migration import migration_bytes
 from tests.support.goldens import GOLDENS, check_greedy, check_logits, read_expected
 from tests.support.meshes import mesh_of
 
+pytestmark = pytest.mark.covering
+
 QWEN = GOLDENS / "qwen3_moe" / "original"
 PROMPTS = [[5, 6, 7], [8, 9, 10, 11, 12], [13]]
 K, LAYERS, EXPERTS = 3, 2, 11

@@ -13,6 +13,8 @@ from jaxmoe.models import Decoder
 from tests.support.goldens import GOLDENS, check_logits, read_expected
 from tests.support.meshes import mesh_of
 
+pytestmark = pytest.mark.covering
+
 CHECKPOINT = GOLDENS / "qwen3_moe" / "original"
 
 

@@ -19,6 +19,8 @@ from tests.support.families import WRAPPERS as SIZES
 from tests.support.goldens import GOLDENS, check_greedy, check_logits, read_expected
 from tests.support.meshes import mesh_id, mesh_of
 
+pytestmark = pytest.mark.covering
+
 LLAMA4 = GOLDENS / "llama4" / "original"
 
 

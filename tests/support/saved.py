@@ -7,6 +7,8 @@ import numpy as np
 from jaxmoe.checkpoint import open_checkpoint
 from jaxmoe.checkpoint.boxes import whole
 from jaxmoe.checkpoint.values import read_tensor
+from jaxmoe.layers import params_by_path
+from jaxmoe.models import Decoder
 from tests.support.families import FAMILIES
 from tests.support.goldens import GOLDENS
 
@@ -29,3 +31,12 @@ def assert_same_tensors(ours: Path, theirs: Path) -> None:
     for name, value in expected.items():
         assert found[name].dtype == value.dtype, name
         assert found[name].tobytes() == value.tobytes(), name
+
+
+def assert_same_parameters(ours: Decoder, theirs: Decoder) -> None:
+    """Bit for bit; what the models compute of them is XLA's."""
+    expected = params_by_path(theirs)
+    for path, param in params_by_path(ours).items():
+        found, other = np.asarray(param[...]), np.asarray(expected[path][...])
+        assert found.dtype == other.dtype, path
+        assert found.tobytes() == other.tobytes(), path
