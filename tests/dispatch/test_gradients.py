@@ -78,6 +78,7 @@ def test_equal_those_of_a_dense_layer(settings_of):
             np.testing.assert_allclose(ours, theirs, atol=1e-5 * max(1, np.abs(theirs).max()))
 
 
+@pytest.mark.full
 def test_memory_of_the_backward_pass_follows_from_shapes():
     """Nothing is kept of a round: twice the forward pass's workspace and the gradients, whatever the rounds."""
     few, many = (
