@@ -55,7 +55,7 @@ def test_an_input_error_in_one_process_ends_all_with_its_message() -> None:
 @pytest.mark.parametrize(
     ("options", "different"),
     [
-        (["--prompt-ids", "5,6,8"], "prompts"),
+        pytest.param(["--prompt-ids", "5,6,8"], "prompts", marks=pytest.mark.full),
         pytest.param(["--max-new-tokens", "9"], "settings of generate", marks=pytest.mark.full),
         pytest.param(["--record-routing", "never-written.npz"], "recordings of routing", marks=pytest.mark.full),
         (["--placement", "round_robin", "--dtype", "bfloat16"], "placements and settings of load"),

@@ -22,7 +22,7 @@ from tests.support.kernels import (
     widths_of_single_rows,
 )
 
-pytestmark = needs_mosaic
+pytestmark = [needs_mosaic, pytest.mark.covering]
 DEVICE = "NVIDIA B200"
 
 
