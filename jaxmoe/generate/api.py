@@ -76,7 +76,7 @@ def generate(
 
     Raises:
         ValueError: a setting out of range, a prompt that is empty or of no known kind, a token outside the
-            vocabulary, or more positions than the model has.
+            vocabulary, more positions than the model has, or a replayed trace of another generation.
         FileNotFoundError: text prompts or stop strings, and the checkpoint has no tokenizer.json.
 
     Example:
@@ -228,20 +228,24 @@ def _agree(
     Each process runs the whole loop and stops a row by itself, which is right as long as all come to the same end. The
     programs of a step differ with what is recorded.
     """
+    import jax
     import numpy as np
+    from flax import nnx
 
     from jaxmoe.distributed import check_same, from_first
 
     # Stop strings are looked for in text, so with them the tokenizer decides as well.
     path = None if model.source is None else model.source / "tokenizer.json"
     tokenizer = path.read_bytes() if path is not None and path.is_file() else None
-    recorder = model.recorder
+    recorder, replay = model.recorder, model.replay
+    replayed = None if replay is None else [np.asarray(array).tobytes() for array in jax.tree.leaves(nnx.state(replay))]
     check_same(
         {
             "prompts": token_ids,
             "settings of generate": (settings, None if drawn else seeds),
             "tokenizers": tokenizer,
             "recordings of routing": None if recorder is None else recorder.token_ids,
+            "replayed traces": replayed,
         }
     )
     if seeds is None or not drawn:

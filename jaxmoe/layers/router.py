@@ -185,7 +185,7 @@ def sparsemixer(
         logit_T1 = jnp.take_along_axis(left_TE, id_T[:, None], axis=-1)
         far_TE = (logit_T1 - logits_TE) / jnp.maximum(jnp.abs(logits_TE), logit_T1) > 2 * jitter
         near_TE = jax.nn.softmax(jnp.where(far_TE, -jnp.inf, left_TE), axis=-1)
-        weights.append(jnp.sum(jnp.where(chosen_TE, near_TE, 0), axis=-1))
+        weights.append(jnp.take_along_axis(near_TE, id_T[:, None], axis=-1)[:, 0])
         ids.append(id_T)
         left_TE = jnp.where(chosen_TE, -jnp.inf, left_TE)
     return jnp.stack(ids, axis=-1).astype(jnp.int32), jnp.stack(weights, axis=-1)

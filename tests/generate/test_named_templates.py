@@ -7,7 +7,7 @@ import pytest
 
 from jaxmoe.generate import Tokenizer
 from jaxmoe.generate.prompts import encode_prompts
-from tests.generate.tokenizers import byte_level, save
+from tests.support.tokenizers import byte_level, save
 
 USER = [{"role": "user", "content": "x"}]
 TOOLS = [{"type": "function", "function": {"name": "f", "description": "d", "parameters": {}}}]

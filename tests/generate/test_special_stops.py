@@ -9,9 +9,9 @@ from tokenizers import Tokenizer as RustTokenizer
 import jaxmoe
 from jaxmoe.generate import Tokenizer
 from jaxmoe.generate.detokenize import StopStrings, TextStream
-from tests.conftest import mesh_of
-from tests.generate.fake import VOCAB, FakeModel, expected
-from tests.generate.tokenizers import byte_level, save
+from tests.support.meshes import mesh_of
+from tests.support.fake_model import VOCAB, FakeModel, expected
+from tests.support.tokenizers import byte_level, save
 
 RUST = byte_level()
 TOKENIZER = Tokenizer(byte_level())
