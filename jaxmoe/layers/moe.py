@@ -385,9 +385,7 @@ def _forward(
         params: dict[str, jax.Array],
     ) -> tuple[jax.Array, MoEStats]:
         logits_TE = router_logits(router_TD, params, config.router)
-        ids_TK, weights_TK = choose_experts(
-            logits_TE, params, config.num_experts_per_tok, config.router, given_TK
-        )
+        ids_TK, weights_TK = choose_experts(logits_TE, params, config.num_experts_per_tok, config.router, given_TK)
         first = jax.lax.axis_index(token_axes) * len(ids_TK) if token_axes else 0
         slots_TK = _choose_replicas(x_TD, ids_TK, first, params, plan)
         slots_TK = jnp.where(mask_T[:, None], slots_TK, -1)

@@ -104,16 +104,12 @@ def _own_choice(
         if config.correction_bias:
             choice_TE = choice_TE + params["correction_bias"].astype(jnp.float32)
         if config.num_groups > 1:
-            choice_TE = jnp.where(
-                eligible(choice_TE, config), choice_TE, 0 if config.zero_other_groups else -jnp.inf
-            )
+            choice_TE = jnp.where(eligible(choice_TE, config), choice_TE, 0 if config.zero_other_groups else -jnp.inf)
         _, ids_TK = jax.lax.top_k(choice_TE, K)
     return ids_TK, _weigh(logits_TE, ids_TK, params, config)
 
 
-def _weigh(
-    logits_TE: jax.Array, ids_TK: jax.Array, params: Mapping[str, jax.Array], config: RouterConfig
-) -> jax.Array:
+def _weigh(logits_TE: jax.Array, ids_TK: jax.Array, params: Mapping[str, jax.Array], config: RouterConfig) -> jax.Array:
     """Float32 [T, K], the weights of experts that were chosen in this order, whoever chose them."""
     K = ids_TK.shape[1]
     if config.sparsemixer is not None:
@@ -126,7 +122,9 @@ def _weigh(
         weights_TK = jnp.take_along_axis(score(logits_TE), ids_TK, axis=-1)
     if config.num_groups > 1 and config.zero_other_groups:
         # The eligible groups' experts come first; what is chosen beyond them was chosen for want of others.
-        weights_TK = jnp.where(jnp.arange(K) < config.topk_groups * logits_TE.shape[1] // config.num_groups, weights_TK, 0)
+        weights_TK = jnp.where(
+            jnp.arange(K) < config.topk_groups * logits_TE.shape[1] // config.num_groups, weights_TK, 0
+        )
     weights_TK = _normalize(weights_TK, config) * config.scale
     if config.expert_scale:
         weights_TK *= params["expert_scale"].astype(jnp.float32)[ids_TK]

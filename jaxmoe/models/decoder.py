@@ -153,8 +153,8 @@ class Decoder(nnx.Module):
 
         Counts cost next to nothing. Each step of `jaxmoe.generate`, and each call of the model, is one step of
         the record: a token is counted in the step that computes it, so a prompt's tokens once, and each generated
-        token once but the one that reaches max_new_tokens, which the model never sees. Programs that record are compiled
-        beside those that do not.
+        token once but the one that reaches max_new_tokens, which the model never sees. Copies made inside the block count
+        too, as that of `nnx.value_and_grad`. Programs that record are compiled beside those that do not.
 
         Args:
             token_ids: keep the choices of every token too, int32 [T, L, K] a step.

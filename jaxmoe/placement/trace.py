@@ -177,7 +177,9 @@ class RoutingTrace:
             ValueError: the trace has no such windows, or they are none.
         """
         if not 0 <= start < stop <= self.num_windows:
-            raise ValueError(f"a part of {self.num_windows} windows is 0 <= start < stop <= {self.num_windows}; got {start}, {stop}")
+            raise ValueError(
+                f"a part of {self.num_windows} windows is 0 <= start < stop <= {self.num_windows}; got {start}, {stop}"
+            )
         if self.expert_ids is None or self.window_sizes is None:
             return RoutingTrace(counts=self.counts[start:stop])
         first, last = self.window_sizes[:start].sum(), self.window_sizes[:stop].sum()

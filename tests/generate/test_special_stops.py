@@ -9,8 +9,8 @@ from tokenizers import Tokenizer as RustTokenizer
 import jaxmoe
 from jaxmoe.generate import Tokenizer
 from jaxmoe.generate.detokenize import StopStrings, TextStream
-from tests.support.meshes import mesh_of
 from tests.support.fake_model import VOCAB, FakeModel, expected
+from tests.support.meshes import mesh_of
 from tests.support.tokenizers import byte_level, save
 
 RUST = byte_level()
@@ -20,8 +20,8 @@ START, END = (RUST.token_to_id(token) for token in ("<|start|>", "<|end|>"))
 
 def ids_of(*parts: str | int) -> list[int]:
     """Token ids of texts and of token ids between them."""
-    encoded = [[part] if isinstance(part, int) else RUST.encode(part, add_special_tokens=False).ids for part in parts]
-    return sum(encoded, [])
+    encoded = ([part] if isinstance(part, int) else RUST.encode(part, add_special_tokens=False).ids for part in parts)
+    return [token for ids in encoded for token in ids]
 
 
 def first_stop(ids: list[int], stops: list[str]) -> tuple[int | None, str]:
@@ -99,7 +99,9 @@ def test_generation_stops_there() -> None:
 
 
 @pytest.mark.parity
-@pytest.mark.parametrize("stops", [["<|end|>"], ["a<|end|>"], ["<|end|>b", "ba"], ["|>"], ["<|end|><|start|>"]], ids=str)
+@pytest.mark.parametrize(
+    "stops", [["<|end|>"], ["a<|end|>"], ["<|end|>b", "ba"], ["|>"], ["<|end|><|start|>"]], ids=str
+)
 def test_stops_where_transformers_does(tmp_path, stops) -> None:
     torch, transformers = pytest.importorskip("torch"), pytest.importorskip("transformers")
     theirs = transformers.AutoTokenizer.from_pretrained(save(byte_level(), tmp_path))

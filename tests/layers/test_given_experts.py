@@ -95,7 +95,9 @@ def dense(config: MoEConfig, x_TD, ids_TK, weights: dict) -> jax.Array:
     one_hot_TKE = jax.nn.one_hot(ids_TK, config.num_experts)
     w_TE, chosen_TE = jnp.einsum("tk,tke->te", w_TK, one_hot_TKE), one_hot_TKE.sum(axis=1)
     rows_TED = x_TD[:, None] * (w_TE[..., None] if config.weights_on_input else 1)
-    gate, up = jnp.einsum("ted,ehfd->htef", jnp.broadcast_to(rows_TED, (T, config.num_experts, D)), weights["w_gate_up"])
+    gate, up = jnp.einsum(
+        "ted,ehfd->htef", jnp.broadcast_to(rows_TED, (T, config.num_experts, D)), weights["w_gate_up"]
+    )
     out_TED = jnp.einsum("tef,edf->ted", jax.nn.silu(gate) * up, weights["w_down"])
     return jnp.einsum("te,ted->td", chosen_TE if config.weights_on_input else w_TE, out_TED)
 
@@ -146,9 +148,7 @@ def test_equals_its_own_choice_and_the_dense_layer(name) -> None:
     found = {"x": dx, **logical(ours)}
     assert np.abs(found["w_router"]).max() > 0
     for path, theirs in {"x": dx_dense, **dense_grads}.items():
-        np.testing.assert_allclose(
-            found[path], theirs, atol=2e-5 * max(1, np.abs(theirs).max()), err_msg=path
-        )
+        np.testing.assert_allclose(found[path], theirs, atol=2e-5 * max(1, np.abs(theirs).max()), err_msg=path)
 
 
 @pytest.mark.parametrize("name", LAYERS)

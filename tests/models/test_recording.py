@@ -29,7 +29,10 @@ def test_a_call_inside_a_program_is_refused_and_never_forgotten(model) -> None:
     x, lengths = jnp.ones((2, 32)), np.full(2, 4, np.int32)
     # Compiled before: they would run without a question, were a recorded model's structure the same.
     plain, plain_layer = in_jit(model, TOKENS), layer_in_jit(model, x)
-    own_program, only_the_record = r"inside a program of your own \(jit, vmap", r"outside of `with model\.record_routing"
+    own_program, only_the_record = (
+        r"inside a program of your own \(jit, vmap",
+        r"outside of `with model\.record_routing",
+    )
     with model.record_routing() as routing:
         for call, message in (
             (lambda: in_jit(model, TOKENS), own_program),

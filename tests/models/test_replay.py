@@ -206,7 +206,10 @@ def test_what_does_not_fit_is_refused(models) -> None:
     one_twice[3, 1, :2], part[3, 1, 0] = 4, -1
     for trace, message in (
         (RoutingTrace(counts=fitting.counts), r"counts only; record it with model.record_routing\(token_ids=True\)"),
-        (RoutingTrace.from_expert_ids(ids[:, :1], E), "trace has 1 MoE layers, 11 experts and 3 .* the model 2, 11 and 3"),
+        (
+            RoutingTrace.from_expert_ids(ids[:, :1], E),
+            "trace has 1 MoE layers, 11 experts and 3 .* the model 2, 11 and 3",
+        ),
         (RoutingTrace.from_expert_ids(ids, 12), "trace has 2 MoE layers, 12 experts and 3"),
         (RoutingTrace.from_expert_ids(ids[:, :, :2], E), "11 experts and 2 choices a token, and the model 2, 11 and 3"),
         (RoutingTrace.from_expert_ids(one_twice, E), r"MoE layer 1 of the trace: the choice .* got \[4, 4, \d+\]"),
@@ -225,7 +228,10 @@ def test_what_does_not_fit_is_refused(models) -> None:
         with pytest.raises(ValueError, match=r"a trace is being replayed on this model: move it outside"):
             jaxmoe.move(model, mesh=model.mesh)
     hunyuan = load("hunyuan_v1_moe", (1, 1, 1))
-    with pytest.raises(ValueError, match="layer 1 of the trace: a token has 2 choices here"), hunyuan.replay_routing(fitting):
+    with (
+        pytest.raises(ValueError, match="layer 1 of the trace: a token has 2 choices here"),
+        hunyuan.replay_routing(fitting),
+    ):
         pytest.fail("the block was entered")
 
 
@@ -249,13 +255,13 @@ def test_a_generations_steps_are_brought_into_rows() -> None:
     """The id of every choice says whose it is: 10 · row + place."""
     prompts, generated = [2, 1, 3], [4, 1, 2]
     steps = [[0, 1, 10, 20, 21, 22], [2, 11, 23], [3, 24], [4]]  # the first row reached its limit
-    ids = np.array(sum(steps, []))[:, None, None]
+    ids = np.concatenate(steps)[:, None, None]
     trace = RoutingTrace.from_expert_ids(ids, 30, window=list(map(len, steps)))
     rows = [[0, 1, 2, 3, 4, -1], [10, 11, -1, -1, -1, -1], [20, 21, 22, 23, 24, -1]]
     for length in (None, 5, 8):
         found = trace.by_sequence(prompts, generated, length=length)
         size = length or 6
-        expected = [(row + [-1, -1])[:size] for row in rows]
+        expected = [[*row, -1, -1][:size] for row in rows]
         assert found.expert_ids[:, 0, 0].reshape(3, -1).tolist() == expected
         assert found.num_windows == 1
     with pytest.raises(ValueError, match=r"here of \[6, 3, 3, 1\] tokens; got \[6, 3, 2, 1\]"):
