@@ -122,9 +122,7 @@ def _weigh(logits_TE: jax.Array, ids_TK: jax.Array, params: Mapping[str, jax.Arr
         weights_TK = jnp.take_along_axis(score(logits_TE), ids_TK, axis=-1)
     if config.num_groups > 1 and config.zero_other_groups:
         # The eligible groups' experts come first; what is chosen beyond them was chosen for want of others.
-        weights_TK = jnp.where(
-            jnp.arange(K) < config.topk_groups * logits_TE.shape[1] // config.num_groups, weights_TK, 0
-        )
+        weights_TK = weights_TK.at[:, config.topk_groups * logits_TE.shape[1] // config.num_groups :].set(0)
     weights_TK = _normalize(weights_TK, config) * config.scale
     if config.expert_scale:
         weights_TK *= params["expert_scale"].astype(jnp.float32)[ids_TK]
@@ -179,7 +177,7 @@ def sparsemixer(
     left_TE, ids, weights = logits_TE, [], []
     for k in range(num_experts_per_tok):
         id_T = jnp.argmax(left_TE, axis=-1) if expert_ids_TK is None else expert_ids_TK[:, k]
-        chosen_TE = jnp.arange(logits_TE.shape[1]) == id_T[:, None]
+        chosen_TE = jnp.arange(logits_TE.shape[1])[None] == id_T[:, None]
         logit_T1 = jnp.take_along_axis(left_TE, id_T[:, None], axis=-1)
         far_TE = (logit_T1 - logits_TE) / jnp.maximum(jnp.abs(logits_TE), logit_T1) > 2 * jitter
         near_TE = jax.nn.softmax(jnp.where(far_TE, -jnp.inf, left_TE), axis=-1)
