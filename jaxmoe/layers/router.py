@@ -136,7 +136,7 @@ def _weighted_by(function: RouterFunction, logits_TE: jax.Array, ids_TK: jax.Arr
             "a router function that is to weight given choices takes them as expert_ids=, integers [T, K], and gives them "
             f"back with their weights; {_name(function)!r} has no such parameter"
         )
-    found = function(logits_TE, ids_TK.shape[1], expert_ids=ids_TK)  # type: ignore[call-arg]
+    found = function(logits_TE, ids_TK.shape[1], expert_ids=ids_TK)
     return _checked(function, found, ids_TK.shape)[1]
 
 

@@ -328,12 +328,12 @@ class Decoder(nnx.Module):
         tokens_BS = jnp.pad(jnp.asarray(token_ids, jnp.int32), ((0, rows - B), (0, length - S)))
         lengths_B = jnp.where(jnp.arange(rows) < B, S, 0)
         expert_ids = None if self.replay is None else self.replay.of_call(B, S, rows, length)
-        graphdef, replay, state = nnx.split(self, ReplayedRouting, ...)
+        graphdef, replay, *rest = nnx.split(self, ReplayedRouting, ...)
         # The program takes the choices as they are padded, and no array of each trace's own size.
         replay = jax.tree.map(lambda _: jnp.int32(0), replay)
         recorder = self.recorder
         record = None if recorder is None else recorder.token_ids
-        logits_BSV, routing = _all_logits(graphdef, record, (replay, state), tokens_BS, lengths_B, expert_ids)
+        logits_BSV, routing = _all_logits(graphdef, record, (replay, *rest), tokens_BS, lengths_B, expert_ids)
         if recorder is not None:
             recorder.add(routing)
         return logits_BSV[:B, :S]

@@ -167,7 +167,7 @@ def check_trace(trace: RoutingTrace, layers: Sequence[MoEConfig]) -> tuple[np.nd
     return trace.expert_ids, trace.window_sizes
 
 
-def of_layers(ids_BSLK: jax.Array | None, layers: Sequence[MoEConfig], tokens: tuple[int, int]) -> list:
+def of_layers(ids_BSLK: jax.Array | None, layers: Sequence[MoEConfig], tokens: tuple[int, ...]) -> list:
     """The choices [B, S, L, K] of all layers, layer by layer; None for each where there are none.
 
     Raises:
