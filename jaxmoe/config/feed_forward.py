@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 from jaxmoe.config.checks import check_positive
 
-RouterFunction = Callable[[Any, int], tuple[Any, Any]]
+RouterFunction = Callable[..., tuple[Any, Any]]
 """A choice of experts of one's own; see `RouterConfig.function`."""
 
 
@@ -35,13 +35,14 @@ class RouterConfig:
         sparsemixer: choose and weight by `jaxmoe.layers.router.sparsemixer` with this jitter; None for the above.
         function: choose and weight by this function of float32 logits [T, E] and K, which gives whole numbers [T, K],
             experts that differ from each other, and weights [T, K]. It is traced by JAX, and nothing but
-            `input_norm_eps` and `logit_bias` counts beside it. None for the above.
+            `input_norm_eps` and `logit_bias` counts beside it. With a parameter ``expert_ids=None`` it can be replayed:
+            given whole numbers [T, K] there, it gives them back with the weights that they have. None for the above.
 
     Example:
         Experts by their logits, all with the same weight:
 
-        >>> def alike(logits_TE, K):
-        ...     ids_TK = jax.lax.top_k(logits_TE, K)[1]
+        >>> def alike(logits_TE, K, expert_ids=None):
+        ...     ids_TK = jax.lax.top_k(logits_TE, K)[1] if expert_ids is None else expert_ids
         ...     return ids_TK, jnp.full(ids_TK.shape, 1 / K)
         >>> router = RouterConfig(function=alike)
     """

@@ -49,7 +49,8 @@ def move(
 
     Raises:
         ValueError: the model does not fit the mesh, the placement does not, the new mesh has a lost device, or
-            weights are lost and the model came from no checkpoint, or from one with an adapter merged.
+            weights are lost and the model came from no checkpoint, or from one with an adapter merged, or a trace is
+            being replayed.
         NotImplementedError: one of the meshes spans several processes.
 
     Example:
@@ -59,6 +60,8 @@ def move(
     """
     start = time.perf_counter()
     _check_devices(model.mesh, mesh, lost_devices)
+    if model.replay is not None:
+        raise ValueError("a trace is being replayed on this model: move it outside of `with model.replay_routing(...)`")
     moved = _empty_on(model, mesh, placement)
     old = {spec.path: spec for spec in param_specs(model)}
     new = {spec.path: spec for spec in param_specs(moved)}
@@ -114,8 +117,8 @@ def _empty_on(
         expert_axes=(EP,) if first is None else first.expert_axes,
         kernels="auto" if first is None else first.kernels,
     )
-    # The same cell: a `with model.record_routing()` that is open goes on with the moved model, and ends for both.
-    moved._recorder = model._recorder
+    # A `with model.record_routing()` that is open goes on with the moved model, and ends for both.
+    moved.record_with(model.recorder)
     return moved
 
 

@@ -61,9 +61,11 @@ def generate(
         eos_token_id: token or tokens that end the text; None for those that
             generation_config.json, else config.json, names.
         ignore_eos: generate max_new_tokens whatever comes.
-        stop: text or texts that end the output, and are cut off it.
+        stop: text or texts that end the output, and are cut off it; a special token's text too, though special tokens are
+            no part of the output.
         chat: text prompts are user messages, put through the chat template.
-        chat_template_kwargs: more variables for the template, such as ``{"enable_thinking": False}``.
+        chat_template_kwargs: more variables for the template, such as ``{"enable_thinking": False}``. With ``"tools"``
+            a template named "tool_use" is taken where there is one; ``"chat_template"`` names another.
         tokenizer: instead of the checkpoint's.
         stream: called with a `TokenEvent` for every token, in the order in which they come.
         stats: filled with counts and times.
@@ -74,7 +76,7 @@ def generate(
 
     Raises:
         ValueError: a setting out of range, a prompt that is empty or of no known kind, a token outside the
-            vocabulary, or more positions than the model has.
+            vocabulary, more positions than the model has, or a replayed trace of another generation.
         FileNotFoundError: text prompts or stop strings, and the checkpoint has no tokenizer.json.
 
     Example:
@@ -115,8 +117,8 @@ def generate(
         piece = None
         if texts is not None:
             text = texts[index]
-            # Of itself the engine stops at EOS only, and that token is no text even where it is not marked special.
-            piece = "" if reason == "stop" else text.push(token_id)
+            # Of itself the engine stops at EOS only.
+            piece = text.push_end(token_id) if reason == "stop" else text.push(token_id)
             reason = "stop" if text.stopped else reason
             piece += text.finish() if reason else ""
         if stream is not None:
@@ -187,13 +189,13 @@ def _text_streams(
     if tokenizer is None and model.source is None and not stop:
         return None
     try:
-        decode = _tokenizer(model, tokenizer).decode
+        tokenizer = _tokenizer(model, tokenizer)
     except FileNotFoundError:
         # No tokenizer is fine for token ids; a broken one is an error.
         if stop:
             raise
         return None
-    return [TextStream(decode, stop) for _ in range(count)]
+    return [TextStream(tokenizer.decode, stop, tokenizer.special_tokens) for _ in range(count)]
 
 
 def _stop_strings(stop: str | Sequence[str] | None) -> list[str]:
@@ -226,20 +228,24 @@ def _agree(
     Each process runs the whole loop and stops a row by itself, which is right as long as all come to the same end. The
     programs of a step differ with what is recorded.
     """
+    import jax
     import numpy as np
+    from flax import nnx
 
     from jaxmoe.distributed import check_same, from_first
 
     # Stop strings are looked for in text, so with them the tokenizer decides as well.
     path = None if model.source is None else model.source / "tokenizer.json"
     tokenizer = path.read_bytes() if path is not None and path.is_file() else None
-    recorder = model.recorder
+    recorder, replay = model.recorder, model.replay
+    replayed = None if replay is None else [np.asarray(array).tobytes() for array in jax.tree.leaves(nnx.state(replay))]
     check_same(
         {
             "prompts": token_ids,
             "settings of generate": (settings, None if drawn else seeds),
             "tokenizers": tokenizer,
             "recordings of routing": None if recorder is None else recorder.token_ids,
+            "replayed traces": replayed,
         }
     )
     if seeds is None or not drawn:

@@ -42,22 +42,6 @@ class ChatTemplate:
         # A broken template is reported when the tokenizer is read, not in the middle of a chat.
         _ = self._template
 
-    @classmethod
-    def from_directory(cls, directory: Path, tokenizer_config: Mapping[str, Any]) -> "ChatTemplate | None":
-        """The template of a checkpoint: ``chat_template.jinja``, or what ``tokenizer_config.json`` holds.
-
-        Returns:
-            None where there is neither. Of several named templates, the one named "default".
-        """
-        file = directory / "chat_template.jinja"
-        source = file.read_text(encoding="utf-8") if file.is_file() else tokenizer_config.get("chat_template")
-        if isinstance(source, list):
-            named = {entry["name"]: entry["template"] for entry in source}
-            if "default" not in named:
-                raise ValueError(f'one of several chat templates is named "default"; there are {sorted(named)}')
-            source = named["default"]
-        return None if source is None else cls(source, special_tokens(tokenizer_config))
-
     def render(self, messages: Sequence[Message], *, add_generation_prompt: bool = True, **variables: Any) -> str:
         """The prompt text of a conversation.
 
@@ -88,6 +72,74 @@ class ChatTemplate:
             return _environment().from_string(self.source)
         except TemplateError as error:
             raise ValueError(f"the checkpoint's chat template is no valid Jinja: {error}") from error
+
+
+class ChatTemplates:
+    """A checkpoint's templates by name: one called "default", and perhaps others for certain uses.
+
+    Args:
+        templates: at least one.
+
+    Example:
+        >>> templates = ChatTemplates({"default": ChatTemplate("chat"), "tool_use": ChatTemplate("tools")})
+        >>> templates.choose(tools=[{"name": "search"}]).source
+        'tools'
+    """
+
+    def __init__(self, templates: Mapping[str, ChatTemplate]):
+        self._templates = dict(templates)
+
+    @classmethod
+    def from_directory(cls, directory: Path, tokenizer_config: Mapping[str, Any]) -> "ChatTemplates | None":
+        """The templates of a checkpoint, as transformers finds them.
+
+        Files come first: ``chat_template.jinja``, which is the default, and ``additional_chat_templates/NAME.jinja``. Where
+        there is none of them, what ``tokenizer_config.json`` holds: one template, or a list of {name, template}.
+
+        Returns:
+            None where there is neither.
+
+        Raises:
+            ValueError: a template is no valid Jinja, or the list's entries are something else.
+        """
+        files = {path.stem: path for path in sorted((directory / "additional_chat_templates").glob("*.jinja"))}
+        if (default := directory / "chat_template.jinja").is_file():
+            files["default"] = default
+        if files:
+            sources = {name: path.read_text(encoding="utf-8") for name, path in files.items()}
+        else:
+            sources = _named_sources(tokenizer_config.get("chat_template"))
+        variables = special_tokens(tokenizer_config)
+        return cls({name: ChatTemplate(source, variables) for name, source in sources.items()}) if sources else None
+
+    def choose(self, name: str | None = None, tools: Any = None) -> ChatTemplate:
+        """The template of that name; without a name "tool_use" where tools are given and there is one, else "default".
+
+        Raises:
+            ValueError: there is none of that name, or no default.
+        """
+        wanted = name or ("tool_use" if tools is not None and "tool_use" in self._templates else "default")
+        if wanted not in self._templates:
+            raise ValueError(
+                f"this checkpoint's chat templates are {', '.join(sorted(self._templates))}; got no template "
+                f'{wanted!r}: name one of them with chat_template_kwargs={{"chat_template": NAME}}'
+            )
+        return self._templates[wanted]
+
+
+def _named_sources(chat_template: Any) -> dict[str, str]:
+    """The entry of ``tokenizer_config.json`` as texts by name."""
+    if chat_template is None:
+        return {}
+    entries = chat_template if isinstance(chat_template, list) else [{"name": "default", "template": chat_template}]
+    for entry in entries:
+        fields = [entry.get(key) for key in ("name", "template")] if isinstance(entry, Mapping) else [None]
+        if not all(isinstance(field, str) for field in fields):
+            raise ValueError(
+                'chat_template in tokenizer_config.json is a text or a list of {"name": text, "template": text}; '
+                f"got {str(entry)[:60]!r}"
+            )
+    return {entry["name"]: entry["template"] for entry in entries}
 
 
 def special_tokens(tokenizer_config: Mapping[str, Any]) -> dict[str, str]:

@@ -1,6 +1,6 @@
 """Token ids to text as they come: whole characters only, stop strings never shown."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 # What decoders write for bytes that are no UTF-8.
 REPLACEMENT = "�"
@@ -65,6 +65,8 @@ class Detokenizer:
 class StopStrings:
     """Passes text on up to the first stop string, holding back what may be the beginning of one.
 
+    Some of the text may be hidden: it is searched like the rest, and never passes.
+
     Args:
         stop: non-empty strings; none of them: everything passes.
 
@@ -77,25 +79,32 @@ class StopStrings:
     def __init__(self, stop: Sequence[str]):
         self._stop = tuple(stop)
         self._held = ""
+        self._hidden: list[bool] = []  # of every held character, whether it is hidden
         self.found = False
 
-    def push(self, text: str) -> str:
+    def push(self, text: str, *, hidden: bool = False) -> str:
         """Add text; returns what may be shown. Nothing passes once a stop string was found."""
         if self.found:
             return ""
-        text = self._held + text
-        starts = [start for start in (text.find(stop) for stop in self._stop) if start >= 0]
+        self._held += text
+        self._hidden += [hidden] * len(text)
+        starts = [start for start in (self._held.find(stop) for stop in self._stop) if start >= 0]
         if starts:
-            self.found, self._held = True, ""
-            return text[: min(starts)]
-        cut = len(text) - self._possible_start(text)
-        self._held = text[cut:]
-        return text[:cut]
+            self.found = True
+            shown = self._pass(min(starts))
+            self._held, self._hidden = "", []
+            return shown
+        return self._pass(len(self._held) - self._possible_start(self._held))
 
     def finish(self) -> str:
         """What was held back and turned out to be no stop string."""
-        held, self._held = self._held, ""
-        return held
+        return self._pass(len(self._held))
+
+    def _pass(self, count: int) -> str:
+        """Let go of the first characters held; returns those that are not hidden."""
+        passing = zip(self._held[:count], self._hidden[:count], strict=True)
+        self._held, self._hidden = self._held[count:], self._hidden[count:]
+        return "".join(character for character, hidden in passing if not hidden)
 
     def _possible_start(self, text: str) -> int:
         """Length of the longest end of `text` that a stop string begins with."""
@@ -109,19 +118,36 @@ class StopStrings:
 class TextStream:
     """`Detokenizer` and `StopStrings` in a row, for one generated text.
 
+    A stop string may be a special token, hold one, or be a part of one, as in transformers: their texts are searched
+    where they stand, though they are no part of what is shown.
+
     Args:
-        decode: token ids to text.
+        decode: token ids to text, without special tokens.
         stop: stop strings.
+        special_tokens: the text of each special token by its id.
     """
 
-    def __init__(self, decode: Callable[[Sequence[int]], str], stop: Sequence[str] = ()):
+    def __init__(
+        self,
+        decode: Callable[[Sequence[int]], str],
+        stop: Sequence[str] = (),
+        special_tokens: Mapping[int, str] | None = None,
+    ):
         self._detokenizer = Detokenizer(decode)
         self._stop = StopStrings(stop)
+        self._special_tokens = special_tokens or {}
         self._pieces: list[str] = []
 
     def push(self, token_id: int) -> str:
         """Add a token; returns the piece of text to show."""
-        return self._show(self._stop.push(self._detokenizer.push(token_id)))
+        piece = self._stop.push(self._detokenizer.push(token_id))
+        if token_id in self._special_tokens:
+            piece += self._stop.push(self._special_tokens[token_id], hidden=True)
+        return self._show(piece)
+
+    def push_end(self, token_id: int) -> str:
+        """Add the token that ended the text, which is no text even where it is not special."""
+        return self.push(token_id) if token_id in self._special_tokens else ""
 
     def finish(self) -> str:
         """The last piece; call it once, after the last token."""

@@ -13,6 +13,7 @@ from jaxmoe.generate.programs import Leaves, Record, Sampled, Shape, programs_of
 from jaxmoe.generate.sampling import Controls, Mode, seed_words
 from jaxmoe.generate.stats import GenerationStats
 from jaxmoe.models.padding import bucket_length
+from jaxmoe.models.replay import ReplayedSteps, RoutingReplay
 from jaxmoe.models.routing import Routing, RoutingRecorder
 from jaxmoe.placement.balancer import Balancer
 
@@ -50,6 +51,7 @@ class Engine:
         self.programs = programs_of(model)
         self._leaves: Leaves = self.programs.bind(model)
         self._recorder: RoutingRecorder | None = getattr(model, "recorder", None)
+        self._replay: RoutingReplay | None = getattr(model, "replay", None)
 
     def run(
         self,
@@ -82,11 +84,17 @@ class Engine:
 
         Returns:
             One row per prompt.
+
+        Raises:
+            ValueError: a trace that is being replayed is of another generation.
         """
         stats = GenerationStats() if stats is None else stats
         rows = [Row() for _ in prompts]
         compiled_before = self.programs.compile_seconds
-        batch = _Batch(self, prompts, params, max_new_tokens, seeds, self._record(balancer))
+        replay = None if self._replay is None else self._replay.steps()
+        if replay is not None:
+            replay.check_length(max_new_tokens)
+        batch = _Batch(self, prompts, params, max_new_tokens, seeds, self._record(balancer), replay)
         stats.prompts += len(prompts)
         stats.prompt_tokens += sum(map(len, prompts))
         stats.compile_seconds += self.programs.compile_seconds - compiled_before
@@ -112,10 +120,15 @@ class Engine:
                 batch.leaves = self._leaves = self.programs.bind(self._model)
             ended = [index for index in running if rows[index].finish_reason]
             if len(ended) == len(running):
+                if self._recorder is not None and step < max_new_tokens and coming.routing is not None:
+                    # The step that was under way already: it has counted the tokens that ended the rows.
+                    self._recorder.add(coming.routing)
                 break
             if ended:
                 batch.retire(ended)
         stats.decode_seconds += time.perf_counter() - first
+        if replay is not None:
+            replay.check_end()
         return rows
 
     def _record(self, balancer: Balancer | None) -> Record:
@@ -168,6 +181,7 @@ class _Batch:
         max_new_tokens: int,
         seeds: Sequence[int] | None,
         record: Record,
+        replay: ReplayedSteps | None,
     ):
         model, programs, leaves = engine._model, engine.programs, engine._leaves
         config = model.config
@@ -180,8 +194,10 @@ class _Batch:
         mode = Mode.of(params)
         init_cache = programs.init_cache(leaves, shape)
         self.leaves = leaves
-        self._prefill = programs.prefill(leaves, shape, record)
-        self._decode = programs.decode(leaves, shape, record) if max_new_tokens > 1 else None
+        choices = None if replay is None else replay.choices_shape
+        self._replay = replay
+        self._prefill = programs.prefill(leaves, shape, record, choices)
+        self._decode = programs.decode(leaves, shape, record, choices) if max_new_tokens > 1 else None
         self._sample = programs.sampler(shape, config.vocab_size, mode)
 
         tokens = np.zeros((shape.rows, shape.prompt), np.int32)
@@ -189,6 +205,7 @@ class _Batch:
         for index, prompt in enumerate(prompts):
             tokens[index, : len(prompt)] = prompt
             lengths[index] = len(prompt)
+        self._is_prompt = np.arange(shape.prompt) < lengths[:, None]
         self._tokens, self._lengths = programs.put(tokens), programs.put(lengths)
         self._controls = jax.tree.map(programs.put, Controls.of(params))
         padding = [0] * (shape.rows - len(prompts))
@@ -208,14 +225,22 @@ class _Batch:
         self._active_on_device = self._put(self._active.copy())  # a CPU device may keep using the array it is given
 
     def prefill(self) -> _Step:
-        logits, self._cache, routing = self._prefill(self.leaves, self._tokens, self._lengths, self._cache)
+        expert_ids = self._replayed(self._is_prompt)
+        logits, self._cache, routing = self._prefill(self.leaves, self._tokens, self._lengths, expert_ids, self._cache)
         return _Step(self._choose(logits, self._position, self._step, self._seen), routing)
 
     def decode(self, last: _Step) -> _Step:
         assert self._decode is not None
         token, position, step, seen = last.sampled
-        logits, self._cache, routing = self._decode(self.leaves, token, position, self._active_on_device, self._cache)
+        expert_ids = self._replayed(self._active)
+        logits, self._cache, routing = self._decode(
+            self.leaves, token, position, self._active_on_device, expert_ids, self._cache
+        )
         return _Step(self._choose(logits, position, step, seen), routing)
+
+    def _replayed(self, mask: np.ndarray) -> jax.Array | None:
+        """The next step's choices on the devices, for the tokens where `mask` is True."""
+        return None if self._replay is None else self._put(self._replay.take(mask))
 
     def _choose(self, logits: jax.Array, position: jax.Array, step: jax.Array, seen: jax.Array | None) -> Sampled:
         chosen = self._sample(logits, self._seeds, position, step, seen, self._controls)

@@ -58,22 +58,35 @@ class Model(Protocol):
 
 
 class RecordedModel(Model, Protocol):
-    """What recording and balancing ask of a model besides."""
+    """What recording, balancing and replaying ask of a model besides."""
 
-    def prefill_and_stats(self, tokens_BS: jax.Array, lengths_B: jax.Array, cache: Any) -> tuple[jax.Array, Any, Any]:
-        """`prefill`, and one `MoEStats` per MoE layer."""
+    def split_network(self) -> tuple[Any, Any]:
+        """`nnx.split` of the model as it is while nothing is recorded or replayed."""
+        ...
+
+    def prefill_and_stats(
+        self, tokens_BS: jax.Array, lengths_B: jax.Array, cache: Any, expert_ids_BSLK: jax.Array | None
+    ) -> tuple[jax.Array, Any, Any]:
+        """`prefill`, and one `MoEStats` per MoE layer; with choices to take instead of the routers' own."""
         ...
 
     def decode_and_stats(
-        self, tokens_B: jax.Array, positions_B: jax.Array, cache: Any, active_B: jax.Array
+        self,
+        tokens_B: jax.Array,
+        positions_B: jax.Array,
+        cache: Any,
+        active_B: jax.Array,
+        expert_ids_BLK: jax.Array | None,
     ) -> tuple[jax.Array, Any, Any]:
-        """`decode`, and one `MoEStats` per MoE layer."""
+        """`decode`, and one `MoEStats` per MoE layer; with choices to take instead of the routers' own."""
         ...
 
 
 # What a step tells of its routing: nothing, counts, or the choices of every token too.
 Record = Literal["nothing", "counts", "token_ids"]
 Step = Callable[..., tuple[jax.Array, Any, Routing | None]]
+# MoE layers L and choices K of a token that a step is given instead of choosing them.
+Choices = tuple[int, int]
 
 
 class Shape(NamedTuple):
@@ -124,7 +137,8 @@ class Programs:
         Weights may have been swapped since the last call (other values: nothing is compiled
         again) or reshaped and resharded (everything is).
         """
-        graphdef, state = nnx.split(model)
+        # Compiled ahead with or without choices to take, and told what to record, it finds the same programs either way.
+        graphdef, state = model.split_network() if hasattr(model, "split_network") else nnx.split(model)
         leaves, treedef = jax.tree.flatten(state)
         signature = tuple((leaf.shape, leaf.dtype, leaf.sharding) for leaf in leaves)
         if (graphdef, treedef, signature) != (self._graphdef, self._treedef, self._signature):
@@ -154,31 +168,55 @@ class Programs:
             self.compile_seconds += time.perf_counter() - start
         return self.compiled[key]
 
-    def prefill(self, leaves: Leaves, shape: Shape, record: Record) -> Step:
-        """``(leaves, tokens_BS, lengths_B, cache) -> (logits_BV, cache, routing)``; the cache is donated."""
+    def prefill(self, leaves: Leaves, shape: Shape, record: Record, replay: Choices | None = None) -> Step:
+        """``(leaves, tokens_BS, lengths_B, expert_ids_BSLK, cache) -> (logits_BV, cache, routing)``.
 
-        def prefill(leaves: Leaves, tokens: jax.Array, lengths: jax.Array, cache: Any) -> tuple:
+        The cache is donated; `expert_ids_BSLK` are choices of `replay`'s shape, or None without one.
+        """
+
+        def prefill(
+            leaves: Leaves, tokens: jax.Array, lengths: jax.Array, expert_ids: jax.Array | None, cache: Any
+        ) -> tuple:
             model = self._model(leaves)
-            if record == "nothing":
+            if record == "nothing" and expert_ids is None:
                 return *model.prefill(tokens, lengths, cache), None
-            logits, cache, stats = model.prefill_and_stats(tokens, lengths, cache)
-            return logits, cache, routing_of(stats, self.mesh, token_ids=record == "token_ids")
+            logits, cache, stats = model.prefill_and_stats(tokens, lengths, cache, expert_ids)
+            return logits, cache, self._routing(stats, record)
 
-        args = (self._spec(jnp.int32, shape.rows, shape.prompt), self._spec(jnp.int32, shape.rows))
-        return self._model_step(("prefill", *shape, record), prefill, leaves, shape, args)
+        expert_ids = None if replay is None else self._spec(jnp.int32, shape.rows, shape.prompt, *replay)
+        args = (self._spec(jnp.int32, shape.rows, shape.prompt), self._spec(jnp.int32, shape.rows), expert_ids)
+        return self._model_step(("prefill", *shape, record, replay), prefill, leaves, shape, args)
 
-    def decode(self, leaves: Leaves, shape: Shape, record: Record) -> Step:
-        """``(leaves, token_B, position_B, active_B, cache) -> (logits_BV, cache, routing)``; the cache is donated."""
+    def decode(self, leaves: Leaves, shape: Shape, record: Record, replay: Choices | None = None) -> Step:
+        """``(leaves, token_B, position_B, active_B, expert_ids_BLK, cache) -> (logits_BV, cache, routing)``.
 
-        def decode(leaves: Leaves, token: jax.Array, position: jax.Array, active: jax.Array, cache: Any) -> tuple:
+        The cache is donated; `expert_ids_BLK` are choices of `replay`'s shape, or None without one.
+        """
+
+        def decode(
+            leaves: Leaves,
+            token: jax.Array,
+            position: jax.Array,
+            active: jax.Array,
+            expert_ids: jax.Array | None,
+            cache: Any,
+        ) -> tuple:
             model = self._model(leaves)
-            if record == "nothing":
+            if record == "nothing" and expert_ids is None:
                 return *model.decode(token, position, cache, active), None
-            logits, cache, stats = model.decode_and_stats(token, position, cache, active)
-            return logits, cache, routing_of(stats, self.mesh, token_ids=record == "token_ids")
+            logits, cache, stats = model.decode_and_stats(token, position, cache, active, expert_ids)
+            return logits, cache, self._routing(stats, record)
 
-        args = (self._spec(jnp.int32, shape.rows), self._spec(jnp.int32, shape.rows), self._spec(jnp.bool_, shape.rows))
-        return self._model_step(("decode", shape.rows, shape.cache, record), decode, leaves, shape, args)
+        args = (
+            self._spec(jnp.int32, shape.rows),
+            self._spec(jnp.int32, shape.rows),
+            self._spec(jnp.bool_, shape.rows),
+            None if replay is None else self._spec(jnp.int32, shape.rows, *replay),
+        )
+        return self._model_step(("decode", shape.rows, shape.cache, record, replay), decode, leaves, shape, args)
+
+    def _routing(self, stats: Any, record: Record) -> Routing | None:
+        return None if record == "nothing" else routing_of(stats, self.mesh, token_ids=record == "token_ids")
 
     def sampler(self, shape: Shape, vocab_size: int, mode: sampling.Mode) -> Callable[..., Sampled]:
         """``(logits_BV, seeds_B2, position_B, step, seen_BV | None, controls) -> Sampled``; `seen` is donated."""

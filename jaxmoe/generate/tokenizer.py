@@ -8,15 +8,18 @@ from typing import Any
 from tokenizers import Tokenizer as RustTokenizer
 
 from jaxmoe.config import read_json
-from jaxmoe.generate.chat import ChatTemplate, Message
+from jaxmoe.generate.chat import ChatTemplates, Message
 
 
 class Tokenizer:
-    """``tokenizer.json`` and the checkpoint's chat template.
+    """``tokenizer.json`` and the checkpoint's chat templates.
 
     Args:
         rust: a tokenizer of the ``tokenizers`` library.
-        chat_template: None where the checkpoint has none.
+        chat_templates: None where the checkpoint has none.
+
+    Attributes:
+        special_tokens: the text of every special token by its id; `decode` leaves them out.
 
     Example:
         >>> tokenizer = Tokenizer.from_directory("path/to/checkpoint")  # doctest: +SKIP
@@ -24,16 +27,19 @@ class Tokenizer:
         'Hello'
     """
 
-    def __init__(self, rust: RustTokenizer, chat_template: ChatTemplate | None = None):
+    def __init__(self, rust: RustTokenizer, chat_templates: ChatTemplates | None = None):
         self._rust = rust
         # Settings of the training run that some files still carry; a prompt is neither cut nor filled up.
         rust.no_truncation()
         rust.no_padding()
-        self.chat_template = chat_template
+        self.chat_templates = chat_templates
+        self.special_tokens = {
+            token_id: token.content for token_id, token in rust.get_added_tokens_decoder().items() if token.special
+        }
 
     @classmethod
     def from_directory(cls, directory: str | Path) -> "Tokenizer":
-        """Read ``tokenizer.json``, ``tokenizer_config.json`` and ``chat_template.jinja``.
+        """Read ``tokenizer.json``, ``tokenizer_config.json`` and the files of chat templates.
 
         Raises:
             FileNotFoundError: there is no ``tokenizer.json``.
@@ -51,7 +57,7 @@ class Tokenizer:
         except Exception as error:  # the library raises bare Exception
             raise ValueError(f"{path} is not readable as a tokenizer: {error}") from error
         config = read_json(directory / "tokenizer_config.json")
-        return cls(rust, ChatTemplate.from_directory(directory, config))
+        return cls(rust, ChatTemplates.from_directory(directory, config))
 
     def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
         """Token ids of a text.
@@ -68,19 +74,32 @@ class Tokenizer:
         return self._rust.decode(list(token_ids), skip_special_tokens=True)
 
     def apply_chat_template(
-        self, messages: Sequence[Message], *, add_generation_prompt: bool = True, **variables: Any
+        self,
+        messages: Sequence[Message],
+        *,
+        chat_template: str | None = None,
+        add_generation_prompt: bool = True,
+        **variables: Any,
     ) -> str:
         """The prompt text of a conversation; see `ChatTemplate.render`.
 
+        Args:
+            messages: dictionaries with "role" and "content", oldest first.
+            chat_template: the name of one of several templates; None for "tool_use" where `tools` are among the
+                variables and there is one of that name, and "default" otherwise.
+            add_generation_prompt: end with what opens the assistant's turn.
+            variables: more for the template.
+
         Raises:
-            ValueError: the checkpoint has no chat template, or it refused the messages.
+            ValueError: the checkpoint has no chat template or none of that name, or it refused the messages.
         """
-        if self.chat_template is None:
+        if self.chat_templates is None:
             raise ValueError(
                 "a chat needs the checkpoint's chat template, and there is neither chat_template.jinja nor "
                 'a "chat_template" in tokenizer_config.json; give the prompt as plain text instead'
             )
-        return self.chat_template.render(messages, add_generation_prompt=add_generation_prompt, **variables)
+        template = self.chat_templates.choose(chat_template, variables.get("tools"))
+        return template.render(messages, add_generation_prompt=add_generation_prompt, **variables)
 
 
 def tokenizer_of(directory: str | Path) -> Tokenizer:

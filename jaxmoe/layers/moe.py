@@ -30,6 +30,7 @@ from jaxmoe.layers.replicas import ReplicaRule, choose_slots, token_draws, token
 from jaxmoe.layers.router import choose_experts, router_logits
 from jaxmoe.mesh import AXES, DP, EP, TP, axes_size, batch_axes, named, padded_batch, put
 from jaxmoe.placement import ExpertPlacement, make_placement
+from jaxmoe.placement.trace import check_choices
 
 
 class MoEStats(NamedTuple):
@@ -120,6 +121,7 @@ class MoE(nnx.Module):
         rngs: nnx.Rngs | None = None,
     ):
         check_expert_axes(expert_axes)
+        self.recorder: Any = None  # of the model that the layer is a part of, while its routing is recorded
         E, F, D = config.num_experts, config.moe_intermediate_size, config.hidden_size
         self.config, self.mesh, self.expert_axes = config, mesh, expert_axes
         self.dispatch, self.wire_dtype, self.kernels = dispatch, wire_dtype, kernels
@@ -224,6 +226,7 @@ class MoE(nnx.Module):
         token_mask: jax.Array | None = None,
         router_x: jax.Array | None = None,
         *,
+        expert_ids: jax.Array | None = None,
         dispatch: str | None = None,
     ) -> tuple[jax.Array, MoEStats]:
         """Apply the layer.
@@ -232,26 +235,53 @@ class MoE(nnx.Module):
             x: [..., D], any number of tokens.
             token_mask: bool [...], False for tokens that go to no expert and come back as zeros.
             router_x: [..., D], what the router looks at where that is not x.
+            expert_ids: integers [..., K], logical experts to take instead of the router's choice, as `MoEStats.expert_ids`
+                gives them; -1 in all K for a token whose experts the router chooses. The weights are the router's, and
+                gradients reach it through them. Inside a program of your own the numbers cannot be checked; one that is
+                no expert's makes NaN.
             dispatch: for this call; None for the layer's own.
 
         Returns:
             y [..., D] in x's dtype, and the call's statistics.
+
+        Raises:
+            ValueError: a shape does not fit, or `expert_ids` are no choices of this layer.
+            RuntimeError: the layer is called by itself while its model is recorded.
         """
+        if self.recorder is not None and self.recorder.active:
+            raise RuntimeError(
+                "the routing of this layer's model is being recorded, and the record is of model(tokens) and "
+                "jaxmoe.generate alone; call the layer, or a method that returns statistics, outside of "
+                "`with model.record_routing()`"
+            )
         if x.shape[-1] != self.config.hidden_size:
             raise ValueError(f"the last dim of x is hidden_size={self.config.hidden_size}; got shape {x.shape}")
         x_TD = x.reshape(-1, x.shape[-1])
         mask_T = jnp.ones(x_TD.shape[0], bool) if token_mask is None else token_mask.reshape(-1)
         params = {name: param[...] for name, param in vars(self).items() if isinstance(param, nnx.Variable)}
         router_TD = x_TD if router_x is None else router_x.reshape(x_TD.shape)
+        ids_TK = None if expert_ids is None else self._given_choices(expert_ids, x.shape[:-1])
         plan = self._plan(x_TD.shape[0], x.dtype, dispatch)
         if self.config.latent_size is None:
-            y_TD, stats = _forward(x_TD, router_TD, mask_T, params, plan=plan)
+            y_TD, stats = _forward(x_TD, router_TD, mask_T, ids_TK, params, plan=plan)
         else:
-            y_TX, stats = _forward(self._latent(x_TD, "in"), router_TD, mask_T, params, plan=plan)
+            y_TX, stats = _forward(self._latent(x_TD, "in"), router_TD, mask_T, ids_TK, params, plan=plan)
             y_TD = jnp.where(mask_T[:, None], self._latent(y_TX, "out"), 0)
         if self.config.shared is not None:
             y_TD = y_TD + jnp.where(mask_T[:, None], self._shared(x_TD), 0)
         return y_TD.reshape(x.shape), stats
+
+    def _given_choices(self, expert_ids: Any, tokens: tuple[int, ...]) -> jax.Array:
+        """`expert_ids` as int32 [T, K], seen to be choices of this layer as far as that can be seen here."""
+        K = self.config.num_experts_per_tok
+        if jnp.shape(expert_ids) != (*tokens, K) or not jnp.issubdtype(jnp.result_type(expert_ids), jnp.integer):
+            raise ValueError(
+                f"expert_ids are integers {[*tokens, K]}, num_experts_per_tok={K} for each token; got "
+                f"{jnp.result_type(expert_ids)} {list(jnp.shape(expert_ids))}"
+            )
+        if not isinstance(expert_ids, jax.core.Tracer):
+            check_choices(np.asarray(expert_ids).reshape(-1, K), self.config.num_experts)
+        return jnp.asarray(expert_ids, jnp.int32).reshape(-1, K)
 
     def _latent(self, x_TX: jax.Array, way: str) -> jax.Array:
         """From the model's width into that of the experts' inputs, or back."""
@@ -320,7 +350,13 @@ def check_expert_axes(expert_axes: tuple[str, ...]) -> None:
 
 @partial(jax.jit, static_argnames="plan")
 def _forward(
-    x_TD: jax.Array, router_TD: jax.Array, mask_T: jax.Array, params: dict[str, jax.Array], *, plan: _Plan
+    x_TD: jax.Array,
+    router_TD: jax.Array,
+    mask_T: jax.Array,
+    expert_ids_TK: jax.Array | None,
+    params: dict[str, jax.Array],
+    *,
+    plan: _Plan,
 ) -> tuple[jax.Array, MoEStats]:
     """The routed experts as one shard_map over all three axes; tokens are padded to split evenly."""
     layout, config = plan.layout, plan.config
@@ -329,6 +365,8 @@ def _forward(
     padding = layout.tokens_per_device(T, token_axes) * layout.size(token_axes) - T
     x_TD, router_TD = (jnp.pad(y_TD, ((0, padding), (0, 0))) for y_TD in (x_TD, router_TD))
     mask_T = jnp.pad(mask_T, (0, padding))
+    if expert_ids_TK is not None:
+        expert_ids_TK = jnp.pad(expert_ids_TK, ((0, padding), (0, 0)), constant_values=-1)
     width_axis = TP if TP in layout.partial_axes else None
     expert_specs = {
         "w_gate_up": P(layout.expert_axes, None, width_axis),
@@ -340,10 +378,14 @@ def _forward(
     }
 
     def local(
-        x_TD: jax.Array, router_TD: jax.Array, mask_T: jax.Array, params: dict[str, jax.Array]
+        x_TD: jax.Array,
+        router_TD: jax.Array,
+        mask_T: jax.Array,
+        given_TK: jax.Array | None,
+        params: dict[str, jax.Array],
     ) -> tuple[jax.Array, MoEStats]:
         logits_TE = router_logits(router_TD, params, config.router)
-        ids_TK, weights_TK = choose_experts(logits_TE, params, config.num_experts_per_tok, config.router)
+        ids_TK, weights_TK = choose_experts(logits_TE, params, config.num_experts_per_tok, config.router, given_TK)
         first = jax.lax.axis_index(token_axes) * len(ids_TK) if token_axes else 0
         slots_TK = _choose_replicas(x_TD, ids_TK, first, params, plan)
         slots_TK = jnp.where(mask_T[:, None], slots_TK, -1)
@@ -364,10 +406,10 @@ def _forward(
     y_TD, stats = jax.shard_map(
         local,
         mesh=plan.mesh,
-        in_specs=(*[P(token_axes)] * 3, {name: expert_specs.get(name, P()) for name in params}),
+        in_specs=(*[P(token_axes)] * 4, {name: expert_specs.get(name, P()) for name in params}),
         out_specs=(P(token_axes), MoEStats(**stats_specs)),
         check_vma=False,
-    )(x_TD, router_TD, mask_T, params)
+    )(x_TD, router_TD, mask_T, expert_ids_TK, params)
     return y_TD[:T], stats._replace(expert_ids=stats.expert_ids[:T])
 
 

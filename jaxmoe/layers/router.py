@@ -4,6 +4,7 @@ A score is a function from logits to scores and a line in `SCORES`; `route` comp
 from a `RouterConfig`.
 """
 
+import inspect
 from collections.abc import Callable, Mapping
 
 import jax
@@ -64,71 +65,125 @@ def router_logits(x_TD: jax.Array, params: Mapping[str, jax.Array], config: Rout
 
 
 def choose_experts(
-    logits_TE: jax.Array, params: Mapping[str, jax.Array], num_experts_per_tok: int, config: RouterConfig
+    logits_TE: jax.Array,
+    params: Mapping[str, jax.Array],
+    num_experts_per_tok: int,
+    config: RouterConfig,
+    expert_ids_TK: jax.Array | None = None,
 ) -> tuple[jax.Array, jax.Array]:
     """The rest of `route`: from logits to int32 [T, K] experts and float32 [T, K] weights.
 
+    Args:
+        logits_TE: from `router_logits`.
+        params, num_experts_per_tok, config: as for `route`.
+        expert_ids_TK: choices to take instead of the router's own, the first choice first, and all -1 for a token whose
+            experts the router chooses. The router weights them all; gradients reach it through the weights alone.
+
     Raises:
-        ValueError: `RouterConfig.function` gives something of another shape or kind.
+        ValueError: `RouterConfig.function` gives something of another shape or kind, or weights no choices but its own.
     """
+    ids_TK, weights_TK = _own_choice(logits_TE, params, num_experts_per_tok, config)
+    if expert_ids_TK is None:
+        return ids_TK, weights_TK
+    ids_TK = jnp.where(expert_ids_TK < 0, ids_TK, expert_ids_TK)
     if config.function is not None:
-        return _chosen_by(config.function, logits_TE, num_experts_per_tok)
+        return ids_TK, _weighted_by(config.function, logits_TE, ids_TK)
+    return ids_TK, _weigh(logits_TE, ids_TK, params, config)
+
+
+def _own_choice(
+    logits_TE: jax.Array, params: Mapping[str, jax.Array], K: int, config: RouterConfig
+) -> tuple[jax.Array, jax.Array]:
+    """The router's own experts and their weights."""
+    if config.function is not None:
+        return _checked(config.function, config.function(logits_TE, K), (logits_TE.shape[0], K))
     if config.sparsemixer is not None:
-        ids_TK, weights_TK = sparsemixer(logits_TE, num_experts_per_tok, config.sparsemixer)
-        return ids_TK, _normalize(weights_TK, config) * config.scale
+        ids_TK = sparsemixer(logits_TE, K, config.sparsemixer)[0]
+    else:
+        choice_TE = logits_TE if config.score_after_top_k else SCORES[config.score](logits_TE)
+        if config.correction_bias:
+            choice_TE = choice_TE + params["correction_bias"].astype(jnp.float32)
+        if config.num_groups > 1:
+            choice_TE = jnp.where(eligible(choice_TE, config), choice_TE, 0 if config.zero_other_groups else -jnp.inf)
+        _, ids_TK = jax.lax.top_k(choice_TE, K)
+    return ids_TK, _weigh(logits_TE, ids_TK, params, config)
+
+
+def _weigh(logits_TE: jax.Array, ids_TK: jax.Array, params: Mapping[str, jax.Array], config: RouterConfig) -> jax.Array:
+    """Float32 [T, K], the weights of experts that were chosen in this order, whoever chose them."""
+    K = ids_TK.shape[1]
+    if config.sparsemixer is not None:
+        weights_TK = sparsemixer(logits_TE, K, config.sparsemixer, ids_TK)[1]
+        return _normalize(weights_TK, config) * config.scale
     score = SCORES[config.score]
-    scores_TE = logits_TE if config.score_after_top_k else score(logits_TE)
-    choice_TE = scores_TE
-    if config.correction_bias:
-        choice_TE = scores_TE + params["correction_bias"].astype(jnp.float32)
-    if config.num_groups > 1:
-        eligible_TE = eligible(choice_TE, config)
-        choice_TE = jnp.where(eligible_TE, choice_TE, 0 if config.zero_other_groups else -jnp.inf)
-        if config.zero_other_groups:
-            scores_TE = jnp.where(eligible_TE, scores_TE, 0)
-    _, ids_TK = jax.lax.top_k(choice_TE, num_experts_per_tok)
-    weights_TK = jnp.take_along_axis(scores_TE, ids_TK, axis=-1)
     if config.score_after_top_k:
-        weights_TK = score(weights_TK)
+        weights_TK = score(jnp.take_along_axis(logits_TE, ids_TK, axis=-1))
+    else:
+        weights_TK = jnp.take_along_axis(score(logits_TE), ids_TK, axis=-1)
+    if config.num_groups > 1 and config.zero_other_groups:
+        # The eligible groups' experts come first; what is chosen beyond them was chosen for want of others.
+        weights_TK = weights_TK.at[:, config.topk_groups * logits_TE.shape[1] // config.num_groups :].set(0)
     weights_TK = _normalize(weights_TK, config) * config.scale
     if config.expert_scale:
         weights_TK *= params["expert_scale"].astype(jnp.float32)[ids_TK]
-    return ids_TK, weights_TK
+    return weights_TK
 
 
-def _chosen_by(function: RouterFunction, logits_TE: jax.Array, K: int) -> tuple[jax.Array, jax.Array]:
-    """What a user's function chooses, once it is seen to be what it should be."""
-    ids_TK, weights_TK = (jnp.asarray(array) for array in function(logits_TE, K))
-    shape = (logits_TE.shape[0], K)
+def _weighted_by(function: RouterFunction, logits_TE: jax.Array, ids_TK: jax.Array) -> jax.Array:
+    """The weights that a user's function gives to choices that are not its own."""
+    if "expert_ids" not in inspect.signature(function).parameters:
+        raise ValueError(
+            "a router function that is to weight given choices takes them as expert_ids=, integers [T, K], and gives them "
+            f"back with their weights; {_name(function)!r} has no such parameter"
+        )
+    found = function(logits_TE, ids_TK.shape[1], expert_ids=ids_TK)
+    return _checked(function, found, ids_TK.shape)[1]
+
+
+def _checked(function: RouterFunction, found: tuple, shape: tuple[int, ...]) -> tuple[jax.Array, jax.Array]:
+    """What a user's function gave, once it is seen to be what it should be."""
+    ids_TK, weights_TK = (jnp.asarray(array) for array in found)
     kinds = jnp.issubdtype(ids_TK.dtype, jnp.integer) and jnp.issubdtype(weights_TK.dtype, jnp.floating)
     if ids_TK.shape != shape or weights_TK.shape != shape or not kinds:
         raise ValueError(
             f"a router function gives whole numbers and weights of shape [T, K], here {shape}; "
-            f"{getattr(function, '__name__', function)!r} gives {ids_TK.dtype} {ids_TK.shape} and {weights_TK.dtype} "
-            f"{weights_TK.shape}"
+            f"{_name(function)!r} gives {ids_TK.dtype} {ids_TK.shape} and {weights_TK.dtype} {weights_TK.shape}"
         )
     return ids_TK.astype(jnp.int32), weights_TK.astype(jnp.float32)
 
 
-def sparsemixer(logits_TE: jax.Array, num_experts_per_tok: int, jitter: float) -> tuple[jax.Array, jax.Array]:
+def _name(function: RouterFunction) -> object:
+    return getattr(function, "__name__", function)
+
+
+def sparsemixer(
+    logits_TE: jax.Array, num_experts_per_tok: int, jitter: float, expert_ids_TK: jax.Array | None = None
+) -> tuple[jax.Array, jax.Array]:
     """Choose one expert after the other, each weighted by a softmax over those left that come near it.
 
-    Near the largest logit m are the logits s with (m - s) / max(|s|, m) of at most 2 · jitter; two experts close to each
-    other so share a weight, and one far ahead of all has weight 1. What SparseMixer-v2 (GRIN-MoE, arXiv:2409.12136)
-    leaves of itself at inference.
+    Near the logit m of the one that is chosen are the logits s with (m - s) / max(|s|, m) of at most 2 · jitter; two
+    experts close to each other so share a weight, and one far ahead of all has weight 1. What SparseMixer-v2 (GRIN-MoE,
+    arXiv:2409.12136) leaves of itself at inference.
+
+    Args:
+        logits_TE: float32.
+        num_experts_per_tok: K.
+        jitter: see above.
+        expert_ids_TK: experts to weight in this order; None for the largest logit that is left, each time.
 
     Returns:
         int32 [T, K] experts and float32 [T, K] weights, first choice first.
     """
     left_TE, ids, weights = logits_TE, [], []
-    for _ in range(num_experts_per_tok):
-        largest_T1 = jnp.max(left_TE, axis=-1, keepdims=True)
-        far_TE = (largest_T1 - logits_TE) / jnp.maximum(jnp.abs(logits_TE), largest_T1) > 2 * jitter
-        id_T = jnp.argmax(left_TE, axis=-1)
-        # The softmax's value at its largest logit.
-        weights.append(1 / jnp.sum(jnp.where(far_TE, 0, jnp.exp(left_TE - largest_T1)), axis=-1))
+    for k in range(num_experts_per_tok):
+        id_T = jnp.argmax(left_TE, axis=-1) if expert_ids_TK is None else expert_ids_TK[:, k]
+        chosen_TE = jnp.arange(logits_TE.shape[1])[None] == id_T[:, None]
+        logit_T1 = jnp.take_along_axis(left_TE, id_T[:, None], axis=-1)
+        far_TE = (logit_T1 - logits_TE) / jnp.maximum(jnp.abs(logits_TE), logit_T1) > 2 * jitter
+        near_TE = jax.nn.softmax(jnp.where(far_TE, -jnp.inf, left_TE), axis=-1)
+        weights.append(jnp.take_along_axis(near_TE, id_T[:, None], axis=-1)[:, 0])
         ids.append(id_T)
-        left_TE = jnp.where(jnp.arange(logits_TE.shape[1]) == id_T[:, None], -jnp.inf, left_TE)
+        left_TE = jnp.where(chosen_TE, -jnp.inf, left_TE)
     return jnp.stack(ids, axis=-1).astype(jnp.int32), jnp.stack(weights, axis=-1)
 
 

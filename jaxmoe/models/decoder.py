@@ -33,8 +33,9 @@ from jaxmoe.models.checks import check_token_ids, check_tp
 from jaxmoe.models.decoder_layer import DecoderLayer
 from jaxmoe.models.describe import describe
 from jaxmoe.models.padding import bucket_length, prompt_positions
+from jaxmoe.models.replay import ReplayedRouting, RoutingReplay, of_layers
 from jaxmoe.models.routing import Routing, RoutingRecorder, routing_of
-from jaxmoe.placement import ExpertPlacement, make_placements
+from jaxmoe.placement import ExpertPlacement, RoutingTrace, make_placements
 from jaxmoe.placement.traffic import device_loads
 
 # What every layer keeps of the tokens seen, first to last; None for a layer that keeps nothing.
@@ -58,6 +59,10 @@ class Decoder(nnx.Module):
         ValueError: heads or widths do not divide over tp, or a placement does not fit.
     """
 
+    # While a trace is replayed, an attribute of the module: its arrays are then in the module's state, and reach programs
+    # that are compiled around a call of the model.
+    replay: RoutingReplay | None = None
+
     def __init__(
         self,
         config: DecoderConfig,
@@ -76,7 +81,7 @@ class Decoder(nnx.Module):
         self.config, self.mesh, self.dtype = config, mesh, jnp.dtype(dtype)
         self._source: HostData[Path | None] = HostData(source)
         self._load_report: HostData[Any] = HostData(None)
-        self._recorder: HostData[RoutingRecorder | None] = HostData(None)
+        self._recorder: RoutingRecorder | None = None
         self.dispatch = PhaseDispatch.of(dispatch)
         param = ParamFactory(mesh, dtype, rngs)
         experts = [ffn.num_experts for layer in config.layers if isinstance(ffn := layer.feed_forward, MoEConfig)]
@@ -131,7 +136,7 @@ class Decoder(nnx.Module):
     @property
     def recorder(self) -> RoutingRecorder | None:
         """The recorder of the `record_routing` that is active."""
-        return self._recorder.value
+        return self._recorder if self._recorder is not None and self._recorder.active else None
 
     def describe(self, *, batch_size: int = 1, prompt_length: int = 512) -> str:
         """The model on its mesh in a few lines: where its experts are, and how tokens will travel to them and why.
@@ -147,13 +152,17 @@ class Decoder(nnx.Module):
         """Record which experts are chosen by all that the model computes inside the ``with`` block.
 
         Counts cost next to nothing. Each step of `jaxmoe.generate`, and each call of the model, is one step of
-        the record. Programs that record are compiled beside those that do not.
+        the record: a token is counted in the step that computes it, so a prompt's tokens once, and each generated
+        token once but the one that reaches max_new_tokens, which the model never sees. Copies made inside the block count
+        too, as that of `nnx.value_and_grad`. Programs that record are compiled beside those that do not.
 
         Args:
             token_ids: keep the choices of every token too, int32 [T, L, K] a step.
 
         Raises:
-            RuntimeError: a recording is active already.
+            RuntimeError: a recording is active already. Inside the block, a call that cannot be recorded: of the model in
+                a program of your own (jit), or of its methods and layers alone. A function that closes over the model and
+                was compiled before runs without asking, and is not recorded.
 
         Example:
             >>> with model.record_routing() as routing:  # doctest: +SKIP
@@ -164,11 +173,76 @@ class Decoder(nnx.Module):
             raise RuntimeError(
                 "the model's routing is being recorded already: one `with model.record_routing()` at a time"
             )
-        self._recorder.value = RoutingRecorder(token_ids=token_ids)
+        recorder = RoutingRecorder(token_ids=token_ids)
+        self.record_with(recorder)
         try:
-            yield self._recorder.value
+            yield recorder
         finally:
-            self._recorder.value = None
+            recorder.stop()
+
+    def record_with(self, recorder: RoutingRecorder | None) -> None:
+        """Let a recorder see what the model computes until it stops; None for no recorder."""
+        self._recorder = recorder
+        for moe in self.moe_layers:
+            moe.recorder = recorder
+        if recorder is not None:
+            recorder.models.append(self)
+
+    @contextlib.contextmanager
+    def replay_routing(self, trace: RoutingTrace) -> Iterator[None]:
+        """Take recorded choices of experts instead of the routers' own inside the ``with`` block.
+
+        The routers still weight the chosen, and gradients reach them through the weights. The trace is of one run, on
+        any mesh and placement, and every run inside the block replays it from its beginning:
+
+        - A call of the model on [B, S] takes a trace of B · S tokens, row by row, in however many windows. It may be
+          inside gradients, and inside programs of your own that take the model as an argument (`nnx.jit`); another trace
+          of as many tokens compiles nothing again.
+        - A call of `jaxmoe.generate` takes a trace of one: a window for the prefill, with the prompts' tokens one prompt
+          after the other, and one for each decode step, with a token for each row that had not ended when it began.
+
+        Padding is in no trace, neither that of rows nor of prompts. A token with -1 in all places is one that the router
+        chooses for. `RoutingTrace.by_sequence` brings a generation into rows, to train on what was sampled.
+        `logits_and_stats` and its like take choices as an argument, here as elsewhere.
+
+        Args:
+            trace: recorded with ``token_ids=True``, of a model with the same layers.
+
+        Raises:
+            ValueError: the trace has counts alone, or other layers, experts or choices than the model; inside the block,
+                another number of tokens or steps than a run.
+            RuntimeError: a trace is being replayed already; inside the block, a program that closes over the model
+                instead of taking it. One that was compiled before runs without asking, and replays nothing.
+
+        Example:
+            >>> with model.record_routing(token_ids=True) as routing:  # doctest: +SKIP
+            ...     logits = model(tokens)
+            >>> with model.replay_routing(routing.trace()):  # doctest: +SKIP
+            ...     loss, gradients = nnx.value_and_grad(lambda model: loss_of(model(tokens)))(model)
+        """
+        if self.replay is not None:
+            raise RuntimeError("a trace is being replayed already: one `with model.replay_routing(...)` at a time")
+        self.replay = RoutingReplay(trace, [moe.config for moe in self.moe_layers], self.mesh)
+        try:
+            yield
+        finally:
+            del self.replay
+
+    def split_network(self) -> tuple[nnx.GraphDef, nnx.State]:
+        """`nnx.split` of the model without recorder and replay, so that programs made of it know of neither."""
+        recorder, replay = self._recorder, self.replay
+        self.record_with(None)
+        if replay is not None:
+            del self.replay
+        try:
+            return nnx.split(self)
+        finally:
+            if replay is not None:
+                self.replay = replay
+            if recorder is not None:
+                self._recorder = recorder
+                for moe in self.moe_layers:
+                    moe.recorder = recorder
 
     def rebalance(
         self, placement: str | ExpertPlacement | Sequence[str | ExpertPlacement], *, num_nodes: int = 1
@@ -242,7 +316,8 @@ class Decoder(nnx.Module):
             float32 [B, S, vocab_size].
 
         Raises:
-            ValueError: not two dims, no token, or an id outside the vocabulary.
+            ValueError: not two dims, no token, or an id outside the vocabulary, or a replayed trace of another size.
+            RuntimeError: see `record_routing` and `replay_routing`.
         """
         if not isinstance(token_ids, jax.core.Tracer):
             token_ids = np.asarray(token_ids)
@@ -252,10 +327,13 @@ class Decoder(nnx.Module):
         rows, length = self.padded_batch(B), bucket_length(S)
         tokens_BS = jnp.pad(jnp.asarray(token_ids, jnp.int32), ((0, rows - B), (0, length - S)))
         lengths_B = jnp.where(jnp.arange(rows) < B, S, 0)
-        graphdef, state = nnx.split(self)
+        expert_ids = None if self.replay is None else self.replay.of_call(B, S, rows, length)
+        graphdef, replay, *rest = nnx.split(self, ReplayedRouting, ...)
+        # The program takes the choices as they are padded, and no array of each trace's own size.
+        replay = jax.tree.map(lambda _: jnp.int32(0), replay)
         recorder = self.recorder
         record = None if recorder is None else recorder.token_ids
-        logits_BSV, routing = _all_logits(graphdef, record, state, tokens_BS, lengths_B)
+        logits_BSV, routing = _all_logits(graphdef, record, (replay, *rest), tokens_BS, lengths_B, expert_ids)
         if recorder is not None:
             recorder.add(routing)
         return logits_BSV[:B, :S]
@@ -283,12 +361,12 @@ class Decoder(nnx.Module):
         return self.prefill_and_stats(tokens_BS, lengths_B, cache)[:2]
 
     def prefill_and_stats(
-        self, tokens_BS: jax.Array, lengths_B: jax.Array, cache: Cache
+        self, tokens_BS: jax.Array, lengths_B: jax.Array, cache: Cache, expert_ids_BSLK: jax.Array | None = None
     ) -> tuple[jax.Array, Cache, tuple[MoEStats, ...]]:
-        """`prefill`, and what each MoE layer did."""
+        """`prefill`, and what each MoE layer did; with choices to take, as for `logits_and_stats`."""
         S = tokens_BS.shape[1]
         positions_BS, mask_BS = prompt_positions(lengths_B, S)
-        x_BSD, cache, stats = self._hidden(tokens_BS, positions_BS, mask_BS, cache)
+        x_BSD, cache, stats = self._hidden(tokens_BS, positions_BS, mask_BS, cache, expert_ids_BSLK)
         last_B1D = jnp.take_along_axis(x_BSD, jnp.maximum(lengths_B - 1, 0)[:, None, None], axis=1)
         return self._logits(last_B1D)[:, 0], cache, stats
 
@@ -309,25 +387,37 @@ class Decoder(nnx.Module):
         return self.decode_and_stats(tokens_B, positions_B, cache, active_B)[:2]
 
     def decode_and_stats(
-        self, tokens_B: jax.Array, positions_B: jax.Array, cache: Cache, active_B: jax.Array | None = None
+        self,
+        tokens_B: jax.Array,
+        positions_B: jax.Array,
+        cache: Cache,
+        active_B: jax.Array | None = None,
+        expert_ids_BLK: jax.Array | None = None,
     ) -> tuple[jax.Array, Cache, tuple[MoEStats, ...]]:
-        """`decode`, and what each MoE layer did."""
+        """`decode`, and what each MoE layer did; with choices to take, one token's for each row."""
         mask_B1 = jnp.ones((len(tokens_B), 1), bool) if active_B is None else active_B[:, None]
-        x_B1D, cache, stats = self._hidden(tokens_B[:, None], positions_B[:, None], mask_B1, cache, decode=True)
+        ids_B1LK = None if expert_ids_BLK is None else expert_ids_BLK[:, None]
+        x_B1D, cache, stats = self._hidden(
+            tokens_B[:, None], positions_B[:, None], mask_B1, cache, ids_B1LK, decode=True
+        )
         return self._logits(x_B1D)[:, 0], cache, stats
 
-    def logits_and_stats(self, tokens_BS: jax.Array, lengths_B: jax.Array) -> tuple[jax.Array, tuple[MoEStats, ...]]:
+    def logits_and_stats(
+        self, tokens_BS: jax.Array, lengths_B: jax.Array, expert_ids_BSLK: jax.Array | None = None
+    ) -> tuple[jax.Array, tuple[MoEStats, ...]]:
         """Logits of every position, and what each MoE layer did; pure and traceable, for training and measuring.
 
         Args:
             tokens_BS: int32, padded on the right, B a number that `padded_batch` gives.
             lengths_B: int32, tokens of each row; 0 for a padding row.
+            expert_ids_BSLK: int32, choices to take instead of the routers' own, for the L MoE layers and the largest of
+                their K, see `jaxmoe.MoE`; what it has of padding counts for nothing.
 
         Returns:
             float32 [B, S, vocab_size], and one `MoEStats` per MoE layer.
         """
         positions_BS, mask_BS = prompt_positions(lengths_B, tokens_BS.shape[1])
-        x_BSD, _, stats = self._hidden(tokens_BS, positions_BS, mask_BS, None)
+        x_BSD, _, stats = self._hidden(tokens_BS, positions_BS, mask_BS, None, expert_ids_BSLK)
         return self._logits(x_BSD), stats
 
     def _hidden(
@@ -336,15 +426,20 @@ class Decoder(nnx.Module):
         positions_BS: jax.Array,
         mask_BS: jax.Array,
         cache: Cache | None,
+        expert_ids_BSLK: jax.Array | None,
         *,
         decode: bool = False,
     ) -> tuple[jax.Array, Cache, tuple[MoEStats, ...]]:
         batch = batch_axes(self.mesh, tokens_BS.shape[0])
         x_BSD = self.embed.embed(tokens_BS, batch) * self.config.embedding_multiplier
+        choices = iter(of_layers(expert_ids_BSLK, [moe.config for moe in self.moe_layers], tokens_BS.shape))
         caches, stats = [], []
         for i, layer in enumerate(self.layers):
             layer_cache = None if cache is None else cache[i]
-            x_BSD, layer_cache, layer_stats = layer(x_BSD, positions_BS, mask_BS, layer_cache, batch, decode=decode)
+            ids_BSK = next(choices) if hasattr(layer, "moe") else None
+            x_BSD, layer_cache, layer_stats = layer(
+                x_BSD, positions_BS, mask_BS, layer_cache, batch, expert_ids_BSK=ids_BSK, decode=decode
+            )
             caches.append(layer_cache)
             if layer_stats is not None:
                 stats.append(layer_stats)
@@ -359,10 +454,16 @@ class Decoder(nnx.Module):
 
 @partial(jax.jit, static_argnums=(0, 1))
 def _all_logits(
-    graphdef: nnx.GraphDef, token_ids: bool | None, state: nnx.State, tokens_BS: jax.Array, lengths_B: jax.Array
+    graphdef: nnx.GraphDef,
+    token_ids: bool | None,
+    states: tuple[nnx.State, ...],
+    tokens_BS: jax.Array,
+    lengths_B: jax.Array,
+    expert_ids_BSLK: jax.Array | None,
 ) -> tuple[jax.Array, Routing | None]:
-    model = nnx.merge(graphdef, state)
-    logits_BSV, stats = model.logits_and_stats(tokens_BS, lengths_B)
+    model = nnx.merge(graphdef, *states)
+    model.record_with(None)  # This program hands out its routing itself.
+    logits_BSV, stats = model.logits_and_stats(tokens_BS, lengths_B, expert_ids_BSLK)
     return logits_BSV, None if token_ids is None else routing_of(stats, model.mesh, token_ids=token_ids)
 
 

@@ -1,5 +1,6 @@
 """One layer of a decoder: a token mixer and a feed-forward part, each behind a norm and added to its input."""
 
+from functools import partial
 from typing import Any
 
 import jax
@@ -74,9 +75,12 @@ class DecoderLayer(nnx.Module):
         cache: Any,
         batch: tuple[str, ...],
         *,
+        expert_ids_BSK: jax.Array | None = None,
         decode: bool = False,
     ) -> tuple[jax.Array, Any, MoEStats | None]:
         """Apply the layer; tokens where `mask_BS` is False reach no routed expert.
+
+        `expert_ids_BSK` are choices to take instead of the router's own, see `jaxmoe.MoE`.
 
         Returns:
             [B, S, D], the layer's cache, and what its routed experts did (None where it has none).
@@ -89,7 +93,7 @@ class DecoderLayer(nnx.Module):
             x_BSD = x_BSD + y_BSD * self.residual_multiplier
         if self.config.feed_forward is not None:
             dispatch = self.dispatch.decode if decode else self.dispatch.prefill
-            y_BSD, stats = self._feed_forward(x_BSD, mask_BS, batch, dispatch)
+            y_BSD, stats = self._feed_forward(x_BSD, mask_BS, batch, expert_ids_BSK, dispatch)
             if self.config.post_norms:
                 y_BSD = self.feed_forward_post_norm(y_BSD)
             x_BSD = x_BSD + y_BSD * self.residual_multiplier
@@ -98,16 +102,22 @@ class DecoderLayer(nnx.Module):
         return x_BSD, cache, stats
 
     def _feed_forward(
-        self, x_BSD: jax.Array, mask_BS: jax.Array, batch: tuple[str, ...], dispatch: str
+        self,
+        x_BSD: jax.Array,
+        mask_BS: jax.Array,
+        batch: tuple[str, ...],
+        expert_ids_BSK: jax.Array | None,
+        dispatch: str,
     ) -> tuple[jax.Array, MoEStats | None]:
         """The second half without what it is added to."""
         normed_BSD = self.feed_forward_norm(x_BSD)
         if not isinstance(self.config.feed_forward, MoEConfig):
             return self.mlp(normed_BSD, batch), None
+        moe = partial(self.moe, token_mask=mask_BS, expert_ids=expert_ids_BSK, dispatch=dispatch)
         if self.config.parallel_mlp is None:
-            y_BSD, stats = self.moe(normed_BSD, mask_BS, dispatch=dispatch)
+            y_BSD, stats = moe(normed_BSD)
         else:
-            y_BSD, stats = self.moe(self.moe_norm(x_BSD), mask_BS, router_x=x_BSD, dispatch=dispatch)
+            y_BSD, stats = moe(self.moe_norm(x_BSD), router_x=x_BSD)
         y_BSD = jax.lax.with_sharding_constraint(y_BSD, named(self.moe.mesh, batch))
         if self.config.parallel_mlp is not None:
             y_BSD = self.mlp_post_norm(self.mlp(normed_BSD, batch)) + self.moe_post_norm(y_BSD)

@@ -1,7 +1,7 @@
 """Recording which experts a model's tokens choose, while it runs."""
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -48,13 +48,36 @@ def routing_of(stats: Sequence[MoEStats], mesh: Mesh, *, token_ids: bool) -> Rou
 class RoutingRecorder:
     """The routing of everything a model computes while it is recorded; see `Decoder.record_routing`.
 
+    A model that is recorded has its recorder as a plain attribute, and so another structure than one that is not: a
+    program that was compiled around a call without recording is not taken for one with it. Which recorder it is makes no
+    difference: all of them compare equal.
+
     Attributes:
         token_ids: whether each token's choices are kept, and not only counts.
+        active: until `stop`.
+        models: those that it records; more than one where a model was moved meanwhile.
     """
 
     def __init__(self, *, token_ids: bool):
-        self.token_ids = token_ids
+        self.token_ids, self.active = token_ids, True
+        self.models: list[Any] = []
         self._steps: list[Routing] = []
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, RoutingRecorder)
+
+    def __hash__(self) -> int:
+        return hash(RoutingRecorder)
+
+    def __deepcopy__(self, memo: dict) -> "RoutingRecorder":
+        return self  # A copy of a recorded model counts here as well, and stops with it.
+
+    def stop(self) -> None:
+        """End the recording."""
+        self.active = False
+        for model in self.models:
+            model.record_with(None)
+        self.models.clear()
 
     @property
     def num_steps(self) -> int:
@@ -62,7 +85,17 @@ class RoutingRecorder:
         return len(self._steps)
 
     def add(self, routing: Routing) -> None:
-        """Keep the routing of one step, in host memory."""
+        """Keep the routing of one step, in host memory.
+
+        Raises:
+            RuntimeError: it is inside a program that is being compiled, and has no values.
+        """
+        if isinstance(routing.counts, jax.core.Tracer):
+            raise RuntimeError(
+                "routing is recorded of model(tokens) and jaxmoe.generate as they run, and this call is inside a program "
+                "of your own (jit, vmap or the like); call the model outside of it, or end the recording and let the "
+                "program return the statistics of model.logits_and_stats"
+            )
         self._steps.append(jax.tree.map(np.asarray, routing))
 
     def counts(self) -> np.ndarray:

@@ -157,7 +157,7 @@ class RoutingTrace:
         """
         if self.num_windows > 1:
             middle = (self.num_windows + 1) // 2
-            return self._windows(0, middle), self._windows(middle, self.num_windows)
+            return self.windows(0, middle), self.windows(middle, self.num_windows)
         if self.expert_ids is None or self.expert_ids.shape[0] < 2:
             raise ValueError(
                 "a trace is halved by its windows, and this one has a single window of counts; record at least two "
@@ -170,7 +170,16 @@ class RoutingTrace:
             RoutingTrace.from_expert_ids(self.expert_ids[middle:], self.num_experts, window=[tokens - middle]),
         )
 
-    def _windows(self, start: int, stop: int) -> "RoutingTrace":
+    def windows(self, start: int, stop: int) -> "RoutingTrace":
+        """The windows from `start` up to and without `stop`, such as those of one of several recorded runs.
+
+        Raises:
+            ValueError: the trace has no such windows, or they are none.
+        """
+        if not 0 <= start < stop <= self.num_windows:
+            raise ValueError(
+                f"a part of {self.num_windows} windows is 0 <= start < stop <= {self.num_windows}; got {start}, {stop}"
+            )
         if self.expert_ids is None or self.window_sizes is None:
             return RoutingTrace(counts=self.counts[start:stop])
         first, last = self.window_sizes[:start].sum(), self.window_sizes[:stop].sum()
@@ -178,6 +187,56 @@ class RoutingTrace:
             counts=self.counts[start:stop],
             expert_ids=self.expert_ids[first:last],
             window_sizes=self.window_sizes[start:stop],
+        )
+
+    def by_sequence(
+        self, prompt_lengths: Sequence[int], generated_lengths: Sequence[int], *, length: int | None = None
+    ) -> "RoutingTrace":
+        """The trace of one generation, which goes step by step, brought into rows: prompt and generated tokens of each.
+
+        So that a model can be trained on what was sampled, with the routing of sampling: `Decoder.replay_routing` takes
+        the result for a call on [B, length], prompts and generated tokens padded on the right.
+
+        Args:
+            prompt_lengths: tokens of each of the B prompts.
+            generated_lengths: tokens generated for each, the one that ended the text included.
+            length: tokens of a row, longer sequences are cut; None for the longest of them.
+
+        Returns:
+            A trace of B · length tokens in one window. Padding has no choice (-1), nor has a last token that
+            max_new_tokens ended the text with, for the model never saw it.
+
+        Raises:
+            ValueError: the trace has counts only, or its windows are not the steps of such a generation.
+
+        Example:
+            >>> steps = np.array([[[0, 1]], [[2, 3]], [[4, 5]], [[0, 2]]])  # two prompts of one token, and a step for both
+            >>> trace = RoutingTrace.from_expert_ids(steps, num_experts=6, window=[2, 2])
+            >>> trace.by_sequence([1, 1], [2, 2]).expert_ids[:, 0].tolist()
+            [[0, 1], [4, 5], [-1, -1], [2, 3], [0, 2], [-1, -1]]
+        """
+        if self.expert_ids is None or self.window_sizes is None:
+            raise ValueError("this trace has counts only; record it with token-level expert_ids")
+        prompts, generated = np.asarray(prompt_lengths, np.int64), np.asarray(generated_lengths, np.int64)
+        steps = np.arange(1, self.num_windows)
+        active_WB = generated >= steps[:, None]
+        expected = [int(prompts.sum()), *active_WB.sum(axis=1).tolist()]
+        if prompts.shape != generated.shape or expected != self.window_sizes.tolist():
+            raise ValueError(
+                f"a generation's trace has a window for the prompts and one for each later step, here of {expected} tokens; "
+                f"got {self.window_sizes.tolist()}"
+            )
+        B = len(prompts)
+        length = int((prompts + generated).max()) if length is None else length
+        row_T = np.concatenate([np.repeat(np.arange(B), prompts), np.nonzero(active_WB)[1]])
+        place_T = np.concatenate(
+            [*(np.arange(count) for count in prompts), (prompts + steps[:, None] - 1)[active_WB]]
+        ).astype(np.int64)
+        rows = np.full((B, length, *self.expert_ids.shape[1:]), -1, np.int32)
+        kept_T = place_T < length
+        rows[row_T[kept_T], place_T[kept_T]] = self.expert_ids[kept_T]
+        return RoutingTrace.from_expert_ids(
+            rows.reshape(-1, *self.expert_ids.shape[1:]), self.num_experts, window=[B * length]
         )
 
     def save(self, path: str | os.PathLike[str]) -> None:
@@ -244,6 +303,27 @@ def _whole_numbers(name: str, values: Any, dtype: type, ndim: int) -> np.ndarray
     array = array.astype(dtype)
     array.setflags(write=False)
     return array
+
+
+def check_choices(ids_TK: np.ndarray, num_experts: int) -> None:
+    """Refuse what is no choice of a token: an id of no expert, only some of K experts, or one expert twice.
+
+    Args:
+        ids_TK: integers, -1 in all K for a token without a choice.
+        num_experts: E.
+
+    Raises:
+        ValueError: see above; names the first such token's choice.
+    """
+    sorted_TK = np.sort(ids_TK, axis=1)
+    whole_T = (sorted_TK[:, 0] >= 0) & (sorted_TK[:, 1:] > sorted_TK[:, :-1]).all(axis=1)
+    none_T = (sorted_TK == -1).all(axis=1)
+    wrong_T = ~(whole_T | none_T) | (sorted_TK[:, -1] >= num_experts)
+    if wrong_T.any():
+        raise ValueError(
+            f"the choice of a token is {ids_TK.shape[1]} different experts of 0..{num_experts - 1}, or -1 in all places for "
+            f"none; got {ids_TK[wrong_T.argmax()].tolist()}"
+        )
 
 
 def _check_ids(ids: np.ndarray, num_experts: int) -> None:

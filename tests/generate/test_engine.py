@@ -66,8 +66,8 @@ def test_the_listener_sees_every_token_and_can_end_a_row(model) -> None:
 def test_the_next_step_is_dispatched_before_a_token_is_read(model, monkeypatch) -> None:
     dispatched, compile_decode = [], Programs.decode
 
-    def counting(self, leaves, shape, record):
-        step = compile_decode(self, leaves, shape, record)
+    def counting(self, *compile_args):
+        step = compile_decode(self, *compile_args)
         return lambda *args: dispatched.append(args) or step(*args)
 
     monkeypatch.setattr(Programs, "decode", counting)
@@ -81,8 +81,8 @@ def test_the_cache_is_donated_and_laid_out_over_the_mesh(monkeypatch) -> None:
     model = FakeModel(mesh_of(2, 1, 4))
     caches, compile_decode = [], Programs.decode
 
-    def keeping(self, leaves, shape, record):
-        step = compile_decode(self, leaves, shape, record)
+    def keeping(self, *compile_args):
+        step = compile_decode(self, *compile_args)
 
         def run(*args):
             logits, cache, routing = step(*args)

@@ -1,0 +1,90 @@
+"""What a recording of routing counts, and what it refuses instead of counting nothing."""
+
+import copy
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+import jaxmoe
+from jaxmoe.generate.programs import programs_of
+from tests.support.goldens import GOLDENS
+from tests.support.meshes import mesh_of
+
+K, LAYERS = 3, 2
+PROMPTS = [[5, 6, 7], [8, 9, 10, 11, 12], [13]]
+TOKENS = np.arange(8).reshape(2, 4)
+
+
+@pytest.fixture(scope="module")
+def model():
+    return jaxmoe.load(GOLDENS / "qwen3_moe" / "original", mesh=mesh_of(1, 1, 2))
+
+
+def test_a_call_inside_a_program_is_refused_and_never_forgotten(model) -> None:
+    in_jit = nnx.jit(lambda model, tokens: model(tokens))
+    layer_in_jit = nnx.jit(lambda model, x: model.moe_layers[0](x)[0])
+    x, lengths = jnp.ones((2, 32)), np.full(2, 4, np.int32)
+    # Compiled before: they would run without a question, were a recorded model's structure the same.
+    plain, plain_layer = in_jit(model, TOKENS), layer_in_jit(model, x)
+    own_program, only_the_record = (
+        r"inside a program of your own \(jit, vmap",
+        r"outside of `with model\.record_routing",
+    )
+    with model.record_routing() as routing:
+        for call, message in (
+            (lambda: in_jit(model, TOKENS), own_program),
+            (lambda: jax.jit(lambda tokens: model(tokens))(TOKENS), own_program),
+            (lambda: jax.vmap(lambda tokens: model(tokens[None]))(TOKENS), own_program),
+            (lambda: jax.checkpoint(lambda tokens: model(tokens))(TOKENS), own_program),
+            (lambda: layer_in_jit(model, x), only_the_record),
+            (lambda: model.moe_layers[0](x), only_the_record),
+            (lambda: model.logits_and_stats(TOKENS, lengths), only_the_record),
+        ):
+            with pytest.raises(RuntimeError, match=message):
+                call()
+        assert routing.num_steps == 0
+        nnx.value_and_grad(lambda model: model(TOKENS).sum())(model)
+        model(TOKENS)
+    assert routing.trace().counts.sum(axis=2).tolist() == [[8 * K] * LAYERS] * 2
+    np.testing.assert_array_equal(in_jit(model, TOKENS), plain)
+    np.testing.assert_array_equal(layer_in_jit(model, x), plain_layer)
+
+
+def test_copies_made_meanwhile_stop_with_it(model) -> None:
+    with model.record_routing() as routing:
+        copies = [nnx.clone(model), copy.deepcopy(model)]
+    for each in copies:
+        assert each.recorder is None
+        each(TOKENS)
+        each.moe_layers[0](jnp.ones((2, 32)))
+    assert routing.num_steps == 0
+
+
+def test_a_token_is_counted_once_alone_and_in_a_batch(model) -> None:
+    full = [out.token_ids for out in jaxmoe.generate(model, PROMPTS, max_new_tokens=8, ignore_eos=True)]
+    for eos in {token for row in full for token in row[:3]}:
+        with model.record_routing() as together:
+            outs = jaxmoe.generate(model, PROMPTS, max_new_tokens=8, eos_token_id=eos)
+        with model.record_routing() as alone:
+            for prompt in PROMPTS:
+                jaxmoe.generate(model, [prompt], max_new_tokens=8, eos_token_id=eos)
+        np.testing.assert_array_equal(together.counts(), alone.counts())
+        # The token of the last place is never given to the model.
+        tokens = sum(len(out.prompt_token_ids) + min(len(out.token_ids), 7) for out in outs)
+        assert together.counts().sum(axis=1).tolist() == [tokens * K] * LAYERS
+
+
+def test_recording_and_replaying_leave_the_programs_that_are_there(model) -> None:
+    structure = nnx.split(model)[0]
+    jaxmoe.generate(model, PROMPTS, max_new_tokens=4)
+    programs = dict(programs_of(model).compiled)
+    with model.record_routing(token_ids=True) as routing:
+        jaxmoe.generate(model, PROMPTS, max_new_tokens=4)
+    with model.replay_routing(routing.trace()):
+        jaxmoe.generate(model, PROMPTS, max_new_tokens=4)
+    jaxmoe.generate(model, PROMPTS, max_new_tokens=4)
+    assert nnx.split(model)[0] == structure
+    assert programs.items() <= programs_of(model).compiled.items()
