@@ -11,7 +11,8 @@ from safetensors.numpy import save_file
 
 import jaxmoe
 from jaxmoe.layers import params_by_path
-from tests.support.families import FAMILIES, NEW_TOKENS, ON_EVERY_MESH
+from tests.support import runs
+from tests.support.families import EVERY_KIND, FAMILIES, NEW_TOKENS, ON_EVERY_MESH
 from tests.support.goldens import GOLDENS, check_greedy, check_logits, read_expected
 from tests.support.meshes import MESH_SHAPES, mesh_id, mesh_of
 
@@ -41,7 +42,8 @@ def test_logits_and_greedy_tokens(family, placement, mesh_shape):
     assert report.bytes_read == report.bytes_needed
     assert len(set(report.expert_bytes_per_device.values())) == 1
     check_logits(model, expected)
-    check_greedy(model, expected)
+    if runs.full or family in EVERY_KIND:
+        check_greedy(model, expected)
     assert len(expected["greedy"][0]) == NEW_TOKENS
 
 

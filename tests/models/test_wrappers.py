@@ -14,6 +14,7 @@ from jaxmoe.checkpoint.summary import summarize
 from jaxmoe.generate.eos import eos_token_ids
 from jaxmoe.layers import params_by_path
 from jaxmoe.models import FAMILIES, WRAPPERS, find_family, read_model_config
+from tests.support import runs
 from tests.support.adapters import factors, write_adapter
 from tests.support.families import WRAPPERS as SIZES
 from tests.support.goldens import GOLDENS, check_greedy, check_logits, read_expected
@@ -39,7 +40,8 @@ def test_logits_and_greedy_tokens(name, mesh_shape):
     expected = read_expected(name)
     model = jaxmoe.load(GOLDENS / name / "original", mesh=mesh_of(*mesh_shape), placement="round_robin")
     check_logits(model, expected)
-    check_greedy(model, expected)
+    if runs.full:
+        check_greedy(model, expected)
 
 
 @pytest.mark.parametrize("name", SIZES)

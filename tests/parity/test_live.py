@@ -4,7 +4,8 @@ from typing import Any
 
 import pytest
 
-from tests.support.families import FAMILIES, ON_EVERY_MESH
+from tests.support import runs
+from tests.support.families import EVERY_KIND, FAMILIES, ON_EVERY_MESH
 from tests.support.meshes import mesh_of
 
 pytestmark = pytest.mark.parity
@@ -72,10 +73,11 @@ CASES = [
 @pytest.mark.covering
 @pytest.mark.parametrize(("case", "mesh_shape", "placement", "form"), CASES, indirect=["case"], ids=str)
 def test_logits_and_greedy_tokens(case, mesh_shape, placement, form):
-    _, directory, expected = case
+    family, directory, expected = case
     model = jaxmoe.load(directory / form, mesh=mesh_of(*mesh_shape), placement=placement)
     check_logits(model, expected)
-    check_greedy(model, expected)
+    if runs.full or family in EVERY_KIND:
+        check_greedy(model, expected)
 
 
 @pytest.mark.parametrize(
@@ -117,4 +119,5 @@ def test_settings_of_a_config(family, changes, tmp_path):
     expected = {kind: [loose[f"{kind}_{i}"] for i in range(5)] for kind in ("prompt", "logits", "greedy")}
     loaded = jaxmoe.load(tmp_path / "original", mesh=mesh_of(2, 2, 2))
     check_logits(loaded, expected)
-    check_greedy(loaded, expected)
+    if runs.full:
+        check_greedy(loaded, expected)

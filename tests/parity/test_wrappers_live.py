@@ -2,6 +2,7 @@
 
 import pytest
 
+from tests.support import runs
 from tests.support.families import FAMILIES, WRAPPERS
 from tests.support.meshes import mesh_of
 
@@ -65,7 +66,8 @@ def test_logits_and_greedy_tokens(name, tmp_path):
         if (tmp_path / form).is_dir():
             loaded = jaxmoe.load(tmp_path / form, mesh=mesh_of(*shape))
             check_logits(loaded, expected)
-            check_greedy(loaded, expected)
+            if runs.full:
+                check_greedy(loaded, expected)
 
 
 @pytest.mark.parametrize("name", [*WRAPPERS, *SIZES])

@@ -392,3 +392,7 @@ EOS = 2
 
 # Tested on every mesh; the others on enough of them to cover each axis and placement.
 ON_EVERY_MESH = ("qwen3_moe", "mixtral")
+# One family for each kind of cache and of positions: the short run generates with these, and compares logits of all.
+EVERY_KIND = (
+    "qwen3_moe", "gpt_oss", "deepseek_v3", "llama4_text", "phimoe", "gemma4_text", "qwen3_next", "jamba", "nemotron_h"
+)  # fmt: skip

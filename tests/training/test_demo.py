@@ -27,6 +27,7 @@ def test_it_is_small_and_of_the_config_that_the_script_trains():
     assert Tokenizer.from_file(str(DEMO / "tokenizer.json")).get_vocab_size() == CONFIG["vocab_size"]
 
 
+@pytest.mark.full
 def test_it_predicts_modules_it_has_not_seen_better_than_a_5_gram_model():
     """On small modules of this Python that were held out, against n-grams of all that were not."""
     names = {"queue.py", "tabnanny.py", "secrets.py", "timeit.py", "stat.py"}
