@@ -55,7 +55,7 @@ def test_decode_after_prefill_is_one_long_prefill(shape):
     """Prompts of all lengths in one batch, some shorter than the convolution; padding changes nothing."""
     mesh = mesh_of(*shape)
     layer = make_layer(mesh)
-    lengths, new = np.array([1, 2, 70]), 2
+    lengths, new = np.array([1, 2, 2, 70]), 2
     x = draw(len(lengths), 70 + new)
     # Each row with no padding at all, the same in every row of a batch.
     alone = [
