@@ -21,8 +21,8 @@ PYPROJECT = ROOT / "pyproject.toml"
 STAMP = "jaxmoe-stamp.json"
 
 
-def main(environment: Path, extras: set[str]) -> None:
-    """Leaves ``environment`` with jaxmoe (editable) and ``extras`` installed."""
+def main(environment: Path, extras: set[str], jax: str = "") -> None:
+    """Leaves ``environment`` with jaxmoe (editable) and ``extras`` installed, and with version ``jax`` of JAX if given."""
     if is_ready(environment, extras):
         return
     environment.parent.mkdir(exist_ok=True)
@@ -40,7 +40,7 @@ def main(environment: Path, extras: set[str]) -> None:
             say(f"making .venv/{environment.name} with Python {version} (takes a minute or two, once)")
             shutil.rmtree(environment, ignore_errors=True)
             run(environment, [sys.executable, "-I", "-m", "venv", str(environment)])
-        install(environment, extras)
+        install(environment, extras, jax)
         write_stamp(environment, {"base": base(), "pyproject": PYPROJECT.read_text(), "extras": sorted(extras)})
         say(f"ready after {time.monotonic() - start:.0f} s")
 
@@ -84,9 +84,13 @@ def runs(environment: Path) -> bool:
         return False
 
 
-def install(environment: Path, extras: set[str]) -> None:
-    """Installs jaxmoe with ``extras`` by pip; torch, where wanted, goes first with its pin."""
+def install(environment: Path, extras: set[str], jax: str = "") -> None:
+    """Installs jaxmoe with ``extras`` by pip; torch, where wanted, goes first with its pin.
+
+    Modules are compiled when they are first imported: most of what comes along never is.
+    """
     pip = [str(environment / "bin/python"), "-I", "-m", "pip", "--disable-pip-version-check", "--no-input", "install"]
+    pip += ["--no-compile"]
     parity = tomllib.loads(PYPROJECT.read_text())["project"]["optional-dependencies"]["parity"]
     if "parity" in extras:
         torch = next(requirement for requirement in parity if requirement.startswith("torch=="))
@@ -94,7 +98,13 @@ def install(environment: Path, extras: set[str]) -> None:
         run(environment, [*pip, torch])
     wanted = f"[{','.join(sorted(extras))}]" if extras else ""
     say(f"installing jaxmoe{wanted} and what it needs")
-    run(environment, [*pip, "--editable", f"{ROOT}{wanted}"])
+    run(environment, [*pip, "--editable", f"{ROOT}{wanted}", *pins_of_jax(extras, jax)])
+
+
+def pins_of_jax(extras: set[str], jax: str) -> list[str]:
+    """Requirements that hold JAX, and its compiler for GPUs where that is wanted, at one version."""
+    parts = ["jax", "jaxlib", *(["jax-cuda13-plugin", "jax-cuda13-pjrt"] if "aot" in extras else [])]
+    return [f"{part}=={jax}" for part in parts] if jax else []
 
 
 def run(environment: Path, command: list[str]) -> None:
@@ -130,6 +140,6 @@ def say(text: str) -> None:
 
 if __name__ == "__main__":
     try:
-        main(Path(sys.argv[1]), set(filter(None, sys.argv[2].split(","))))
+        main(Path(sys.argv[1]), set(filter(None, sys.argv[2].split(","))), sys.argv[3])
     except KeyboardInterrupt:
         sys.exit("set-up interrupted; the next run starts it again")

@@ -64,12 +64,13 @@ EOF
     die "found no usable CPython among $versions on PATH and in pyenv; name one with --python PATH"
 }
 
-# enter_environment PYTHON SUFFIX EXTRAS: sets env_python to the Python of .venv/pyX.YSUFFIX, in which jaxmoe and its
-# EXTRAS (comma-separated, may be empty) are installed. PYTHON is what find_python takes.
+# enter_environment PYTHON SUFFIX EXTRAS [JAX]: sets env_python to the Python of .venv/pyX.YSUFFIX, in which jaxmoe and its
+# EXTRAS (comma-separated, may be empty) are installed, with that version of jax where one is given. PYTHON is what
+# find_python takes.
 enter_environment() {
-    local found environment
+    local found environment jax=${4:-}
     found=$(find_python "$1") || exit
-    environment=$root/.venv/py${found%% *}$2
-    "${found#* }" -I "$root/scripts/_environment.py" "$environment" "$3" || exit
+    environment=$root/.venv/py${found%% *}${jax:+-jax$jax}$2
+    "${found#* }" -I "$root/scripts/_environment.py" "$environment" "$3" "$jax" || exit
     env_python=$environment/bin/python
 }

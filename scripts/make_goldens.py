@@ -21,7 +21,7 @@ from safetensors import safe_open
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from tests.families import EOS, FAMILIES, NEW_TOKENS, PROMPT_LENGTHS, WRAPPERS
+from tests.support.families import EOS, FAMILIES, NEW_TOKENS, PROMPT_LENGTHS, WRAPPERS
 
 
 def make_model(model_type: str, seed: int, **changes: Any) -> torch.nn.Module:

@@ -1,6 +1,6 @@
 """Eight simulated CPU devices for every test, and the meshes they make."""
 
-import math
+import importlib.util
 import os
 from importlib.metadata import version
 
@@ -17,21 +17,28 @@ add_xla_flag("xla_force_host_platform_device_count", "8")
 os.environ["JAX_PLATFORMS"] = "cpu"
 
 import hypothesis
-import jax
 import pytest
 from jax.sharding import Mesh
 
-from jaxmoe import make_mesh
+from tests.support.covering import covering, factors
+from tests.support.meshes import MESH_SHAPES, mesh_of
 
 hypothesis.settings.register_profile("default", deadline=None, print_blob=True, derandomize=True)
 hypothesis.settings.load_profile("default")
 
-MESH_SHAPES = [(8, 1, 1), (1, 8, 1), (1, 1, 8), (2, 2, 2), (1, 2, 4)]
+
+HAS_PARITY = all(importlib.util.find_spec(name) for name in ("torch", "transformers"))
+RUNS = {
+    "--full": "everything: whole products of cases, more random ones, and what takes long",
+    "--parity": "live comparisons with torch and transformers",
+    "--aot": "kernels and models compiled for GPUs that need not be there",
+}
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    """`--dispatch-cases`, see tests/dispatch/test_routings.py; `--aot`, see tests/aot."""
-    parser.addoption("--dispatch-cases", type=int, default=2000, help="routings drawn for the dispatch backends")
+    """`--full` for everything; `--dispatch-cases`, see tests/dispatch/test_routings.py; `--aot`, see tests/aot."""
+    parser.addoption("--full", action="store_true", help="run everything, not the short run's choice of it")
+    parser.addoption("--dispatch-cases", type=int, default=None, help="routings drawn for the dispatch backends")
     parser.addoption(
         "--aot", action="store_true", help="fail where the compiler for GPUs is missing, instead of skipping"
     )
@@ -51,12 +58,66 @@ def pytest_configure(config: pytest.Config) -> None:
         add_xla_flag("xla_cpu_use_fusion_emitters", "false")
 
 
-def mesh_of(dp: int, tp: int, ep: int) -> Mesh:
-    """A mesh over as many of the simulated devices as it needs."""
-    return make_mesh(dp, tp, ep, devices=jax.devices()[: math.prod((dp, tp, ep))])
-
-
 @pytest.fixture(params=MESH_SHAPES, ids=lambda shape: "dp{}-tp{}-ep{}".format(*shape))
 def mesh(request) -> Mesh:
     """Each of the shared meshes over all eight devices."""
     return mesh_of(*request.param)
+
+
+# Tests left out of a run, by the option of scripts/test that runs them. Workers hand theirs to the process that prints.
+NOT_RUN: pytest.StashKey[dict[str, int]] = pytest.StashKey()
+
+
+def why_not(item: pytest.Item, config: pytest.Config) -> str | None:
+    """The option that a test of another run waits for; None for a test of this run."""
+    if "tests/aot" in item.path.as_posix() and not config.getoption("--aot"):
+        return "--aot"
+    if item.get_closest_marker("parity") and not HAS_PARITY:
+        return "--parity"
+    return None
+
+
+def beyond_short_run(items: list[pytest.Item]) -> set[pytest.Item]:
+    """Tests marked `full`, and the cases of those marked `covering` that its covering set does without."""
+    beyond = {item for item in items if item.get_closest_marker("full")}
+    by_function: dict[str, list[pytest.Item]] = {}
+    for item in items:
+        if item not in beyond and item.get_closest_marker("covering") and hasattr(item, "callspec"):
+            by_function.setdefault(item.nodeid.partition("[")[0], []).append(item)
+    for cases in by_function.values():
+        strength = cases[0].get_closest_marker("covering").kwargs.get("strength", 1)
+        chosen = covering([factors(item.callspec.params) for item in cases], strength)
+        beyond |= {*cases} - {cases[i] for i in chosen}
+    return beyond
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Leave out what belongs to another run, and count it."""
+    left_out = {item: option for item in items if (option := why_not(item, config))}
+    if not config.getoption("--full"):
+        here = [item for item in items if item not in left_out]
+        left_out |= dict.fromkeys(beyond_short_run(here), "--full")
+    if left_out:
+        config.hook.pytest_deselected(items=[*left_out])
+        items[:] = [item for item in items if item not in left_out]
+    counts = {option: list(left_out.values()).count(option) for option in sorted(set(left_out.values()))}
+    config.stash[NOT_RUN] = counts
+    if hasattr(config, "workeroutput"):
+        config.workeroutput["not_run"] = counts
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node, error) -> None:
+    """Every worker of pytest-xdist collects the same tests, so the last one's counts are those of all."""
+    if counts := getattr(node, "workeroutput", {}).get("not_run"):
+        node.config.stash[NOT_RUN] = counts
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
+    """Say what was not run and how to run it."""
+    counts = config.stash.get(NOT_RUN, {})
+    if not HAS_PARITY:
+        counts.pop("--parity", None)  # most of them cannot even be collected
+        terminalreporter.write_line(f"not run: {RUNS['--parity']} (scripts/test --parity)")
+    for option, count in counts.items():
+        terminalreporter.write_line(f"not run: {count} tests, {RUNS[option]} (scripts/test {option})")

@@ -112,3 +112,14 @@ def test_no_public_name_starts_a_backend() -> None:
         "print(xla_bridge.backends_are_initialized())"
     )
     assert run_python(code) == "False"
+
+
+def test_tests_share_helpers_through_support_only() -> None:
+    """A test file is nobody's library: what several need is in tests/support, which imports no test."""
+    tests = PACKAGE.parent / "tests"
+    for file in sorted(tests.rglob("*.py")):
+        for node in ast.walk(ast.parse(file.read_text(), filename=str(file))):
+            if isinstance(node, ast.ImportFrom) and (node.module or "").partition(".")[0] == "tests":
+                assert node.module.startswith("tests.support"), (
+                    f"{file.relative_to(tests)}:{node.lineno}: {node.module}"
+                )

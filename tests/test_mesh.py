@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 import jaxmoe
 from jaxmoe.mesh import axes_size, batch_axes, padded_batch, parse_mesh
-from tests.conftest import MESH_SHAPES, mesh_of
+from tests.support.meshes import MESH_SHAPES, mesh_of
 
 
 def test_axes_and_sizes():

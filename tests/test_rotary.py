@@ -6,7 +6,7 @@ import pytest
 
 from jaxmoe.models import find_family
 from jaxmoe.rotary import RopeConfig, read_rope
-from tests.families import FAMILIES
+from tests.support.families import FAMILIES
 
 SCALED: dict[str, dict[str, Any]] = {
     "yarn": {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0},

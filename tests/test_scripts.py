@@ -83,7 +83,7 @@ def environments(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
         (environment / "bin/python").symlink_to(sys.executable)
 
     monkeypatch.setattr(module, "run", make)
-    monkeypatch.setattr(module, "install", lambda environment, extras: module.installs.append(sorted(extras)))
+    monkeypatch.setattr(module, "install", lambda environment, extras, jax: module.installs.append(sorted(extras)))
     return module
 
 
@@ -119,7 +119,7 @@ def test_environment_cut_short_is_made_again(environments: ModuleType, tmp_path:
     environments.main(environment, set())
     (environment / "half").touch()
 
-    def cut_short(environment: Path, extras: set[str]) -> None:
+    def cut_short(environment: Path, extras: set[str], jax: str) -> None:
         raise KeyboardInterrupt
 
     install, environments.install = environments.install, cut_short
@@ -137,3 +137,10 @@ def test_environment_without_its_python_is_made_again(environments: ModuleType, 
     (environment / "bin/python").unlink()
     environments.main(environment, set())
     assert environments.installs == [[], []]
+
+
+def test_a_version_of_jax_holds_its_compiler_too() -> None:
+    pins = load_script("_environment").pins_of_jax
+    assert pins({"test"}, "") == []
+    assert pins({"test"}, "0.11.2") == ["jax==0.11.2", "jaxlib==0.11.2"]
+    assert pins({"aot"}, "0.11.2")[2:] == ["jax-cuda13-plugin==0.11.2", "jax-cuda13-pjrt==0.11.2"]

@@ -24,7 +24,7 @@ SHAPES = {
 }
 
 pytestmark = [
-    pytest.mark.slow,
+    pytest.mark.covering,
     pytest.mark.skipif(jax.__version_info__ < (0, 11, 2), reason="the kernel needs jax 0.11.2"),
 ]
 

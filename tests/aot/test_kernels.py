@@ -29,7 +29,7 @@ PACKED = [
 ]
 
 pytestmark = [
-    pytest.mark.slow,
+    pytest.mark.covering,
     pytest.mark.skipif(jax.__version_info__ < (0, 11, 2), reason="the kernel needs jax 0.11.2"),
 ]
 

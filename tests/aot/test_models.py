@@ -17,7 +17,7 @@ from jaxmoe.models import Decoder, get_family
 from jaxmoe.plan.memory import Plan, plan_config
 from jaxmoe.plan.steps import CompiledStep, compile_steps
 from jaxmoe.plan.topology import gpu_topology
-from tests.aot.published import DEEPSEEK_V3, GPT_OSS_120B, MIXTRAL_8X7B, QWEN3_30B
+from tests.support.published import DEEPSEEK_V3, GPT_OSS_120B, MIXTRAL_8X7B, QWEN3_30B
 
 MB = 2**20
 BATCH, PROMPT, LENGTH = 8, 1024, 2048
@@ -52,13 +52,13 @@ MOSAIC = {
 }
 
 
-@pytest.mark.slow
+@pytest.mark.covering
 @pytest.mark.parametrize("case", CASES)
 def test_both_steps_compile(case, gpu_compiler) -> None:
     check_steps(*CASES[case], kernels="auto")
 
 
-@pytest.mark.slow
+@pytest.mark.covering
 @pytest.mark.skipif(jax.__version_info__ < (0, 11, 2), reason="the kernel needs jax 0.11.2")
 @pytest.mark.parametrize("case", MOSAIC)
 def test_both_steps_compile_with_the_hopper_kernel(case, gpu_compiler) -> None:
@@ -101,7 +101,7 @@ def check_collectives(step: CompiledStep) -> None:
     assert set(step.collectives) <= {"all-gather", "all-reduce", "reduce-scatter", "all-to-all"}
 
 
-@pytest.mark.slow
+@pytest.mark.covering
 def test_shared_experts_are_computed_while_tokens_travel(gpu_compiler) -> None:
     """In the compiled schedule the shared expert's products stand between the start and the end of an exchange."""
     config = get_family("deepseek_v3").read_config({**DEEPSEEK_V3, "num_hidden_layers": 1, "first_k_dense_replace": 0})

@@ -11,7 +11,7 @@ from jaxmoe.kernels.grouped_matmul import ACTIVATIONS, expert_mlp, grouped_matmu
 from jaxmoe.models import get_family
 from jaxmoe.plan.steps import compile_steps
 from jaxmoe.plan.topology import gpu_topology
-from tests.aot.published import QWEN3_30B
+from tests.support.published import QWEN3_30B
 
 # Experts on a device, model width, expert width, activation.
 SHAPES = {
@@ -27,7 +27,7 @@ SHAPES = {
 _TARGET = 'custom_call_target="__gpu$xla.gpu.triton"'
 
 pytestmark = [
-    pytest.mark.slow,
+    pytest.mark.covering,
     # Lowering says that Pallas Triton is to go. Nothing is there to take its place on GPUs before Hopper; and the warning
     # comes when JAX lowers a whole program, not when the kernel is called, so the kernel cannot hold it back.
     pytest.mark.filterwarnings("ignore:The Pallas Triton backend is deprecated:DeprecationWarning"),

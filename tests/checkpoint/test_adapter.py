@@ -17,44 +17,28 @@ from jaxmoe.checkpoint.nearest import nearest_name
 from jaxmoe.checkpoint.plan import IgnoreRule
 from jaxmoe.checkpoint.targets import HostTarget
 from jaxmoe.cli import main
-from jaxmoe.layers import params_by_path
-from tests.checkpoint.cases import Case, add_experts, spec
-from tests.checkpoint.test_load import PATHS
-from tests.checkpoint.writing import write_checkpoint, write_file
-from tests.conftest import mesh_of
+from tests.support.adapters import Arrays, R, check_equal, factors, params, write_adapter
+from tests.support.goldens import GOLDENS
+from tests.support.loading import PATHS, Case, add_experts, spec
+from tests.support.meshes import mesh_of
+from tests.support.writing import write_checkpoint
 
-GOLDENS = Path(__file__).resolve().parent.parent / "goldens"
+pytestmark = pytest.mark.covering
+
+E, D, F = 11, 32, 24
 FAMILIES = ("qwen3_moe", "mixtral")
 FORMS = ("original", "fused")
 MESHES = ((1, 1, 1), (2, 2, 2), (1, 2, 4))
-E, D, F, R = 11, 32, 24, 2
 ATTENTION = {
     "qwen3_moe": {"q_proj": (64, D), "v_proj": (16, D), "o_proj": (D, 64)},
     "mixtral": {"q_proj": (32, D), "v_proj": (8, D), "o_proj": (D, 32)},
 }
-
-Arrays = dict[str, np.ndarray]
 
 
 def read_golden(family: str, form: str) -> Arrays:
     return {
         k: v for file in sorted((GOLDENS / family / form).glob("*.safetensors")) for k, v in load_file(file).items()
     }
-
-
-def factors(module: str, out: int, inputs: int, rank: int = R) -> Arrays:
-    rng = np.random.default_rng([len(module), out, inputs, *module.encode()])
-    a, b = rng.standard_normal((rank, inputs)), rng.standard_normal((out, rank))
-    prefix = f"base_model.model.{module}"
-    return {f"{prefix}.lora_A.weight": a.astype(np.float32), f"{prefix}.lora_B.weight": b.astype(np.float32)}
-
-
-def write_adapter(directory: Path, tensors: Arrays, **config) -> Path:
-    directory.mkdir(parents=True)
-    write_file(directory / "adapter_model.safetensors", tensors)
-    document = {"peft_type": "LORA", "r": R, "lora_alpha": 3, **config}
-    (directory / "adapter_config.json").write_text(json.dumps(document))
-    return directory
 
 
 def attention_adapter(family: str) -> Arrays:
@@ -132,18 +116,6 @@ def checkpoint_of(tensors: Arrays, family: str, directory: Path) -> Path:
     write_checkpoint(directory, tensors)
     shutil.copy(GOLDENS / family / "original" / "config.json", directory)
     return directory
-
-
-def params(model) -> Arrays:
-    return {path: np.asarray(param[...]) for path, param in params_by_path(model).items()}
-
-
-def check_equal(ours: Arrays, expected: Arrays, **tolerance) -> None:
-    assert ours.keys() == expected.keys()
-    for path, value in ours.items():
-        assert value.dtype == expected[path].dtype
-        as_float = [array.astype(np.float32) for array in (value, expected[path])]
-        np.testing.assert_allclose(*as_float, **({"rtol": 1e-5, "atol": 1e-5} | tolerance), err_msg=path)
 
 
 # Against whole weights.

@@ -14,9 +14,9 @@ from jaxmoe.checkpoint import (
     open_checkpoint,
 )
 from jaxmoe.models.family import ExpertTensors, FusedLayout
-from tests.checkpoint.cases import F32, NAMES, Case, add_experts, check_arrays, random, spec, take_rows
-from tests.checkpoint.writing import write_checkpoint
-from tests.conftest import mesh_of
+from tests.support.loading import F32, NAMES, Case, add_experts, check_arrays, random, spec, take_rows
+from tests.support.meshes import mesh_of
+from tests.support.writing import write_checkpoint
 
 
 def names_of(layer: int, experts=range(11), fused=False) -> set[str]:

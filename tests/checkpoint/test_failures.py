@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 
 from jaxmoe.checkpoint import CheckpointError, load_arrays, make_load_plan, open_checkpoint
-from tests.checkpoint.cases import BF16, F16, F32, Case, add_tensor, check_arrays
-from tests.checkpoint.writing import write_checkpoint
-from tests.conftest import mesh_of
+from tests.support.loading import BF16, F16, F32, Case, add_tensor, check_arrays
+from tests.support.meshes import mesh_of
+from tests.support.writing import write_checkpoint
 
 PATHS = {"direct": {"staging": False}, "staging": {"staging": True, "staging_bytes": 64 * 1024}}
 

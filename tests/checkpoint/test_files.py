@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from jaxmoe.checkpoint import CheckpointError, open_checkpoint
-from tests.checkpoint.writing import write_checkpoint, write_file, write_index
+from tests.support.writing import write_checkpoint, write_file, write_index
 
 TENSORS = {name: np.full((2,), i, np.float32) for i, name in enumerate("abcde")}
 

@@ -12,11 +12,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from jaxmoe.checkpoint import Block, load_arrays, load_shards, make_load_plan, open_checkpoint
-from tests.checkpoint.cases import BF16, F16, F32, Case, add_experts, add_tensor, bits, check_arrays, random, spec
-from tests.checkpoint.writing import write_checkpoint
-from tests.conftest import MESH_SHAPES, mesh_of
+from tests.support.loading import BF16, F16, F32, PATHS, Case, add_experts, add_tensor, bits, check_arrays, random, spec
+from tests.support.meshes import MESH_SHAPES, mesh_of
+from tests.support.writing import write_checkpoint
 
-PATHS = {"direct": {"staging": False}, "staging": {"staging": True, "staging_bytes": 32 * 1024, "threads": 3}}
+pytestmark = pytest.mark.covering
 
 
 def load(case: Case, directory, **options):

@@ -57,7 +57,7 @@ def gigabyte(tmp_path_factory):
     return path
 
 
-@pytest.mark.slow
+@pytest.mark.full
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc/self/status")
 @pytest.mark.parametrize("path", ["direct", "staging"])
 def test_peak_memory(gigabyte, path):

@@ -9,9 +9,9 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
 from jaxmoe.checkpoint import Block, CheckpointError, IgnoreRule, make_load_plan, open_checkpoint, whole_tensor_blocks
-from tests.checkpoint.cases import BF16, F32, Case, add_experts, add_tensor, spec
-from tests.checkpoint.writing import write_checkpoint
-from tests.conftest import mesh_of
+from tests.support.loading import BF16, F32, Case, add_experts, add_tensor, spec
+from tests.support.meshes import mesh_of
+from tests.support.writing import write_checkpoint
 
 
 @pytest.fixture

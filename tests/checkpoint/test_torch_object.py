@@ -8,7 +8,7 @@ import pytest
 from jaxmoe.checkpoint import torch_file
 from jaxmoe.checkpoint.errors import CheckpointError
 from jaxmoe.checkpoint.torch_object import read_torch_object
-from tests.checkpoint.test_torch_zip import DATA, archive, count, pack, program, state_dict, tensor, text
+from tests.support.torch_archives import DATA, archive, count, pack, program, state_dict, tensor, text
 
 
 def test_tensors_become_arrays_wherever_they_are() -> None:

@@ -7,7 +7,7 @@ import pytest
 
 from jaxmoe.checkpoint import open_checkpoint
 from jaxmoe.cli import main
-from tests.checkpoint.test_save import assert_same_tensors
+from tests.support.saved import assert_same_tensors
 
 GOLDENS = Path(__file__).resolve().parent.parent / "goldens" / "qwen3_moe"
 DEMO = Path(__file__).resolve().parents[2] / "demo"

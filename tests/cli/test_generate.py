@@ -12,8 +12,8 @@ import jaxmoe
 from jaxmoe.cli import main
 from jaxmoe.generate import terminal_text
 from jaxmoe.placement import ExpertPlacement
-from tests.generate.fake import FakeConfig, FakeModel, expected
-from tests.generate.tokenizers import byte_level, save
+from tests.support.fake_model import FakeConfig, FakeModel, expected
+from tests.support.tokenizers import byte_level, save
 
 RUST = byte_level()
 VOCAB = 37

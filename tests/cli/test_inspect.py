@@ -14,10 +14,10 @@ import pytest
 from jaxmoe.checkpoint.grouping import group_of, quantized_base
 from jaxmoe.cli import main
 from jaxmoe.models import get_family
-from tests.checkpoint.test_save import SOURCES, read_all
-from tests.checkpoint.writing import write_checkpoint, write_file
+from tests.support.goldens import GOLDENS
+from tests.support.saved import SOURCES, read_all
+from tests.support.writing import write_checkpoint, write_file
 
-GOLDENS = Path(__file__).resolve().parent.parent / "goldens"
 DEMO = Path(__file__).resolve().parents[2] / "demo"
 
 

@@ -7,8 +7,10 @@ import pytest
 
 from jaxmoe.dispatch import DISPATCHES
 from jaxmoe.dispatch.rounds import Bodies, sum_rounds
-from tests.dispatch.programs import LAYOUTS, D, E, Program, program
-from tests.dispatch.routings import draw_ids
+from tests.support.dispatch_programs import LAYOUTS, D, E, Program, program
+from tests.support.routings import draw_ids
+
+pytestmark = pytest.mark.covering
 
 # One round and one trip; many rounds and trips; replicas with padding slots between them; weights that go in.
 VARIANTS = [{}, {"tight": True}, {"tight": True, "replicas": True}, {"tight": True, "weights_on_input": True}]

@@ -9,8 +9,10 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 
 from jaxmoe.dispatch import DISPATCHES
-from tests.dispatch.programs import LAYOUTS, E, Program, program
-from tests.dispatch.routings import KINDS, draw_ids
+from tests.support.dispatch_programs import LAYOUTS, E, Program, program
+from tests.support.routings import KINDS, draw_ids
+
+pytestmark = pytest.mark.covering
 
 VARIANTS = [
     {},

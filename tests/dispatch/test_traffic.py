@@ -1,36 +1,18 @@
 """Expected bytes against the collectives of the compiled program, and against the rows that were really sent."""
 
-from collections import Counter
-
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from jaxmoe.dispatch import DISPATCHES, DispatchLayout, expected_bytes
 from jaxmoe.dispatch.traffic import distinct_destinations
 from jaxmoe.mesh import AXES
-from tests.dispatch.hlo import collectives, groups_along
-from tests.dispatch.programs import LAYOUTS, D, Program, program
-from tests.dispatch.routings import draw_ids
+from tests.support.dispatch_programs import LAYOUTS, D, Program, program, promised
+from tests.support.hlo import collectives
+from tests.support.routings import draw_ids
+
+pytestmark = pytest.mark.covering
 
 RUNS_HERE = [name for name, backend in DISPATCHES.items() if "cpu" not in backend.cannot_run]
-
-
-def promised(run: Program) -> Counter:
-    """The backend's own list, added up as `hlo.collectives` adds up what was compiled.
-
-    Where rounds may be many, devices agree on their number by an all-reduce, and the program holds the collectives of a
-    round twice: those of the first, and those of the loop over the others.
-    """
-    found: Counter = Counter()
-    itemsize = jnp.dtype(run.dtype).itemsize
-    listed = run.dispatch.collectives(run.T, run.K, D, itemsize, run.layout)
-    loops = run.dispatch.name == "all_to_all" and any(each.op == "all-reduce" for each in listed)
-    for each in listed:
-        if each.devices > 1:
-            times = 2 if loops and each.op != "all-reduce" else 1
-            found[each.op, groups_along(run.mesh_shape, each.axes, AXES)] += times * each.bytes
-    return found
 
 
 # 8: a token a device, and no loop; 320: buffers smaller than all tokens, where a token reaches few devices.

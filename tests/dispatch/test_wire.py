@@ -9,11 +9,12 @@ from flax import nnx
 import jaxmoe
 from jaxmoe.dispatch import DISPATCHES, expected_bytes
 from jaxmoe.dispatch.wire import pack_rows, unpack_rows
-from tests.conftest import mesh_of
-from tests.dispatch.hlo import collectives
-from tests.dispatch.programs import D, Program, program
-from tests.dispatch.routings import draw_ids
-from tests.dispatch.test_traffic import promised
+from tests.support.dispatch_programs import D, Program, program, promised
+from tests.support.hlo import collectives
+from tests.support.meshes import mesh_of
+from tests.support.routings import draw_ids
+
+pytestmark = pytest.mark.covering
 
 FP8 = "float8_e4m3fn"
 

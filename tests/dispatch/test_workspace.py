@@ -5,9 +5,11 @@ import numpy as np
 import pytest
 
 from jaxmoe.dispatch import DISPATCHES
-from tests.dispatch.programs import D, Program, program
-from tests.dispatch.routings import draw_ids
-from tests.oracle import silu
+from tests.support.dispatch_programs import D, Program, program
+from tests.support.oracle import silu
+from tests.support.routings import draw_ids
+
+pytestmark = pytest.mark.covering
 
 RUNS_HERE = [name for name, backend in DISPATCHES.items() if "cpu" not in backend.cannot_run]
 

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from tests.distributed.processes import ROOT, finish, start
+from tests.support.processes import ROOT, finish, start
 
 pytestmark = pytest.mark.slow
 
@@ -94,7 +94,7 @@ def refused(processes: list, different: str) -> None:
 
 
 def test_a_process_that_leaves_early_is_not_waited_for() -> None:
-    first, second = finish(start(2, "tests.distributed.leaver"))
+    first, second = finish(start(2, "tests.support.distributed_leaver"))
     assert (first.returncode, second.returncode) == (1, 1)
     rule = "process 1 has come to its end, and process 0 waits for it to do the same next"
     assert f"jaxmoe: process 0 of 2: error: {rule}" in first.stderr
@@ -103,7 +103,7 @@ def test_a_process_that_leaves_early_is_not_waited_for() -> None:
 
 def test_a_coordinator_that_does_not_answer_counts_as_dead() -> None:
     """JAX's own answer would be to abort, later."""
-    processes = start(2, "tests.distributed.leaver", "--stay")
+    processes = start(2, "tests.support.distributed_leaver", "--stay")
     try:
         assert [process.stdout.readline() for process in processes] == ["joined\n"] * 2
         processes[0].send_signal(signal.SIGSTOP)

@@ -6,8 +6,8 @@ import sys
 
 import pytest
 
-from tests.distributed.processes import ROOT, environment, finish, start
-from tests.distributed.worker import results
+from tests.support.distributed_worker import results
+from tests.support.processes import ROOT, environment, finish, start
 
 MESH = {"dp": 2, "tp": 2, "ep": 2}
 CHECKPOINTS = [str(ROOT / "demo"), str(ROOT / "tests/goldens/mixtral/original")]
@@ -24,7 +24,7 @@ def alone() -> list[dict]:
 @pytest.mark.parametrize("count", [2, 4])
 def test_tokens_and_bytes(count, alone) -> None:
     argv = [*CHECKPOINTS, "--mesh", json.dumps(MESH), "--simulate", str(8 // count)]
-    ended = finish(start(count, "tests.distributed.worker", *argv))
+    ended = finish(start(count, "tests.support.distributed_worker", *argv))
     assert [process.returncode for process in ended] == [0] * count, "\n".join(process.stderr for process in ended)
     lines = [line for process in ended for line in process.stdout.splitlines() if line.startswith("RESULT ")]
     found = [json.loads(line.removeprefix("RESULT ")) for line in lines]

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.distributed.processes import ROOT
+from tests.support.processes import ROOT
 
 # A line is one write, for both processes have the same stdout; `print` makes two of it where Python does not buffer.
 SAY = "import sys, time; say = lambda line: (sys.stdout.write(line + '\\n'), sys.stdout.flush()); "

@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from tests.distributed.processes import environment
+from tests.support.processes import environment
 
 BEGIN = "import os, signal, sys, time; from jaxmoe.supervise import supervise; epitaph = supervise('process 1 of 2')\n"
 ABORT = "print('native', file=os.fdopen(2, 'w'), flush=True); os.abort()"

@@ -12,8 +12,10 @@ from jaxmoe import ExpertPlacement
 from jaxmoe.layers import param_specs, params_by_path
 from jaxmoe.models import Decoder
 from jaxmoe.models.qwen3_moe import read_config
-from tests.families import FAMILIES
-from tests.models.test_goldens import GOLDENS, check_greedy, check_logits, read_expected
+from tests.support.families import FAMILIES
+from tests.support.goldens import GOLDENS, check_greedy, check_logits, read_expected
+
+pytestmark = pytest.mark.covering
 
 QWEN = GOLDENS / "qwen3_moe" / "original"
 EXPERTS, LAYERS, EXPERT_BYTES = 11, 2, 3 * 32 * 24 * 4

@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from jaxmoe.generate.detokenize import Detokenizer, StopStrings, TextStream
-from tests.generate.tokenizers import byte_fallback, byte_level
+from tests.support.tokenizers import byte_fallback, byte_level
 
 TOKENIZER = byte_level()
 FALLBACK = byte_fallback()

@@ -11,8 +11,8 @@ from flax import nnx
 from jaxmoe.generate import Engine, GenerationStats, SamplingParams
 from jaxmoe.generate.programs import Programs, programs_of
 from jaxmoe.models.padding import bucket_length
-from tests.conftest import mesh_of
-from tests.generate.fake import VOCAB, FakeModel, expected, next_logits
+from tests.support.fake_model import VOCAB, FakeModel, expected, next_logits
+from tests.support.meshes import mesh_of
 
 GREEDY = SamplingParams()
 PROMPTS = [[1, 2, 3], [5], list(range(30)), [7, 7, 7, 7], [36, 0, 1]]

@@ -12,9 +12,9 @@ from tokenizers import decoders, models
 
 import jaxmoe
 from jaxmoe.generate import GenerationStats, TokenEvent, Tokenizer, encode
-from tests.conftest import mesh_of
-from tests.generate.fake import FakeConfig, FakeModel, expected
-from tests.generate.tokenizers import byte_level, save
+from tests.support.fake_model import FakeConfig, FakeModel, expected
+from tests.support.meshes import mesh_of
+from tests.support.tokenizers import byte_level, save
 
 # The fake's 37 tokens as letters, so that its text can be read off its token ids.
 LETTERS = "abcdefghijklmnopqrstuvwxyz0123456789 "

@@ -7,7 +7,7 @@ import pytest
 from jaxmoe.generate import Tokenizer
 from jaxmoe.generate.chat import ChatTemplate
 from jaxmoe.generate.tokenizer import tokenizer_of
-from tests.generate.tokenizers import byte_fallback, byte_level, save
+from tests.support.tokenizers import byte_fallback, byte_level, save
 
 CHATML = """\
 {%- if messages[0].role != "system" %}

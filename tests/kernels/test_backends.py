@@ -12,18 +12,20 @@ import pytest
 
 from jaxmoe.kernels.grouped_matmul import api
 from jaxmoe.kernels.grouped_matmul.quantized import as_matrices, dequantize
-from tests.kernels._checks import (
+from tests.support.kernels import (
     FLOAT32,
     MLPS,
     SIZES,
-    arrays,
     check_gradient,
     check_mlp,
     check_product,
     exact,
     needs_mosaic,
     packed_stack,
+    rows_and_matrices,
 )
+
+pytestmark = pytest.mark.covering
 
 # Module and options. The dense oracle is held against products in float64 here, and is the measure in the other two.
 BACKENDS = {
@@ -88,7 +90,7 @@ def test_packed_product(module, options, format, block, scale_dtype, has_zeros) 
     if has_zeros:
         zeros = np.random.default_rng(1).integers(0, 16, stack.scales.shape)
         stack = dataclasses.replace(stack, zero_points=jnp.asarray(zeros, jnp.uint8))
-    [rows] = arrays(R, (1, 128), dtype="bfloat16")[:1]
+    [rows] = rows_and_matrices(R, (1, 128), dtype="bfloat16")[:1]
     out = backend_of(module).grouped_matmul(
         rows, as_matrices(stack), jnp.asarray(sizes, jnp.int32), out_dtype=FLOAT32, **options
     )

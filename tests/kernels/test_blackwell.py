@@ -10,15 +10,15 @@ import jax.numpy as jnp
 import pytest
 
 from jaxmoe.kernels.grouped_matmul import expert_mlp, grouped_matmul
-from tests.kernels._checks import (
+from tests.support.kernels import (
     FLOAT32,
     MLPS,
     SIZES,
-    arrays,
     check_mlp,
     check_product,
     needs_mosaic,
     packed_stack,
+    rows_and_matrices,
     widths_of_single_rows,
 )
 
@@ -73,7 +73,7 @@ def test_names() -> None:
 
 @pytest.mark.parametrize("device_kind", ["NVIDIA H100 80GB HBM3", DEVICE, None])
 def test_the_device_chooses_the_kernel(device_kind) -> None:
-    arguments = (*arrays(16, (1, 64, 64), dtype=jnp.bfloat16), jnp.asarray([16], jnp.int32))
+    arguments = (*rows_and_matrices(16, (1, 64, 64), dtype=jnp.bfloat16), jnp.asarray([16], jnp.int32))
     jaxpr = jax.make_jaxpr(lambda *args: grouped_matmul(*args, backend="mosaic_gpu", device_kind=device_kind))(
         *arguments
     )
@@ -115,7 +115,7 @@ def test_chosen_tiles_fit(rows, halves) -> None:
 
 
 def test_packed_matrices_are_refused() -> None:
-    sizes, [rows] = jnp.asarray([8], jnp.int32), [arrays(8, (1, 128), dtype=jnp.bfloat16)[0]]
+    sizes, [rows] = jnp.asarray([8], jnp.int32), [rows_and_matrices(8, (1, 128), dtype=jnp.bfloat16)[0]]
     packed = packed_stack("mxfp4", (1, 32), "uint8", 1, 64, 128)
     options = {"backend": "mosaic_gpu", "device_kind": DEVICE}
     message = r"takes no packed matrices on Blackwell \(NVIDIA B200\), here mxfp4: use the portable one"

@@ -13,8 +13,10 @@ from hypothesis import strategies as st
 from jax.sharding import PartitionSpec as P
 
 from jaxmoe.kernels.grouped_matmul import ACTIVATIONS, BACKENDS, expert_mlp, grouped_matmul
-from tests.conftest import mesh_of
-from tests.kernels.test_grouped_matmul import REGIMES, D, F, G, arrays, each_regime, int32, mlp_arrays, poison
+from tests.support.kernels import REGIMES, D, F, G, arrays, each_regime, int32, mlp_arrays, poison
+from tests.support.meshes import mesh_of
+
+pytestmark = pytest.mark.covering
 
 # "reference" is what the others are compared with.
 each_backend = pytest.mark.parametrize("backend", sorted(BACKENDS.keys() - {"reference"}))
@@ -37,10 +39,10 @@ def assert_same(actual, expected):
         np.testing.assert_allclose(a, e, rtol=2e-5, atol=5e-6)
 
 
-def check_mlp(backend, R, sizes):
+def check_mlp_gradients(backend, R, sizes):
     """What stands in rows that no group owns, of x as of dy, reaches no gradient."""
     x_RD, *weights = mlp_arrays(R)
-    (dy_RD,) = arrays(7, (R, D))
+    (dy_RD,) = arrays((R, D), seed=7)
     expected = mlp_gradients(x_RD, *weights, {}, int32(sizes), dy_RD, backend="reference")
     poisoned = poison(x_RD, sizes), *weights, {}, int32(sizes), poison(dy_RD, sizes)
     actual = mlp_gradients(*poisoned, backend=backend)
@@ -61,7 +63,7 @@ def test_every_expert_function(backend, R, gated, activation, limit):
         pytest.skip("a clamped activation needs a gate")
     sizes, halves = [R // 3, 0, 4, 1, 0, 3], 2 if gated else 1
     x_RD, w_up, w_down, b_up, b_down, dy_RD = arrays(
-        5, (R, D), (G, halves, F, D), (G, D, F), (G, halves, F), (G, D), (R, D)
+        (R, D), (G, halves, F, D), (G, D, F), (G, halves, F), (G, D), (R, D), seed=5
     )
     inputs = x_RD * 7, w_up, w_down, {"b_gate_up_p2F": b_up, "b_down_pD": b_down}, int32(sizes), dy_RD
     options = {"activation": activation, "limit": limit}
@@ -74,19 +76,19 @@ def test_every_expert_function(backend, R, gated, activation, limit):
 @each_regime
 def test_all_patterns_of_empty_groups(backend, R):
     for pattern in product([0, 1], repeat=G):
-        check_mlp(backend, R, np.array(pattern) * (R // G))
+        check_mlp_gradients(backend, R, np.array(pattern) * (R // G))
 
 
 @each_regime
 def test_the_oracle_keeps_to_it_too(R):
-    check_mlp("reference", R, np.array([2, 0, 4, 1, 0, 3]))
+    check_mlp_gradients("reference", R, np.array([2, 0, 4, 1, 0, 3]))
 
 
 @each_backend
 @each_regime
 @pytest.mark.parametrize("group", [0, 3, G - 1])
 def test_all_rows_to_one_group(backend, R, group):
-    check_mlp(backend, R, R * np.eye(G, dtype=int)[group])
+    check_mlp_gradients(backend, R, R * np.eye(G, dtype=int)[group])
 
 
 @each_backend
@@ -95,7 +97,7 @@ def test_all_rows_to_one_group(backend, R, group):
 @given(data=st.data())
 def test_random_group_sizes(backend, R, data):
     cuts = sorted(data.draw(st.lists(st.integers(0, R), min_size=G, max_size=G)))
-    check_mlp(backend, R, np.diff([0, *cuts]))
+    check_mlp_gradients(backend, R, np.diff([0, *cuts]))
 
 
 @each_backend
@@ -112,7 +114,7 @@ def test_random_group_sizes(backend, R, data):
     ],
 )
 def test_edge_shapes(backend, sizes, R, N, K):
-    lhs_RK, rhs_GNK, dout_RN = arrays(1, (R, K), (len(sizes), N, K), (R, N))
+    lhs_RK, rhs_GNK, dout_RN = arrays((R, K), (len(sizes), N, K), (R, N), seed=1)
 
     def gradients(backend):
         _, pullback = jax.vjp(lambda lhs, rhs: grouped_matmul(lhs, rhs, int32(sizes), backend=backend), lhs_RK, rhs_GNK)
@@ -127,7 +129,7 @@ def test_bfloat16_rounds_once(backend, R):
     """Sums over rows are float32: the gradients are those of float32 inputs, rounded at the end."""
     sizes = np.full(G, R // G)
     x_RD, *weights = mlp_arrays(R, jnp.bfloat16)
-    (dy_RD,) = arrays(7, (R, D), dtype=jnp.bfloat16)
+    (dy_RD,) = arrays((R, D), dtype=jnp.bfloat16, seed=7)
     narrow = mlp_gradients(x_RD, *weights, {}, int32(sizes), dy_RD, backend=backend)
     wide = [a.astype(jnp.float32) for a in (x_RD, *weights)]
     exact = mlp_gradients(*wide, {}, int32(sizes), dy_RD.astype(jnp.float32), backend="reference")
@@ -143,7 +145,7 @@ def test_inside_shard_map(backend, R, check_vma):
     """Experts over ep, F over tp, rows over dp and ep: the matrices' gradients add up over dp, the rows' over tp."""
     dp, tp, ep = mesh_shape = 2, 2, 2
     x_RD, w_up, w_down = mlp_arrays(R, groups=2 * ep)
-    dy_RD, x_deRD = arrays(7, (R, D), (dp, ep, R, D))
+    dy_RD, x_deRD = arrays((R, D), (dp, ep, R, D), seed=7)
     sizes = np.array([[[3, 0], [R - 4, 4]], [[0, 0], [5, 1]]])
 
     def local(x_11RD, w_up, w_down, sizes_11p, dy_RD):
@@ -176,7 +178,7 @@ def test_inside_shard_map(backend, R, check_vma):
 def test_the_stack_is_never_transposed(R):
     """No array of the compiled gradient has the stack's shape with its matrices transposed."""
     groups, N, K = 3, 7, 32
-    lhs_RK, rhs_GNK = arrays(2, (R, K), (groups, N, K))
+    lhs_RK, rhs_GNK = arrays((R, K), (groups, N, K), seed=2)
 
     def loss(lhs, rhs):
         return jnp.sum(grouped_matmul(lhs, rhs, int32([2, 0, 5])) ** 2)

@@ -15,42 +15,18 @@ from jax.sharding import PartitionSpec as P
 
 from jaxmoe.kernels.grouped_matmul import ACTIVATIONS, BACKENDS, expert_mlp, grouped_matmul
 from jaxmoe.kernels.grouped_matmul.tiles import map_rows, map_tiles, rows_per_tile
-from tests.conftest import mesh_of
+from tests.support.kernels import REGIMES, D, F, G, arrays, each_regime, int32, mlp_arrays, poison
+from tests.support.meshes import mesh_of
 
-G, D, F = 6, 48, 16
-# Rows allocated in the two regimes of `rows_per_tile`; neither is a multiple of anything in sight.
-REGIMES = {"few rows": 11, "many rows": 67}
+pytestmark = pytest.mark.covering
 
 each_backend = pytest.mark.parametrize("backend", BACKENDS)
-each_regime = pytest.mark.parametrize("R", REGIMES.values(), ids=REGIMES)
 
 
 # One compiled function a backend and shape: compiling is what costs here, so tests vary the group sizes only.
 @cache
 def compiled(function, backend, **options):
     return jax.jit(partial(function, backend=backend, **options))
-
-
-def arrays(seed, *shapes, dtype=jnp.float32):
-    keys = jax.random.split(jax.random.key(seed), len(shapes))
-    return [
-        (jax.random.normal(key, shape) / math.sqrt(shape[-1])).astype(dtype)
-        for key, shape in zip(keys, shapes, strict=True)
-    ]
-
-
-def mlp_arrays(R, dtype=jnp.float32, groups=G):
-    x_RD, *weights = arrays(0, (R, D), (groups, 2, F, D), (groups, D, F), dtype=dtype)
-    return x_RD * math.sqrt(D), *weights
-
-
-def int32(sizes):
-    return jnp.asarray(sizes, jnp.int32)
-
-
-def poison(rows, sizes):
-    """Put NaN wherever no group owns the row."""
-    return rows.at[int(np.sum(sizes)) :].set(jnp.nan)
 
 
 def assert_close(actual, expected, sizes):
@@ -60,7 +36,7 @@ def assert_close(actual, expected, sizes):
     np.testing.assert_array_equal(actual[filled:], 0)
 
 
-def check_mlp(backend, R, sizes):
+def check_against_reference(backend, R, sizes):
     x_RD, *weights = mlp_arrays(R)
     expected = compiled(expert_mlp, "reference")(x_RD, *weights, int32(sizes))
     actual = compiled(expert_mlp, backend)(poison(x_RD, sizes), *weights, int32(sizes))
@@ -85,7 +61,7 @@ def test_biases_and_other_expert_functions(backend, R, gated, activation, limit)
     if activation == "clamped_swiglu" and not gated:
         pytest.skip("a clamped activation needs a gate")
     sizes, halves = [R // 3, 0, 4, 1, 0, 3], 2 if gated else 1
-    x_RD, w_up, w_down, b_up, b_down = arrays(5, (R, D), (G, halves, F, D), (G, D, F), (G, halves, F), (G, D))
+    x_RD, w_up, w_down, b_up, b_down = arrays((R, D), (G, halves, F, D), (G, D, F), (G, halves, F), (G, D), seed=5)
     actual = expert_mlp(
         poison(x_RD, sizes),
         w_up,
@@ -116,14 +92,14 @@ def test_biases_and_other_expert_functions(backend, R, gated, activation, limit)
 @each_regime
 def test_all_patterns_of_empty_groups(backend, R):
     for pattern in product([0, 1], repeat=G):
-        check_mlp(backend, R, np.array(pattern) * (R // G))
+        check_against_reference(backend, R, np.array(pattern) * (R // G))
 
 
 @each_backend
 @each_regime
 @pytest.mark.parametrize("group", [0, 3, G - 1])
 def test_all_rows_to_one_group(backend, R, group):
-    check_mlp(backend, R, R * np.eye(G, dtype=int)[group])
+    check_against_reference(backend, R, R * np.eye(G, dtype=int)[group])
 
 
 @each_backend
@@ -132,7 +108,7 @@ def test_all_rows_to_one_group(backend, R, group):
 @given(data=st.data())
 def test_random_group_sizes(backend, R, data):
     cuts = sorted(data.draw(st.lists(st.integers(0, R), min_size=G, max_size=G)))
-    check_mlp(backend, R, np.diff([0, *cuts]))
+    check_against_reference(backend, R, np.diff([0, *cuts]))
 
 
 @each_backend
@@ -151,7 +127,7 @@ def test_random_group_sizes(backend, R, data):
     ],
 )
 def test_edge_shapes(backend, sizes, R, N, K):
-    lhs_RK, rhs_GNK = arrays(1, (R, K), (len(sizes), N, K))
+    lhs_RK, rhs_GNK = arrays((R, K), (len(sizes), N, K), seed=1)
     expected = grouped_matmul(lhs_RK, rhs_GNK, int32(sizes), backend="reference")
     assert_close(grouped_matmul(poison(lhs_RK, sizes), rhs_GNK, int32(sizes), backend=backend), expected, sizes)
 
@@ -290,7 +266,7 @@ def test_trips_follow_the_filled_rows(R, groups):
 
 
 def portable_hlo(R, groups, N, K):
-    lhs_RK, rhs_GNK = arrays(2, (R, K), (groups, N, K))
+    lhs_RK, rhs_GNK = arrays((R, K), (groups, N, K), seed=2)
     return compiled(grouped_matmul, "portable").lower(lhs_RK, rhs_GNK, int32(np.zeros(groups))).compile().as_text()
 
 
@@ -316,7 +292,7 @@ def test_few_rows_copy_no_matrix():
 def test_bfloat16_results_are_not_converted_whole(R):
     """A trip of a loop writes the rows at hand, and never all of them in float32 and back."""
     groups, N, K = 50, 7, 96
-    lhs_RK, rhs_GNK = arrays(2, (R, K), (groups, N, K), dtype=jnp.bfloat16)
+    lhs_RK, rhs_GNK = arrays((R, K), (groups, N, K), dtype=jnp.bfloat16, seed=2)
     product = compiled(grouped_matmul, "portable")
     hlo = product.lower(lhs_RK, rhs_GNK, int32(np.zeros(groups))).compile().as_text()
     assert f"u16[{R},{N}]" in hlo
@@ -328,7 +304,7 @@ def test_bfloat16_results_are_not_converted_whole(R):
 def test_bfloat16_stacks_are_not_converted_whole(R, D):
     """XLA for CPU may compute bfloat16 in float32, but only of the group at hand: forward or in the gradient."""
     groups, F = 50, 64  # inputs are one block of lanes, two, and three with a rest
-    x_RD, up, down = arrays(2, (R, D), (groups, 2, F, D), (groups, D, F), dtype=jnp.bfloat16)
+    x_RD, up, down = arrays((R, D), (groups, 2, F, D), (groups, D, F), dtype=jnp.bfloat16, seed=2)
 
     def loss(x_RD, up, down, sizes):
         return jnp.sum(expert_mlp(x_RD, up, down, sizes, backend="portable").astype(jnp.float32))

@@ -19,20 +19,22 @@ from jaxmoe.kernels.grouped_matmul import check_backend, expert_mlp, grouped_mat
 from jaxmoe.kernels.grouped_matmul.activations import combine_halves
 from jaxmoe.kernels.grouped_matmul.quantized import as_matrices, dequantize
 from jaxmoe.layers import MoE
-from tests.conftest import mesh_of
-from tests.kernels._checks import (
+from tests.support.kernels import (
     FLOAT32,
     MLPS,
     OLD,
     SIZES,
-    arrays,
     check_mlp,
     check_product,
     exact,
     needs_mosaic,
     packed_stack,
+    rows_and_matrices,
     widths_of_single_rows,
 )
+from tests.support.meshes import mesh_of
+
+pytestmark = pytest.mark.covering
 
 
 def tiles_of(swapped, **sizes):
@@ -44,7 +46,6 @@ def tiles_of(swapped, **sizes):
 
 
 @needs_mosaic
-@pytest.mark.slow
 @pytest.mark.parametrize("swapped", [True, False], ids=["few rows", "many rows"])
 @pytest.mark.parametrize(("sizes", "R"), SIZES, ids=str)
 def test_product(sizes, R, swapped) -> None:
@@ -83,7 +84,7 @@ def test_packed_product(format, block, scale_dtype) -> None:
 
     sizes, R = [5, 0, 18, 1], 30
     stack = packed_stack(format, block, scale_dtype, 4, 192 if block[0] <= 64 else 256, 128)
-    [rows] = [arrays(R, (1, 128), dtype=jnp.bfloat16)[0]]
+    [rows] = [rows_and_matrices(R, (1, 128), dtype=jnp.bfloat16)[0]]
     out = mosaic_gpu.grouped_matmul(
         rows, as_matrices(stack), jnp.asarray(sizes, jnp.int32), out_dtype=FLOAT32, interpret=True
     )
@@ -101,7 +102,7 @@ def test_packed_product_with_zero_points(most, block) -> None:
     stack = packed_stack("int4", block, "float32", 4, 192, 128)
     zeros = np.random.default_rng(1).integers(0, most + 1, stack.scales.shape)
     stack = dataclasses.replace(stack, zero_points=jnp.asarray(zeros, jnp.uint8))
-    [rows] = arrays(R, (1, 128), dtype=jnp.bfloat16)[:1]
+    [rows] = rows_and_matrices(R, (1, 128), dtype=jnp.bfloat16)[:1]
     out = mosaic_gpu.grouped_matmul(
         rows, as_matrices(stack), jnp.asarray(sizes, jnp.int32), out_dtype=FLOAT32, interpret=True
     )
@@ -113,7 +114,7 @@ def test_packed_product_with_zero_points(most, block) -> None:
 @needs_mosaic
 def test_packed_mlp_is_the_portable_one() -> None:
     sizes = jnp.asarray([7, 0, 20], jnp.int32)
-    x, b_up, b_down = arrays(30, (3, 2, 64), (3, 64), dtype=jnp.bfloat16)
+    x, b_up, b_down = rows_and_matrices(30, (3, 2, 64), (3, 64), dtype=jnp.bfloat16)
     up = packed_stack("mxfp4", (1, 32), "uint8", 6, 64, 64)
     up = jax.tree.map(lambda array: array.reshape(3, 2, *array.shape[1:]), up)
     down = packed_stack("int4", (1, 32), "bfloat16", 3, 64, 64)
@@ -193,7 +194,7 @@ def test_results_are_copied_as_the_accelerator_does_it(first, last, N, width, mo
 def test_tiles_that_do_not_divide_the_matrices_are_refused() -> None:
     from jaxmoe.kernels.grouped_matmul import mosaic_gpu
 
-    rows, matrices = arrays(16, (1, 64, 96), dtype=jnp.bfloat16)
+    rows, matrices = rows_and_matrices(16, (1, 64, 96), dtype=jnp.bfloat16)
     problem = mosaic_gpu.problem_of(rows, matrices, 1, FLOAT32)
     with pytest.raises(ValueError, match=r"k must divide 96; got Tiles\(m=16, n=128, k=64.*: use 32"):
         problem.check(tiles_of(True, k=64))
@@ -255,14 +256,14 @@ def test_chosen_tiles_fit(rows, halves, bits, block) -> None:
     ],
 )
 def test_what_it_does_not_multiply(dtype, N, K, message) -> None:
-    rows, matrices = arrays(8, (1, N, K), dtype=dtype)
+    rows, matrices = rows_and_matrices(8, (1, N, K), dtype=dtype)
     with pytest.raises(NotImplementedError, match=message):
         grouped_matmul(rows, matrices, jnp.asarray([8], jnp.int32), backend="mosaic_gpu")
 
 
 @needs_mosaic
 def test_what_it_does_not_unpack() -> None:
-    sizes, [rows] = jnp.asarray([8], jnp.int32), [arrays(8, (1, 128), dtype=jnp.bfloat16)[0]]
+    sizes, [rows] = jnp.asarray([8], jnp.int32), [rows_and_matrices(8, (1, 128), dtype=jnp.bfloat16)[0]]
 
     def multiply(stack, rows=rows):
         return grouped_matmul(rows, stack, sizes, backend="mosaic_gpu")
@@ -289,5 +290,7 @@ def test_a_layer_refuses_it_where_it_cannot_run() -> None:
         check_backend("fast", jax.devices()[0])
     with pytest.raises(ValueError, match="got 'fast'"):
         expert_mlp(
-            *arrays(4, (1, 2, 32, 64), (1, 64, 32), dtype=jnp.bfloat16), jnp.asarray([4], jnp.int32), backend="fast"
+            *rows_and_matrices(4, (1, 2, 32, 64), (1, 64, 32), dtype=jnp.bfloat16),
+            jnp.asarray([4], jnp.int32),
+            backend="fast",
         )

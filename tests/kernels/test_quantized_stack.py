@@ -11,9 +11,11 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from jaxmoe.kernels.grouped_matmul import QuantizedStack, dequantize, expert_mlp, grouped_matmul
-from tests.conftest import mesh_of
-from tests.kernels.test_grouped_matmul import int32
-from tests.kernels.test_quantized import D, F, G, each_case, pack
+from tests.support.kernels import int32
+from tests.support.meshes import mesh_of
+from tests.support.packed import D, F, G, each_case, pack
+
+pytestmark = pytest.mark.covering
 
 
 @each_case

@@ -24,40 +24,16 @@ from jaxmoe.kernels.grouped_matmul import grouped_matmul as checked_grouped_matm
 from jaxmoe.kernels.grouped_matmul.activations import ACTIVATIONS, combine_halves, gelu_without_erf
 from jaxmoe.kernels.grouped_matmul.quantized import QuantizedStack
 from jaxmoe.layers import MoE
-from tests.conftest import mesh_of
+from tests.support.kernels import FLOAT32, arrays, exact, int32, poison, rows_and_matrices
+from tests.support.meshes import mesh_of
 
-FLOAT32 = jnp.dtype(jnp.float32)
+pytestmark = pytest.mark.covering
 
 
 # One compiled function a set of options: compiling is what costs here, so tests vary the group sizes only.
 @cache
 def compiled(name, **options):
     return jax.jit(partial(getattr(triton, name), interpret=True, **options))
-
-
-def arrays(*shapes, dtype=jnp.float32, seed=0):
-    rng = np.random.default_rng(seed)
-    return [jnp.asarray(rng.normal(size=shape) / math.sqrt(shape[-1]), dtype) for shape in shapes]
-
-
-def int32(sizes):
-    return jnp.asarray(sizes, jnp.int32)
-
-
-def poison(rows, sizes):
-    """Put NaN wherever no group owns the row."""
-    return rows.at[int(np.sum(sizes)) :].set(jnp.nan)
-
-
-def exact_product(rows, matrices, sizes, biases=None):
-    """In float64; zeros where no group owns the row."""
-    rows, matrices = np.asarray(rows, np.float64), np.asarray(matrices, np.float64)
-    out = np.zeros((len(rows), matrices.shape[1]))
-    for row, group in enumerate(np.repeat(np.arange(len(sizes)), sizes)):
-        out[row] = matrices[group] @ rows[row]
-        if biases is not None:
-            out[row] += np.asarray(biases[group], np.float64)
-    return out
 
 
 # Both regimes of tiles: up to 32 rows a group, and more. N and K are multiples of nothing in sight.
@@ -80,7 +56,7 @@ def test_product(sizes, R, N, K, dtype) -> None:
     rows, matrices = arrays((R, K), (len(sizes), N, K), dtype=dtype) if K else (jnp.ones((R, 0)), jnp.ones((1, N, 0)))
     out = compiled("grouped_matmul", out_dtype=FLOAT32)(poison(rows, sizes), matrices, int32(sizes))
     assert out.dtype == FLOAT32
-    np.testing.assert_allclose(out, exact_product(rows, matrices, sizes), atol=2e-6)
+    np.testing.assert_allclose(out, exact(rows, matrices, sizes), atol=2e-6)
     np.testing.assert_array_equal(out[sum(sizes) :], 0)
 
 
@@ -90,7 +66,7 @@ def test_all_patterns_of_empty_groups(R) -> None:
     for pattern in product([0, 1], repeat=4):
         sizes = np.array(pattern) * (R // 4)
         out = compiled("grouped_matmul", out_dtype=FLOAT32)(poison(rows, sizes), matrices, int32(sizes))
-        np.testing.assert_allclose(out, exact_product(rows, matrices, sizes), atol=2e-6)
+        np.testing.assert_allclose(out, exact(rows, matrices, sizes), atol=2e-6)
 
 
 @pytest.mark.parametrize("R", [40, 170])
@@ -101,7 +77,7 @@ def test_random_group_sizes(R, data) -> None:
     sizes = np.diff([0, *cuts])
     rows, matrices = arrays((R, 45), (4, 90, 45))
     out = compiled("grouped_matmul", out_dtype=FLOAT32)(poison(rows, sizes), matrices, int32(sizes))
-    np.testing.assert_allclose(out, exact_product(rows, matrices, sizes), atol=2e-6)
+    np.testing.assert_allclose(out, exact(rows, matrices, sizes), atol=2e-6)
 
 
 def test_sizes_beyond_the_rows_are_cut_off() -> None:
@@ -112,9 +88,7 @@ def test_sizes_beyond_the_rows_are_cut_off() -> None:
 
 
 def mlp_arrays(R, halves, *, groups=3, D=90, F=45, dtype=jnp.float32):
-    shapes = (R, D), (groups, halves * F, D), (groups, D, F), (groups, halves * F), (groups, D)
-    x_RD, *weights = arrays(*shapes, dtype=dtype)
-    return x_RD * math.sqrt(D), *weights
+    return rows_and_matrices(R, (groups, halves * F, D), (groups, D, F), (groups, halves * F), (groups, D), dtype=dtype)
 
 
 @pytest.mark.parametrize("sizes", [[7, 0, 20], [7, 0, 120]], ids=["few rows", "many rows"])
@@ -127,14 +101,14 @@ def test_mlp_with_biases(activation, limit, gated, dtype, sizes) -> None:
     x, up, down, b_up, b_down = mlp_arrays(sum(sizes) + 20, 2 if gated else 1, dtype=dtype)
     options = {"combine": combine_halves(activation, limit, gated=gated), "out_dtype": FLOAT32}
     y = compiled("expert_mlp", **options)(poison(x, sizes), up, down, int32(sizes), b_up_pN=b_up, b_down_pD=b_down)
-    first, *second = np.split(exact_product(x, up, sizes, b_up), 2 if gated else 1, axis=1)
+    first, *second = np.split(exact(x, up, sizes, b_up), 2 if gated else 1, axis=1)
     if activation == "clamped_swiglu":
         gate, linear = np.minimum(first, limit), np.clip(second[0], -limit, limit)
         h = (linear + 1) * gate / (1 + np.exp(-1.702 * gate))
     else:
         h = first / (1 + np.exp(-first)) if activation == "silu" else np.maximum(first, 0) ** 2
         h = h * second[0] if gated else h
-    expected = exact_product(jnp.asarray(h, dtype), down, sizes, b_down)
+    expected = exact(jnp.asarray(h, dtype), down, sizes, b_down)
     # The kernel rounds h to the rows' dtype as well, now and then to the other side.
     error = np.linalg.norm(y - expected) / np.linalg.norm(expected)
     assert error <= (1e-6 if dtype == "float32" else 1e-4)
@@ -290,7 +264,7 @@ def test_given_tiles_are_used() -> None:
         function = compiled("grouped_matmul", out_dtype=FLOAT32, tiles=tiles)
         assert f"{tiles.m},{tiles.n}" in str(jax.make_jaxpr(function)(rows, matrices, int32(sizes)))
         results.append(function(poison(rows, sizes), matrices, int32(sizes)))
-        np.testing.assert_allclose(results[-1], exact_product(rows, matrices, sizes), atol=2e-6)
+        np.testing.assert_allclose(results[-1], exact(rows, matrices, sizes), atol=2e-6)
     x, up, down, b_up, b_down = mlp_arrays(30, 2)
     options = {"b_up_pN": b_up, "b_down_pD": b_down, "combine": combine_halves("silu", None, gated=True)}
     options |= {"out_dtype": FLOAT32}
@@ -340,7 +314,7 @@ def test_programs_may_run_in_any_order(monkeypatch) -> None:
     sizes = [5, 0, 20, 1, 3]
     rows, matrices = arrays((40, 45), (5, 90, 45))
     out = triton.grouped_matmul(poison(rows, sizes), matrices, int32(sizes), out_dtype=FLOAT32, interpret=True)
-    np.testing.assert_allclose(out, exact_product(rows, matrices, sizes), atol=2e-6)
+    np.testing.assert_allclose(out, exact(rows, matrices, sizes), atol=2e-6)
 
 
 def test_neighbouring_programs_share_a_strip_of_weights() -> None:

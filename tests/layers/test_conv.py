@@ -6,6 +6,8 @@ import pytest
 
 from jaxmoe.layers.conv import causal_conv
 
+pytestmark = pytest.mark.covering
+
 
 def expected_conv(x_SA, weight_AW, bias_A):
     """numpy.convolve of every channel with its taps, newest first."""

@@ -9,6 +9,8 @@ from hypothesis import strategies as st
 
 from jaxmoe.layers.delta_rule import chunked_delta_rule, delta_rule_step
 
+pytestmark = pytest.mark.covering
+
 
 def recurrence(q, k, v, log_decay, beta, state):
     """S_t = a S_{t-1} (in all directions but k's), then S_tᵀ k = b v + (1 - b) a S_{t-1}ᵀ k, for keys of length 1."""

@@ -14,7 +14,9 @@ from jaxmoe.layers.gated_delta_net import GatedDeltaNet
 from jaxmoe.layers.recurrent import RecurrentCache
 from jaxmoe.mesh import named
 from jaxmoe.models.padding import prompt_positions
-from tests.conftest import mesh_of
+from tests.support.meshes import mesh_of
+
+pytestmark = pytest.mark.covering
 
 D, BATCH = 12, ("dp", "ep")
 CONFIG = GatedDeltaNetConfig(

@@ -10,8 +10,8 @@ import jaxmoe
 from jaxmoe.config import MoEConfig
 from jaxmoe.layers.losses import load_balancing_loss, router_sums, router_z_loss
 from jaxmoe.layers.param import params_by_path
-from tests.conftest import MESH_SHAPES, mesh_of
-from tests.training.dense import DenseMoE
+from tests.support.dense_training import DenseMoE
+from tests.support.meshes import MESH_SHAPES, mesh_of
 
 CONFIG = MoEConfig(num_experts=8, num_experts_per_tok=3, hidden_size=16, moe_intermediate_size=8)
 T = 21

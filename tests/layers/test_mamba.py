@@ -10,8 +10,9 @@ from jaxmoe.config import Mamba2Config, MambaConfig, TokenMixerConfig
 from jaxmoe.layers import ParamFactory, make_token_mixer
 from jaxmoe.layers.param import param_specs, params_by_path
 from jaxmoe.mesh import batch_axes, named
-from tests.conftest import mesh_of
-from tests.models.test_goldens import mesh_id
+from tests.support.meshes import mesh_id, mesh_of
+
+pytestmark = pytest.mark.covering
 
 D, B, S = 12, 4, 9
 

@@ -20,8 +20,9 @@ from jaxmoe.layers.mla import LatentAttention, LatentCache, attend_absorbed, att
 from jaxmoe.mesh import batch_axes, named
 from jaxmoe.models import Decoder
 from jaxmoe.rotary import RopeConfig
-from tests.conftest import mesh_of
-from tests.models.test_goldens import mesh_id
+from tests.support.meshes import mesh_id, mesh_of
+
+pytestmark = pytest.mark.covering
 
 D, H, L, N, R, V = 32, 8, 12, 10, 4, 6
 

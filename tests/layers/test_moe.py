@@ -13,8 +13,10 @@ import jaxmoe
 from jaxmoe.config import MoEConfig, RouterConfig
 from jaxmoe.layers.param import param_specs
 from jaxmoe.placement import ExpertPlacement
-from tests.conftest import mesh_of
-from tests.oracle import dense_moe, softmax_top_k
+from tests.support.meshes import mesh_of
+from tests.support.oracle import dense_moe, softmax_top_k
+
+pytestmark = pytest.mark.covering
 
 CONFIG = MoEConfig(num_experts=11, num_experts_per_tok=3, hidden_size=16, moe_intermediate_size=8)
 

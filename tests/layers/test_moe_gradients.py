@@ -8,7 +8,9 @@ from flax import nnx
 
 import jaxmoe
 from jaxmoe.config import MoEConfig
-from tests.conftest import mesh_of
+from tests.support.meshes import mesh_of
+
+pytestmark = pytest.mark.covering
 
 CONFIG = MoEConfig(num_experts=11, num_experts_per_tok=3, hidden_size=16, moe_intermediate_size=8)
 

@@ -10,8 +10,10 @@ import jaxmoe
 from jaxmoe import ExpertPlacement
 from jaxmoe.layers.replicas import ReplicaRule, choose_slots, token_draws, token_turns
 from jaxmoe.placement.replicas import REPLICA_CHOICES, ReplicaContext
-from tests.conftest import mesh_of
-from tests.layers.test_swap import D, E, make_layer
+from tests.support.layers import D, E, make_layer
+from tests.support.meshes import mesh_of
+
+pytestmark = pytest.mark.covering
 
 # Expert 0 is on every device, the others once or twice.
 PLACEMENT = ExpertPlacement(E, 4, [0, 1, 2, 3, 4, 0, 5, 6, 1, 2, 0, 7, 8, 9, 10, 0])

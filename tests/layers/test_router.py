@@ -12,6 +12,8 @@ from jaxmoe.config import RouterConfig
 from jaxmoe.layers import route
 from jaxmoe.layers.router import router_logits
 
+pytestmark = pytest.mark.covering
+
 E, K, T, GROUPS = 12, 3, 50, 4
 
 

@@ -13,9 +13,11 @@ from jaxmoe.layers import swap, swap_experts
 from jaxmoe.layers.param import row_map
 from jaxmoe.mesh import axes_size
 from jaxmoe.placement.migration import migration_bytes
-from tests.conftest import mesh_of
+from tests.support.layers import SLOTS, D, E, F, make_layer
+from tests.support.meshes import mesh_of
 
-E, D, F, SLOTS = 11, 16, 24, 16
+pytestmark = pytest.mark.covering
+
 CASES = [((1, 2, 4), ("ep",)), ((2, 2, 2), ("ep",)), ((2, 2, 2), ("ep", "tp")), ((1, 1, 8), ("ep",))]
 IDS = [f"{shape}-{'-'.join(axes)}" for shape, axes in CASES]
 
@@ -24,22 +26,6 @@ IDS = [f"{shape}-{'-'.join(axes)}" for shape, axes in CASES]
 def placements(draw, ep: int) -> ExpertPlacement:
     extra = draw(st.lists(st.integers(-1, E - 1), min_size=SLOTS - E, max_size=SLOTS - E))
     return ExpertPlacement(E, ep, draw(st.permutations([*range(E), *extra])))
-
-
-def make_layer(shape, axes, placement, *, dtype=jnp.float32, bias=False) -> MoE:
-    """A layer whose replicas hold the same weights, as a loader leaves them."""
-    config = MoEConfig(num_experts=E, num_experts_per_tok=3, hidden_size=D, moe_intermediate_size=F, bias=bias)
-    layer = MoE(config, mesh=mesh_of(*shape), placement=placement, expert_axes=axes, dtype=dtype, rngs=nnx.Rngs(0))
-    for index, stack in enumerate(layer.expert_stacks()):
-        value = stack.get_value()
-        experts = np.random.default_rng(index).normal(size=(E, *value.shape[1:])) / np.sqrt(value.shape[-1])
-        held = np.where(
-            (placement.slot_to_expert >= 0).reshape(-1, *(1,) * (value.ndim - 1)),
-            experts[placement.slot_to_expert],
-            np.nan,
-        )
-        stack.set_value(jax.device_put(held.astype(value.dtype), value.sharding))
-    return layer
 
 
 def tokens(dtype=jnp.float32) -> jax.Array:

@@ -19,8 +19,10 @@ from jaxmoe.checkpoint.summary import summarize
 from jaxmoe.config import MLAConfig, MoEConfig
 from jaxmoe.models import FAMILIES
 from jaxmoe.rotary import yarn_mscale
-from tests.conftest import mesh_of
-from tests.models.test_goldens import GOLDENS, check_logits, read_expected
+from tests.support.goldens import GOLDENS, check_logits, read_expected
+from tests.support.meshes import mesh_of
+
+pytestmark = pytest.mark.covering
 
 V3 = GOLDENS / "deepseek_v3" / "original"
 TINY = {

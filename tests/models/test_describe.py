@@ -9,8 +9,8 @@ import jaxmoe
 from jaxmoe.cli import main
 from jaxmoe.dispatch import PhaseDispatch
 from jaxmoe.layers.moe import MoE
-from tests.conftest import mesh_of
-from tests.models.test_goldens import GOLDENS, check_greedy, read_expected
+from tests.support.goldens import GOLDENS, check_greedy, read_expected
+from tests.support.meshes import mesh_of
 
 QWEN = GOLDENS / "qwen3_moe" / "original"
 

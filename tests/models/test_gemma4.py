@@ -9,7 +9,9 @@ import pytest
 from jaxmoe.config import AttentionConfig, LayerConfig, MLPConfig
 from jaxmoe.models import get_family
 from jaxmoe.models.checks import check_tp
-from tests.models.test_goldens import GOLDENS
+from tests.support.goldens import GOLDENS
+
+pytestmark = pytest.mark.covering
 
 SAVED = json.loads((GOLDENS / "gemma4_text" / "original" / "config.json").read_text())
 read_config = get_family("gemma4_text").read_config

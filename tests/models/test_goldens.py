@@ -2,7 +2,6 @@
 
 import json
 import shutil
-from pathlib import Path
 
 import jax
 import numpy as np
@@ -12,49 +11,11 @@ from safetensors.numpy import save_file
 
 import jaxmoe
 from jaxmoe.layers import params_by_path
-from tests.conftest import MESH_SHAPES, mesh_of
-from tests.families import FAMILIES, NEW_TOKENS, ON_EVERY_MESH
+from tests.support.families import FAMILIES, NEW_TOKENS, ON_EVERY_MESH
+from tests.support.goldens import GOLDENS, check_greedy, check_logits, read_expected
+from tests.support.meshes import MESH_SHAPES, mesh_id, mesh_of
 
-GOLDENS = Path(__file__).resolve().parent.parent / "goldens"
-# The error is given as a share of the largest absolute logit.
-LOGIT_TOLERANCE = 2e-4
-
-
-def read_expected(family: str) -> dict[str, list[np.ndarray]]:
-    with np.load(GOLDENS / family / "expected.npz") as arrays:
-        count = len(arrays.files) // 3
-        return {kind: [arrays[f"{kind}_{i}"] for i in range(count)] for kind in ("prompt", "logits", "greedy")}
-
-
-def check_logits(model, expected: dict[str, list[np.ndarray]]) -> None:
-    """The logits of each prompt alone, and of all in one batch padded with anything."""
-    largest = max(np.abs(logits).max() for logits in expected["logits"])
-    longest = max(map(len, expected["prompt"]))
-    batch = np.full((len(expected["prompt"]), longest), 5)
-    for row, prompt in zip(batch, expected["prompt"], strict=True):
-        row[: len(prompt)] = prompt
-    together = np.asarray(model(batch))
-    assert together.dtype == np.float32
-    for row, logits in zip(together, expected["logits"], strict=True):
-        assert np.abs(row[: len(logits)] - logits).max() < LOGIT_TOLERANCE * largest
-    alone = np.asarray(model(expected["prompt"][0][None]))[0]
-    assert np.abs(alone - expected["logits"][0]).max() < LOGIT_TOLERANCE * largest
-
-
-def check_greedy(model, expected: dict[str, list[np.ndarray]]) -> None:
-    """The greedy tokens of a batch of prompts of different lengths, and of one prompt alone."""
-    prompts = [prompt.tolist() for prompt in expected["prompt"]]
-    new_tokens = len(expected["greedy"][0])
-    outs = jaxmoe.generate(model, prompts, max_new_tokens=new_tokens, ignore_eos=True)
-    for out, greedy in zip(outs, expected["greedy"], strict=True):
-        assert out.token_ids == greedy.tolist()
-    (alone,) = jaxmoe.generate(model, prompts[1:2], max_new_tokens=new_tokens, ignore_eos=True)
-    assert alone.token_ids == expected["greedy"][1].tolist()
-
-
-def mesh_id(shape) -> str:
-    return "dp{}-tp{}-ep{}".format(*shape) if isinstance(shape, tuple) else str(shape)
-
+pytestmark = pytest.mark.covering
 
 # With ep=1 every placement is the same.
 CASES = [

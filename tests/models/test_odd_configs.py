@@ -8,7 +8,9 @@ from typing import Any
 import pytest
 
 from jaxmoe.models import FAMILIES, WRAPPERS, find_family, read_model_config
-from tests.models.test_goldens import GOLDENS
+from tests.support.goldens import GOLDENS
+
+pytestmark = pytest.mark.covering
 
 CONFIGS = {
     path.parent.parent.name: json.loads(path.read_text()) for path in sorted(GOLDENS.glob("*/original/config.json"))

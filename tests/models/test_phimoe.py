@@ -9,8 +9,10 @@ from flax import nnx
 
 import jaxmoe
 from jaxmoe.models import Decoder
-from tests.conftest import mesh_of
-from tests.models.test_goldens import GOLDENS
+from tests.support.goldens import GOLDENS
+from tests.support.meshes import mesh_of
+
+pytestmark = pytest.mark.covering
 
 CONTEXT = 10
 SHORT, LONG = 1.2, 1.4

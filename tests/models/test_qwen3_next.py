@@ -8,7 +8,9 @@ import pytest
 from jaxmoe.config import AttentionConfig, GatedDeltaNetConfig, MLPConfig, MoEConfig
 from jaxmoe.models import get_family
 from jaxmoe.models.checks import check_tp
-from tests.models.test_goldens import GOLDENS
+from tests.support.goldens import GOLDENS
+
+pytestmark = pytest.mark.covering
 
 SAVED = {
     name: json.loads((GOLDENS / name / "original" / "config.json").read_text())

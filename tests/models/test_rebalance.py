@@ -6,8 +6,10 @@ import pytest
 import jaxmoe
 from jaxmoe.generate.programs import programs_of
 from jaxmoe.placement.migration import migration_bytes
-from tests.conftest import mesh_of
-from tests.models.test_goldens import GOLDENS, check_greedy, check_logits, read_expected
+from tests.support.goldens import GOLDENS, check_greedy, check_logits, read_expected
+from tests.support.meshes import mesh_of
+
+pytestmark = pytest.mark.covering
 
 QWEN = GOLDENS / "qwen3_moe" / "original"
 PROMPTS = [[5, 6, 7], [8, 9, 10, 11, 12], [13]]

@@ -10,8 +10,10 @@ import jaxmoe
 from jaxmoe.config import RouterConfig
 from jaxmoe.layers.router import choose_experts
 from jaxmoe.models import Decoder
-from tests.conftest import mesh_of
-from tests.models.test_goldens import GOLDENS, check_logits, read_expected
+from tests.support.goldens import GOLDENS, check_logits, read_expected
+from tests.support.meshes import mesh_of
+
+pytestmark = pytest.mark.covering
 
 CHECKPOINT = GOLDENS / "qwen3_moe" / "original"
 

@@ -14,10 +14,12 @@ from jaxmoe.checkpoint.summary import summarize
 from jaxmoe.generate.eos import eos_token_ids
 from jaxmoe.layers import params_by_path
 from jaxmoe.models import FAMILIES, WRAPPERS, find_family, read_model_config
-from tests.checkpoint.test_adapter import factors, write_adapter
-from tests.conftest import mesh_of
-from tests.families import WRAPPERS as SIZES
-from tests.models.test_goldens import GOLDENS, check_greedy, check_logits, mesh_id, read_expected
+from tests.support.adapters import factors, write_adapter
+from tests.support.families import WRAPPERS as SIZES
+from tests.support.goldens import GOLDENS, check_greedy, check_logits, read_expected
+from tests.support.meshes import mesh_id, mesh_of
+
+pytestmark = pytest.mark.covering
 
 LLAMA4 = GOLDENS / "llama4" / "original"
 

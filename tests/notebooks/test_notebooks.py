@@ -1,5 +1,6 @@
 """Every notebook runs from top to bottom, ends in a picture, and lies in the repository without outputs."""
 
+import ast
 from pathlib import Path
 
 import nbformat
@@ -24,7 +25,17 @@ def test_it_is_stored_without_outputs(path) -> None:
     assert notebook.metadata.keys() == {"kernelspec", "language_info"}
 
 
-@pytest.mark.slow
+def test_what_they_import_is_there() -> None:
+    """The import statements of all notebooks, run as they stand; the rest of the cells is the full run's."""
+    for path in NOTEBOOKS:
+        code = "\n".join(cell.source for cell in nbformat.read(path, as_version=4).cells if cell.cell_type == "code")
+        code = "\n".join(line for line in code.splitlines() if not line.lstrip().startswith("%"))
+        imports = [node for node in ast.parse(code).body if isinstance(node, ast.Import | ast.ImportFrom)]
+        assert imports, path
+        exec(compile(ast.Module(imports, type_ignores=[]), path.name, "exec"), {})
+
+
+@pytest.mark.full
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore:.*:RuntimeWarning")
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 def test_it_runs_and_ends_in_a_picture(path, monkeypatch) -> None:

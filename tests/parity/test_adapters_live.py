@@ -2,8 +2,8 @@
 
 import pytest
 
-from tests.conftest import mesh_of
-from tests.families import FAMILIES, WRAPPERS
+from tests.support.families import FAMILIES, WRAPPERS
+from tests.support.meshes import mesh_of
 
 pytestmark = [pytest.mark.parity, pytest.mark.filterwarnings("ignore")]
 
@@ -12,7 +12,7 @@ peft = pytest.importorskip("peft", reason="live parity needs torch, transformers
 
 import jaxmoe  # noqa: E402
 from scripts.make_goldens import make_model, save_forms  # noqa: E402
-from tests.checkpoint.test_adapter import check_equal, params  # noqa: E402
+from tests.support.adapters import check_equal, params  # noqa: E402
 
 # Modules that PEFT puts no adapter on: Mamba's kernels read their weights without calling them.
 PEFT_REFUSES = {"nemotron_h": ("out_proj",)}

@@ -11,7 +11,7 @@ torch = pytest.importorskip("torch", reason="live parity needs torch and transfo
 transformers = pytest.importorskip("transformers", reason="live parity needs transformers: scripts/test --parity")
 
 import jaxmoe  # noqa: E402
-from tests.conftest import mesh_of  # noqa: E402
+from tests.support.meshes import mesh_of  # noqa: E402
 
 DEMO = Path(__file__).parents[2] / "demo"
 TEXT = Path(__file__).read_text(encoding="utf-8")

@@ -4,8 +4,8 @@ from typing import Any
 
 import pytest
 
-from tests.conftest import mesh_of
-from tests.families import FAMILIES, ON_EVERY_MESH
+from tests.support.families import FAMILIES, ON_EVERY_MESH
+from tests.support.meshes import mesh_of
 
 pytestmark = pytest.mark.parity
 
@@ -14,7 +14,7 @@ pytest.importorskip("transformers", reason="live parity needs torch and transfor
 
 import jaxmoe  # noqa: E402
 from scripts.make_goldens import make_model, make_prompts, reference, save_forms  # noqa: E402
-from tests.models.test_goldens import check_greedy, check_logits  # noqa: E402
+from tests.support.goldens import check_greedy, check_logits  # noqa: E402
 
 EXPERTS_KEYS = {"num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts"}
 

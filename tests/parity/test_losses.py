@@ -14,7 +14,7 @@ from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_fun
 
 import jaxmoe  # noqa: E402
 from jaxmoe.config import MoEConfig  # noqa: E402
-from tests.conftest import mesh_of  # noqa: E402
+from tests.support.meshes import mesh_of  # noqa: E402
 
 B, S = 3, 7
 CONFIG = MoEConfig(num_experts=8, num_experts_per_tok=3, hidden_size=16, moe_intermediate_size=8)

@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from tests.conftest import mesh_of
-from tests.families import FAMILIES
+from tests.support.families import FAMILIES
+from tests.support.meshes import mesh_of
 
 pytestmark = pytest.mark.parity
 
@@ -15,7 +15,7 @@ pytest.importorskip("transformers", reason="live parity needs torch and transfor
 import jaxmoe  # noqa: E402
 from jaxmoe.models import Decoder  # noqa: E402
 from scripts.make_goldens import make_model  # noqa: E402
-from tests.models.test_goldens import LOGIT_TOLERANCE  # noqa: E402
+from tests.support.goldens import LOGIT_TOLERANCE  # noqa: E402
 
 CONTEXT = 10
 

@@ -2,8 +2,8 @@
 
 import pytest
 
-from tests.conftest import mesh_of
-from tests.families import FAMILIES, WRAPPERS
+from tests.support.families import FAMILIES, WRAPPERS
+from tests.support.meshes import mesh_of
 
 pytestmark = pytest.mark.parity
 
@@ -14,7 +14,7 @@ transformers = pytest.importorskip(
 
 import jaxmoe  # noqa: E402
 from scripts.make_goldens import make_model, make_prompts, reference, save_forms  # noqa: E402
-from tests.models.test_goldens import check_greedy, check_logits  # noqa: E402
+from tests.support.goldens import check_greedy, check_logits  # noqa: E402
 
 
 def arrays_of(model, seed):

@@ -20,6 +20,8 @@ from jaxmoe.placement.replicas import REPLICA_CHOICES, ReplicaContext, get_repli
 from jaxmoe.placement.synthetic import synthetic_trace
 from jaxmoe.placement.traffic import BETWEEN, DEDUPLICATIONS, WITHIN, device_loads, route_trace
 
+pytestmark = pytest.mark.covering
+
 COST = CostModel.for_sizes(hidden_size=64, moe_intermediate_size=32)
 TRACE = synthetic_trace(num_experts=16, experts_per_token=3, num_layers=2, num_windows=4, tokens_per_window=60)
 REPLICATED = ExpertPlacement.from_counts(TRACE.total_counts, ep=4, num_slots=24)

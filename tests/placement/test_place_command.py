@@ -10,9 +10,9 @@ import pytest
 from jaxmoe import ExpertPlacement, RoutingTrace, cli_place
 from jaxmoe.placement import placements_from_json, placements_to_json
 from jaxmoe.placement.synthetic import synthetic_trace
+from tests.support.goldens import GOLDENS
 
 RECORDER = Path(__file__).parent.parent / "checkpoint" / "data" / "torch_recorder.pt"
-GOLDENS = Path(__file__).parent.parent / "goldens"
 WIDTHS = ["--hidden-size", "64", "--moe-intermediate-size", "32"]
 
 

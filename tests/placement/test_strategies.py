@@ -18,6 +18,8 @@ from jaxmoe.placement.synthetic import synthetic_trace
 from jaxmoe.placement.traffic import device_loads, route_trace
 from jaxmoe.placement.weighted import weighted
 
+pytestmark = pytest.mark.covering
+
 RULES = sorted(name for name, strategy in STRATEGIES.items() if strategy.needs != "map")
 DISTINCT = ("eplb_uneven", "affinity", "layer_affinity", "weighted")
 
@@ -378,7 +380,7 @@ def test_a_whole_deepseek_v3_is_placed_in_seconds(ep, num_nodes) -> None:
         assert (loads.max(axis=1) < linear.max(axis=1)).all()
 
 
-@pytest.mark.slow
+@pytest.mark.full
 @pytest.mark.parametrize("name", ["affinity", "layer_affinity"])
 @pytest.mark.parametrize("ep", [32, 144])
 def test_a_whole_deepseek_v3_is_placed_by_affinity(name, ep) -> None:

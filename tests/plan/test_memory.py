@@ -14,8 +14,8 @@ from jaxmoe import ExpertPlacement
 from jaxmoe.cli import main
 from jaxmoe.models.decoder import Decoder
 from jaxmoe.plan import plan
-from tests.conftest import MESH_SHAPES, mesh_of
-from tests.models.test_goldens import GOLDENS
+from tests.support.goldens import GOLDENS
+from tests.support.meshes import MESH_SHAPES, mesh_of
 
 QWEN = GOLDENS / "qwen3_moe" / "original"
 # The published config of Qwen3-30B-A3B.

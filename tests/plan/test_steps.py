@@ -6,8 +6,8 @@ import pytest
 
 from jaxmoe.models import get_family
 from jaxmoe.plan import compile_steps, plan
-from tests.conftest import mesh_of
-from tests.models.test_goldens import GOLDENS
+from tests.support.goldens import GOLDENS
+from tests.support.meshes import mesh_of
 
 QWEN = GOLDENS / "qwen3_moe" / "original"
 SIZES = {"batch_size": 2, "prompt_length": 5, "max_length": 9}

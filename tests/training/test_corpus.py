@@ -15,7 +15,7 @@ from scripts._train.corpus import (
     train_tokenizer,
     windows,
 )
-from tests.training.tiny import DOCUMENTS
+from tests.support.tiny_training import DOCUMENTS
 
 
 def write(root, *names):

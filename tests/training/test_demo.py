@@ -16,7 +16,7 @@ from scripts._train import corpus
 from scripts._train.baselines import NGramModel
 from scripts._train.model import CONFIG
 from scripts._train.result import TOKEN_WINDOWS
-from tests.conftest import mesh_of
+from tests.support.meshes import mesh_of
 
 DEMO = Path(__file__).parents[2] / "demo"
 

@@ -15,8 +15,8 @@ from scripts._train.plot import loss_curve
 from scripts._train.result import export, favourite_tokens, measure, save_traces, text_bytes
 from scripts._train.run import evaluate
 from scripts._train.step import Trainer
-from tests.conftest import mesh_of
-from tests.training.tiny import DOCUMENTS, RECIPE, TINY, tiny_model, tiny_text
+from tests.support.meshes import mesh_of
+from tests.support.tiny_training import DOCUMENTS, RECIPE, TINY, tiny_model, tiny_text
 
 CORPUS = Corpus(DOCUMENTS[:-2], DOCUMENTS[-2:])
 LOG = [

@@ -14,8 +14,8 @@ import pytest
 from scripts._train.corpus import Batches
 from scripts._train.run import Run, train
 from scripts._train.step import Trainer
-from tests.conftest import mesh_of
-from tests.training.tiny import RECIPE, tiny_model, tiny_text
+from tests.support.meshes import mesh_of
+from tests.support.tiny_training import RECIPE, tiny_model, tiny_text
 
 ROOT = Path(__file__).parents[2]
 SETTINGS = {"seed": 0, "steps": RECIPE.steps}
@@ -84,7 +84,7 @@ import jaxmoe
 jaxmoe.simulate_devices(8)
 from scripts._train.run import Run, train
 from scripts._train.step import Trainer
-from tests.training.tiny import RECIPE, tiny_model, tiny_text
+from tests.support.tiny_training import RECIPE, tiny_model, tiny_text
 directory = Path(sys.argv[1])
 batches, held_out = tiny_text()
 trainer = Trainer(tiny_model(directory / "model", jaxmoe.make_mesh(dp=2, tp=2, ep=2)), RECIPE)

@@ -7,9 +7,9 @@ import pytest
 
 from scripts._train.run import evaluate
 from scripts._train.step import Recipe, Trainer
-from tests.conftest import mesh_of
-from tests.training.dense import make_dense
-from tests.training.tiny import RECIPE, TINY, tiny_model, tiny_text
+from tests.support.dense_training import make_dense
+from tests.support.meshes import mesh_of
+from tests.support.tiny_training import RECIPE, TINY, tiny_model, tiny_text
 
 
 def test_a_step_equals_the_dense_step_on_one_device(tmp_path):

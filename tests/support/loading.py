@@ -102,3 +102,6 @@ def check_arrays(case: Case, arrays: dict[str, jax.Array]) -> None:
 
 def bits(array) -> np.ndarray:
     return np.ascontiguousarray(array).reshape(-1).view(np.uint8)
+
+
+PATHS = {"direct": {"staging": False}, "staging": {"staging": True, "staging_bytes": 32 * 1024, "threads": 3}}

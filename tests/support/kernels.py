@@ -1,5 +1,7 @@
 """Checks that every backend has to pass, each given as its module and options of its own."""
 
+import math
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -19,18 +21,45 @@ SIZES = [([5, 0, 130, 1], 141), ([0, 0, 0], 24), ([1, 1, 1, 1], 4), ([0, 9, 0, 2
 MLPS = [("silu", None, True), ("gelu", None, True), ("clamped_swiglu", 1.5, True), ("relu2", None, False)]
 
 
-def arrays(R, *shapes, dtype):
-    rng = np.random.default_rng(0)
-    rows = rng.normal(size=(R, shapes[0][-1]))
-    return [jnp.asarray(rows, dtype), *(jnp.asarray(rng.normal(size=s) / np.sqrt(s[-1]), dtype) for s in shapes)]
+G, D, F = 6, 48, 16  # groups, model width and expert width of the table's tests
+# Rows allocated in the two regimes of `rows_per_tile`; neither is a multiple of anything in sight.
+REGIMES = {"few rows": 11, "many rows": 67}
+each_regime = pytest.mark.parametrize("R", REGIMES.values(), ids=REGIMES)
 
 
-def exact(rows, matrices, sizes):
-    """The product in float64."""
+def arrays(*shapes, dtype=jnp.float32, seed=0):
+    """Random arrays whose products over the last dim have terms that add up to about one."""
+    rng = np.random.default_rng(seed)
+    return [jnp.asarray(rng.normal(size=shape) / math.sqrt(shape[-1]), dtype) for shape in shapes]
+
+
+def rows_and_matrices(R, *shapes, dtype=jnp.float32, seed=0):
+    """Rows [R, K] of unit variance for matrices [groups, N, K], and `arrays` of all shapes."""
+    rows = np.random.default_rng([seed, R]).normal(size=(R, shapes[0][-1]))
+    return [jnp.asarray(rows, dtype), *arrays(*shapes, dtype=dtype, seed=seed)]
+
+
+def mlp_arrays(R, dtype=jnp.float32, groups=G):
+    return rows_and_matrices(R, (groups, 2, F, D), (groups, D, F), dtype=dtype)
+
+
+def int32(sizes):
+    return jnp.asarray(sizes, jnp.int32)
+
+
+def poison(rows, sizes):
+    """Put NaN wherever no group owns the row."""
+    return rows.at[int(np.sum(sizes)) :].set(jnp.nan)
+
+
+def exact(rows, matrices, sizes, biases=None):
+    """The product in float64; zeros where no group owns the row."""
     rows, matrices = np.asarray(rows, np.float64), np.asarray(matrices, np.float64)
     out, start = np.zeros((len(rows), matrices.shape[1])), 0
     for group, size in enumerate(sizes):
         out[start : start + size] = rows[start : start + size] @ matrices[group].T
+        if biases is not None:
+            out[start : start + size] += np.asarray(biases[group], np.float64)
         start += size
     return out
 
@@ -51,24 +80,25 @@ def packed_stack(format, block, scale_dtype, G, N, K, seed=0):
 
 def check_product(backend, sizes, R, N, dtype, **options) -> None:
     """Against the product in float64, with NaN in the rows that no group owns."""
-    rows, matrices = arrays(R, (len(sizes), N, 96), dtype=dtype)
-    rows = rows.at[sum(sizes) :].set(jnp.nan)
-    out = backend.grouped_matmul(rows, matrices, jnp.asarray(sizes, jnp.int32), out_dtype=FLOAT32, **options)
-    np.testing.assert_allclose(out, exact(rows.at[sum(sizes) :].set(0), matrices, sizes), atol=1e-5)
+    rows, matrices = rows_and_matrices(R, (len(sizes), N, 96), dtype=dtype)
+    out = backend.grouped_matmul(poison(rows, sizes), matrices, int32(sizes), out_dtype=FLOAT32, **options)
+    np.testing.assert_allclose(out, exact(rows, matrices, sizes), atol=1e-5)
     assert not np.asarray(out)[sum(sizes) :].any()
 
 
 def check_mlp(backend, activation, limit, gated, **backend_options) -> None:
     """With biases, against the dense oracle."""
     sizes, halves, D, F = [7, 0, 20], 2 if gated else 1, 64, 64
-    x, up, down, b_up, b_down = arrays(30, (3, halves * F, D), (3, D, F), (3, halves * F), (3, D), dtype=jnp.bfloat16)
+    x, up, down, b_up, b_down = rows_and_matrices(
+        30, (3, halves * F, D), (3, D, F), (3, halves * F), (3, D), dtype=jnp.bfloat16
+    )
     options = {
         "b_up_pN": b_up,
         "b_down_pD": b_down,
         "combine": combine_halves(activation, limit, gated=gated),
         "out_dtype": FLOAT32,
     }
-    group_sizes = jnp.asarray(sizes, jnp.int32)
+    group_sizes = int32(sizes)
     out = backend.expert_mlp(x, up, down, group_sizes, **options, **backend_options)
     expected = reference.expert_mlp(x, up, down, group_sizes, **options)
     # Both round h to bfloat16; where that falls to different sides, by one part in 2^8 of one of F terms.
@@ -77,8 +107,8 @@ def check_mlp(backend, activation, limit, gated, **backend_options) -> None:
 
 def check_gradient(backend, **backend_options) -> None:
     """Against that of the dense oracle."""
-    rows, matrices = arrays(70, (2, 32, 64), dtype=jnp.bfloat16)
-    options = {"group_sizes_G": jnp.asarray([3, 60], jnp.int32), "out_dtype": FLOAT32}
+    rows, matrices = rows_and_matrices(70, (2, 32, 64), dtype=jnp.bfloat16)
+    options = {"group_sizes_G": int32([3, 60]), "out_dtype": FLOAT32}
 
     def total(function, **more):
         return jax.grad(lambda rows, matrices: jnp.sum(function(rows, matrices, **options, **more) ** 2), (0, 1))

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+from collections import Counter
 from functools import cache, cached_property, partial
 from unittest import mock
 
@@ -14,9 +15,10 @@ from jaxmoe.dispatch import DISPATCHES, Dispatch, DispatchLayout, DispatchStats,
 from jaxmoe.kernels.grouped_matmul import expert_mlp
 from jaxmoe.mesh import AXES
 from jaxmoe.placement import ExpertPlacement
-from tests.conftest import MESH_SHAPES, mesh_of
-from tests.dispatch.simulated_ragged import ragged_all_to_all
-from tests.oracle import silu
+from tests.support.hlo import groups_along
+from tests.support.meshes import MESH_SHAPES, mesh_of
+from tests.support.oracle import silu
+from tests.support.simulated_ragged import ragged_all_to_all
 
 D, F, E = 16, 8, 11
 
@@ -194,3 +196,20 @@ class Program:
 def program(**settings) -> Program:
     """The one program with these settings, so that it is compiled once."""
     return Program(**settings)
+
+
+def promised(run: Program) -> Counter:
+    """The backend's own list, added up as `hlo.collectives` adds up what was compiled.
+
+    Where rounds may be many, devices agree on their number by an all-reduce, and the program holds the collectives of a
+    round twice: those of the first, and those of the loop over the others.
+    """
+    found: Counter = Counter()
+    itemsize = jnp.dtype(run.dtype).itemsize
+    listed = run.dispatch.collectives(run.T, run.K, D, itemsize, run.layout)
+    loops = run.dispatch.name == "all_to_all" and any(each.op == "all-reduce" for each in listed)
+    for each in listed:
+        if each.devices > 1:
+            times = 2 if loops and each.op != "all-reduce" else 1
+            found[each.op, groups_along(run.mesh_shape, each.axes, AXES)] += times * each.bytes
+    return found

@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from tests.dispatch.programs import E
+from tests.support.dispatch_programs import E
 
 
 def draw_ids(kind: str, seed: int, T: int, K: int, devices: int) -> np.ndarray:

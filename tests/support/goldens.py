@@ -1,0 +1,45 @@
+"""Tiny models with what transformers computed of them, and comparisons with it."""
+
+from pathlib import Path
+
+import numpy as np
+
+import jaxmoe
+
+GOLDENS = Path(__file__).resolve().parent.parent / "goldens"
+
+
+# The error is given as a share of the largest absolute logit.
+LOGIT_TOLERANCE = 2e-4
+
+
+def read_expected(family: str) -> dict[str, list[np.ndarray]]:
+    with np.load(GOLDENS / family / "expected.npz") as arrays:
+        count = len(arrays.files) // 3
+        return {kind: [arrays[f"{kind}_{i}"] for i in range(count)] for kind in ("prompt", "logits", "greedy")}
+
+
+def check_logits(model, expected: dict[str, list[np.ndarray]]) -> None:
+    """The logits of each prompt alone, and of all in one batch padded with anything."""
+    largest = max(np.abs(logits).max() for logits in expected["logits"])
+    longest = max(map(len, expected["prompt"]))
+    batch = np.full((len(expected["prompt"]), longest), 5)
+    for row, prompt in zip(batch, expected["prompt"], strict=True):
+        row[: len(prompt)] = prompt
+    together = np.asarray(model(batch))
+    assert together.dtype == np.float32
+    for row, logits in zip(together, expected["logits"], strict=True):
+        assert np.abs(row[: len(logits)] - logits).max() < LOGIT_TOLERANCE * largest
+    alone = np.asarray(model(expected["prompt"][0][None]))[0]
+    assert np.abs(alone - expected["logits"][0]).max() < LOGIT_TOLERANCE * largest
+
+
+def check_greedy(model, expected: dict[str, list[np.ndarray]]) -> None:
+    """The greedy tokens of a batch of prompts of different lengths, and of one prompt alone."""
+    prompts = [prompt.tolist() for prompt in expected["prompt"]]
+    new_tokens = len(expected["greedy"][0])
+    outs = jaxmoe.generate(model, prompts, max_new_tokens=new_tokens, ignore_eos=True)
+    for out, greedy in zip(outs, expected["greedy"], strict=True):
+        assert out.token_ids == greedy.tolist()
+    (alone,) = jaxmoe.generate(model, prompts[1:2], max_new_tokens=new_tokens, ignore_eos=True)
+    assert alone.token_ids == expected["greedy"][1].tolist()

@@ -1,0 +1,42 @@
+"""Checkpoints compared tensor by tensor."""
+
+from pathlib import Path
+
+import numpy as np
+
+from jaxmoe.checkpoint import open_checkpoint
+from jaxmoe.checkpoint.boxes import whole
+from jaxmoe.checkpoint.values import read_tensor
+from jaxmoe.layers import params_by_path
+from jaxmoe.models import Decoder
+from tests.support.families import FAMILIES
+from tests.support.goldens import GOLDENS
+
+# Families with the forms in which transformers saves them.
+SOURCES = [path for path in sorted(GOLDENS.glob("*/*")) if path.parent.name in FAMILIES and path.is_dir()]
+
+
+def read_all(directory: Path) -> dict[str, np.ndarray]:
+    """Every tensor of a checkpoint."""
+    result = {}
+    for name, tensor in open_checkpoint(directory).tensors.items():
+        with open(tensor.file, "rb") as file:
+            result[name] = read_tensor(file.fileno(), tensor, whole(tensor.shape))
+    return result
+
+
+def assert_same_tensors(ours: Path, theirs: Path) -> None:
+    found, expected = read_all(ours), read_all(theirs)
+    assert found.keys() == expected.keys()
+    for name, value in expected.items():
+        assert found[name].dtype == value.dtype, name
+        assert found[name].tobytes() == value.tobytes(), name
+
+
+def assert_same_parameters(ours: Decoder, theirs: Decoder) -> None:
+    """Bit for bit; what the models compute of them is XLA's."""
+    expected = params_by_path(theirs)
+    for path, param in params_by_path(ours).items():
+        found, other = np.asarray(param[...]), np.asarray(expected[path][...])
+        assert found.dtype == other.dtype, path
+        assert found.tobytes() == other.tobytes(), path
