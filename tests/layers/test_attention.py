@@ -13,7 +13,7 @@ from jaxmoe.layers import Attention, ParamFactory, param_specs, params_by_path
 from jaxmoe.layers.attention import attend
 from jaxmoe.layers.cache import write_prompt, write_token
 from jaxmoe.rotary import RopeConfig
-from tests.conftest import mesh_of
+from tests.support.meshes import mesh_of
 
 B, H, G, C, WIDTH = 2, 4, 2, 9, 6
 

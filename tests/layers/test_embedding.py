@@ -7,7 +7,7 @@ import pytest
 from flax import nnx
 
 from jaxmoe.layers import ParamFactory, VocabTable
-from tests.conftest import mesh_of
+from tests.support.meshes import mesh_of
 
 
 @pytest.mark.parametrize("tp", [1, 2, 4])

@@ -7,7 +7,7 @@ import pytest
 from flax import nnx
 
 from jaxmoe.layers import NORMS, ParamFactory, params_by_path
-from tests.conftest import mesh_of
+from tests.support.meshes import mesh_of
 
 EPS = 0.1  # so large that it matters where it is added
 

@@ -6,7 +6,7 @@ import pytest
 
 from jaxmoe.config import DecoderConfig, MoEConfig
 from jaxmoe.models import find_family
-from tests.families import FAMILIES
+from tests.support.families import FAMILIES
 
 
 def read(model_type: str, **changes: Any) -> DecoderConfig:

@@ -7,7 +7,7 @@ import pytest
 
 from jaxmoe.cli import main
 from jaxmoe.plan.memory import Plan
-from tests.families import FAMILIES
+from tests.support.families import FAMILIES
 
 
 @pytest.mark.parametrize(("capacity", "fits"), [(4, False), (5, True), (None, None)])

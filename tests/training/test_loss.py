@@ -5,8 +5,8 @@ import numpy as np
 import pytest
 
 from scripts._train.step import Trainer
-from tests.conftest import mesh_of
-from tests.training.tiny import RECIPE, tiny_model, tiny_text
+from tests.support.meshes import mesh_of
+from tests.support.tiny_training import RECIPE, tiny_model, tiny_text
 
 
 def test_every_token_counts_alike_and_padding_not_at_all(tmp_path):
