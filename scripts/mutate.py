@@ -344,8 +344,12 @@ def environment(tree: Path) -> dict[str, str]:
         "OMP_NUM_THREADS": "1",
         "OPENBLAS_NUM_THREADS": "1",
     }
-    path = os.pathsep.join(filter(None, (str(tree), os.environ.get("PYTHONPATH"))))
-    return own | os.environ | {"PYTHONPATH": path}
+    first = {
+        "PYTHONPATH": (os.pathsep, str(tree)),
+        "PYTHONWARNINGS": (",", "ignore:Error reading persistent compilation cache"),
+    }
+    joined = {name: mark.join(filter(None, (text, os.environ.get(name)))) for name, (mark, text) in first.items()}
+    return own | os.environ | joined
 
 
 def first_failure(output: str) -> str | None:

@@ -5,6 +5,7 @@ The script passes this file over where it runs tests on a fault: the table does 
 
 import dataclasses
 import json
+import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -238,6 +239,16 @@ def test_runs_of_pytest(tmp_path: Path) -> None:
 def test_an_interpreter_with_another_jaxmoe_is_refused(tmp_path: Path) -> None:
     with pytest.raises(RuntimeError, match="has to import jaxmoe from"):
         Runner(python=sys.executable, workers=0, limit=60).check(tmp_path.resolve())
+
+
+def test_the_copy_comes_before_what_is_installed(monkeypatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("PYTHONPATH", "own")
+    monkeypatch.setenv("OMP_NUM_THREADS", "3")
+    monkeypatch.delenv("PYTHONWARNINGS", raising=False)
+    found = mutate.environment(tmp_path)
+    assert found["PYTHONPATH"] == f"{tmp_path}{os.pathsep}own"
+    assert found["PYTHONWARNINGS"] == "ignore:Error reading persistent compilation cache"
+    assert found["OMP_NUM_THREADS"] == "3"
 
 
 # --- results
