@@ -20,6 +20,7 @@ import hypothesis
 import pytest
 from jax.sharding import Mesh
 
+from tests.support import runs
 from tests.support.covering import covering, factors
 from tests.support.meshes import MESH_SHAPES, mesh_of
 
@@ -47,9 +48,10 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def pytest_configure(config: pytest.Config) -> None:
     """Compile faster what is compiled once and runs for a moment: it is most of the time that tests take.
 
-    Programs for GPUs are compiled as they are for users, and so is what tests start as processes of their own:
-    commands, notebooks and hosts, which drop these flags.
+    Programs for GPUs are compiled as they are for users, and so is, in the full run, what tests start as processes of
+    their own: see `tests.support.processes.environment`.
     """
+    runs.full = config.getoption("--full")
     if config.getoption("--aot"):
         return
     add_xla_flag("xla_backend_optimization_level", "0")

@@ -65,7 +65,7 @@ def collectives(T: int, K: int, D: int, itemsize: int, layout: DispatchLayout) -
 def memory_bytes(T: int, K: int, D: int, itemsize: int, layout: DispatchLayout) -> float:
     """Gathered tokens, the rows of all local pairs in and out, and a float32 sum a token."""
     rows = layout.tokens_per_device(T, TOKEN_AXES) * layout.size(layout.serving_axes)
-    pairs = pairs_per_trip(rows, K, rows * K / layout.num_devices)
+    pairs = pairs_per_trip(rows, K, rows * K / layout.num_devices, layout.buffers)
     return D * (rows * (itemsize + 4) + pairs * (itemsize + 4))
 
 

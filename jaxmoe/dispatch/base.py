@@ -35,6 +35,25 @@ class Experts(NamedTuple):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class Buffers:
+    """Sizes of the buffers of a dispatch. Rows that do not fit one take more rounds or trips; none is dropped.
+
+    Attributes:
+        row_headroom: rows of an exchange's round over those that even routing sends, for experts that are chosen more often.
+        row_deviations: standard deviations of their number to be had besides, for chance.
+        min_rows: rows a round for each destination, at least.
+        pair_headroom: (row, choice) pairs of a trip through the experts over the even share of a device.
+        min_pairs: pairs of a trip, at least: fewer are not worth a loop.
+    """
+
+    row_headroom: float = 1.25
+    row_deviations: float = 4
+    min_rows: int = 8
+    pair_headroom: float = 1.5
+    min_pairs: int = 256
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class DispatchLayout:
     """How experts lie on the mesh and rows travel to them; all of it known at compile time.
 
@@ -45,6 +64,7 @@ class DispatchLayout:
         num_slots: physical slots P.
         wire_dtype: what rows are rounded to on their way to experts, see `jaxmoe.dispatch.wire`; None for not at all.
             Backends that exchange rows heed it.
+        buffers: their sizes.
     """
 
     mesh_shape: tuple[tuple[str, int], ...]
@@ -52,6 +72,7 @@ class DispatchLayout:
     partial_axes: tuple[str, ...]
     num_slots: int
     wire_dtype: str | None = None
+    buffers: Buffers = Buffers()
 
     def size(self, axes: tuple[str, ...]) -> int:
         """Number of devices along `axes`."""

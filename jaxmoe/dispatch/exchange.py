@@ -46,7 +46,7 @@ def run_exchange(
 ) -> tuple[jax.Array, DispatchStats]:
     """Exchange rows over the expert axes until all have been served; see `RunDispatch`."""
     (T, K), n, p = slots_TK.shape, layout.num_devices, layout.slots_per_device
-    C = capacity(T, K, layout.num_slots, n)
+    C = capacity(T, K, layout)
     partial_axes = layout.partial_axes if layout.num_partial > 1 else ()
     plan = make_plan(slots_TK, n, p, C)
 
@@ -117,7 +117,7 @@ def exchange_collectives(
     n, axes = layout.num_devices, layout.expert_axes
     t, partial_axes = layout.num_partial, layout.partial_axes
     own = layout.tokens_per_device(T, TOKEN_AXES)
-    C = capacity(own, K, layout.num_slots, n)
+    C = capacity(own, K, layout)
     rows = n * C
     payload = T / layout.size(TOKEN_AXES) * distinct_destinations(K, layout.num_slots, n) / rows
     width = 2 * K * 4
@@ -140,7 +140,7 @@ def exchange_collectives(
 def exchange_memory_bytes(T: int, K: int, D: int, itemsize: int, layout: DispatchLayout) -> float:
     """Send and receive buffers, the rows of all local pairs, and a float32 sum a row, each written once."""
     own = layout.tokens_per_device(T, TOKEN_AXES)
-    rows = layout.num_devices * capacity(own, K, layout.num_slots, layout.num_devices)
+    rows = layout.num_devices * capacity(own, K, layout)
     received = layout.num_partial * rows
-    pairs = pairs_per_trip(received, K, layout.num_partial * own * K)
+    pairs = pairs_per_trip(received, K, layout.num_partial * own * K, layout.buffers)
     return D * (4 * rows * itemsize + received * (itemsize + 4) + pairs * (itemsize + 4) + own * 4)

@@ -11,21 +11,18 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from jaxmoe.dispatch.base import DispatchLayout
 from jaxmoe.dispatch.traffic import reached
 
-# Room above the expected rows: for experts that are chosen more often, and in standard deviations for chance.
-_HEADROOM, _DEVIATIONS = 1.25, 4
-_MIN_CAPACITY = 8
 
-
-def capacity(T: int, K: int, num_slots: int, num_devices: int) -> int:
+def capacity(T: int, K: int, layout: DispatchLayout) -> int:
     """C, the rows one device sends to one other in a round, from shapes alone.
 
     T tokens have T·q rows for a device with even routing (see `traffic.reached`) and at most T with any.
     """
-    q = reached(K, num_slots, num_slots // num_devices)
-    wanted = _HEADROOM * T * q + _DEVIATIONS * math.sqrt(T * q * (1 - q))
-    return min(T, max(_MIN_CAPACITY, -(-math.ceil(wanted) // 8) * 8))
+    buffers, q = layout.buffers, reached(K, layout.num_slots, layout.slots_per_device)
+    wanted = buffers.row_headroom * T * q + buffers.row_deviations * math.sqrt(T * q * (1 - q))
+    return min(T, max(buffers.min_rows, -(-math.ceil(wanted) // 8) * 8))
 
 
 class ExchangePlan(NamedTuple):

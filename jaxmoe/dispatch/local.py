@@ -5,13 +5,8 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from jaxmoe.dispatch.base import DispatchLayout, Experts
+from jaxmoe.dispatch.base import Buffers, DispatchLayout, Experts
 from jaxmoe.dispatch.rounds import Bodies, sum_rounds
-
-# Room above the even share of (row, choice) pairs, so that the usual unevenness of routing takes one trip.
-_HEADROOM = 1.5
-# Fewer pairs than this are not worth a loop.
-_MIN_PAIRS = 256
 
 
 class _Pairs(NamedTuple):
@@ -29,9 +24,9 @@ class _Pairs(NamedTuple):
     places: jax.Array
 
 
-def pairs_per_trip(R: int, K: int, expected_pairs: float) -> int:
+def pairs_per_trip(R: int, K: int, expected_pairs: float, buffers: Buffers) -> int:
     """Q, the (row, choice) pairs that are computed at once, from shapes alone."""
-    return min(R * K, max(_MIN_PAIRS, -(-int(_HEADROOM * expected_pairs) // 8) * 8))
+    return min(R * K, max(buffers.min_pairs, -(-int(buffers.pair_headroom * expected_pairs) // 8) * 8))
 
 
 def local_sums(
@@ -59,7 +54,7 @@ def local_sums(
         weights_on_input: see `RunDispatch`.
     """
     R, K = slots_RK.shape
-    Q = pairs_per_trip(R, K, expected_pairs)
+    Q = pairs_per_trip(R, K, expected_pairs, layout.buffers)
     pairs = _group_pairs(slots_RK, layout.slots_per_device, Q)
 
     def trip(index: jax.Array, inputs: tuple[jax.Array, jax.Array, Any], pairs: _Pairs) -> jax.Array:

@@ -46,7 +46,7 @@ def collectives(T: int, K: int, D: int, itemsize: int, layout: DispatchLayout) -
 def memory_bytes(T: int, K: int, D: int, itemsize: int, layout: DispatchLayout) -> float:
     """The rows of all local pairs in and out, and a float32 sum a token."""
     own = layout.tokens_per_device(T, token_axes(layout))
-    return D * (pairs_per_trip(own, K, own * K / layout.num_devices) * (itemsize + 4) + own * 4)
+    return D * (pairs_per_trip(own, K, own * K / layout.num_devices, layout.buffers) * (itemsize + 4) + own * 4)
 
 
 REPLICATED = Dispatch(

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from jaxmoe.checkpoint import Block, load_arrays, load_shards, make_load_plan, open_checkpoint
 from tests.support.loading import BF16, F16, F32, PATHS, Case, add_experts, add_tensor, bits, check_arrays, random, spec
 from tests.support.meshes import MESH_SHAPES, mesh_of
+from tests.support.runs import examples
 from tests.support.writing import write_checkpoint
 
 pytestmark = pytest.mark.covering
@@ -40,7 +41,7 @@ def slots(draw, num_experts: int, ep: int):
     return draw(st.permutations([*range(num_experts), *extra, *[-1] * padding]))
 
 
-@settings(max_examples=40)
+@settings(max_examples=examples(10, 40))
 @given(data=st.data())
 def test_loading_equals_what_was_saved(data, tmp_path_factory):
     dp, tp, ep = data.draw(st.sampled_from(MESH_SHAPES), "mesh")

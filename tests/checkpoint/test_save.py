@@ -24,6 +24,7 @@ from jaxmoe.placement import ExpertPlacement
 from tests.support.families import FAMILIES
 from tests.support.goldens import GOLDENS
 from tests.support.meshes import MESH_SHAPES, mesh_of
+from tests.support.runs import examples
 from tests.support.saved import SOURCES, assert_same_parameters, assert_same_tensors, read_all
 from tests.support.writing import write_checkpoint
 
@@ -50,7 +51,7 @@ def placements(draw, experts: int, ep: int):
     return ExpertPlacement(num_experts=experts, ep=ep, slot_to_expert=np.array(slots))
 
 
-@settings(max_examples=12)
+@settings(max_examples=examples(4, 12))
 @given(data=st.data())
 def test_round_trip(data, tmp_path_factory):
     source, form = data.draw(st.sampled_from(SOURCES), "source"), data.draw(st.sampled_from(FORMS), "form")

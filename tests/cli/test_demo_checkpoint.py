@@ -1,20 +1,20 @@
 """The command as a process of its own, on the checkpoint that ships with the repository."""
 
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
+from tests.support.processes import environment
+
 DEMO = Path(__file__).parents[2] / "demo"
 
 
 def run(*argv: str) -> subprocess.CompletedProcess:
-    environment = {name: value for name, value in os.environ.items() if name not in ("XLA_FLAGS", "JAX_PLATFORMS")}
     command = [sys.executable, "-m", "jaxmoe", "generate", *argv]
-    return subprocess.run(command, capture_output=True, text=True, env=environment, cwd=DEMO.parent, timeout=300)
+    return subprocess.run(command, capture_output=True, text=True, env=environment(), cwd=DEMO.parent, timeout=300)
 
 
 def test_from_prompt_to_text_on_simulated_devices() -> None:
@@ -33,9 +33,9 @@ def test_from_prompt_to_text_on_simulated_devices() -> None:
     ("argv", "message"),
     [
         ((str(DEMO), "--mesh", "ep=3", "--simulate", "2"), "is 3 devices, but there are 2"),
-        ((str(DEMO), "--mesh", "tp=7", "--simulate", "7"), "tp can be"),
-        ((str(DEMO), "--placement", "nowhere"), "got 'nowhere'"),
-        ((str(DEMO), "--max-new-tokens", "10000000"), "max_position_embeddings"),
+        pytest.param((str(DEMO), "--mesh", "tp=7", "--simulate", "7"), "tp can be", marks=pytest.mark.full),
+        pytest.param((str(DEMO), "--placement", "nowhere"), "got 'nowhere'", marks=pytest.mark.full),
+        pytest.param((str(DEMO), "--max-new-tokens", "10000000"), "max_position_embeddings", marks=pytest.mark.full),
         ((str(DEMO.parent / "tests"),), "config.json does not exist"),
     ],
 )

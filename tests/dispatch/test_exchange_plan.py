@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from hypothesis import example, given, settings
 
+from jaxmoe.dispatch import DispatchLayout
 from jaxmoe.dispatch.exchange_plan import capacity, make_plan, plan_round, slots_at
 
 
@@ -59,11 +60,15 @@ def test_slots_of_one_device():
     assert slots_at(slots, jnp.int32(1), 4).tolist() == [[-1, 1, -1], [3, 0, -1]]
 
 
+def layout(n, p):
+    return DispatchLayout(mesh_shape=(("ep", n),), expert_axes=("ep",), partial_axes=(), num_slots=n * p)
+
+
 @given(T=st.integers(1, 5000), K=st.integers(1, 16), n=st.integers(1, 64), p=st.integers(1, 8))
 @example(T=1, K=1, n=64, p=1)
 def test_capacity_has_room_for_an_even_routing(T, K, n, p):
     K = min(K, n * p)
-    C = capacity(T, K, n * p, n)
+    C = capacity(T, K, layout(n, p))
     assert 1 <= C <= T
     assert min(T, T * K / (n * p)) <= C
     assert C % 8 == 0 or C == T
@@ -75,4 +80,4 @@ def test_one_round_is_usual_for_random_routing():
     for K in (1, 2, 4, 8):
         slots_TK = np.argsort(rng.random((512, 64)), axis=1)[:, :K]
         need = max(len(line) for line in lines_of(slots_TK, 8, 8))
-        assert need <= capacity(512, K, 64, 8) < 1.7 * need
+        assert need <= capacity(512, K, layout(8, 8)) < 1.7 * need

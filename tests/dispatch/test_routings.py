@@ -9,6 +9,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 
 from jaxmoe.dispatch import DISPATCHES
+from tests.support import runs
 from tests.support.dispatch_programs import LAYOUTS, E, Program, program
 from tests.support.routings import KINDS, draw_ids
 
@@ -50,7 +51,8 @@ def check(run: Program, kind: str, seed: int) -> None:
 @pytest.mark.parametrize("settings_of", PROGRAMS, ids=name_of)
 def test_any_routing(settings_of, request):
     run = program(**settings_of)
-    cases = -(-request.config.getoption("dispatch_cases") // len(PROGRAMS))
+    drawn = request.config.getoption("dispatch_cases") or runs.examples(600, 2000)
+    cases = -(-drawn // len(PROGRAMS))
 
     @settings(max_examples=cases, database=None, suppress_health_check=list(HealthCheck))
     @given(kind=st.sampled_from(KINDS), seed=st.integers(0, 2**32 - 1))

@@ -6,13 +6,12 @@ import sys
 
 import pytest
 
+from tests.support import runs
 from tests.support.distributed_worker import results
 from tests.support.processes import ROOT, environment, finish, start
 
 MESH = {"dp": 2, "tp": 2, "ep": 2}
-CHECKPOINTS = [str(ROOT / "demo"), str(ROOT / "tests/goldens/mixtral/original")]
-
-pytestmark = pytest.mark.slow
+CHECKPOINTS = [str(ROOT / "tests/goldens/mixtral/original"), *([str(ROOT / "demo")] if runs.full else [])]
 
 
 @pytest.fixture(scope="module")
@@ -21,7 +20,7 @@ def alone() -> list[dict]:
     return [results(checkpoint, **MESH) for checkpoint in CHECKPOINTS]
 
 
-@pytest.mark.parametrize("count", [2, 4])
+@pytest.mark.parametrize("count", [2, pytest.param(4, marks=pytest.mark.full)])
 def test_tokens_and_bytes(count, alone) -> None:
     argv = [*CHECKPOINTS, "--mesh", json.dumps(MESH), "--simulate", str(8 // count)]
     ended = finish(start(count, "tests.support.distributed_worker", *argv))
@@ -47,6 +46,7 @@ def test_tokens_and_bytes(count, alone) -> None:
             assert all(part["bytes_read"] < one["bytes_read"] for part in parts)
 
 
+@pytest.mark.full
 def test_the_launcher_of_one_node(alone) -> None:
     command = [sys.executable, ROOT / "scripts/launch_node", "2", sys.executable, "-m", "jaxmoe", "generate"]
     argv = [CHECKPOINTS[0], "--simulate", "4", "--mesh", "dp=2,tp=2,ep=2", "--max-new-tokens", "6", "--json"]

@@ -49,7 +49,6 @@ def test_eight_to_four_to_eight() -> None:
     ]:
         model = jaxmoe.move(model, mesh=mesh, placement=placement)
         check(model, bytes_read=0)
-    check_greedy(model, read_expected("qwen3_moe"))
 
 
 SHAPES = [(1, 1, 1), (8, 1, 1), (1, 8, 1), (2, 2, 2), (1, 2, 4)]

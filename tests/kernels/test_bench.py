@@ -3,7 +3,6 @@
 import dataclasses
 import json
 import math
-import os
 import re
 import subprocess
 import sys
@@ -25,6 +24,7 @@ from scripts._bench.report import check_finite, write_json
 from scripts._bench.sides import all_sides, jax_turn
 from scripts._bench.timing import take_turns
 from scripts._bench.tuning import tune
+from tests.support import processes
 
 SMALL = Shape(experts=6, per_token=2, width=32, expert_width=16)
 
@@ -260,8 +260,7 @@ def test_bench_layer_starts_the_devices_it_needs():
         "--rounds",
         "1",
     ]
-    environ = {name: value for name, value in os.environ.items() if name not in ("XLA_FLAGS", "JAX_PLATFORMS")}
-    environ["CUDA_VISIBLE_DEVICES"] = ""
+    environ = processes.environment() | {"CUDA_VISIBLE_DEVICES": ""}
     done = subprocess.run([sys.executable, script, *options], env=environ, capture_output=True, text=True, check=False)
     assert "ep=2 auto portable" in done.stdout, done.stderr
 

@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from jaxmoe.layers.delta_rule import chunked_delta_rule, delta_rule_step
+from tests.support.runs import examples
 
 pytestmark = pytest.mark.covering
 
@@ -52,7 +53,7 @@ def in_steps(q, k, v, log_decay, beta, state):
 in_chunks = jax.jit(chunked_delta_rule, static_argnames="chunk_size")
 
 
-@settings(max_examples=20)
+@settings(max_examples=examples(4, 20))
 @given(
     seed=st.integers(0, 2**32 - 1),
     B=st.integers(1, 2),

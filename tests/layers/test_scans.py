@@ -1,5 +1,6 @@
 """The parallel forms of Mamba's recurrences are the recurrences, token by token in float64."""
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from hypothesis import example, given, settings
@@ -7,8 +8,12 @@ from hypothesis import strategies as st
 
 from jaxmoe.layers.selective_scan import selective_scan, selective_step
 from jaxmoe.layers.ssd import chunked_ssd, ssd_step
+from tests.support.runs import examples
 
 TOLERANCE = {"rtol": 2e-4, "atol": 2e-5}
+
+selective_scan = jax.jit(selective_scan, static_argnames="chunk_size")
+chunked_ssd = jax.jit(chunked_ssd, static_argnames="chunk_size")
 
 
 def float32(*arrays):
@@ -35,7 +40,7 @@ def expected_ssd(x, dt, rate, b, c, state):
     return y, state
 
 
-@settings(max_examples=6, deadline=None)
+@settings(max_examples=examples(2, 6))
 @given(
     sizes=st.tuples(*[st.integers(1, 4)] * 3), S=st.integers(1, 11), chunk=st.integers(1, 12), seed=st.integers(0, 99)
 )
@@ -57,7 +62,7 @@ def test_selective_scan(sizes, S, chunk, seed):
         np.testing.assert_allclose(one, other, **TOLERANCE)
 
 
-@settings(max_examples=6, deadline=None)
+@settings(max_examples=examples(2, 6))
 @given(
     sizes=st.tuples(*[st.integers(1, 3)] * 5), S=st.integers(1, 11), chunk=st.integers(1, 12), seed=st.integers(0, 99)
 )

@@ -15,6 +15,7 @@ from jaxmoe.mesh import axes_size
 from jaxmoe.placement.migration import migration_bytes
 from tests.support.layers import SLOTS, D, E, F, make_layer
 from tests.support.meshes import mesh_of
+from tests.support.runs import examples
 
 pytestmark = pytest.mark.covering
 
@@ -34,7 +35,7 @@ def tokens(dtype=jnp.float32) -> jax.Array:
 
 @pytest.mark.parametrize(("shape", "axes"), CASES, ids=IDS)
 @given(data=st.data())
-@settings(max_examples=15)
+@settings(max_examples=examples(5, 15))
 def test_any_pair_of_placements(shape, axes, data) -> None:
     ep = axes_size(mesh_of(*shape), axes)
     before, after = data.draw(placements(ep)), data.draw(placements(ep))

@@ -1,6 +1,5 @@
 """Dispatch backends as compiled programs over simulated devices: routing is data, so one program serves every routing."""
 
-import contextlib
 import dataclasses
 from collections import Counter
 from functools import cache, cached_property, partial
@@ -11,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import PartitionSpec as P
 
-from jaxmoe.dispatch import DISPATCHES, Dispatch, DispatchLayout, DispatchStats, Experts, exchange_plan, local
+from jaxmoe.dispatch import DISPATCHES, Buffers, Dispatch, DispatchLayout, DispatchStats, Experts, exchange_plan
 from jaxmoe.kernels.grouped_matmul import expert_mlp
 from jaxmoe.mesh import AXES
 from jaxmoe.placement import ExpertPlacement
@@ -21,6 +20,8 @@ from tests.support.oracle import silu
 from tests.support.simulated_ragged import ragged_all_to_all
 
 D, F, E = 16, 8, 11
+# So small that most routings take several rounds and trips.
+SMALL = Buffers(row_headroom=0.3, row_deviations=0, min_rows=1, pair_headroom=0.3, min_pairs=1)
 
 # Every mesh with every choice of expert axes that differs on it.
 LAYOUTS = [
@@ -37,7 +38,7 @@ class Program:
 
     Attributes:
         T: tokens of all devices.
-        tight: with buffers so small that most routings take several rounds and trips.
+        tight: with `SMALL` buffers.
         replicas: with experts in several slots and padding slots between them.
     """
 
@@ -77,6 +78,7 @@ class Program:
             partial_axes=() if "tp" in self.expert_axes else ("tp",),
             num_slots=self.placement.num_slots,
             wire_dtype=self.wire_dtype,
+            buffers=SMALL if self.tight else Buffers(),
         )
 
     @cached_property
@@ -120,22 +122,11 @@ class Program:
 
         return run(x_TD, slots_TK, weights_TK, w_gate_up, w_down)
 
-    @contextlib.contextmanager
-    def tracing(self):
-        """What tracing has to see: a ragged exchange that runs here, and small buffers."""
-        with contextlib.ExitStack() as stack:
-            stack.enter_context(mock.patch.object(jax.lax, "ragged_all_to_all", ragged_all_to_all))
-            if self.tight:
-                small = {"_HEADROOM": 0.3}
-                stack.enter_context(mock.patch.multiple(exchange_plan, **small, _DEVIATIONS=0, _MIN_CAPACITY=1))
-                stack.enter_context(mock.patch.multiple(local, **small, _MIN_PAIRS=1))
-            yield
-
     def lower(self, fn):
-        """`fn`, jitted and lowered for arguments of `body`'s shapes."""
+        """`fn`, jitted and lowered for arguments of `body`'s shapes, with a ragged exchange that runs here."""
         x_TD, *stacks = self.inputs
         shapes = [jax.ShapeDtypeStruct((self.T, self.K), dtype) for dtype in (jnp.int32, jnp.float32)]
-        with self.tracing():
+        with mock.patch.object(jax.lax, "ragged_all_to_all", ragged_all_to_all):
             return jax.jit(fn).lower(x_TD, *shapes, *map(self.stack, stacks))
 
     @cached_property
@@ -187,8 +178,7 @@ class Program:
     def expected_rounds(self, slots_TK: np.ndarray) -> int:
         """The longest line over C, counted on the host; one round where C holds any line."""
         own = self.T // self.sources
-        with self.tracing():
-            C = exchange_plan.capacity(own, self.K, self.layout.num_slots, self.layout.num_devices)
+        C = exchange_plan.capacity(own, self.K, self.layout)
         return 1 if own == C else -(-int(self.line_lengths(slots_TK).max()) // C)
 
 

@@ -6,6 +6,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+from tests.support import runs
+
 ROOT = Path(__file__).resolve().parents[2]
 
 
@@ -16,9 +18,10 @@ def free_port() -> int:
 
 
 def environment() -> dict[str, str]:
-    """That of the tests, without the devices that they simulate."""
+    """That of the tests, without the devices that they simulate; in the full run it compiles as for users."""
     kept = {name: value for name, value in os.environ.items() if name not in ("XLA_FLAGS", "JAX_PLATFORMS")}
-    return kept | {"PYTHONPATH": str(ROOT)}
+    flags = [] if runs.full else [flag for flag in os.environ["XLA_FLAGS"].split() if "device_count" not in flag]
+    return kept | {"XLA_FLAGS": " ".join(flags), "PYTHONPATH": str(ROOT)}
 
 
 def start(count: int, module: str, *argv: str, per_process: dict[int, list[str]] | None = None) -> list:

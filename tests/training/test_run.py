@@ -1,7 +1,6 @@
 """Runs that are cut short and go on, their log and their settings."""
 
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -15,6 +14,7 @@ from scripts._train.corpus import Batches
 from scripts._train.run import Run, train
 from scripts._train.step import Trainer
 from tests.support.meshes import mesh_of
+from tests.support.processes import environment
 from tests.support.tiny_training import RECIPE, tiny_model, tiny_text
 
 ROOT = Path(__file__).parents[2]
@@ -84,6 +84,7 @@ import jaxmoe
 jaxmoe.simulate_devices(8)
 from scripts._train.run import Run, train
 from scripts._train.step import Trainer
+from tests.support.processes import environment
 from tests.support.tiny_training import RECIPE, tiny_model, tiny_text
 directory = Path(sys.argv[1])
 batches, held_out = tiny_text()
@@ -94,10 +95,7 @@ with Run(directory, {"seed": 0, "steps": RECIPE.steps}) as run:
 
 
 def test_a_process_killed_in_the_middle_leaves_a_run_that_goes_on(tmp_path, trainer):
-    environment = {name: value for name, value in os.environ.items() if name not in ("XLA_FLAGS", "JAX_PLATFORMS")}
-    process = subprocess.Popen(
-        [sys.executable, "-c", SCRIPT, str(tmp_path)], cwd=ROOT, env=environment | {"PYTHONPATH": str(ROOT)}
-    )
+    process = subprocess.Popen([sys.executable, "-c", SCRIPT, str(tmp_path)], cwd=ROOT, env=environment())
     try:
         deadline = time.monotonic() + 300
         while not (tmp_path / "log.jsonl").exists() or not (tmp_path / "log.jsonl").read_text():

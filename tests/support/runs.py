@@ -1,0 +1,8 @@
+"""The run at hand: short, or everything. `tests/conftest.py` sets it before any test file is imported."""
+
+full = False
+
+
+def examples(few: int, many: int) -> int:
+    """Examples that a property test draws: in the short run `few`, in the full one `many`."""
+    return many if full else few
