@@ -1,5 +1,6 @@
 """Eight simulated CPU devices for every test, and the meshes they make."""
 
+import gc
 import importlib.util
 import os
 from importlib.metadata import version
@@ -52,6 +53,9 @@ def pytest_configure(config: pytest.Config) -> None:
     their own: see `tests.support.processes.environment`.
     """
     runs.full = config.getoption("--full")
+    # Tracing makes many objects that stay, over which the collector would go again and again: an eighth of the time.
+    gc.freeze()
+    gc.set_threshold(200_000, 50, 1000)
     if config.getoption("--aot"):
         return
     add_xla_flag("xla_backend_optimization_level", "0")

@@ -1,5 +1,7 @@
 """Gradients through every backend against those of a dense layer, and the memory they take."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -36,7 +38,8 @@ def gradients(run: Program):
     return run.lower(pull_back).compile(), dy_TD
 
 
-def dense_gradients(run: Program, ids_TK: np.ndarray, weights_TK: np.ndarray, dy_TD: np.ndarray):
+@partial(jax.jit, static_argnames=("K", "weights_on_input"))
+def dense_gradients(ids_TK, dy_TD, *inputs, K: int, weights_on_input: bool):
     """The same by automatic differentiation of every expert applied to every token."""
 
     def dense(x_TD, weights_TK, w_gate_up, w_down):
@@ -45,16 +48,16 @@ def dense_gradients(run: Program, ids_TK: np.ndarray, weights_TK: np.ndarray, dy
             return jnp.einsum("etf,edf->ted", jax.nn.silu(gate) * up, w_down)
 
         y_TD = 0
-        for k in range(run.K):
+        for k in range(K):
             chosen_TE = ids_TK[:, k, None] == np.arange(E)
-            if run.weights_on_input:
+            if weights_on_input:
                 y_TD += jnp.sum(chosen_TE[:, :, None] * experts(x_TD * weights_TK[:, k, None]), axis=1)
             else:
                 y_TD += jnp.sum((chosen_TE * weights_TK[:, k, None])[:, :, None] * experts(x_TD), axis=1)
         return jnp.sum(y_TD * dy_TD)
 
     with jax.default_matmul_precision("highest"):
-        return jax.grad(dense, argnums=(0, 1, 2, 3))(run.inputs[0], weights_TK, *run.inputs[1:])
+        return jax.grad(dense, argnums=(0, 1, 2, 3))(*inputs)
 
 
 @pytest.mark.parametrize("settings_of", PROGRAMS, ids=lambda s: "-".join(map(str, s.values())).replace(" ", ""))
@@ -67,7 +70,9 @@ def test_equal_those_of_a_dense_layer(settings_of):
         slots_TK = run.slots(ids_TK).astype(np.int32)
         y_TD, (dx, dweights, *dstacks) = compiled(run.inputs[0], slots_TK, weights_TK, *map(run.stack, run.inputs[1:]))
         np.testing.assert_allclose(y_TD, run.expected(ids_TK, weights_TK), atol=1e-5)
-        expected = dense_gradients(run, ids_TK, weights_TK, dy_TD)
+        x_TD, *stacks = run.inputs
+        options = {"K": run.K, "weights_on_input": run.weights_on_input}
+        expected = dense_gradients(ids_TK, dy_TD, x_TD, weights_TK, *stacks, **options)
         # A replica's gradient is that of its own tokens: an expert's is the sum over its slots.
         slot_to_expert = run.placement.slot_to_expert
         totals = [np.zeros((E, *stack.shape[1:]), np.float32) for stack in dstacks]
@@ -78,6 +83,7 @@ def test_equal_those_of_a_dense_layer(settings_of):
             np.testing.assert_allclose(ours, theirs, atol=1e-5 * max(1, np.abs(theirs).max()))
 
 
+@pytest.mark.full
 def test_memory_of_the_backward_pass_follows_from_shapes():
     """Nothing is kept of a round: twice the forward pass's workspace and the gradients, whatever the rounds."""
     few, many = (

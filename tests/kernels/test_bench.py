@@ -222,6 +222,7 @@ def test_bench_kernels_times_or_gives_a_reason(tmp_path, capsys):
     assert shown.count("refused: triton: ") == 3
 
 
+@pytest.mark.full
 def test_bench_layer_times_or_gives_a_reason(tmp_path, capsys):
     written = tmp_path / "layer.json"
     options = ["--quick", "--mesh", "tp=2,ep=4", "--dispatch", "all_to_all", "ragged_all_to_all", "--rounds", "1"]
@@ -238,12 +239,14 @@ def test_bench_layer_times_or_gives_a_reason(tmp_path, capsys):
     assert "times transformers" in capsys.readouterr().out
 
 
+@pytest.mark.full
 def test_a_batch_that_the_mesh_does_not_divide_is_timed_too(capsys):
     options = ["--quick", "--mesh", "ep=8", "ep=3", "--dispatch", "auto", "--kernels", "portable", "--rounds", "1"]
     bench_layer.main(options)
     assert "ep=3 auto portable" in capsys.readouterr().out
 
 
+@pytest.mark.full
 def test_bench_layer_starts_the_devices_it_needs():
     """In a process of its own, where the compiler for GPUs may be installed, and no GPU is to be seen."""
     script = Path(bench_layer.__file__)

@@ -280,13 +280,16 @@ def test_given_tiles_are_used() -> None:
     np.testing.assert_allclose(got, portable.expert_mlp(x, up, down, int32([7, 3, 20]), **options), atol=5e-6)
 
 
+row_tiles = jax.jit(triton.row_tiles, static_argnums=(1, 2))
+
+
 @settings(max_examples=50)
 @given(data=st.data())
 def test_every_row_is_in_one_tile(data) -> None:
     R, G = data.draw(st.sampled_from([(1, 1), (3, 7), (40, 3), (100, 1), (130, 2), (16, 16), (600, 4)]))
     sizes = data.draw(st.lists(st.integers(0, R), min_size=G, max_size=G))
     m = data.draw(st.sampled_from([16, 32, 128]))
-    tiles = triton.row_tiles(int32(sizes), R, m)
+    tiles = row_tiles(int32(sizes), R, m)
     owners = np.append(np.repeat(np.arange(G), sizes), np.full(R, G))[:R]
     seen = np.full(R, -1)
     for group, first, end in zip(*map(np.asarray, tiles), strict=True):

@@ -103,7 +103,8 @@ def test_steps_are_at_least_the_smallest():
     _, state = whole_prompts(layer)
     x_BSD = inputs()
     x_BSD[:, : S - 2] = 0  # the last token's convolution sees the one before it; nothing older is left after e^-50
-    _, cache = layer(x_BSD, np.tile(np.arange(S), (B, 1)), empty_cache(layer), batch_axes(layer.mesh, B))
+    call = nnx.jit(lambda layer, *inputs: layer(*inputs, batch_axes(layer.mesh, B)))
+    _, cache = call(layer, x_BSD, np.tile(np.arange(S), (B, 1)), empty_cache(layer))
     np.testing.assert_allclose(cache.state, state, rtol=1e-5, atol=1e-6)
 
 

@@ -21,6 +21,7 @@ from jaxmoe.mesh import batch_axes, named
 from jaxmoe.models import Decoder
 from jaxmoe.rotary import RopeConfig
 from tests.support.meshes import mesh_id, mesh_of
+from tests.support.runs import examples
 
 pytestmark = pytest.mark.covering
 
@@ -47,7 +48,7 @@ def expected(q_nope, q_rope, cache: LatentCache, w_kv, positions, scale: float) 
     return out
 
 
-@settings(max_examples=8)
+@settings(max_examples=examples(2, 8))
 @given(
     sizes=st.tuples(*[st.integers(1, 5)] * 8),
     seed=st.integers(0, 99),

@@ -94,6 +94,7 @@ with Run(directory, {"seed": 0, "steps": RECIPE.steps}) as run:
 """
 
 
+@pytest.mark.full
 def test_a_process_killed_in_the_middle_leaves_a_run_that_goes_on(tmp_path, trainer):
     process = subprocess.Popen([sys.executable, "-c", SCRIPT, str(tmp_path)], cwd=ROOT, env=environment())
     try:
