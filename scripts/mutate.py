@@ -81,6 +81,7 @@ class Result:
         name: of the fault.
         run: the smallest run that caught it, "short" or "full"; None where none did.
         test: the test that failed first; what else ended the run, where no test did.
+        runs: how many runs of tests there were.
         seconds: for all runs of the fault together.
         fault: what was made, to see later whether the table has changed.
     """
@@ -88,21 +89,31 @@ class Result:
     name: str
     run: str | None
     test: str | None
+    runs: int
     seconds: float
     fault: dict[str, object]
 
 
 @dataclasses.dataclass(frozen=True)
 class Summary:
-    """Counts over all faults, and whether they are good enough."""
+    """Counts over all faults, and whether they are good enough.
+
+    Attributes:
+        faults: how many there are.
+        full: those that the full run catches.
+        short: those that the short run catches.
+        survivors: the names of those that nothing caught.
+        narrow: only the short run of the paths named with a fault was there to catch it, so all are wanted.
+    """
 
     faults: int
     full: int
     short: int
     survivors: tuple[str, ...]
+    narrow: bool = False
 
     @classmethod
-    def of(cls, results: Sequence[Result]) -> "Summary":
+    def of(cls, results: Sequence[Result], *, narrow: bool = False) -> "Summary":
         """Whatever the short run catches, the full run catches: it has all tests of it."""
         caught = [result for result in results if result.run is not None]
         return cls(
@@ -110,21 +121,26 @@ class Summary:
             full=len(caught),
             short=sum(result.run == "short" for result in caught),
             survivors=tuple(result.name for result in results if result.run is None),
+            narrow=narrow,
         )
 
     @property
     def good(self) -> bool:
         """Whether both shares are reached; not where there is nothing to share."""
+        if self.narrow:
+            return self.faults > 0 and not self.survivors
         enough = 100 * self.full >= FULL_PERCENT * self.faults and 100 * self.short >= SHORT_PERCENT * self.full
         return self.faults > 0 and enough
 
     def __str__(self) -> str:
-        lines = [
-            f"the full run catches {_share(self.full, self.faults)} (at least {FULL_PERCENT} % wanted)",
-            f"the short run catches {_share(self.short, self.full)} of those (at least {SHORT_PERCENT} % wanted)",
-            *(f"survived: {name}" for name in self.survivors),
-        ]
-        return "\n".join(lines)
+        if self.narrow:
+            lines = [f"the short run of the paths named with them catches {_share(self.short, self.faults)}"]
+        else:
+            lines = [
+                f"the full run catches {_share(self.full, self.faults)} (at least {FULL_PERCENT} % wanted)",
+                f"the short run catches {_share(self.short, self.full)} of those (at least {SHORT_PERCENT} % wanted)",
+            ]
+        return "\n".join([*lines, *(f"survived: {name}" for name in self.survivors)])
 
 
 def _share(part: int, whole: int) -> str:
@@ -358,23 +374,27 @@ def first_failure(output: str) -> str | None:
     return found[1] if found else None
 
 
+def stages(fault: Fault, *, narrow: bool, thorough: bool) -> list[tuple[str, tuple[str, ...]]]:
+    """The runs that a fault meets until one fails, as "short" or "full" and the paths; no paths are all."""
+    if narrow:
+        return [("short", fault.tests)]
+    return [("short", fault.tests), ("short", ()), ("full", fault.tests), *[("full", ())] * thorough]
+
+
 def judge(runner: Runner, tree: Path, fault: Fault, *, narrow: bool, thorough: bool) -> Result:
     """Make one fault in a copy and run wider and wider, until a test fails."""
     start = time.monotonic()
-    stages: list[tuple[str, tuple[str, ...]]] = [("short", fault.tests)]
-    if not narrow:
-        stages += [("short", ()), ("full", fault.tests)]
-    if thorough:
-        stages.append(("full", ()))
     caught: tuple[str, str] | tuple[None, None] = (None, None)
+    runs = 0
     with made_in(tree, fault):
-        for name, paths in stages:
+        for name, paths in stages(fault, narrow=narrow, thorough=thorough):
             run = runner.run(tree, paths, full=name == "full")
+            runs += 1
             if not run.passed:
                 caught = (name, run.cause)
                 break
     seconds = round(time.monotonic() - start, 1)
-    return Result(name=fault.name, run=caught[0], test=caught[1], seconds=seconds, fault=_fields(fault))
+    return Result(name=fault.name, run=caught[0], test=caught[1], runs=runs, seconds=seconds, fault=_fields(fault))
 
 
 def run_baseline(runner: Runner, tree: Path, faults: Sequence[Fault], *, narrow: bool, thorough: bool) -> None:
@@ -403,8 +423,8 @@ def _fields(fault: Fault) -> dict[str, object]:
 # --- results
 
 
-def read_results(path: Path, faults: Sequence[Fault]) -> dict[str, Result]:
-    """The last line about each fault that is still the one of the table.
+def read_results(path: Path, faults: Sequence[Fault], runs: int) -> dict[str, Result]:
+    """The last line about each fault that is still the one of the table, and was caught or survived so many runs.
 
     Raises:
         ValueError: a line is not one of a results file.
@@ -416,7 +436,7 @@ def read_results(path: Path, faults: Sequence[Fault]) -> dict[str, Result]:
             result = Result(**json.loads(line))
         except (ValueError, TypeError) as error:
             raise ValueError(f"{path}, line {number}, has to be a result of scripts/mutate.py: {error}") from error
-        if result.fault == fields.get(result.name):
+        if result.fault == fields.get(result.name) and (result.run is not None or result.runs >= runs):
             results[result.name] = result
     return results
 
@@ -442,7 +462,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         for fault in faults:
             print(f"{fault.package:12} {fault.file:50} {fault.name}")
         return 0
-    done = {} if args.results is None or args.only else read_results(args.results, faults)
+    runs = len(stages(faults[0], narrow=args.narrow, thorough=args.thorough))
+    done = {} if args.results is None or args.only else read_results(args.results, faults, runs)
     todo = [fault for fault in faults if fault.name not in done]
     if done:
         print(f"{len(done)} of {len(faults)} faults have a line in {args.results}")
@@ -459,7 +480,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         except RuntimeError as error:
             print(error, file=sys.stderr)
             return 1
-    summary = Summary.of([done[fault.name] for fault in faults])
+    summary = Summary.of([done[fault.name] for fault in faults], narrow=args.narrow)
     print(summary)
     return 0 if summary.good else 1
 

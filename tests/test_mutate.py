@@ -19,8 +19,8 @@ FAULT = Fault(name="half", file="jaxmoe/a/b.py", old="2 * x", new="3 * x", tests
 SOURCE = "def double(x):\n    return 2 * x\n"
 
 
-def result(name: str = FAULT.name, run: str | None = "short", fault: Fault = FAULT) -> Result:
-    return Result(name=name, run=run, test=None, seconds=1.0, fault=mutate._fields(fault))
+def result(name: str = FAULT.name, run: str | None = "short", fault: Fault = FAULT, runs: int = 1) -> Result:
+    return Result(name=name, run=run, test=None, runs=runs, seconds=1.0, fault=mutate._fields(fault))
 
 
 # --- the table
@@ -108,6 +108,13 @@ def test_both_shares_are_wanted(short: int, full_alone: int, survived: int, good
     assert str(summary).count("survived: fault ") == survived
 
 
+def test_the_named_paths_alone_have_to_catch_every_fault() -> None:
+    assert Summary.of([result()] * 20, narrow=True).good
+    summary = Summary.of([result()] * 19 + [result("fault 1", None)], narrow=True)
+    assert not summary.good
+    assert str(summary) == "the short run of the paths named with them catches 19 of 20 (95.0 %)\nsurvived: fault 1"
+
+
 # --- judging one fault
 
 
@@ -151,7 +158,7 @@ def test_a_fault_meets_wider_and_wider_runs(
     runner = FakeRunner(tmp_path, lambda *question: question == first_to_fail)
     found = mutate.judge(runner, tmp_path, FAULT, **{"narrow": False, "thorough": False, **options})
     assert runner.asked == asked
-    assert (found.run, found.test) == (run, run and "tests/test_a.py::test")
+    assert (found.run, found.test, found.runs) == (run, run and "tests/test_a.py::test", len(asked))
     assert (tmp_path / FAULT.file).read_text() == SOURCE
 
 
@@ -220,7 +227,7 @@ def write_tree(tree: Path) -> None:
 def test_runs_of_pytest(tmp_path: Path) -> None:
     tree = tmp_path.resolve()
     write_tree(tree)
-    runner = Runner(python=sys.executable, workers=0, limit=60)
+    runner = Runner(python=sys.executable, workers=0, limit=600)
     runner.check(tree)
     with mutate.made_in(tree, FAULT):
         assert runner.run(tree, FAULT.tests, full=False).passed
@@ -238,7 +245,7 @@ def test_runs_of_pytest(tmp_path: Path) -> None:
 
 def test_an_interpreter_with_another_jaxmoe_is_refused(tmp_path: Path) -> None:
     with pytest.raises(RuntimeError, match="has to import jaxmoe from"):
-        Runner(python=sys.executable, workers=0, limit=60).check(tmp_path.resolve())
+        Runner(python=sys.executable, workers=0, limit=600).check(tmp_path.resolve())
 
 
 def test_the_copy_comes_before_what_is_installed(monkeypatch, tmp_path: Path) -> None:
@@ -256,13 +263,20 @@ def test_the_copy_comes_before_what_is_installed(monkeypatch, tmp_path: Path) ->
 
 def test_a_results_file_is_read_again(tmp_path: Path) -> None:
     file = tmp_path / "results.jsonl"
-    assert mutate.read_results(file, [FAULT]) == {}
+    assert mutate.read_results(file, [FAULT], 1) == {}
     changed = dataclasses.replace(FAULT, name="changed", new="4 * x")
     for line in (result(run=None), result(run="full"), result("changed", fault=dataclasses.replace(changed, new="5"))):
         mutate.append_result(file, line)
     # The last line counts, and none about what the table does not have any more.
-    assert mutate.read_results(file, [FAULT, changed]) == {FAULT.name: result(run="full")}
+    assert mutate.read_results(file, [FAULT, changed], 3) == {FAULT.name: result(run="full")}
     with file.open("a") as lines:
         lines.write(json.dumps({"name": "half"}) + "\n")
     with pytest.raises(ValueError, match=r"line 4, has to be a result of scripts/mutate\.py"):
-        mutate.read_results(file, [FAULT])
+        mutate.read_results(file, [FAULT], 3)
+
+
+def test_a_survivor_of_fewer_runs_has_to_meet_the_others(tmp_path: Path) -> None:
+    file = tmp_path / "results.jsonl"
+    mutate.append_result(file, result(run=None, runs=1))
+    assert mutate.read_results(file, [FAULT], 1) == {FAULT.name: result(run=None, runs=1)}
+    assert mutate.read_results(file, [FAULT], 3) == {}
