@@ -7,7 +7,7 @@ import pytest
 from jaxmoe.generate.detokenize import StopStrings
 
 
-@pytest.mark.parametrize("stops", itertools.permutations(["cd", "b", "e"]))
+@pytest.mark.parametrize("stops", list(itertools.permutations(["cd", "b", "e"])))
 def test_a_text_ends_at_the_first_of_several_stop_strings(stops):
     stop = StopStrings(stops)
     assert stop.push("abcde") + stop.finish() == "a"
