@@ -1,0 +1,25 @@
+"""What a dispatch is counted for: sums in float32, and every meeting of devices."""
+
+import pytest
+
+from jaxmoe.dispatch import DISPATCHES, DispatchLayout
+from jaxmoe.dispatch.choose import DeviceRates, DispatchCost
+
+LAYOUT = DispatchLayout(
+    mesh_shape=(("dp", 2), ("tp", 2), ("ep", 4)), expert_axes=("ep",), partial_axes=("tp",), num_slots=16
+)
+
+
+@pytest.mark.parametrize("name", DISPATCHES)
+def test_sums_travel_in_float32_and_rows_in_their_own_dtype(name):
+    wide, narrow = (DISPATCHES[name].collectives(4096, 2, 64, itemsize, LAYOUT) for itemsize in (4, 2))
+    assert [each.op for each in wide] == [each.op for each in narrow]
+    for of_four, of_two in zip(wide, narrow, strict=True):
+        same = of_four.op in ("reduce-scatter", "all-reduce") or of_four.payload is None
+        assert of_two.bytes == (of_four.bytes if same else of_four.bytes / 2), of_four
+
+
+def test_every_meeting_takes_its_latency():
+    rates = DeviceRates(link=10.0, memory=100.0, latency=7.0)
+    cost = DispatchCost(wire_bytes=50.0, memory_bytes=300.0, collectives=4)
+    assert cost.seconds(rates) == pytest.approx(50 / 10 + 300 / 100 + 4 * 7)

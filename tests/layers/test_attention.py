@@ -1,0 +1,101 @@
+"""Attention against a loop over heads and tokens, the norm over all heads on several ranks, and writing to the cache."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from jaxmoe.config import AttentionConfig
+from jaxmoe.layers import Attention, ParamFactory, param_specs, params_by_path
+from jaxmoe.layers.attention import attend
+from jaxmoe.layers.cache import write_prompt, write_token
+from jaxmoe.rotary import RopeConfig
+from tests.support.meshes import mesh_of
+
+B, H, G, C, WIDTH = 2, 4, 2, 9, 6
+
+
+def expected(
+    q: np.ndarray, k: np.ndarray, v: np.ndarray, positions: np.ndarray, scale: float, **rules: Any
+) -> np.ndarray:
+    """One head of one token after the other, in float64."""
+    out = np.zeros((*q.shape[:3], v.shape[-1]))
+    for b, s, head in np.ndindex(*q.shape[:3]):
+        position, group = positions[b, s], head // (q.shape[2] // k.shape[1])
+        first = 0
+        if "sliding_window" in rules:
+            first = max(0, position + 1 - rules["sliding_window"])
+        if "chunk" in rules:
+            first = position - position % rules["chunk"]
+        weights = np.exp(scale * k[b, group, first : position + 1] @ q[b, s, head])
+        sink = np.exp(rules["sinks_H"][head]) if "sinks_H" in rules else 0
+        out[b, s, head] = weights / (weights.sum() + sink) @ v[b, group, first : position + 1]
+    return out
+
+
+@pytest.mark.parametrize(
+    "rules",
+    [
+        {},
+        {"sliding_window": 1},
+        {"sliding_window": 4},
+        {"chunk": 4},
+        {"sinks_H": np.array([0.5, -1.0, 3.0, 0.0])},
+        {"sliding_window": 3, "sinks_H": np.array([0.5, -1.0, 3.0, 0.0])},
+    ],
+    ids="-".join,
+)
+def test_attend_is_a_loop_over_heads_and_tokens(rules):
+    rng = np.random.default_rng(0)
+    q = rng.normal(size=(B, C, H, WIDTH))
+    k, v = rng.normal(size=(B, G, C, WIDTH)), rng.normal(size=(B, G, C, 5))
+    positions = np.stack([np.arange(C), np.arange(C)[::-1]])
+    out = attend(*map(jnp.float32, (q, k, v)), jnp.asarray(positions), scale=0.3, **rules)
+    np.testing.assert_allclose(out, expected(q, k, v, positions, 0.3, **rules), atol=2e-6)
+
+
+def test_more_queries_than_are_taken_at_a_time():
+    rng = np.random.default_rng(1)
+    q, k, v = rng.normal(size=(1, 515, 1, 2)), rng.normal(size=(1, 1, 515, 2)), rng.normal(size=(1, 1, 515, 2))
+    positions = np.arange(515)[None]
+    out = attend(*map(jnp.float32, (q, k, v)), jnp.asarray(positions), scale=1.0, sliding_window=7)
+    np.testing.assert_allclose(out, expected(q, k, v, positions, 1.0, sliding_window=7), atol=2e-6)
+
+
+def fill(module: nnx.Module) -> None:
+    """Give an abstract module the values that it would have from one checkpoint, whatever its mesh."""
+    rng = np.random.default_rng(2)
+    for spec, param in zip(param_specs(module), params_by_path(module).values(), strict=True):
+        rows = spec.rows or tuple(range(spec.shape[0]))
+        groups = spec.source_groups or spec.shape[0]
+        source = rng.normal(size=(groups, spec.shape[0] // len(rows), *spec.shape[1:])).astype(np.float32)
+        param.set_value(jax.device_put(source[list(rows)].reshape(spec.shape), spec.sharding))
+
+
+@pytest.mark.parametrize("kv_heads", [4, 1])
+def test_a_norm_over_all_heads_is_the_same_on_every_tp(kv_heads):
+    config = AttentionConfig(
+        num_heads=4, num_kv_heads=kv_heads, head_dim=4, rope=RopeConfig(frequencies=(1.0, 0.1)), qk_norm="full"
+    )
+    x, positions = np.random.default_rng(3).normal(size=(1, 5, 8)).astype(np.float32), np.arange(5)[None]
+
+    def run(tp: int) -> np.ndarray:
+        attention = Attention(config, 8, 1e-6, param=ParamFactory(mesh_of(1, tp, 1), jnp.float32, None))
+        fill(attention)
+        return np.asarray(jax.jit(lambda x: attention(x, positions, None, ())[0])(x))
+
+    np.testing.assert_allclose(run(2), run(1), atol=1e-4)
+
+
+def test_rows_are_written_to_the_cache_where_each_of_them_stands():
+    rng = np.random.default_rng(4)
+    prompt, token = rng.normal(size=(B, G, 3, 5)).astype(np.float32), rng.normal(size=(B, G, 1, 5)).astype(np.float32)
+    wanted = np.zeros((B, G, 7, 5), np.float32)
+    wanted[:, :, :3] = prompt
+    cache = write_prompt(jnp.zeros((B, G, 7, 5)), jnp.asarray(prompt))
+    np.testing.assert_array_equal(cache, wanted)
+    wanted[0, :, 2], wanted[1, :, 5] = token[0, :, 0], token[1, :, 0]
+    np.testing.assert_array_equal(write_token(cache, jnp.asarray(token), jnp.array([2, 5])), wanted)

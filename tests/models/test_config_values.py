@@ -1,0 +1,54 @@
+"""Settings of a config.json that no other one may stand for, and those that say what a layer is."""
+
+from typing import Any
+
+import pytest
+
+from jaxmoe.config import DecoderConfig, MoEConfig
+from jaxmoe.models import find_family
+from tests.support.families import FAMILIES
+
+
+def read(model_type: str, **changes: Any) -> DecoderConfig:
+    family, config = find_family({"model_type": model_type, **FAMILIES[model_type], **changes})
+    return family.read_config(config)
+
+
+def test_granite_has_four_multipliers():
+    config = read(
+        "granitemoe", embedding_multiplier=2.0, residual_multiplier=3.0, logits_scaling=5.0, attention_multiplier=7.0
+    )
+    assert (config.embedding_multiplier, config.residual_multiplier, config.logits_scaling) == (2.0, 3.0, 5.0)
+    assert {layer.attention.scale for layer in config.layers} == {7.0}
+
+
+@pytest.mark.parametrize("model_type", ["nemotron_h", "deepseek_v2", "deepseek_v3", "glm4_moe"])
+def test_routed_experts_are_scaled(model_type):
+    moes = [layer.feed_forward for layer in read(model_type, routed_scaling_factor=2.5).layers]
+    assert {moe.router.scale for moe in moes if isinstance(moe, MoEConfig)} == {2.5}
+
+
+def test_every_fourth_layer_of_llama4_has_no_rotation():
+    changes = {"num_hidden_layers": 9, "no_rope_layers": None, "layer_types": None, "no_rope_layer_interval": 4}
+    layers = read("llama4_text", **changes).layers
+    assert [i for i, layer in enumerate(layers) if layer.attention.rope is None] == [3, 7]
+    assert [i for i, layer in enumerate(layers) if layer.attention.chunk is None] == [3, 7]
+    assert [i for i, layer in enumerate(layers) if layer.attention.temperature is not None] == [3, 7]
+
+
+def test_layers_of_gpt_oss_have_a_window_by_turns():
+    layers = read("gpt_oss", num_hidden_layers=5, layer_types=None, sliding_window=3).layers
+    assert [layer.attention.sliding_window for layer in layers] == [3, None, 3, None, 3]
+
+
+@pytest.mark.parametrize("name", ["dtype", "torch_dtype"])
+@pytest.mark.parametrize("value", ["bfloat16", "torch.bfloat16"])
+def test_a_dtype_is_read_in_every_spelling(name, value):
+    assert read("mixtral", **{name: value}).dtype == "bfloat16"
+
+
+@pytest.mark.parametrize("model_type", ["mixtral", "minimax_m2"])
+def test_w1_is_the_gate_and_w3_is_up(model_type):
+    family, _ = find_family({"model_type": model_type, **FAMILIES[model_type]})
+    last_words = [name.split(".")[-2] for name in family.experts.per_expert(0)]
+    assert last_words == ["w1", "w3", "w2"]  # in the order gate, up, down
