@@ -84,15 +84,19 @@ def why_not(item: pytest.Item, config: pytest.Config) -> str | None:
 
 
 def beyond_short_run(items: list[pytest.Item]) -> set[pytest.Item]:
-    """Tests marked `full`, and the cases of those marked `covering` that its covering set does without."""
+    """Tests marked `full`, and the cases of those marked `covering` that its covering set does without.
+
+    Refusals, whose cases have a `message`, are cheap and stay whole.
+    """
     beyond = {item for item in items if item.get_closest_marker("full")}
     by_function: dict[str, list[pytest.Item]] = {}
     for item in items:
-        if item not in beyond and item.get_closest_marker("covering") and hasattr(item, "callspec"):
+        cases = getattr(item, "callspec", None)
+        if item not in beyond and item.get_closest_marker("covering") and cases and "message" not in cases.params:
             by_function.setdefault(item.nodeid.partition("[")[0], []).append(item)
     for cases in by_function.values():
-        strength = cases[0].get_closest_marker("covering").kwargs.get("strength", 1)
-        chosen = covering([factors(item.callspec.params) for item in cases], strength)
+        options = cases[0].get_closest_marker("covering").kwargs
+        chosen = covering([factors(item.callspec.params) for item in cases], **options)
         beyond |= {*cases} - {cases[i] for i in chosen}
     return beyond
 

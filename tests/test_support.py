@@ -25,6 +25,8 @@ def test_few_of_a_product_cover_it() -> None:
     product = [dict(enumerate(values)) for values in itertools.product(range(5), range(3), range(3))]
     assert len(covering(product, 1)) == 5
     assert len(covering(product, 2)) <= 18
+    first_three = covering(product, most=3)
+    assert len({product[i][1] for i in first_three}) == len({product[i][2] for i in first_three}) == 3
 
 
 def test_a_dict_has_a_factor_for_each_entry() -> None:

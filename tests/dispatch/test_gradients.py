@@ -12,7 +12,7 @@ from jaxmoe.dispatch.rounds import Bodies, sum_rounds
 from tests.support.dispatch_programs import LAYOUTS, D, E, Program, program
 from tests.support.routings import draw_ids
 
-pytestmark = pytest.mark.covering
+pytestmark = pytest.mark.covering(most=4)
 
 # One round and one trip; many rounds and trips; replicas with padding slots between them; weights that go in.
 VARIANTS = [{}, {"tight": True}, {"tight": True, "replicas": True}, {"tight": True, "weights_on_input": True}]

@@ -10,7 +10,7 @@ from tests.support.dispatch_programs import LAYOUTS, D, Program, program, promis
 from tests.support.hlo import collectives
 from tests.support.routings import draw_ids
 
-pytestmark = pytest.mark.covering
+pytestmark = pytest.mark.covering(most=4)
 
 RUNS_HERE = [name for name, backend in DISPATCHES.items() if "cpu" not in backend.cannot_run]
 

@@ -14,7 +14,7 @@ from tests.support.hlo import collectives
 from tests.support.meshes import mesh_of
 from tests.support.routings import draw_ids
 
-pytestmark = pytest.mark.covering
+pytestmark = pytest.mark.covering(most=2)
 
 FP8 = "float8_e4m3fn"
 

@@ -9,7 +9,7 @@ from tests.support.dispatch_programs import D, Program, program
 from tests.support.oracle import silu
 from tests.support.routings import draw_ids
 
-pytestmark = pytest.mark.covering
+pytestmark = pytest.mark.covering(most=3)
 
 RUNS_HERE = [name for name, backend in DISPATCHES.items() if "cpu" not in backend.cannot_run]
 

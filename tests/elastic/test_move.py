@@ -15,7 +15,7 @@ from jaxmoe.models.qwen3_moe import read_config
 from tests.support.families import FAMILIES
 from tests.support.goldens import GOLDENS, check_greedy, check_logits, read_expected
 
-pytestmark = pytest.mark.covering
+pytestmark = pytest.mark.covering(most=3)
 
 QWEN = GOLDENS / "qwen3_moe" / "original"
 EXPERTS, LAYERS, EXPERT_BYTES = 11, 2, 3 * 32 * 24 * 4
@@ -40,6 +40,7 @@ def check(model, *, bytes_read: int) -> None:
         assert param.get_value().sharding == specs[path].sharding
 
 
+@pytest.mark.full
 def test_eight_to_four_to_eight() -> None:
     model = jaxmoe.load(QWEN, mesh=on((1, 1, 8)))
     for mesh, placement in [
@@ -70,6 +71,7 @@ def test_between_meshes(before, after) -> None:
     check(jaxmoe.move(model, mesh=on(after), placement="round_robin"), bytes_read=0)
 
 
+@pytest.mark.full
 def test_a_family_with_copied_key_heads_and_biases() -> None:
     model = jaxmoe.load(GOLDENS / "gpt_oss" / "original", mesh=on((1, 8, 1)))
     moved = jaxmoe.move(model, mesh=on((2, 2, 2)), placement="round_robin")
@@ -131,6 +133,7 @@ def test_the_old_model_is_let_go_parameter_by_parameter() -> None:
     assert all(isinstance(param.get_value(), jax.ShapeDtypeStruct) for param in params_by_path(model).values())
 
 
+@pytest.mark.full
 def test_a_recording_goes_on_through_a_move() -> None:
     model = jaxmoe.load(QWEN, mesh=on((1, 2, 4)))
     tokens = np.arange(12).reshape(2, 6)

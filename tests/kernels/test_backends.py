@@ -25,7 +25,7 @@ from tests.support.kernels import (
     rows_and_matrices,
 )
 
-pytestmark = pytest.mark.covering
+pytestmark = pytest.mark.covering(most=4)
 
 # Module and options. The dense oracle is held against products in float64 here, and is the measure in the other two.
 BACKENDS = {

@@ -34,7 +34,7 @@ from tests.support.kernels import (
 )
 from tests.support.meshes import mesh_of
 
-pytestmark = pytest.mark.covering
+pytestmark = pytest.mark.covering(most=3)
 
 
 def tiles_of(swapped, **sizes):

@@ -19,7 +19,7 @@ from tests.support.kernels import REGIMES, each_regime, int32, poison
 from tests.support.meshes import mesh_of
 from tests.support.packed import CASES, Case, D, F, G, each_case, pack
 
-pytestmark = pytest.mark.covering
+pytestmark = pytest.mark.covering(most=3)
 
 one_case_a_format = pytest.mark.parametrize("case", [CASES[0], CASES[5], CASES[9]], ids=str)
 # These take every format; what a GPU takes is tested with its kernel.

@@ -15,7 +15,7 @@ from tests.support.kernels import int32
 from tests.support.meshes import mesh_of
 from tests.support.packed import D, F, G, each_case, pack
 
-pytestmark = pytest.mark.covering
+pytestmark = pytest.mark.covering(most=4)
 
 
 @each_case

@@ -27,7 +27,7 @@ from jaxmoe.layers import MoE
 from tests.support.kernels import FLOAT32, arrays, exact, int32, poison, rows_and_matrices
 from tests.support.meshes import mesh_of
 
-pytestmark = pytest.mark.covering
+pytestmark = pytest.mark.covering(most=4)
 
 
 # One compiled function a set of options: compiling is what costs here, so tests vary the group sizes only.

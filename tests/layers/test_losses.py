@@ -13,7 +13,7 @@ from jaxmoe.layers.param import params_by_path
 from tests.support.dense_training import DenseMoE
 from tests.support.meshes import MESH_SHAPES, mesh_of
 
-pytestmark = pytest.mark.covering
+pytestmark = pytest.mark.covering(most=3)
 
 CONFIG = MoEConfig(num_experts=8, num_experts_per_tok=3, hidden_size=16, moe_intermediate_size=8)
 T = 21

@@ -12,7 +12,7 @@ from jaxmoe.layers.param import param_specs, params_by_path
 from jaxmoe.mesh import batch_axes, named
 from tests.support.meshes import mesh_id, mesh_of
 
-pytestmark = pytest.mark.covering
+pytestmark = pytest.mark.covering(most=3)
 
 D, B, S = 12, 4, 9
 

@@ -23,7 +23,7 @@ from jaxmoe.rotary import RopeConfig
 from tests.support.meshes import mesh_id, mesh_of
 from tests.support.runs import examples
 
-pytestmark = pytest.mark.covering
+pytestmark = pytest.mark.covering(most=3)
 
 D, H, L, N, R, V = 32, 8, 12, 10, 4, 6
 

@@ -16,7 +16,7 @@ from jaxmoe.placement import ExpertPlacement
 from tests.support.meshes import mesh_of
 from tests.support.oracle import dense_moe, softmax_top_k
 
-pytestmark = pytest.mark.covering
+pytestmark = pytest.mark.covering(most=3)
 
 CONFIG = MoEConfig(num_experts=11, num_experts_per_tok=3, hidden_size=16, moe_intermediate_size=8)
 

@@ -13,7 +13,7 @@ from jaxmoe.placement.replicas import REPLICA_CHOICES, ReplicaContext
 from tests.support.layers import D, E, make_layer
 from tests.support.meshes import mesh_of
 
-pytestmark = pytest.mark.covering
+pytestmark = pytest.mark.covering(most=3)
 
 # Expert 0 is on every device, the others once or twice.
 PLACEMENT = ExpertPlacement(E, 4, [0, 1, 2, 3, 4, 0, 5, 6, 1, 2, 0, 7, 8, 9, 10, 0])

@@ -17,7 +17,7 @@ from tests.support.layers import SLOTS, D, E, F, make_layer
 from tests.support.meshes import mesh_of
 from tests.support.runs import examples
 
-pytestmark = pytest.mark.covering
+pytestmark = pytest.mark.covering(most=2)
 
 CASES = [((1, 2, 4), ("ep",)), ((2, 2, 2), ("ep",)), ((2, 2, 2), ("ep", "tp")), ((1, 1, 8), ("ep",))]
 IDS = [f"{shape}-{'-'.join(axes)}" for shape, axes in CASES]

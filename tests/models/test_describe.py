@@ -82,6 +82,7 @@ def test_the_command_tells_the_choices_it_makes(capsys, monkeypatch) -> None:
     assert told == [("prefill", "128"), ("decode", "4")]
 
 
+@pytest.mark.full
 def test_the_command_takes_a_dispatch_for_each_phase(capsys) -> None:
     options = ["generate", str(QWEN), "--mesh", "ep=8", "--prompt-ids", "5,6,7", "--max-new-tokens", "4", "--json"]
     tokens = []

@@ -51,6 +51,7 @@ def test_the_length_of_a_prompt_gives_the_scale_of_all_its_positions(models, len
     assert largest_difference(models["own"](prompt), models[other](prompt)) > 1e-3
 
 
+@pytest.mark.full
 def test_a_sequence_that_grows_keeps_its_cache_and_has_the_long_scale_from_then_on(models):
     prefill, decode = nnx.jit(Decoder.prefill), nnx.jit(Decoder.decode)
     prompt, lengths = tokens(CONTEXT - 1), np.full(2, CONTEXT - 1, np.int32)

@@ -37,6 +37,7 @@ def test_counts_of_a_call(model) -> None:
     np.testing.assert_array_equal(routing.counts(), trace.counts.sum(axis=0))
 
 
+@pytest.mark.full
 def test_a_record_is_the_same_on_every_mesh(model) -> None:
     other = jaxmoe.load(QWEN, mesh=mesh_of(2, 2, 2), placement="round_robin")
     traces = []

@@ -20,7 +20,7 @@ from tests.support.families import WRAPPERS as SIZES
 from tests.support.goldens import GOLDENS, check_greedy, check_logits, read_expected
 from tests.support.meshes import mesh_id, mesh_of
 
-pytestmark = pytest.mark.covering
+pytestmark = pytest.mark.covering(most=3)
 
 LLAMA4 = GOLDENS / "llama4" / "original"
 

@@ -6,12 +6,13 @@ from collections.abc import Hashable, Mapping, Sequence
 Case = Mapping[str, Hashable]
 
 
-def covering(cases: Sequence[Case], strength: int = 1) -> list[int]:
+def covering(cases: Sequence[Case], strength: int = 1, most: int | None = None) -> list[int]:
     """Choose few of the cases so that all combinations that occur in any occur in a chosen one.
 
     Args:
         cases: value by factor; a factor may be missing in some.
         strength: factors that a combination takes: 1 for every value, 2 for every pair of values.
+        most: cases to stop at, those that add most having come first.
 
     Returns:
         Positions of the chosen cases, ascending. The choice is greedy and always the same: the case that adds most
@@ -23,7 +24,7 @@ def covering(cases: Sequence[Case], strength: int = 1) -> list[int]:
     ]
     missing = set().union(*combinations)
     chosen: list[int] = []
-    while missing:
+    while missing and (most is None or len(chosen) < most):
         best = max(range(len(cases)), key=lambda i: (len(combinations[i] & missing), -i))
         chosen.append(best)
         missing -= combinations[best]

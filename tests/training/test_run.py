@@ -52,6 +52,7 @@ def start(directory: Path, trainer: Trainer, batches: Batches, *, checkpoint_min
     return run
 
 
+@pytest.mark.full
 def test_a_run_cut_short_goes_on_to_the_same_losses_and_weights(tmp_path, trainer):
     batches, _ = tiny_text()
     whole = start(tmp_path / "whole", trainer, batches, checkpoint_minutes=60)
@@ -125,9 +126,13 @@ def test_a_run_goes_on_with_its_own_settings_only(tmp_path):
     ("words", "message"),
     [
         (["--steps", "50"], "warms up for 100 steps; got steps=50"),
-        (["--mesh", "pp=2"], "a mesh is written dp=1,tp=2,ep=4"),
+        pytest.param(["--mesh", "pp=2"], "a mesh is written dp=1,tp=2,ep=4", marks=pytest.mark.full),
         (["--mesh", "dp=3"], "a batch of 16 rows is split evenly over dp and ep; got --mesh dp=3"),
-        (["--checkpoint-minutes", "nan"], "--checkpoint-minutes is a number of at least 0; got nan"),
+        pytest.param(
+            ["--checkpoint-minutes", "nan"],
+            "--checkpoint-minutes is a number of at least 0; got nan",
+            marks=pytest.mark.full,
+        ),
     ],
 )
 def test_wrong_arguments_are_told_in_a_line(tmp_path, words, message):

@@ -90,6 +90,7 @@ def test_steps_that_end_in_the_warm_up_are_refused():
         Recipe(steps=100)
 
 
+@pytest.mark.full
 def test_norms_do_not_decay(tmp_path):
     """With no gradient, weight decay moves matrices only."""
     trainer = Trainer(tiny_model(tmp_path, mesh_of(1, 1, 1)), RECIPE)
@@ -103,6 +104,7 @@ def test_norms_do_not_decay(tmp_path):
         assert moved == (state.params[path].ndim > 1), path
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("dispatch", ["all_to_all"])
 def test_another_dispatch_gives_the_same_step(tmp_path, dispatch):
     batches, _ = tiny_text()
