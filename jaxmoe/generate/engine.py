@@ -12,6 +12,7 @@ from jaxmoe.generate.params import SamplingParams
 from jaxmoe.generate.programs import Leaves, Record, Sampled, Shape, programs_of
 from jaxmoe.generate.sampling import Controls, Mode, seed_words
 from jaxmoe.generate.stats import GenerationStats
+from jaxmoe.layers import check_usable
 from jaxmoe.models.padding import bucket_length
 from jaxmoe.models.routing import Routing, RoutingRecorder
 from jaxmoe.placement.balancer import Balancer
@@ -46,6 +47,7 @@ class Engine:
     """
 
     def __init__(self, model: Any):
+        check_usable(model)
         self._model = model
         self.programs = programs_of(model)
         self._leaves: Leaves = self.programs.bind(model)
@@ -107,8 +109,10 @@ class Engine:
             stats.generated_tokens += len(running)
             stats.decode_tokens += len(running) if step > 1 else 0
             moved = arrived.routing is not None and self._watch(arrived.routing, balancer)
-            # `on_token` may have rebalanced the model as well, and a deleted array would take the process down.
-            if moved or any(leaf.is_deleted() for leaf in self._leaves):
+            # `on_token` may have rebalanced or trained the model; its old arrays are let go, and a deleted one would take
+            # the process down.
+            if moved or on_token is not None:
+                check_usable(self._model)
                 batch.leaves = self._leaves = self.programs.bind(self._model)
             ended = [index for index in running if rows[index].finish_reason]
             if len(ended) == len(running):

@@ -3,15 +3,16 @@
 from jaxmoe.layers.attention import Attention, KVCache
 from jaxmoe.layers.cache import CacheArray
 from jaxmoe.layers.embedding import VocabTable
-from jaxmoe.layers.host_data import HostData
 from jaxmoe.layers.mixers import TOKEN_MIXERS, make_token_mixer
 from jaxmoe.layers.mlp import MLP
 from jaxmoe.layers.moe import MoE, MoEStats, check_expert_axes
 from jaxmoe.layers.norm import NORMS, RMSNorm
-from jaxmoe.layers.param import ParamFactory, ParamSpec, param_specs, params_by_path
+from jaxmoe.layers.param import ParamFactory, ParamSpec
 from jaxmoe.layers.replicas import ReplicaRule
 from jaxmoe.layers.router import route
+from jaxmoe.layers.specs import param_specs, params_by_path
 from jaxmoe.layers.swap import MovedBytes, check_swap, swap_experts
+from jaxmoe.layers.usable import check_usable
 
 __all__ = [
     "MLP",
@@ -19,7 +20,6 @@ __all__ = [
     "TOKEN_MIXERS",
     "Attention",
     "CacheArray",
-    "HostData",
     "KVCache",
     "MoE",
     "MoEStats",
@@ -31,6 +31,7 @@ __all__ = [
     "VocabTable",
     "check_expert_axes",
     "check_swap",
+    "check_usable",
     "make_token_mixer",
     "param_specs",
     "params_by_path",
