@@ -3,6 +3,7 @@
 from jaxmoe.layers.attention import Attention, KVCache
 from jaxmoe.layers.cache import CacheArray
 from jaxmoe.layers.embedding import VocabTable
+from jaxmoe.layers.logical import abstract_logical_state, load_logical_state, logical_state
 from jaxmoe.layers.mixers import TOKEN_MIXERS, make_token_mixer
 from jaxmoe.layers.mlp import MLP
 from jaxmoe.layers.moe import MoE, MoEStats, check_expert_axes
@@ -29,9 +30,12 @@ __all__ = [
     "RMSNorm",
     "ReplicaRule",
     "VocabTable",
+    "abstract_logical_state",
     "check_expert_axes",
     "check_swap",
     "check_usable",
+    "load_logical_state",
+    "logical_state",
     "make_token_mixer",
     "param_specs",
     "params_by_path",

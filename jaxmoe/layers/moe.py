@@ -54,6 +54,14 @@ class MoEStats(NamedTuple):
     router_z_loss: jax.Array
 
 
+# By number, as in a plain tuple: nnx.tabulate cannot print a tuple with names inside another one.
+jax.tree_util.register_pytree_with_keys(
+    MoEStats,
+    lambda stats: ([(jax.tree_util.SequenceKey(i), value) for i, value in enumerate(stats)], None),
+    lambda _, values: MoEStats(*values),
+)
+
+
 # The parameters whose dim 0 is the physical slots.
 EXPERT_STACKS = ("w_gate_up", "w_down", "b_gate_up", "b_down")
 
