@@ -7,6 +7,7 @@ from typing import Any, Literal, NamedTuple
 
 import jax
 import numpy as np
+from flax import nnx
 
 from jaxmoe.generate.params import SamplingParams
 from jaxmoe.generate.programs import Leaves, Record, Sampled, Shape, programs_of
@@ -47,10 +48,9 @@ class Engine:
     """
 
     def __init__(self, model: Any):
-        check_usable(model)
         self._model = model
         self.programs = programs_of(model)
-        self._leaves: Leaves = self.programs.bind(model)
+        self._bind()
         self._recorder: RoutingRecorder | None = getattr(model, "recorder", None)
 
     def run(
@@ -109,11 +109,9 @@ class Engine:
             stats.generated_tokens += len(running)
             stats.decode_tokens += len(running) if step > 1 else 0
             moved = arrived.routing is not None and self._watch(arrived.routing, balancer)
-            # `on_token` may have rebalanced or trained the model; its old arrays are let go, and a deleted one would take
-            # the process down.
-            if moved or on_token is not None:
-                check_usable(self._model)
-                batch.leaves = self._leaves = self.programs.bind(self._model)
+            # `on_token` may have rebalanced or trained the model as well: its old arrays are let go.
+            if moved or self._has_changed():
+                batch.leaves = self._bind()
             ended = [index for index in running if rows[index].finish_reason]
             if len(ended) == len(running):
                 break
@@ -121,6 +119,19 @@ class Engine:
                 batch.retire(ended)
         stats.decode_seconds += time.perf_counter() - first
         return rows
+
+    def _bind(self) -> Leaves:
+        """Take the model's arrays as they are now."""
+        check_usable(self._model)
+        self._leaves: Leaves = self.programs.bind(self._model)
+        self._variables = [
+            (variable, variable.get_value()) for _, variable in nnx.to_flat_state(nnx.state(self._model))
+        ]
+        return self._leaves
+
+    def _has_changed(self) -> bool:
+        # A deleted array would take the process down.
+        return any(variable.get_value() is not value or value.is_deleted() for variable, value in self._variables)
 
     def _record(self, balancer: Balancer | None) -> Record:
         """What the steps have to tell of their routing."""

@@ -91,6 +91,11 @@ def load_logical_state(module: nnx.Module, state: Mapping[str, Any]) -> None:
                 "the module with the config and dtype that the state was saved with"
             )
     for path, (param, order) in ordered.items():
+        old = param.get_value()
+        if isinstance(old, jax.Array) and not old.committed:
+            # As the module's author left it: on one device for now, and free to go where it is used.
+            param.set_value(jnp.asarray(np.asarray(state[path])))
+            continue
         value = jax.device_put(state[path], wanted[path].sharding)
         param.set_value(value if order is None else order.to_physical(value))
 

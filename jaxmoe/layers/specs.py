@@ -42,9 +42,7 @@ def layer_of_stack(module: nnx.Module, path: tuple[Any, ...]) -> MoE | None:
     return owner if isinstance(owner, MoE) and path[-1] in EXPERT_STACKS else None
 
 
-def _rows(
-    module: nnx.Module, path: tuple[Any, ...], param: nnx.Param
-) -> tuple[tuple[int, ...] | None, int | None]:
+def _rows(module: nnx.Module, path: tuple[Any, ...], param: nnx.Param) -> tuple[tuple[int, ...] | None, int | None]:
     if layer := layer_of_stack(module, path):
         return tuple(layer.placement.slot_to_expert.tolist()), layer.config.num_experts
     rows = param.get_metadata().get("rows")

@@ -33,7 +33,9 @@ def dense(layer: MoE) -> np.ndarray:
     """What a new layer's weights say, by the dense oracle."""
     slots = layer.placement.expert_to_slots[:, 0]
     ids_TK, weights_TK = softmax_top_k(X, np.asarray(layer.w_router[...]), K)
-    return dense_moe(X, ids_TK, weights_TK, np.asarray(layer.w_gate_up[...])[slots], np.asarray(layer.w_down[...])[slots])
+    return dense_moe(
+        X, ids_TK, weights_TK, np.asarray(layer.w_gate_up[...])[slots], np.asarray(layer.w_down[...])[slots]
+    )
 
 
 TRACED = []
