@@ -44,7 +44,7 @@ def loss(layer: MoE, x: jax.Array) -> jax.Array:
 def test_tabulate_and_display(layer, capsys) -> None:
     table = nnx.tabulate(layer, X, console_kwargs={"width": 200})
     assert "w_gate_up" in table
-    assert "float32[4,2,4,8]" in table
+    assert "[4,2,4,8]" in table
     nnx.display(layer)
     assert "slot_to_expert" in capsys.readouterr().out
     # Flax replaces methods of the class for the time of the table.
