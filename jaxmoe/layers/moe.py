@@ -87,6 +87,10 @@ class MoE(nnx.Module):
     The stacks `w_gate_up` [P, 2, F, D] and `w_down` [P, D, F] are sharded over `expert_axes`
     on their slot dim, and over tp on F unless tp is one of `expert_axes`.
 
+    The placement is in the layer's state, beside the stacks that lie by it: a whole state goes into any layer of the
+    same config and number of devices. Parameters alone go only into a layer with the placement that they were taken
+    with; `jaxmoe.logical_state` takes them in an order that fits all.
+
     Args:
         config: sizes, activation and router.
         mesh: from `jaxmoe.make_mesh`.
@@ -241,6 +245,12 @@ class MoE(nnx.Module):
         if x.shape[-1] != self.config.hidden_size:
             raise ValueError(f"the last dim of x is hidden_size={self.config.hidden_size}; got shape {x.shape}")
         check_usable(self)
+        slots, placed = self.w_gate_up.shape[0], self.slot_to_expert.shape[0]
+        if slots != placed:
+            raise ValueError(
+                f"expert stacks lie by the layer's placement: they have {slots} slots and the placement {placed}; give the "
+                "layer a whole state, placement tables too, and not nnx.Param alone, or use jaxmoe.load_logical_state"
+            )
         x_TD = x.reshape(-1, x.shape[-1])
         mask_T = jnp.ones(x_TD.shape[0], bool) if token_mask is None else token_mask.reshape(-1)
         params = {name: param[...] for name, param in vars(self).items() if isinstance(param, nnx.Variable)}

@@ -55,7 +55,7 @@ def read_placement(table: PlacementTable, num_experts: int, ep: int) -> ExpertPl
     """The placement that `slot_to_expert` says.
 
     Raises:
-        ValueError: it has no values to read: traced, abstract, given up, or of several layers at once.
+        ValueError: it has no values to read: traced, abstract, or of several layers at once.
     """
     value = table.get_value()
     if (planned := table.get_metadata().get("planned")) is not None:

@@ -169,6 +169,16 @@ def test_shared_variables_are_swapped_for_both() -> None:
     check(other, want)
 
 
+def test_parameters_alone_are_refused_where_they_show_another_placement() -> None:
+    layer, wider = make(LINEAR), make(ExpertPlacement.linear(E, EP, num_slots=12), seed=1)
+    nnx.update(layer, nnx.state(wider, nnx.Param))
+    with pytest.raises(ValueError, match=r"they have 12 slots and the placement 8; .* not nnx.Param alone"):
+        layer(X)
+    nnx.update(layer, nnx.state(wider))
+    assert layer.placement == wider.placement
+    check(layer, dense(wider))
+
+
 def test_donated_arrays_are_named() -> None:
     layer = make(LINEAR)
     graphdef, state = nnx.split(layer)
