@@ -20,6 +20,9 @@ _HOME = {
     "Balancer": "jaxmoe.placement.balancer",
     "MoE": "jaxmoe.layers",
     "MoEStats": "jaxmoe.layers",
+    "logical_state": "jaxmoe.layers",
+    "abstract_logical_state": "jaxmoe.layers",
+    "load_logical_state": "jaxmoe.layers",
     "load": "jaxmoe.checkpoint.load",
     "save": "jaxmoe.checkpoint.save",
     "convert": "jaxmoe.checkpoint.save",
@@ -40,6 +43,9 @@ if TYPE_CHECKING:
     from jaxmoe.generate import generate as generate
     from jaxmoe.layers import MoE as MoE
     from jaxmoe.layers import MoEStats as MoEStats
+    from jaxmoe.layers import abstract_logical_state as abstract_logical_state
+    from jaxmoe.layers import load_logical_state as load_logical_state
+    from jaxmoe.layers import logical_state as logical_state
     from jaxmoe.mesh import make_mesh as make_mesh
     from jaxmoe.mesh import simulate_devices as simulate_devices
     from jaxmoe.placement import ExpertPlacement as ExpertPlacement

@@ -21,7 +21,7 @@ from jaxmoe.config import DecoderConfig, RouterFunction
 from jaxmoe.distributed import check_same
 from jaxmoe.layers import param_specs, params_by_path
 from jaxmoe.mesh import EP
-from jaxmoe.models import Decoder, Family, read_model_config
+from jaxmoe.models import Decoder, Family, Origin, read_model_config
 from jaxmoe.placement import ExpertPlacement
 from jaxmoe.progress import ProgressCallback, byte_progress
 
@@ -93,7 +93,6 @@ def load(
         dispatch=dispatch,
         kernels=kernels,
         dtype=jnp.dtype(_choose_dtype(dtype, config, checkpoint, family)),
-        source=path,
     )
     specs = {spec.path: spec for spec in param_specs(model)}
     plan = make_load_plan(
@@ -113,6 +112,7 @@ def load(
         _check_same_input(model, checkpoint, opened, settings)
     with byte_progress(f"loading {path.name}", progress) as report_bytes:
         arrays, model.load_report = load_arrays(plan, check_finite=check_finite, progress=report_bytes)
+    model.origin = Origin(path, tuple(model.load_report.ignored.items()), adapted=adapter is not None)
     if mesh.is_multi_process:
         check_same({"weights": _fingerprint(arrays)})
     for name, param in params_by_path(model).items():

@@ -25,7 +25,7 @@ from jaxmoe.checkpoint.reading import open_files
 from jaxmoe.checkpoint.tied import TIED_RULE, settle_tied
 from jaxmoe.checkpoint.values import CheckpointValues, ModelValues
 from jaxmoe.checkpoint.write import divide_into_files, parse_size, write_files
-from jaxmoe.layers import ParamSpec, param_specs, params_by_path
+from jaxmoe.layers import ParamSpec, check_usable, param_specs, params_by_path
 from jaxmoe.models import Decoder, Family, read_model_config
 from jaxmoe.progress import ProgressCallback, byte_progress
 
@@ -114,8 +114,8 @@ def save(
     """
     options = _check_options(form, max_shard_size, overwrite, progress)
     target = _plain_dtype(dtype) or np.dtype(model.dtype)
-    source = model.source
-    if source is None:
+    check_usable(model)
+    if model.origin is None:
         raise ValueError(
             "a checkpoint has the config.json of the one that its model came from; this model has random weights and "
             "came from none; load it from a checkpoint, with weights of its own put into it afterwards"
@@ -128,8 +128,9 @@ def save(
             "checkpoint's files instead (jaxmoe.convert), or load the model in one process"
         )
     specs = {spec.path: spec for spec in param_specs(model)}
+    source = model.origin.directory
     family, _ = read_model_config(source)
-    ignored = [] if model.load_report is None else _carried(model.load_report.ignored, family)
+    ignored = _carried(dict(model.origin.ignored), family)
     checkpoint = _open_source(source, family, needed=bool(ignored))
     with open_files(checkpoint.files if ignored and checkpoint else ()) as descriptors:
         wanted = wanted_names(specs, family, form, checkpoint.tensors if checkpoint else None)

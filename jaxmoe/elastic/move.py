@@ -17,8 +17,9 @@ from jaxmoe.checkpoint.report import LoadReport
 from jaxmoe.checkpoint.tied import settle_tied
 from jaxmoe.elastic.assemble import assemble
 from jaxmoe.elastic.relocate import Relocation, device_boxes, plan_relocation
-from jaxmoe.layers.param import ParamSpec, param_specs, params_by_path
+from jaxmoe.layers import ParamSpec, check_usable, param_specs, params_by_path
 from jaxmoe.layers.swap import by_rank, fill_slots
+from jaxmoe.layers.usable import mark_moved
 from jaxmoe.mesh import EP
 from jaxmoe.models import Decoder, read_model_config
 from jaxmoe.placement import ExpertPlacement
@@ -59,6 +60,7 @@ def move(
         >>> model = jaxmoe.move(model, mesh=half)  # doctest: +SKIP
     """
     start = time.perf_counter()
+    check_usable(model)
     _check_devices(model.mesh, mesh, lost_devices)
     if model.replay is not None:
         raise ValueError("a trace is being replayed on this model: move it outside of `with model.replay_routing(...)`")
@@ -71,6 +73,7 @@ def move(
     read, report = _read_lost(model, moved, new, lost, lost_slots)
 
     old_params, new_params = params_by_path(model), params_by_path(moved)
+    mark_moved(model)
     for path, spec in new.items():
         param = old_params[path]
         if path in read and not is_expert_stack(path):
@@ -113,7 +116,7 @@ def _empty_on(
         placement=placement,
         dispatch=model.dispatch,
         dtype=model.dtype,
-        source=model.source,
+        origin=model.origin,
         expert_axes=(EP,) if first is None else first.expert_axes,
         kernels="auto" if first is None else first.kernels,
     )
@@ -145,8 +148,8 @@ def _read_lost(
     """
     if not lost:
         return {}, _NOTHING_READ
-    if model.source is None or (model.load_report is not None and model.load_report.adapter is not None):
-        why = "it came from no checkpoint" if model.source is None else "an adapter was merged when it was loaded"
+    if model.origin is None or model.origin.adapted:
+        why = "it came from no checkpoint" if model.origin is None else "an adapter was merged when it was loaded"
         raise ValueError(
             f"the lost devices alone had {len(lost)} parameters or parts of them, {min(lost)} the first, and the model "
             f"cannot read them again: {why}; load it anew"
@@ -156,8 +159,8 @@ def _read_lost(
         if is_expert_stack(path) and _layer(path) in lost_slots:
             index = _layer(path)
             wanted[path] = _fewer_slots(spec, by_rank(lost_slots[index], moved.layers[index].moe.placement))
-    family, config = read_model_config(model.source)
-    checkpoint, _, _ = settle_tied(open_checkpoint(model.source).renamed(family.text_name), family, config)
+    family, config = read_model_config(model.origin.directory)
+    checkpoint, _, _ = settle_tied(open_checkpoint(model.origin.directory).renamed(family.text_name), family, config)
     blocks = model_blocks({**new, **wanted}, family, checkpoint.tensors)
     plan = make_load_plan(
         checkpoint, wanted.values(), [block for block in blocks if block.param in wanted], complete=False

@@ -7,11 +7,13 @@ from typing import Any, Literal, NamedTuple
 
 import jax
 import numpy as np
+from flax import nnx
 
 from jaxmoe.generate.params import SamplingParams
 from jaxmoe.generate.programs import Leaves, Record, Sampled, Shape, programs_of
 from jaxmoe.generate.sampling import Controls, Mode, seed_words
 from jaxmoe.generate.stats import GenerationStats
+from jaxmoe.layers import check_usable
 from jaxmoe.models.padding import bucket_length
 from jaxmoe.models.replay import ReplayedSteps, RoutingReplay
 from jaxmoe.models.routing import Routing, RoutingRecorder
@@ -49,7 +51,7 @@ class Engine:
     def __init__(self, model: Any):
         self._model = model
         self.programs = programs_of(model)
-        self._leaves: Leaves = self.programs.bind(model)
+        self._bind()
         self._recorder: RoutingRecorder | None = getattr(model, "recorder", None)
         self._replay: RoutingReplay | None = getattr(model, "replay", None)
 
@@ -115,9 +117,9 @@ class Engine:
             stats.generated_tokens += len(running)
             stats.decode_tokens += len(running) if step > 1 else 0
             moved = arrived.routing is not None and self._watch(arrived.routing, balancer)
-            # `on_token` may have rebalanced the model as well, and a deleted array would take the process down.
-            if moved or any(leaf.is_deleted() for leaf in self._leaves):
-                batch.leaves = self._leaves = self.programs.bind(self._model)
+            # `on_token` may have rebalanced or trained the model as well: its old arrays are let go.
+            if moved or self._has_changed():
+                batch.leaves = self._bind()
             ended = [index for index in running if rows[index].finish_reason]
             if len(ended) == len(running):
                 if self._recorder is not None and step < max_new_tokens and coming.routing is not None:
@@ -130,6 +132,19 @@ class Engine:
         if replay is not None:
             replay.check_end()
         return rows
+
+    def _bind(self) -> Leaves:
+        """Take the model's arrays as they are now."""
+        check_usable(self._model)
+        self._leaves: Leaves = self.programs.bind(self._model)
+        self._variables = [
+            (variable, variable.get_value()) for _, variable in nnx.to_flat_state(nnx.state(self._model))
+        ]
+        return self._leaves
+
+    def _has_changed(self) -> bool:
+        # A deleted array would take the process down.
+        return any(variable.get_value() is not value or value.is_deleted() for variable, value in self._variables)
 
     def _record(self, balancer: Balancer | None) -> Record:
         """What the steps have to tell of their routing."""

@@ -3,15 +3,17 @@
 from jaxmoe.layers.attention import Attention, KVCache
 from jaxmoe.layers.cache import CacheArray
 from jaxmoe.layers.embedding import VocabTable
-from jaxmoe.layers.host_data import HostData
+from jaxmoe.layers.logical import abstract_logical_state, load_logical_state, logical_state
 from jaxmoe.layers.mixers import TOKEN_MIXERS, make_token_mixer
 from jaxmoe.layers.mlp import MLP
 from jaxmoe.layers.moe import MoE, MoEStats, check_expert_axes
 from jaxmoe.layers.norm import NORMS, RMSNorm
-from jaxmoe.layers.param import ParamFactory, ParamSpec, param_specs, params_by_path
+from jaxmoe.layers.param import ParamFactory, ParamSpec
 from jaxmoe.layers.replicas import ReplicaRule
 from jaxmoe.layers.router import route
+from jaxmoe.layers.specs import param_specs, params_by_path
 from jaxmoe.layers.swap import MovedBytes, check_swap, swap_experts
+from jaxmoe.layers.usable import check_usable
 
 __all__ = [
     "MLP",
@@ -19,7 +21,6 @@ __all__ = [
     "TOKEN_MIXERS",
     "Attention",
     "CacheArray",
-    "HostData",
     "KVCache",
     "MoE",
     "MoEStats",
@@ -29,8 +30,12 @@ __all__ = [
     "RMSNorm",
     "ReplicaRule",
     "VocabTable",
+    "abstract_logical_state",
     "check_expert_axes",
     "check_swap",
+    "check_usable",
+    "load_logical_state",
+    "logical_state",
     "make_token_mixer",
     "param_specs",
     "params_by_path",

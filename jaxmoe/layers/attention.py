@@ -100,8 +100,7 @@ class Attention(nnx.Module):
         self.kv_heads = max(config.num_kv_heads, tp)
         kv_rows = None
         if self.kv_heads != config.num_kv_heads:
-            copies = self.kv_heads // config.num_kv_heads
-            kv_rows = RowMap(tuple(i // copies for i in range(self.kv_heads)), config.num_kv_heads)
+            kv_rows = RowMap(config.num_kv_heads, copies=self.kv_heads // config.num_kv_heads)
 
         q_rows = config.num_heads * h * (2 if config.output_gate else 1)
         self.w_q = param((q_rows, hidden_size), TP, None)

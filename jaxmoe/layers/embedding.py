@@ -19,7 +19,7 @@ class VocabTable(nnx.Module):
     def __init__(self, vocab_size: int, hidden_size: int, *, param: ParamFactory, bias: bool = False):
         tp = param.mesh.shape[TP]
         padded = -(-vocab_size // tp) * tp
-        rows = RowMap.padded(vocab_size, padded)
+        rows = RowMap(vocab_size, padding=padded - vocab_size) if padded > vocab_size else None
         self.weight = param((padded, hidden_size), TP, None, rows=rows)
         if bias:
             self.bias = param((padded,), TP, init=zeros, rows=rows)

@@ -35,7 +35,7 @@ class Mamba2(RecurrentMixer):
         self.groups = max(config.num_groups, self.tp)
         rows, copies = None, self.groups // config.num_groups
         if copies > 1:
-            rows = RowMap(tuple(i // copies for i in range(self.groups)), config.num_groups)
+            rows = RowMap(config.num_groups, copies=copies)
         shared = self.groups * config.state_size
         for part, width, its_rows in (("z", A, None), ("x", A, None), ("b", shared, rows), ("c", shared, rows)):
             setattr(self, f"w_in_{part}", param((width, hidden_size), TP, None, rows=its_rows))

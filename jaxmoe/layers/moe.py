@@ -22,13 +22,14 @@ from jaxmoe.dispatch import (
     get_dispatch,
 )
 from jaxmoe.kernels.grouped_matmul import check_backend, combine_halves, expert_mlp
-from jaxmoe.layers.host_data import HostData
 from jaxmoe.layers.losses import RouterSums, load_balancing_loss, router_sums, router_z_loss
 from jaxmoe.layers.mlp import MLP
-from jaxmoe.layers.param import ParamFactory, RowMap, ones, set_row_map, zeros
+from jaxmoe.layers.param import ParamFactory, ones, zeros
+from jaxmoe.layers.placement_table import placement_tables, read_placement
 from jaxmoe.layers.replicas import ReplicaRule, choose_slots, token_draws, token_turns
 from jaxmoe.layers.router import choose_experts, router_logits
-from jaxmoe.mesh import AXES, DP, EP, TP, axes_size, batch_axes, named, padded_batch, put
+from jaxmoe.layers.usable import check_usable
+from jaxmoe.mesh import AXES, DP, EP, TP, axes_size, batch_axes, padded_batch
 from jaxmoe.placement import ExpertPlacement, make_placement
 from jaxmoe.placement.trace import check_choices
 
@@ -54,11 +55,16 @@ class MoEStats(NamedTuple):
     router_z_loss: jax.Array
 
 
-_EXPERT_STACKS = ("w_gate_up", "w_down", "b_gate_up", "b_down")
+# By number, as in a plain tuple: nnx.tabulate cannot print a tuple with names inside another one.
+jax.tree_util.register_pytree_with_keys(
+    MoEStats,
+    lambda stats: ([(jax.tree_util.SequenceKey(i), value) for i, value in enumerate(stats)], None),
+    lambda _, values: MoEStats(*values),
+)
 
 
-class PlacementTable(nnx.Variable):
-    """Placement as arrays the compiled program reads, so that it can change without a recompilation."""
+# The parameters whose dim 0 is the physical slots.
+EXPERT_STACKS = ("w_gate_up", "w_down", "b_gate_up", "b_down")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,6 +87,10 @@ class MoE(nnx.Module):
     W_in x, and W_out brings their sum back: rows of that width X instead of D travel.
     The stacks `w_gate_up` [P, 2, F, D] and `w_down` [P, D, F] are sharded over `expert_axes`
     on their slot dim, and over tp on F unless tp is one of `expert_axes`.
+
+    The placement is in the layer's state, beside the stacks that lie by it: a whole state goes into any layer of the
+    same config and number of devices. Parameters alone go only into a layer with the placement that they were taken
+    with; `jaxmoe.logical_state` takes them in an order that fits all.
 
     Args:
         config: sizes, activation and router.
@@ -129,7 +139,7 @@ class MoE(nnx.Module):
         self.check_dispatch(dispatch)
         if kernels != "auto":
             check_backend(kernels, mesh.devices.flat[0])
-        self._placement = HostData(make_placement(placement, E, axes_size(mesh, expert_axes)))
+        placement = make_placement(placement, E, axes_size(mesh, expert_axes))
 
         width_axis = None if TP in expert_axes else TP
         if width_axis and F % mesh.shape[TP]:
@@ -137,8 +147,7 @@ class MoE(nnx.Module):
                 f"the expert width is split evenly over tp: moe_intermediate_size={F} is no multiple of "
                 f'tp={mesh.shape[TP]}; use a tp that divides it, or expert_axes=("ep", "tp")'
             )
-        slots = RowMap(tuple(self.placement.slot_to_expert.tolist()), E)
-        slot_count = self.placement.num_slots
+        slots, slot_count = tuple(placement.slot_to_expert.tolist()), placement.num_slots
         param = ParamFactory(mesh, dtype, rngs)
         halves = 2 if config.gated else 1
         combine_halves(config.activation, config.activation_limit, gated=config.gated)
@@ -152,11 +161,11 @@ class MoE(nnx.Module):
         if config.router.input_norm_eps is not None:
             self.router_norm = param((D,), init=ones, dtype=jnp.float32)
         X = config.expert_input_size
-        self.w_gate_up = param((slot_count, halves, F, X), expert_axes, None, width_axis, None, rows=slots)
-        self.w_down = param((slot_count, X, F), expert_axes, None, width_axis, rows=slots)
+        self.w_gate_up = param((slot_count, halves, F, X), expert_axes, None, width_axis, None, slots=slots)
+        self.w_down = param((slot_count, X, F), expert_axes, None, width_axis, slots=slots)
         if config.bias:
-            self.b_gate_up = param((slot_count, halves, F), expert_axes, None, width_axis, init=zeros, rows=slots)
-            self.b_down = param((slot_count, X), expert_axes, init=zeros, rows=slots)
+            self.b_gate_up = param((slot_count, halves, F), expert_axes, None, width_axis, init=zeros, slots=slots)
+            self.b_down = param((slot_count, X), expert_axes, init=zeros, slots=slots)
         if config.latent_size is not None:
             self.w_latent_in, self.w_latent_out = param((X, D)), param((D, X))
         if config.latent_bias:
@@ -165,23 +174,25 @@ class MoE(nnx.Module):
             self.shared = MLP(config.shared, param=param)
         if config.shared_gate:
             self.w_shared_gate = param((1, D))
-        self.choose_replicas("modulo")
+        self._set_tables(placement, ReplicaRule())
 
     @property
     def placement(self) -> ExpertPlacement:
-        """Which slot holds which expert."""
-        return self._placement.value
+        """Which slot holds which expert, as the layer's state says; it is read from the devices.
+
+        Raises:
+            ValueError: the state has no values: the layer is traced, abstract, or several layers stacked in one.
+        """
+        return read_placement(self.slot_to_expert, self.config.num_experts, axes_size(self.mesh, self.expert_axes))
 
     def expert_stacks(self) -> list[nnx.Param]:
         """The parameters whose dim 0 is the physical slots."""
-        return [getattr(self, name) for name in _EXPERT_STACKS if hasattr(self, name)]
+        return [getattr(self, name) for name in EXPERT_STACKS if hasattr(self, name)]
 
     def set_placement(self, placement: ExpertPlacement) -> None:
         """Say that the stacks hold what `placement` says; `jaxmoe.layers.swap_experts` brings them there."""
-        self._placement.value = placement
-        for stack in self.expert_stacks():
-            set_row_map(stack, RowMap(tuple(placement.slot_to_expert.tolist()), placement.num_experts))
-        self._set_replica_tables()
+        last_load = np.asarray(self.last_load[...]) if hasattr(self, "last_load") else None
+        self._set_tables(placement, ReplicaRule(self.replica_choice, self.devices_per_node, last_load))
 
     def choose_replicas(
         self, choice: str, *, devices_per_node: int | None = None, last_load: np.ndarray | None = None
@@ -199,26 +210,20 @@ class MoE(nnx.Module):
         Raises:
             ValueError: the choice is unknown, or the other arguments do not fit.
         """
-        rule = ReplicaRule(choice=choice, devices_per_node=devices_per_node, last_load=last_load)
-        rule.tables(self.placement)
-        self.replica_choice, self._replica_rule = choice, HostData(rule)
-        self._set_replica_tables()
+        self._set_tables(self.placement, ReplicaRule(choice, devices_per_node, last_load))
 
-    def _set_replica_tables(self) -> None:
-        rule, whole = self._replica_rule.value, named(self.mesh)
-        nearest = rule.choice == "local_first"
-        # What holds for every device is kept once, the tables of "local_first" with their devices.
-        slots, counts = (ReplicaRule() if nearest else rule).tables(self.placement)
-        self.expert_to_slots = PlacementTable(put(slots[0], whole))
-        self.replica_counts = PlacementTable(put(counts[0], whole))
-        for name in ("near_slots", "near_counts"):
-            if hasattr(self, name):
+    def _set_tables(self, placement: ExpertPlacement, rule: ReplicaRule) -> None:
+        tables = placement_tables(placement, rule, self.mesh, self.expert_axes)
+        self.replica_choice, self.devices_per_node = rule.choice, rule.devices_per_node
+        for name in ("near_slots", "near_counts", "last_load"):
+            if hasattr(self, name) and name not in tables:
                 delattr(self, name)
-        if nearest:
-            per_device = named(self.mesh, self.expert_axes)
-            slots, counts = rule.tables(self.placement)
-            self.near_slots = PlacementTable(put(slots, per_device))
-            self.near_counts = PlacementTable(put(counts, per_device))
+        for name, table in tables.items():
+            if hasattr(self, name):
+                # The variable stays: another module may share it (nnx.clone(variables=False)), as it does the stacks.
+                getattr(self, name).set_value(table.get_value())
+            else:
+                setattr(self, name, table)
 
     def __call__(
         self,
@@ -248,7 +253,7 @@ class MoE(nnx.Module):
             ValueError: a shape does not fit, or `expert_ids` are no choices of this layer.
             RuntimeError: the layer is called by itself while its model is recorded.
         """
-        if self.recorder is not None and self.recorder.active:
+        if self.recorder is not None and self.recorder.records(self, self.w_router.get_value()):
             raise RuntimeError(
                 "the routing of this layer's model is being recorded, and the record is of model(tokens) and "
                 "jaxmoe.generate alone; call the layer, or a method that returns statistics, outside of "
@@ -256,6 +261,13 @@ class MoE(nnx.Module):
             )
         if x.shape[-1] != self.config.hidden_size:
             raise ValueError(f"the last dim of x is hidden_size={self.config.hidden_size}; got shape {x.shape}")
+        check_usable(self)
+        slots, placed = self.w_gate_up.shape[0], self.slot_to_expert.shape[0]
+        if slots != placed:
+            raise ValueError(
+                f"expert stacks lie by the layer's placement: they have {slots} slots and the placement {placed}; give the "
+                "layer a whole state, placement tables too, and not nnx.Param alone, or use jaxmoe.load_logical_state"
+            )
         x_TD = x.reshape(-1, x.shape[-1])
         mask_T = jnp.ones(x_TD.shape[0], bool) if token_mask is None else token_mask.reshape(-1)
         params = {name: param[...] for name, param in vars(self).items() if isinstance(param, nnx.Variable)}
@@ -318,6 +330,9 @@ class MoE(nnx.Module):
             tokens: T, of all devices together.
             dtype: of the activations; that of the expert weights by default.
         """
+        return self._explain_dispatch(tokens, dtype)
+
+    def _explain_dispatch(self, tokens: int, dtype: Any) -> DispatchChoice:
         K, D = self.config.num_experts_per_tok, self.config.expert_input_size
         itemsize = jnp.dtype(self.w_gate_up.dtype if dtype is None else dtype).itemsize
         return explain_dispatch(tokens, K, D, itemsize, self._layout, self._platform)
@@ -334,7 +349,8 @@ class MoE(nnx.Module):
 
     def _plan(self, T: int, dtype: Any, dispatch: str | None = None) -> _Plan:
         name = dispatch or self.dispatch
-        backend = get_dispatch(self.explain_dispatch(T, dtype).name if name == "auto" else name, self._platform)
+        # Public methods are not called from here: nnx.tabulate jits them all, and their results are no arrays.
+        backend = get_dispatch(self._explain_dispatch(T, dtype).name if name == "auto" else name, self._platform)
         return _Plan(self.config, self.mesh, self._layout, backend, self.kernels, self.replica_choice)
 
 
@@ -447,11 +463,14 @@ def _choose_replicas(
 ) -> jax.Array:
     """The physical slot of every choice, by the layer's replica choice."""
     slots_ER, counts_E = params["expert_to_slots"], params["replica_counts"]
-    if "near_slots" in params and set(plan.layout.expert_axes) <= set(plan.dispatch.token_axes(plan.layout)):
-        # Each device has tokens of its own; where all have the same ones, all must choose alike and none is nearer.
-        slots_ER, counts_E = params["near_slots"][0], params["near_counts"][0]
     turn_TK = None
     if slots_ER.shape[1] > 1:
         random = plan.replica_choice == "random"
         turn_TK = token_draws(x_TD, ids_TK.shape[1]) if random else token_turns(ids_TK.shape, first_token)
-    return choose_slots(ids_TK, slots_ER, counts_E, turn_TK)
+    slots_TK = choose_slots(ids_TK, slots_ER, counts_E, turn_TK)
+    # Each device has tokens of its own; where all have the same ones, all must choose alike and none is nearer.
+    if "near_slots" in params and set(plan.layout.expert_axes) <= set(plan.dispatch.token_axes(plan.layout)):
+        near_TK = choose_slots(ids_TK, params["near_slots"][0], params["near_counts"][0], turn_TK)
+        # A state of a layer without these tables may have brought another placement than they were made for.
+        slots_TK = jnp.where(params["slot_to_expert"][near_TK] == ids_TK, near_TK, slots_TK)
+    return slots_TK

@@ -1,7 +1,7 @@
 """Parameters that know how they lie on the mesh and how a checkpoint fills them."""
 
 import dataclasses
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -10,7 +10,6 @@ import numpy as np
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding
 
-from jaxmoe.layers.host_data import HostData
 from jaxmoe.mesh import named
 
 
@@ -39,17 +38,26 @@ class ParamSpec:
 
 @dataclasses.dataclass(frozen=True)
 class RowMap:
-    """How groups of dim 0 are filled from a checkpoint; see `ParamSpec.rows`."""
+    """How groups of dim 0 are filled from a checkpoint, as long as the parameter lives; see `ParamSpec.rows`.
 
-    rows: tuple[int, ...]
+    It is part of what a compiled program is found again by. Expert stacks have none: a rebalance changes theirs, and
+    `jaxmoe.layers.specs` reads it from the placement of their layer.
+
+    Attributes:
+        source_groups: groups that dim 0 of the checkpoint's tensor has.
+        copies: of each, side by side.
+        padding: groups of zeros after them.
+    """
+
     source_groups: int
+    copies: int = 1
+    padding: int = 0
 
-    @classmethod
-    def padded(cls, size: int, padded_size: int) -> "RowMap | None":
-        """`size` rows followed by zeros up to `padded_size`; None where there is nothing to pad."""
-        if size == padded_size:
-            return None
-        return cls((*range(size), *(-1,) * (padded_size - size)), size)
+    @property
+    def rows(self) -> tuple[int, ...]:
+        """The source of each group, -1 for zeros."""
+        held = [source for source in range(self.source_groups) for _ in range(self.copies)]
+        return (*held, *(-1,) * self.padding)
 
 
 Init = Callable[[jax.Array, tuple[int, ...], Any], jax.Array]
@@ -93,53 +101,36 @@ class ParamFactory:
         init: Init = fan_in_normal,
         dtype: Any = None,
         rows: RowMap | None = None,
+        slots: tuple[int, ...] | None = None,
     ) -> nnx.Param:
-        """Make one parameter of `shape`, sharded over the mesh axes named in `dims`."""
+        """Make one parameter of `shape`, sharded over the mesh axes named in `dims`.
+
+        Args:
+            shape: global, padding included.
+            dims: for each dim the mesh axes that it is sharded over.
+            init: of the values.
+            dtype: None for that of the weights.
+            rows: how a checkpoint fills it, where that is not row by row.
+            slots: of an expert stack, the expert in each slot for now.
+        """
         dtype = jnp.dtype(self.dtype if dtype is None else dtype)
         sharding = named(self.mesh, *dims)
         if self.rngs is None:
-            return nnx.Param(jax.ShapeDtypeStruct(shape, dtype, sharding=sharding), rows=HostData(rows))
+            return nnx.Param(jax.ShapeDtypeStruct(shape, dtype, sharding=sharding), rows=rows)
         # Initialised where it will live: no device ever holds the whole array.
         make = jax.jit(_initial, static_argnums=(1, 2, 3, 4), out_shardings=sharding)
-        value = make(self.rngs.params(), shape, dtype, init, rows)
-        return nnx.Param(value, rows=HostData(rows))
+        sources = rows.rows if rows else slots
+        return nnx.Param(make(self.rngs.params(), shape, dtype, init, sources), rows=rows)
 
 
-def _initial(key: jax.Array, shape: tuple[int, ...], dtype: Any, init: Init, rows: RowMap | None) -> jax.Array:
+def _initial(
+    key: jax.Array, shape: tuple[int, ...], dtype: Any, init: Init, sources_of: tuple[int, ...] | None
+) -> jax.Array:
     """Random values as a checkpoint would fill them: alike in groups that have one source, zeros in padding."""
-    if rows is None or rows.rows == tuple(range(rows.source_groups)):
+    if sources_of is None or sources_of == tuple(range(len(sources_of))):
         return init(key, shape, dtype)
-    sources = jnp.array(rows.rows)
+    sources = jnp.array(sources_of)
     group = (shape[0] // len(sources), *shape[1:])
     # A key for each source: taken from an array of all sources, the groups would need all of it on every device.
     values = jax.vmap(lambda source: init(jax.random.fold_in(key, source), group, dtype))(sources)
     return jnp.where((sources >= 0).reshape(-1, *[1] * len(group)), values, 0).reshape(shape)
-
-
-def row_map(param: nnx.Param) -> RowMap | None:
-    """How the parameter's rows are filled from a checkpoint; None where it is the checkpoint's tensor."""
-    return param.get_metadata()["rows"].value
-
-
-def set_row_map(param: nnx.Param, rows: RowMap) -> None:
-    """Note that the parameter's rows were changed; programs compiled for it stay valid."""
-    param.set_metadata("rows", HostData(rows))
-
-
-def params_by_path(module: nnx.Module) -> dict[str, nnx.Param]:
-    """The parameters of `module` by dotted path, in a stable order."""
-    return {".".join(map(str, path)): param for path, param in nnx.to_flat_state(nnx.state(module, nnx.Param))}
-
-
-def param_specs(module: nnx.Module) -> Iterator[ParamSpec]:
-    """The specs of a module's parameters, abstract or not."""
-    for path, param in params_by_path(module).items():
-        value, rows = param.get_value(), row_map(param)
-        yield ParamSpec(
-            path=path,
-            shape=tuple(value.shape),
-            dtype=np.dtype(value.dtype),
-            sharding=value.sharding,
-            rows=rows.rows if rows else None,
-            source_groups=rows.source_groups if rows else None,
-        )

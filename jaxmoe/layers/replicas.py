@@ -14,7 +14,7 @@ from jaxmoe.placement import ExpertPlacement
 from jaxmoe.placement.replicas import get_replica_choice
 
 
-@dataclasses.dataclass(frozen=True, eq=False, kw_only=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class ReplicaRule:
     """A replica choice and what it looks at.
 

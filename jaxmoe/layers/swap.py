@@ -1,8 +1,9 @@
 """Giving a running MoE layer another placement: experts move between slots on the devices, nothing is read from disk.
 
 One stack of weights is done after the other. Every slot that is to change is first copied to its new
-device, and only then written, because its old contents may be the source of another. So
-a device needs room for as many slots of one stack as it receives, and one more.
+device, and only then written, because its old contents may be the source of another. They are written into a copy of
+the stack: another module may hold the old one, as `nnx.clone` leaves it. So a device needs room for its part of one
+stack once more, for as many slots of it as the device receives, and for one slot besides.
 """
 
 import dataclasses
@@ -19,6 +20,7 @@ from jax.sharding import PartitionSpec as P
 
 from jaxmoe.layers.in_place import update_slice
 from jaxmoe.layers.moe import MoE
+from jaxmoe.layers.usable import check_usable
 from jaxmoe.mesh import AXES
 from jaxmoe.placement import ExpertPlacement
 from jaxmoe.placement.migration import OTHER_NODE, SAME_DEVICE, SAME_NODE, Move, plan_migration
@@ -82,14 +84,16 @@ def swap_experts(moe: MoE, placement: ExpertPlacement, *, num_nodes: int = 1) ->
     stay valid: no shape changes.
 
     Args:
-        moe: the layer; its stacks are replaced, and the old ones are given up while it runs.
+        moe: the layer; its stacks are replaced one after the other, the old ones stay as they are for who holds them.
         placement: as many slots on as many devices.
         num_nodes: nodes of equally many devices along the layer's `expert_axes`.
 
     Raises:
         ValueError, NotImplementedError: see `check_swap`.
+        RuntimeError: the layer's arrays were donated or deleted.
         Exception: what JAX raises where a device has no room for the slots on their way; the layer is as it was then.
     """
+    check_usable(moe)
     check_swap(moe, placement)
     # Ctrl-C is raised in the main thread, and the other one finishes the layer first: stacks that lie by different
     # placements would compute something else without a word.
@@ -135,6 +139,7 @@ def _swap(stack: jax.Array, moves: Sequence[Move], moe: MoE, moved: MovedBytes) 
     if taken is None:
         return stack
     idle = {shard.device: shard.data for shard in taken.addressable_shards}
+    stack = _copy(stack)
     for turn in range(max(map(len, places.values()))):
         arriving = [pieces[device][turn] if turn < len(pieces[device]) else idle[device] for device in idle]
         piece = jax.make_array_from_single_device_arrays(taken.shape, taken.sharding, arriving)
@@ -209,6 +214,11 @@ def _take(stack: jax.Array, place_n: jax.Array, *, over: tuple[NamedSharding, P]
 
     specs = (sharding.spec, per_rank)
     return jax.shard_map(local, mesh=sharding.mesh, in_specs=specs, out_specs=specs[0], check_vma=False)(stack, place_n)
+
+
+@jax.jit
+def _copy(stack: jax.Array) -> jax.Array:
+    return jnp.copy(stack)
 
 
 @partial(jax.jit, static_argnames="over", donate_argnums=0)

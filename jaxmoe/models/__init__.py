@@ -23,6 +23,7 @@ from jaxmoe.models.minimax_m2 import MINIMAX_M2
 from jaxmoe.models.mixtral import MIXTRAL
 from jaxmoe.models.nemotron_h import NEMOTRON_H
 from jaxmoe.models.olmoe import OLMOE
+from jaxmoe.models.origin import Origin
 from jaxmoe.models.phimoe import PHIMOE
 from jaxmoe.models.qwen2_moe import QWEN2_MOE
 from jaxmoe.models.qwen3_5_moe import QWEN3_5_MOE_TEXT
@@ -36,6 +37,7 @@ __all__ = [
     "Decoder",
     "ExpertTensors",
     "Family",
+    "Origin",
     "Wrapper",
     "find_family",
     "get_family",

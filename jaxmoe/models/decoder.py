@@ -17,7 +17,6 @@ from jaxmoe.dispatch import PhaseDispatch
 from jaxmoe.layers import (
     NORMS,
     CacheArray,
-    HostData,
     MoE,
     MoEStats,
     MovedBytes,
@@ -26,12 +25,15 @@ from jaxmoe.layers import (
     VocabTable,
     check_expert_axes,
     check_swap,
+    check_usable,
     swap_experts,
 )
 from jaxmoe.mesh import EP, TP, axes_size, batch_axes, named, padded_batch
+from jaxmoe.models.belongings import Belongings
 from jaxmoe.models.checks import check_token_ids, check_tp
 from jaxmoe.models.decoder_layer import DecoderLayer
 from jaxmoe.models.describe import describe
+from jaxmoe.models.origin import Origin
 from jaxmoe.models.padding import bucket_length, prompt_positions
 from jaxmoe.models.replay import ReplayedRouting, RoutingReplay, of_layers
 from jaxmoe.models.routing import Routing, RoutingRecorder, routing_of
@@ -40,6 +42,8 @@ from jaxmoe.placement.traffic import device_loads
 
 # What every layer keeps of the tokens seen, first to last; None for a layer that keeps nothing.
 Cache = tuple[Any, ...]
+
+_LOAD_REPORTS: Belongings[Any] = Belongings()
 
 
 class Decoder(nnx.Module):
@@ -53,7 +57,7 @@ class Decoder(nnx.Module):
         dispatch: a name or "auto" for all, or for each phase, {"prefill": ..., "decode": ...}.
         dtype: of weights and activations.
         rngs: random streams for the weights; None leaves them abstract, for a loader to fill.
-        source: the checkpoint directory it comes from.
+        origin: the checkpoint it comes from; None for random weights.
 
     Raises:
         ValueError: heads or widths do not divide over tp, or a placement does not fit.
@@ -74,13 +78,12 @@ class Decoder(nnx.Module):
         kernels: str = "auto",
         dtype: Any = jnp.float32,
         rngs: nnx.Rngs | None = None,
-        source: Path | None = None,
+        origin: Origin | None = None,
     ):
         check_expert_axes(expert_axes)
         check_tp(config, mesh.shape[TP], expert_axes)
         self.config, self.mesh, self.dtype = config, mesh, jnp.dtype(dtype)
-        self._source: HostData[Path | None] = HostData(source)
-        self._load_report: HostData[Any] = HostData(None)
+        self.origin = origin
         self._recorder: RoutingRecorder | None = None
         self.dispatch = PhaseDispatch.of(dispatch)
         param = ParamFactory(mesh, dtype, rngs)
@@ -112,16 +115,19 @@ class Decoder(nnx.Module):
     @property
     def source(self) -> Path | None:
         """The checkpoint directory the model was loaded from; None for one with random weights."""
-        return self._source.value
+        return None if self.origin is None else self.origin.directory
 
     @property
     def load_report(self) -> Any:
-        """What `jaxmoe.load` read (a `jaxmoe.checkpoint.LoadReport`); None for a model with random weights."""
-        return self._load_report.value
+        """What `jaxmoe.load` read for this very model (a `jaxmoe.checkpoint.LoadReport`).
+
+        None for one with random weights, and for copies (`nnx.clone`, `nnx.merge`): nothing was read for them.
+        """
+        return _LOAD_REPORTS.of(self)
 
     @load_report.setter
     def load_report(self, report: Any) -> None:
-        self._load_report.value = report
+        _LOAD_REPORTS.give(self, report)
 
     @property
     def moe_layers(self) -> list[MoE]:
@@ -135,8 +141,9 @@ class Decoder(nnx.Module):
 
     @property
     def recorder(self) -> RoutingRecorder | None:
-        """The recorder of the `record_routing` that is active."""
-        return self._recorder if self._recorder is not None and self._recorder.active else None
+        """The recorder of the `record_routing` that is active for this very model; a copy of it is not recorded."""
+        recorder = self._recorder
+        return recorder if recorder is not None and recorder.records(self, self.embed.weight.get_value()) else None
 
     def describe(self, *, batch_size: int = 1, prompt_length: int = 512) -> str:
         """The model on its mesh in a few lines: where its experts are, and how tokens will travel to them and why.
@@ -145,6 +152,7 @@ class Decoder(nnx.Module):
             batch_size: sequences, for the choice of a dispatch.
             prompt_length: tokens of the longest in the prefill.
         """
+        check_usable(self, abstract=True)
         return describe(self, batch_size, prompt_length)
 
     @contextlib.contextmanager
@@ -169,6 +177,7 @@ class Decoder(nnx.Module):
             ...     jaxmoe.generate(model, prompts)
             >>> routing.trace().save("routing.npz")  # doctest: +SKIP
         """
+        check_usable(self)
         if self.recorder is not None:
             raise RuntimeError(
                 "the model's routing is being recorded already: one `with model.record_routing()` at a time"
@@ -271,6 +280,7 @@ class Decoder(nnx.Module):
             >>> model.rebalance(placements).total  # doctest: +SKIP
             201326592
         """
+        check_usable(self)
         layers = self.moe_layers
         if not layers:
             raise ValueError("no layer of this model has routed experts: there is nothing to place")
@@ -297,6 +307,7 @@ class Decoder(nnx.Module):
         Raises:
             ValueError: the choice is unknown or the other arguments do not fit; nothing is changed then.
         """
+        check_usable(self, abstract=True)
         loads = [None] * len(self.moe_layers) if counts is None else device_loads(np.asarray(counts), self.placements)
         rules = [
             ReplicaRule(choice=choice, devices_per_node=devices_per_node, last_load=last_load) for last_load in loads
@@ -319,12 +330,13 @@ class Decoder(nnx.Module):
             ValueError: not two dims, no token, or an id outside the vocabulary, or a replayed trace of another size.
             RuntimeError: see `record_routing` and `replay_routing`.
         """
+        check_usable(self)
         if not isinstance(token_ids, jax.core.Tracer):
             token_ids = np.asarray(token_ids)
             check_token_ids(token_ids, self.config.vocab_size)
         B, S = token_ids.shape
         # Padded to a few sizes, so that a series of calls compiles a few programs.
-        rows, length = self.padded_batch(B), bucket_length(S)
+        rows, length = padded_batch(self.mesh, B), bucket_length(S)
         tokens_BS = jnp.pad(jnp.asarray(token_ids, jnp.int32), ((0, rows - B), (0, length - S)))
         lengths_B = jnp.where(jnp.arange(rows) < B, S, 0)
         expert_ids = None if self.replay is None else self.replay.of_call(B, S, rows, length)
@@ -430,6 +442,7 @@ class Decoder(nnx.Module):
         *,
         decode: bool = False,
     ) -> tuple[jax.Array, Cache, tuple[MoEStats, ...]]:
+        check_usable(self)
         batch = batch_axes(self.mesh, tokens_BS.shape[0])
         x_BSD = self.embed.embed(tokens_BS, batch) * self.config.embedding_multiplier
         choices = iter(of_layers(expert_ids_BSLK, [moe.config for moe in self.moe_layers], tokens_BS.shape))

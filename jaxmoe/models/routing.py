@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import nnx
 from jax.sharding import Mesh
 
 from jaxmoe.layers import MoEStats
@@ -70,7 +71,16 @@ class RoutingRecorder:
         return hash(RoutingRecorder)
 
     def __deepcopy__(self, memo: dict) -> "RoutingRecorder":
-        return self  # A copy of a recorded model counts here as well, and stops with it.
+        return self  # A copy of a recorded model is none of `models`, and so not recorded.
+
+    def records(self, module: nnx.Module, value: Any) -> bool:
+        """Whether `module`, which has this recorder and `value` among its arrays, is recorded.
+
+        It is where it is one of `models` or a layer of one, and not where it is a copy. Inside a program nothing tells the
+        two apart: there it counts as recorded, and `add` says what it thinks of that.
+        """
+        own = (each for model in self.models for each in (model, *model.moe_layers))
+        return self.active and (isinstance(value, jax.core.Tracer) or any(module is each for each in own))
 
     def stop(self) -> None:
         """End the recording."""

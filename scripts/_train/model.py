@@ -8,7 +8,7 @@ from flax import nnx
 from jax.sharding import Mesh
 from tokenizers import Tokenizer
 
-from jaxmoe.models import Decoder, read_model_config
+from jaxmoe.models import Decoder, Origin, read_model_config
 from scripts._train.corpus import END_OF_TEXT
 
 # 6.7 million parameters, of which a token uses 1.5. No two sizes are equal or twice one another where a transposed
@@ -77,4 +77,11 @@ def write_side_files(directory: Path, config: dict[str, Any], tokenizer: Tokeniz
 def make_model(directory: Path, mesh: Mesh, *, seed: int, expert_axes: tuple[str, ...], dispatch: str) -> Decoder:
     """A float32 model with random weights on the mesh, of the config.json in `directory`."""
     _, config = read_model_config(directory)
-    return Decoder(config, mesh=mesh, expert_axes=expert_axes, dispatch=dispatch, rngs=nnx.Rngs(seed), source=directory)
+    return Decoder(
+        config,
+        mesh=mesh,
+        expert_axes=expert_axes,
+        dispatch=dispatch,
+        rngs=nnx.Rngs(seed),
+        origin=Origin(directory),
+    )

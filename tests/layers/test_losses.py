@@ -9,7 +9,7 @@ from flax import nnx
 import jaxmoe
 from jaxmoe.config import MoEConfig
 from jaxmoe.layers.losses import load_balancing_loss, router_sums, router_z_loss
-from jaxmoe.layers.param import params_by_path
+from jaxmoe.layers.specs import params_by_path
 from tests.support.dense_training import DenseMoE
 from tests.support.meshes import MESH_SHAPES, mesh_of
 

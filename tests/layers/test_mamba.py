@@ -8,7 +8,7 @@ from flax import nnx
 
 from jaxmoe.config import Mamba2Config, MambaConfig, TokenMixerConfig
 from jaxmoe.layers import ParamFactory, make_token_mixer
-from jaxmoe.layers.param import param_specs, params_by_path
+from jaxmoe.layers.specs import param_specs, params_by_path
 from jaxmoe.mesh import batch_axes, named
 from tests.support.meshes import mesh_id, mesh_of
 

@@ -11,7 +11,7 @@ from jax.sharding import PartitionSpec as P
 
 import jaxmoe
 from jaxmoe.config import MoEConfig, RouterConfig
-from jaxmoe.layers.param import param_specs
+from jaxmoe.layers.specs import param_specs
 from jaxmoe.placement import ExpertPlacement
 from tests.support.meshes import mesh_of
 from tests.support.oracle import dense_moe, softmax_top_k

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from jaxmoe import ExpertPlacement, MoE, MoEConfig
 from jaxmoe.layers import swap, swap_experts
-from jaxmoe.layers.param import row_map
+from jaxmoe.layers.specs import param_specs
 from jaxmoe.mesh import axes_size
 from jaxmoe.placement.migration import migration_bytes
 from tests.support.layers import SLOTS, D, E, F, make_layer
@@ -50,7 +50,8 @@ def test_any_pair_of_placements(shape, axes, data) -> None:
     np.testing.assert_allclose(y_after, y_before, atol=1e-5)
     assert layer.placement == after
     assert [stack.get_value().sharding for stack in layer.expert_stacks()] == shardings
-    assert row_map(layer.w_down).rows == tuple(after.slot_to_expert.tolist())
+    specs = {spec.path: spec for spec in param_specs(layer)}
+    assert specs["w_down"].rows == tuple(after.slot_to_expert.tolist())
     expert_bytes = 3 * D * F * 4
     copies_of_the_experts = layer.mesh.size // ep // (1 if "tp" in axes else layer.mesh.shape["tp"])
     wanted = migration_bytes([before], [after], expert_bytes * copies_of_the_experts, num_nodes=num_nodes)

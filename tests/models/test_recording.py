@@ -53,14 +53,20 @@ def test_a_call_inside_a_program_is_refused_and_never_forgotten(model) -> None:
     np.testing.assert_array_equal(layer_in_jit(model, x), plain_layer)
 
 
-def test_copies_made_meanwhile_stop_with_it(model) -> None:
+def test_copies_made_meanwhile_are_not_recorded(model) -> None:
     with model.record_routing() as routing:
         copies = [nnx.clone(model), copy.deepcopy(model)]
+        for each in copies:
+            assert each.recorder is None
+            each(TOKENS)
+            each.moe_layers[0](jnp.ones((2, 32)))
+            jaxmoe.generate(each, PROMPTS[:1], max_new_tokens=2)
+        assert routing.num_steps == 0
+        model(TOKENS)
+    assert routing.num_steps == 1
     for each in copies:
-        assert each.recorder is None
         each(TOKENS)
-        each.moe_layers[0](jnp.ones((2, 32)))
-    assert routing.num_steps == 0
+    assert routing.num_steps == 1
 
 
 def test_a_token_is_counted_once_alone_and_in_a_batch(model) -> None:
