@@ -70,7 +70,10 @@ def local_sums(
         in_trip = jnp.clip(jnp.stack([ends_p - pairs.sizes_p, ends_p]), first, first + Q)
         rows_QD = x_RD[pair_Q // K]
         if weights_on_input:
-            rows_QD = (rows_QD * weights_RK.reshape(-1)[pair_Q][:, None]).astype(x_RD.dtype)
+            # Rows that no slot here owns may hold anything, and so may their weights.
+            owned_Q1 = (jnp.arange(Q, dtype=jnp.int32) < ends_p[-1] - first)[:, None]
+            weights_Q1 = jnp.where(owned_Q1, weights_RK.reshape(-1)[pair_Q][:, None], 0)
+            rows_QD = (jnp.where(owned_Q1, rows_QD, 0) * weights_Q1).astype(x_RD.dtype)
         out_QD = experts.apply(params, rows_QD, in_trip[1] - in_trip[0], jnp.float32)
         here_RK = (pairs.places >= first) & (pairs.places < jnp.minimum(first + Q, ends_p[-1]))
         factors_RK = jnp.ones_like(weights_RK) if weights_on_input else weights_RK
@@ -92,14 +95,16 @@ def _group_pairs(slots_RK: jax.Array, p: int, Q: int) -> _Pairs:
 
 
 def weighted_sum(factors_RK: jax.Array, rows_QD: jax.Array, places_RK: jax.Array) -> jax.Array:
-    """Σ_k factor_k · rows[place_k] in float32, [R, D]; a place of -1 adds nothing, whatever the rows hold.
+    """Σ_k factor_k · rows[place_k] in float32, [R, D]; a place of -1 adds nothing, whatever rows and factors hold.
 
     A sum of gathers, which XLA makes one loop of; a gather of [R, K, D] would be stored.
     """
     y_RD = jnp.zeros((factors_RK.shape[0], rows_QD.shape[1]), jnp.float32)
     for k in range(factors_RK.shape[1]):
         place_R = places_RK[:, k]
-        rows_RD = rows_QD[jnp.maximum(place_R, 0)].astype(jnp.float32)
-        # Not a factor of 0: it would carry an infinity of one token over to another.
-        y_RD += jnp.where(place_R[:, None] >= 0, factors_RK[:, k, None] * rows_RD, 0)
+        here_R1 = (place_R >= 0)[:, None]
+        # Both sides of the product, not a factor of 0 nor the product alone: in the sum or in its gradient that would
+        # carry an infinity of one token over to another.
+        rows_RD = jnp.where(here_R1, rows_QD[jnp.maximum(place_R, 0)].astype(jnp.float32), 0)
+        y_RD += jnp.where(here_R1, factors_RK[:, k, None], 0) * rows_RD
     return y_RD

@@ -31,6 +31,8 @@ def router_sums(logits_TE: jax.Array, ids_TK: jax.Array, mask_T: jax.Array) -> R
         mask_T: bool, False for padding.
     """
     E = logits_TE.shape[1]
+    # Before the sums, not after: the gradient of a row that is left out would be zero times what the row holds.
+    logits_TE = jnp.where(mask_T[:, None], logits_TE, 0)
     pairs_TK = jnp.where(mask_T[:, None], ids_TK, E)
     log_z_T = jax.nn.logsumexp(logits_TE, axis=-1)
     return RouterSums(

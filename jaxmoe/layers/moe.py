@@ -230,7 +230,8 @@ class MoE(nnx.Module):
 
         Args:
             x: [..., D], any number of tokens.
-            token_mask: bool [...], False for tokens that go to no expert and come back as zeros.
+            token_mask: bool [...], False for tokens that go to no expert and come back as zeros; neither they nor their
+                cotangents reach a result or a gradient, whatever they hold.
             router_x: [..., D], what the router looks at where that is not x.
             dispatch: for this call; None for the layer's own.
 
@@ -240,17 +241,24 @@ class MoE(nnx.Module):
         if x.shape[-1] != self.config.hidden_size:
             raise ValueError(f"the last dim of x is hidden_size={self.config.hidden_size}; got shape {x.shape}")
         x_TD = x.reshape(-1, x.shape[-1])
-        mask_T = jnp.ones(x_TD.shape[0], bool) if token_mask is None else token_mask.reshape(-1)
-        params = {name: param[...] for name, param in vars(self).items() if isinstance(param, nnx.Variable)}
         router_TD = x_TD if router_x is None else router_x.reshape(x_TD.shape)
+        params = {name: param[...] for name, param in vars(self).items() if isinstance(param, nnx.Variable)}
+        if token_mask is None:
+            mask_T = jnp.ones(x_TD.shape[0], bool)
+        else:
+            mask_T = jnp.asarray(token_mask).reshape(-1)
+            # Before anything multiplies by them: a cotangent of zero times NaN is NaN.
+            x_TD, router_TD = (jnp.where(mask_T[:, None], y_TD, 0) for y_TD in (x_TD, router_TD))
         plan = self._plan(x_TD.shape[0], x.dtype, dispatch)
         if self.config.latent_size is None:
             y_TD, stats = _forward(x_TD, router_TD, mask_T, params, plan=plan)
         else:
             y_TX, stats = _forward(self._latent(x_TD, "in"), router_TD, mask_T, params, plan=plan)
-            y_TD = jnp.where(mask_T[:, None], self._latent(y_TX, "out"), 0)
+            y_TD = self._latent(y_TX, "out")
         if self.config.shared is not None:
-            y_TD = y_TD + jnp.where(mask_T[:, None], self._shared(x_TD), 0)
+            y_TD = y_TD + self._shared(x_TD)
+        if token_mask is not None:
+            y_TD = jnp.where(mask_T[:, None], y_TD, 0)
         return y_TD.reshape(x.shape), stats
 
     def _latent(self, x_TX: jax.Array, way: str) -> jax.Array:
