@@ -1,6 +1,7 @@
 """The Mixture-of-Experts layer: router, placement, dispatch and experts composed over the mesh."""
 
 import dataclasses
+from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -8,9 +9,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jax.sharding import Mesh
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from jaxmoe.checks import instance_of
 from jaxmoe.config import MoEConfig
 from jaxmoe.dispatch import (
     Dispatch,
@@ -21,6 +23,7 @@ from jaxmoe.dispatch import (
     explain_dispatch,
     get_dispatch,
 )
+from jaxmoe.kernels.dtypes import sum_dtype
 from jaxmoe.kernels.grouped_matmul import check_backend, combine_halves, expert_mlp
 from jaxmoe.layers.host_data import HostData
 from jaxmoe.layers.losses import RouterSums, load_balancing_loss, router_sums, router_z_loss
@@ -28,7 +31,7 @@ from jaxmoe.layers.mlp import MLP
 from jaxmoe.layers.param import ParamFactory, RowMap, ones, set_row_map, zeros
 from jaxmoe.layers.replicas import ReplicaRule, choose_slots, token_draws, token_turns
 from jaxmoe.layers.router import choose_experts, router_logits
-from jaxmoe.mesh import AXES, DP, EP, TP, axes_size, batch_axes, named, padded_batch, put
+from jaxmoe.mesh import DP, EP, TP, MeshAxes, auto_mesh, axes_size, batch_axes, named, padded_batch, put
 from jaxmoe.placement import ExpertPlacement, make_placement
 
 
@@ -41,8 +44,8 @@ class MoEStats(NamedTuple):
         dispatch_rounds: int32, exchanges the dispatch needed; 0 where it exchanges no rows.
         rows_sent: int32 [dp, tp, ep, n], rows of activations that the device at (dp, tp, ep) sent to each of the n
             devices that it shares the experts with, by their number along `expert_axes`; its own stay where they are.
-        load_balancing_loss: float32, see `jaxmoe.layers.losses.load_balancing_loss`; differentiable.
-        router_z_loss: float32, see `jaxmoe.layers.losses.router_z_loss`; differentiable.
+        load_balancing_loss: float32 (float64 for float64), see `jaxmoe.layers.losses.load_balancing_loss`; differentiable.
+        router_z_loss: in the same, see `jaxmoe.layers.losses.router_z_loss`; differentiable.
     """
 
     expert_counts: jax.Array
@@ -83,7 +86,10 @@ class MoE(nnx.Module):
 
     Args:
         config: sizes, activation and router.
-        mesh: from `jaxmoe.make_mesh`.
+        mesh: from `jaxmoe.make_mesh`, or one of your own, its axes of type Auto or Explicit.
+        axis_names: which axes of your own mesh play dp, tp and ep, as in ``{"dp": ("data", "fsdp"), "ep": "expert"}``; a
+            part that is left out is played by the axis of its own name, or by none. Over other axes the layer is
+            computed alike.
         placement: a strategy's name or an `ExpertPlacement` over the devices along `expert_axes`.
         expert_axes: mesh axes that share the experts: ``("ep",)``; ``("ep", "tp")`` for whole experts on tp
             ranks too, better where F is small; or ``("dp", "ep")`` to spread them over the replicas.
@@ -91,12 +97,13 @@ class MoE(nnx.Module):
         wire_dtype: "float8_e4m3fn" to round rows to it, each with a scale of its own, where a dispatch exchanges
             them on their way to experts; None to send them as they are.
         kernels: a backend of `jaxmoe.kernels.grouped_matmul`, or "auto".
-        dtype: of the expert weights; the router's are float32.
+        dtype: of the expert weights and of x; the router's weights are float32, or float64 where these are.
         rngs: random streams for the weights; None leaves them abstract, for a loader to fill. Replicas begin alike, and
             the gradient of each is that of its own tokens: to train them, add up those of an expert's slots.
 
     Raises:
         ValueError: the placement does not fit, F does not divide over tp, or a name is unknown.
+        TypeError: config, mesh or rngs is something else.
 
     Example:
         >>> config = MoEConfig(num_experts=4, num_experts_per_tok=2, hidden_size=8, moe_intermediate_size=16)
@@ -111,6 +118,7 @@ class MoE(nnx.Module):
         config: MoEConfig,
         *,
         mesh: Mesh,
+        axis_names: Mapping[str, str | Sequence[str]] | None = None,
         placement: str | ExpertPlacement = "linear",
         expert_axes: tuple[str, ...] = (EP,),
         dispatch: str = "auto",
@@ -119,42 +127,51 @@ class MoE(nnx.Module):
         dtype: Any = jnp.float32,
         rngs: nnx.Rngs | None = None,
     ):
+        instance_of("config", config, MoEConfig, "a jaxmoe.MoEConfig")
+        instance_of("mesh", mesh, (Mesh, AbstractMesh), "a mesh, from jaxmoe.make_mesh or of your own")
+        if rngs is not None:
+            instance_of("rngs", rngs, nnx.Rngs, "flax.nnx.Rngs, or None for a layer without weights")
+        check_layer_dtype(dtype)
         check_expert_axes(expert_axes)
         E, F, D = config.num_experts, config.moe_intermediate_size, config.hidden_size
-        self.config, self.mesh, self.expert_axes = config, mesh, expert_axes
+        self.config, self.mesh, self.expert_axes = config, mesh, tuple(expert_axes)
+        self.axes = MeshAxes.of(mesh, axis_names)
+        slots_over = self.expert_axis_names
         self.dispatch, self.wire_dtype, self.kernels = dispatch, wire_dtype, kernels
         check_wire_dtype(wire_dtype)
         self.check_dispatch(dispatch)
         if kernels != "auto":
             check_backend(kernels, mesh.devices.flat[0])
-        self._placement = HostData(make_placement(placement, E, axes_size(mesh, expert_axes)))
+        self._placement = HostData(make_placement(placement, E, axes_size(mesh, slots_over)))
 
-        width_axis = None if TP in expert_axes else TP
-        if width_axis and F % mesh.shape[TP]:
+        width_axis = None if TP in expert_axes else self.axes.tp or None
+        tp = axes_size(mesh, self.axes.tp)
+        if width_axis and F % tp:
             raise ValueError(
                 f"the expert width is split evenly over tp: moe_intermediate_size={F} is no multiple of "
-                f'tp={mesh.shape[TP]}; use a tp that divides it, or expert_axes=("ep", "tp")'
+                f'tp={tp}; use a tp that divides it, or expert_axes=("ep", "tp")'
             )
         slots = RowMap(tuple(self.placement.slot_to_expert.tolist()), E)
         slot_count = self.placement.num_slots
-        param = ParamFactory(mesh, dtype, rngs)
+        param = ParamFactory(mesh, dtype, rngs, self.axes)
         halves = 2 if config.gated else 1
         combine_halves(config.activation, config.activation_limit, gated=config.gated)
-        self.w_router = param((E, D), dtype=jnp.float32)
+        of_router = sum_dtype(dtype)
+        self.w_router = param((E, D), dtype=of_router)
         if config.router.logit_bias:
-            self.b_router = param((E,), init=zeros, dtype=jnp.float32)
+            self.b_router = param((E,), init=zeros, dtype=of_router)
         if config.router.correction_bias:
-            self.correction_bias = param((E,), init=zeros, dtype=jnp.float32)
+            self.correction_bias = param((E,), init=zeros, dtype=of_router)
         if config.router.expert_scale:
-            self.expert_scale = param((E,), init=ones, dtype=jnp.float32)
+            self.expert_scale = param((E,), init=ones, dtype=of_router)
         if config.router.input_norm_eps is not None:
-            self.router_norm = param((D,), init=ones, dtype=jnp.float32)
+            self.router_norm = param((D,), init=ones, dtype=of_router)
         X = config.expert_input_size
-        self.w_gate_up = param((slot_count, halves, F, X), expert_axes, None, width_axis, None, rows=slots)
-        self.w_down = param((slot_count, X, F), expert_axes, None, width_axis, rows=slots)
+        self.w_gate_up = param((slot_count, halves, F, X), slots_over, None, width_axis, None, rows=slots)
+        self.w_down = param((slot_count, X, F), slots_over, None, width_axis, rows=slots)
         if config.bias:
-            self.b_gate_up = param((slot_count, halves, F), expert_axes, None, width_axis, init=zeros, rows=slots)
-            self.b_down = param((slot_count, X), expert_axes, init=zeros, rows=slots)
+            self.b_gate_up = param((slot_count, halves, F), slots_over, None, width_axis, init=zeros, rows=slots)
+            self.b_down = param((slot_count, X), slots_over, init=zeros, rows=slots)
         if config.latent_size is not None:
             self.w_latent_in, self.w_latent_out = param((X, D)), param((D, X))
         if config.latent_bias:
@@ -169,6 +186,11 @@ class MoE(nnx.Module):
     def placement(self) -> ExpertPlacement:
         """Which slot holds which expert."""
         return self._placement.value
+
+    @property
+    def expert_axis_names(self) -> tuple[str, ...]:
+        """The axes of the mesh that the slots are split over."""
+        return self.axes.names(*self.expert_axes)
 
     def expert_stacks(self) -> list[nnx.Param]:
         """The parameters whose dim 0 is the physical slots."""
@@ -213,7 +235,7 @@ class MoE(nnx.Module):
             if hasattr(self, name):
                 delattr(self, name)
         if nearest:
-            per_device = named(self.mesh, self.expert_axes)
+            per_device = named(self.mesh, self.expert_axis_names)
             slots, counts = rule.tables(self.placement)
             self.near_slots = PlacementTable(put(slots, per_device))
             self.near_counts = PlacementTable(put(counts, per_device))
@@ -236,17 +258,80 @@ class MoE(nnx.Module):
             dispatch: for this call; None for the layer's own.
 
         Returns:
-            y [..., D] in x's dtype, and the call's statistics.
+            y [..., D] in x's dtype, and the call's statistics. On a mesh with axes of type Explicit y is sharded like x.
+
+        Raises:
+            ValueError: a shape or dtype does not fit, the layer has no weights, or the program is on another mesh.
         """
-        if x.shape[-1] != self.config.hidden_size:
-            raise ValueError(f"the last dim of x is hidden_size={self.config.hidden_size}; got shape {x.shape}")
+        x, token_mask, router_x = self._checked(x, token_mask, router_x)
+        context = jax.sharding.get_abstract_mesh()
+        kinds = self._axis_kinds(context)
+        explicit = tuple([axis for axis, kind in kinds.items() if kind == AxisType.Explicit])
+        if not explicit:
+            return self._apply(x, token_mask, router_x, dispatch)
+        # Arrays carry their shardings in their types: inside they are as on a mesh of type Auto, and what comes out is
+        # laid out like x.
+        typed = jax.typeof(x).sharding
+        spec = typed.spec if typed.mesh.axis_names == self.mesh.axis_names else P()
+        graphdef, state = nnx.split(self)
+
+        def sharded(spec: P) -> Any:
+            return spec if not context.empty else NamedSharding(self.mesh, spec)
+
+        stats = MoEStats(*[sharded(P())] * len(MoEStats._fields))
+        apply = jax.sharding.auto_axes(
+            lambda state, *inputs: nnx.merge(graphdef, state)._apply(*inputs, dispatch),
+            axes=explicit,
+            out_sharding=(sharded(spec), stats),
+        )
+        return apply(state, x, token_mask, router_x)
+
+    def _checked(self, x: Any, token_mask: Any, router_x: Any) -> tuple[jax.Array, jax.Array | None, jax.Array | None]:
+        """The arguments of a call as arrays."""
+        if isinstance(self.w_router.get_value(), jax.ShapeDtypeStruct):
+            raise ValueError("the layer has no weights yet: it was made with rngs=None; make it with rngs=nnx.Rngs(0)")
+        x, dtype, D = jnp.asarray(x), self.w_gate_up.dtype, self.config.hidden_size
+        if x.ndim == 0 or x.shape[-1] != D:
+            raise ValueError(f"the last dim of x is hidden_size={D}; got shape {x.shape}")
+        if x.dtype != dtype:
+            raise ValueError(f"x has the dtype of the layer, {dtype}; got {x.dtype}: convert it with astype")
+        if token_mask is not None:
+            token_mask = jnp.asarray(token_mask)
+            if token_mask.shape != x.shape[:-1] or token_mask.dtype != bool:
+                raise ValueError(
+                    f"token_mask is bool {list(x.shape[:-1])}, one for each token of x {list(x.shape)}; got "
+                    f"{token_mask.dtype} {list(token_mask.shape)}"
+                )
+        if router_x is not None:
+            router_x = jnp.asarray(router_x)
+            if router_x.shape != x.shape or not jnp.issubdtype(router_x.dtype, jnp.floating):
+                raise ValueError(
+                    f"router_x has the shape of x, {list(x.shape)}, and is floating point; got {router_x.dtype} "
+                    f"{list(router_x.shape)}"
+                )
+        return x, token_mask, router_x
+
+    def _axis_kinds(self, context: AbstractMesh) -> dict[str, AxisType]:
+        """The type of each mesh axis as the call sees it."""
+        mesh = self.mesh if context.empty else context
+        if dict(mesh.shape) != dict(self.mesh.shape) or AxisType.Manual in mesh.axis_types:
+            raise ValueError(
+                f"the layer is on a mesh of {dict(self.mesh.shape)} and is called with {mesh}: make it on the mesh of the "
+                "program (mesh=, axis_names=), and call it outside of shard_map, for it is one itself"
+            )
+        return dict(zip(mesh.axis_names, mesh.axis_types, strict=True))
+
+    def _apply(
+        self, x: jax.Array, token_mask: jax.Array | None, router_x: jax.Array | None, dispatch: str | None
+    ) -> tuple[jax.Array, MoEStats]:
+        """The layer over a mesh of type Auto."""
         x_TD = x.reshape(-1, x.shape[-1])
         router_TD = x_TD if router_x is None else router_x.reshape(x_TD.shape)
         params = {name: param[...] for name, param in vars(self).items() if isinstance(param, nnx.Variable)}
         if token_mask is None:
             mask_T = jnp.ones(x_TD.shape[0], bool)
         else:
-            mask_T = jnp.asarray(token_mask).reshape(-1)
+            mask_T = token_mask.reshape(-1)
             # Before anything multiplies by them: a cotangent of zero times NaN is NaN.
             x_TD, router_TD = (jnp.where(mask_T[:, None], y_TD, 0) for y_TD in (x_TD, router_TD))
         plan = self._plan(x_TD.shape[0], x.dtype, dispatch)
@@ -264,13 +349,13 @@ class MoE(nnx.Module):
     def _latent(self, x_TX: jax.Array, way: str) -> jax.Array:
         """From the model's width into that of the experts' inputs, or back."""
         y_TX = x_TX @ getattr(self, f"w_latent_{way}")[...].T
-        return y_TX + getattr(self, f"b_latent_{way}")[...] if self.config.latent_bias else y_TX
+        return y_TX + getattr(self, f"b_latent_{way}")[...][None] if self.config.latent_bias else y_TX
 
     def _shared(self, x_TD: jax.Array) -> jax.Array:
         """What the experts that serve every token add; it depends on no exchange, so it can overlap one."""
         T = x_TD.shape[0]
-        padded_TD = jnp.pad(x_TD, ((0, padded_batch(self.mesh, T) - T), (0, 0)))
-        y_TD = self.shared(padded_TD[:, None], batch_axes(self.mesh, T))[:T, 0]
+        padded_TD = jnp.pad(x_TD, ((0, padded_batch(self.mesh, T, self.axes) - T), (0, 0)))
+        y_TD = self.shared(padded_TD[:, None], batch_axes(self.mesh, T, self.axes))[:T, 0]
         if not self.config.shared_gate:
             return y_TD
         return jax.nn.sigmoid(x_TD @ self.w_shared_gate[...].T) * y_TD
@@ -283,10 +368,11 @@ class MoE(nnx.Module):
     def _layout(self) -> DispatchLayout:
         return DispatchLayout(
             mesh_shape=tuple(self.mesh.shape.items()),
-            expert_axes=self.expert_axes,
-            partial_axes=() if TP in self.expert_axes else (TP,),
+            expert_axes=self.expert_axis_names,
+            partial_axes=() if TP in self.expert_axes else self.axes.tp,
             num_slots=self.w_gate_up.shape[0],
             wire_dtype=self.wire_dtype,
+            axes=self.axes,
         )
 
     def explain_dispatch(self, tokens: int, dtype: Any = None) -> DispatchChoice:
@@ -313,7 +399,23 @@ class MoE(nnx.Module):
     def _plan(self, T: int, dtype: Any, dispatch: str | None = None) -> _Plan:
         name = dispatch or self.dispatch
         backend = get_dispatch(self.explain_dispatch(T, dtype).name if name == "auto" else name, self._platform)
-        return _Plan(self.config, self.mesh, self._layout, backend, self.kernels, self.replica_choice)
+        return _Plan(self.config, auto_mesh(self.mesh), self._layout, backend, self.kernels, self.replica_choice)
+
+
+def check_layer_dtype(dtype: Any) -> None:
+    """Refuse a dtype that the weights of a layer cannot have.
+
+    Raises:
+        ValueError: it is none of float32, bfloat16, float16 and float64, or float64 where JAX has no 64-bit numbers.
+    """
+    try:
+        name = jnp.dtype(dtype).name
+    except TypeError:
+        name = ""
+    if name not in ("float32", "bfloat16", "float16", "float64"):
+        raise ValueError(f"dtype is float32, bfloat16, float16 or float64; got {dtype!r:.80}")
+    if name == "float64" and not jax.config.jax_enable_x64:
+        raise ValueError('dtype float64 needs 64-bit numbers: jax.config.update("jax_enable_x64", True)')
 
 
 def check_expert_axes(expert_axes: tuple[str, ...]) -> None:
@@ -322,7 +424,7 @@ def check_expert_axes(expert_axes: tuple[str, ...]) -> None:
     Raises:
         ValueError: not ("ep",), ("ep", "tp") or ("dp", "ep").
     """
-    if tuple(expert_axes) not in ((EP,), (EP, TP), (DP, EP)):
+    if isinstance(expert_axes, str) or tuple(expert_axes) not in ((EP,), (EP, TP), (DP, EP)):
         raise ValueError(f'expert_axes is ("ep",), ("ep", "tp") or ("dp", "ep"); got {expert_axes!r}')
 
 
@@ -330,14 +432,14 @@ def check_expert_axes(expert_axes: tuple[str, ...]) -> None:
 def _forward(
     x_TD: jax.Array, router_TD: jax.Array, mask_T: jax.Array, params: dict[str, jax.Array], *, plan: _Plan
 ) -> tuple[jax.Array, MoEStats]:
-    """The routed experts as one shard_map over all three axes; tokens are padded to split evenly."""
+    """The routed experts as one shard_map over all axes; tokens are padded to split evenly."""
     layout, config = plan.layout, plan.config
     token_axes = plan.dispatch.token_axes(layout)
     T = x_TD.shape[0]
     padding = layout.tokens_per_device(T, token_axes) * layout.size(token_axes) - T
     x_TD, router_TD = (jnp.pad(y_TD, ((0, padding), (0, 0))) for y_TD in (x_TD, router_TD))
     mask_T = jnp.pad(mask_T, (0, padding))
-    width_axis = TP if TP in layout.partial_axes else None
+    width_axis = layout.partial_axes
     expert_specs = {
         "w_gate_up": P(layout.expert_axes, None, width_axis),
         "w_down": P(layout.expert_axes, None, width_axis),
@@ -368,7 +470,11 @@ def _forward(
             router_z_loss=router_z_loss(sums),
         )
 
-    stats_specs: Any = dict.fromkeys(MoEStats._fields, P()) | {"expert_ids": P(token_axes), "rows_sent": P(*AXES)}
+    axes = layout.axes
+    stats_specs: Any = dict.fromkeys(MoEStats._fields, P()) | {
+        "expert_ids": P(token_axes),
+        "rows_sent": P(axes.dp, axes.tp, axes.ep),
+    }
     y_TD, stats = jax.shard_map(
         local,
         mesh=plan.mesh,

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxmoe.config import RouterConfig, RouterFunction
+from jaxmoe.kernels.dtypes import sum_dtype
 from jaxmoe.layers.norm import rms_norm
 
 SCORES: dict[str, Callable[[jax.Array], jax.Array]] = {
@@ -22,7 +23,7 @@ SCORES: dict[str, Callable[[jax.Array], jax.Array]] = {
 def route(
     x_TD: jax.Array, params: Mapping[str, jax.Array], num_experts_per_tok: int, config: RouterConfig
 ) -> tuple[jax.Array, jax.Array]:
-    """Choose K experts for each token and weight them, in float32.
+    """Choose K experts for each token and weight them, in float32 (float64 where x is).
 
     1. logits = x @ wᵀ (+ logit bias), of x as it is or normalised; scores = score(logits).
     2. The K largest of scores + correction bias, in the eligible groups, are chosen, the lowest
@@ -41,32 +42,33 @@ def route(
         config: which of the steps apply.
 
     Returns:
-        int32 [T, K] logical experts and float32 [T, K] weights, first choice first.
+        int32 [T, K] logical experts and [T, K] weights, first choice first.
     """
     return choose_experts(router_logits(x_TD, params, config), params, num_experts_per_tok, config)
 
 
 def router_logits(x_TD: jax.Array, params: Mapping[str, jax.Array], config: RouterConfig) -> jax.Array:
-    """Step 1 of `route` without the score: float32 [T, E]."""
-    x_TD = x_TD.astype(jnp.float32)
+    """Step 1 of `route` without the score: [T, E] in float32, or float64 where x is."""
+    dtype = sum_dtype(x_TD.dtype)
+    x_TD = x_TD.astype(dtype)
     if config.input_norm_eps is not None:
-        scale_D = params["router_norm"].astype(jnp.float32) * x_TD.shape[-1] ** -0.5
+        scale_D = params["router_norm"].astype(dtype) * x_TD.shape[-1] ** -0.5
         x_TD = rms_norm(x_TD, scale_D, config.input_norm_eps)
     logits_TE = jnp.einsum(
         "td,ed->te",
         x_TD,
-        params["w_router"].astype(jnp.float32),
+        params["w_router"].astype(dtype),
         precision=jax.lax.Precision.HIGHEST,
     )
     if config.logit_bias:
-        logits_TE += params["b_router"].astype(jnp.float32)
+        logits_TE += params["b_router"].astype(dtype)[None]
     return logits_TE
 
 
 def choose_experts(
     logits_TE: jax.Array, params: Mapping[str, jax.Array], num_experts_per_tok: int, config: RouterConfig
 ) -> tuple[jax.Array, jax.Array]:
-    """The rest of `route`: from logits to int32 [T, K] experts and float32 [T, K] weights.
+    """The rest of `route`: from logits to int32 [T, K] experts and [T, K] weights in the logits' dtype.
 
     Raises:
         ValueError: `RouterConfig.function` gives something of another shape or kind.
@@ -80,7 +82,7 @@ def choose_experts(
     scores_TE = logits_TE if config.score_after_top_k else score(logits_TE)
     choice_TE = scores_TE
     if config.correction_bias:
-        choice_TE = scores_TE + params["correction_bias"].astype(jnp.float32)
+        choice_TE = scores_TE + params["correction_bias"].astype(scores_TE.dtype)[None]
     if config.num_groups > 1:
         eligible_TE = eligible(choice_TE, config)
         choice_TE = jnp.where(eligible_TE, choice_TE, 0 if config.zero_other_groups else -jnp.inf)
@@ -92,7 +94,7 @@ def choose_experts(
         weights_TK = score(weights_TK)
     weights_TK = _normalize(weights_TK, config) * config.scale
     if config.expert_scale:
-        weights_TK *= params["expert_scale"].astype(jnp.float32)[ids_TK]
+        weights_TK *= params["expert_scale"].astype(weights_TK.dtype)[ids_TK]
     return ids_TK, weights_TK
 
 
@@ -107,7 +109,7 @@ def _chosen_by(function: RouterFunction, logits_TE: jax.Array, K: int) -> tuple[
             f"{getattr(function, '__name__', function)!r} gives {ids_TK.dtype} {ids_TK.shape} and {weights_TK.dtype} "
             f"{weights_TK.shape}"
         )
-    return ids_TK.astype(jnp.int32), weights_TK.astype(jnp.float32)
+    return ids_TK.astype(jnp.int32), weights_TK.astype(logits_TE.dtype)
 
 
 def sparsemixer(logits_TE: jax.Array, num_experts_per_tok: int, jitter: float) -> tuple[jax.Array, jax.Array]:
@@ -124,11 +126,11 @@ def sparsemixer(logits_TE: jax.Array, num_experts_per_tok: int, jitter: float) -
     for _ in range(num_experts_per_tok):
         largest_T1 = jnp.max(left_TE, axis=-1, keepdims=True)
         far_TE = (largest_T1 - logits_TE) / jnp.maximum(jnp.abs(logits_TE), largest_T1) > 2 * jitter
-        id_T = jnp.argmax(left_TE, axis=-1)
+        id_T = jnp.argmax(left_TE, axis=-1).astype(jnp.int32)
         # The softmax's value at its largest logit.
         weights.append(1 / jnp.sum(jnp.where(far_TE, 0, jnp.exp(left_TE - largest_T1)), axis=-1))
         ids.append(id_T)
-        left_TE = jnp.where(jnp.arange(logits_TE.shape[1]) == id_T[:, None], -jnp.inf, left_TE)
+        left_TE = jnp.where(jnp.arange(logits_TE.shape[1], dtype=jnp.int32)[None] == id_T[:, None], -jnp.inf, left_TE)
     return jnp.stack(ids, axis=-1).astype(jnp.int32), jnp.stack(weights, axis=-1)
 
 
@@ -139,7 +141,7 @@ def eligible(choice_TE: jax.Array, config: RouterConfig) -> jax.Array:
     count = 1 if config.group_score == "max" else min(2, groups_TGe.shape[-1])
     group_TG = jnp.sum(jax.lax.top_k(groups_TGe, count)[0], axis=-1)
     _, best_TB = jax.lax.top_k(group_TG, config.topk_groups)
-    chosen_TG = jnp.any(best_TB[:, :, None] == jnp.arange(config.num_groups), axis=1)
+    chosen_TG = jnp.any(best_TB[:, :, None] == jnp.arange(config.num_groups, dtype=jnp.int32)[None, None], axis=1)
     return jnp.repeat(chosen_TG, E // config.num_groups, axis=1, total_repeat_length=E)
 
 

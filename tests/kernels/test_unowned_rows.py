@@ -34,7 +34,9 @@ def gradients(backend, x, up, down, dy, **options):
 
 
 @pytest.mark.filterwarnings("ignore:.*Triton.*:DeprecationWarning")
-@pytest.mark.parametrize("backend", [triton, pytest.param(mosaic_gpu, marks=needs_mosaic)], ids=["triton", "mosaic_gpu"])
+@pytest.mark.parametrize(
+    "backend", [triton, pytest.param(mosaic_gpu, marks=needs_mosaic)], ids=["triton", "mosaic_gpu"]
+)
 def test_reach_no_gradient(backend):
     x, up, down = arrays(R, (3, 2 * F, D), (3, D, F), dtype=jnp.bfloat16)
     dy = jnp.asarray(np.random.default_rng(1).normal(size=(R, D)), jnp.float32)

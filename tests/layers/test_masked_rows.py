@@ -67,7 +67,9 @@ def test_they_change_no_gradient(name, dispatch):
         clean = program(*(np.where(keep[..., None], a, 0.5) for a in (x, router_x)), keep, dy * keep[..., None])
         assert np.isfinite(clean[1])
         for bad in (np.nan, np.inf, -np.inf, 1e30):
-            spoilt = program(*(np.where(keep[..., None], a, bad) for a in (x, router_x)), keep, *[np.where(keep[..., None], dy, bad)])
+            spoilt = program(
+                *(np.where(keep[..., None], a, bad) for a in (x, router_x)), keep, *[np.where(keep[..., None], dy, bad)]
+            )
             for (path, a), e in zip(jax.tree.leaves_with_path(spoilt), jax.tree.leaves(clean), strict=True):
                 assert np.isfinite(a).all(), (kind, bad, jax.tree_util.keystr(path))
                 np.testing.assert_array_equal(a, e, err_msg=f"{kind} {bad} {jax.tree_util.keystr(path)}")
