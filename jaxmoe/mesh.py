@@ -5,15 +5,88 @@ and expert width, ``ep`` splits the experts. Attention is data-parallel over ``e
 well, so the batch dim of activations is sharded over ``("dp", "ep")``.
 """
 
+import dataclasses
 import math
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
 import numpy as np
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
+from jaxmoe.checks import instance_of, whole_number
+
 DP, TP, EP = "dp", "tp", "ep"
 AXES = (DP, TP, EP)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class MeshAxes:
+    """The axes of a mesh that play the parts of dp, tp and ep: each of them one axis, several, or none.
+
+    >>> MeshAxes(dp=("data", "fsdp"), tp=("model",), ep=("expert",)).names(EP, TP)
+    ('expert', 'model')
+    """
+
+    dp: tuple[str, ...] = (DP,)
+    tp: tuple[str, ...] = (TP,)
+    ep: tuple[str, ...] = (EP,)
+
+    @classmethod
+    def of(cls, mesh: Mesh | AbstractMesh, names: Mapping[str, str | Sequence[str]] | None = None) -> "MeshAxes":
+        """Read which axes of `mesh` play which part.
+
+        Args:
+            mesh: of any axes.
+            names: by part, the axis or axes of that part; one that is left out is played by the axis of its own name, or
+                by none.
+
+        Raises:
+            ValueError: a name is no axis of the mesh, there twice, or there is no axis for the experts.
+        """
+        given: dict[str, Any] = dict(names or {})
+        if unknown := [part for part in given if part not in AXES]:
+            raise ValueError(f"axis_names says which axes play dp, tp and ep; got {unknown[0]!r}")
+        parts: dict[str, tuple[str, ...]] = {}
+        for part in AXES:
+            axes = given.get(part, part if part in mesh.axis_names else ())
+            parts[part] = (axes,) if isinstance(axes, str) else tuple(axes)
+        used = [axis for axes in parts.values() for axis in axes]
+        wrong = [axis for axis in used if axis not in mesh.axis_names or used.count(axis) > 1]
+        if wrong or not parts[EP]:
+            raise ValueError(
+                f"the axes of the mesh are {', '.join(map(str, mesh.axis_names))}, each plays one part at most, and ep "
+                f'needs one; got {parts}: say which with axis_names, as in axis_names={{"ep": "expert"}}'
+            )
+        return cls(**parts)
+
+    def names(self, *parts: str) -> tuple[str, ...]:
+        """The axes that play these parts, in this order."""
+        return tuple(axis for part in parts for axis in getattr(self, part))
+
+    @property
+    def all(self) -> tuple[str, ...]:
+        """The axes of every part."""
+        return self.names(*AXES)
+
+    @property
+    def tokens(self) -> tuple[str, ...]:
+        """The same, the batch's first: a device's tokens are then a slice of those that its attention worked on."""
+        return self.names(DP, EP, TP)
+
+
+# Those of `make_mesh`, and of every whole model.
+MODEL_AXES = MeshAxes()
+
+
+def auto_mesh(mesh: Any) -> Any:
+    """The same devices and axes, all of them of type Auto."""
+    auto = (AxisType.Auto,) * len(mesh.axis_names)
+    if mesh.axis_types == auto:
+        return mesh
+    if isinstance(mesh, AbstractMesh):
+        return mesh.update(axis_types=auto)
+    return Mesh(mesh.devices, mesh.axis_names, axis_types=auto)
 
 
 def make_mesh(dp: int = 1, tp: int = 1, ep: int = 1, *, devices: list[jax.Device] | None = None) -> Mesh:
@@ -35,10 +108,7 @@ def make_mesh(dp: int = 1, tp: int = 1, ep: int = 1, *, devices: list[jax.Device
         >>> make_mesh(ep=jax.device_count()).axis_names
         ('dp', 'tp', 'ep')
     """
-    sizes = {DP: dp, TP: tp, EP: ep}
-    for axis, size in sizes.items():
-        if not isinstance(size, int) or size < 1:
-            raise ValueError(f"a mesh axis needs a whole number of at least 1: {axis}={size!r}")
+    sizes = {axis: whole_number(axis, size, least=1) for axis, size in ((DP, dp), (TP, tp), (EP, ep))}
     devices = jax.devices() if devices is None else list(devices)
     needed = math.prod(sizes.values())
     if needed != len(devices):
@@ -47,7 +117,7 @@ def make_mesh(dp: int = 1, tp: int = 1, ep: int = 1, *, devices: list[jax.Device
             f"are {len(devices)} ({devices[0].platform}); change the sizes, pass devices= (a list of {needed}), "
             f"or simulate {needed} CPU devices with jaxmoe.simulate_devices({needed}) (--simulate {needed})"
         )
-    return jax.make_mesh((dp, tp, ep), AXES, axis_types=(AxisType.Auto,) * 3, devices=devices)
+    return jax.make_mesh(tuple(sizes.values()), AXES, axis_types=(AxisType.Auto,) * 3, devices=devices)
 
 
 def parse_mesh(text: str) -> dict[str, int]:
@@ -65,6 +135,22 @@ def parse_mesh(text: str) -> dict[str, int]:
     return {axis: sizes.get(axis, 1) for axis in AXES}
 
 
+def check_mesh(mesh: Any) -> None:
+    """Refuse a mesh that a whole model cannot live on.
+
+    Raises:
+        TypeError: it is no mesh.
+        ValueError: its axes are not dp, tp and ep, in this order, all of type Auto.
+    """
+    instance_of("mesh", mesh, (Mesh, AbstractMesh), "a mesh, from jaxmoe.make_mesh")
+    if mesh.axis_names != AXES or any(kind != AxisType.Auto for kind in mesh.axis_types):
+        axes = ", ".join(f"{name} ({kind.name})" for name, kind in zip(mesh.axis_names, mesh.axis_types, strict=True))
+        raise ValueError(
+            f"a model lives on a mesh with the axes dp, tp and ep, all of type Auto; got {axes}; make one of the same "
+            "devices: jaxmoe.make_mesh(dp=..., tp=..., ep=..., devices=list(mesh.devices.flat))"
+        )
+
+
 def simulate_devices(count: int) -> None:
     """Make JAX offer `count` simulated CPU devices in this process; call it before anything uses a device.
 
@@ -72,8 +158,7 @@ def simulate_devices(count: int) -> None:
         ValueError: `count` is below 1.
         RuntimeError: a JAX backend is already running with another number of devices.
     """
-    if count < 1:
-        raise ValueError(f"simulated devices are counted from 1; got {count}")
+    count = whole_number("count", count, least=1)
     try:
         jax.config.update("jax_platforms", "cpu")
         jax.config.update("jax_num_cpu_devices", count)
@@ -98,26 +183,26 @@ def axes_size(mesh: Mesh, axes: tuple[str, ...]) -> int:
     return math.prod(mesh.shape[axis] for axis in axes)
 
 
-def batch_axes(mesh: Mesh, batch_size: int) -> tuple[str, ...]:
+def batch_axes(mesh: Mesh, batch_size: int, axes: MeshAxes = MODEL_AXES) -> tuple[str, ...]:
     """Mesh axes that a batch dim of `batch_size` rows is sharded over.
 
     The choice leaves each device the fewest rows, and among those adds the fewest padding
     rows: eight sequences on (2, 2, 2) use ``("dp", "ep")``, two use ``("dp",)``, one is
     computed alike on all of them.
     """
-    choices = ((), (DP,), (EP,), (DP, EP))
+    choices = ((), axes.dp, axes.ep, axes.dp + axes.ep)
 
-    def rows_then_padding(axes: tuple[str, ...]) -> tuple[int, int]:
-        size = axes_size(mesh, axes)
+    def rows_then_padding(chosen: tuple[str, ...]) -> tuple[int, int]:
+        size = axes_size(mesh, chosen)
         rows = -(-batch_size // size)
         return rows, rows * size
 
     return min(choices, key=rows_then_padding)
 
 
-def padded_batch(mesh: Mesh, batch_size: int) -> int:
+def padded_batch(mesh: Mesh, batch_size: int, axes: MeshAxes = MODEL_AXES) -> int:
     """The smallest number of rows from `batch_size` up that `batch_axes` splits evenly."""
-    size = axes_size(mesh, batch_axes(mesh, batch_size))
+    size = axes_size(mesh, batch_axes(mesh, batch_size, axes))
     return -(-batch_size // size) * size
 
 

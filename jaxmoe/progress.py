@@ -2,8 +2,21 @@
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 ProgressCallback = Callable[[int, int], None]
+
+
+def check_progress(progress: Any) -> None:
+    """Refuse what `byte_progress` cannot report to.
+
+    Raises:
+        TypeError: it is neither True, False nor a function.
+    """
+    if not isinstance(progress, bool) and not callable(progress):
+        raise TypeError(
+            f"progress is True, False or a function of bytes done and bytes in all; got {type(progress).__name__}"
+        )
 
 
 @contextmanager

@@ -17,13 +17,14 @@ from jaxmoe.checkpoint.files import Checkpoint, open_checkpoint
 from jaxmoe.checkpoint.names import is_expert_stack, model_blocks
 from jaxmoe.checkpoint.plan import LoadPlan, make_load_plan
 from jaxmoe.checkpoint.tied import settle_tied
+from jaxmoe.checks import flag, path_like
 from jaxmoe.config import DecoderConfig, RouterFunction
 from jaxmoe.distributed import check_same
 from jaxmoe.layers import param_specs, params_by_path
-from jaxmoe.mesh import EP
+from jaxmoe.mesh import EP, check_mesh
 from jaxmoe.models import Decoder, Family, Origin, read_model_config
 from jaxmoe.placement import ExpertPlacement
-from jaxmoe.progress import ProgressCallback, byte_progress
+from jaxmoe.progress import ProgressCallback, byte_progress, check_progress
 
 _DTYPES = ("float32", "bfloat16", "float16")
 
@@ -77,6 +78,12 @@ def load(
         >>> model([[1, 2, 3]]).shape  # doctest: +SKIP
         (1, 3, 151936)
     """
+    path_like("path", path)
+    check_mesh(mesh)
+    if adapter is not None:
+        path_like("adapter", adapter)
+    check_finite = flag("check_finite", check_finite)
+    check_progress(progress)
     path = Path(path)
     family, config = read_model_config(path)
     if router is not None:
@@ -160,7 +167,7 @@ def _refuse_untied_ends(plan: LoadPlan, family: Family) -> None:
 
 def _choose_dtype(dtype: Any, config: DecoderConfig, checkpoint: Checkpoint, family: Family) -> str:
     if dtype is not None:
-        name = dtype if isinstance(dtype, str) else jnp.dtype(dtype).name
+        name = dtype if isinstance(dtype, str) else getattr(dtype, "__name__", getattr(dtype, "name", None))
         if name not in _DTYPES:
             raise ValueError(f"dtype is one of {', '.join(_DTYPES)}, or None for the checkpoint's own; got {dtype!r}")
         return name

@@ -25,9 +25,10 @@ from jaxmoe.checkpoint.reading import open_files
 from jaxmoe.checkpoint.tied import TIED_RULE, settle_tied
 from jaxmoe.checkpoint.values import CheckpointValues, ModelValues
 from jaxmoe.checkpoint.write import divide_into_files, parse_size, write_files
+from jaxmoe.checks import flag, instance_of, path_like
 from jaxmoe.layers import ParamSpec, check_usable, param_specs, params_by_path
 from jaxmoe.models import Decoder, Family, read_model_config
-from jaxmoe.progress import ProgressCallback, byte_progress
+from jaxmoe.progress import ProgressCallback, byte_progress, check_progress
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -112,6 +113,8 @@ def save(
         >>> jaxmoe.save(model, "out", form="fused", max_shard_size="2GB").tensors  # doctest: +SKIP
         339
     """
+    path_like("directory", directory)
+    instance_of("model", model, Decoder, "a model from jaxmoe.load")
     options = _check_options(form, max_shard_size, overwrite, progress)
     target = _plain_dtype(dtype) or np.dtype(model.dtype)
     check_usable(model)
@@ -173,6 +176,8 @@ def convert(
         FileNotFoundError: `source` or a part of it is missing.
         ValueError: the checkpoint cannot be loaded as it is, or an argument is none of those above.
     """
+    path_like("source", source)
+    path_like("directory", directory)
     options = _check_options(form, max_shard_size, overwrite, progress)
     target, source = _plain_dtype(dtype), Path(source)
     family, config = read_model_config(source)
@@ -231,9 +236,10 @@ def _write(
 def _check_options(
     form: str, max_shard_size: int | str, overwrite: bool, progress: bool | ProgressCallback
 ) -> _Options:
+    check_progress(progress)
     for known in get_args(Form):
         if form == known:
-            return _Options(known, parse_size(max_shard_size), overwrite, progress)
+            return _Options(known, parse_size(max_shard_size), flag("overwrite", overwrite), progress)
     raise ValueError(f"form is one of {', '.join(get_args(Form))}; got {form!r}")
 
 

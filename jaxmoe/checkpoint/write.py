@@ -29,7 +29,7 @@ def parse_size(size: int | str) -> int:
     count = int(float(match[1]) * _UNITS[match[2]]) if match else 0
     if count < 1:
         raise ValueError(
-            f'a file size is a number of bytes above 0, or one with a unit as "5GB" or "2GiB"; got {size!r}'
+            f'max_shard_size is a number of bytes above 0, or one with a unit as "5GB" or "2GiB"; got {size!r}'
         )
     return count
 

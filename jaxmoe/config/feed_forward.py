@@ -2,10 +2,12 @@
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
-from jaxmoe.config.checks import check_positive
+from jaxmoe.checks import check_flags, check_positive, instance_of, one_of, real_number
 
+Score = Literal["softmax", "sigmoid", "sqrt_softplus"]
+GroupScore = Literal["max", "top2_sum"]
 RouterFunction = Callable[..., tuple[Any, Any]]
 """A choice of experts of one's own; see `RouterConfig.function`."""
 
@@ -36,7 +38,11 @@ class RouterConfig:
         function: choose and weight by this function of float32 logits [T, E] and K, which gives whole numbers [T, K],
             experts that differ from each other, and weights [T, K]. It is traced by JAX, and nothing but
             `input_norm_eps` and `logit_bias` counts beside it. With a parameter ``expert_ids=None`` it can be replayed:
-            given whole numbers [T, K] there, it gives them back with the weights that they have. None for the above.
+            given whole numbers [T, K] there, it gives them back with the weights that they have. Masked tokens and padding
+            have an x of zeros there, of which its gradient has to be finite. None for the above.
+
+    Raises:
+        ValueError: a name, number or flag that is none of those above.
 
     Example:
         Experts by their logits, all with the same weight:
@@ -47,7 +53,7 @@ class RouterConfig:
         >>> router = RouterConfig(function=alike)
     """
 
-    score: str = "softmax"
+    score: Score = "softmax"
     score_after_top_k: bool = False
     renormalize: bool = True
     sum_epsilon: float = 0.0
@@ -57,7 +63,7 @@ class RouterConfig:
     correction_bias: bool = False
     num_groups: int = 1
     topk_groups: int = 1
-    group_score: Literal["max", "top2_sum"] = "top2_sum"
+    group_score: GroupScore = "top2_sum"
     zero_other_groups: bool = False
     scale: float = 1.0
     expert_scale: bool = False
@@ -67,8 +73,39 @@ class RouterConfig:
 
     def __post_init__(self) -> None:
         check_positive(self, "num_groups", "topk_groups")
+        one_of("RouterConfig.score", self.score, get_args(Score))
+        one_of("RouterConfig.group_score", self.group_score, get_args(GroupScore))
+        check_flags(
+            self,
+            "score_after_top_k",
+            "renormalize",
+            "logit_bias",
+            "correction_bias",
+            "zero_other_groups",
+            "expert_scale",
+        )
+        self._check_numbers()
+        if self.function is not None and not callable(self.function):
+            raise ValueError(f"RouterConfig.function is a function of logits and K, or None; got {self.function!r:.80}")
         if self.topk_groups > self.num_groups:
             raise ValueError(f"topk_groups={self.topk_groups} is above num_groups={self.num_groups}")
+
+    def _check_numbers(self) -> None:
+        # Of a mean of squares of zeros, which padding has, the gradient is finite only with an epsilon.
+        rules: dict[str, dict[str, float]] = {
+            "sum_epsilon": {"least": 0},
+            "min_sum": {"least": 0},
+            "p_norm": {"above": 0},
+            "scale": {},
+            "input_norm_eps": {"above": 0},
+            "sparsemixer": {"least": 0},
+        }
+        for name, rule in rules.items():
+            value = getattr(self, name)
+            if value is not None:
+                object.__setattr__(self, name, real_number(f"RouterConfig.{name}", value, **rule))
+            elif name in ("sum_epsilon", "min_sum", "scale"):
+                raise ValueError(f"RouterConfig.{name} is a finite number; got None")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -91,6 +128,7 @@ class MLPConfig:
 
     def __post_init__(self) -> None:
         check_positive(self, "hidden_size", "intermediate_size")
+        check_flags(self, "bias", "gated")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -135,6 +173,18 @@ class MoEConfig:
 
     def __post_init__(self) -> None:
         check_positive(self, "num_experts", "num_experts_per_tok", "hidden_size", "moe_intermediate_size")
+        check_flags(self, "bias", "gated", "weights_on_input", "shared_gate", "latent_bias")
+        instance_of("MoEConfig.router", self.router, RouterConfig, "a RouterConfig")
+        if self.activation_limit is not None:
+            limit = real_number("MoEConfig.activation_limit", self.activation_limit, above=0)
+            object.__setattr__(self, "activation_limit", limit)
+        if self.shared is not None:
+            instance_of("MoEConfig.shared", self.shared, MLPConfig, "an MLPConfig, or None")
+            if self.shared.hidden_size != self.hidden_size:
+                raise ValueError(
+                    f"experts that serve every token have the layer's width: hidden_size={self.hidden_size}, and that of "
+                    f"shared is {self.shared.hidden_size}"
+                )
         if self.num_experts_per_tok > self.num_experts:
             raise ValueError(
                 f"a token goes to at most all experts: num_experts_per_tok={self.num_experts_per_tok} is above "

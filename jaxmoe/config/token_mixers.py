@@ -3,7 +3,7 @@
 import dataclasses
 from typing import Literal
 
-from jaxmoe.config.checks import check_positive
+from jaxmoe.checks import check_positive
 from jaxmoe.rotary import RopeConfig
 
 

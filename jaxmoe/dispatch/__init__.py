@@ -5,7 +5,7 @@ A backend is one file with a `Dispatch` and a line in `DISPATCHES`.
 
 from jaxmoe.dispatch.all_gather import ALL_GATHER
 from jaxmoe.dispatch.all_to_all import ALL_TO_ALL
-from jaxmoe.dispatch.base import TOKEN_AXES, Buffers, Dispatch, DispatchLayout, DispatchStats, Experts
+from jaxmoe.dispatch.base import Buffers, Dispatch, DispatchLayout, DispatchStats, Experts
 from jaxmoe.dispatch.choose import RATES, DispatchChoice, DispatchCost, choose, dispatch_cost
 from jaxmoe.dispatch.phases import PhaseDispatch
 from jaxmoe.dispatch.ragged_all_to_all import RAGGED_ALL_TO_ALL
@@ -16,7 +16,6 @@ from jaxmoe.dispatch.wire import check_wire_dtype
 __all__ = [
     "DISPATCHES",
     "RATES",
-    "TOKEN_AXES",
     "Buffers",
     "Collective",
     "Dispatch",

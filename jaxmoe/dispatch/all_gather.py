@@ -8,7 +8,7 @@ tokens, where there are fewer collectives to wait for.
 import jax
 import jax.numpy as jnp
 
-from jaxmoe.dispatch.base import TOKEN_AXES, Dispatch, DispatchLayout, DispatchStats, Experts
+from jaxmoe.dispatch.base import Dispatch, DispatchLayout, DispatchStats, Experts
 from jaxmoe.dispatch.choices import pack_choices, unpack_choices
 from jaxmoe.dispatch.exchange_plan import slots_at
 from jaxmoe.dispatch.local import local_sums, pairs_per_trip
@@ -17,7 +17,7 @@ from jaxmoe.dispatch.traffic import Collective
 
 def token_axes(layout: DispatchLayout) -> tuple[str, ...]:
     """Every device has tokens of its own."""
-    return TOKEN_AXES
+    return layout.axes.tokens
 
 
 def run(
@@ -52,9 +52,9 @@ def run(
 
 def collectives(T: int, K: int, D: int, itemsize: int, layout: DispatchLayout) -> tuple[Collective, ...]:
     """Tokens and choices gathered, float32 sums scattered."""
-    own, axes = layout.tokens_per_device(T, TOKEN_AXES), layout.serving_axes
+    own, axes = layout.tokens_per_device(T, layout.axes.tokens), layout.serving_axes
     g = layout.size(axes)
-    payload = T / layout.size(TOKEN_AXES) / own
+    payload = T / layout.size(layout.axes.tokens) / own
     return (
         Collective(op="all-gather", axes=axes, devices=g, bytes=g * own * D * itemsize, payload=payload),
         Collective(op="all-gather", axes=axes, devices=g, bytes=g * own * 2 * K * 4, payload=None),
@@ -64,7 +64,7 @@ def collectives(T: int, K: int, D: int, itemsize: int, layout: DispatchLayout) -
 
 def memory_bytes(T: int, K: int, D: int, itemsize: int, layout: DispatchLayout) -> float:
     """Gathered tokens, the rows of all local pairs in and out, and a float32 sum a token."""
-    rows = layout.tokens_per_device(T, TOKEN_AXES) * layout.size(layout.serving_axes)
+    rows = layout.tokens_per_device(T, layout.axes.tokens) * layout.size(layout.serving_axes)
     pairs = pairs_per_trip(rows, K, rows * K / layout.num_devices, layout.buffers)
     return D * (rows * (itemsize + 4) + pairs * (itemsize + 4))
 

@@ -15,10 +15,7 @@ import jax
 from jax.typing import DTypeLike
 
 from jaxmoe.dispatch.traffic import Collective
-from jaxmoe.mesh import DP, EP, TP
-
-# Every axis, the batch's first: a device's tokens are then a slice of those that its attention worked on.
-TOKEN_AXES = (DP, EP, TP)
+from jaxmoe.mesh import MODEL_AXES, MeshAxes
 
 
 class Experts(NamedTuple):
@@ -65,6 +62,7 @@ class DispatchLayout:
         wire_dtype: what rows are rounded to on their way to experts, see `jaxmoe.dispatch.wire`; None for not at all.
             Backends that exchange rows heed it.
         buffers: their sizes.
+        axes: the mesh axes that play dp, tp and ep.
     """
 
     mesh_shape: tuple[tuple[str, int], ...]
@@ -73,6 +71,7 @@ class DispatchLayout:
     num_slots: int
     wire_dtype: str | None = None
     buffers: Buffers = Buffers()
+    axes: MeshAxes = MODEL_AXES
 
     def size(self, axes: tuple[str, ...]) -> int:
         """Number of devices along `axes`."""
@@ -133,13 +132,13 @@ class RunDispatch(Protocol):
         Args:
             x_TD: this device's tokens.
             slots_TK: int32, the physical slot of each choice; -1 for no expert.
-            weights_TK: float32.
+            weights_TK: float32, or float64 where the tokens are.
             experts: this device's.
             layout: how experts lie on the mesh.
             weights_on_input: whether a weight multiplies what goes into an expert, instead of what comes out.
 
         Returns:
-            float32 [T, D], and what was exchanged.
+            [T, D] in the weights' dtype, and what was exchanged.
         """
 
 

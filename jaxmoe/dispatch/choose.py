@@ -4,7 +4,6 @@ import dataclasses
 
 from jaxmoe.dispatch.base import Dispatch, DispatchLayout
 from jaxmoe.dispatch.traffic import Collective
-from jaxmoe.mesh import DP, EP, TP
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,10 +62,10 @@ def dispatch_cost(backend: Dispatch, T: int, K: int, D: int, itemsize: int, layo
 def _boundary(backend: Dispatch, T: int, D: int, itemsize: int, layout: DispatchLayout) -> tuple[Collective, ...]:
     """Attention's tokens are split over dp and ep and the same on all of tp: what must be gathered before and after."""
     token_axes = backend.token_axes(layout)
-    before = tuple(axis for axis in (DP, EP) if axis not in token_axes)
-    after = tuple(axis for axis in (TP,) if axis in token_axes)
+    before = tuple(axis for axis in layout.axes.dp + layout.axes.ep if axis not in token_axes)
+    after = tuple(axis for axis in layout.axes.tp if axis in token_axes)
     found = []
-    for axes, split_over in ((before, token_axes), (after, (DP, EP))):
+    for axes, split_over in ((before, token_axes), (after, layout.axes.dp + layout.axes.ep)):
         rows = layout.tokens_per_device(T, split_over)
         found.append(
             Collective(op="all-gather", axes=axes, devices=layout.size(axes), bytes=rows * D * itemsize, payload=1.0)

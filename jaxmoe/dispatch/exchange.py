@@ -14,14 +14,14 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jaxmoe.dispatch.base import TOKEN_AXES, DispatchLayout, DispatchStats, Experts
+from jaxmoe.dispatch.base import DispatchLayout, DispatchStats, Experts
 from jaxmoe.dispatch.choices import pack_choices, unpack_choices
 from jaxmoe.dispatch.exchange_plan import ExchangePlan, capacity, make_plan, plan_round, slots_at
 from jaxmoe.dispatch.local import local_sums, pairs_per_trip, weighted_sum
 from jaxmoe.dispatch.rounds import Bodies, sum_rounds
 from jaxmoe.dispatch.traffic import Collective, CollectiveOp, distinct_destinations
 from jaxmoe.dispatch.wire import pack_rows, unpack_rows
-from jaxmoe.mesh import AXES
+from jaxmoe.kernels.dtypes import sum_dtype
 
 # Rows [n·C, ...], C for each device, to the rows of all devices for this one.
 Transfer = Callable[[jax.Array], jax.Array]
@@ -32,7 +32,7 @@ OpenTransfers = Callable[[jax.Array, int, DispatchLayout], tuple[Transfer, Trans
 
 def token_axes(layout: DispatchLayout) -> tuple[str, ...]:
     """Every device has tokens of its own."""
-    return TOKEN_AXES
+    return layout.axes.tokens
 
 
 def run_exchange(
@@ -60,8 +60,8 @@ def run_exchange(
         now = plan_round(plan, index, C)
         there, back = open_transfers(now.sizes_n, C, layout)
 
-        sent_nCK = slots_at(slots_TK[now.tokens], jnp.arange(n)[:, None, None], p)
-        sent_nCK = jnp.where(jnp.arange(C)[:, None] < now.sizes_n[:, None, None], sent_nCK, -1)
+        sent_nCK = slots_at(slots_TK[now.tokens], jnp.arange(n, dtype=jnp.int32)[:, None, None], p)
+        sent_nCK = jnp.where(jnp.arange(C, dtype=jnp.int32)[None, :, None] < now.sizes_n[:, None, None], sent_nCK, -1)
         token_R = now.tokens.reshape(-1)
         x_RD, slots_RK, weights_RK = _deliver(
             there, x_TD[token_R], sent_nCK.reshape(-1, K), weights_TK[token_R], partial_axes, wire_dtype
@@ -78,10 +78,10 @@ def run_exchange(
         if partial_axes:
             y_RD = jax.lax.psum_scatter(y_RD, partial_axes, tiled=True)
         out_RD = back(y_RD.astype(x_TD.dtype))
-        return weighted_sum(jnp.ones(now.places.shape, jnp.float32), out_RD, now.places)
+        return weighted_sum(jnp.ones(now.places.shape, sum_dtype(x_TD.dtype)), out_RD, now.places)
 
     # The bound is the same on every device of the mesh: collectives in the loop meet their partners.
-    rounds = 1 if C == T else jax.lax.pmax(-(-jnp.max(plan.need_n) // C), AXES)
+    rounds = 1 if C == T else jax.lax.pmax(-(-jnp.max(plan.need_n) // C), layout.axes.all)
     # A rounded row is no differentiable function of the row: the gradient is that of rows sent as they are.
     bodies = Bodies(partial(one_round, layout.wire_dtype), partial(one_round, None), first_apart=True)
     y_TD = sum_rounds(bodies, rounds, (x_TD, weights_TK, experts.params), (slots_TK, plan))
@@ -106,7 +106,7 @@ def _deliver(
     if wire_dtype is None:
         return send(x_RD), *unpack_choices(send(choices_R2K))
     bits_RD, scale_R1 = pack_rows(x_RD, wire_dtype)
-    bits_RD, metadata = send(bits_RD), send(jnp.concatenate([choices_R2K, scale_R1], axis=1))
+    bits_RD, metadata = send(bits_RD), send(jnp.concatenate([choices_R2K, scale_R1.astype(choices_R2K.dtype)], axis=1))
     return unpack_rows(bits_RD, metadata[:, 2 * K :], wire_dtype, x_RD.dtype), *unpack_choices(metadata[:, : 2 * K])
 
 
@@ -116,10 +116,10 @@ def exchange_collectives(
     """Rows and choices there, sums back; between them what tp ranks exchange; see `Dispatch.collectives`."""
     n, axes = layout.num_devices, layout.expert_axes
     t, partial_axes = layout.num_partial, layout.partial_axes
-    own = layout.tokens_per_device(T, TOKEN_AXES)
+    own = layout.tokens_per_device(T, layout.axes.tokens)
     C = capacity(own, K, layout)
     rows = n * C
-    payload = T / layout.size(TOKEN_AXES) * distinct_destinations(K, layout.num_slots, n) / rows
+    payload = T / layout.size(layout.axes.tokens) * distinct_destinations(K, layout.num_slots, n) / rows
     width = 2 * K * 4
     wire_itemsize = itemsize
     if layout.wire_dtype is not None:
@@ -133,13 +133,17 @@ def exchange_collectives(
         Collective(op=op, axes=axes, devices=n, bytes=rows * D * itemsize, payload=payload),
     ]
     if own > C:
-        found.append(Collective(op="all-reduce", axes=AXES, devices=layout.size(AXES), bytes=4, payload=None))
+        found.append(
+            Collective(
+                op="all-reduce", axes=layout.axes.all, devices=layout.size(layout.axes.all), bytes=4, payload=None
+            )
+        )
     return tuple(found)
 
 
 def exchange_memory_bytes(T: int, K: int, D: int, itemsize: int, layout: DispatchLayout) -> float:
     """Send and receive buffers, the rows of all local pairs, and a float32 sum a row, each written once."""
-    own = layout.tokens_per_device(T, TOKEN_AXES)
+    own = layout.tokens_per_device(T, layout.axes.tokens)
     rows = layout.num_devices * capacity(own, K, layout)
     received = layout.num_partial * rows
     pairs = pairs_per_trip(received, K, layout.num_partial * own * K, layout.buffers)

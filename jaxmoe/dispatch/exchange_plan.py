@@ -46,14 +46,15 @@ def make_plan(slots_TK: jax.Array, num_devices: int, slots_per_device: int, C: i
     T, K = slots_TK.shape
     n = num_devices
     chosen_TK = jnp.where(slots_TK >= 0, slots_TK // slots_per_device, -1)
-    goes_Tn = jnp.any(chosen_TK[:, :, None] == jnp.arange(n), axis=1)
-    ahead_Tn = jnp.cumsum(goes_Tn, axis=0, dtype=jnp.int32) - goes_Tn
+    device_n = jnp.arange(n, dtype=jnp.int32)
+    goes_Tn = jnp.any(chosen_TK[:, :, None] == device_n[None, None], axis=1)
+    ahead_Tn = jnp.cumsum(goes_Tn, axis=0, dtype=jnp.int32) - goes_Tn.astype(jnp.int32)
     if n < K:
-        dest_TJ = jnp.where(goes_Tn, jnp.arange(n), -1)
+        dest_TJ = jnp.where(goes_Tn, device_n[None], -1)
         rank_TJ = ahead_Tn
     else:
         same_TKK = chosen_TK[:, :, None] == chosen_TK[:, None, :]
-        seen_TK = jnp.any(same_TKK & jnp.tri(K, k=-1, dtype=bool), axis=2)
+        seen_TK = jnp.any(same_TKK & jnp.tri(K, k=-1, dtype=bool)[None], axis=2)
         dest_TJ = jnp.where(seen_TK, -1, chosen_TK)
         rank_TJ = jnp.take_along_axis(ahead_Tn, jnp.maximum(dest_TJ, 0), axis=1)
     tokens_TJ = jnp.broadcast_to(jnp.arange(T, dtype=jnp.int32)[:, None], dest_TJ.shape)

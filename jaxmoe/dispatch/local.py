@@ -7,6 +7,7 @@ import jax.numpy as jnp
 
 from jaxmoe.dispatch.base import Buffers, DispatchLayout, Experts
 from jaxmoe.dispatch.rounds import Bodies, sum_rounds
+from jaxmoe.kernels.dtypes import sum_dtype
 
 
 class _Pairs(NamedTuple):
@@ -39,7 +40,7 @@ def local_sums(
     expected_pairs: float,
     weights_on_input: bool,
 ) -> jax.Array:
-    """Σ_k weight_k · expert_{slot_k}(x) over the choices whose slot is in 0..p-1, float32 [R, D].
+    """Σ_k weight_k · expert_{slot_k}(x) over the choices whose slot is in 0..p-1, [R, D] in the sums' dtype.
 
     At most Q pairs are expanded at once, so that the workspace follows from shapes and not from the routing; a device
     with more of them takes more trips.
@@ -47,7 +48,7 @@ def local_sums(
     Args:
         x_RD: rows; one without an expert here is never used.
         slots_RK: int32, local slots; anything outside 0..p-1 is no expert of this device.
-        weights_RK: float32.
+        weights_RK: float32, or float64 as x is.
         experts: this device's.
         layout: how experts lie on the mesh.
         expected_pairs: pairs with an expert here under even routing.
@@ -61,17 +62,20 @@ def local_sums(
         x_RD, weights_RK, params = inputs
         first = index * Q
         pair_Q = jax.lax.dynamic_slice_in_dim(pairs.order, first, Q)
-        ends_p = jnp.cumsum(pairs.sizes_p)
+        ends_p = jnp.cumsum(pairs.sizes_p, dtype=jnp.int32)
         in_trip = jnp.clip(jnp.stack([ends_p - pairs.sizes_p, ends_p]), first, first + Q)
         rows_QD = x_RD[pair_Q // K]
         if weights_on_input:
-            rows_QD = (rows_QD * weights_RK.reshape(-1)[pair_Q][:, None]).astype(x_RD.dtype)
-        out_QD = experts.apply(params, rows_QD, in_trip[1] - in_trip[0], jnp.float32)
+            # Rows that no slot here owns may hold anything, and so may their weights.
+            owned_Q1 = (jnp.arange(Q, dtype=jnp.int32) < ends_p[-1] - first)[:, None]
+            weights_Q1 = jnp.where(owned_Q1, weights_RK.reshape(-1)[pair_Q][:, None], 0)
+            rows_QD = (jnp.where(owned_Q1, rows_QD, 0).astype(weights_Q1.dtype) * weights_Q1).astype(x_RD.dtype)
+        out_QD = experts.apply(params, rows_QD, in_trip[1] - in_trip[0], sum_dtype(x_RD.dtype))
         here_RK = (pairs.places >= first) & (pairs.places < jnp.minimum(first + Q, ends_p[-1]))
         factors_RK = jnp.ones_like(weights_RK) if weights_on_input else weights_RK
         return weighted_sum(factors_RK, out_QD, jnp.where(here_RK, pairs.places - first, -1))
 
-    trips = 1 if Q == R * K else -(-jnp.sum(pairs.sizes_p) // Q)
+    trips = 1 if Q == R * K else -(-jnp.sum(pairs.sizes_p, dtype=jnp.int32) // Q)
     return sum_rounds(Bodies(trip, trip), trips, (x_RD, weights_RK, experts.params), pairs)
 
 
@@ -82,19 +86,22 @@ def _group_pairs(slots_RK: jax.Array, p: int, Q: int) -> _Pairs:
     order_N = jnp.argsort(key_N, stable=True).astype(jnp.int32)
     place_N = jnp.zeros(N, jnp.int32).at[order_N].set(jnp.arange(N, dtype=jnp.int32), unique_indices=True)
     # A comparison with every slot vectorises everywhere, where a scatter-add is a serial loop on CPU.
-    sizes_p = jnp.sum(key_N[:, None] == jnp.arange(p), axis=0, dtype=jnp.int32)
+    sizes_p = jnp.sum(key_N[:, None] == jnp.arange(p, dtype=jnp.int32)[None], axis=0, dtype=jnp.int32)
     return _Pairs(jnp.pad(order_N, (0, -N % Q)), sizes_p, place_N.reshape(slots_RK.shape))
 
 
 def weighted_sum(factors_RK: jax.Array, rows_QD: jax.Array, places_RK: jax.Array) -> jax.Array:
-    """Σ_k factor_k · rows[place_k] in float32, [R, D]; a place of -1 adds nothing, whatever the rows hold.
+    """Σ_k factor_k · rows[place_k] in the factors' dtype, [R, D]; a place of -1 adds nothing, whatever stands there.
 
     A sum of gathers, which XLA makes one loop of; a gather of [R, K, D] would be stored.
     """
-    y_RD = jnp.zeros((factors_RK.shape[0], rows_QD.shape[1]), jnp.float32)
+    dtype = factors_RK.dtype
+    y_RD = jnp.zeros((factors_RK.shape[0], rows_QD.shape[1]), dtype)
     for k in range(factors_RK.shape[1]):
         place_R = places_RK[:, k]
-        rows_RD = rows_QD[jnp.maximum(place_R, 0)].astype(jnp.float32)
-        # Not a factor of 0: it would carry an infinity of one token over to another.
-        y_RD += jnp.where(place_R[:, None] >= 0, factors_RK[:, k, None] * rows_RD, 0)
+        here_R1 = (place_R >= 0)[:, None]
+        # Both sides of the product, not a factor of 0 nor the product alone: in the sum or in its gradient that would
+        # carry an infinity of one token over to another.
+        rows_RD = jnp.where(here_R1, rows_QD[jnp.maximum(place_R, 0)].astype(dtype), 0)
+        y_RD += jnp.where(here_R1, factors_RK[:, k, None], 0) * rows_RD
     return y_RD

@@ -9,12 +9,11 @@ import jax.numpy as jnp
 from jaxmoe.dispatch.base import Dispatch, DispatchLayout, DispatchStats, Experts
 from jaxmoe.dispatch.local import local_sums, pairs_per_trip
 from jaxmoe.dispatch.traffic import Collective
-from jaxmoe.mesh import AXES
 
 
 def token_axes(layout: DispatchLayout) -> tuple[str, ...]:
     """Tokens are split over the axes that neither share experts nor split one."""
-    return tuple(axis for axis in AXES if axis not in layout.serving_axes)
+    return tuple(axis for axis in layout.axes.all if axis not in layout.serving_axes)
 
 
 def run(

@@ -7,6 +7,8 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from jaxmoe.kernels.dtypes import sum_dtype
+
 # (index of the round, what a gradient is taken of, everything else that is traced) -> what the round adds to the sum.
 Body = Callable[[jax.Array, Any, Any], jax.Array]
 
@@ -30,7 +32,7 @@ def sum_rounds(bodies: Bodies, rounds: int | jax.Array, inputs: Any, constants: 
     """Σ_{i < rounds} body(i, inputs, constants), differentiable in `inputs`.
 
     d inputs = Σ_i (∂ body(i) / ∂ inputs)ᵀ dy: the backward pass runs the same rounds and does each of them again, so it
-    keeps nothing but the inputs, whatever the number of rounds. It adds up in float32.
+    keeps nothing but the inputs, whatever the number of rounds. It adds up in float32 (float64 for float64).
 
     Args:
         bodies: close over no traced value; collectives are welcome.
@@ -66,7 +68,7 @@ def _backward(bodies: Bodies, once: bool, residuals: tuple[Any, ...], dy: jax.Ar
     if once:
         return None, pull_back(jnp.int32(0)), None
     sums = _add_up(
-        lambda index: jax.tree.map(lambda x: x.astype(jnp.promote_types(x.dtype, jnp.float32)), pull_back(index)),
+        lambda index: jax.tree.map(lambda x: x.astype(sum_dtype(x.dtype)), pull_back(index)),
         rounds,
         first_apart=bodies.first_apart,
     )

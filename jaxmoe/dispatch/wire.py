@@ -34,9 +34,10 @@ def pack_rows(x_TD: jax.Array, wire_dtype: str) -> tuple[jax.Array, jax.Array]:
     largest_T1 = jnp.max(jnp.abs(x_TD.astype(jnp.float32)), axis=1, keepdims=True)
     # Never 0, not even for a row so small that the quotient is: no device of today divides by a subnormal number.
     scale_T1 = jnp.maximum(largest_T1 / float(jnp.finfo(dtype).max), jnp.finfo(jnp.float32).tiny)
-    return jax.lax.bitcast_convert_type((x_TD / scale_T1).astype(dtype), jnp.uint8), scale_T1
+    return jax.lax.bitcast_convert_type((x_TD.astype(jnp.float32) / scale_T1).astype(dtype), jnp.uint8), scale_T1
 
 
 def unpack_rows(bits_TD: jax.Array, scale_T1: jax.Array, wire_dtype: str, dtype: jnp.dtype) -> jax.Array:
     """Undo `pack_rows`, but for the rounding: rows in `dtype`."""
-    return (jax.lax.bitcast_convert_type(bits_TD, jnp.dtype(wire_dtype)).astype(jnp.float32) * scale_T1).astype(dtype)
+    rows_TD = jax.lax.bitcast_convert_type(bits_TD, jnp.dtype(wire_dtype)).astype(scale_T1.dtype)
+    return (rows_TD * scale_T1).astype(dtype)

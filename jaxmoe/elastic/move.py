@@ -15,12 +15,13 @@ from jaxmoe.checkpoint.names import is_expert_stack, layer_index, model_blocks
 from jaxmoe.checkpoint.plan import make_load_plan
 from jaxmoe.checkpoint.report import LoadReport
 from jaxmoe.checkpoint.tied import settle_tied
+from jaxmoe.checks import instance_of
 from jaxmoe.elastic.assemble import assemble
 from jaxmoe.elastic.relocate import Relocation, device_boxes, plan_relocation
 from jaxmoe.layers import ParamSpec, check_usable, param_specs, params_by_path
 from jaxmoe.layers.swap import by_rank, fill_slots
 from jaxmoe.layers.usable import mark_moved
-from jaxmoe.mesh import EP
+from jaxmoe.mesh import EP, check_mesh
 from jaxmoe.models import Decoder, read_model_config
 from jaxmoe.placement import ExpertPlacement
 
@@ -59,6 +60,8 @@ def move(
         >>> half = jaxmoe.make_mesh(ep=4, devices=jax.devices()[:4])  # doctest: +SKIP
         >>> model = jaxmoe.move(model, mesh=half)  # doctest: +SKIP
     """
+    instance_of("model", model, Decoder, "a model from jaxmoe.load")
+    check_mesh(mesh)
     start = time.perf_counter()
     check_usable(model)
     _check_devices(model.mesh, mesh, lost_devices)

@@ -6,6 +6,10 @@ import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
+from jaxmoe.checks import flag, instance_of, whole_number
+from jaxmoe.checks import token_ids as check_token_ids
 from jaxmoe.generate.output import Output, TokenEvent
 from jaxmoe.generate.params import SamplingParams
 from jaxmoe.generate.stats import GenerationStats
@@ -77,6 +81,7 @@ def generate(
     Raises:
         ValueError: a setting out of range, a prompt that is empty or of no known kind, a token outside the
             vocabulary, more positions than the model has, or a replayed trace of another generation.
+        TypeError: `model`, `stream`, `stats` or `balancer` is something else.
         FileNotFoundError: text prompts or stop strings, and the checkpoint has no tokenizer.json.
 
     Example:
@@ -88,10 +93,14 @@ def generate(
     # Here and not above: `import jaxmoe.generate` starts no JAX.
     from jaxmoe.generate.engine import Engine
 
+    _check_objects(model, stream, stats, balancer)
     params = SamplingParams(
         temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, repetition_penalty=repetition_penalty
     )
+    max_new_tokens = whole_number("max_new_tokens", max_new_tokens, least=1)
+    ignore_eos, chat = flag("ignore_eos", ignore_eos), flag("chat", chat)
     stop = _stop_strings(stop)
+    given_eos = None if eos_token_id is None else check_token_ids("eos_token_id", eos_token_id, model.config.vocab_size)
     token_ids = encode(
         model,
         prompts,
@@ -101,8 +110,9 @@ def generate(
         tokenizer=tokenizer,
     )
     texts = _text_streams(len(token_ids), model, tokenizer, stop)
-    eos_token_ids = () if ignore_eos else _eos_token_ids(model, eos_token_id)
-    seeds = None if params.greedy else _seeds(seed, len(token_ids))
+    eos_token_ids = () if ignore_eos else _eos_token_ids(model, given_eos)
+    given_seeds = _seeds(seed, len(token_ids))
+    seeds = None if params.greedy else given_seeds
     if model.mesh.is_multi_process:
         if balancer is not None:
             raise NotImplementedError("experts are not rebalanced between processes: leave balancer out")
@@ -139,6 +149,19 @@ def generate(
         _output(prompt, row, None if texts is None else texts[index].text)
         for index, (prompt, row) in enumerate(zip(token_ids, rows, strict=True))
     ]
+
+
+def _check_objects(model: Any, stream: Any, stats: Any, balancer: Any) -> None:
+    from jaxmoe.placement.balancer import Balancer
+
+    if not all(hasattr(model, name) for name in ("config", "mesh", "prefill", "decode")):
+        raise TypeError(f"model is what jaxmoe.load returns; got {type(model).__name__}")
+    if stream is not None and not callable(stream):
+        raise TypeError(f"stream is a function that is called with each TokenEvent; got {type(stream).__name__}")
+    if stats is not None:
+        instance_of("stats", stats, GenerationStats, "a jaxmoe.generate.GenerationStats")
+    if balancer is not None:
+        instance_of("balancer", balancer, Balancer, "a jaxmoe.Balancer")
 
 
 def encode(
@@ -213,11 +236,10 @@ def _output(prompt: list[int], row: "Row", text: str | None) -> Output:
 def _seeds(seed: int | Sequence[int] | None, count: int) -> list[int]:
     if seed is None:
         return [secrets.randbits(64) for _ in range(count)]
-    if isinstance(seed, Sequence):
-        if len(seed) != count:
-            raise ValueError(f"seed is one int or one for each prompt: got {len(seed)} seeds for {count} prompts")
-        return list(seed)
-    return [seed] * count
+    seeds = [seed] * count if isinstance(seed, str) or np.ndim(seed) == 0 else list(seed)  # type: ignore[arg-type]
+    if len(seeds) != count:
+        raise ValueError(f"seed is one int or one for each prompt: got {len(seeds)} seeds for {count} prompts")
+    return [whole_number("seed", one, least=0, most=2**64 - 1) for one in seeds]
 
 
 def _agree(
@@ -229,7 +251,6 @@ def _agree(
     programs of a step differ with what is recorded.
     """
     import jax
-    import numpy as np
     from flax import nnx
 
     from jaxmoe.distributed import check_same, from_first
@@ -254,9 +275,11 @@ def _agree(
     return [int(high) << 32 | int(low) for high, low in words]
 
 
-def _eos_token_ids(model: Any, given: int | Sequence[int] | None) -> frozenset[int]:
-    if given is None and model.source is not None:
-        from jaxmoe.generate.eos import eos_token_ids
+def _eos_token_ids(model: Any, given: frozenset[int] | None) -> frozenset[int]:
+    if given is not None:
+        return given
+    if model.source is None:
+        return frozenset()
+    from jaxmoe.generate.eos import eos_token_ids
 
-        return eos_token_ids(model.source)
-    return frozenset([given] if isinstance(given, int) else given or ())
+    return eos_token_ids(model.source)

@@ -25,7 +25,7 @@ def eos_token_ids(directory: str | Path) -> frozenset[int]:
         if value is None:
             continue
         ids = value if isinstance(value, list) else [value]
-        if not all(isinstance(token, int) for token in ids):
+        if not all(type(token) is int for token in ids):
             raise ValueError(f"eos_token_id is a token id or a list of them; {Path(directory) / name} has {value!r}")
         return frozenset(ids)
     return frozenset()

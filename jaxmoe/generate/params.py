@@ -2,6 +2,8 @@
 
 import dataclasses
 
+from jaxmoe.checks import real_number, whole_number
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SamplingParams:
@@ -30,12 +32,15 @@ class SamplingParams:
     repetition_penalty: float = 1.0
 
     def __post_init__(self) -> None:
-        # Written so that NaN fails each of them.
-        self._require("temperature", 0.0 <= self.temperature < float("inf"), "at least 0 (0 is greedy) and finite")
+        for name in ("temperature", "top_p", "min_p", "repetition_penalty"):
+            object.__setattr__(self, name, real_number(name, getattr(self, name)))
+        if self.top_k is not None:
+            object.__setattr__(self, "top_k", whole_number("top_k", self.top_k))
+        self._require("temperature", self.temperature >= 0.0, "at least 0 (0 is greedy)")
         self._require("top_k", self.top_k is None or self.top_k >= 0, "a whole number of at least 0 (0 keeps all)")
         self._require("top_p", 0.0 < self.top_p <= 1.0, "above 0 and at most 1 (1 keeps all)")
         self._require("min_p", 0.0 <= self.min_p <= 1.0, "from 0 (keeps all) to 1")
-        self._require("repetition_penalty", 0.0 < self.repetition_penalty < float("inf"), "above 0 (1 is none)")
+        self._require("repetition_penalty", self.repetition_penalty > 0.0, "above 0 (1 is none)")
 
     def _require(self, name: str, holds: bool, rule: str) -> None:
         if not holds:

@@ -231,7 +231,7 @@ class Programs:
         ) -> Sampled:
             token = sampling.choose(logits, seeds, step, seen, controls, mode)
             if seen is not None:
-                seen = seen.at[jnp.arange(shape.rows), token].set(True)
+                seen = seen.at[jnp.arange(shape.rows, dtype=jnp.int32), token].set(True)
             return Sampled(token, position + 1, step + 1, seen)
 
         everywhere, rows = named(self.mesh), self._rows(shape.rows)

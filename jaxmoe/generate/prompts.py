@@ -4,6 +4,7 @@ import operator
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
+from jaxmoe.checks import whole_number
 from jaxmoe.generate.tokenizer import Tokenizer
 
 TokenIds = Sequence[int]
@@ -64,8 +65,7 @@ def check_prompts(
         ValueError: a prompt without tokens, an id outside the vocabulary, or more positions
             needed than the model has.
     """
-    if max_new_tokens < 1:
-        raise ValueError(f"max_new_tokens is at least 1; got {max_new_tokens}")
+    whole_number("max_new_tokens", max_new_tokens, least=1)
     for index, prompt in enumerate(prompts):
         if not prompt:
             raise ValueError(f"a prompt has at least one token; prompt {index} is empty")

@@ -52,16 +52,16 @@ def attend(
     """
     B, S, H, h = q_BSHh.shape
     G, C = k_BGCh.shape[1:3]
-    index_C = jnp.arange(C)
+    index_11C = jnp.arange(C, dtype=jnp.int32)[None, None]
 
     def block(q_BsHh: jax.Array, positions_Bs: jax.Array) -> jax.Array:
         q_BsGqh = q_BsHh.reshape(B, -1, G, H // G, h)
         scores = jnp.einsum("bsgqh,bgch->bgqsc", q_BsGqh, k_BGCh, preferred_element_type=jnp.float32) * scale
-        seen_BsC = index_C <= positions_Bs[..., None]
+        seen_BsC = index_11C <= positions_Bs[..., None]
         if sliding_window is not None:
-            seen_BsC &= index_C > positions_Bs[..., None] - sliding_window
+            seen_BsC &= index_11C > positions_Bs[..., None] - sliding_window
         if chunk is not None:
-            seen_BsC &= index_C >= positions_Bs[..., None] // chunk * chunk
+            seen_BsC &= index_11C >= positions_Bs[..., None] // chunk * chunk
         scores = jnp.where(seen_BsC[:, None, None], scores, -jnp.inf)
         probabilities = _softmax(scores, sinks_H).astype(v_BGCh.dtype)
         return jnp.einsum("bgqsc,bgch->bsgqh", probabilities, v_BGCh).reshape(B, -1, H, v_BGCh.shape[-1])
@@ -183,7 +183,7 @@ class Attention(nnx.Module):
             o_BSA = o_BSHh.reshape(*o_BSHh.shape[:2], -1)
             y_BSD = jnp.einsum("bsa,da->bsd", o_BSA, w["w_o"], preferred_element_type=jnp.float32)
             y_BSD = jax.lax.psum(y_BSD, TP).astype(x_BSD.dtype)
-            return y_BSD + w["b_o"] if "b_o" in w else y_BSD, cache
+            return y_BSD + w["b_o"][None, None] if "b_o" in w else y_BSD, cache
 
         return jax.shard_map(
             local,
@@ -202,7 +202,7 @@ class Attention(nnx.Module):
 
         def project(name: str) -> jax.Array:
             y_BSA = jnp.einsum("bsd,ad->bsa", x_BSD, w[f"w_{name}"])
-            return y_BSA + w[f"b_{name}"] if config.bias else y_BSA
+            return y_BSA + w[f"b_{name}"][None, None] if config.bias else y_BSA
 
         def norm(y_BSA: jax.Array, name: str) -> jax.Array:
             if config.qk_norm == "full" and name != "v_norm":
@@ -236,7 +236,7 @@ class Attention(nnx.Module):
         if config.temperature is not None:
             floor, slope = config.temperature
             longer_BS = slope * jnp.log1p(jnp.floor((positions_BS.astype(jnp.float32) + 1) / floor)) + 1
-            q = (q * longer_BS[..., None]).astype(q.dtype)
+            q = (q.astype(jnp.float32) * longer_BS[..., None]).astype(q.dtype)
         return q.reshape(shape), k.reshape(shape), v.reshape(shape), gate_BSHh
 
 
@@ -245,4 +245,4 @@ def _norm_over_tp(y_BSA: jax.Array, weight_A: jax.Array, eps: float) -> jax.Arra
     y32 = y_BSA.astype(jnp.float32)
     squares = jax.lax.psum(jnp.sum(jnp.square(y32), axis=-1, keepdims=True), TP)
     scale = jax.lax.rsqrt(squares / (y_BSA.shape[-1] * jax.lax.axis_size(TP)) + eps)
-    return weight_A * (y32 * scale).astype(y_BSA.dtype)
+    return weight_A[None, None] * (y32 * scale).astype(y_BSA.dtype)

@@ -4,6 +4,8 @@ import dataclasses
 
 import jax
 
+from jaxmoe.kernels.dtypes import int32
+
 
 @dataclasses.dataclass(frozen=True)
 class CacheArray:
@@ -31,5 +33,5 @@ def write_token(cache: jax.Array, new: jax.Array, position_B: jax.Array) -> jax.
     between = (0,) * (cache.ndim - 3)
     for row in range(cache.shape[0]):
         update = new[row : row + 1].astype(cache.dtype)
-        cache = jax.lax.dynamic_update_slice(cache, update, (row, *between, position_B[row], 0))
+        cache = jax.lax.dynamic_update_slice(cache, update, int32(row, *between, position_B[row], 0))
     return cache

@@ -29,8 +29,8 @@ def causal_conv(
     V = weight_AW.shape[1] - 1
     before = jnp.zeros((B, V, A), x_BSA.dtype) if state_BVA is None else state_BVA.astype(x_BSA.dtype)
     inputs = jnp.concatenate([before, x_BSA], axis=1)
-    y_BSA = jnp.zeros(x_BSA.shape, jnp.float32) if bias_A is None else bias_A.astype(jnp.float32)
+    y_BSA = jnp.zeros((1, 1, A), jnp.float32) if bias_A is None else bias_A.astype(jnp.float32)[None, None]
     for tap in range(V + 1):
-        y_BSA = y_BSA + inputs[:, tap : tap + S].astype(jnp.float32) * weight_AW[:, tap].astype(jnp.float32)
-    kept_BV = lengths_B[:, None] + jnp.arange(V)
+        y_BSA = y_BSA + inputs[:, tap : tap + S].astype(jnp.float32) * weight_AW[:, tap].astype(jnp.float32)[None, None]
+    kept_BV = lengths_B[:, None] + jnp.arange(V, dtype=jnp.int32)[None]
     return y_BSA.astype(x_BSA.dtype), jnp.take_along_axis(inputs, kept_BV[:, :, None], axis=1)

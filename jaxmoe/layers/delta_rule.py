@@ -95,8 +95,8 @@ def chunked_delta_rule(
     log_decay = jnp.cumsum(chunks(log_decay_BSH), axis=-1)
     total = jnp.exp(log_decay)[..., None]
     # Masked before the exponential, which would overflow above the diagonal.
-    between = jnp.where(jnp.tri(C, dtype=bool), log_decay[..., :, None] - log_decay[..., None, :], -jnp.inf)
-    between = jnp.exp(between)
+    between = log_decay[..., :, None] - log_decay[..., None, :]
+    between = jnp.exp(jnp.where(jnp.tri(C, dtype=bool)[None, None, None], between, -jnp.inf))
 
     system = _einsum("nbhik,nbhjk->nbhij", keys * beta, keys) * between
     sides = jnp.concatenate([values * beta, keys * beta * total], axis=-1)

@@ -50,5 +50,5 @@ class VocabTable(nnx.Module):
             local, mesh=self.mesh, in_specs=(P(TP, None), P(batch)), out_specs=P(batch, None, TP), check_vma=False
         )(self.weight[...], x_BSD)
         if hasattr(self, "bias"):
-            logits_BSV += self.bias[...].astype(jnp.float32)
+            logits_BSV += self.bias[...].astype(jnp.float32)[None, None]
         return logits_BSV[..., : self.vocab_size]

@@ -75,7 +75,8 @@ class GatedDeltaNet(RecurrentMixer):
         qkv_BSA, conv = causal_conv(qkv_BSA, taps, None, before.conv if before else None, lengths_B)
         q_BSHk, k_BSHk, v_BSHv = self._heads(ACTIVATIONS[self.config.activation](qkv_BSA))
         beta_BSH = jax.nn.sigmoid(b_BSH).astype(jnp.float32)
-        log_decay_BSH = -jnp.exp(w["a_log"]) * jax.nn.softplus(a_BSH.astype(jnp.float32) + w["dt_bias"])
+        rate_11H, bias_11H = -jnp.exp(w["a_log"])[None, None], w["dt_bias"][None, None]
+        log_decay_BSH = rate_11H * jax.nn.softplus(a_BSH.astype(jnp.float32) + bias_11H)
         # Padding neither fades the memory nor writes to it.
         seen_BS1 = is_token(x_BSD.shape[1], lengths_B)
         beta_BSH, log_decay_BSH = jnp.where(seen_BS1, beta_BSH, 0), jnp.where(seen_BS1, log_decay_BSH, 0)
@@ -87,7 +88,7 @@ class GatedDeltaNet(RecurrentMixer):
         else:
             o_BSHv, state = chunked_delta_rule(q_BSHk, k_BSHk, v_BSHv, log_decay_BSH, beta_BSH)
         o_BSHv = rms_norm(o_BSHv.astype(x_BSD.dtype), w["out_norm"], self.eps)
-        o_BSHv = (o_BSHv * jax.nn.silu(z_BSHv.astype(jnp.float32))).astype(x_BSD.dtype)
+        o_BSHv = (o_BSHv.astype(jnp.float32) * jax.nn.silu(z_BSHv.astype(jnp.float32))).astype(x_BSD.dtype)
         return o_BSHv.reshape(*x_BSD.shape[:2], -1), RecurrentCache(conv, state)
 
     def _project(self, w: dict[str, jax.Array], x_BSD: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:

@@ -159,7 +159,7 @@ def _ordered(module: nnx.Module) -> dict[str, tuple[nnx.Param, _Order | None]]:
         layer, rows = layer_of_stack(module, path), param.get_metadata().get("rows")
         order: _Order | None = None
         if layer is not None:
-            order = _Slots(layer.placement, param.get_value().sharding, layer.expert_axes)
+            order = _Slots(layer.placement, param.get_value().sharding, layer.expert_axis_names)
         elif rows is not None:
             order = _Rows(rows, param.get_value().sharding)
         ordered[".".join(map(str, path))] = param, order
@@ -248,7 +248,7 @@ def _to_logical(stack: jax.Array, first_slots_E: jax.Array, *, over: _Over) -> j
         shape = [E, *stack.shape[1:]]
         if dim is not None:
             shape[dim] //= n
-        return jax.lax.fori_loop(0, E, one, jnp.zeros(shape, stack.dtype))
+        return jax.lax.fori_loop(np.int32(0), np.int32(E), one, jnp.zeros(shape, stack.dtype))
 
     return jax.shard_map(
         local, mesh=over.mesh, in_specs=(over.physical, PartitionSpec()), out_specs=over.logical, check_vma=False
@@ -277,7 +277,7 @@ def _to_physical(experts: jax.Array, slot_to_expert_P: jax.Array, *, over: _Over
         shape = [p, *experts.shape[1:]]
         if dim:
             shape[dim] *= n
-        return jax.lax.fori_loop(0, len(slot_to_expert_P), one, jnp.zeros(shape, experts.dtype))
+        return jax.lax.fori_loop(np.int32(0), np.int32(len(slot_to_expert_P)), one, jnp.zeros(shape, experts.dtype))
 
     return jax.shard_map(
         local, mesh=over.mesh, in_specs=(over.logical, PartitionSpec()), out_specs=over.physical, check_vma=False

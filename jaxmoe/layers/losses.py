@@ -11,8 +11,8 @@ class RouterSums(NamedTuple):
 
     Attributes:
         expert_counts: int32 [E], (token, choice) pairs that went to each expert.
-        probabilities: float32 [E], Σ_t softmax(logits_t).
-        squared_log_z: float32, Σ_t logsumexp(logits_t)².
+        probabilities: [E] in the logits' dtype, Σ_t softmax(logits_t).
+        squared_log_z: in that dtype, Σ_t logsumexp(logits_t)².
         tokens: int32, tokens counted.
     """
 
@@ -26,11 +26,13 @@ def router_sums(logits_TE: jax.Array, ids_TK: jax.Array, mask_T: jax.Array) -> R
     """Add up over the tokens where `mask_T` is True.
 
     Args:
-        logits_TE: float32, what the router's projection gives.
+        logits_TE: what the router's projection gives.
         ids_TK: int32, the experts chosen.
         mask_T: bool, False for padding.
     """
     E = logits_TE.shape[1]
+    # Before the sums, not after: the gradient of a row that is left out would be zero times what the row holds.
+    logits_TE = jnp.where(mask_T[:, None], logits_TE, 0)
     pairs_TK = jnp.where(mask_T[:, None], ids_TK, E)
     log_z_T = jax.nn.logsumexp(logits_TE, axis=-1)
     return RouterSums(
@@ -48,11 +50,12 @@ def load_balancing_loss(sums: RouterSums) -> jax.Array:
     Transformer's loss (arXiv:2101.03961, equation 4) with K choices instead of one; Mixtral's in transformers takes f
     and P over all layers' tokens at once, which for one layer is the same.
     """
-    tokens = jnp.maximum(sums.tokens, 1)
+    tokens = jnp.maximum(sums.tokens, 1).astype(sums.probabilities.dtype)
     E = sums.expert_counts.shape[0]
-    return E * jnp.sum(sums.expert_counts / tokens * (sums.probabilities / tokens))
+    counts = sums.expert_counts.astype(sums.probabilities.dtype)
+    return E * jnp.sum(counts / tokens * (sums.probabilities / tokens))
 
 
 def router_z_loss(sums: RouterSums) -> jax.Array:
     """Mean over tokens of logsumexp(logits)², which keeps logits small (ST-MoE, arXiv:2202.08906, equation 5)."""
-    return sums.squared_log_z / jnp.maximum(sums.tokens, 1)
+    return sums.squared_log_z / jnp.maximum(sums.tokens, 1).astype(sums.squared_log_z.dtype)

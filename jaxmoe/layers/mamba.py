@@ -82,12 +82,12 @@ class Mamba(RecurrentMixer):
             y_BSA = y_BA[:, None]
         else:
             y_BSA, state = selective_scan(x32_BSA, dt_BSA, rate_An, b_BSn, c_BSn)
-        y_BSA = (y_BSA + w["skip"] * x32_BSA) * jax.nn.silu(z_BSA.astype(jnp.float32))
+        y_BSA = (y_BSA + w["skip"][None, None] * x32_BSA) * jax.nn.silu(z_BSA.astype(jnp.float32))
         return y_BSA.astype(x_BSD.dtype), RecurrentCache(conv, state)
 
     def _project(self, w: dict[str, jax.Array], x_BSD: jax.Array, name: str) -> jax.Array:
         y_BSA = jnp.einsum("bsd,ad->bsa", x_BSD, w[f"w_{name}"])
-        return y_BSA + w[f"b_{name}"] if self.config.bias else y_BSA
+        return y_BSA + w[f"b_{name}"][None, None] if self.config.bias else y_BSA
 
     def _steps(self, w: dict[str, jax.Array], x_BSA: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
         """The step sizes of this rank's channels [B, S, A], and b and c [B, S, n]; all float32."""
@@ -97,7 +97,7 @@ class Mamba(RecurrentMixer):
         dt_BSr, b_BSn, c_BSn = (
             rms_norm(part, w[name], self.eps) for part, name in zip(split, ("dt_norm", "b_norm", "c_norm"), strict=True)
         )
-        dt_BSA = jnp.einsum("bsr,ar->bsa", dt_BSr, w["w_dt"]).astype(jnp.float32) + w["dt_bias"]
+        dt_BSA = jnp.einsum("bsr,ar->bsa", dt_BSr, w["w_dt"]).astype(jnp.float32) + w["dt_bias"][None, None]
         return jax.nn.softplus(dt_BSA), b_BSn.astype(jnp.float32), c_BSn.astype(jnp.float32)
 
 

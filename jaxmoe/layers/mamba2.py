@@ -73,7 +73,7 @@ class Mamba2(RecurrentMixer):
         """See `RecurrentMixer`."""
         z_BSA, dt_BSH = self._project(w, x_BSD, "z"), self._project(w, x_BSD, "dt")
         x_BSHp, b_BSGn, c_BSGn, conv = self._convolved(w, x_BSD, before.conv if before else None, lengths_B)
-        dt_BSH = jax.nn.softplus(dt_BSH.astype(jnp.float32) + w["dt_bias"])
+        dt_BSH = jax.nn.softplus(dt_BSH.astype(jnp.float32) + w["dt_bias"][None, None])
         # Padding neither fades the states nor adds to them.
         dt_BSH = jnp.where(is_token(x_BSD.shape[1], lengths_B), jnp.maximum(dt_BSH, self.config.min_step), 0)
         rate_H = -jnp.exp(w["a_log"])
@@ -82,14 +82,14 @@ class Mamba2(RecurrentMixer):
             y_BSHp = y_BHp[:, None]
         else:
             y_BSHp, state = chunked_ssd(x_BSHp, dt_BSH, rate_H, b_BSGn, c_BSGn)
-        y_BSHp = y_BSHp + w["skip"][:, None] * x_BSHp
+        y_BSHp = y_BSHp + w["skip"][None, None, :, None] * x_BSHp
         y_BSA = y_BSHp.reshape(z_BSA.shape) * jax.nn.silu(z_BSA.astype(jnp.float32))
-        y_BSA = (self._normed(y_BSA) * w["out_norm"].astype(jnp.float32)).astype(x_BSD.dtype)
+        y_BSA = (self._normed(y_BSA) * w["out_norm"].astype(jnp.float32)[None, None]).astype(x_BSD.dtype)
         return y_BSA, RecurrentCache(conv, state)
 
     def _project(self, w: dict[str, jax.Array], x_BSD: jax.Array, part: str) -> jax.Array:
         y_BSA = jnp.einsum("bsd,ad->bsa", x_BSD, w[f"w_in_{part}"])
-        return y_BSA + w[f"b_in_{part}"] if self.config.bias else y_BSA
+        return y_BSA + w[f"b_in_{part}"][None, None] if self.config.bias else y_BSA
 
     def _convolved(
         self, w: dict[str, jax.Array], x_BSD: jax.Array, before: jax.Array | None, lengths_B: jax.Array

@@ -84,7 +84,7 @@ def attend_absorbed(
     q_latent_BSHL = jnp.einsum("bshn,hnl->bshl", q_nope_BSHn, w_kv_HaL[:, :n])
     scores_BHSC = jnp.einsum("bshl,bcl->bhsc", q_latent_BSHL, cache.latent, preferred_element_type=jnp.float32)
     scores_BHSC += jnp.einsum("bshr,bcr->bhsc", q_rope_BSHr, cache.rope_key, preferred_element_type=jnp.float32)
-    seen_BSC = jnp.arange(scores_BHSC.shape[-1]) <= positions_BS[..., None]
+    seen_BSC = jnp.arange(scores_BHSC.shape[-1], dtype=jnp.int32)[None, None] <= positions_BS[..., None]
     scores_BHSC = jnp.where(seen_BSC[:, None], scores_BHSC * scale, -jnp.inf)
     probabilities = jax.nn.softmax(scores_BHSC, axis=-1).astype(cache.latent.dtype)
     o_latent_BSHL = jnp.einsum("bhsc,bcl->bshl", probabilities, cache.latent)
@@ -169,7 +169,7 @@ class LatentAttention(nnx.Module):
             o_BSA = o_BSHv.reshape(*o_BSHv.shape[:2], -1)
             y_BSD = jnp.einsum("bsa,da->bsd", o_BSA, w["w_o"], preferred_element_type=jnp.float32)
             y_BSD = jax.lax.psum(y_BSD, TP).astype(x_BSD.dtype)
-            return y_BSD + w["b_o"] if config.bias else y_BSD, cache
+            return y_BSD + w["b_o"][None, None] if config.bias else y_BSD, cache
 
         return jax.shard_map(
             local,
@@ -188,7 +188,7 @@ class LatentAttention(nnx.Module):
             q_BSA = jnp.einsum("bsd,ad->bsa", x_BSD, w["w_q"])
         else:
             latent_BSQ = jnp.einsum("bsd,qd->bsq", x_BSD, w["w_q_a"])
-            latent_BSQ = latent_BSQ + w["b_q_a"] if config.bias else latent_BSQ
+            latent_BSQ = latent_BSQ + w["b_q_a"][None, None] if config.bias else latent_BSQ
             latent_BSQ = rms_norm(latent_BSQ, w["q_a_norm"], config.latent_norm_eps)
             q_BSA = jnp.einsum("bsq,aq->bsa", latent_BSQ, w["w_q_b"])
         q_BSHh = q_BSA.reshape(*q_BSA.shape[:2], -1, config.nope_head_dim + config.rope_head_dim)
@@ -199,7 +199,7 @@ class LatentAttention(nnx.Module):
         """What the cache gets for these tokens."""
         config = self.config
         both_BSA = jnp.einsum("bsd,ad->bsa", x_BSD, w["w_kv_a"])
-        both_BSA = both_BSA + w["b_kv_a"] if config.bias else both_BSA
+        both_BSA = both_BSA + w["b_kv_a"][None, None] if config.bias else both_BSA
         latent_BSL, rope_key_BSr = jnp.split(both_BSA, [config.kv_rank], axis=-1)
         # One key for all heads: as a single head to the rotation.
         rope_key_BSr = apply_rope(rope_key_BSr[:, :, None], positions_BS, config.rope)[:, :, 0]

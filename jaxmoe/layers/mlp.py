@@ -6,43 +6,47 @@ from flax import nnx
 from jax.sharding import PartitionSpec as P
 
 from jaxmoe.config import MLPConfig
+from jaxmoe.kernels.dtypes import sum_dtype
 from jaxmoe.kernels.grouped_matmul import ACTIVATIONS
 from jaxmoe.layers.param import ParamFactory, zeros
-from jaxmoe.mesh import TP
+from jaxmoe.mesh import auto_mesh
 
 
 class MLP(nnx.Module):
     """down(act(gate x) · up x), its width split over tp; one psum brings the parts together."""
 
     def __init__(self, config: MLPConfig, *, param: ParamFactory):
-        hidden, width = config.hidden_size, config.intermediate_size
+        hidden, width, tp = config.hidden_size, config.intermediate_size, param.axes.tp or None
         if config.gated:
-            self.w_gate = param((width, hidden), TP, None)
-        self.w_up = param((width, hidden), TP, None)
-        self.w_down = param((hidden, width), None, TP)
+            self.w_gate = param((width, hidden), tp, None)
+        self.w_up = param((width, hidden), tp, None)
+        self.w_down = param((hidden, width), None, tp)
         if config.bias:
             if config.gated:
-                self.b_gate = param((width,), TP, init=zeros)
-            self.b_up = param((width,), TP, init=zeros)
+                self.b_gate = param((width,), tp, init=zeros)
+            self.b_up = param((width,), tp, init=zeros)
             self.b_down = param((hidden,), init=zeros)
         self.config = config
-        self.mesh = param.mesh
+        self.mesh, self.tp_axes = auto_mesh(param.mesh), param.axes.tp
 
     def __call__(self, x_BSD: jax.Array, batch: tuple[str, ...]) -> jax.Array:
         """Map x [B, S, D], its batch dim sharded over the axes `batch`, to [B, S, D]."""
         activation = ACTIVATIONS[self.config.activation]
         weights = {name: param[...] for name, param in vars(self).items() if isinstance(param, nnx.Param)}
-        specs = {name: P() if name == "b_down" else P(None, TP) if name == "w_down" else P(TP) for name in weights}
+        specs = {
+            name: P() if name == "b_down" else P(None, self.tp_axes) if name == "w_down" else P(self.tp_axes)
+            for name in weights
+        }
 
         def local(w: dict[str, jax.Array], x_BSD: jax.Array) -> jax.Array:
             def project(name: str) -> jax.Array:
                 y_BSF = jnp.einsum("bsd,fd->bsf", x_BSD, w[f"w_{name}"])
-                return y_BSF + w[f"b_{name}"] if self.config.bias else y_BSF
+                return y_BSF + w[f"b_{name}"][None, None] if self.config.bias else y_BSF
 
             h_BSF = activation(project("gate")) * project("up") if self.config.gated else activation(project("up"))
-            y_BSD = jnp.einsum("bsf,df->bsd", h_BSF, w["w_down"], preferred_element_type=jnp.float32)
-            y_BSD = jax.lax.psum(y_BSD, TP).astype(x_BSD.dtype)
-            return y_BSD + w["b_down"] if self.config.bias else y_BSD
+            y_BSD = jnp.einsum("bsf,df->bsd", h_BSF, w["w_down"], preferred_element_type=sum_dtype(x_BSD.dtype))
+            y_BSD = jax.lax.psum(y_BSD, self.tp_axes).astype(x_BSD.dtype)
+            return y_BSD + w["b_down"][None, None] if self.config.bias else y_BSD
 
         return jax.shard_map(local, mesh=self.mesh, in_specs=(specs, P(batch)), out_specs=P(batch), check_vma=False)(
             weights, x_BSD

@@ -1,6 +1,7 @@
 """The Mixture-of-Experts layer: router, placement, dispatch and experts composed over the mesh."""
 
 import dataclasses
+from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -8,9 +9,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jax.sharding import Mesh
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from jaxmoe.checks import instance_of
 from jaxmoe.config import MoEConfig
 from jaxmoe.dispatch import (
     Dispatch,
@@ -21,6 +23,7 @@ from jaxmoe.dispatch import (
     explain_dispatch,
     get_dispatch,
 )
+from jaxmoe.kernels.dtypes import sum_dtype
 from jaxmoe.kernels.grouped_matmul import check_backend, combine_halves, expert_mlp
 from jaxmoe.layers.losses import RouterSums, load_balancing_loss, router_sums, router_z_loss
 from jaxmoe.layers.mlp import MLP
@@ -29,7 +32,7 @@ from jaxmoe.layers.placement_table import placement_tables, read_placement
 from jaxmoe.layers.replicas import ReplicaRule, choose_slots, token_draws, token_turns
 from jaxmoe.layers.router import choose_experts, router_logits
 from jaxmoe.layers.usable import check_usable
-from jaxmoe.mesh import AXES, DP, EP, TP, axes_size, batch_axes, padded_batch
+from jaxmoe.mesh import DP, EP, TP, MeshAxes, auto_mesh, axes_size, batch_axes, padded_batch
 from jaxmoe.placement import ExpertPlacement, make_placement
 from jaxmoe.placement.trace import check_choices
 
@@ -43,8 +46,8 @@ class MoEStats(NamedTuple):
         dispatch_rounds: int32, exchanges the dispatch needed; 0 where it exchanges no rows.
         rows_sent: int32 [dp, tp, ep, n], rows of activations that the device at (dp, tp, ep) sent to each of the n
             devices that it shares the experts with, by their number along `expert_axes`; its own stay where they are.
-        load_balancing_loss: float32, see `jaxmoe.layers.losses.load_balancing_loss`; differentiable.
-        router_z_loss: float32, see `jaxmoe.layers.losses.router_z_loss`; differentiable.
+        load_balancing_loss: float32 (float64 for float64), see `jaxmoe.layers.losses.load_balancing_loss`; differentiable.
+        router_z_loss: in the same, see `jaxmoe.layers.losses.router_z_loss`; differentiable.
     """
 
     expert_counts: jax.Array
@@ -94,7 +97,10 @@ class MoE(nnx.Module):
 
     Args:
         config: sizes, activation and router.
-        mesh: from `jaxmoe.make_mesh`.
+        mesh: from `jaxmoe.make_mesh`, or one of your own, its axes of type Auto or Explicit.
+        axis_names: which axes of your own mesh play dp, tp and ep, as in ``{"dp": ("data", "fsdp"), "ep": "expert"}``; a
+            part that is left out is played by the axis of its own name, or by none. Over other axes the layer is
+            computed alike.
         placement: a strategy's name or an `ExpertPlacement` over the devices along `expert_axes`.
         expert_axes: mesh axes that share the experts: ``("ep",)``; ``("ep", "tp")`` for whole experts on tp
             ranks too, better where F is small; or ``("dp", "ep")`` to spread them over the replicas.
@@ -102,12 +108,13 @@ class MoE(nnx.Module):
         wire_dtype: "float8_e4m3fn" to round rows to it, each with a scale of its own, where a dispatch exchanges
             them on their way to experts; None to send them as they are.
         kernels: a backend of `jaxmoe.kernels.grouped_matmul`, or "auto".
-        dtype: of the expert weights; the router's are float32.
+        dtype: of the expert weights and of x; the router's weights are float32, or float64 where these are.
         rngs: random streams for the weights; None leaves them abstract, for a loader to fill. Replicas begin alike, and
             the gradient of each is that of its own tokens: to train them, add up those of an expert's slots.
 
     Raises:
         ValueError: the placement does not fit, F does not divide over tp, or a name is unknown.
+        TypeError: config, mesh or rngs is something else.
 
     Example:
         >>> config = MoEConfig(num_experts=4, num_experts_per_tok=2, hidden_size=8, moe_intermediate_size=16)
@@ -122,6 +129,7 @@ class MoE(nnx.Module):
         config: MoEConfig,
         *,
         mesh: Mesh,
+        axis_names: Mapping[str, str | Sequence[str]] | None = None,
         placement: str | ExpertPlacement = "linear",
         expert_axes: tuple[str, ...] = (EP,),
         dispatch: str = "auto",
@@ -130,42 +138,51 @@ class MoE(nnx.Module):
         dtype: Any = jnp.float32,
         rngs: nnx.Rngs | None = None,
     ):
+        instance_of("config", config, MoEConfig, "a jaxmoe.MoEConfig")
+        instance_of("mesh", mesh, (Mesh, AbstractMesh), "a mesh, from jaxmoe.make_mesh or of your own")
+        if rngs is not None:
+            instance_of("rngs", rngs, nnx.Rngs, "flax.nnx.Rngs, or None for a layer without weights")
+        check_layer_dtype(dtype)
         check_expert_axes(expert_axes)
         self.recorder: Any = None  # of the model that the layer is a part of, while its routing is recorded
         E, F, D = config.num_experts, config.moe_intermediate_size, config.hidden_size
-        self.config, self.mesh, self.expert_axes = config, mesh, expert_axes
+        self.config, self.mesh, self.expert_axes = config, mesh, tuple(expert_axes)
+        self.axes = MeshAxes.of(mesh, axis_names)
+        slots_over = self.expert_axis_names
         self.dispatch, self.wire_dtype, self.kernels = dispatch, wire_dtype, kernels
         check_wire_dtype(wire_dtype)
         self.check_dispatch(dispatch)
         if kernels != "auto":
             check_backend(kernels, mesh.devices.flat[0])
-        placement = make_placement(placement, E, axes_size(mesh, expert_axes))
+        placement = make_placement(placement, E, axes_size(mesh, slots_over))
 
-        width_axis = None if TP in expert_axes else TP
-        if width_axis and F % mesh.shape[TP]:
+        width_axis = None if TP in expert_axes else self.axes.tp or None
+        tp = axes_size(mesh, self.axes.tp)
+        if width_axis and F % tp:
             raise ValueError(
                 f"the expert width is split evenly over tp: moe_intermediate_size={F} is no multiple of "
-                f'tp={mesh.shape[TP]}; use a tp that divides it, or expert_axes=("ep", "tp")'
+                f'tp={tp}; use a tp that divides it, or expert_axes=("ep", "tp")'
             )
         slots, slot_count = tuple(placement.slot_to_expert.tolist()), placement.num_slots
-        param = ParamFactory(mesh, dtype, rngs)
+        param = ParamFactory(mesh, dtype, rngs, self.axes)
         halves = 2 if config.gated else 1
         combine_halves(config.activation, config.activation_limit, gated=config.gated)
-        self.w_router = param((E, D), dtype=jnp.float32)
+        of_router = sum_dtype(dtype)
+        self.w_router = param((E, D), dtype=of_router)
         if config.router.logit_bias:
-            self.b_router = param((E,), init=zeros, dtype=jnp.float32)
+            self.b_router = param((E,), init=zeros, dtype=of_router)
         if config.router.correction_bias:
-            self.correction_bias = param((E,), init=zeros, dtype=jnp.float32)
+            self.correction_bias = param((E,), init=zeros, dtype=of_router)
         if config.router.expert_scale:
-            self.expert_scale = param((E,), init=ones, dtype=jnp.float32)
+            self.expert_scale = param((E,), init=ones, dtype=of_router)
         if config.router.input_norm_eps is not None:
-            self.router_norm = param((D,), init=ones, dtype=jnp.float32)
+            self.router_norm = param((D,), init=ones, dtype=of_router)
         X = config.expert_input_size
-        self.w_gate_up = param((slot_count, halves, F, X), expert_axes, None, width_axis, None, slots=slots)
-        self.w_down = param((slot_count, X, F), expert_axes, None, width_axis, slots=slots)
+        self.w_gate_up = param((slot_count, halves, F, X), slots_over, None, width_axis, None, slots=slots)
+        self.w_down = param((slot_count, X, F), slots_over, None, width_axis, slots=slots)
         if config.bias:
-            self.b_gate_up = param((slot_count, halves, F), expert_axes, None, width_axis, init=zeros, slots=slots)
-            self.b_down = param((slot_count, X), expert_axes, init=zeros, slots=slots)
+            self.b_gate_up = param((slot_count, halves, F), slots_over, None, width_axis, init=zeros, slots=slots)
+            self.b_down = param((slot_count, X), slots_over, init=zeros, slots=slots)
         if config.latent_size is not None:
             self.w_latent_in, self.w_latent_out = param((X, D)), param((D, X))
         if config.latent_bias:
@@ -183,7 +200,14 @@ class MoE(nnx.Module):
         Raises:
             ValueError: the state has no values: the layer is traced, abstract, or several layers stacked in one.
         """
-        return read_placement(self.slot_to_expert, self.config.num_experts, axes_size(self.mesh, self.expert_axes))
+        return read_placement(
+            self.slot_to_expert, self.config.num_experts, axes_size(self.mesh, self.expert_axis_names)
+        )
+
+    @property
+    def expert_axis_names(self) -> tuple[str, ...]:
+        """The axes of the mesh that the slots are split over."""
+        return self.axes.names(*self.expert_axes)
 
     def expert_stacks(self) -> list[nnx.Param]:
         """The parameters whose dim 0 is the physical slots."""
@@ -213,7 +237,7 @@ class MoE(nnx.Module):
         self._set_tables(self.placement, ReplicaRule(choice, devices_per_node, last_load))
 
     def _set_tables(self, placement: ExpertPlacement, rule: ReplicaRule) -> None:
-        tables = placement_tables(placement, rule, self.mesh, self.expert_axes)
+        tables = placement_tables(placement, rule, self.mesh, self.expert_axis_names)
         self.replica_choice, self.devices_per_node = rule.choice, rule.devices_per_node
         for name in ("near_slots", "near_counts", "last_load"):
             if hasattr(self, name) and name not in tables:
@@ -238,7 +262,8 @@ class MoE(nnx.Module):
 
         Args:
             x: [..., D], any number of tokens.
-            token_mask: bool [...], False for tokens that go to no expert and come back as zeros.
+            token_mask: bool [...], False for tokens that go to no expert and come back as zeros; neither they nor their
+                cotangents reach a result or a gradient, whatever they hold.
             router_x: [..., D], what the router looks at where that is not x.
             expert_ids: integers [..., K], logical experts to take instead of the router's choice, as `MoEStats.expert_ids`
                 gives them; -1 in all K for a token whose experts the router chooses. The weights are the router's, and
@@ -247,11 +272,12 @@ class MoE(nnx.Module):
             dispatch: for this call; None for the layer's own.
 
         Returns:
-            y [..., D] in x's dtype, and the call's statistics.
+            y [..., D] in x's dtype, and the call's statistics. On a mesh with axes of type Explicit y is sharded like x.
 
         Raises:
-            ValueError: a shape does not fit, or `expert_ids` are no choices of this layer.
-            RuntimeError: the layer is called by itself while its model is recorded.
+            ValueError: a shape or dtype does not fit, `expert_ids` are no choices of this layer, or the program is on
+                another mesh.
+            RuntimeError: the layer has no weights, or is called by itself while its model is recorded.
         """
         if self.recorder is not None and self.recorder.records(self, self.w_router.get_value()):
             raise RuntimeError(
@@ -259,8 +285,33 @@ class MoE(nnx.Module):
                 "jaxmoe.generate alone; call the layer, or a method that returns statistics, outside of "
                 "`with model.record_routing()`"
             )
-        if x.shape[-1] != self.config.hidden_size:
-            raise ValueError(f"the last dim of x is hidden_size={self.config.hidden_size}; got shape {x.shape}")
+        x, token_mask, router_x = self._checked(x, token_mask, router_x)
+        if expert_ids is not None:
+            expert_ids = self._given_choices(expert_ids, x.shape[:-1])
+        context = jax.sharding.get_abstract_mesh()
+        kinds = self._axis_kinds(context)
+        explicit = tuple([axis for axis, kind in kinds.items() if kind == AxisType.Explicit])
+        if not explicit:
+            return self._apply(x, token_mask, router_x, expert_ids, dispatch)
+        # Arrays carry their shardings in their types: inside they are as on a mesh of type Auto, and what comes out is
+        # laid out like x.
+        typed = jax.typeof(x).sharding
+        spec = typed.spec if typed.mesh.axis_names == self.mesh.axis_names else P()
+        graphdef, state = nnx.split(self)
+
+        def sharded(spec: P) -> Any:
+            return spec if not context.empty else NamedSharding(self.mesh, spec)
+
+        stats = MoEStats(*[sharded(P())] * len(MoEStats._fields))
+        apply = jax.sharding.auto_axes(
+            lambda state, *inputs: nnx.merge(graphdef, state)._apply(*inputs, dispatch),
+            axes=explicit,
+            out_sharding=(sharded(spec), stats),
+        )
+        return apply(state, x, token_mask, router_x, expert_ids)
+
+    def _checked(self, x: Any, token_mask: Any, router_x: Any) -> tuple[jax.Array, jax.Array | None, jax.Array | None]:
+        """The arguments of a call as arrays."""
         check_usable(self)
         slots, placed = self.w_gate_up.shape[0], self.slot_to_expert.shape[0]
         if slots != placed:
@@ -268,23 +319,70 @@ class MoE(nnx.Module):
                 f"expert stacks lie by the layer's placement: they have {slots} slots and the placement {placed}; give the "
                 "layer a whole state, placement tables too, and not nnx.Param alone, or use jaxmoe.load_logical_state"
             )
+        x, dtype, D = jnp.asarray(x), self.w_gate_up.dtype, self.config.hidden_size
+        if x.ndim == 0 or x.shape[-1] != D:
+            raise ValueError(f"the last dim of x is hidden_size={D}; got shape {x.shape}")
+        if x.dtype != dtype:
+            raise ValueError(f"x has the dtype of the layer, {dtype}; got {x.dtype}: convert it with astype")
+        if token_mask is not None:
+            token_mask = jnp.asarray(token_mask)
+            if token_mask.shape != x.shape[:-1] or token_mask.dtype != bool:
+                raise ValueError(
+                    f"token_mask is bool {list(x.shape[:-1])}, one for each token of x {list(x.shape)}; got "
+                    f"{token_mask.dtype} {list(token_mask.shape)}"
+                )
+        if router_x is not None:
+            router_x = jnp.asarray(router_x)
+            if router_x.shape != x.shape or not jnp.issubdtype(router_x.dtype, jnp.floating):
+                raise ValueError(
+                    f"router_x has the shape of x, {list(x.shape)}, and is floating point; got {router_x.dtype} "
+                    f"{list(router_x.shape)}"
+                )
+        return x, token_mask, router_x
+
+    def _axis_kinds(self, context: AbstractMesh) -> dict[str, AxisType]:
+        """The type of each mesh axis as the call sees it."""
+        mesh = self.mesh if context.empty else context
+        if dict(mesh.shape) != dict(self.mesh.shape) or AxisType.Manual in mesh.axis_types:
+            raise ValueError(
+                f"the layer is on a mesh of {dict(self.mesh.shape)} and is called with {mesh}: make it on the mesh of the "
+                "program (mesh=, axis_names=), and call it outside of shard_map, for it is one itself"
+            )
+        return dict(zip(mesh.axis_names, mesh.axis_types, strict=True))
+
+    def _apply(
+        self,
+        x: jax.Array,
+        token_mask: jax.Array | None,
+        router_x: jax.Array | None,
+        expert_ids: jax.Array | None,
+        dispatch: str | None,
+    ) -> tuple[jax.Array, MoEStats]:
+        """The layer over a mesh of type Auto."""
         x_TD = x.reshape(-1, x.shape[-1])
-        mask_T = jnp.ones(x_TD.shape[0], bool) if token_mask is None else token_mask.reshape(-1)
-        params = {name: param[...] for name, param in vars(self).items() if isinstance(param, nnx.Variable)}
         router_TD = x_TD if router_x is None else router_x.reshape(x_TD.shape)
-        ids_TK = None if expert_ids is None else self._given_choices(expert_ids, x.shape[:-1])
+        ids_TK = None if expert_ids is None else expert_ids.reshape(-1, expert_ids.shape[-1])
+        params = {name: param[...] for name, param in vars(self).items() if isinstance(param, nnx.Variable)}
+        if token_mask is None:
+            mask_T = jnp.ones(x_TD.shape[0], bool)
+        else:
+            mask_T = token_mask.reshape(-1)
+            # Before anything multiplies by them: a cotangent of zero times NaN is NaN.
+            x_TD, router_TD = (jnp.where(mask_T[:, None], y_TD, 0) for y_TD in (x_TD, router_TD))
         plan = self._plan(x_TD.shape[0], x.dtype, dispatch)
         if self.config.latent_size is None:
             y_TD, stats = _forward(x_TD, router_TD, mask_T, ids_TK, params, plan=plan)
         else:
             y_TX, stats = _forward(self._latent(x_TD, "in"), router_TD, mask_T, ids_TK, params, plan=plan)
-            y_TD = jnp.where(mask_T[:, None], self._latent(y_TX, "out"), 0)
+            y_TD = self._latent(y_TX, "out")
         if self.config.shared is not None:
-            y_TD = y_TD + jnp.where(mask_T[:, None], self._shared(x_TD), 0)
+            y_TD = y_TD + self._shared(x_TD)
+        if token_mask is not None:
+            y_TD = jnp.where(mask_T[:, None], y_TD, 0)
         return y_TD.reshape(x.shape), stats
 
     def _given_choices(self, expert_ids: Any, tokens: tuple[int, ...]) -> jax.Array:
-        """`expert_ids` as int32 [T, K], seen to be choices of this layer as far as that can be seen here."""
+        """`expert_ids` as int32 [..., K], seen to be choices of this layer as far as that can be seen here."""
         K = self.config.num_experts_per_tok
         if jnp.shape(expert_ids) != (*tokens, K) or not jnp.issubdtype(jnp.result_type(expert_ids), jnp.integer):
             raise ValueError(
@@ -293,18 +391,18 @@ class MoE(nnx.Module):
             )
         if not isinstance(expert_ids, jax.core.Tracer):
             check_choices(np.asarray(expert_ids).reshape(-1, K), self.config.num_experts)
-        return jnp.asarray(expert_ids, jnp.int32).reshape(-1, K)
+        return jnp.asarray(expert_ids, jnp.int32)
 
     def _latent(self, x_TX: jax.Array, way: str) -> jax.Array:
         """From the model's width into that of the experts' inputs, or back."""
         y_TX = x_TX @ getattr(self, f"w_latent_{way}")[...].T
-        return y_TX + getattr(self, f"b_latent_{way}")[...] if self.config.latent_bias else y_TX
+        return y_TX + getattr(self, f"b_latent_{way}")[...][None] if self.config.latent_bias else y_TX
 
     def _shared(self, x_TD: jax.Array) -> jax.Array:
         """What the experts that serve every token add; it depends on no exchange, so it can overlap one."""
         T = x_TD.shape[0]
-        padded_TD = jnp.pad(x_TD, ((0, padded_batch(self.mesh, T) - T), (0, 0)))
-        y_TD = self.shared(padded_TD[:, None], batch_axes(self.mesh, T))[:T, 0]
+        padded_TD = jnp.pad(x_TD, ((0, padded_batch(self.mesh, T, self.axes) - T), (0, 0)))
+        y_TD = self.shared(padded_TD[:, None], batch_axes(self.mesh, T, self.axes))[:T, 0]
         if not self.config.shared_gate:
             return y_TD
         return jax.nn.sigmoid(x_TD @ self.w_shared_gate[...].T) * y_TD
@@ -317,10 +415,11 @@ class MoE(nnx.Module):
     def _layout(self) -> DispatchLayout:
         return DispatchLayout(
             mesh_shape=tuple(self.mesh.shape.items()),
-            expert_axes=self.expert_axes,
-            partial_axes=() if TP in self.expert_axes else (TP,),
+            expert_axes=self.expert_axis_names,
+            partial_axes=() if TP in self.expert_axes else self.axes.tp,
             num_slots=self.w_gate_up.shape[0],
             wire_dtype=self.wire_dtype,
+            axes=self.axes,
         )
 
     def explain_dispatch(self, tokens: int, dtype: Any = None) -> DispatchChoice:
@@ -351,7 +450,23 @@ class MoE(nnx.Module):
         name = dispatch or self.dispatch
         # Public methods are not called from here: nnx.tabulate jits them all, and their results are no arrays.
         backend = get_dispatch(self._explain_dispatch(T, dtype).name if name == "auto" else name, self._platform)
-        return _Plan(self.config, self.mesh, self._layout, backend, self.kernels, self.replica_choice)
+        return _Plan(self.config, auto_mesh(self.mesh), self._layout, backend, self.kernels, self.replica_choice)
+
+
+def check_layer_dtype(dtype: Any) -> None:
+    """Refuse a dtype that the weights of a layer cannot have.
+
+    Raises:
+        ValueError: it is none of float32, bfloat16, float16 and float64, or float64 where JAX has no 64-bit numbers.
+    """
+    try:
+        name = jnp.dtype(dtype).name
+    except TypeError:
+        name = ""
+    if name not in ("float32", "bfloat16", "float16", "float64"):
+        raise ValueError(f"dtype is float32, bfloat16, float16 or float64; got {dtype!r:.80}")
+    if name == "float64" and not jax.config.jax_enable_x64:
+        raise ValueError('dtype float64 needs 64-bit numbers: jax.config.update("jax_enable_x64", True)')
 
 
 def check_expert_axes(expert_axes: tuple[str, ...]) -> None:
@@ -360,7 +475,7 @@ def check_expert_axes(expert_axes: tuple[str, ...]) -> None:
     Raises:
         ValueError: not ("ep",), ("ep", "tp") or ("dp", "ep").
     """
-    if tuple(expert_axes) not in ((EP,), (EP, TP), (DP, EP)):
+    if isinstance(expert_axes, str) or tuple(expert_axes) not in ((EP,), (EP, TP), (DP, EP)):
         raise ValueError(f'expert_axes is ("ep",), ("ep", "tp") or ("dp", "ep"); got {expert_axes!r}')
 
 
@@ -374,7 +489,7 @@ def _forward(
     *,
     plan: _Plan,
 ) -> tuple[jax.Array, MoEStats]:
-    """The routed experts as one shard_map over all three axes; tokens are padded to split evenly."""
+    """The routed experts as one shard_map over all axes; tokens are padded to split evenly."""
     layout, config = plan.layout, plan.config
     token_axes = plan.dispatch.token_axes(layout)
     T = x_TD.shape[0]
@@ -383,7 +498,7 @@ def _forward(
     mask_T = jnp.pad(mask_T, (0, padding))
     if expert_ids_TK is not None:
         expert_ids_TK = jnp.pad(expert_ids_TK, ((0, padding), (0, 0)), constant_values=-1)
-    width_axis = TP if TP in layout.partial_axes else None
+    width_axis = layout.partial_axes
     expert_specs = {
         "w_gate_up": P(layout.expert_axes, None, width_axis),
         "w_down": P(layout.expert_axes, None, width_axis),
@@ -418,7 +533,11 @@ def _forward(
             router_z_loss=router_z_loss(sums),
         )
 
-    stats_specs: Any = dict.fromkeys(MoEStats._fields, P()) | {"expert_ids": P(token_axes), "rows_sent": P(*AXES)}
+    axes = layout.axes
+    stats_specs: Any = dict.fromkeys(MoEStats._fields, P()) | {
+        "expert_ids": P(token_axes),
+        "rows_sent": P(axes.dp, axes.tp, axes.ep),
+    }
     y_TD, stats = jax.shard_map(
         local,
         mesh=plan.mesh,

@@ -7,20 +7,23 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from jaxmoe.kernels.dtypes import sum_dtype
 from jaxmoe.layers.param import ParamFactory, ones, zeros
 
 
 def rms_norm(x: jax.Array, weight: jax.Array, eps: float, *, float32_weight: bool = False) -> jax.Array:
-    """weight · x / sqrt(mean(x²) + eps) over the last dim, computed in float32.
+    """weight · x / sqrt(mean(x²) + eps) over the last dim, computed in float32 (float64 for float64).
 
     Zhang and Sennrich 2019 (arXiv:1910.07467), equation 4. The normalised value is rounded
     to x's dtype before the weight is applied, as the reference of most checkpoints does; with
     `float32_weight` after it alone.
     """
-    x32 = x.astype(jnp.float32)
+    wide = sum_dtype(x.dtype)
+    x32 = x.astype(wide)
+    weight = jax.lax.broadcast_to_rank(weight, x.ndim)
     scale = jax.lax.rsqrt(jnp.mean(jnp.square(x32), axis=-1, keepdims=True) + eps)
     if float32_weight:
-        return (weight.astype(jnp.float32) * (x32 * scale)).astype(x.dtype)
+        return (weight.astype(wide) * (x32 * scale)).astype(x.dtype)
     return weight * (x32 * scale).astype(x.dtype)
 
 
@@ -71,9 +74,9 @@ class LayerNorm(nnx.Module):
         x32 = x.astype(jnp.float32)
         centred = x32 - jnp.mean(x32, axis=-1, keepdims=True)
         y = centred * jax.lax.rsqrt(jnp.mean(jnp.square(centred), axis=-1, keepdims=True) + self.eps)
-        y = y * self.weight[...].astype(jnp.float32)
+        y = y * jax.lax.broadcast_to_rank(self.weight[...].astype(jnp.float32), x.ndim)
         if hasattr(self, "bias"):
-            y += self.bias[...].astype(jnp.float32)
+            y += jax.lax.broadcast_to_rank(self.bias[...].astype(jnp.float32), x.ndim)
         return y.astype(x.dtype)
 
 

@@ -1,6 +1,7 @@
 """Parameters that know how they lie on the mesh and how a checkpoint fills them."""
 
 import dataclasses
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -10,7 +11,7 @@ import numpy as np
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding
 
-from jaxmoe.mesh import named
+from jaxmoe.mesh import MODEL_AXES, MeshAxes, named
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -77,7 +78,7 @@ def zeros(key: jax.Array, shape: tuple[int, ...], dtype: Any) -> jax.Array:
 
 def fan_in_normal(key: jax.Array, shape: tuple[int, ...], dtype: Any) -> jax.Array:
     """Normal with standard deviation 1/sqrt(fan in); the last dim is the input, as in torch."""
-    return (jax.random.normal(key, shape, jnp.float32) / np.sqrt(shape[-1])).astype(dtype)
+    return (jax.random.normal(key, shape, jnp.float32) / math.sqrt(shape[-1])).astype(dtype)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -88,11 +89,13 @@ class ParamFactory:
         mesh: where they live.
         dtype: of the weights.
         rngs: random streams; None makes ``jax.ShapeDtypeStruct`` values, which allocate nothing.
+        axes: the mesh axes that play dp, tp and ep.
     """
 
     mesh: Mesh
     dtype: Any
     rngs: nnx.Rngs | None
+    axes: MeshAxes = MODEL_AXES
 
     def __call__(
         self,
@@ -129,7 +132,7 @@ def _initial(
     """Random values as a checkpoint would fill them: alike in groups that have one source, zeros in padding."""
     if sources_of is None or sources_of == tuple(range(len(sources_of))):
         return init(key, shape, dtype)
-    sources = jnp.array(sources_of)
+    sources = jnp.array(sources_of, jnp.int32)
     group = (shape[0] // len(sources), *shape[1:])
     # A key for each source: taken from an array of all sources, the groups would need all of it on every device.
     values = jax.vmap(lambda source: init(jax.random.fold_in(key, source), group, dtype))(sources)

@@ -82,11 +82,11 @@ class RecurrentMixer(nnx.Module):
         def local(
             w: dict[str, jax.Array], x_BSD: jax.Array, positions_BS: jax.Array, cache: RecurrentCache | None
         ) -> tuple[jax.Array, RecurrentCache | None]:
-            lengths_B = jnp.full(len(x_BSD), 1) if decode else jnp.max(positions_BS, axis=1) + 1
+            lengths_B = jnp.ones(len(x_BSD), jnp.int32) if decode else jnp.max(positions_BS, axis=1) + 1
             y_BSA, kept = self.run(w, x_BSD, lengths_B, cache if decode else None)
             y_BSD = jnp.einsum("bsa,da->bsd", y_BSA, w["w_out"], preferred_element_type=jnp.float32)
             y_BSD = jax.lax.psum(y_BSD, TP).astype(x_BSD.dtype)
-            y_BSD = y_BSD + w["b_out"] if "b_out" in w else y_BSD
+            y_BSD = y_BSD + w["b_out"][None, None] if "b_out" in w else y_BSD
             return y_BSD, None if cache is None else RecurrentCache(kept.conv.astype(cache.conv.dtype), kept.state)
 
         return jax.shard_map(
@@ -100,4 +100,4 @@ class RecurrentMixer(nnx.Module):
 
 def is_token(S: int, lengths_B: jax.Array) -> jax.Array:
     """Bool [B, S, 1], False for padding."""
-    return (jnp.arange(S) < lengths_B[:, None])[..., None]
+    return (jnp.arange(S, dtype=jnp.int32)[None] < lengths_B[:, None])[..., None]

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxmoe.checks import whole_number
 from jaxmoe.placement import ExpertPlacement
 from jaxmoe.placement.replicas import get_replica_choice
 
@@ -37,8 +38,8 @@ class ReplicaRule:
             ValueError: the choice is unknown or lacks loads, or the devices do not split into such nodes.
         """
         n = placement.ep
-        node = n if self.devices_per_node is None else self.devices_per_node
-        if node < 1 or n % node:
+        node = n if self.devices_per_node is None else whole_number("devices_per_node", self.devices_per_node, least=1)
+        if n % node:
             raise ValueError(f"nodes hold equally many devices: {n} devices are no multiple of devices_per_node={node}")
         last_load = np.zeros(n) if self.last_load is None else np.asarray(self.last_load, np.float64)
         if last_load.shape != (n,) or (self.last_load is None and self.choice == "least_loaded"):
@@ -80,7 +81,7 @@ def token_draws(x_TD: jax.Array, K: int) -> jax.Array:
     # Another odd factor for each place, so that the order of the numbers counts.
     factors_D = jnp.arange(x_TD.shape[1], dtype=jnp.uint32) * jnp.uint32(0x9E3779B2) + jnp.uint32(0x85EBCA6B)
     salt_K = jnp.arange(K, dtype=jnp.uint32) * jnp.uint32(0xC2B2AE35)
-    hash_TK = jnp.sum(bits_TD * factors_D, axis=1, dtype=jnp.uint32)[:, None] + salt_K
+    hash_TK = jnp.sum(bits_TD * factors_D[None], axis=1, dtype=jnp.uint32)[:, None] + salt_K[None]
     hash_TK = (hash_TK ^ (hash_TK >> 16)) * jnp.uint32(0x7FEB352D)
     hash_TK = (hash_TK ^ (hash_TK >> 15)) * jnp.uint32(0x846CA68B)
     return ((hash_TK ^ (hash_TK >> 16)) >> 1).astype(jnp.int32)

@@ -16,8 +16,10 @@ def apply_rope(x_BSHh: jax.Array, positions_BS: jax.Array, config: RopeConfig) -
     frequencies, scale = jnp.asarray(config.frequencies, jnp.float32), jnp.float32(config.scale)
     if config.long is not None:
         is_long_B11 = jnp.max(positions_BS, axis=1)[:, None, None] >= config.long_above
-        frequencies = jnp.where(is_long_B11, jnp.asarray(config.long.frequencies, jnp.float32), frequencies)
+        longer = jnp.asarray(config.long.frequencies, jnp.float32)
+        frequencies = jnp.where(is_long_B11, longer[None, None], frequencies[None, None])
         scale = jnp.where(is_long_B11, config.long.scale, scale)
+    frequencies = jax.lax.broadcast_to_rank(frequencies, 3)
     angles_BSr = positions_BS.astype(jnp.float32)[..., None] * frequencies
     cos = (jnp.cos(angles_BSr) * scale)[:, :, None].astype(x_BSHh.dtype)
     sin = (jnp.sin(angles_BSr) * scale)[:, :, None].astype(x_BSHh.dtype)

@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxmoe.config import RouterConfig, RouterFunction
+from jaxmoe.kernels.dtypes import sum_dtype
 from jaxmoe.layers.norm import rms_norm
 
 SCORES: dict[str, Callable[[jax.Array], jax.Array]] = {
@@ -23,7 +24,7 @@ SCORES: dict[str, Callable[[jax.Array], jax.Array]] = {
 def route(
     x_TD: jax.Array, params: Mapping[str, jax.Array], num_experts_per_tok: int, config: RouterConfig
 ) -> tuple[jax.Array, jax.Array]:
-    """Choose K experts for each token and weight them, in float32.
+    """Choose K experts for each token and weight them, in float32 (float64 where x is).
 
     1. logits = x @ wᵀ (+ logit bias), of x as it is or normalised; scores = score(logits).
     2. The K largest of scores + correction bias, in the eligible groups, are chosen, the lowest
@@ -42,25 +43,26 @@ def route(
         config: which of the steps apply.
 
     Returns:
-        int32 [T, K] logical experts and float32 [T, K] weights, first choice first.
+        int32 [T, K] logical experts and [T, K] weights, first choice first.
     """
     return choose_experts(router_logits(x_TD, params, config), params, num_experts_per_tok, config)
 
 
 def router_logits(x_TD: jax.Array, params: Mapping[str, jax.Array], config: RouterConfig) -> jax.Array:
-    """Step 1 of `route` without the score: float32 [T, E]."""
-    x_TD = x_TD.astype(jnp.float32)
+    """Step 1 of `route` without the score: [T, E] in float32, or float64 where x is."""
+    dtype = sum_dtype(x_TD.dtype)
+    x_TD = x_TD.astype(dtype)
     if config.input_norm_eps is not None:
-        scale_D = params["router_norm"].astype(jnp.float32) * x_TD.shape[-1] ** -0.5
+        scale_D = params["router_norm"].astype(dtype) * x_TD.shape[-1] ** -0.5
         x_TD = rms_norm(x_TD, scale_D, config.input_norm_eps)
     logits_TE = jnp.einsum(
         "td,ed->te",
         x_TD,
-        params["w_router"].astype(jnp.float32),
+        params["w_router"].astype(dtype),
         precision=jax.lax.Precision.HIGHEST,
     )
     if config.logit_bias:
-        logits_TE += params["b_router"].astype(jnp.float32)
+        logits_TE += params["b_router"].astype(dtype)[None]
     return logits_TE
 
 
@@ -71,7 +73,7 @@ def choose_experts(
     config: RouterConfig,
     expert_ids_TK: jax.Array | None = None,
 ) -> tuple[jax.Array, jax.Array]:
-    """The rest of `route`: from logits to int32 [T, K] experts and float32 [T, K] weights.
+    """The rest of `route`: from logits to int32 [T, K] experts and [T, K] weights in the logits' dtype.
 
     Args:
         logits_TE: from `router_logits`.
@@ -96,13 +98,13 @@ def _own_choice(
 ) -> tuple[jax.Array, jax.Array]:
     """The router's own experts and their weights."""
     if config.function is not None:
-        return _checked(config.function, config.function(logits_TE, K), (logits_TE.shape[0], K))
+        return _checked(config.function, config.function(logits_TE, K), (logits_TE.shape[0], K), logits_TE.dtype)
     if config.sparsemixer is not None:
         ids_TK = sparsemixer(logits_TE, K, config.sparsemixer)[0]
     else:
         choice_TE = logits_TE if config.score_after_top_k else SCORES[config.score](logits_TE)
         if config.correction_bias:
-            choice_TE = choice_TE + params["correction_bias"].astype(jnp.float32)
+            choice_TE = choice_TE + params["correction_bias"].astype(choice_TE.dtype)[None]
         if config.num_groups > 1:
             choice_TE = jnp.where(eligible(choice_TE, config), choice_TE, 0 if config.zero_other_groups else -jnp.inf)
         _, ids_TK = jax.lax.top_k(choice_TE, K)
@@ -110,7 +112,7 @@ def _own_choice(
 
 
 def _weigh(logits_TE: jax.Array, ids_TK: jax.Array, params: Mapping[str, jax.Array], config: RouterConfig) -> jax.Array:
-    """Float32 [T, K], the weights of experts that were chosen in this order, whoever chose them."""
+    """[T, K], the weights of experts that were chosen in this order, whoever chose them."""
     K = ids_TK.shape[1]
     if config.sparsemixer is not None:
         weights_TK = sparsemixer(logits_TE, K, config.sparsemixer, ids_TK)[1]
@@ -125,7 +127,7 @@ def _weigh(logits_TE: jax.Array, ids_TK: jax.Array, params: Mapping[str, jax.Arr
         weights_TK = weights_TK.at[:, config.topk_groups * logits_TE.shape[1] // config.num_groups :].set(0)
     weights_TK = _normalize(weights_TK, config) * config.scale
     if config.expert_scale:
-        weights_TK *= params["expert_scale"].astype(jnp.float32)[ids_TK]
+        weights_TK *= params["expert_scale"].astype(weights_TK.dtype)[ids_TK]
     return weights_TK
 
 
@@ -137,10 +139,12 @@ def _weighted_by(function: RouterFunction, logits_TE: jax.Array, ids_TK: jax.Arr
             f"back with their weights; {_name(function)!r} has no such parameter"
         )
     found = function(logits_TE, ids_TK.shape[1], expert_ids=ids_TK)
-    return _checked(function, found, ids_TK.shape)[1]
+    return _checked(function, found, ids_TK.shape, logits_TE.dtype)[1]
 
 
-def _checked(function: RouterFunction, found: tuple, shape: tuple[int, ...]) -> tuple[jax.Array, jax.Array]:
+def _checked(
+    function: RouterFunction, found: tuple, shape: tuple[int, ...], dtype: jax.typing.DTypeLike
+) -> tuple[jax.Array, jax.Array]:
     """What a user's function gave, once it is seen to be what it should be."""
     ids_TK, weights_TK = (jnp.asarray(array) for array in found)
     kinds = jnp.issubdtype(ids_TK.dtype, jnp.integer) and jnp.issubdtype(weights_TK.dtype, jnp.floating)
@@ -149,7 +153,7 @@ def _checked(function: RouterFunction, found: tuple, shape: tuple[int, ...]) -> 
             f"a router function gives whole numbers and weights of shape [T, K], here {shape}; "
             f"{_name(function)!r} gives {ids_TK.dtype} {ids_TK.shape} and {weights_TK.dtype} {weights_TK.shape}"
         )
-    return ids_TK.astype(jnp.int32), weights_TK.astype(jnp.float32)
+    return ids_TK.astype(jnp.int32), weights_TK.astype(dtype)
 
 
 def _name(function: RouterFunction) -> object:
@@ -176,8 +180,8 @@ def sparsemixer(
     """
     left_TE, ids, weights = logits_TE, [], []
     for k in range(num_experts_per_tok):
-        id_T = jnp.argmax(left_TE, axis=-1) if expert_ids_TK is None else expert_ids_TK[:, k]
-        chosen_TE = jnp.arange(logits_TE.shape[1])[None] == id_T[:, None]
+        id_T = jnp.argmax(left_TE, axis=-1).astype(jnp.int32) if expert_ids_TK is None else expert_ids_TK[:, k]
+        chosen_TE = jnp.arange(logits_TE.shape[1], dtype=jnp.int32)[None] == id_T[:, None]
         logit_T1 = jnp.take_along_axis(left_TE, id_T[:, None], axis=-1)
         far_TE = (logit_T1 - logits_TE) / jnp.maximum(jnp.abs(logits_TE), logit_T1) > 2 * jitter
         near_TE = jax.nn.softmax(jnp.where(far_TE, -jnp.inf, left_TE), axis=-1)
@@ -194,7 +198,7 @@ def eligible(choice_TE: jax.Array, config: RouterConfig) -> jax.Array:
     count = 1 if config.group_score == "max" else min(2, groups_TGe.shape[-1])
     group_TG = jnp.sum(jax.lax.top_k(groups_TGe, count)[0], axis=-1)
     _, best_TB = jax.lax.top_k(group_TG, config.topk_groups)
-    chosen_TG = jnp.any(best_TB[:, :, None] == jnp.arange(config.num_groups), axis=1)
+    chosen_TG = jnp.any(best_TB[:, :, None] == jnp.arange(config.num_groups, dtype=jnp.int32)[None, None], axis=1)
     return jnp.repeat(chosen_TG, E // config.num_groups, axis=1, total_repeat_length=E)
 
 

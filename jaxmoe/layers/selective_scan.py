@@ -31,7 +31,7 @@ def selective_step(
     Returns:
         Outputs [B, A] and the states after the token, in the arguments' dtype.
     """
-    state_BAn = jnp.exp(dt_BA[..., None] * rate_An) * state_BAn + (dt_BA * x_BA)[..., None] * b_Bn[:, None]
+    state_BAn = jnp.exp(dt_BA[..., None] * rate_An[None]) * state_BAn + (dt_BA * x_BA)[..., None] * b_Bn[:, None]
     return jnp.sum(state_BAn * c_Bn[:, None], axis=-1), state_BAn
 
 
@@ -77,7 +77,7 @@ def selective_scan(
 
     def one_chunk(state_BAn: jax.Array, chunk: tuple[jax.Array, ...]) -> tuple[jax.Array, jax.Array]:
         x_BCA, dt_BCA, b_BCn, c_BCn = chunk
-        steps = (jnp.exp(dt_BCA[..., None] * rate_An), (dt_BCA * x_BCA)[..., None] * b_BCn[:, :, None])
+        steps = (jnp.exp(dt_BCA[..., None] * rate_An[None, None]), (dt_BCA * x_BCA)[..., None] * b_BCn[:, :, None])
         decay_BCAn, added_BCAn = jax.lax.associative_scan(after_each_other, steps, axis=1)
         states_BCAn = decay_BCAn * state_BAn[:, None] + added_BCAn
         return states_BCAn[:, -1], jnp.sum(states_BCAn * c_BCn[:, :, None], axis=-1)

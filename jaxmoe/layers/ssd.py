@@ -38,7 +38,7 @@ def ssd_step(
     """
     heads = x_BHp.shape[1] // b_BGn.shape[1]
     b_BHn, c_BHn = (jnp.repeat(y_BGn, heads, axis=1) for y_BGn in (b_BGn, c_BGn))
-    decay_BH11 = jnp.exp(dt_BH * rate_H)[..., None, None]
+    decay_BH11 = jnp.exp(dt_BH * rate_H[None])[..., None, None]
     state_BHpn = decay_BH11 * state_BHpn + (dt_BH[..., None] * x_BHp)[..., None] * b_BHn[:, :, None]
     return jnp.sum(state_BHpn * c_BHn[:, :, None], axis=-1), state_BHpn
 
@@ -86,10 +86,10 @@ def chunked_ssd(
     def one_chunk(state_BGqpn: jax.Array, chunk: tuple[jax.Array, ...]) -> tuple[jax.Array, jax.Array]:
         x_BCHp, dt_BCH, b_BCGn, c_BCGn = chunk
         x_BCGqp = (x_BCHp * dt_BCH[..., None]).reshape(B, C, G, -1, p)
-        log_decay_BGqC = jnp.cumsum(jnp.moveaxis((dt_BCH * rate_H).reshape(B, C, G, -1), 1, -1), axis=-1)
+        log_decay_BGqC = jnp.cumsum(jnp.moveaxis((dt_BCH * rate_H[None, None]).reshape(B, C, G, -1), 1, -1), axis=-1)
         # Masked before the exponential, which would overflow above the diagonal.
         between = log_decay_BGqC[..., :, None] - log_decay_BGqC[..., None, :]
-        between = jnp.exp(jnp.where(jnp.tri(C, dtype=bool), between, -jnp.inf))
+        between = jnp.exp(jnp.where(jnp.tri(C, dtype=bool)[None, None, None], between, -jnp.inf))
         weights_BGqij = _einsum("bign,bjgn->bgij", c_BCGn, b_BCGn)[:, :, None] * between
         y_BCGqp = _einsum("bgqij,bjgqp->bigqp", weights_BGqij, x_BCGqp)
         kept = jnp.moveaxis(jnp.exp(log_decay_BGqC), -1, 1)[..., None]

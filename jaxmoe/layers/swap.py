@@ -21,7 +21,6 @@ from jax.sharding import PartitionSpec as P
 from jaxmoe.layers.in_place import update_slice
 from jaxmoe.layers.moe import MoE
 from jaxmoe.layers.usable import check_usable
-from jaxmoe.mesh import AXES
 from jaxmoe.placement import ExpertPlacement
 from jaxmoe.placement.migration import OTHER_NODE, SAME_DEVICE, SAME_NODE, Move, plan_migration
 
@@ -118,8 +117,8 @@ def _swap_stacks(moe: MoE, placement: ExpertPlacement, num_nodes: int) -> MovedB
 
 
 def _swap(stack: jax.Array, moves: Sequence[Move], moe: MoE, moved: MovedBytes) -> jax.Array:
-    p, ranks = moe.placement.slots_per_device, _expert_ranks(moe.mesh, moe.expert_axes)
-    over = stack.sharding, P(moe.expert_axes)
+    p, ranks = moe.placement.slots_per_device, _expert_ranks(moe.mesh, moe.expert_axis_names)
+    over = stack.sharding, P(moe.expert_axis_names)
     # Per destination rank: its new slots, and their weights on each device of that rank.
     places: dict[int, list[int]] = defaultdict(list)
     pieces: dict[jax.Device, list[jax.Array]] = defaultdict(list)
@@ -156,7 +155,7 @@ def fill_slots(stack: jax.Array, experts: jax.Array, places: Sequence[Sequence[i
         places: which of its own slots (0..p-1) each device's experts go to, at most m; the rest is padding.
         moe: the layer.
     """
-    over = stack.sharding, P(moe.expert_axes)
+    over = stack.sharding, P(moe.expert_axis_names)
     for turn in range(max(map(len, places))):
         piece = _take(experts, _per_rank(dict.fromkeys(range(len(places)), turn), moe), over=over)
         stack = _put(stack, piece, _turn(dict(enumerate(places)), turn, moe), over=over)
@@ -191,8 +190,8 @@ def _one_per_source(moves: Iterable[Move], p: int) -> list[list[Move]]:
 
 def _expert_ranks(mesh: Mesh, axes: tuple[str, ...]) -> np.ndarray:
     """Devices [groups, ranks along `axes`]; the devices of a group differ in nothing but that rank."""
-    others = [axis for axis in AXES if axis not in axes]
-    order = [AXES.index(axis) for axis in (*others, *axes)]
+    others = [axis for axis in mesh.axis_names if axis not in axes]
+    order = [mesh.axis_names.index(axis) for axis in (*others, *axes)]
     ranks = int(np.prod([mesh.shape[axis] for axis in axes]))
     return mesh.devices.transpose(order).reshape(-1, ranks)
 
@@ -201,7 +200,7 @@ def _per_rank(values: dict[int, int], moe: MoE) -> jax.Array:
     """int32 [ranks], one number for each device along the expert axes, -1 where `values` has none."""
     numbers = np.full(moe.placement.ep, -1, np.int32)
     numbers[list(values)] = list(values.values())
-    return jax.device_put(numbers, NamedSharding(moe.mesh, P(moe.expert_axes)))
+    return jax.device_put(numbers, NamedSharding(moe.mesh, P(moe.expert_axis_names)))
 
 
 @partial(jax.jit, static_argnames="over")

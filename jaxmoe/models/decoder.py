@@ -12,6 +12,7 @@ import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
 
+from jaxmoe.checks import instance_of, whole_number
 from jaxmoe.config import DecoderConfig, MoEConfig
 from jaxmoe.dispatch import PhaseDispatch
 from jaxmoe.layers import (
@@ -28,7 +29,7 @@ from jaxmoe.layers import (
     check_usable,
     swap_experts,
 )
-from jaxmoe.mesh import EP, TP, axes_size, batch_axes, named, padded_batch
+from jaxmoe.mesh import EP, TP, axes_size, batch_axes, check_mesh, named, padded_batch
 from jaxmoe.models.belongings import Belongings
 from jaxmoe.models.checks import check_token_ids, check_tp
 from jaxmoe.models.decoder_layer import DecoderLayer
@@ -80,6 +81,8 @@ class Decoder(nnx.Module):
         rngs: nnx.Rngs | None = None,
         origin: Origin | None = None,
     ):
+        instance_of("config", config, DecoderConfig, "a DecoderConfig")
+        check_mesh(mesh)
         check_expert_axes(expert_axes)
         check_tp(config, mesh.shape[TP], expert_axes)
         self.config, self.mesh, self.dtype = config, mesh, jnp.dtype(dtype)
@@ -281,6 +284,7 @@ class Decoder(nnx.Module):
             201326592
         """
         check_usable(self)
+        num_nodes = whole_number("num_nodes", num_nodes, least=1)
         layers = self.moe_layers
         if not layers:
             raise ValueError("no layer of this model has routed experts: there is nothing to place")
@@ -338,7 +342,7 @@ class Decoder(nnx.Module):
         # Padded to a few sizes, so that a series of calls compiles a few programs.
         rows, length = padded_batch(self.mesh, B), bucket_length(S)
         tokens_BS = jnp.pad(jnp.asarray(token_ids, jnp.int32), ((0, rows - B), (0, length - S)))
-        lengths_B = jnp.where(jnp.arange(rows) < B, S, 0)
+        lengths_B = jnp.where(jnp.arange(rows, dtype=jnp.int32) < B, jnp.int32(S), 0)
         expert_ids = None if self.replay is None else self.replay.of_call(B, S, rows, length)
         graphdef, replay, *rest = nnx.split(self, ReplayedRouting, ...)
         # The program takes the choices as they are padded, and no array of each trace's own size.

@@ -98,7 +98,7 @@ class DecoderLayer(nnx.Module):
                 y_BSD = self.feed_forward_post_norm(y_BSD)
             x_BSD = x_BSD + y_BSD * self.residual_multiplier
         if self.config.output_scale:
-            x_BSD = x_BSD * self.output_scale[...]
+            x_BSD = x_BSD * jax.lax.broadcast_to_rank(self.output_scale[...], x_BSD.ndim)
         return x_BSD, cache, stats
 
     def _feed_forward(

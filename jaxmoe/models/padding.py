@@ -11,8 +11,8 @@ def prompt_positions(lengths_B: jax.Array, S: int) -> tuple[jax.Array, jax.Array
 
     So a row's largest position tells the prompt's own length, which some position embeddings depend on.
     """
-    index_S, lengths_B1 = jnp.arange(S), lengths_B[:, None]
-    return jnp.minimum(index_S, jnp.maximum(lengths_B1 - 1, 0)), index_S < lengths_B1
+    index_1S, lengths_B1 = jnp.arange(S, dtype=jnp.int32)[None], lengths_B[:, None]
+    return jnp.minimum(index_1S, jnp.maximum(lengths_B1 - 1, 0)), index_1S < lengths_B1
 
 
 def bucket_length(length: int, limit: int | None = None) -> int:

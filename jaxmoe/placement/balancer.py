@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from jaxmoe.checks import check_positive, real_number
 from jaxmoe.placement import STRATEGIES, get_strategy
 from jaxmoe.placement.balance import max_over_mean
 from jaxmoe.placement.base import ExpertPlacement
@@ -73,11 +74,8 @@ class Balancer:
             raise ValueError(
                 f"a balancer knows counts alone: strategy is one of {', '.join(usable)}; got {self.strategy!r}"
             )
-        if self.window < 1 or self.interval < 1 or self.threshold < 1:
-            raise ValueError(
-                f"window and interval are steps and threshold is max / mean, all at least 1; got window={self.window}, "
-                f"interval={self.interval}, threshold={self.threshold}"
-            )
+        check_positive(self, "window", "interval", "num_groups", "num_nodes")
+        self.threshold = real_number("Balancer.threshold", self.threshold, least=1, note=", max / mean")
         self._counts: deque[np.ndarray] = deque(maxlen=self.window)
         self._steps = 0
 

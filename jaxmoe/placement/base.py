@@ -8,6 +8,8 @@ from typing import Any
 
 import numpy as np
 
+from jaxmoe.checks import check_positive, flag
+
 _FORMAT = "jaxmoe.expert_placement"
 
 
@@ -39,10 +41,7 @@ class ExpertPlacement:
         slots = _whole_numbers("slot_to_expert", self.slot_to_expert)
         slots.setflags(write=False)
         object.__setattr__(self, "slot_to_expert", slots)
-        if self.num_experts < 1 or self.ep < 1:
-            raise ValueError(
-                f"a placement needs at least one expert and one device; got num_experts={self.num_experts}, ep={self.ep}"
-            )
+        check_positive(self, "num_experts", "ep")
         if slots.ndim != 1 or slots.size == 0 or slots.size % self.ep:
             raise ValueError(
                 f"every device owns the same number of slots: slot_to_expert has shape {slots.shape}, which does not "
@@ -117,7 +116,7 @@ class ExpertPlacement:
         ep = len(device_experts)
         per_device = max(1, *(len(experts) for experts in device_experts)) if ep else 1
         padding = ep * per_device - sum(len(experts) for experts in device_experts)
-        if padding and not allow_padding:
+        if padding and not flag("allow_padding", allow_padding):
             raise ValueError(
                 f"num_experts ({num_experts}) does not fill {ep} expert-parallel devices evenly: "
                 f"{padding} slots would be padding (pass allow_padding=True to accept them)"

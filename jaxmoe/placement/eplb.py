@@ -2,6 +2,7 @@
 
 import numpy as np
 
+from jaxmoe.checks import whole_number
 from jaxmoe.placement.base import ExpertPlacement
 from jaxmoe.placement.packing import balanced_packing, replicate_experts
 from jaxmoe.placement.strategy import PlacementTask, Strategy, check_counts
@@ -39,11 +40,9 @@ def eplb(
     weights_LE = check_counts(counts).astype(np.float32)
     assert weights_LE.ndim == 2
     E = weights_LE.shape[1]
-    if min(ep, num_groups, num_nodes) < 1:
-        raise ValueError(
-            f"ep, num_groups and num_nodes are at least 1; got ep={ep}, num_groups={num_groups}, num_nodes={num_nodes}"
-        )
-    num_slots = -(-E // ep) * ep if num_slots is None else num_slots
+    sizes = {"ep": ep, "num_groups": num_groups, "num_nodes": num_nodes}
+    ep, num_groups, num_nodes = (whole_number(name, size, least=1) for name, size in sizes.items())
+    num_slots = -(-E // ep) * ep if num_slots is None else whole_number("num_slots", num_slots)
     if num_groups % num_nodes:
         num_groups = num_nodes = 1
     _check(E, ep, num_slots, num_groups, num_nodes)

@@ -2,6 +2,7 @@
 
 import numpy as np
 
+from jaxmoe.checks import whole_number
 from jaxmoe.placement.base import ExpertPlacement
 from jaxmoe.placement.strategy import PlacementTask, Strategy
 
@@ -22,8 +23,7 @@ def linear(num_experts: int, ep: int, *, num_slots: int | None = None, allow_pad
 
     Source: vLLM, determine_expert_map and build_initial_global_physical_to_logical_map.
     """
-    if ep < 1:
-        raise ValueError(f"experts are placed on at least one device; got ep={ep}")
+    ep = whole_number("ep", ep, least=1)
     blocks = np.array_split(initial_experts(num_experts, num_slots), ep)
     return ExpertPlacement.from_device_experts(num_experts, blocks, allow_padding=allow_padding)
 
@@ -34,7 +34,8 @@ def initial_experts(num_experts: int, num_slots: int | None) -> np.ndarray:
     Raises:
         ValueError: there are fewer slots than experts.
     """
-    if num_slots is not None and num_slots < num_experts:
+    num_experts = whole_number("num_experts", num_experts, least=1)
+    if num_slots is not None and whole_number("num_slots", num_slots) < num_experts:
         raise ValueError(f"every expert needs a slot: num_slots={num_slots} is below num_experts={num_experts}")
     return np.arange(num_slots or num_experts, dtype=np.int32) % num_experts
 

@@ -1,5 +1,6 @@
 """Round-robin placement: neighbouring experts on neighbouring devices."""
 
+from jaxmoe.checks import whole_number
 from jaxmoe.placement.base import ExpertPlacement
 from jaxmoe.placement.linear import initial_experts
 from jaxmoe.placement.strategy import PlacementTask, Strategy
@@ -19,11 +20,11 @@ def round_robin(
         allow_padding: whether slots may stay empty.
 
     Raises:
-        ValueError: slots would be padding and `allow_padding` is False, or there are fewer slots than experts.
+        ValueError: slots would be padding and `allow_padding` is False, there are fewer slots than experts, or no device.
 
     Source: vLLM, determine_expert_map.
     """
-    experts = initial_experts(num_experts, num_slots)
+    experts, ep = initial_experts(num_experts, num_slots), whole_number("ep", ep, least=1)
     return ExpertPlacement.from_device_experts(
         num_experts, [experts[device::ep] for device in range(ep)], allow_padding=allow_padding
     )

@@ -6,6 +6,7 @@ from typing import Any, Literal
 
 import numpy as np
 
+from jaxmoe.checks import whole_number
 from jaxmoe.placement.base import ExpertPlacement
 from jaxmoe.placement.trace import RoutingTrace
 
@@ -53,8 +54,9 @@ class PlacementTask:
 
     def __post_init__(self) -> None:
         for name in ("num_experts", "ep", "num_layers", "num_groups", "num_nodes"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} is at least 1; got {getattr(self, name)}")
+            object.__setattr__(self, name, whole_number(name, getattr(self, name), least=1))
+        if self.num_slots is not None:
+            object.__setattr__(self, "num_slots", whole_number("num_slots", self.num_slots))
         if self.ep % self.num_nodes:
             raise ValueError(f"nodes hold equally many devices: ep={self.ep} is no multiple of {self.num_nodes} nodes")
         counts = self.counts

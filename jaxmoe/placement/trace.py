@@ -8,6 +8,8 @@ from typing import Any
 
 import numpy as np
 
+from jaxmoe.checks import whole_number
+
 _FORMAT = "jaxmoe.routing_trace"
 _VERSION = 1
 
@@ -78,10 +80,10 @@ class RoutingTrace:
             window: tokens per window (the last may hold fewer), or the size of each window.
         """
         ids = _whole_numbers("expert_ids", expert_ids, np.int32, ndim=3)
+        num_experts = whole_number("num_experts", num_experts, least=1)
         _check_ids(ids, num_experts)
-        if isinstance(window, int):
-            if window < 1:
-                raise ValueError(f"a window holds at least one token; got {window}")
+        if np.ndim(window) == 0:
+            window = whole_number("window", window, least=1)
             starts = np.arange(0, ids.shape[0], window)
             sizes = np.minimum(window, ids.shape[0] - starts)
         else:

@@ -12,6 +12,7 @@ import numpy as np
 
 from jaxmoe.checkpoint.abstract import abstract_model, abstract_specs
 from jaxmoe.checkpoint.names import is_expert_stack, layer_index
+from jaxmoe.checks import path_like, whole_number
 from jaxmoe.config import DecoderConfig
 from jaxmoe.layers import CacheArray, param_specs
 from jaxmoe.mesh import AXES, EP, batch_axes, named, padded_batch
@@ -101,6 +102,7 @@ def plan(
         >>> report.bytes_per_device[0], report.fits  # doctest: +SKIP
         (8123456789, True)
     """
+    path_like("path", path)
     _, config = read_model_config(path)
     return plan_config(
         config,
@@ -132,10 +134,9 @@ def plan_config(
     """`plan` for a config that has been read."""
     if max_length is None:
         max_length = min(4096, config.max_position_embeddings)
-    sizes = {"dp": dp, "tp": tp, "ep": ep}
-    for name, value in {**sizes, "batch_size": batch_size, "max_length": max_length}.items():
-        if value < 1:
-            raise ValueError(f"{name} is at least 1; got {value}")
+    sizes = {name: whole_number(name, size, least=1) for name, size in {"dp": dp, "tp": tp, "ep": ep}.items()}
+    batch_size = whole_number("batch_size", batch_size, least=1)
+    max_length = whole_number("max_length", max_length, least=1)
     kind = None if device is None else get_device_kind(device)
     if max_length > config.max_position_embeddings:
         raise ValueError(

@@ -46,7 +46,7 @@ def test_a_sentence_for_people_and_the_side_files(tmp_path, capsys) -> None:
         (["nowhere", "out"], "config.json does not exist"),
         ([str(DEMO), "."], "is there; overwrite replaces it"),
         ([str(DEMO), "out", "--dtype", "int4"], "dtype is float32"),
-        ([str(DEMO), "out", "--max-shard-size", "much"], "a file size is a number of bytes"),
+        ([str(DEMO), "out", "--max-shard-size", "much"], "max_shard_size is a number of bytes"),
         ([str(DEMO), "out", "--placement", "x.json"], "the placement file x.json does not exist"),
     ],
 )

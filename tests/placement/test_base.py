@@ -66,7 +66,7 @@ def test_padding_can_be_refused(make) -> None:
 
 @pytest.mark.parametrize("make", [LINEAR, ROUND_ROBIN])
 def test_no_device_is_refused(make) -> None:
-    with pytest.raises(ValueError, match="at least one .*device"):
+    with pytest.raises(ValueError, match="ep is a whole number of at least 1; got 0"):
         make(4, 0)
 
 
@@ -85,8 +85,8 @@ def test_tables_follow_from_the_slots() -> None:
         ((2, 2, [0, 2]), "a slot holds an expert 0..1 or -1"),
         ((2, 2, [0, -2]), "a slot holds an expert 0..1 or -1"),
         ((3, 2, [0, 1]), "1 of 3 have none, the first is 2"),
-        ((0, 1, [0]), "at least one expert and one device"),
-        ((1, 0, [0]), "at least one expert and one device"),
+        ((0, 1, [0]), "num_experts is a whole number of at least 1; got 0"),
+        ((1, 0, [0]), "ep is a whole number of at least 1; got 0"),
         ((1, 1, [[0]]), "has shape"),
         ((2, 2, [0.0, 1.7]), r"whole numbers, each an expert; got float64 \[0.0, 1.7\]"),
         ((2, 2, np.array([2**32, 1])), "whole numbers, each an expert; got int64"),

@@ -81,7 +81,7 @@ def grouped_matmul(
         lhs_RK: rows, sorted by group. There may be more of them than the groups own: time follows the rows owned.
         rhs_GNK: one matrix a group, (out, in) as in torch; of lhs_RK's dtype, or a `QuantizedStack`.
         group_sizes_G: int32, rows of each group; zeros are welcome.
-        out_dtype: dtype of the result, lhs_RK's by default. Sums are float32 whatever it is.
+        out_dtype: dtype of the result, lhs_RK's by default. Sums are float32 (float64 for float64 rows) whatever it is.
         backend: a name in `BACKENDS` or `GPU_BACKENDS`, or "auto".
         device_kind: `jax.Device.device_kind` of where it will run. A GPU backend takes the tiles that were measured to
             be fastest there; without it, or where nothing was measured, its own choice. "mosaic_gpu" has a kernel of
@@ -144,9 +144,9 @@ def expert_mlp(
         group_sizes_p: int32, rows of each slot; zeros are welcome.
         b_gate_up_p2F: biases of the first product.
         b_down_pD: biases of the second.
-        activation: a name in `ACTIVATIONS` or `CLAMPED`, computed in float32.
+        activation: a name in `ACTIVATIONS` or `CLAMPED`, computed in the sums' dtype.
         limit: of a clamped activation.
-        out_dtype: dtype of the result, x_RD's by default. Sums are float32 whatever it is.
+        out_dtype: dtype of the result, x_RD's by default. Sums are float32 (float64 for float64 rows) whatever it is.
         backend: a name in `BACKENDS` or `GPU_BACKENDS`, or "auto".
         device_kind: `jax.Device.device_kind` of where it will run. A GPU backend takes the tiles that were measured to
             be fastest there; without it, or where nothing was measured, its own choice. "mosaic_gpu" has a kernel of

@@ -1,7 +1,7 @@
 """The backward pass of a function that is applied to the rows of each group with that group's matrices.
 
-Nothing but the inputs is kept from the forward pass: a tile's products are computed again, in float32, where they are
-needed, so that training stores no activation of the experts.
+Nothing but the inputs is kept from the forward pass: a tile's products are computed again, in the dtype of sums, where
+they are needed, so that training stores no activation of the experts.
 """
 
 from collections.abc import Callable
@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from jaxmoe.kernels.dtypes import sum_dtype
 from jaxmoe.kernels.grouped_matmul.loop_arrays import from_bits, take_group, to_bits
 from jaxmoe.kernels.grouped_matmul.tiles import MIN_TILE, filled_groups, mark_varying, rows_per_tile
 
@@ -44,7 +45,7 @@ def group_gradients(
     Returns:
         The gradients, in the shapes and dtypes of `stacks` and x_RK.
     """
-    R, G = x_RK.shape[0], group_sizes_G.shape[0]
+    R, G, wide = x_RK.shape[0], group_sizes_G.shape[0], sum_dtype(x_RK.dtype)
     # A single row makes a poor product: the matrices' gradients are outer products of tiles.
     m = min(R, max(MIN_TILE, rows_per_tile(R, G)))
     start_G, end_G, group_G, filled = filled_groups(R, group_sizes_G)
@@ -56,11 +57,11 @@ def group_gradients(
         dstacks, dx_RK = grads
         group = group_G[i]
         start, end = start_G[group], end_G[group]
-        # float32 before the products, so that no partial sum is rounded. The barrier keeps the slices out of the loop.
+        # Widened before the products, so that no partial sum is rounded. The barrier keeps the slices out of the loop.
         constants, matrices = lax.optimization_barrier(
             (load(group), jax.tree.map(lambda stack: take_group(stack, group), stacks))
         )
-        matrices = jax.tree.map(lambda matrix: matrix.astype(jnp.float32), matrices)
+        matrices = jax.tree.map(lambda matrix: matrix.astype(wide), matrices)
 
         def one_tile(t: jax.Array, grads: tuple[Any, jax.Array]) -> tuple[Any, jax.Array]:
             dmatrices, dx_RK = grads
@@ -70,7 +71,7 @@ def group_gradients(
             own_m1 = ((row_m >= row) & (row_m < end))[:, None]
 
             def own_rows(rows: jax.Array) -> jax.Array:
-                return jnp.where(own_m1, lax.dynamic_slice_in_dim(rows, first, m), 0).astype(jnp.float32)
+                return jnp.where(own_m1, lax.dynamic_slice_in_dim(rows, first, m), 0).astype(wide)
 
             _, pullback = jax.vjp(partial(tile_fn, constants), matrices, own_rows(x_RK))
             of_tile, dx_mK = pullback(own_rows(dy_RN))

@@ -38,14 +38,16 @@ def tile_groups(group_sizes_G: jax.Array, R: int, m: int) -> GroupTiles:
     """
     G = group_sizes_G.shape[0]
     I = (R + (ALIGNMENT - 1) * G) // m + G  # noqa: E741
-    ends_G = jnp.minimum(jnp.cumsum(group_sizes_G), R)
+    ends_G = jnp.minimum(jnp.cumsum(group_sizes_G, dtype=jnp.int32), R)
     starts_G = jnp.concatenate([jnp.zeros(1, jnp.int32), ends_G[:-1]])
     aligned_G = starts_G // ALIGNMENT * ALIGNMENT
     tiles_G = jnp.where(ends_G > starts_G, -(-(ends_G - aligned_G) // m), 0)
-    tile_ends_G = jnp.cumsum(tiles_G)
+    tile_ends_G = jnp.cumsum(tiles_G, dtype=jnp.int32)
     # All comparisons at once: a search would be a loop of small kernels.
-    group_I = jnp.minimum(jnp.searchsorted(tile_ends_G, jnp.arange(I), side="right", method="compare_all"), G - 1)
-    row_I = aligned_G[group_I] + (jnp.arange(I) - (tile_ends_G - tiles_G)[group_I]) * m
+    group_I = jnp.minimum(
+        jnp.searchsorted(tile_ends_G, jnp.arange(I, dtype=jnp.int32), side="right", method="compare_all"), G - 1
+    )
+    row_I = aligned_G[group_I] + (jnp.arange(I, dtype=jnp.int32) - (tile_ends_G - tiles_G)[group_I]) * m
     first_I = jnp.maximum(row_I, starts_G[group_I])
     size_I = jnp.clip(jnp.minimum(row_I + m, ends_G[group_I]) - first_I, 0, m)
     columns = (group_I, row_I // ALIGNMENT, first_I - row_I, size_I, tile_ends_G[-1:])

@@ -17,6 +17,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from jaxmoe.kernels.dtypes import sum_dtype
 from jaxmoe.kernels.grouped_matmul.activations import Combine
 from jaxmoe.kernels.grouped_matmul.gradient import group_gradients
 from jaxmoe.kernels.grouped_matmul.loop_arrays import take_group
@@ -153,7 +154,7 @@ def _group_of(stacks: Any, group: jax.Array) -> Any:
 
 
 def _wide_group_of(stacks: Any, group: jax.Array) -> Any:
-    return jax.tree.map(lambda part: part.astype(jnp.float32), _group_of(stacks, group))
+    return jax.tree.map(lambda part: part.astype(sum_dtype(part.dtype)), _group_of(stacks, group))
 
 
 def _tile(fn: RowsFn, product: Product, maps: GroupMaps, x_mK: jax.Array) -> jax.Array:
@@ -167,4 +168,4 @@ def _tile(fn: RowsFn, product: Product, maps: GroupMaps, x_mK: jax.Array) -> jax
 
 
 def _add_bias(y_mN: jax.Array, bias_N: jax.Array | None) -> jax.Array:
-    return y_mN if bias_N is None else y_mN + bias_N.astype(jnp.float32)
+    return y_mN if bias_N is None else y_mN + bias_N.astype(y_mN.dtype)[None]

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.typing import DTypeLike
 
+from jaxmoe.kernels.dtypes import int32
 from jaxmoe.kernels.grouped_matmul.loop_arrays import take_group, tied
 
 
@@ -261,4 +262,4 @@ def bytes_of(stack: QuantizedStack, group: jax.Array, first: int | jax.Array, co
     """
     first = jnp.int32(first)
     bytes_GNB = lax.bitcast_convert_type(tied(stack.values, (group, first)), jnp.uint8)
-    return lax.dynamic_slice(bytes_GNB, (group, 0, first), (1, stack.shape[1], count))[0]
+    return lax.dynamic_slice(bytes_GNB, int32(group, 0, first), (1, stack.shape[1], count))[0]

@@ -3,6 +3,7 @@
 import jax
 import jax.numpy as jnp
 
+from jaxmoe.kernels.dtypes import sum_dtype
 from jaxmoe.kernels.grouped_matmul.activations import Combine
 from jaxmoe.kernels.grouped_matmul.quantized import Matrices, QuantizedStack, dequantize
 
@@ -14,16 +15,16 @@ def grouped_matmul(
     if isinstance(rhs_GNK, QuantizedStack):
         lhs_RK, rhs_GNK = lhs_RK.astype(jnp.float32), dequantize(rhs_GNK)
     R, (G, N, _) = lhs_RK.shape[0], rhs_GNK.shape
-    row_R = jnp.arange(R)
+    row_R = jnp.arange(R, dtype=jnp.int32)
     # What no group owns is kept out of gradients, where it would meet zeros, and NaN times zero is NaN.
-    lhs_RK = jnp.where((row_R < jnp.sum(group_sizes_G))[:, None], lhs_RK, 0)
-    out_RN = jnp.zeros((R, N), jnp.float32)
+    lhs_RK = jnp.where((row_R < jnp.sum(group_sizes_G, dtype=jnp.int32))[:, None], lhs_RK, 0)
+    out_RN = jnp.zeros((R, N), sum_dtype(lhs_RK.dtype))
     end = jnp.int32(0)
     for g in range(G):
         start, end = end, end + group_sizes_G[g]
         own_R1 = ((row_R >= start) & (row_R < end))[:, None]
         product_RN = jnp.matmul(
-            lhs_RK, rhs_GNK[g].T, precision=jax.lax.Precision.HIGHEST, preferred_element_type=jnp.float32
+            lhs_RK, rhs_GNK[g].T, precision=jax.lax.Precision.HIGHEST, preferred_element_type=out_RN.dtype
         )
         out_RN = jnp.where(own_R1, product_RN, out_RN)
     return out_RN.astype(out_dtype)
@@ -41,13 +42,14 @@ def expert_mlp(
     out_dtype: jnp.dtype,
 ) -> jax.Array:
     """y = W_down[g] @ combine(W_up[g] @ x + b_up[g]) + b_down[g]; see `api.expert_mlp`."""
-    slot_R = jnp.repeat(jnp.arange(len(group_sizes_p)), group_sizes_p, total_repeat_length=len(x_RD))
-    owned_R1 = (jnp.arange(len(x_RD)) < jnp.sum(group_sizes_p))[:, None]
-    up_RN = grouped_matmul(x_RD, w_up_pND, group_sizes_p, out_dtype=jnp.dtype(jnp.float32))
+    slot_R = jnp.repeat(jnp.arange(len(group_sizes_p), dtype=jnp.int32), group_sizes_p, total_repeat_length=len(x_RD))
+    owned_R1 = (jnp.arange(len(x_RD), dtype=jnp.int32) < jnp.sum(group_sizes_p, dtype=jnp.int32))[:, None]
+    wide = sum_dtype(x_RD.dtype)
+    up_RN = grouped_matmul(x_RD, w_up_pND, group_sizes_p, out_dtype=wide)
     if b_up_pN is not None:
-        up_RN += b_up_pN[slot_R].astype(jnp.float32)
+        up_RN += b_up_pN[slot_R].astype(wide)
     h_RF = combine(up_RN).astype(x_RD.dtype)
-    y_RD = grouped_matmul(h_RF, w_down_pDF, group_sizes_p, out_dtype=jnp.dtype(jnp.float32))
+    y_RD = grouped_matmul(h_RF, w_down_pDF, group_sizes_p, out_dtype=wide)
     if b_down_pD is not None:
-        y_RD += b_down_pD[slot_R].astype(jnp.float32)
+        y_RD += b_down_pD[slot_R].astype(wide)
     return jnp.where(owned_R1, y_RD, 0).astype(out_dtype)

@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from jaxmoe.kernels.dtypes import int32, sum_dtype
 from jaxmoe.kernels.grouped_matmul.loop_arrays import take_group, tied
 from jaxmoe.kernels.grouped_matmul.quantized import (
     FORMATS,
@@ -38,7 +39,7 @@ Terms = Callable[[int | jax.Array, int], Iterable[jax.Array]]
 
 
 def row_product(x_1K: jax.Array, stack: Matrices, group: jax.Array) -> jax.Array:
-    """stack[group] @ x for one row, in float32."""
+    """stack[group] @ x for one row, in the dtype of sums."""
     if isinstance(stack, QuantizedStack):
         # Lanes do not cross from one scale to the next, nor does a byte.
         bytes_a_scale, split = divmod(stack.block[1], FORMATS[stack.format].per_byte)
@@ -53,8 +54,8 @@ def row_product(x_1K: jax.Array, stack: Matrices, group: jax.Array) -> jax.Array
 
 
 def matmul(x_mK: jax.Array, w_NK: jax.Array) -> jax.Array:
-    """x @ wᵀ in float32; the rows are widened where the matrix is wider."""
-    return jnp.matmul(x_mK.astype(w_NK.dtype), w_NK.T, preferred_element_type=jnp.float32)
+    """x @ wᵀ in the dtype of sums; the rows are widened where the matrix is wider."""
+    return jnp.matmul(x_mK.astype(w_NK.dtype), w_NK.T, preferred_element_type=sum_dtype(w_NK.dtype))
 
 
 def matrix_first(x_mK: jax.Array, w_NK: jax.Array) -> jax.Array:
@@ -62,20 +63,21 @@ def matrix_first(x_mK: jax.Array, w_NK: jax.Array) -> jax.Array:
 
     The barrier keeps it from turning the product around again.
     """
-    return lax.optimization_barrier(jnp.matmul(w_NK, x_mK.astype(w_NK.dtype).T, preferred_element_type=jnp.float32)).T
+    x_Km, dtype = x_mK.astype(w_NK.dtype).T, sum_dtype(w_NK.dtype)
+    return lax.optimization_barrier(jnp.matmul(w_NK, x_Km, preferred_element_type=dtype)).T
 
 
 def _lane_product(x_K: jax.Array, w_GNK: jax.Array, group: jax.Array, lanes: int) -> jax.Array:
-    N, K = w_GNK.shape[1:]
+    (N, K), dtype = w_GNK.shape[1:], sum_dtype(w_GNK.dtype)
     # Without the barrier XLA would recompute x for every n.
-    x_K = lax.optimization_barrier(x_K.astype(jnp.float32))
+    x_1K = lax.optimization_barrier(x_K.astype(dtype))[None]
 
     def terms(first: int | jax.Array, count: int) -> Iterable[jax.Array]:
         for j in range(count):
             k = (first + j) * lanes
             stack = tied(w_GNK, (group, jnp.int32(k)))
-            w_NL = lax.dynamic_slice(stack, (group, 0, k), (1, N, lanes))[0].astype(jnp.float32)
-            yield w_NL * lax.dynamic_slice_in_dim(x_K, k, lanes)
+            w_NL = lax.dynamic_slice(stack, int32(group, 0, k), (1, N, lanes))[0].astype(dtype)
+            yield w_NL * lax.dynamic_slice_in_dim(x_1K, k, lanes, axis=1)
 
     return _sum_lanes(terms, K // lanes)
 
@@ -95,13 +97,13 @@ def _packed_lane_product(x_K: jax.Array, stack: QuantizedStack, group: jax.Array
         bytes_NB = lax.optimization_barrier(bytes_of(stack, group, first * lanes, count * lanes))
         for j in range(count):
             start = (first + j) * lanes
-            of_block = (0, start // bytes_a_scale), (N, 1)
+            of_block = int32(0, start // bytes_a_scale), (N, 1)
             product_NL: jax.Array | float = 0.0
             for number, codes_NL in enumerate(split_bytes(stack.format, bytes_NB[:, j * lanes : (j + 1) * lanes])):
                 w_NL = form.decode(codes_NL)
                 if zeros_NB is not None:
                     w_NL = w_NL - lax.dynamic_slice(zeros_NB, *of_block)
-                product_NL = product_NL + w_NL * lax.dynamic_slice(x_jB, (number, start), (1, lanes))
+                product_NL = product_NL + w_NL * lax.dynamic_slice(x_jB, int32(number, start), (1, lanes))
             yield product_NL * lax.dynamic_slice(scales_NB, *of_block)
 
     return _sum_lanes(terms, width // lanes)
@@ -116,7 +118,7 @@ def _sum_lanes(terms: Terms, slices: int) -> jax.Array:
         sum_NL = reduce(add, terms(0, BLOCK))  # not zeros: inside `shard_map` the carry has to vary from the start
         sum_NL = lax.fori_loop(1, blocks, lambda b, sum_NL: reduce(add, terms(b * BLOCK, BLOCK), sum_NL), sum_NL)
         sum_NL = reduce(add, terms(blocks * BLOCK, rest), sum_NL)
-    # As a dot, which XLA hands to a vectorised routine; HIGHEST, for it only adds up what is float32 already. The barrier
+    # As a dot, which XLA hands to a vectorised routine; HIGHEST, for it only adds up what is rounded already. The barrier
     # keeps this sum out of the first loop.
-    ones_L = jnp.ones(sum_NL.shape[1], jnp.float32)
+    ones_L = jnp.ones(sum_NL.shape[1], sum_NL.dtype)
     return jnp.matmul(lax.optimization_barrier(sum_NL), ones_L, precision=lax.Precision.HIGHEST)

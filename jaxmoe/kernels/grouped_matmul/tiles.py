@@ -55,7 +55,7 @@ def map_rows(
         group = group_G[i]
         y_1N = row_fn(group, lax.dynamic_slice_in_dim(x_RK, row, 1)).astype(out.dtype)
         bits_RN = lax.dynamic_update_slice_in_dim(bits_RN, to_bits(y_1N), row, 0)
-        return row + 1, i + (row + 1 == end_G[group]), bits_RN
+        return row + 1, i + (row + 1 == end_G[group]).astype(jnp.int32), bits_RN
 
     row_axes = varying_axes(group_sizes_G)
     start: tuple[Any, ...] = (
@@ -119,7 +119,7 @@ def map_tiles(
 def filled_groups(R: int, group_sizes_G: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
     """First and end row of each group, the non-empty groups in order (then any), and how many those are."""
     G = group_sizes_G.shape[0]
-    end_G = jnp.cumsum(group_sizes_G)
+    end_G = jnp.cumsum(group_sizes_G, dtype=jnp.int32)
     start_G, end_G = jnp.minimum(end_G - group_sizes_G, R), jnp.minimum(end_G, R)
     group_G = jnp.sort(jnp.where(group_sizes_G > 0, jnp.arange(G, dtype=jnp.int32), G - 1))
     return start_G, end_G, group_G, jnp.sum(group_sizes_G > 0, dtype=jnp.int32)

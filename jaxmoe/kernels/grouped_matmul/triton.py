@@ -233,18 +233,18 @@ def _kernel(group_I: Any, first_I: Any, end_I: Any, x: Any, w: Any, *rest: Any, 
     row_tile, column_tile = _place(pl.program_id(0), group_I.shape[0], pl.cdiv(F, n), tiles.band)
     group, first, end = group_I[row_tile], first_I[row_tile], end_I[row_tile]
     column = column_tile * n
-    in_rows_m = first + jnp.arange(m) < end
-    in_columns_n = column + jnp.arange(n) < F
+    in_rows_m = first + jnp.arange(m, dtype=jnp.int32) < end
+    in_columns_n = column + jnp.arange(n, dtype=jnp.int32) < F
 
     def store(y_mn: jax.Array) -> None:
         here = out.at[pl.ds(first, m), pl.ds(column, n)]
-        plgpu.store(here, y_mn.astype(out.dtype), mask=in_rows_m[:, None] & in_columns_n)
+        plgpu.store(here, y_mn.astype(out.dtype), mask=in_rows_m[:, None] & in_columns_n[None])
 
     @pl.when((first < end) & (group < G))
     def of_a_group() -> None:
         def multiply(step: Any, sums: Any) -> Any:
             here = pl.ds(step * k, k)
-            in_k = None if K % k == 0 else step * k + jnp.arange(k) < K
+            in_k = None if K % k == 0 else step * k + jnp.arange(k, dtype=jnp.int32) < K
             x_mk = _load(x.at[pl.ds(first, m), here], in_rows_m, in_k)
             w_nk = [_load(w.at[group, pl.ds(half * F + column, n), here], in_columns_n, in_k) for half in range(halves)]
             return tuple(sum_mn + _dot(x_mk, half_nk) for sum_mn, half_nk in zip(sums, w_nk, strict=True))
@@ -255,7 +255,7 @@ def _kernel(group_I: Any, first_I: Any, end_I: Any, x: Any, w: Any, *rest: Any, 
                 plgpu.load(b.at[group, pl.ds(half * F + column, n)], mask=in_columns_n, other=0)
                 for half in range(halves)
             ]
-            sums = tuple(sum_mn + half_n.astype(jnp.float32) for sum_mn, half_n in zip(sums, b_n, strict=True))
+            sums = tuple(sum_mn + half_n.astype(jnp.float32)[None] for sum_mn, half_n in zip(sums, b_n, strict=True))
         store(sums[0] if combine is None else combine.halves(*sums, activations=KERNEL_ACTIVATIONS))
 
     if combine is None:

@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from jaxmoe.kernels.dtypes import sum_dtype
 from jaxmoe.kernels.grouped_matmul.activations import Combine
 from jaxmoe.kernels.grouped_matmul.borrowed_gradient import with_gradient_of
 from jaxmoe.kernels.grouped_matmul.tiles import filled_groups
@@ -51,16 +52,17 @@ def expert_mlp(
     return _map_rows(mlp, x_RD, weights, group_sizes_p, jax.ShapeDtypeStruct(x_RD.shape, out_dtype))
 
 
-# From group sizes, rows and weights to a row of float32 for each row; any for those that no group owns.
+# From group sizes, rows and weights to a row of sums for each row; any for those that no group owns.
 RowsFn = Callable[..., jax.Array]
 
 
 def _affine(sizes_G: jax.Array, x_RK: jax.Array, w_GNK: jax.Array, b_GN: jax.Array | None) -> jax.Array:
-    y_RN = lax.ragged_dot_general(x_RK, w_GNK, sizes_G, _ROWS_BY_MATRICES, preferred_element_type=jnp.float32)
+    dtype = sum_dtype(x_RK.dtype)
+    y_RN = lax.ragged_dot_general(x_RK, w_GNK, sizes_G, _ROWS_BY_MATRICES, preferred_element_type=dtype)
     if b_GN is None:
         return y_RN
-    group_R = jnp.repeat(jnp.arange(len(sizes_G)), sizes_G, total_repeat_length=len(x_RK))
-    return y_RN + b_GN[group_R].astype(jnp.float32)
+    group_R = jnp.repeat(jnp.arange(len(sizes_G), dtype=jnp.int32), sizes_G, total_repeat_length=len(x_RK))
+    return y_RN + b_GN[group_R].astype(dtype)
 
 
 def _map_rows(
@@ -71,16 +73,16 @@ def _map_rows(
     if 0 in x_RK.shape or any(0 in stack.shape for stack in stacks):
         return jnp.zeros(out.shape, out.dtype)
     start_G, end_G, _, _ = filled_groups(len(x_RK), group_sizes_G)
-    owned_R1 = (jnp.arange(len(x_RK)) < end_G[-1])[:, None]
+    owned_R1 = (jnp.arange(len(x_RK), dtype=jnp.int32) < end_G[-1])[:, None]
 
     def forward(arrays: Any, sizes_G: jax.Array) -> jax.Array:
         return fn(sizes_G, *arrays)
 
-    def in_float32(arrays: Any, sizes_G: jax.Array) -> jax.Array:
-        return fn(sizes_G, *jax.tree.map(lambda array: array.astype(jnp.float32), arrays))
+    def widened(arrays: Any, sizes_G: jax.Array) -> jax.Array:
+        return fn(sizes_G, *jax.tree.map(lambda array: array.astype(sum_dtype(array.dtype)), arrays))
 
     # The mask comes before the product, too: expanded, it multiplies every row with zeros for all groups but one. The
-    # gradient is XLA's own, of float32 inputs: it keeps no activation and rounds once.
+    # gradient is XLA's own, of widened inputs: it keeps no activation and rounds once.
     arrays = [jnp.where(owned_R1, x_RK, 0), *weights]
-    y_RN = with_gradient_of(in_float32, forward, arrays, end_G - start_G)
+    y_RN = with_gradient_of(widened, forward, arrays, end_G - start_G)
     return jnp.where(owned_R1, y_RN, 0).astype(out.dtype)

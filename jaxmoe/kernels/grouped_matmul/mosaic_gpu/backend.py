@@ -158,7 +158,9 @@ def _product(
 
 
 def _owned_only(out_RN: jax.Array, group_sizes_G: jax.Array) -> jax.Array:
-    return jnp.where((jnp.arange(len(out_RN)) < jnp.sum(group_sizes_G))[:, None], out_RN, 0)
+    return jnp.where(
+        (jnp.arange(len(out_RN), dtype=jnp.int32) < jnp.sum(group_sizes_G, dtype=jnp.int32))[:, None], out_RN, 0
+    )
 
 
 def _identity(sums: jax.Array) -> jax.Array:
