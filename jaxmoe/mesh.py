@@ -178,7 +178,7 @@ def simulate_devices(count: int) -> None:
         )
 
 
-def axes_size(mesh: Mesh, axes: tuple[str, ...]) -> int:
+def axes_size(mesh: Mesh | AbstractMesh, axes: tuple[str, ...]) -> int:
     """Number of devices along `axes` of `mesh`; 1 for no axes."""
     return math.prod(mesh.shape[axis] for axis in axes)
 

@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
 from jaxmoe.layers.param import RowMap
 from jaxmoe.layers.specs import layer_of_stack
@@ -212,7 +212,7 @@ def _copied(value: jax.Array, *, rows: RowMap) -> jax.Array:
 class _Over(NamedTuple):
     """How an expert stack lies on the mesh in both orders."""
 
-    mesh: Mesh
+    mesh: Mesh | AbstractMesh
     physical: PartitionSpec
     logical: PartitionSpec
     expert_axes: tuple[str, ...]

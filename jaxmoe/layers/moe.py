@@ -28,7 +28,7 @@ from jaxmoe.kernels.grouped_matmul import check_backend, combine_halves, expert_
 from jaxmoe.layers.losses import RouterSums, load_balancing_loss, router_sums, router_z_loss
 from jaxmoe.layers.mlp import MLP
 from jaxmoe.layers.param import ParamFactory, ones, zeros
-from jaxmoe.layers.placement_table import placement_tables, read_placement
+from jaxmoe.layers.placement_table import PlacementTable, placement_tables, read_placement
 from jaxmoe.layers.replicas import ReplicaRule, choose_slots, token_draws, token_turns
 from jaxmoe.layers.router import choose_experts, router_logits
 from jaxmoe.layers.usable import check_usable
@@ -123,6 +123,8 @@ class MoE(nnx.Module):
         >>> y.shape
         (3, 8)
     """
+
+    slot_to_expert: PlacementTable
 
     def __init__(
         self,
