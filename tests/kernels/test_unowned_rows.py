@@ -10,7 +10,7 @@ import pytest
 
 from jaxmoe.kernels.grouped_matmul import mosaic_gpu, triton
 from jaxmoe.kernels.grouped_matmul.activations import combine_halves
-from tests.support.kernels import FLOAT32, arrays, needs_mosaic
+from tests.support.kernels import FLOAT32, needs_mosaic, rows_and_matrices
 
 SIZES, R, D, F = [3, 0, 20], 30, 64, 64
 
@@ -38,7 +38,7 @@ def gradients(backend, x, up, down, dy, **options):
     "backend", [triton, pytest.param(mosaic_gpu, marks=needs_mosaic)], ids=["triton", "mosaic_gpu"]
 )
 def test_reach_no_gradient(backend):
-    x, up, down = arrays(R, (3, 2 * F, D), (3, D, F), dtype=jnp.bfloat16)
+    x, up, down = rows_and_matrices(R, (3, 2 * F, D), (3, D, F), dtype=jnp.bfloat16)
     dy = jnp.asarray(np.random.default_rng(1).normal(size=(R, D)), jnp.float32)
     owned = (np.arange(R) < sum(SIZES))[:, None]
 
