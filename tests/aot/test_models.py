@@ -22,8 +22,9 @@ from tests.support.published import DEEPSEEK_V3, GPT_OSS_120B, MIXTRAL_8X7B, QWE
 MB = 2**20
 BATCH, PROMPT, LENGTH = 8, 1024, 2048
 
-# Config, chip, GPUs, hosts, mesh, and the most temporary memory in MB: what was seen and a quarter more. It does not grow
-# with layers, and jax 0.11.2 takes a quarter more for gpt-oss than 0.12. Where few rows go to few large experts, the portable decode step holds a copy of one expert at a time.
+# Config, chip, GPUs, hosts, mesh, and the most temporary memory in MB: what was seen and a quarter more (jax 0.11.2 takes
+# more than 0.12 for gpt-oss). It does not grow with layers. Where few rows go to few large experts, the portable decode
+# step holds a copy of one expert at a time.
 CASES = {
     "mixtral-8x7b, tp 2 ep 4": (MIXTRAL_8X7B, "h100", 8, 1, {"tp": 2, "ep": 4}, {"prefill": 604, "decode": 213}),
     "mixtral-8x7b, tp 8 on a100": (MIXTRAL_8X7B, "a100", 8, 1, {"tp": 8}, {"prefill": 783, "decode": 2}),
