@@ -117,12 +117,12 @@ def save(
     instance_of("model", model, Decoder, "a model from jaxmoe.load")
     options = _check_options(form, max_shard_size, overwrite, progress)
     target = _plain_dtype(dtype) or np.dtype(model.dtype)
-    check_usable(model)
     if model.origin is None:
         raise ValueError(
             "a checkpoint has the config.json of the one that its model came from; this model has random weights and "
             "came from none; load it from a checkpoint, with weights of its own put into it afterwards"
         )
+    check_usable(model)
     arrays = {path: param.get_value() for path, param in params_by_path(model).items()}
     elsewhere = [path for path, array in arrays.items() if not array.is_fully_addressable]
     if elsewhere:

@@ -207,7 +207,7 @@ def test_debug_shows_the_traceback(checkpoint) -> None:
 
 def test_a_bug_is_not_dressed_up_as_bad_input(checkpoint, monkeypatch) -> None:
     monkeypatch.setitem(vars(jaxmoe), "load", lambda *_, **__: None)
-    with pytest.raises(AttributeError):
+    with pytest.raises(TypeError, match="got NoneType"):
         main(["generate", checkpoint.path, "--prompt-ids", "1"])
 
 
