@@ -97,7 +97,8 @@ def test_eos_is_a_token_but_no_text(model) -> None:
     (out,) = jaxmoe.generate(model, "abc", max_new_tokens=12, tokenizer=letters(), eos_token_id=eos)
     assert out.token_ids == full[: full.index(eos) + 1]
     assert (out.text, out.finish_reason) == (text_of(out.token_ids[:-1]), "stop")
-    for chosen in ([99, eos], np.array([eos]).tolist()):
+    unused = next(token for token in range(model.config.vocab_size) if token not in full)
+    for chosen in ([unused, eos], np.array([eos]), np.int64(eos)):
         assert jaxmoe.generate(model, "abc", max_new_tokens=12, tokenizer=letters(), eos_token_id=chosen)[0] == out
     (on,) = jaxmoe.generate(model, [[0, 1, 2]], max_new_tokens=12, eos_token_id=eos, ignore_eos=True)
     assert on.token_ids == full
@@ -186,7 +187,7 @@ ERRORS = {
     "bad setting": ([[1]], {"top_p": 2}, r"top_p is above 0 and at most 1 \(1 keeps all\); got 2"),
     "empty stop": (["a"], {"stop": ""}, r"a stop string is a text of at least one character; got \[''\]"),
     "seed count": ([[1]], {"seed": [1, 2], "temperature": 1.0}, r"got 2 seeds for 1 prompts"),
-    "negative seed": ([[1]], {"seed": -1, "temperature": 1.0}, r"from 0 to 2\*\*64 - 1; got -1"),
+    "negative seed": ([[1]], {"seed": -1, "temperature": 1.0}, f"from 0 to {2**64 - 1}; got -1"),
 }
 
 
