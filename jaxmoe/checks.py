@@ -41,7 +41,7 @@ def real_number(
         ValueError: it is no number, not finite, or outside of these.
     """
     number = math.nan
-    if isinstance(value, numbers.Real) and not isinstance(value, bool):
+    if not isinstance(value, bool) and isinstance(value, numbers.Real):
         number = float(value)
     # Written so that NaN fails each of them.
     holds = (

@@ -92,7 +92,7 @@ class RouterConfig:
 
     def _check_numbers(self) -> None:
         # Of a mean of squares of zeros, which padding has, the gradient is finite only with an epsilon.
-        rules: dict[str, dict[str, float]] = {
+        rules: dict[str, dict[str, Any]] = {
             "sum_epsilon": {"least": 0},
             "min_sum": {"least": 0},
             "p_norm": {"above": 0},

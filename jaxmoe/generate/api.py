@@ -233,10 +233,10 @@ def _output(prompt: list[int], row: "Row", text: str | None) -> Output:
     return Output(prompt_token_ids=prompt, token_ids=row.token_ids, text=text, finish_reason=row.finish_reason)
 
 
-def _seeds(seed: int | Sequence[int] | None, count: int) -> list[int]:
+def _seeds(seed: Any, count: int) -> list[int]:
     if seed is None:
         return [secrets.randbits(64) for _ in range(count)]
-    seeds = [seed] * count if isinstance(seed, str) or np.ndim(seed) == 0 else list(seed)  # type: ignore[arg-type]
+    seeds = [seed] * count if isinstance(seed, str) or np.ndim(seed) == 0 else list(seed)
     if len(seeds) != count:
         raise ValueError(f"seed is one int or one for each prompt: got {len(seeds)} seeds for {count} prompts")
     return [whole_number("seed", one, least=0, most=2**64 - 1) for one in seeds]

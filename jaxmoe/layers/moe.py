@@ -306,7 +306,7 @@ class MoE(nnx.Module):
 
         stats = MoEStats(*[sharded(P())] * len(MoEStats._fields))
         apply = jax.sharding.auto_axes(
-            lambda state, *inputs: nnx.merge(graphdef, state)._apply(*inputs, dispatch),
+            lambda state, x, mask, router_x, ids: nnx.merge(graphdef, state)._apply(x, mask, router_x, ids, dispatch),
             axes=explicit,
             out_sharding=(sharded(spec), stats),
         )
@@ -471,7 +471,7 @@ def check_layer_dtype(dtype: Any) -> None:
         raise ValueError('dtype float64 needs 64-bit numbers: jax.config.update("jax_enable_x64", True)')
 
 
-def check_expert_axes(expert_axes: tuple[str, ...]) -> None:
+def check_expert_axes(expert_axes: tuple[str, ...] | str) -> None:
     """Refuse expert axes that no code path serves.
 
     Raises:

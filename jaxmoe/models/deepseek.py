@@ -86,7 +86,7 @@ def read_deepseek(
     )
 
 
-def check_setting(config: Mapping[str, Any], name: str, *known: str) -> str:
+def check_setting(config: Mapping[str, Any], name: str, *known: str) -> Any:
     """The value of a setting that names a formula, the first of `known` where the config gives none.
 
     Raises:
