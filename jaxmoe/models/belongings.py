@@ -28,8 +28,3 @@ class Belongings(Generic[T]):
             self._values.pop(module, None)
         else:
             self._values[module] = value
-
-    def take_away(self, value: T) -> None:
-        """Leave no module with this very value."""
-        for module in [module for module, its in self._values.items() if its is value]:
-            del self._values[module]

@@ -164,8 +164,8 @@ class Decoder(nnx.Module):
 
         Counts cost next to nothing. Each step of `jaxmoe.generate`, and each call of the model, is one step of
         the record: a token is counted in the step that computes it, so a prompt's tokens once, and each generated
-        token once but the one that reaches max_new_tokens, which the model never sees. Copies made inside the block count
-        too, as that of `nnx.value_and_grad`. Programs that record are compiled beside those that do not.
+        token once but the one that reaches max_new_tokens, which the model never sees. Copies of the model are not
+        recorded; the model inside `nnx.value_and_grad` is. Programs that record are compiled beside those that do not.
 
         Args:
             token_ids: keep the choices of every token too, int32 [T, L, K] a step.
@@ -194,11 +194,14 @@ class Decoder(nnx.Module):
 
     def record_with(self, recorder: RoutingRecorder | None) -> None:
         """Let a recorder see what the model computes until it stops; None for no recorder."""
+        self._attach(recorder)
+        if recorder is not None:
+            recorder.models.append(self)
+
+    def _attach(self, recorder: RoutingRecorder | None) -> None:
         self._recorder = recorder
         for moe in self.moe_layers:
             moe.recorder = recorder
-        if recorder is not None:
-            recorder.models.append(self)
 
     @contextlib.contextmanager
     def replay_routing(self, trace: RoutingTrace) -> Iterator[None]:
@@ -243,7 +246,7 @@ class Decoder(nnx.Module):
     def split_network(self) -> tuple[nnx.GraphDef, nnx.State]:
         """`nnx.split` of the model without recorder and replay, so that programs made of it know of neither."""
         recorder, replay = self._recorder, self.replay
-        self.record_with(None)
+        self._attach(None)
         if replay is not None:
             del self.replay
         try:
@@ -251,10 +254,7 @@ class Decoder(nnx.Module):
         finally:
             if replay is not None:
                 self.replay = replay
-            if recorder is not None:
-                self._recorder = recorder
-                for moe in self.moe_layers:
-                    moe.recorder = recorder
+            self._attach(recorder)
 
     def rebalance(
         self, placement: str | ExpertPlacement | Sequence[str | ExpertPlacement], *, num_nodes: int = 1
