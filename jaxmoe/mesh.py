@@ -7,6 +7,7 @@ well, so the batch dim of activations is sharded over ``("dp", "ep")``.
 
 import dataclasses
 import math
+import os
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -154,11 +155,18 @@ def check_mesh(mesh: Any) -> None:
 def simulate_devices(count: int) -> None:
     """Make JAX offer `count` simulated CPU devices in this process; call it before anything uses a device.
 
+    XLA's CPU client has as many threads as the machine has cores, and a collective keeps one of them until every device
+    has come to it. On a machine with fewer cores than devices they can all be kept while a device still needs one, and
+    after 40 seconds XLA ends the process. So the client gets two threads a device, unless the environment variable
+    ``PJRT_NPROC`` says how many.
+
     Raises:
         ValueError: `count` is below 1.
         RuntimeError: a JAX backend is already running with another number of devices.
     """
     count = whole_number("count", count, least=1)
+    if 2 * count > (os.cpu_count() or 1):
+        os.environ.setdefault("PJRT_NPROC", str(2 * count))
     try:
         jax.config.update("jax_platforms", "cpu")
         jax.config.update("jax_num_cpu_devices", count)

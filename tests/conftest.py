@@ -2,8 +2,10 @@
 
 import gc
 import importlib.util
+import itertools
 import os
 from importlib.metadata import version
+from pathlib import Path
 
 
 def add_xla_flag(name: str, value: str) -> None:
@@ -16,8 +18,11 @@ def add_xla_flag(name: str, value: str) -> None:
 # Before the first import of jax.
 add_xla_flag("xla_force_host_platform_device_count", "8")
 os.environ["JAX_PLATFORMS"] = "cpu"
+# Two threads a device, however few cores there are: see `jaxmoe.simulate_devices`.
+os.environ.setdefault("PJRT_NPROC", "16")
 
 import hypothesis
+import jax
 import pytest
 from jax.sharding import Mesh
 
@@ -62,6 +67,19 @@ def pytest_configure(config: pytest.Config) -> None:
     add_xla_flag("xla_llvm_disable_expensive_passes", "true")
     if version("jaxlib").startswith("0.10."):  # jaxlib 0.12 has the slower emitters only
         add_xla_flag("xla_cpu_use_fusion_emitters", "false")
+
+
+# Linux gives a process 65,530 memory maps, and a compiled program takes about a dozen: a worker that ran all of its tests
+# with all of its programs would be ended in the middle of one.
+MAPS = Path("/proc/self/maps")
+TESTS_BETWEEN_LOOKS, ENOUGH_MAPS = 20, 20_000
+tests_run = itertools.count(1)
+
+
+def pytest_runtest_logfinish() -> None:
+    """Let go of compiled programs where they have become many."""
+    if next(tests_run) % TESTS_BETWEEN_LOOKS == 0 and MAPS.exists() and len(MAPS.read_bytes().splitlines()) > ENOUGH_MAPS:
+        jax.clear_caches()
 
 
 @pytest.fixture(params=MESH_SHAPES, ids=lambda shape: "dp{}-tp{}-ep{}".format(*shape))

@@ -1,5 +1,6 @@
 """Mesh construction, batch axes, and devices simulated in a fresh process."""
 
+import os
 import subprocess
 import sys
 
@@ -58,3 +59,15 @@ def test_simulated_devices():
     assert again.stdout == "same\n", again.stderr
     late = run_python("import jaxmoe, jax; jaxmoe.simulate_devices(2); jax.devices(); jaxmoe.simulate_devices(4)")
     assert "devices are simulated before JAX starts: 2 cpu devices are already running" in late.stderr
+
+
+@pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="threads are counted as Linux names them")
+def test_simulated_devices_have_two_threads_each_on_one_core():
+    """With one thread a core, collectives of devices that wait for each other would keep them all for ever."""
+    done = run_python(
+        "import os; os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})\n"
+        "import jax, jaxmoe; jaxmoe.simulate_devices(6); jax.devices()\n"
+        "names = [open(f'/proc/self/task/{task}/comm').read() for task in os.listdir('/proc/self/task')]\n"
+        "print(names.count('tf_XLAEigen\\n'))"
+    )
+    assert done.stdout == "12\n", done.stderr
