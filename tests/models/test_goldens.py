@@ -13,7 +13,7 @@ import jaxmoe
 from jaxmoe.layers import params_by_path
 from tests.support import runs
 from tests.support.families import EVERY_KIND, FAMILIES, NEW_TOKENS, ON_EVERY_MESH
-from tests.support.goldens import GOLDENS, check_greedy, check_logits, read_expected
+from tests.support.goldens import GOLDENS, check_alone, check_greedy, check_logits, read_expected
 from tests.support.meshes import MESH_SHAPES, mesh_id, mesh_of
 
 pytestmark = pytest.mark.covering
@@ -45,6 +45,12 @@ def test_logits_and_greedy_tokens(family, placement, mesh_shape):
     if runs.full or family in EVERY_KIND:
         check_greedy(model, expected)
     assert len(expected["greedy"][0]) == NEW_TOKENS
+
+
+@pytest.mark.covering(most=1)
+@pytest.mark.parametrize("family", EVERY_KIND)
+def test_a_prompt_alone(family):
+    check_alone(jaxmoe.load(GOLDENS / family / "original", mesh=mesh_of(2, 2, 2)), read_expected(family))
 
 
 @pytest.mark.parametrize("dispatch", ["replicated", "all_gather", "all_to_all"])

@@ -5,7 +5,6 @@ from pathlib import Path
 import numpy as np
 
 import jaxmoe
-from tests.support import runs
 
 GOLDENS = Path(__file__).resolve().parent.parent / "goldens"
 
@@ -21,7 +20,7 @@ def read_expected(family: str) -> dict[str, list[np.ndarray]]:
 
 
 def check_logits(model, expected: dict[str, list[np.ndarray]]) -> None:
-    """The logits of all prompts in one batch padded with anything; in the full run, also of a prompt alone."""
+    """The logits of all prompts in one batch padded with anything."""
     largest = max(np.abs(logits).max() for logits in expected["logits"])
     longest = max(map(len, expected["prompt"]))
     batch = np.full((len(expected["prompt"]), longest), 5)
@@ -31,18 +30,21 @@ def check_logits(model, expected: dict[str, list[np.ndarray]]) -> None:
     assert together.dtype == np.float32
     for row, logits in zip(together, expected["logits"], strict=True):
         assert np.abs(row[: len(logits)] - logits).max() < LOGIT_TOLERANCE * largest
-    if runs.full:
-        alone = np.asarray(model(expected["prompt"][0][None]))[0]
-        assert np.abs(alone - expected["logits"][0]).max() < LOGIT_TOLERANCE * largest
 
 
 def check_greedy(model, expected: dict[str, list[np.ndarray]]) -> None:
-    """The greedy tokens of a batch of prompts of different lengths; in the full run, also of a prompt alone."""
+    """The greedy tokens of a batch of prompts of different lengths."""
     prompts = [prompt.tolist() for prompt in expected["prompt"]]
     new_tokens = len(expected["greedy"][0])
     outs = jaxmoe.generate(model, prompts, max_new_tokens=new_tokens, ignore_eos=True)
     for out, greedy in zip(outs, expected["greedy"], strict=True):
         assert out.token_ids == greedy.tolist()
-    if runs.full:
-        (alone,) = jaxmoe.generate(model, prompts[1:2], max_new_tokens=new_tokens, ignore_eos=True)
-        assert alone.token_ids == expected["greedy"][1].tolist()
+
+
+def check_alone(model, expected: dict[str, list[np.ndarray]]) -> None:
+    """The logits and greedy tokens of one prompt that is not in a batch."""
+    alone = np.asarray(model(expected["prompt"][0][None]))[0]
+    assert np.abs(alone - expected["logits"][0]).max() < LOGIT_TOLERANCE * np.abs(expected["logits"][0]).max()
+    prompt, greedy = (expected[kind][1].tolist() for kind in ("prompt", "greedy"))
+    (out,) = jaxmoe.generate(model, [prompt], max_new_tokens=len(greedy), ignore_eos=True)
+    assert out.token_ids == greedy
