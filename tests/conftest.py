@@ -78,7 +78,11 @@ tests_run = itertools.count(1)
 
 def pytest_runtest_logfinish() -> None:
     """Let go of compiled programs where they have become many."""
-    if next(tests_run) % TESTS_BETWEEN_LOOKS == 0 and MAPS.exists() and len(MAPS.read_bytes().splitlines()) > ENOUGH_MAPS:
+    if (
+        next(tests_run) % TESTS_BETWEEN_LOOKS == 0
+        and MAPS.exists()
+        and len(MAPS.read_bytes().splitlines()) > ENOUGH_MAPS
+    ):
         jax.clear_caches()
 
 

@@ -43,6 +43,7 @@ def test_rows_whose_scale_would_be_subnormal_stay_finite(largest):
     assert error.max() <= max(largest * 2**-4, np.finfo(np.float32).tiny)
 
 
+@pytest.mark.covering(most=1)
 @pytest.mark.parametrize("backend", ["all_to_all", "ragged_all_to_all"])
 @pytest.mark.parametrize("mesh_shape", [(1, 1, 8), (2, 2, 2)])
 def test_experts_see_rounded_rows_and_nothing_else_changes(backend, mesh_shape):

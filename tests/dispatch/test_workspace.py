@@ -59,6 +59,7 @@ def dense_bfloat16(run: Program, ids_TK: np.ndarray, weights_TK: np.ndarray) -> 
     return (weights_TK[:, :, None] * outs_TKD).sum(axis=1)
 
 
+@pytest.mark.covering(most=1)
 @pytest.mark.parametrize("mesh_shape", [(1, 1, 8), (2, 2, 2)])
 @pytest.mark.parametrize("backend", RUNS_HERE)
 def test_bfloat16_is_no_worse_than_a_dense_layer(backend, mesh_shape):

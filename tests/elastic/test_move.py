@@ -117,6 +117,7 @@ def test_the_text_part_of_a_multimodal_model_is_read_again_behind_its_prefix() -
     check_logits(moved, read_expected("llama4"))
 
 
+@pytest.mark.full
 def test_a_moved_model_can_be_rebalanced_saved_and_moved_again(tmp_path) -> None:
     model = jaxmoe.load(QWEN, mesh=on((1, 2, 4)))
     model = jaxmoe.move(model, mesh=on((1, 2, 2)))
@@ -147,6 +148,7 @@ def test_a_recording_goes_on_through_a_move() -> None:
     assert np.array_equal(first, second)
 
 
+@pytest.mark.full
 def test_a_model_without_experts_moves_and_says_that_it_has_none() -> None:
     config = read_config({**FAMILIES["qwen3_moe"], "model_type": "qwen3_moe", "mlp_only_layers": [0, 1]})
     model = Decoder(config, mesh=on((1, 2, 2)), rngs=nnx.Rngs(0))

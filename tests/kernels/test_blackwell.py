@@ -40,6 +40,7 @@ def problem_of(halves=1, N=136, K=96, R=64, G=1):
 
 
 # One piece of results a tile, and several.
+@pytest.mark.covering(most=1)
 @pytest.mark.parametrize(("m", "N", "dtype"), [(16, 136, jnp.bfloat16), (128, 192, jnp.float16)])
 @pytest.mark.parametrize(("sizes", "R"), SIZES, ids=str)
 def test_product(sizes, R, m, N, dtype) -> None:
@@ -48,6 +49,7 @@ def test_product(sizes, R, m, N, dtype) -> None:
     check_product(mosaic_gpu, sizes, R, N, dtype, tiles=tiles_of(m), device_kind=DEVICE, interpret=True)
 
 
+@pytest.mark.covering(most=1)
 @pytest.mark.parametrize("m", [16, 64])
 @pytest.mark.parametrize(("activation", "limit", "gated"), MLPS)
 def test_mlp_with_biases(activation, limit, gated, m) -> None:

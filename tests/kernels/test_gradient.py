@@ -52,6 +52,7 @@ def check_mlp_gradients(backend, R, sizes):
         np.testing.assert_array_equal(dw[np.asarray(sizes) == 0], 0)
 
 
+@pytest.mark.covering(most=2)
 @each_backend
 @each_regime
 @pytest.mark.parametrize(
@@ -71,6 +72,7 @@ def test_every_expert_function(backend, R, activation, limit, gated):
     )
 
 
+@pytest.mark.covering(most=1)
 @each_backend
 @each_regime
 def test_all_patterns_of_empty_groups(backend, R):

@@ -56,6 +56,7 @@ def test_product(sizes, R, swapped) -> None:
     check_product(mosaic_gpu, sizes, R, N, dtype, tiles=tiles_of(swapped), interpret=True)
 
 
+@pytest.mark.covering(most=1)
 @needs_mosaic
 @pytest.mark.parametrize("swapped", [True, False], ids=["few rows", "many rows"])
 @pytest.mark.parametrize(("activation", "limit", "gated"), MLPS)
@@ -77,6 +78,7 @@ PACKED = [
 ]
 
 
+@pytest.mark.covering(most=2)
 @needs_mosaic
 @pytest.mark.parametrize(("format", "block", "scale_dtype"), PACKED, ids=str)
 def test_packed_product(format, block, scale_dtype) -> None:
@@ -92,6 +94,7 @@ def test_packed_product(format, block, scale_dtype) -> None:
     np.testing.assert_allclose(out, exact(rows, dequantize(stack), sizes), rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.covering(most=1)
 @needs_mosaic
 @pytest.mark.parametrize("block", [(1, 32), (64, 128)], ids=str)
 @pytest.mark.parametrize("most", [15, 255])  # codes go up to 15, but a zero point may be any byte

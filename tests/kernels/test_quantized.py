@@ -185,6 +185,7 @@ def test_bfloat16_rows_meet_decoded_float32(case, R, backend):
     np.testing.assert_array_equal(narrow, wide.astype(jnp.bfloat16))
 
 
+@pytest.mark.covering(most=1)
 @each_regime
 @pytest.mark.parametrize("check_vma", [True, False])
 @each_case
@@ -243,6 +244,7 @@ def mlp_gradients(x_RD, stacks, biases, sizes, dy_RD, *, backend, options):
     return pullback(dy_RD)
 
 
+@pytest.mark.covering(most=2)
 @each_regime
 @each_variant
 @pytest.mark.parametrize(
@@ -269,6 +271,7 @@ def test_gradients(cases, variant, R):
             np.testing.assert_allclose(a, e, rtol=2e-5, atol=2e-5 * float(jnp.abs(e).max()))
 
 
+@pytest.mark.covering(most=1)
 @each_regime
 def test_gradient_of_rows_inside_shard_map(R):
     """Rows over dp and ep; the gradient of a row adds up over tp."""
@@ -308,6 +311,7 @@ def test_packed_matrices_are_constants(case, backend):
         assert array.dtype == jax.dtypes.float0 or not np.any(array.astype(np.float32))
 
 
+@pytest.mark.covering(most=2)
 @each_case
 @pytest.mark.parametrize("R", [32, 160], ids=REGIMES)
 def test_no_decoded_stack(case, R):

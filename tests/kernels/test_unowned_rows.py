@@ -34,6 +34,7 @@ def gradients(backend, x, up, down, dy, **options):
 
 
 # Mosaic's interpreter multiplies with NumPy, which warns of the infinity in rows whose results nobody takes.
+@pytest.mark.covering(most=1)
 @pytest.mark.filterwarnings("ignore:.*Triton.*:DeprecationWarning", "ignore:invalid value:RuntimeWarning")
 @pytest.mark.parametrize(
     "backend", [triton, pytest.param(mosaic_gpu, marks=needs_mosaic)], ids=["triton", "mosaic_gpu"]

@@ -39,6 +39,7 @@ def losses_in_numpy(logits_TE: np.ndarray, mask_T: np.ndarray, K: int) -> tuple[
     return E * float((choices_E / tokens) @ (probability_E / tokens)), z / tokens
 
 
+@pytest.mark.covering(most=2)
 @pytest.mark.parametrize("expert_axes", [("ep",), ("ep", "tp")], ids="+".join)
 @pytest.mark.parametrize("dispatch", ["replicated", "all_to_all"])
 def test_losses_are_those_of_the_tokens_that_are_not_masked(mesh, dispatch, expert_axes):
@@ -86,6 +87,7 @@ def gradients(layer: nnx.Module, x_TD, mask_T, dy_TD) -> dict[str, np.ndarray]:
     return {path: np.asarray(param.get_value()) for path, param in params_by_path(params).items()} | {"x": dx_TD}
 
 
+@pytest.mark.covering(most=1)
 @pytest.mark.parametrize("expert_axes", [("ep",), ("ep", "tp")], ids="+".join)
 @pytest.mark.parametrize("dispatch", ["replicated"])
 @pytest.mark.parametrize(

@@ -59,6 +59,7 @@ def whole_prompts(layer) -> tuple[np.ndarray, np.ndarray]:
     return np.asarray(y_BSD), np.asarray(cache.state)
 
 
+@pytest.mark.covering(most=1)
 @pytest.mark.parametrize("mesh_shape", [(1, 1, 1), (2, 2, 2)], ids=mesh_id)
 @pytest.mark.parametrize("kind", CONFIGS)
 def test_decoding_continues_prompts_of_different_lengths(kind, mesh_shape):
@@ -85,6 +86,7 @@ def test_decoding_continues_prompts_of_different_lengths(kind, mesh_shape):
             np.testing.assert_allclose(np.asarray(cache.state)[row], state[row], rtol=2e-4, atol=2e-5)
 
 
+@pytest.mark.covering(most=1)
 @pytest.mark.parametrize(("kind", "tp"), [("mamba", 8), ("mamba2", 2), ("mamba2", 4), ("without biases", 4)])
 def test_every_tp_gives_the_same(kind, tp):
     alone, split = make_layer(mesh_of(1, 1, 1), CONFIGS[kind]), make_layer(mesh_of(1, tp, 1), CONFIGS[kind])

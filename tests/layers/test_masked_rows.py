@@ -59,6 +59,7 @@ def gradients_of(name, dispatch):
     return program
 
 
+@pytest.mark.covering(most=2)
 @pytest.mark.parametrize("dispatch", DISPATCHES)
 @pytest.mark.parametrize("name", CONFIGS)
 def test_they_change_no_gradient(name, dispatch):
@@ -80,6 +81,7 @@ def test_they_change_no_gradient(name, dispatch):
             assert not np.asarray(dx)[~keep].any()
 
 
+@pytest.mark.covering(most=1)
 @pytest.mark.parametrize("dispatch", DISPATCHES)
 def test_gradients_are_those_of_a_call_without_them(dispatch):
     layer = jaxmoe.MoE(CONFIGS["shared_and_latent"], mesh=mesh_of(1, 2, 4), dispatch=dispatch, rngs=nnx.Rngs(0))

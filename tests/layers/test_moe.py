@@ -55,6 +55,7 @@ def test_expert_counts_are_those_of_the_router():
     np.testing.assert_array_equal(stats.expert_counts, np.bincount(ids_TK[mask].reshape(-1), minlength=11))
 
 
+@pytest.mark.covering(most=1)
 @pytest.mark.parametrize("dispatch", ["replicated", "all_gather", "all_to_all"])
 def test_masked_tokens_come_back_as_zeros_and_change_nothing(mesh, dispatch):
     layer = jaxmoe.MoE(CONFIG, mesh=mesh, dispatch=dispatch, rngs=nnx.Rngs(0))
@@ -64,6 +65,7 @@ def test_masked_tokens_come_back_as_zeros_and_change_nothing(mesh, dispatch):
     np.testing.assert_allclose(np.asarray(y), np.where(mask[:, None], expected(layer, x), 0), atol=3e-6)
 
 
+@pytest.mark.covering(most=1)
 @pytest.mark.parametrize("dispatch", ["replicated", "all_gather", "all_to_all"])
 def test_replicas_and_padding_anywhere(dispatch):
     slots = [4, -1, 0, 1, 2, 3, 4, -1, 5, 6, 7, 8, 9, 10, 4, 0]
@@ -78,6 +80,7 @@ def test_replicas_and_padding_anywhere(dispatch):
     np.testing.assert_allclose(np.asarray(y), expected(layer, x), atol=3e-6)
 
 
+@pytest.mark.covering(most=1)
 @pytest.mark.parametrize("dispatch", ["replicated", "all_gather", "all_to_all"])
 def test_weights_on_the_input(mesh, dispatch):
     """Every choice as a token of its own: its row times its weight, and what comes out as it is."""
@@ -91,6 +94,7 @@ def test_weights_on_the_input(mesh, dispatch):
     np.testing.assert_allclose(np.asarray(y), outs.reshape(13, 3, 16).sum(axis=1), atol=3e-6)
 
 
+@pytest.mark.covering(most=2)
 @pytest.mark.parametrize("expert_axes", [("ep",), ("ep", "tp"), ("dp", "ep")])
 def test_each_device_holds_its_own_experts_only(mesh, expert_axes):
     layer = jaxmoe.MoE(CONFIG, mesh=mesh, expert_axes=expert_axes, rngs=nnx.Rngs(0))

@@ -92,6 +92,7 @@ def same_weights(layer):
     return layer
 
 
+@pytest.mark.covering(most=2)
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("name", MESHES)
 def test_values_and_gradients(name, kind):
@@ -118,6 +119,7 @@ def test_values_and_gradients(name, kind):
         assert jax.typeof(y).sharding == jax.typeof(x).sharding
 
 
+@pytest.mark.covering(most=1)
 @pytest.mark.parametrize("kind", KINDS)
 def test_inside_a_model_on_the_mesh_of_the_program(kind):
     """A dense layer in front with shardings of its own, under `jax.set_mesh`; the experts then move."""
@@ -167,6 +169,7 @@ def test_given_experts_and_the_order_of_checkpoints():
     )
 
 
+@pytest.mark.covering(most=1)
 @pytest.mark.parametrize("dispatch", ["replicated", "all_gather", "all_to_all"])
 @pytest.mark.parametrize("expert_axes", [("ep", "tp"), ("dp", "ep")])
 def test_every_dispatch_over_two_parts(dispatch, expert_axes):

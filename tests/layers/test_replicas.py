@@ -41,6 +41,7 @@ def test_random_weights_are_alike_in_replicas_and_nothing_is_in_padding() -> Non
         np.testing.assert_array_equal(values[held], experts[placement.slot_to_expert[held]])
 
 
+@pytest.mark.covering(most=1)
 @pytest.mark.parametrize("dispatch", ["replicated", "all_gather", "all_to_all"])
 @pytest.mark.parametrize("choice", RULES)
 def test_the_result_does_not_depend_on_the_choice(choice, dispatch) -> None:

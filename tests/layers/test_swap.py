@@ -33,6 +33,7 @@ def tokens(dtype=jnp.float32) -> jax.Array:
     return jax.random.normal(jax.random.key(1), (13, D)).astype(dtype)
 
 
+@pytest.mark.covering(most=1)
 @pytest.mark.parametrize(("shape", "axes"), CASES, ids=IDS)
 @given(data=st.data())
 @settings(max_examples=examples(5, 15))
@@ -58,6 +59,7 @@ def test_any_pair_of_placements(shape, axes, data) -> None:
     assert vars(moved) == wanted
 
 
+@pytest.mark.covering(most=1)
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float32], ids=["bfloat16", "float32"])
 def test_biases_go_along(dtype) -> None:
     rng = np.random.default_rng(0)

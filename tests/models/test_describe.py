@@ -15,6 +15,7 @@ from tests.support.meshes import mesh_of
 QWEN = GOLDENS / "qwen3_moe" / "original"
 
 
+@pytest.mark.full
 def test_phases_take_their_own_dispatch(monkeypatch) -> None:
     used, plan = [], MoE._plan
 

@@ -115,6 +115,7 @@ def test_balancer_moves_experts_between_steps(model) -> None:
     assert model.placements != [jaxmoe.ExpertPlacement.linear(EXPERTS, 4, num_slots=16)] * LAYERS
 
 
+@pytest.mark.full
 def test_a_callback_may_rebalance_the_model(model) -> None:
     expected = read_expected("qwen3_moe")
     seeds = iter(range(100))
@@ -130,6 +131,7 @@ def test_a_callback_may_rebalance_the_model(model) -> None:
     check_logits(model, expected)
 
 
+@pytest.mark.full
 def test_balancer_leaves_an_even_model_alone(model) -> None:
     balancer = jaxmoe.Balancer(window=8, interval=4, threshold=4.0)
     before = model.placements

@@ -85,6 +85,7 @@ def test_a_token_without_a_choice_is_routed_by_the_router(models) -> None:
     assert (found.expert_ids >= 0).all()
 
 
+@pytest.mark.covering(most=1)
 @pytest.mark.parametrize("settings", [{}, {"ignore_eos": True}], ids=["rows end early", "all rows reach the limit"])
 def test_a_generation_is_replayed_step_by_step(models, settings) -> None:
     def run(model):
@@ -168,6 +169,7 @@ def test_a_training_step_sees_them_and_compiles_once(models) -> None:
     np.testing.assert_allclose((ends[0] - ends[1]) / 2e-2, jnp.linalg.norm(gradient), rtol=0.05)
 
 
+@pytest.mark.full
 def test_another_trace_compiles_nothing(models) -> None:
     model = models[0]
     with model.replay_routing(other_choices(5)):
@@ -186,6 +188,7 @@ def test_another_trace_compiles_nothing(models) -> None:
     assert sizes[0] == sizes[1]
 
 
+@pytest.mark.covering(most=1)
 @pytest.mark.parametrize("family", ["hunyuan_v1_moe", "gemma4_text"])
 def test_layers_of_different_choices_and_a_router_with_an_input_of_its_own(family) -> None:
     model = load(family, (1, 1, 2))

@@ -48,6 +48,7 @@ def measured(trained):
     return measure(model, held_out, CORPUS, streams), held_out, tokenizer, streams
 
 
+@pytest.mark.full
 def test_the_checkpoint_is_whole_and_bfloat16(trained):
     trainer, state, directory = trained
     assert {path.name for path in directory.iterdir()} == {

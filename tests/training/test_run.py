@@ -152,6 +152,7 @@ def test_wrong_arguments_are_told_in_a_line(tmp_path, words, message):
     assert done.stdout == ""
 
 
+@pytest.mark.full
 def test_a_finished_run_is_left_as_it_is(tmp_path, trainer):
     batches, _ = tiny_text()
     before = losses(start(tmp_path, trainer, batches, checkpoint_minutes=60))

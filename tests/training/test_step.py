@@ -67,6 +67,7 @@ def test_padding_counts_in_no_loss(tmp_path):
     assert int(once.expert_counts.sum()) == lengths.sum() * TINY["num_experts_per_tok"] * TINY["num_hidden_layers"]
 
 
+@pytest.mark.full
 def test_the_loss_falls_by_two_nats_in_thirty_steps(tmp_path):
     """From ln 300 = 5.7 for a text of two repeated lines; every expert is used."""
     trainer = Trainer(tiny_model(tmp_path, mesh_of(2, 2, 2)), RECIPE)
