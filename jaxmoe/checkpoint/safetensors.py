@@ -106,11 +106,12 @@ class SafetensorsFile:
     mtime_ns: int
 
 
-def read_safetensors(path: str | os.PathLike[str]) -> SafetensorsFile:
+def read_safetensors(path: str | os.PathLike[str], *, max_tensors: int = MAX_TENSORS) -> SafetensorsFile:
     """Read and check the header of a safetensors file.
 
     Args:
         path: the file. A symbolic link is followed (the Hugging Face hub's cache is made of them).
+        max_tensors: tensors that a file may have; one with more is refused.
 
     Returns:
         Its tensors and metadata; no tensor data is read.
@@ -127,7 +128,7 @@ def read_safetensors(path: str | os.PathLike[str]) -> SafetensorsFile:
         if not stat.S_ISREG(status.st_mode):
             raise CheckpointError(f"{path}: a checkpoint file must be a regular file, and this is not one")
         header, data_start = _read_header(path, file, status.st_size)
-    tensors, metadata = _Header(path, header).parse(data_start, status.st_size - data_start)
+    tensors, metadata = _Header(path, header, max_tensors).parse(data_start, status.st_size - data_start)
     return SafetensorsFile(path, tensors, metadata, status.st_size, status.st_mtime_ns)
 
 
@@ -158,9 +159,10 @@ def _read_header(path: Path, file: Any, size: int) -> tuple[bytes, int]:
 class _Header:
     """One header being parsed: every refusal names the file."""
 
-    def __init__(self, path: Path, raw: bytes) -> None:
+    def __init__(self, path: Path, raw: bytes, max_tensors: int) -> None:
         self.path = path
         self.raw = raw
+        self.max_tensors = max_tensors
 
     def refuse(self, rule: str, value: str, way_out: str = _BROKEN) -> NoReturn:
         raise CheckpointError(f"{self.path}: {rule}; {value}; {way_out}")
@@ -168,8 +170,8 @@ class _Header:
     def parse(self, data_start: int, data_bytes: int) -> tuple[dict[str, TensorInfo], dict[str, str]]:
         header = self.decode()
         metadata = self.metadata(header.pop("__metadata__", {}))
-        if len(header) > MAX_TENSORS:
-            self.refuse(f"a file has at most {MAX_TENSORS} tensors", f"this one lists {len(header)}")
+        if len(header) > self.max_tensors:
+            self.refuse(f"a file has at most {self.max_tensors} tensors", f"this one lists {len(header)}")
         entries = [(*self.entry(name, value), name) for name, value in header.items()]
         # Writers may list tensors in any order; the data has one.
         entries.sort(key=lambda entry: entry[:2])

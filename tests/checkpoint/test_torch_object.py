@@ -5,10 +5,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from jaxmoe.checkpoint import torch_file
 from jaxmoe.checkpoint.errors import CheckpointError
 from jaxmoe.checkpoint.torch_object import read_torch_object
-from tests.support.torch_archives import DATA, archive, count, pack, program, state_dict, tensor, text
+from tests.support.torch_archives import DATA, archive, count, number, pack, program, state_dict, storage, tensor, text
 
 
 def test_tensors_become_arrays_wherever_they_are() -> None:
@@ -43,11 +42,12 @@ def test_nesting_and_sharing_cost_nothing(tmp_path: Path, nesting: bytes) -> Non
     np.testing.assert_array_equal(read["w"], count(2, 3))
 
 
-def test_refusals_name_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_refusals_name_the_file(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=r"a\.pt: tensors are in dicts and lists; one is in a tuple of 1"):
         read_torch_object(archive(tmp_path / "a.pt", program(pack(tensor()))))
     with pytest.raises(CheckpointError, match=r"b\.pt.*only the names of a dict of tensors are allowed"):
         read_torch_object(archive(tmp_path / "b.pt", program(b"cos\nsystem\n")))
-    monkeypatch.setattr(torch_file, "MAX_SHARING", 0)
-    with pytest.raises(CheckpointError, match=r"c\.pt: tensors that share storages may have up to 0 times the bytes"):
-        read_torch_object(archive(tmp_path / "c.pt", state_dict(w=tensor())))
+    whole = tensor(storage(numel=number(10_000)), shape=(100, 100), strides=(100, 1))
+    document = state_dict(**dict.fromkeys([f"w{i}" for i in range(128)], whole))
+    with pytest.raises(CheckpointError, match=r"c\.pt: tensors that share storages may have up to 64 times the bytes"):
+        read_torch_object(archive(tmp_path / "c.pt", document, more={"archive/data/0": bytes(40_000)}))

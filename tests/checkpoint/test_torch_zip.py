@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from jaxmoe.checkpoint import torch_file, torch_pickle
+from jaxmoe.checkpoint import torch_pickle
 from jaxmoe.checkpoint.errors import CheckpointError
 from jaxmoe.checkpoint.safetensors import TensorInfo
 from jaxmoe.checkpoint.torch_file import read_torch_file
@@ -350,15 +350,15 @@ def test_rules_of_the_pickle(body: bytes, message: str) -> None:
     assert "convert the checkpoint to safetensors" in str(error.value)
 
 
-def test_bombs_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
-    with monkeypatch.context() as patch:
-        patch.setattr(torch_pickle, "MAX_OPERATIONS", 100)
-        with pytest.raises(CheckpointError, match="at most 100 operations"):
-            read_torch_pickle(program(b"}" * 200), "a test")
-    with monkeypatch.context() as patch:
-        patch.setattr(torch_pickle, "MAX_PICKLE_BYTES", 100)
-        with pytest.raises(CheckpointError, match="at most 100 bytes; this one has 203"):
-            read_torch_pickle(program(b"}" * 200), "a test")
+@pytest.mark.full
+def test_operations_are_bounded() -> None:
+    with pytest.raises(CheckpointError, match="at most 10000000 operations"):
+        read_torch_pickle(program(b")" * torch_pickle.MAX_OPERATIONS), "a test")
+
+
+def test_bytes_are_bounded() -> None:
+    with pytest.raises(CheckpointError, match="at most 100000000 bytes; this one has 100000003"):
+        read_torch_pickle(program(b"}" * torch_pickle.MAX_PICKLE_BYTES), "a test")
 
 
 @pytest.mark.parametrize(
@@ -416,11 +416,16 @@ def test_rules_of_the_state_dict(tmp_path: Path, pickled: bytes, message: str) -
     refuse(archive(tmp_path / "a.bin", pickled), message)
 
 
-def test_sharing_is_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    path = archive(tmp_path / "a.bin", state_dict(**{f"w{i}": tensor() for i in range(30)}))
-    assert len(read_torch_file(path).tensors) == 30
-    monkeypatch.setattr(torch_file, "MAX_SHARING", 0.01)
-    refuse(path, "these have 720 bytes")
+def test_sharing_is_bounded(tmp_path: Path) -> None:
+    """Each of the tensors is the whole of a storage of 40,000 bytes."""
+    whole = tensor(storage(numel=number(10_000)), shape=(100, 100), strides=(100, 1))
+    for count, refused in ((64, False), (128, True)):
+        document = state_dict(**dict.fromkeys([f"w{i}" for i in range(count)], whole))
+        path = archive(tmp_path / f"{count}.bin", document, more={"archive/data/0": bytes(40_000)})
+        if refused:
+            refuse(path, "may have up to 64 times the bytes of their file; these have 5120000 bytes")
+        else:
+            assert len(read_torch_file(path).tensors) == count
 
 
 # Archives.
