@@ -43,19 +43,12 @@ from jaxmoe.checkpoint.buffers import aligned_array
 from jaxmoe.checkpoint.threads import run_in_threads
 from jaxmoe.layers.param import ParamSpec
 from jaxmoe.mesh import make_mesh, simulate_devices
-from jaxmoe.models.family import ExpertTensors
+from jaxmoe.models.family import MLP_EXPERTS
 
 # Qwen3-30B-A3B's widths; its 128 experts and 48 layers are cut down to the size asked for.
 MODEL, WIDTH, VOCAB = 2048, 768, 32768
 EXPERTS = 32
 DTYPES = {"bfloat16": ("BF16", np.dtype(ml_dtypes.bfloat16)), "float32": ("F32", np.dtype(np.float32))}
-NAMES = ExpertTensors(
-    gate="model.layers.{layer}.mlp.experts.{expert}.gate_proj.weight",
-    up="model.layers.{layer}.mlp.experts.{expert}.up_proj.weight",
-    down="model.layers.{layer}.mlp.experts.{expert}.down_proj.weight",
-    fused_gate_up="model.layers.{layer}.mlp.experts.gate_up_proj",
-    fused_down="model.layers.{layer}.mlp.experts.down_proj",
-)
 
 
 def main() -> None:
@@ -80,7 +73,7 @@ def main() -> None:
 
 def layer_tensors(layer: int) -> Iterator[tuple[str, tuple[int, ...]]]:
     """Names and shapes of one layer, and of the embedding with the first."""
-    names = NAMES.for_layer(layer)
+    names = MLP_EXPERTS.for_layer(layer)
     if layer == 0:
         yield "model.embed_tokens.weight", (VOCAB, MODEL)
     yield f"model.layers.{layer}.mlp.gate.weight", (EXPERTS, MODEL)
@@ -136,7 +129,7 @@ def load_with_jaxmoe(
         down = spec(f"layers.{layer}.w_down", (EXPERTS, MODEL, WIDTH), "ep", None, "tp", stack=True)
         specs += [router, gate_up, down]
         blocks += whole_tensor_blocks(router, f"model.layers.{layer}.mlp.gate.weight")
-        blocks += expert_blocks(gate_up, down, NAMES.for_layer(layer), checkpoint.tensors)
+        blocks += expert_blocks(gate_up, down, MLP_EXPERTS.for_layer(layer), checkpoint.tensors)
     arrays, report = load_arrays(make_load_plan(checkpoint, specs, blocks), **options)
     jax.block_until_ready(arrays)
     assert report.bytes_read == report.bytes_needed == checkpoint.nbytes
@@ -215,7 +208,7 @@ def measure(directory: Path, args: argparse.Namespace, layers: int) -> dict:
 def check_alike(ours: dict[str, jax.Array], theirs: dict[str, jax.Array]) -> None:
     """A load that is quick and wrong is not measured."""
     for layer, expert in ((0, 0), (0, EXPERTS - 1), (1, EXPERTS // 2)):
-        gate, up, down = (np.asarray(theirs[name]) for name in NAMES.for_layer(layer).per_expert(expert))
+        gate, up, down = (np.asarray(theirs[name]) for name in MLP_EXPERTS.for_layer(layer).per_expert(expert))
         gate_up = np.asarray(ours[f"layers.{layer}.w_gate_up"][expert])
         np.testing.assert_array_equal(gate_up, np.stack([gate, up]))
         np.testing.assert_array_equal(np.asarray(ours[f"layers.{layer}.w_down"][expert]), down)

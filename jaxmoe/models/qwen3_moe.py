@@ -13,7 +13,7 @@ from jaxmoe.config import (
     pick,
     read_common,
 )
-from jaxmoe.models.family import ROTARY_BUFFERS, ExpertTensors, Family, llama_tensors
+from jaxmoe.models.family import MLP_EXPERTS, ROTARY_BUFFERS, Family, llama_tensors
 from jaxmoe.rotary import read_rope
 
 
@@ -66,12 +66,6 @@ QWEN3_MOE = Family(
             "layers.{layer}.mlp.w_down": ("model.layers.{layer}.mlp.down_proj.weight",),
         }
     ),
-    experts=ExpertTensors(
-        gate="model.layers.{layer}.mlp.experts.{expert}.gate_proj.weight",
-        up="model.layers.{layer}.mlp.experts.{expert}.up_proj.weight",
-        down="model.layers.{layer}.mlp.experts.{expert}.down_proj.weight",
-        fused_gate_up="model.layers.{layer}.mlp.experts.gate_up_proj",
-        fused_down="model.layers.{layer}.mlp.experts.down_proj",
-    ),
+    experts=MLP_EXPERTS,
     ignored=ROTARY_BUFFERS,
 )

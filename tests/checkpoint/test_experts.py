@@ -14,25 +14,25 @@ from jaxmoe.checkpoint import (
     open_checkpoint,
 )
 from jaxmoe.models.family import ExpertTensors, FusedLayout
-from tests.support.loading import F32, NAMES, Case, add_experts, check_arrays, random, spec, take_rows
+from tests.support.loading import F32, MLP_EXPERTS, Case, add_experts, check_arrays, random, spec, take_rows
 from tests.support.meshes import mesh_of
 from tests.support.writing import write_checkpoint
 
 
 def names_of(layer: int, experts=range(11), fused=False) -> set[str]:
-    names = NAMES.for_layer(layer)
+    names = MLP_EXPERTS.for_layer(layer)
     return set(names.fused) if fused else {name for expert in experts for name in names.per_expert(expert)}
 
 
 def test_each_layer_is_asked_on_its_own():
     tensors = names_of(0) | names_of(1, fused=True)
-    assert find_expert_layout(NAMES.for_layer(0), tensors, 11) == "per_expert"
-    assert find_expert_layout(NAMES.for_layer(1), tensors, 11) == "fused"
+    assert find_expert_layout(MLP_EXPERTS.for_layer(0), tensors, 11) == "per_expert"
+    assert find_expert_layout(MLP_EXPERTS.for_layer(1), tensors, 11) == "fused"
 
 
 def test_layer_1_is_not_layer_10():
     with pytest.raises(CheckpointError, match="the checkpoint has neither"):
-        find_expert_layout(NAMES.for_layer(1), names_of(10), 11)
+        find_expert_layout(MLP_EXPERTS.for_layer(1), names_of(10), 11)
 
 
 @pytest.mark.parametrize("experts", [range(11), [7]])
@@ -40,12 +40,12 @@ def test_both_layouts_in_one_layer_are_refused(experts):
     with pytest.raises(
         CheckpointError, match=r"'.*gate_up_proj' \(fused\) and '.*\.\d+\.gate_proj.weight' \(per_expert\)"
     ):
-        find_expert_layout(NAMES.for_layer(3), names_of(3, experts) | names_of(3, fused=True), 11)
+        find_expert_layout(MLP_EXPERTS.for_layer(3), names_of(3, experts) | names_of(3, fused=True), 11)
 
 
 def test_neither_layout_is_refused():
     with pytest.raises(CheckpointError, match=r"as '.*layers\.3.*gate_up_proj' or as '.*layers\.3.*\.0\.gate_proj"):
-        find_expert_layout(NAMES.for_layer(3), {"lm_head.weight"}, 11)
+        find_expert_layout(MLP_EXPERTS.for_layer(3), {"lm_head.weight"}, 11)
 
 
 def test_slots_name_their_experts():
@@ -54,7 +54,7 @@ def test_slots_name_their_experts():
     add_experts(case, mesh_of(1, 2, 4), np.random.default_rng(0), slots, 11, "per_expert")
     filled = {(block.param, block.param_start): block.tensor for block in case.blocks}
     for slot, expert in enumerate(slots):
-        gate, up, down = NAMES.for_layer(0).per_expert(expert) if expert >= 0 else (None,) * 3
+        gate, up, down = MLP_EXPERTS.for_layer(0).per_expert(expert) if expert >= 0 else (None,) * 3
         assert filled["layers.0.moe.w_gate_up", (slot, 0, 0, 0)] == gate
         assert filled.get(("layers.0.moe.w_gate_up", (slot, 1, 0, 0))) == up
         assert filled["layers.0.moe.w_down", (slot, 0, 0)] == down
@@ -65,7 +65,7 @@ def test_stacks_that_do_not_belong_together_are_a_bug():
     add_experts(case, mesh_of(1, 2, 4), np.random.default_rng(0), range(4), 4, "fused")
     add_experts(case, mesh_of(1, 2, 4), np.random.default_rng(0), [1, 0, 2, 3], 4, "fused", layer=1)
     with pytest.raises(AssertionError, match="hold different experts"):
-        expert_blocks(case.specs[0], case.specs[3], NAMES.for_layer(0), case.tensors)
+        expert_blocks(case.specs[0], case.specs[3], MLP_EXPERTS.for_layer(0), case.tensors)
 
 
 def on_disk(layout: str, gate: np.ndarray, up: np.ndarray, down: np.ndarray) -> dict[str, np.ndarray]:

@@ -15,10 +15,10 @@ def test_tensors_become_arrays_wherever_they_are() -> None:
     assert list(dump) == ["records", "last_physical_to_logical_map"]
     assert dump["last_physical_to_logical_map"].tolist() == [[0, 1, 2, 3, 0], [3, 2, 1, 0, 1]]
     assert len(dump["records"]) == 3
-    for number, record in enumerate(dump["records"]):
+    for step, record in enumerate(dump["records"]):
         ids = record.pop("topk_ids_of_layer")
-        np.testing.assert_array_equal(ids, (np.arange(16, dtype=np.int32).reshape(2, 4, 2) + number) % 5, strict=True)
-        assert record.pop("forward_pass_id") == number
+        np.testing.assert_array_equal(ids, (np.arange(16, dtype=np.int32).reshape(2, 4, 2) + step) % 5, strict=True)
+        assert record.pop("forward_pass_id") == step
         assert record == {"rank": 0, "gatherer_key": "primary", "extend_seq_lens": [4], "positions": None}
 
 

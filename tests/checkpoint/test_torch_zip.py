@@ -419,13 +419,13 @@ def test_rules_of_the_state_dict(tmp_path: Path, pickled: bytes, message: str) -
 def test_sharing_is_bounded(tmp_path: Path) -> None:
     """Each of the tensors is the whole of a storage of 40,000 bytes."""
     whole = tensor(storage(numel=number(10_000)), shape=(100, 100), strides=(100, 1))
-    for count, refused in ((64, False), (128, True)):
-        document = state_dict(**dict.fromkeys([f"w{i}" for i in range(count)], whole))
-        path = archive(tmp_path / f"{count}.bin", document, more={"archive/data/0": bytes(40_000)})
+    for tensors, refused in ((64, False), (128, True)):
+        document = state_dict(**dict.fromkeys([f"w{i}" for i in range(tensors)], whole))
+        path = archive(tmp_path / f"{tensors}.bin", document, more={"archive/data/0": bytes(40_000)})
         if refused:
             refuse(path, "may have up to 64 times the bytes of their file; these have 5120000 bytes")
         else:
-            assert len(read_torch_file(path).tensors) == count
+            assert len(read_torch_file(path).tensors) == tensors
 
 
 # Archives.

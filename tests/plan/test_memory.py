@@ -16,24 +16,10 @@ from jaxmoe.models.decoder import Decoder
 from jaxmoe.plan import plan
 from tests.support.goldens import GOLDENS
 from tests.support.meshes import MESH_SHAPES, mesh_of
+from tests.support.published import QWEN3_30B
 
 QWEN = GOLDENS / "qwen3_moe" / "original"
-# The published config of Qwen3-30B-A3B.
-QWEN_30B = {
-    "model_type": "qwen3_moe",
-    "vocab_size": 151936,
-    "hidden_size": 2048,
-    "num_hidden_layers": 48,
-    "num_attention_heads": 32,
-    "num_key_value_heads": 4,
-    "head_dim": 128,
-    "intermediate_size": 6144,
-    "moe_intermediate_size": 768,
-    "num_experts": 128,
-    "num_experts_per_tok": 8,
-    "max_position_embeddings": 40960,
-    "torch_dtype": "bfloat16",
-}
+QWEN_30B = QWEN3_30B | {"num_hidden_layers": 48, "torch_dtype": "bfloat16"}
 
 
 @pytest.fixture

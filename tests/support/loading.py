@@ -9,15 +9,8 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jaxmoe.checkpoint import Block, expert_blocks, whole_tensor_blocks
 from jaxmoe.layers.param import ParamSpec
-from jaxmoe.models.family import ExpertTensors
+from jaxmoe.models.family import MLP_EXPERTS
 
-NAMES = ExpertTensors(
-    gate="model.layers.{layer}.mlp.experts.{expert}.gate_proj.weight",
-    up="model.layers.{layer}.mlp.experts.{expert}.up_proj.weight",
-    down="model.layers.{layer}.mlp.experts.{expert}.down_proj.weight",
-    fused_gate_up="model.layers.{layer}.mlp.experts.gate_up_proj",
-    fused_down="model.layers.{layer}.mlp.experts.down_proj",
-)
 BF16, F16, F32 = np.dtype(ml_dtypes.bfloat16), np.dtype(np.float16), np.dtype(np.float32)
 
 
@@ -70,7 +63,7 @@ def add_experts(
     """One layer's stacks, on disk in `layout`."""
     gate_up = random(rng, (num_experts, 2 * width, model), disk_dtype or dtype)
     down = random(rng, (num_experts, model, width), disk_dtype or dtype)
-    names = NAMES.for_layer(layer)
+    names = MLP_EXPERTS.for_layer(layer)
     if layout == "fused":
         case.tensors |= {names.fused_gate_up: gate_up, names.fused_down: down}
     else:
