@@ -367,3 +367,10 @@ def test_packed_matrices_are_refused() -> None:
     up = jnp.ones((1, 2, 16, 32))
     with pytest.raises(NotImplementedError, match=message):
         checked_expert_mlp(jnp.ones((2, 32)), up, packed(32, 16), int32([2]), backend="triton")
+
+
+def test_rows_of_float64_are_refused() -> None:
+    with jax.enable_x64(True):
+        rows, matrices = jnp.ones((2, 32), jnp.float64), jnp.ones((1, 4, 32), jnp.float64)
+        with pytest.raises(NotImplementedError, match="bfloat16, float16 and float32; got float64"):
+            checked_grouped_matmul(rows, matrices, int32([2]), backend="triton")

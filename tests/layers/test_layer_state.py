@@ -15,6 +15,7 @@ from jaxmoe.layers import moe as moe_file
 from jaxmoe.layers import swap_experts
 from tests.support.meshes import mesh_of
 from tests.support.oracle import dense_moe, softmax_top_k
+from tests.support.runs import examples
 
 E, K, D, F, EP, SLOTS = 5, 2, 8, 4, 4, 8
 CONFIG = MoEConfig(num_experts=E, num_experts_per_tok=K, hidden_size=D, moe_intermediate_size=F)
@@ -68,7 +69,7 @@ CHOICES = {"modulo": {}, "local_first": {"devices_per_node": 2}, "least_loaded":
 
 
 @given(data=st.data())
-@settings(max_examples=25)
+@settings(max_examples=examples(12, 25))
 def test_any_sequence_leaves_every_layer_as_the_oracle_says(data) -> None:
     layers = [make(LINEAR, seed=0, dispatch="all_to_all"), make(REPLICAS, seed=1, dispatch="all_to_all")]
     wants, variables = [dense(layer) for layer in layers], [0, 1]  # of each layer the number of its set of variables

@@ -209,6 +209,10 @@ def _product(
     interpret: bool,
 ) -> jax.Array:
     """combine(w[g(r)] @ x[r] + b[g(r)]), with anything in rows that no group owns; without `combine` zeros there."""
+    if x_RK.dtype not in (jnp.bfloat16, jnp.float16, jnp.float32):
+        raise NotImplementedError(
+            f"the triton kernel multiplies rows of bfloat16, float16 and float32; got {x_RK.dtype}: use the portable one"
+        )
     R, (G, N, K) = x_RK.shape[0], w_GNK.shape
     halves = 2 if combine is not None and combine.gated else 1
     tiles = tiles or choose_tiles(R, G, K, N, x_RK.dtype.itemsize)
