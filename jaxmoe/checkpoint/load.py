@@ -10,10 +10,11 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from jaxmoe.checkpoint.adapter import Adapter, merge_adapter, open_adapter
+from jaxmoe.checkpoint.adapter import Adapter, open_adapter
 from jaxmoe.checkpoint.checks import check_not_quantized
 from jaxmoe.checkpoint.execute import load_arrays
 from jaxmoe.checkpoint.files import Checkpoint, open_checkpoint
+from jaxmoe.checkpoint.merge import merge_adapter
 from jaxmoe.checkpoint.names import is_expert_stack, model_blocks
 from jaxmoe.checkpoint.plan import LoadPlan, make_load_plan
 from jaxmoe.checkpoint.tied import settle_tied

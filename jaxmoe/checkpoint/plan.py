@@ -1,7 +1,6 @@
 """The load plan: every byte that will be read and where it goes, decided and checked before the first is read."""
 
 import dataclasses
-import re
 from collections import defaultdict
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
@@ -14,33 +13,12 @@ from jaxmoe.checkpoint.boxes import Box, box_shape, disjoint_union, intersect, u
 from jaxmoe.checkpoint.checks import check_all_used, check_filled_once, check_tensors
 from jaxmoe.checkpoint.errors import Problems
 from jaxmoe.checkpoint.files import Checkpoint
+from jaxmoe.checkpoint.ignore import IgnoreRule
 from jaxmoe.checkpoint.lora import TensorDelta
 from jaxmoe.checkpoint.report import AdapterReport
 from jaxmoe.checkpoint.safetensors import SafetensorsFile, Split, TensorInfo
 from jaxmoe.checkpoint.torch_file import TorchFile
 from jaxmoe.layers.param import ParamSpec
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class IgnoreRule:
-    r"""Tensors that a model does not need, by name.
-
-    Attributes:
-        name: what they are; the load report lists the tensors under it.
-        pattern: regular expression that the whole tensor name matches.
-
-    Example:
-        >>> rule = IgnoreRule(name="rotary tables", pattern=r".*\.rotary_emb\.inv_freq")
-        >>> rule.matches("model.layers.0.self_attn.rotary_emb.inv_freq")
-        True
-    """
-
-    name: str
-    pattern: str
-
-    def matches(self, tensor: str) -> bool:
-        """Whether the rule is about `tensor`."""
-        return re.fullmatch(self.pattern, tensor) is not None
 
 
 @dataclasses.dataclass(frozen=True)

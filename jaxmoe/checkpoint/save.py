@@ -18,9 +18,9 @@ from jaxmoe.checkpoint.directory import copy_side_files, new_directory
 from jaxmoe.checkpoint.dtypes import can_cast
 from jaxmoe.checkpoint.errors import Problems
 from jaxmoe.checkpoint.files import Checkpoint, open_checkpoint
+from jaxmoe.checkpoint.ignore import IgnoreRule
 from jaxmoe.checkpoint.names import Form, model_blocks, wanted_names, written_form
 from jaxmoe.checkpoint.outputs import OutputTensor, copied_tensor, output_tensors
-from jaxmoe.checkpoint.plan import IgnoreRule
 from jaxmoe.checkpoint.reading import open_files
 from jaxmoe.checkpoint.tied import TIED_RULE, settle_tied
 from jaxmoe.checkpoint.values import CheckpointValues, ModelValues

@@ -5,7 +5,7 @@ import re
 from typing import NamedTuple
 
 from jaxmoe.checkpoint.files import Checkpoint
-from jaxmoe.checkpoint.plan import IgnoreRule
+from jaxmoe.checkpoint.ignore import IgnoreRule
 from jaxmoe.checkpoint.safetensors import TensorInfo
 from jaxmoe.config import DecoderConfig
 from jaxmoe.models import Family

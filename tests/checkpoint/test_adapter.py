@@ -11,10 +11,11 @@ from safetensors.numpy import load_file
 
 import jaxmoe
 from jaxmoe.checkpoint import CheckpointError, load_arrays, make_load_plan, open_checkpoint, whole_tensor_blocks
-from jaxmoe.checkpoint.adapter import merge_adapter, open_adapter
+from jaxmoe.checkpoint.adapter import open_adapter
+from jaxmoe.checkpoint.ignore import IgnoreRule
 from jaxmoe.checkpoint.lora import LowRankUpdate, TensorDelta, delta_weight
+from jaxmoe.checkpoint.merge import merge_adapter
 from jaxmoe.checkpoint.nearest import nearest_name
-from jaxmoe.checkpoint.plan import IgnoreRule
 from jaxmoe.checkpoint.targets import HostTarget
 from jaxmoe.cli import main
 from tests.support.adapters import Arrays, R, check_equal, factors, params, write_adapter

@@ -1,0 +1,26 @@
+"""Named rules for tensors that a model does not need."""
+
+import dataclasses
+import re
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class IgnoreRule:
+    r"""Tensors that a model does not need, by name.
+
+    Attributes:
+        name: what they are; the load report lists the tensors under it.
+        pattern: regular expression that the whole tensor name matches.
+
+    Example:
+        >>> rule = IgnoreRule(name="rotary tables", pattern=r".*\.rotary_emb\.inv_freq")
+        >>> rule.matches("model.layers.0.self_attn.rotary_emb.inv_freq")
+        True
+    """
+
+    name: str
+    pattern: str
+
+    def matches(self, tensor: str) -> bool:
+        """Whether the rule is about `tensor`."""
+        return re.fullmatch(self.pattern, tensor) is not None
