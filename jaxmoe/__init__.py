@@ -23,9 +23,9 @@ _HOME = {
     "logical_state": "jaxmoe.layers",
     "abstract_logical_state": "jaxmoe.layers",
     "load_logical_state": "jaxmoe.layers",
-    "load": "jaxmoe.checkpoint.load",
-    "save": "jaxmoe.checkpoint.save",
-    "convert": "jaxmoe.checkpoint.save",
+    "load": "jaxmoe.checkpoint.loading.load",
+    "save": "jaxmoe.checkpoint.saving.save",
+    "convert": "jaxmoe.checkpoint.saving.save",
     "move": "jaxmoe.elastic",
     "generate": "jaxmoe.generate",
     "plan": "jaxmoe.plan",
@@ -34,9 +34,9 @@ _HOME = {
 __all__ = [*_HOME, "__version__"]
 
 if TYPE_CHECKING:
-    from jaxmoe.checkpoint.load import load as load
-    from jaxmoe.checkpoint.save import convert as convert
-    from jaxmoe.checkpoint.save import save as save
+    from jaxmoe.checkpoint.loading.load import load as load
+    from jaxmoe.checkpoint.saving.save import convert as convert
+    from jaxmoe.checkpoint.saving.save import save as save
     from jaxmoe.config import MoEConfig as MoEConfig
     from jaxmoe.config import RouterConfig as RouterConfig
     from jaxmoe.elastic import move as move

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from jaxmoe.cli_units import show_bytes, show_count
 
 if TYPE_CHECKING:
-    from jaxmoe.checkpoint.summary import CheckpointSummary
+    from jaxmoe.checkpoint.inspection import CheckpointSummary
 
 HELP = "tell what is in a checkpoint, without reading a weight"
 
@@ -23,7 +23,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Print the summary. A family that is not known is no error: what can be told is told."""
-    from jaxmoe.checkpoint.summary import summarize
+    from jaxmoe.checkpoint.inspection import summarize
 
     summary = summarize(args.checkpoint)
     if args.json:

@@ -139,7 +139,7 @@ def _read(args: argparse.Namespace, sizes: _Sizes) -> "RoutingTrace":
 
 
 def _read_torch(path: Path) -> Any:
-    from jaxmoe.checkpoint.torch_object import read_torch_object
+    from jaxmoe.checkpoint.formats import read_torch_object
 
     return read_torch_object(path)
 

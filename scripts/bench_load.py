@@ -39,8 +39,7 @@ from jaxmoe.checkpoint import (
     open_checkpoint,
     whole_tensor_blocks,
 )
-from jaxmoe.checkpoint.buffers import aligned_array
-from jaxmoe.checkpoint.threads import run_in_threads
+from jaxmoe.checkpoint.loading import aligned_array, run_in_threads
 from jaxmoe.layers.param import ParamSpec
 from jaxmoe.mesh import make_mesh, simulate_devices
 from jaxmoe.models.family import MLP_EXPERTS

@@ -23,7 +23,7 @@ ORDER = [
     ["layers"],
     ["models"],
     ["checkpoint"],
-    ["elastic"],
+    ["elastic", "interop"],
     ["generate"],
     ["plan"],
     ["viz"],
@@ -32,6 +32,16 @@ ORDER = [
     ["cli"],
     ["__main__"],
 ]
+# The packages of `checkpoint`, and which of the others each imports.
+ROOMS = {
+    "formats": set(),
+    "mapping": {"formats"},
+    "lora": {"formats", "mapping"},
+    "loading": {"formats", "mapping", "lora"},
+    "saving": {"formats", "mapping"},
+    "inspection": {"formats", "mapping"},
+}
+FOR_ALL_ROOMS = {"boxes", "errors"}
 RANK = {name: rank for rank, names in enumerate(ORDER) for name in names}
 MODULES = sorted(path.relative_to(PACKAGE) for path in PACKAGE.rglob("*.py") if path != PACKAGE / "__init__.py")
 
@@ -78,6 +88,44 @@ def test_imports_only_from_packages_before_it(module: Path) -> None:
             assert RANK[package] < RANK[here], (
                 f"jaxmoe/{module}:{line}: {here} imports {package}, which does not come before it"
             )
+
+
+def room(module: Path) -> str | None:
+    """The package of `checkpoint` that a file is in."""
+    return module.parts[1] if top(module) == "checkpoint" and len(module.parts) == 3 else None
+
+
+def test_every_file_of_checkpoint_is_in_a_room() -> None:
+    files = {module.relative_to("checkpoint") for module in MODULES if top(module) == "checkpoint"}
+    rooms = {file.parts[0] for file in files if len(file.parts) > 1}
+    assert rooms == set(ROOMS), "give a new package of checkpoint a line in ROOMS"
+    assert {file.stem for file in files if len(file.parts) == 1} == {"__init__", *FOR_ALL_ROOMS}
+
+
+@pytest.mark.parametrize("module", [module for module in MODULES if room(module)], ids=str)
+def test_rooms_of_checkpoint_import_one_way(module: Path) -> None:
+    here = room(module)
+    assert here is not None
+    for line, name in imported_names(module):
+        if name == "jaxmoe.checkpoint" or name.startswith("jaxmoe.checkpoint."):
+            there = [*name.split("."), ""][2]
+            assert there in {here, *ROOMS[here], *FOR_ALL_ROOMS}, (
+                f"jaxmoe/{module}:{line} imports {name}; {here} imports from {sorted(ROOMS[here] | FOR_ALL_ROOMS)} only"
+            )
+
+
+@pytest.mark.parametrize("name", sorted(FOR_ALL_ROOMS))
+def test_what_all_rooms_use_imports_none(name: str) -> None:
+    imported = [found for _, found in imported_names(Path("checkpoint", f"{name}.py"))]
+    assert not [found for found in imported if found.split(".")[0] == "jaxmoe"]
+
+
+def test_a_room_is_entered_by_what_it_exports() -> None:
+    for module in MODULES:
+        for line, name in imported_names(module):
+            _, package, *inside = [*name.split("."), ""]
+            if package == "checkpoint" and inside[0] in ROOMS and inside[0] != room(module):
+                assert len(inside) == 3, f"jaxmoe/{module}:{line} imports {name}, and not from {inside[0]} itself"
 
 
 def test_placement_needs_no_jax() -> None:

@@ -1,23 +1,41 @@
-"""Checkpoints: strict readers, the plan of what goes where, and the loader that carries it out."""
+"""Checkpoints: strict readers, the plan of what goes where, and the loader that carries it out.
 
-from jaxmoe.checkpoint.adapter import Adapter, open_adapter
-from jaxmoe.checkpoint.blocks import Block, whole_tensor_blocks
+The packages follow a tensor from its file to a device, and back:
+
+    formats      the files: their headers, and the bytes of a region of a tensor
+    mapping      the parameters, and regions of them, that tensors fill
+    lora         adapters: the updates that tensors get on the way
+    loading      the plan of every byte, and carrying it out
+    saving       the way back, to a new directory of files
+    inspection   a summary from headers alone
+
+What each may import of the others is a table in ``tests/test_imports.py``. The errors, and boxes (regions of arrays), are
+for all of them.
+"""
+
 from jaxmoe.checkpoint.errors import CheckpointError
-from jaxmoe.checkpoint.execute import load_arrays, load_shards
-from jaxmoe.checkpoint.experts import (
+from jaxmoe.checkpoint.formats import Checkpoint, SafetensorsFile, TensorInfo, open_checkpoint, read_safetensors
+from jaxmoe.checkpoint.loading import (
+    AdapterReport,
+    LoadPlan,
+    LoadReport,
+    load,
+    load_arrays,
+    load_shards,
+    make_load_plan,
+    merge_adapter,
+)
+from jaxmoe.checkpoint.lora import Adapter, open_adapter
+from jaxmoe.checkpoint.mapping import (
+    Block,
+    IgnoreRule,
     expert_blocks,
     find_expert_layout,
     fused_expert_blocks,
     per_expert_blocks,
+    whole_tensor_blocks,
 )
-from jaxmoe.checkpoint.files import Checkpoint, open_checkpoint
-from jaxmoe.checkpoint.ignore import IgnoreRule
-from jaxmoe.checkpoint.load import load
-from jaxmoe.checkpoint.merge import merge_adapter
-from jaxmoe.checkpoint.plan import LoadPlan, make_load_plan
-from jaxmoe.checkpoint.report import AdapterReport, LoadReport
-from jaxmoe.checkpoint.safetensors import SafetensorsFile, TensorInfo, read_safetensors
-from jaxmoe.checkpoint.save import SaveReport, convert, save
+from jaxmoe.checkpoint.saving import SaveReport, convert, save
 
 __all__ = [
     "Adapter",

@@ -9,12 +9,9 @@ import jax
 from jax.sharding import Mesh
 
 from jaxmoe.checkpoint.boxes import volume
-from jaxmoe.checkpoint.execute import load_arrays
-from jaxmoe.checkpoint.files import open_checkpoint
-from jaxmoe.checkpoint.names import is_expert_stack, layer_index, model_blocks
-from jaxmoe.checkpoint.plan import make_load_plan
-from jaxmoe.checkpoint.report import LoadReport
-from jaxmoe.checkpoint.tied import settle_tied
+from jaxmoe.checkpoint.formats import open_checkpoint
+from jaxmoe.checkpoint.loading import LoadReport, load_arrays, make_load_plan
+from jaxmoe.checkpoint.mapping import is_expert_stack, layer_index, model_blocks, settle_tied
 from jaxmoe.checks import instance_of
 from jaxmoe.elastic.assemble import assemble
 from jaxmoe.elastic.relocate import Relocation, device_boxes, plan_relocation

@@ -10,8 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxmoe.checkpoint.abstract import abstract_model, abstract_specs
-from jaxmoe.checkpoint.names import is_expert_stack, layer_index
+from jaxmoe.checkpoint.mapping import abstract_model, abstract_specs, is_expert_stack, layer_index
 from jaxmoe.checks import path_like, whole_number
 from jaxmoe.config import DecoderConfig
 from jaxmoe.layers import CacheArray, param_specs

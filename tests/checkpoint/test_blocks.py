@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from jaxmoe.checkpoint.blocks import rows_on_disk, whole_tensor_blocks
+from jaxmoe.checkpoint.mapping.blocks import rows_on_disk, whole_tensor_blocks
 from jaxmoe.layers import ParamSpec
 
 

@@ -9,9 +9,9 @@ import pytest
 
 from jaxmoe.checkpoint.boxes import whole
 from jaxmoe.checkpoint.errors import CheckpointError
-from jaxmoe.checkpoint.lora import LowRankUpdate, TensorDelta, delta_weight
-from jaxmoe.checkpoint.lora_config import LoraConfig, parse_lora_config, read_lora_config
-from jaxmoe.checkpoint.lora_match import find_updates
+from jaxmoe.checkpoint.lora.config import LoraConfig, parse_lora_config, read_lora_config
+from jaxmoe.checkpoint.lora.match import find_updates
+from jaxmoe.checkpoint.lora.update import LowRankUpdate, TensorDelta, delta_weight
 
 E, D, F, R = 11, 6, 4, 2
 MODULE = "model.layers.0.mlp.experts"

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-from jaxmoe.checkpoint.summary import summarize
+from jaxmoe.checkpoint.inspection.summary import summarize
 from jaxmoe.cli import main
 
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from jaxmoe.checkpoint import CheckpointError, read_safetensors
-from jaxmoe.checkpoint.safetensors import MAX_JSON_VALUES, MAX_TENSORS
+from jaxmoe.checkpoint.formats.safetensors import MAX_JSON_VALUES, MAX_TENSORS
 from tests.support.writing import write_file, write_raw
 
 F32x2 = {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}

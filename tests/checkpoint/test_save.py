@@ -13,11 +13,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import jaxmoe
-from jaxmoe.checkpoint import CheckpointError, open_checkpoint, values
-from jaxmoe.checkpoint.directory import copy_side_files
-from jaxmoe.checkpoint.outputs import OutputTensor
-from jaxmoe.checkpoint.values import ModelValues
-from jaxmoe.checkpoint.write import divide_into_files, parse_size, write_files
+from jaxmoe.checkpoint import CheckpointError, open_checkpoint
+from jaxmoe.checkpoint.saving import values
+from jaxmoe.checkpoint.saving.directory import copy_side_files
+from jaxmoe.checkpoint.saving.outputs import OutputTensor
+from jaxmoe.checkpoint.saving.values import ModelValues
+from jaxmoe.checkpoint.saving.write import divide_into_files, parse_size, write_files
 from jaxmoe.layers import params_by_path
 from jaxmoe.models import Decoder, get_family
 from jaxmoe.placement import ExpertPlacement

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 import jaxmoe
-from jaxmoe.checkpoint.summary import summarize
+from jaxmoe.checkpoint.inspection.summary import summarize
 from tests.support.adapters import factors, write_adapter
 from tests.support.goldens import GOLDENS
 from tests.support.meshes import mesh_of

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from jaxmoe.checkpoint.errors import CheckpointError
-from jaxmoe.checkpoint.torch_object import read_torch_object
+from jaxmoe.checkpoint.formats.torch_object import read_torch_object
 from tests.support.torch_archives import DATA, archive, count, number, pack, program, state_dict, storage, tensor, text
 
 

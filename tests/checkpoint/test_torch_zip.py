@@ -11,11 +11,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from jaxmoe.checkpoint import torch_pickle
 from jaxmoe.checkpoint.errors import CheckpointError
-from jaxmoe.checkpoint.safetensors import TensorInfo
-from jaxmoe.checkpoint.torch_file import read_torch_file
-from jaxmoe.checkpoint.torch_pickle import read_torch_pickle
+from jaxmoe.checkpoint.formats import torch_pickle
+from jaxmoe.checkpoint.formats.safetensors import TensorInfo
+from jaxmoe.checkpoint.formats.torch_file import read_torch_file
+from jaxmoe.checkpoint.formats.torch_pickle import read_torch_pickle
 from tests.support.torch_archives import (
     DATA,
     GOOD,

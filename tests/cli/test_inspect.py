@@ -11,7 +11,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from jaxmoe.checkpoint.grouping import group_of, quantized_base
+from jaxmoe.checkpoint.inspection.grouping import group_of, quantized_base
 from jaxmoe.cli import main
 from jaxmoe.models import get_family
 from tests.support.goldens import GOLDENS

@@ -2,7 +2,7 @@
 
 import pytest
 
-from jaxmoe.checkpoint.write import parse_size
+from jaxmoe.checkpoint.saving.write import parse_size
 from jaxmoe.cli_units import show_bytes, show_count
 
 

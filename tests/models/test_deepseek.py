@@ -13,9 +13,9 @@ from safetensors.numpy import load_file, save_file
 
 import jaxmoe
 from jaxmoe.checkpoint import CheckpointError
-from jaxmoe.checkpoint.abstract import abstract_specs
-from jaxmoe.checkpoint.names import model_blocks, wanted_names
-from jaxmoe.checkpoint.summary import summarize
+from jaxmoe.checkpoint.inspection.summary import summarize
+from jaxmoe.checkpoint.mapping.abstract import abstract_specs
+from jaxmoe.checkpoint.mapping.names import model_blocks, wanted_names
 from jaxmoe.config import MLAConfig, MoEConfig
 from jaxmoe.models import FAMILIES
 from jaxmoe.rotary import yarn_mscale

@@ -6,7 +6,7 @@ import numpy as np
 
 from jaxmoe.checkpoint import open_checkpoint
 from jaxmoe.checkpoint.boxes import whole
-from jaxmoe.checkpoint.values import read_tensor
+from jaxmoe.checkpoint.saving.values import read_tensor
 from jaxmoe.layers import params_by_path
 from jaxmoe.models import Decoder
 from tests.support.families import FAMILIES

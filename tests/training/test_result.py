@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 import jaxmoe
-from jaxmoe.checkpoint.files import open_checkpoint
+from jaxmoe.checkpoint.formats.files import open_checkpoint
 from jaxmoe.placement import RoutingTrace
 from scripts._train.card import model_card
 from scripts._train.corpus import Corpus, encode, train_tokenizer

@@ -1,0 +1,33 @@
+"""The files of a checkpoint: strict readers of their headers, and reads of the bytes of a region of a tensor.
+
+Nothing here knows what a tensor is for.
+"""
+
+from jaxmoe.checkpoint.formats.config_facts import find_quantization, find_size
+from jaxmoe.checkpoint.formats.dtypes import ELEMENT_TYPES, can_cast, is_float
+from jaxmoe.checkpoint.formats.files import SAFETENSORS, Checkpoint, open_checkpoint
+from jaxmoe.checkpoint.formats.reading import open_files, read_box
+from jaxmoe.checkpoint.formats.safetensors import SafetensorsFile, Split, TensorInfo, parse_json, read_safetensors
+from jaxmoe.checkpoint.formats.torch_file import TorchFile, read_torch_file
+from jaxmoe.checkpoint.formats.torch_object import read_torch_object
+
+__all__ = [
+    "ELEMENT_TYPES",
+    "SAFETENSORS",
+    "Checkpoint",
+    "SafetensorsFile",
+    "Split",
+    "TensorInfo",
+    "TorchFile",
+    "can_cast",
+    "find_quantization",
+    "find_size",
+    "is_float",
+    "open_checkpoint",
+    "open_files",
+    "parse_json",
+    "read_box",
+    "read_safetensors",
+    "read_torch_file",
+    "read_torch_object",
+]

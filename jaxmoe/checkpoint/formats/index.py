@@ -1,0 +1,56 @@
+"""Strict reader of ``model.safetensors.index.json``: which tensor is in which file."""
+
+import os
+from pathlib import Path
+from typing import NoReturn
+
+from jaxmoe.checkpoint.errors import CheckpointError
+from jaxmoe.checkpoint.formats.safetensors import parse_json
+
+MAX_INDEX_BYTES = 200_000_000
+
+
+def read_index(path: str | os.PathLike[str], suffix: str = ".safetensors") -> dict[str, str]:
+    """Read the index of a sharded checkpoint.
+
+    Args:
+        path: ``model.safetensors.index.json``: ``{"metadata": {...}, "weight_map": {tensor: file}}``.
+        suffix: how the names of its files end; ".bin" in ``pytorch_model.bin.index.json``.
+
+    Returns:
+        tensor name -> file name, a plain name beside the index.
+
+    Raises:
+        CheckpointError: the index is not such a document, or names a file elsewhere.
+        FileNotFoundError: there is no such file.
+    """
+    path = Path(path)
+
+    def refuse(rule: str, value: str) -> NoReturn:
+        raise CheckpointError(f"{path}: {rule}; {value}; repair the index, or download the checkpoint again")
+
+    size = path.stat().st_size
+    if size > MAX_INDEX_BYTES:
+        refuse(f"an index has at most {MAX_INDEX_BYTES} bytes", f"this one has {size}")
+    try:
+        text = path.read_text("utf-8")
+    except UnicodeDecodeError as error:
+        refuse("an index must be UTF-8", f"byte {error.start} of it is not")
+    document = parse_json(text, lambda rule, value: refuse(f"an index must be JSON: {rule}", value))
+    weight_map = document.get("weight_map") if isinstance(document, dict) else None
+    if not isinstance(weight_map, dict) or not weight_map:
+        refuse("an index must have a weight_map of tensor names to file names", "it has none")
+    for tensor, file in weight_map.items():
+        if not isinstance(file, str):
+            refuse("a file name in the weight_map must be a string", f"that of {tensor!r} is {file!r}")
+        if not _is_plain(file, suffix):
+            refuse(
+                f"the weight_map must name {suffix} files beside the index, without any path",
+                f"tensor {tensor!r} is said to be in {file!r}",
+            )
+    return weight_map
+
+
+def _is_plain(name: str, suffix: str) -> bool:
+    """Whether `name` is that of a file of weights in the same directory, whatever the system's path rules."""
+    return name.endswith(suffix) and not name.startswith(".") and not any(bad in name for bad in "/\\:\0")

@@ -1,0 +1,88 @@
+"""Reading boxes of tensors from open files: positioned reads of exactly the bytes of a box."""
+
+import itertools
+import math
+import os
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+
+from jaxmoe.checkpoint.boxes import Box, box_shape, contiguous_suffix
+from jaxmoe.checkpoint.errors import CheckpointError
+from jaxmoe.checkpoint.formats.safetensors import SafetensorsFile, TensorInfo
+from jaxmoe.checkpoint.formats.torch_file import TorchFile
+
+
+@contextmanager
+def open_files(files: Iterable[SafetensorsFile | TorchFile]) -> Iterator[dict[Path, int]]:
+    """Open `files` for reading: path -> file descriptor, closed on the way out.
+
+    Raises:
+        CheckpointError: a file is not what it was when its header was read.
+        FileNotFoundError: a file is gone.
+    """
+    descriptors: dict[Path, int] = {}
+    try:
+        for file in files:
+            descriptors[file.path] = descriptor = os.open(file.path, os.O_RDONLY | os.O_CLOEXEC)
+            status = os.fstat(descriptor)
+            if (status.st_size, status.st_mtime_ns) != (file.size, file.mtime_ns):
+                raise CheckpointError(
+                    f"{file.path}: a file must not change between planning and loading; it had {file.size} bytes and "
+                    f"has {status.st_size}, or was written to since; plan again"
+                )
+        yield descriptors
+    finally:
+        for descriptor in descriptors.values():
+            os.close(descriptor)
+
+
+def read_box(descriptor: int, tensor: TensorInfo, box: Box, into: np.ndarray) -> int:
+    """Read a box of a tensor, one positioned read per run of neighbouring bytes and nothing between the runs.
+
+    Args:
+        descriptor: of the tensor's file.
+        tensor: the tensor.
+        box: the part of it.
+        into: contiguous memory of the box's size, of any dtype; receives the elements in row-major order.
+
+    Returns:
+        Bytes that the system said it read.
+
+    Raises:
+        CheckpointError: the file ends before the tensor does, or cannot be read.
+    """
+    memory = memoryview(into.reshape(-1).view(np.uint8).data)
+    run_bytes, offsets = _runs(tensor, box)
+    read = 0
+    try:
+        for offset in offsets:
+            end = read + run_bytes
+            while read < end:
+                count = os.preadv(descriptor, [memory[read:end]], offset)
+                if count == 0:
+                    raise CheckpointError(
+                        f"{tensor.file}: the file ended at byte {offset}, inside tensor {tensor.name!r}; it was cut "
+                        "while being read; load again once it is whole"
+                    )
+                read += count
+                offset += count
+    except OSError as error:
+        raise CheckpointError(f"{tensor.file}: tensor {tensor.name!r} could not be read: {error}") from error
+    return read
+
+
+def _runs(tensor: TensorInfo, box: Box) -> tuple[int, Iterator[int]]:
+    """Bytes of each contiguous run of `box`, and the runs' offsets in the file."""
+    assert tensor.dtype is not None
+    itemsize = tensor.dtype.itemsize
+    strides = [math.prod(tensor.shape[dim + 1 :]) * itemsize for dim in range(len(tensor.shape))]
+    corner = tensor.offset + sum(start * stride for (start, _), stride in zip(box, strides, strict=True))
+    # One run takes the range of the last partial dim and everything inside it.
+    outer = max(contiguous_suffix(box, tensor.shape) - 1, 0)
+    sizes = box_shape(box)
+    steps = [range(0, size * stride, stride) for size, stride in zip(sizes[:outer], strides[:outer], strict=True)]
+    offsets = (corner + sum(step) for step in itertools.product(*steps))
+    return math.prod(sizes[outer:]) * itemsize, offsets

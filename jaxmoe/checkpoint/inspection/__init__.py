@@ -1,0 +1,8 @@
+"""The summary of a checkpoint, from its headers and its config.json alone."""
+
+from jaxmoe.checkpoint.inspection.summary import CheckpointSummary, summarize
+
+__all__ = [
+    "CheckpointSummary",
+    "summarize",
+]

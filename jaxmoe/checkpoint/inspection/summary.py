@@ -1,0 +1,310 @@
+"""What is in a checkpoint, from its headers and its config.json alone."""
+
+import contextlib
+import dataclasses
+import math
+import os
+import re
+from collections import Counter, defaultdict
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from jaxmoe.checkpoint.errors import CheckpointError, Problems
+from jaxmoe.checkpoint.formats import Checkpoint, TensorInfo, find_quantization, find_size, open_checkpoint
+from jaxmoe.checkpoint.inspection.grouping import GROUPS, group_of, quantized_base
+from jaxmoe.checkpoint.mapping import (
+    Block,
+    abstract_specs,
+    check_tensors,
+    detect_expert_layout,
+    model_blocks,
+    settle_tied,
+    wanted_names,
+)
+from jaxmoe.config import DecoderConfig, MoEConfig, read_json
+from jaxmoe.models import FAMILIES, WRAPPERS, Family, find_family
+
+Shapes = dict[str, tuple[int, ...]]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class CheckpointSummary:
+    """A checkpoint at a glance; None stands for what could not be found out.
+
+    Attributes:
+        path: the directory or file.
+        files: its files of weights.
+        model_type: as config.json has it.
+        known: whether jaxmoe has that family.
+        problems: why `jaxmoe.load` would refuse it, as far as headers tell; whether a quantised format has a reader is
+            not judged.
+        layers: decoder layers.
+        moe_layers: those with routed experts.
+        experts: routed experts of a layer; the largest number where layers differ.
+        experts_per_token: of these, how many a token goes to.
+        layouts: {layout of the routed experts: the layers that have it}.
+        dtypes: {element type as safetensors names it: bytes}.
+        quantization: {"method": ..., "from": the file that says so, ...the setting's own entries}; None without.
+        parameters: of the model, scales of quantised weights and ignored tensors not counted.
+        active_parameters: those that one token meets: all but the routed experts that it does not go to. The embedding
+            is counted whole, as is usual.
+        bytes: of tensor data.
+        groups: {group: {"tensors", "parameters", "bytes"}}, those that are there.
+        ignored: {rule: tensors that it covers}, rules of the family, and of the multimodal model that it is the text
+            part of. Tensors of the text part are called as in the text model alone.
+        uncovered: tensors that fill no parameter and no rule ignores; None for an unknown family.
+    """
+
+    path: str
+    files: int
+    model_type: str | None
+    known: bool
+    problems: tuple[str, ...]
+    layers: int | None
+    moe_layers: int | None
+    experts: int | None
+    experts_per_token: int | None
+    layouts: dict[str, list[int]]
+    dtypes: dict[str, int]
+    quantization: dict[str, Any] | None
+    parameters: int | None
+    active_parameters: int | None
+    bytes: int
+    groups: dict[str, dict[str, int | None]]
+    ignored: dict[str, list[str]]
+    uncovered: list[str] | None
+
+    def to_dict(self) -> dict[str, Any]:
+        """The same as plain types, for JSON."""
+        return dataclasses.asdict(self)
+
+
+def summarize(path: str | os.PathLike[str]) -> CheckpointSummary:
+    """Look at a checkpoint without reading a weight.
+
+    Args:
+        path: a directory, or one file of weights. A family that jaxmoe does not know, and a missing config.json, leave
+            some entries None; that is no error.
+
+    Raises:
+        CheckpointError: a file breaks a rule of its format.
+        FileNotFoundError: there is no checkpoint there.
+    """
+    path = Path(path)
+    checkpoint = open_checkpoint(path)
+    directory = path if path.is_dir() else path.parent
+    config = read_json(directory / "config.json")
+    model_type = config.get("model_type")
+    family, text_config, unknown = _find_family(config)
+    if family is not None:
+        checkpoint = checkpoint.renamed(family.text_name)
+    quantization = find_quantization(directory, config)
+    if quantization is None and any(quantized_base(name) for name in checkpoint.tensors):
+        quantization = {"method": "unnamed", "from": "names of tensors"}
+
+    mapped, problems = None, []
+    if family is None:
+        problems.append(unknown)
+    else:
+        try:
+            mapped = _map(checkpoint, family, family.read_config(text_config), quantized=quantization is not None)
+            problems += mapped.problems
+        except ValueError as error:
+            problems.append(str(error))
+    ignored = mapped.ignored if mapped else {}
+    shapes = mapped.needed if mapped else _stored_shapes(checkpoint)
+    layouts = _layouts(checkpoint, config, {name for names in ignored.values() for name in names})
+    moe = _MoESizes.known(mapped.config) if mapped else _MoESizes.guessed(config)
+    return CheckpointSummary(
+        path=str(path),
+        files=len(checkpoint.files),
+        model_type=model_type,
+        known=family is not None,
+        problems=tuple(problems),
+        layers=len(mapped.config.layers) if mapped else find_size(config, "layers"),
+        moe_layers=len(mapped.config.moe_layers) if mapped else sum(map(len, layouts.values())) or None,
+        experts=moe.experts,
+        experts_per_token=moe.per_token,
+        layouts=layouts,
+        dtypes=_bytes_by_dtype(checkpoint),
+        quantization=quantization,
+        parameters=None if shapes is None else sum(map(math.prod, shapes.values())),
+        active_parameters=None if shapes is None else _active(shapes, moe),
+        bytes=checkpoint.nbytes,
+        groups=_groups(checkpoint, shapes, ignored),
+        ignored=ignored,
+        uncovered=mapped.uncovered if mapped else None,
+    )
+
+
+def _find_family(config: Mapping[str, Any]) -> tuple[Family | None, Mapping[str, Any], str]:
+    """As `find_family`; where there is none, None and why."""
+    model_type = config.get("model_type")
+    if not model_type:
+        return None, config, "there is no config.json with a model_type"
+    if model_type not in (*FAMILIES, *WRAPPERS):
+        return None, config, f"jaxmoe has no family {model_type!r}"
+    try:
+        return *find_family(config), ""
+    except ValueError as error:
+        return None, config, str(error)
+
+
+@dataclasses.dataclass
+class _Mapped:
+    """What a family makes of a checkpoint: the tensors it needs with their shapes, and what is left."""
+
+    config: DecoderConfig
+    needed: Shapes
+    ignored: dict[str, list[str]]
+    uncovered: list[str]
+    problems: list[str]
+
+
+@dataclasses.dataclass
+class _MoESizes:
+    """Experts E and experts per token K: the largest over the layers, and the share K/E of each."""
+
+    experts: int | None
+    per_token: int | None
+    share: Callable[[int | None], float | None]
+
+    @classmethod
+    def known(cls, config: DecoderConfig) -> "_MoESizes":
+        moes = {i: layer.feed_forward for i, layer in enumerate(config.layers)}
+        sizes = {i: (moe.num_experts, moe.num_experts_per_tok) for i, moe in moes.items() if isinstance(moe, MoEConfig)}
+        experts = max((e for e, _ in sizes.values()), default=None)
+        per_token = max((k for _, k in sizes.values()), default=None)
+
+        def share(layer: int | None) -> float | None:
+            return sizes[layer][1] / sizes[layer][0] if layer in sizes else None
+
+        return cls(experts, per_token, share)
+
+    @classmethod
+    def guessed(cls, config: Mapping[str, Any]) -> "_MoESizes":
+        experts, per_token = find_size(config, "experts"), find_size(config, "experts_per_token")
+        return cls(experts, per_token, lambda _: per_token / experts if experts and per_token else None)
+
+
+def _map(checkpoint: Checkpoint, family: Family, config: DecoderConfig, *, quantized: bool) -> _Mapped:
+    checkpoint, config, rules = settle_tied(checkpoint, family, config)
+    specs = abstract_specs(config)
+    # A quantised tensor is several under other names, and stands for the one that it is made of.
+    stands_for: dict[str, str] = {}
+    present: dict[str, TensorInfo | None] = dict(checkpoint.tensors)
+    for name in checkpoint.tensors if quantized else ():
+        base = quantized_base(name)
+        if base is not None:
+            present |= dict.fromkeys([base[0], f"{base[0]}.weight"])
+            stands_for[name] = base[0]
+    problems: list[str] = []
+    try:
+        blocks = list(model_blocks(specs, family, present))
+    except CheckpointError as error:
+        problems.append(str(error))
+        blocks = list(model_blocks(specs, family, wanted_names(specs, family, "per_expert")))
+    needed = {block.tensor: block.tensor_shape for block in blocks if block.tensor is not None}
+    ignored: dict[str, list[str]] = defaultdict(list)
+    uncovered = []
+    for name in checkpoint.tensors:
+        rule = next((rule.name for rule in rules if rule.matches(name)), None)
+        names = (name, stands_for.get(name), f"{stands_for.get(name)}.weight")
+        if any(one in needed for one in names):
+            continue
+        if rule is not None:
+            ignored[rule].append(name)
+        else:
+            uncovered.append(name)
+    problems += [f"tensor {name!r} fills no parameter and no rule ignores it" for name in uncovered]
+    if quantized:
+        # Whether its format has a reader is not for headers to say; that nothing is missing, is.
+        found = present.keys()
+        problems += [f"tensor {name!r} is missing" for name in needed if name not in found]
+    else:
+        by_param: dict[str, list[Block]] = {path: [] for path in specs}
+        for block in blocks:
+            by_param[block.param].append(block)
+        checks = Problems(str(checkpoint.path))
+        check_tensors(checkpoint, list(specs.values()), by_param, checks)
+        problems += checks.found
+    return _Mapped(config, needed, dict(ignored), uncovered, problems)
+
+
+def _stored_shapes(checkpoint: Checkpoint) -> Shapes | None:
+    """Shapes as stored, scales left out; None where values are packed, so that shapes say nothing."""
+    shapes: Shapes = {}
+    for name, tensor in checkpoint.tensors.items():
+        part = quantized_base(name)
+        if part is None:
+            shapes[name] = tensor.shape
+        elif part[1]:
+            return None
+    return shapes
+
+
+def _active(shapes: Shapes, moe: _MoESizes) -> int | None:
+    active = 0.0
+    for name, shape in shapes.items():
+        share = moe.share(_layer(name)) if group_of(name) == "routed experts" else 1.0
+        if share is None:
+            return None
+        active += math.prod(shape) * share
+    return round(active)
+
+
+def _groups(
+    checkpoint: Checkpoint, shapes: Shapes | None, ignored: Mapping[str, list[str]]
+) -> dict[str, dict[str, int | None]]:
+    dropped = {name for names in ignored.values() for name in names}
+    tensors: Counter[str] = Counter()
+    sizes: Counter[str] = Counter()
+    for name, tensor in checkpoint.tensors.items():
+        group = "ignored by rule" if name in dropped else group_of(name)
+        tensors[group] += 1
+        sizes[group] += tensor.nbytes
+    parameters: Counter[str] = Counter()
+    for name, shape in (shapes or {}).items():
+        parameters[group_of(name)] += math.prod(shape)
+    return {
+        group: {
+            "tensors": tensors[group],
+            "parameters": None if shapes is None or group == "ignored by rule" else parameters[group],
+            "bytes": sizes[group],
+        }
+        for group in GROUPS
+        if tensors[group]
+    }
+
+
+def _layouts(checkpoint: Checkpoint, config: Mapping[str, Any], without: set[str]) -> dict[str, list[int]]:
+    """Layout of routed experts -> layers, from names and, where they are not packed, shapes."""
+    by_prefix: dict[str, Shapes] = defaultdict(dict)
+    for name, tensor in checkpoint.tensors.items():
+        found = re.match(r"(.*\bexperts)\.", name)
+        if found and name not in without and group_of(name) == "routed experts":
+            by_prefix[found[1]][name] = tensor.shape
+    width, expert_width = find_size(config, "model_width"), find_size(config, "expert_width")
+    result: dict[str, list[int]] = defaultdict(list)
+    for prefix, shapes in by_prefix.items():
+        layout = "per_expert" if re.match(r"\d+\.", next(iter(shapes))[len(prefix) + 1 :]) else "fused"
+        if width and expert_width:
+            with contextlib.suppress(CheckpointError):
+                layout = detect_expert_layout(shapes, prefix, model_width=width, expert_width=expert_width)
+        layer = _layer(prefix)
+        if layer is not None:
+            result[layout].append(layer)
+    return {layout: sorted(layers) for layout, layers in result.items()}
+
+
+def _bytes_by_dtype(checkpoint: Checkpoint) -> dict[str, int]:
+    sizes: Counter[str] = Counter()
+    for tensor in checkpoint.tensors.values():
+        sizes[tensor.dtype_name] += tensor.nbytes
+    return dict(sizes.most_common())
+
+
+def _layer(name: str) -> int | None:
+    found = re.search(r"\.(?:layers|blocks|h)\.(\d+)\.", f".{name}.")
+    return int(found[1]) if found else None

@@ -1,0 +1,181 @@
+"""`jaxmoe.load`: from a checkpoint directory to a model on the mesh."""
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+
+from jaxmoe.checkpoint.formats import Checkpoint, open_checkpoint
+from jaxmoe.checkpoint.loading.execute import load_arrays
+from jaxmoe.checkpoint.loading.merge import merge_adapter
+from jaxmoe.checkpoint.loading.plan import LoadPlan, make_load_plan
+from jaxmoe.checkpoint.lora import Adapter, open_adapter
+from jaxmoe.checkpoint.mapping import check_not_quantized, is_expert_stack, model_blocks, settle_tied
+from jaxmoe.checks import flag, path_like
+from jaxmoe.config import DecoderConfig, RouterFunction
+from jaxmoe.distributed import check_same
+from jaxmoe.layers import param_specs, params_by_path
+from jaxmoe.mesh import EP, check_mesh
+from jaxmoe.models import Decoder, Family, Origin, read_model_config
+from jaxmoe.placement import ExpertPlacement
+from jaxmoe.progress import ProgressCallback, byte_progress, check_progress
+
+_DTYPES = ("float32", "bfloat16", "float16")
+
+
+def load(
+    path: str | Path,
+    *,
+    mesh: Mesh,
+    placement: str | ExpertPlacement | Sequence[str | ExpertPlacement] = "linear",
+    dtype: str | None = None,
+    adapter: str | Path | None = None,
+    router: RouterFunction | None = None,
+    expert_axes: tuple[str, ...] = (EP,),
+    dispatch: str | Mapping[str, str] = "auto",
+    kernels: str = "auto",
+    progress: bool | ProgressCallback = False,
+    check_finite: bool = False,
+) -> Decoder:
+    """Load a torch-format checkpoint onto a mesh; every device reads and holds its own experts only.
+
+    Nothing is read until the whole plan holds: every tensor of the checkpoint is used or ignored
+    by a named rule, and every parameter is filled exactly once. So it is with an adapter: every tensor of it is
+    merged, or the load is refused. Of a multimodal checkpoint the text part is loaded; its other tensors are ignored by
+    rules that `load_report` lists.
+
+    Args:
+        path: a directory as transformers' ``save_pretrained`` writes it.
+        mesh: from `jaxmoe.make_mesh`.
+        placement: a strategy's name or an `ExpertPlacement` for all MoE layers, or one for each.
+        dtype: of weights and activations, "float32", "bfloat16" or "float16"; None for the checkpoint's own.
+        adapter: directory of a LoRA adapter, as PEFT's ``save_pretrained`` writes it, to add to the weights.
+        router: a function that chooses the experts in every layer instead of the family's router, see
+            `RouterConfig.function`.
+        expert_axes: mesh axes that share the experts, see `jaxmoe.MoE`.
+        dispatch: a backend of `jaxmoe.dispatch` or "auto", or one for each phase, {"prefill": ..., "decode": ...}.
+        kernels: a backend of `jaxmoe.kernels.grouped_matmul`, or "auto".
+        progress: True draws a bar on stderr; a callable is given (bytes done, bytes in all).
+        check_finite: refuse a checkpoint with infinities or NaNs in it.
+
+    Returns:
+        The model, its `load_report` telling what was read and what each device holds.
+
+    Raises:
+        FileNotFoundError: no checkpoint or adapter there, or a part of it is missing.
+        ValueError: the checkpoint, the mesh and the arguments do not fit together, or another process of the mesh
+            was given other ones.
+
+    Example:
+        >>> mesh = jaxmoe.make_mesh(dp=2, tp=2, ep=2)  # doctest: +SKIP
+        >>> model = jaxmoe.load("path/to/checkpoint", mesh=mesh)  # doctest: +SKIP
+        >>> model([[1, 2, 3]]).shape  # doctest: +SKIP
+        (1, 3, 151936)
+    """
+    path_like("path", path)
+    check_mesh(mesh)
+    if adapter is not None:
+        path_like("adapter", adapter)
+    check_finite = flag("check_finite", check_finite)
+    check_progress(progress)
+    path = Path(path)
+    family, config = read_model_config(path)
+    if router is not None:
+        config = config.with_router(router)
+    checkpoint = open_checkpoint(path).renamed(family.text_name)
+    check_not_quantized(checkpoint, path)
+    said_tied = config.tie_word_embeddings
+    checkpoint, config, rules = settle_tied(checkpoint, family, config)
+    model = Decoder(
+        config,
+        mesh=mesh,
+        placement=placement,
+        expert_axes=expert_axes,
+        dispatch=dispatch,
+        kernels=kernels,
+        dtype=jnp.dtype(_choose_dtype(dtype, config, checkpoint, family)),
+    )
+    specs = {spec.path: spec for spec in param_specs(model)}
+    plan = make_load_plan(
+        checkpoint,
+        specs.values(),
+        model_blocks(specs, family, checkpoint.tensors),
+        ignore=rules,
+        expert_params=[path for path in specs if is_expert_stack(path)],
+    )
+    opened = None if adapter is None else open_adapter(adapter)
+    if opened is not None:
+        plan = merge_adapter(plan, checkpoint, opened, spellings=family.spellings, text_name=family.text_name)
+        if said_tied and not config.tie_word_embeddings:
+            _refuse_untied_ends(plan, family)
+    if mesh.is_multi_process:
+        settings = (dtype, getattr(router, "__qualname__", type(router).__qualname__), expert_axes, dispatch, kernels)
+        _check_same_input(model, checkpoint, opened, settings)
+    with byte_progress(f"loading {path.name}", progress) as report_bytes:
+        arrays, model.load_report = load_arrays(plan, check_finite=check_finite, progress=report_bytes)
+    model.origin = Origin(path, tuple(model.load_report.ignored.items()), adapted=adapter is not None)
+    if mesh.is_multi_process:
+        check_same({"weights": _fingerprint(arrays)})
+    for name, param in params_by_path(model).items():
+        param.set_value(arrays[name])
+    return model
+
+
+def _check_same_input(model: Decoder, checkpoint: Checkpoint, adapter: Adapter | None, settings: Any) -> None:
+    """Refuse what would give each process a part of another model, before minutes of reading."""
+    check_same(
+        {
+            "meshes": (model.mesh.shape, [device.id for device in model.mesh.devices.flat]),
+            "configs": read_model_config(checkpoint.path)[1],
+            "tensors": [(name, tensor.dtype_name, tensor.shape) for name, tensor in sorted(checkpoint.tensors.items())],
+            "adapters": adapter and (adapter.config, sorted(adapter.file.tensors)),
+            "placements": [placement.slot_to_expert.tolist() for placement in model.placements],
+            "settings of load": settings,
+        }
+    )
+
+
+def _fingerprint(arrays: Mapping[str, jax.Array]) -> str:
+    """A digest of the vectors that every process holds, norms above all: two states of training differ there too."""
+    digest = hashlib.sha256()
+    for _, array in sorted(arrays.items()):
+        if array.ndim == 1 and array.is_fully_replicated:
+            digest.update(np.asarray(array.addressable_data(0)).tobytes())
+    return digest.hexdigest()
+
+
+def _refuse_untied_ends(plan: LoadPlan, family: Family) -> None:
+    """Refuse an adapter of one end of a tied model whose checkpoint has bytes for both.
+
+    Raises:
+        ValueError: where the two are equal the update is of both, else of one, and nobody has read them.
+    """
+    ends = [name for path in ("embed.weight", "lm_head.weight") for name in family.tensors[path]]
+    if adapted := [name for name in ends if name in plan.deltas]:
+        raise ValueError(
+            f"an adapter of a tied output projection changes the embedding too; config.json ties the two, the checkpoint "
+            f"has a table for each, and the adapter is of {adapted[0]!r}; remove the one that is not meant from the "
+            "checkpoint, or set tie_word_embeddings to false"
+        )
+
+
+def _choose_dtype(dtype: Any, config: DecoderConfig, checkpoint: Checkpoint, family: Family) -> str:
+    if dtype is not None:
+        name = dtype if isinstance(dtype, str) else getattr(dtype, "__name__", getattr(dtype, "name", None))
+        if name not in _DTYPES:
+            raise ValueError(f"dtype is one of {', '.join(_DTYPES)}, or None for the checkpoint's own; got {dtype!r}")
+        return name
+    if config.dtype is not None:
+        if config.dtype not in _DTYPES:
+            raise ValueError(
+                f"config.json gives dtype {config.dtype!r}; a model runs in {', '.join(_DTYPES)}: pass one as dtype="
+            )
+        return config.dtype
+    embedding = checkpoint.tensors.get(family.tensors["embed.weight"][0])
+    found = None if embedding is None or embedding.dtype is None else embedding.dtype.name
+    return found if found in _DTYPES else "float32"

@@ -1,0 +1,124 @@
+"""The merging of a LoRA adapter into a load plan.
+
+Merging changes no file and makes no whole weight: the plan gets the update of each tensor, and every piece of it that
+is read has its part of the update added, in float32, before it is cast to the parameter's dtype.
+"""
+
+import dataclasses
+import re
+from collections import Counter, defaultdict
+from collections.abc import Callable, Collection, Iterable, Sequence
+
+import numpy as np
+
+from jaxmoe.checkpoint.boxes import whole
+from jaxmoe.checkpoint.errors import CheckpointError, Problems
+from jaxmoe.checkpoint.formats import Checkpoint, SafetensorsFile, TorchFile, can_cast, open_files, read_box
+from jaxmoe.checkpoint.loading.plan import LoadPlan
+from jaxmoe.checkpoint.loading.report import AdapterReport
+from jaxmoe.checkpoint.lora import Adapter, LowRankUpdate, TensorDelta, find_updates
+
+_FLOAT32 = np.dtype(np.float32)
+
+
+def merge_adapter(
+    plan: LoadPlan,
+    checkpoint: Checkpoint,
+    adapter: Adapter,
+    *,
+    spellings: Sequence[tuple[str, ...]] = (),
+    text_name: Callable[[str], str] = str,
+) -> LoadPlan:
+    """Make a load plan that merges an adapter, which gives what PEFT's ``merge_and_unload`` does.
+
+    The factors are read here, in their own dtype, and kept with the plan; of an adapter of single experts only those
+    whose tensors the plan reads.
+
+    Args:
+        plan: of the checkpoint without the adapter.
+        checkpoint: the same that the plan was made for.
+        adapter: from `open_adapter`.
+        spellings: parts of names that mean the same, see `Family`.
+        text_name: from a name in a multimodal model to that in its text part, see `Family.text_name`. An adapter may
+            have been trained on either.
+
+    Raises:
+        CheckpointError: not every tensor of the adapter belongs to a tensor that the model uses and can be added to;
+            or the adapter's file changed since it was opened, or could not be read.
+    """
+    shapes = {name: tensor.shape for name, tensor in checkpoint.tensors.items()}
+    try:
+        updates = find_updates(
+            adapter.config,
+            {name: tensor.shape for name, tensor in adapter.file.tensors.items()},
+            shapes,
+            rename=lambda name: spelled_as_in(shapes, text_name(name), spellings),
+        )
+        by_tensor: dict[str, list[LowRankUpdate]] = defaultdict(list)
+        for update in updates:
+            by_tensor[update.target].append(update)
+        _check_targets(by_tensor, plan, checkpoint)
+    except CheckpointError as error:
+        raise CheckpointError(f"{adapter.path}: {error}") from None
+
+    read = {read.tensor.name for read in plan.reads}
+    names = {name for update in updates if update.target in read for name in (update.a, update.b)}
+    factors, bytes_read = _read_factors(adapter.file, names)
+    deltas = {}
+    for name, own in by_tensor.items():
+        if name in read:
+            split = plan.splits.get(name, ())
+            deltas[name] = TensorDelta(tuple(own), factors, checkpoint.tensors[name].split(split).dim_order, split)
+    report = AdapterReport(
+        path=str(adapter.path),
+        factors=len(adapter.file.tensors),
+        bytes_read=bytes_read,
+        merged=dict(sorted(Counter(re.sub(r"\b\d+\b", "*", name) for name in by_tensor).items())),
+    )
+    return dataclasses.replace(plan, deltas=deltas, adapter=report)
+
+
+def spelled_as_in(names: Collection[str], name: str, spellings: Iterable[tuple[str, ...]]) -> str:
+    """`name`, or another spelling of it if it is that which is one of `names`.
+
+    Example:
+        >>> spelled_as_in({"layers.0.moe.gate"}, "layers.0.mlp.gate", [(".mlp.", ".moe.")])
+        'layers.0.moe.gate'
+    """
+    if name in names:
+        return name
+    candidates = (name.replace(part, other) for parts in spellings for part in parts for other in parts)
+    return next((candidate for candidate in candidates if candidate in names), name)
+
+
+def _check_targets(by_tensor: dict[str, list[LowRankUpdate]], plan: LoadPlan, checkpoint: Checkpoint) -> None:
+    """Every tensor that is adapted is used by the model and holds plain numbers."""
+    ignored = {name: rule for rule, names in plan.ignored.items() for name in names}
+    problems = Problems("the adapter")
+    for name in by_tensor:
+        tensor = checkpoint.tensors[name]
+        if name in ignored:
+            problems.add(
+                f"what it adapts must be in the model; {name!r} is not, by the rule {ignored[name]!r}; train the adapter "
+                "without it"
+            )
+        elif tensor.dtype is None or not can_cast(tensor.dtype, _FLOAT32):
+            problems.add(
+                f"it can be added to BF16, F16, F32 and F64; {name!r} is {tensor.dtype_name}; merge it into the checkpoint "
+                "before that is quantised"
+            )
+    problems.raise_if_any()
+
+
+def _read_factors(file: SafetensorsFile | TorchFile, names: Collection[str]) -> tuple[dict[str, np.ndarray], int]:
+    """The named tensors of an adapter's file, and the bytes that were read for them."""
+    factors, count = {}, 0
+    with open_files([file]) as descriptors:
+        for name in sorted(names, key=lambda name: file.tensors[name].offset):
+            tensor = file.tensors[name].as_stored()
+            assert tensor.dtype is not None
+            values = np.empty(tensor.shape, tensor.dtype)
+            count += read_box(descriptors[file.path], tensor, whole(tensor.shape), values)
+            order = file.tensors[name].dim_order
+            factors[name] = values if order is None else values.transpose(np.argsort(order))
+    return factors, count

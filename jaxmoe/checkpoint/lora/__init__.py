@@ -1,0 +1,13 @@
+"""LoRA adapters as PEFT saves them: their files, the tensors that they change, and the update of a part of a tensor."""
+
+from jaxmoe.checkpoint.lora.adapter import Adapter, open_adapter
+from jaxmoe.checkpoint.lora.match import find_updates
+from jaxmoe.checkpoint.lora.update import LowRankUpdate, TensorDelta
+
+__all__ = [
+    "Adapter",
+    "LowRankUpdate",
+    "TensorDelta",
+    "find_updates",
+    "open_adapter",
+]

@@ -1,0 +1,145 @@
+"""Blocks: which region of which checkpoint tensor fills which region of which parameter."""
+
+import dataclasses
+import itertools
+
+import numpy as np
+
+from jaxmoe.checkpoint.boxes import Box
+from jaxmoe.checkpoint.formats import Split, TensorInfo
+from jaxmoe.layers.param import ParamSpec
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class Block:
+    """One region of one parameter and the region of one tensor that fills it.
+
+    The two regions hold the same elements; tensor dim j runs along parameter dim ``dims[j]``, so that increasing
+    `dims` keep the order of the elements and others transpose. A dim of extent 1 needs no partner on the other side:
+    ``None`` in `dims`, or a parameter dim that `dims` does not name.
+
+    Where one dim of a tensor holds what are several dims of a parameter, `tensor_split` says so: columns in which gate
+    and up alternate are a dim 2F that is split in (F, 2). `tensor_start`, `dims` and `tensor_box` then count split dims.
+
+    Attributes:
+        param: path of the parameter.
+        param_start: first element of the region, global.
+        shape: extent of the region along each dim of the parameter.
+        tensor: name of the tensor; None fills the region with zeros.
+        tensor_shape: the shape that tensor must have.
+        tensor_start: first element of the region of the tensor.
+        dims: parameter dim that each tensor dim runs along.
+        tensor_split: for each dim of `tensor_shape` the dims it is split in, outermost first; () where none is split.
+            All blocks of a tensor split it alike.
+
+    Example:
+        Expert 7's down projection [D, F] into slot 3 of ``w_down`` [P, D, F]:
+
+        >>> block = Block(
+        ...     param="layers.0.moe.w_down", param_start=(3, 0, 0), shape=(1, 64, 32),
+        ...     tensor="model.layers.0.mlp.experts.7.down_proj.weight", tensor_shape=(64, 32),
+        ...     tensor_start=(0, 0), dims=(1, 2),
+        ... )
+        >>> block.tensor_box
+        ((0, 64), (0, 32))
+    """
+
+    param: str
+    param_start: tuple[int, ...]
+    shape: tuple[int, ...]
+    tensor: str | None = None
+    tensor_shape: tuple[int, ...] = ()
+    tensor_start: tuple[int, ...] = ()
+    dims: tuple[int | None, ...] = ()
+    tensor_split: Split = ()
+
+    @property
+    def split_shape(self) -> tuple[int, ...]:
+        """The shape of the tensor with its dims split, that which `tensor_box` is in."""
+        return tuple(itertools.chain(*self.tensor_split)) if self.tensor_split else self.tensor_shape
+
+    @property
+    def param_box(self) -> Box:
+        """The region of the parameter."""
+        return tuple([(start, start + size) for start, size in zip(self.param_start, self.shape, strict=True)])
+
+    @property
+    def tensor_box(self) -> Box:
+        """The region of the tensor, its dims split."""
+        return tuple(
+            [
+                (start, start + (1 if dim is None else self.shape[dim]))
+                for start, dim in zip(self.tensor_start, self.dims, strict=True)
+            ]
+        )
+
+
+def whole_tensor_blocks(
+    spec: ParamSpec, name: str, info: TensorInfo | None = None, *, joined: tuple[int, int] | None = None
+) -> list[Block]:
+    """Blocks of a parameter that is one checkpoint tensor, or rows of it (`ParamSpec.rows`).
+
+    Args:
+        spec: the parameter, of shape [rows·g, ...] where the tensor has shape [source_groups·g, ...].
+        name: the tensor.
+        info: what the checkpoint has under that name. It is asked only whether the tensor has dims of size 1 more
+            or less than the parameter; that it is there and has the right shape is checked by the plan.
+        joined: (first row, rows in all) of a tensor that holds other parameters beside this one; None for one of its
+            own.
+
+    Returns:
+        One block per run of consecutive rows that is also a run in the tensor.
+    """
+    shape = spec.shape
+    runs = [(0, 0, *spec.shape[:1])]
+    if spec.rows is not None:
+        assert spec.source_groups is not None, f"{spec.path}: rows without source_groups"
+        group = spec.shape[0] // len(spec.rows)
+        shape = (spec.source_groups * group, *spec.shape[1:])
+        runs = [(start * group, row * group, count * group) for start, row, count in _row_runs(spec.rows)]
+    dims: tuple[int | None, ...] = tuple(range(len(shape)))
+    first_row = 0
+    if joined is not None:
+        first_row, shape = joined[0], (joined[1], *shape[1:])
+    elif info is not None and info.shape != shape:
+        shape, dims = _align(info.shape, shape) or (shape, dims)
+
+    blocks = []
+    for start, source, *size in runs:  # a scalar has no dim 0 and so no size
+        region = Block(
+            param=spec.path,
+            param_start=(start, *[0] * len(spec.shape[1:])) if size else (),
+            shape=(*size, *spec.shape[1:]),
+        )
+        if source >= 0:
+            tensor_start = tuple([first_row + source if dim == 0 else 0 for dim in dims])
+            region = dataclasses.replace(region, tensor=name, tensor_shape=shape, tensor_start=tensor_start, dims=dims)
+        blocks.append(region)
+    return blocks
+
+
+def rows_on_disk(spec: ParamSpec) -> int:
+    """Size of dim 0 of the checkpoint's tensor for a parameter, see `ParamSpec.rows`."""
+    if spec.rows is None:
+        return spec.shape[0]
+    assert spec.source_groups is not None, f"{spec.path}: rows without source_groups"
+    return spec.shape[0] // len(spec.rows) * spec.source_groups
+
+
+def _row_runs(rows: tuple[int, ...]) -> list[tuple[int, int, int]]:
+    """Runs (start, rows[start], length) of `rows` in which values count up by one, or are all -1."""
+    values = np.asarray(rows, np.int64)
+    before, after = values[:-1], values[1:]
+    same_run = np.where(before < 0, after < 0, after == before + 1)
+    starts = [0, *(np.flatnonzero(~same_run) + 1).tolist()]
+    stops = [*starts[1:], len(rows)]
+    return [(start, int(values[start]), stop - start) for start, stop in zip(starts, stops, strict=True)]
+
+
+def _align(tensor: tuple[int, ...], shape: tuple[int, ...]) -> tuple[tuple[int, ...], tuple[int | None, ...]] | None:
+    """`tensor` and the dim of `shape` that each of its dims runs along, if they differ only in dims of size 1."""
+    partners = [dim for dim, size in enumerate(shape) if size != 1]
+    if [size for size in tensor if size != 1] != [shape[dim] for dim in partners]:
+        return None
+    left = iter(partners)
+    return tensor, tuple([None if size == 1 else next(left) for size in tensor])

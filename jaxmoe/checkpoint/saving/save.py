@@ -1,0 +1,300 @@
+"""`jaxmoe.save` and `jaxmoe.convert`: checkpoints that transformers loads, from a model on a mesh or from files."""
+
+import dataclasses
+import os
+import time
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, get_args
+
+import jax.numpy as jnp
+import numpy as np
+
+from jaxmoe.checkpoint.errors import Problems
+from jaxmoe.checkpoint.formats import Checkpoint, can_cast, open_checkpoint, open_files
+from jaxmoe.checkpoint.mapping import (
+    TIED_RULE,
+    Block,
+    Form,
+    IgnoreRule,
+    abstract_specs,
+    check_all_used,
+    check_filled_once,
+    check_not_quantized,
+    check_tensors,
+    model_blocks,
+    settle_tied,
+    wanted_names,
+    written_form,
+)
+from jaxmoe.checkpoint.saving.directory import copy_side_files, new_directory
+from jaxmoe.checkpoint.saving.outputs import OutputTensor, copied_tensor, output_tensors
+from jaxmoe.checkpoint.saving.values import CheckpointValues, ModelValues
+from jaxmoe.checkpoint.saving.write import divide_into_files, parse_size, write_files
+from jaxmoe.checks import flag, instance_of, path_like
+from jaxmoe.layers import ParamSpec, check_usable, param_specs, params_by_path
+from jaxmoe.models import Decoder, Family, read_model_config
+from jaxmoe.progress import ProgressCallback, byte_progress, check_progress
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SaveReport:
+    """What was written.
+
+    Attributes:
+        path: the checkpoint's directory.
+        form: of its experts.
+        files: {name of a file of weights: its tensors' bytes}.
+        tensors: how many there are.
+        dtypes: {element type: bytes}, as safetensors names them.
+        carried: tensors that the model does not use, copied as they were.
+        seconds: wall-clock time.
+    """
+
+    path: str
+    form: Form
+    files: dict[str, int]
+    tensors: int
+    dtypes: dict[str, int]
+    carried: int
+    seconds: float
+
+    @property
+    def bytes_written(self) -> int:
+        """Bytes of tensor data."""
+        return sum(self.files.values())
+
+    def to_dict(self) -> dict[str, Any]:
+        """The same as plain types, for JSON."""
+        return {**dataclasses.asdict(self), "bytes_written": self.bytes_written}
+
+
+@dataclasses.dataclass(frozen=True)
+class _Options:
+    """The arguments that `save` and `convert` share, checked before anything is read."""
+
+    form: Form
+    max_bytes: int
+    overwrite: bool
+    progress: bool | ProgressCallback
+
+
+def save(
+    model: Decoder,
+    directory: str | os.PathLike[str],
+    *,
+    form: Form = "per_expert",
+    dtype: str | None = None,
+    max_shard_size: int | str = "5GB",
+    overwrite: bool = False,
+    progress: bool | ProgressCallback = False,
+) -> SaveReport:
+    """Write a model as a checkpoint that transformers and `jaxmoe.load` load, whatever mesh and placement it is on.
+
+    Expert slots become logical experts again; padding and replicas are left out. One tensor at a time is in host
+    memory. config.json, tokenizer and the like are copied from the checkpoint that the model was loaded from, and so
+    are the tensors that were ignored by rule. Of a multimodal checkpoint the text model alone is written, under its own
+    names and with its own config.json. The directory appears when all of it is written.
+
+    Args:
+        model: from `jaxmoe.load`, with all its devices in this process.
+        directory: to make.
+        form: "per_expert" for one tensor each, "fused" for one tensor of all experts of a layer. Families that transformers
+            writes in one form only are written in that one; the report says which.
+        dtype: of the weights; None for the model's. Routers, which a model holds in float32, are rounded only where
+            that changes no value.
+        max_shard_size: bytes of tensors in one file, a number or as "5GB"; more become several files with an index.
+        overwrite: replace a checkpoint that is there, with all that is in its directory.
+        progress: True draws a bar on stderr; a callable is given (bytes done, bytes in all).
+
+    Returns:
+        What was written.
+
+    Raises:
+        FileExistsError: there is something in the way.
+        ValueError: an argument is none of those above, or the model does not come from a checkpoint.
+        NotImplementedError: a part of the model is on devices of another process.
+
+    Example:
+        >>> jaxmoe.save(model, "out", form="fused", max_shard_size="2GB").tensors  # doctest: +SKIP
+        339
+    """
+    path_like("directory", directory)
+    instance_of("model", model, Decoder, "a model from jaxmoe.load")
+    options = _check_options(form, max_shard_size, overwrite, progress)
+    target = _plain_dtype(dtype) or np.dtype(model.dtype)
+    if model.origin is None:
+        raise ValueError(
+            "a checkpoint has the config.json of the one that its model came from; this model has random weights and "
+            "came from none; load it from a checkpoint, with weights of its own put into it afterwards"
+        )
+    check_usable(model)
+    arrays = {path: param.get_value() for path, param in params_by_path(model).items()}
+    elsewhere = [path for path, array in arrays.items() if not array.is_fully_addressable]
+    if elsewhere:
+        raise NotImplementedError(
+            f"save writes what the devices of one process hold; {elsewhere[0]} is on others too; convert the "
+            "checkpoint's files instead (jaxmoe.convert), or load the model in one process"
+        )
+    specs = {spec.path: spec for spec in param_specs(model)}
+    source = model.origin.directory
+    family, _ = read_model_config(source)
+    ignored = _carried(dict(model.origin.ignored), family)
+    checkpoint = _open_source(source, family, needed=bool(ignored))
+    with open_files(checkpoint.files if ignored and checkpoint else ()) as descriptors:
+        wanted = wanted_names(specs, family, form, checkpoint.tensors if checkpoint else None)
+        blocks = model_blocks(specs, family, wanted)
+        tensors = output_tensors(specs, blocks, ModelValues(arrays), target, np.dtype(model.dtype))
+        carried = [copied_tensor(checkpoint.tensors[name], descriptors) for name in ignored] if checkpoint else []
+        options = dataclasses.replace(options, form=written_form(family, form))
+        return _write(source, Path(directory), tensors, carried, target, family, options)
+
+
+def convert(
+    source: str | os.PathLike[str],
+    directory: str | os.PathLike[str],
+    *,
+    form: Form = "per_expert",
+    dtype: str | None = None,
+    max_shard_size: int | str = "5GB",
+    overwrite: bool = False,
+    progress: bool | ProgressCallback = False,
+) -> SaveReport:
+    """Write a checkpoint in another form, without a model or a device: each tensor is read when it is written.
+
+    Of a multimodal checkpoint the text model alone is written, as by `save`.
+
+    Args:
+        source: a checkpoint directory, of safetensors or ``.bin`` files.
+        directory: to make.
+        form: "per_expert" for one tensor each, "fused" for one tensor of all experts of a layer. Families that transformers
+            writes in one form only are written in that one; the report says which.
+        dtype: of the weights; None leaves each tensor its own.
+        max_shard_size: as for `save`.
+        overwrite: as for `save`; `source` itself may be replaced.
+        progress: as for `save`.
+
+    Returns:
+        What was written.
+
+    Raises:
+        FileExistsError: there is something in the way.
+        FileNotFoundError: `source` or a part of it is missing.
+        ValueError: the checkpoint cannot be loaded as it is, or an argument is none of those above.
+    """
+    path_like("source", source)
+    path_like("directory", directory)
+    options = _check_options(form, max_shard_size, overwrite, progress)
+    target, source = _plain_dtype(dtype), Path(source)
+    family, config = read_model_config(source)
+    checkpoint = open_checkpoint(source).renamed(family.text_name)
+    check_not_quantized(checkpoint, source)
+    checkpoint, config, rules = settle_tied(checkpoint, family, config)
+    model_dtype = target or np.dtype(np.float32)
+    specs = abstract_specs(config, model_dtype)
+    blocks = list(model_blocks(specs, family, checkpoint.tensors))
+    ignored = _check_complete(checkpoint, specs, blocks, family, rules)
+    with open_files(checkpoint.files) as descriptors:
+        values = CheckpointValues(blocks, checkpoint.tensors, descriptors)
+        wanted = wanted_names(specs, family, form, checkpoint.tensors)
+        tensors = output_tensors(specs, model_blocks(specs, family, wanted), values, target, model_dtype)
+        carried = [copied_tensor(checkpoint.tensors[name], descriptors) for name in ignored]
+        options = dataclasses.replace(options, form=written_form(family, form))
+        return _write(source, Path(directory), tensors, carried, target, family, options)
+
+
+def _write(
+    source: Path,
+    directory: Path,
+    tensors: list[OutputTensor],
+    carried: list[OutputTensor],
+    dtype: np.dtype | None,
+    family: Family,
+    options: _Options,
+) -> SaveReport:
+    start = time.perf_counter()
+    if source.resolve() != directory.resolve() and source.resolve().is_relative_to(directory.resolve()):
+        raise ValueError(
+            f"a checkpoint is not written over a directory that its source is in; {source} is in {directory}; name a "
+            "directory beside it"
+        )
+    files = divide_into_files([*tensors, *carried], options.max_bytes)
+    with (
+        new_directory(directory, overwrite=options.overwrite) as partial,
+        byte_progress(f"writing {directory.name}", options.progress) as on_bytes,
+    ):
+        copy_side_files(source, partial, dtype=None if dtype is None else dtype.name, wrapper=family.wrapper)
+        write_files(partial, files, on_bytes)
+    dtypes: Counter[str] = Counter()
+    for tensor in (*tensors, *carried):
+        dtypes[tensor.dtype_name] += tensor.nbytes
+    return SaveReport(
+        path=str(directory),
+        form=options.form,
+        files={name: sum(tensor.nbytes for tensor in part) for name, part in files.items()},
+        tensors=len(tensors) + len(carried),
+        dtypes=dict(dtypes),
+        carried=len(carried),
+        seconds=time.perf_counter() - start,
+    )
+
+
+def _check_options(
+    form: str, max_shard_size: int | str, overwrite: bool, progress: bool | ProgressCallback
+) -> _Options:
+    check_progress(progress)
+    for known in get_args(Form):
+        if form == known:
+            return _Options(known, parse_size(max_shard_size), flag("overwrite", overwrite), progress)
+    raise ValueError(f"form is one of {', '.join(get_args(Form))}; got {form!r}")
+
+
+def _plain_dtype(name: str | None) -> np.dtype | None:
+    if name is None:
+        return None
+    try:
+        dtype = np.dtype(jnp.dtype(name))
+    except TypeError:
+        dtype = np.dtype(object)
+    if not can_cast(np.dtype(np.float32), dtype):
+        raise ValueError(f"dtype is float32, bfloat16, float16 or float64, or None to leave it as it is; got {name!r}")
+    return dtype
+
+
+def _carried(ignored: Mapping[str, Sequence[str]], family: Family) -> list[str]:
+    """The ignored tensors that are copied: all but those beside a multimodal model's text part, and the embedding again."""
+    left_out = {TIED_RULE, *(family.wrapper.ignored if family.wrapper else ())}
+    return [name for rule, names in ignored.items() if rule not in left_out for name in names]
+
+
+def _open_source(source: Path, family: Family, *, needed: bool) -> Checkpoint | None:
+    """The checkpoint a model came from; one that is gone by now is missed only if something is to be copied."""
+    try:
+        return open_checkpoint(source).renamed(family.text_name)
+    except FileNotFoundError:
+        if needed:
+            raise
+        return None
+
+
+def _check_complete(
+    checkpoint: Checkpoint,
+    specs: dict[str, ParamSpec],
+    blocks: Iterable[Block],
+    family: Family,
+    rules: Sequence[IgnoreRule],
+) -> list[str]:
+    """The checks of a load plan: nothing is left out silently. Returns the tensors to copy as they are."""
+    by_param: dict[str, list[Block]] = {path: [] for path in specs}
+    for block in blocks:
+        by_param[block.param].append(block)
+    problems = Problems(f"the conversion of {checkpoint.path}")
+    check_tensors(checkpoint, list(specs.values()), by_param, problems)
+    ignored = check_all_used(
+        checkpoint, by_param, lambda name: next((rule.name for rule in rules if rule.matches(name)), None), problems
+    )
+    for spec in specs.values():
+        check_filled_once(spec, by_param[spec.path], problems)
+    problems.raise_if_any()
+    return _carried(ignored, family)

@@ -1,0 +1,165 @@
+"""Where a writer takes the values of parameters from: the arrays of a model, or another checkpoint."""
+
+import bisect
+import functools
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxmoe.checkpoint.boxes import Box, box_shape, intersect
+from jaxmoe.checkpoint.formats import TensorInfo, read_box
+from jaxmoe.checkpoint.mapping import Block
+
+
+class Values(Protocol):
+    """The values of a model's parameters, wherever they are."""
+
+    def read(self, path: str, box: Box) -> np.ndarray:
+        """The values of a region of a parameter, in host memory; not to be written to."""
+
+    def dtype(self, path: str, box: Box) -> np.dtype:
+        """What these values are held in."""
+
+
+class ModelValues:
+    """Values of a model on its mesh, fetched region by region.
+
+    Args:
+        arrays: the parameters by path, all of them on devices of this process.
+    """
+
+    def __init__(self, arrays: Mapping[str, jax.Array]) -> None:
+        self._parts = {path: _distinct_parts(array) for path, array in arrays.items()}
+
+    def dtype(self, path: str, box: Box) -> np.dtype:
+        """See `Values`."""
+        del box
+        _, data = self._parts[path][0]
+        return np.dtype(data.dtype)
+
+    def read(self, path: str, box: Box) -> np.ndarray:
+        """See `Values`."""
+        result = np.empty(box_shape(box), self.dtype(path, box))
+        for place, data in self._parts[path]:
+            common = intersect(place, box)
+            if common is not None:
+                result[_slices(common, box)] = _fetch(data, _shifted(common, place))
+        return result
+
+
+class CheckpointValues:
+    """Values of a checkpoint, read region by region.
+
+    Args:
+        blocks: which tensor fills which part of which parameter.
+        tensors: those of the checkpoint.
+        descriptors: its files, open for reading.
+    """
+
+    def __init__(
+        self, blocks: Iterable[Block], tensors: Mapping[str, TensorInfo], descriptors: Mapping[Path, int]
+    ) -> None:
+        self._tensors = tensors
+        self._descriptors = descriptors
+        by_param: dict[str, list[Block]] = defaultdict(list)
+        for block in blocks:
+            by_param[block.param].append(block)
+        self._blocks = {path: _Sorted(found) for path, found in by_param.items()}
+
+    def dtype(self, path: str, box: Box) -> np.dtype:
+        """See `Values`; where tensors of several dtypes are joined, one that holds all their values."""
+        result: Any = None
+        for block, _ in self._blocks[path].meeting(box):
+            found = self._tensors[block.tensor].dtype if block.tensor is not None else None
+            if found is not None and found != result:
+                result = found if result is None else jnp.promote_types(result, found)
+        return np.dtype(result)
+
+    def read(self, path: str, box: Box) -> np.ndarray:
+        """See `Values`."""
+        result = np.zeros(box_shape(box), self.dtype(path, box))
+        for block, common in self._blocks[path].meeting(box):
+            if block.tensor is not None:
+                result[_slices(common, box)] = self._read_block(block, common)
+        return result
+
+    def _read_block(self, block: Block, part: Box) -> np.ndarray:
+        """The values of `part` of the parameter, which lies in `block`, in the parameter's order of dims."""
+        assert block.tensor is not None
+        tensor_box = []
+        for start, dim in zip(block.tensor_start, block.dims, strict=True):
+            # A dim without a partner has one element.
+            first, stop = (0, 1) if dim is None else _shifted(part, block.param_box)[dim]
+            tensor_box.append((start + first, start + stop))
+        tensor = self._tensors[block.tensor].split(block.tensor_split)
+        values = read_tensor(self._descriptors[tensor.file], tensor, tuple(tensor_box))
+        kept = [dim for dim in block.dims if dim is not None]
+        squeezed = values.reshape([size for size, dim in zip(values.shape, block.dims, strict=True) if dim is not None])
+        return squeezed.transpose(np.argsort(kept)).reshape(box_shape(part))
+
+
+def read_tensor(descriptor: int, tensor: TensorInfo, box: Box) -> np.ndarray:
+    """Read a region of a tensor, in the order of its dims however it is stored."""
+    assert tensor.dtype is not None
+    order = range(len(box)) if tensor.dim_order is None else tensor.dim_order
+    stored = tuple([box[dim] for dim in order])
+    values = np.empty(box_shape(stored), tensor.dtype)
+    read_box(descriptor, tensor.as_stored(), stored, values)
+    return values.transpose(np.argsort(order))
+
+
+class _Sorted:
+    """The blocks of one parameter by where they start, so that those of a slot are found among thousands."""
+
+    def __init__(self, blocks: Sequence[Block]) -> None:
+        # A scalar has no dim 0, and one block.
+        self._blocks = sorted(blocks, key=lambda block: block.param_start[:1])
+        self._starts = [block.param_start[:1] for block in self._blocks]
+        self._longest = max((size for block in blocks for size in block.shape[:1]), default=1)
+
+    def meeting(self, box: Box) -> list[tuple[Block, Box]]:
+        """Blocks with some of `box` in them, and their common part."""
+        first, stop = 0, len(self._blocks)
+        if box:
+            first = bisect.bisect_right(self._starts, (box[0][0] - self._longest,))
+            stop = bisect.bisect_left(self._starts, (box[0][1],))
+        common = [(block, intersect(block.param_box, box)) for block in self._blocks[first:stop]]
+        return [(block, part) for block, part in common if part is not None]
+
+
+def _distinct_parts(array: jax.Array) -> list[tuple[Box, jax.Array]]:
+    """The parts that an array is in, each once however many devices hold it."""
+    parts: dict[Box, jax.Array] = {}
+    for shard in array.addressable_shards:
+        box = tuple([index.indices(size)[:2] for index, size in zip(shard.index, array.shape, strict=True)])
+        parts.setdefault(box, shard.data)
+    return list(parts.items())
+
+
+def _fetch(data: jax.Array, box: Box) -> np.ndarray:
+    """A region of an array on one device, in host memory."""
+    if all(device.platform == "cpu" for device in data.devices()):
+        return np.asarray(data)[_slices(box, ((0, 0),) * len(box))]  # a view
+    # Cut on the device: the host copy of a whole array would stay with it for as long as it lives.
+    starts = np.array([start for start, _ in box], np.int32)
+    return np.asarray(_cut(data, starts, box_shape(box)))
+
+
+@functools.partial(jax.jit, static_argnums=2)
+def _cut(data: jax.Array, starts: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+    return jax.lax.dynamic_slice(data, [starts[dim] for dim in range(data.ndim)], shape)
+
+
+def _shifted(part: Box, box: Box) -> Box:
+    """`part`, counted from the corner of `box`."""
+    return tuple([(start - corner, stop - corner) for (start, stop), (corner, _) in zip(part, box, strict=True)])
+
+
+def _slices(part: Box, box: Box) -> Any:
+    # With the ellipsis a scalar gives a view as well, and not its value.
+    return (*[slice(start, stop) for start, stop in _shifted(part, box)], ...)
