@@ -60,7 +60,7 @@ def test_reference_is_a_loop_over_rows():
     [*product(["silu", "relu2"], [None], [True, False]), ("clamped_swiglu", 0.7, True)],
 )
 def test_biases_and_other_expert_functions(backend, R, activation, limit, gated):
-    sizes, halves = [R // 3, 0, 4, 1, 0, 3], 2 if gated else 1
+    sizes, halves = [R // 3, 0, 3, 1, 0, 3], 2 if gated else 1  # the last row is of no group
     x_RD, w_up, w_down, b_up, b_down = arrays((R, D), (G, halves, F, D), (G, D, F), (G, halves, F), (G, D), seed=5)
     mlp = compiled(expert_mlp, backend, activation=activation, limit=limit)
     actual = mlp(poison(x_RD, sizes), w_up, w_down, int32(sizes), b_gate_up_p2F=b_up, b_down_pD=b_down)
@@ -102,6 +102,7 @@ def test_random_group_sizes(backend, R, data):
     check_against_reference(backend, R, np.diff([0, *cuts]))
 
 
+@pytest.mark.covering
 @each_backend
 @pytest.mark.parametrize(
     ("sizes", "R", "N", "K"),
@@ -111,6 +112,7 @@ def test_random_group_sizes(backend, R, data):
         ([1, 0, 2], 5, 3, 1),
         ([1, 0, 2], 5, 3, 24),  # half a vector of lanes left over
         ([1, 0, 2], 5, 3, 1040),  # two blocks of lanes and a rest
+        ([1, 0, 2], 5, 3, 1552),  # three, which are a loop, and a rest
         ([20, 0, 13], 37, 3, 10),
         ([0, 3, 2, 0], 5, 7, 32),  # nothing beyond the last group
         ([0, 0], 4, 3, 16),

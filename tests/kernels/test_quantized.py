@@ -147,11 +147,13 @@ def test_each_stack_may_be_packed_its_own_way(cases, R, backend):
     assert_close(actual, mlp_oracle(x_RD, exact, biases, sizes, variant.combine), sizes)
 
 
+@pytest.mark.covering
 @each_backend
 @pytest.mark.parametrize(
     ("case", "sizes", "R", "N", "K"),
     [
         (Case("float8_e4m3fn", (1, 0)), [1, 0, 2], 5, 3, 1040),  # two blocks of lanes and a rest
+        (Case("float8_e4m3fn", (1, 0)), [1, 0, 2], 5, 3, 1552),  # three, which are a loop, and a rest
         (Case("int4", (1, 32), zero_points=True), [1, 0, 2], 5, 3, 2112),
         (Case("mxfp4", (1, 32)), [1, 0, 2], 5, 3, 2112),
         (Case("int4", (1, 16)), [1, 0, 2], 5, 3, 48),  # half a vector of lanes

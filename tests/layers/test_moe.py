@@ -53,6 +53,9 @@ def test_expert_counts_are_those_of_the_router():
     mask = np.arange(21) % 2 == 0
     _, stats = layer(jnp.asarray(x), jnp.asarray(mask))
     np.testing.assert_array_equal(stats.expert_counts, np.bincount(ids_TK[mask].reshape(-1), minlength=11))
+    assert stats.rows_sent.any()
+    _, none = layer(jnp.asarray(x), jnp.zeros(21, bool))
+    assert not none.rows_sent.any(), "a token that is masked is sent nowhere"
 
 
 @pytest.mark.covering(most=1)
