@@ -234,7 +234,7 @@ def test_destinations_of_uniform_routing() -> None:
         ({"placements": REPLICATED[:1]}, "2 layers of 16 experts need 2 placements"),
         ({"placements": [ExpertPlacement.linear(16, 4), ExpertPlacement.linear(16, 8)]}, "equally many devices"),
         ({"placements": [ExpertPlacement.linear(8, 4)] * 2}, "16 experts need"),
-        ({"num_nodes": 3}, "4 devices are no multiple of 3 nodes"),
+        ({"num_nodes": 3}, "4 devices are no multiple of num_nodes=3"),
         ({"replica_choice": "best"}, "replica choices are .*; got 'best'"),
         ({"deduplicate": "rack"}, "deduplicate is one of none, device, node; got 'rack'"),
     ],
@@ -332,7 +332,7 @@ def test_sources_are_shared_out() -> None:
 def test_migrations_that_do_not_fit_are_refused() -> None:
     with pytest.raises(ValueError, match="same experts on the same devices: got 4 on 2 and 4 on 4"):
         plan_migration(ExpertPlacement.linear(4, 2), ExpertPlacement.linear(4, 4))
-    with pytest.raises(ValueError, match="ep=4 is no multiple of num_nodes=3"):
+    with pytest.raises(ValueError, match="4 devices are no multiple of num_nodes=3"):
         plan_migration(ExpertPlacement.linear(4, 4), ExpertPlacement.linear(4, 4), num_nodes=3)
     with pytest.raises(ValueError, match="same experts, devices and slots"):
         align(ExpertPlacement.linear(4, 2), ExpertPlacement.linear(4, 2, num_slots=6))
