@@ -21,6 +21,8 @@ from jaxmoe.placement import ExpertPlacement
 from jaxmoe.plan.devices import get_device_kind
 
 _DTYPES = ("float32", "bfloat16", "float16")
+# What a plan calls the slots of `ExpertPlacement.slot_uses`.
+_PART_OF_USE = {"experts": "routed experts", "replicas": "replicas", "padding": "padding slots"}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -163,7 +165,7 @@ def plan_config(
 def _weights(model: Decoder) -> dict[str, np.ndarray]:
     parts: dict[str, np.ndarray] = {
         name: np.zeros(model.mesh.size)
-        for name in ("routed experts", "replicas", "padding slots", "shared experts", "attention", "embedding and head")
+        for name in (*_PART_OF_USE.values(), "shared experts", "attention", "embedding and head")
     }
     parts["other"] = np.zeros(model.mesh.size)
     for spec in param_specs(model):
@@ -175,8 +177,8 @@ def _weights(model: Decoder) -> dict[str, np.ndarray]:
         assert index is not None
         moe = model.layers[index].moe
         per_slot = on_device / moe.placement.slots_per_device
-        for name, slots_n in _slots(moe.placement).items():
-            parts[name] += slots_n[_expert_rank(model, moe.expert_axes)] * per_slot
+        for use, slots_n in moe.placement.slot_uses.items():
+            parts[_PART_OF_USE[use]] += slots_n[_expert_rank(model, moe.expert_axes)] * per_slot
     return {name: part for name, part in parts.items() if part.any()}
 
 
@@ -186,15 +188,6 @@ def _part_of(path: str) -> str:
     if ".attention." in path:
         return "attention"
     return "embedding and head" if path.startswith(("embed.", "lm_head.")) else "other"
-
-
-def _slots(placement: ExpertPlacement) -> dict[str, np.ndarray]:
-    """Of each device's slots how many hold an expert, one more replica of it, and nothing: [ep] each."""
-    slots = placement.slot_to_expert
-    first = np.zeros(slots.size, bool)
-    first[placement.expert_to_slots[:, 0]] = True
-    kinds = {"routed experts": first, "replicas": (slots >= 0) & ~first, "padding slots": slots < 0}
-    return {name: chosen.reshape(placement.ep, -1).sum(axis=1) for name, chosen in kinds.items()}
 
 
 def _expert_rank(model: Decoder, expert_axes: tuple[str, ...]) -> np.ndarray:
