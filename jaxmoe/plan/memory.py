@@ -14,11 +14,11 @@ from jaxmoe.checkpoint.abstract import abstract_model, abstract_specs
 from jaxmoe.checkpoint.names import is_expert_stack, layer_index
 from jaxmoe.checks import path_like, whole_number
 from jaxmoe.config import DecoderConfig
+from jaxmoe.hardware import get_gpu
 from jaxmoe.layers import CacheArray, param_specs
 from jaxmoe.mesh import AXES, EP, batch_axes, named, padded_batch
 from jaxmoe.models import Decoder, read_model_config
 from jaxmoe.placement import ExpertPlacement
-from jaxmoe.plan.devices import get_device_kind
 
 _DTYPES = ("float32", "bfloat16", "float16")
 # What a plan calls the slots of `ExpertPlacement.slot_uses`.
@@ -93,7 +93,7 @@ def plan(
         dtype: of weights and cache, "float32", "bfloat16" or "float16"; None for the config's own, or bfloat16.
         batch_size: sequences to have room for.
         max_length: tokens of each; None for 4096, or as many positions as the model has where those are fewer.
-        device: a name in `jaxmoe.plan.DEVICE_KINDS`, to compare with its memory.
+        device: a name in `jaxmoe.hardware.GPUS`, to compare with its memory.
 
     Raises:
         FileNotFoundError: there is no config.json.
@@ -139,7 +139,7 @@ def plan_config(
     sizes = {name: whole_number(name, size, least=1) for name, size in {"dp": dp, "tp": tp, "ep": ep}.items()}
     batch_size = whole_number("batch_size", batch_size, least=1)
     max_length = whole_number("max_length", max_length, least=1)
-    kind = None if device is None else get_device_kind(device)
+    gpu = None if device is None else get_gpu(device)
     if max_length > config.max_position_embeddings:
         raise ValueError(
             f"the model has {config.max_position_embeddings} positions: max_length={max_length} is more than that"
@@ -157,7 +157,7 @@ def plan_config(
         max_length=max_length,
         parts={**_weights(model), "key/value cache and state": _cache(model, batch_size, max_length)},
         device=device,
-        capacity=None if kind is None else kind.memory,
+        capacity=None if gpu is None else gpu.memory,
         parameters=sum(math.prod(spec.shape) for spec in abstract_specs(config).values()),
     )
 

@@ -3,10 +3,11 @@
 import dataclasses
 import itertools
 
+from jaxmoe.hardware import GPUS
 from jaxmoe.kernels.grouped_matmul.group_tiles import ALIGNMENT
 
-# Shared memory that a block may have, and what barriers and alignment may take of it; of H100 and H200.
-SHARED_BYTES, RESERVED_BYTES = 227 * 2**10, 2048
+# Shared memory that a block may have, on Hopper and on Blackwell, and what barriers and alignment may take of it.
+SHARED_BYTES, RESERVED_BYTES = GPUS["h100"].block_shared_memory, 2048
 WARPGROUPS = 2
 # Rows of wgmma's first operand, and so of what a warpgroup multiplies at least.
 WGMMA_ROWS = 64
