@@ -6,6 +6,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from jax.sharding import Mesh
 
+    from jaxmoe.placement import ExpertPlacement
+
 
 def add_mesh_options(parser: argparse.ArgumentParser) -> None:
     """Add ``--mesh`` and ``--simulate``."""
@@ -32,15 +34,23 @@ def make_mesh(args: argparse.Namespace) -> "Mesh":
 
 def read_placement(text: str) -> Any:
     """The value of ``--placement``: a strategy's name, or what is in a file that ``jaxmoe place`` wrote."""
-    if not text.endswith(".json"):
-        return text
+    return read_placement_file(text) if text.endswith(".json") else text
+
+
+def read_placement_file(file: str) -> "ExpertPlacement | list[ExpertPlacement]":
+    """Read one placement, or one for each MoE layer, from a file that ``jaxmoe place`` wrote.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: it holds no placement.
+    """
     from pathlib import Path
 
     from jaxmoe.placement import placements_from_json
 
-    if not Path(text).is_file():
-        raise FileNotFoundError(f"the placement file {text} does not exist")
-    return placements_from_json(Path(text).read_text(encoding="utf-8"))
+    if not Path(file).is_file():
+        raise FileNotFoundError(f"the placement file {file} does not exist")
+    return placements_from_json(Path(file).read_text(encoding="utf-8"))
 
 
 def mesh_sizes(text: str) -> dict[str, int]:

@@ -4,29 +4,10 @@ import dataclasses
 
 from jaxmoe.dispatch.base import Dispatch, DispatchLayout
 from jaxmoe.dispatch.traffic import Collective
+from jaxmoe.hardware import GPUS, SIMULATED_CPU, Device
 
-
-@dataclasses.dataclass(frozen=True)
-class DeviceRates:
-    """What moving data costs on a kind of device.
-
-    Attributes:
-        link: bytes per second that a device sends to others.
-        memory: bytes per second that it reads or writes of its own memory.
-        latency: seconds that a collective takes whatever it moves.
-    """
-
-    link: float
-    memory: float
-    latency: float
-
-
-# By JAX platform. GPU: an H100's NVLink (one direction) and HBM by datasheet, latency of a small NCCL collective.
-# CPU: simulated devices share one memory; a collective is a rendezvous of threads.
-RATES = {
-    "gpu": DeviceRates(link=450e9, memory=3.35e12, latency=10e-6),
-    "cpu": DeviceRates(link=8e9, memory=8e9, latency=60e-6),
-}
+# The kind of device that stands for each JAX platform where the devices themselves are not asked.
+RATES: dict[str, Device] = {"gpu": GPUS["h100"], "cpu": SIMULATED_CPU}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -43,9 +24,10 @@ class DispatchCost:
     memory_bytes: float
     collectives: int
 
-    def seconds(self, rates: DeviceRates) -> float:
-        """Modelled time."""
-        return self.wire_bytes / rates.link + self.memory_bytes / rates.memory + self.collectives * rates.latency
+    def seconds(self, device: Device) -> float:
+        """Model the time on a kind of device, all of whose messages stay within the node."""
+        wire = device.links.seconds(self.wire_bytes, messages=self.collectives)
+        return wire + self.memory_bytes / device.memory_bandwidth
 
 
 def dispatch_cost(backend: Dispatch, T: int, K: int, D: int, itemsize: int, layout: DispatchLayout) -> DispatchCost:
@@ -80,7 +62,7 @@ class DispatchChoice:
     Attributes:
         name: the backend.
         tokens: T, of all devices together.
-        platform: the rates of `RATES` that were used.
+        platform: the device of `RATES` that was used.
         seconds: modelled time of each backend that was compared; `name` has the least.
         left_out: the other backends, and why they were not compared.
     """

@@ -10,8 +10,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxmoe.checks import whole_number
 from jaxmoe.placement import ExpertPlacement
+from jaxmoe.placement.nodes import check_nodes
 from jaxmoe.placement.replicas import get_replica_choice
 
 
@@ -38,9 +38,8 @@ class ReplicaRule:
             ValueError: the choice is unknown or lacks loads, or the devices do not split into such nodes.
         """
         n = placement.ep
-        node = n if self.devices_per_node is None else whole_number("devices_per_node", self.devices_per_node, least=1)
-        if n % node:
-            raise ValueError(f"nodes hold equally many devices: {n} devices are no multiple of devices_per_node={node}")
+        node = n if self.devices_per_node is None else self.devices_per_node
+        check_nodes(n, node, name="devices_per_node")
         last_load = np.zeros(n) if self.last_load is None else np.asarray(self.last_load, np.float64)
         if last_load.shape != (n,) or (self.last_load is None and self.choice == "least_loaded"):
             raise ValueError(

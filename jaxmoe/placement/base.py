@@ -166,6 +166,26 @@ class ExpertPlacement:
         np.add.at(table, (slots // self.slots_per_device, self.slot_to_expert[slots]), 1)
         return table
 
+    @cached_property
+    def slot_uses(self) -> dict[str, np.ndarray]:
+        """Slots of each device that hold an expert, one more replica of it, or nothing.
+
+        Of an expert's slots the first counts as the expert and the others as replicas.
+
+        Returns:
+            "experts", "replicas" and "padding", each int64 [ep].
+
+        Example:
+            >>> p = ExpertPlacement(num_experts=2, ep=2, slot_to_expert=[0, -1, 1, 0])
+            >>> {use: slots.tolist() for use, slots in p.slot_uses.items()}
+            {'experts': [1, 1], 'replicas': [0, 1], 'padding': [1, 0]}
+        """
+        slots = self.slot_to_expert
+        first = np.zeros(slots.size, bool)
+        first[self.expert_to_slots[:, 0]] = True
+        uses = {"experts": first, "replicas": (slots >= 0) & ~first, "padding": slots < 0}
+        return {use: chosen.reshape(self.ep, -1).sum(axis=1) for use, chosen in uses.items()}
+
     def device_experts(self, device: int) -> list[int]:
         """The logical experts that device `device` (0..ep-1) holds, in slot order."""
         p = self.slots_per_device

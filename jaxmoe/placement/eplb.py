@@ -4,6 +4,7 @@ import numpy as np
 
 from jaxmoe.checks import whole_number
 from jaxmoe.placement.base import ExpertPlacement
+from jaxmoe.placement.nodes import check_nodes
 from jaxmoe.placement.packing import balanced_packing, replicate_experts
 from jaxmoe.placement.strategy import PlacementTask, Strategy, check_counts
 
@@ -58,8 +59,7 @@ def _check(E: int, ep: int, num_slots: int, num_groups: int, num_nodes: int) -> 
             f"EPLB gives every device equally many slots: num_slots={num_slots} is no multiple of ep={ep}; "
             f"use {-(-num_slots // ep) * ep}, or the strategy eplb_uneven"
         )
-    if ep % num_nodes:
-        raise ValueError(f"nodes hold equally many devices: ep={ep} is no multiple of num_nodes={num_nodes}")
+    check_nodes(ep, num_nodes)
     if E % num_groups:
         raise ValueError(f"groups hold equally many experts: num_experts={E} is no multiple of num_groups={num_groups}")
 

@@ -7,6 +7,7 @@ from typing import NamedTuple
 import numpy as np
 
 from jaxmoe.placement.base import ExpertPlacement
+from jaxmoe.placement.nodes import check_nodes
 
 SAME_DEVICE, SAME_NODE, OTHER_NODE = 0, 1, 2
 
@@ -76,9 +77,7 @@ def plan_migration(before: ExpertPlacement, after: ExpertPlacement, *, num_nodes
             f"experts move between placements of the same experts on the same devices: got {before.num_experts} on "
             f"{before.ep} and {after.num_experts} on {after.ep}"
         )
-    if num_nodes < 1 or before.ep % num_nodes:
-        raise ValueError(f"nodes hold equally many devices: ep={before.ep} is no multiple of num_nodes={num_nodes}")
-    devices_per_node = before.ep // num_nodes
+    devices_per_node = check_nodes(before.ep, num_nodes)
     sending = np.zeros(before.ep, np.int64)
     moves = []
     for slot in np.flatnonzero(after.slot_to_expert >= 0):
@@ -140,11 +139,10 @@ def align(before: ExpertPlacement, after: ExpertPlacement, *, num_nodes: int = 1
             f"align needs placements of the same experts, devices and slots: got "
             f"{(before.num_experts, before.ep, before.num_slots)} and {(after.num_experts, after.ep, after.num_slots)}"
         )
-    if num_nodes < 1 or before.ep % num_nodes:
-        raise ValueError(f"nodes hold equally many devices: ep={before.ep} is no multiple of num_nodes={num_nodes}")
+    devices_per_node = check_nodes(before.ep, num_nodes)
     held, wanted = before.device_replicas, after.device_replicas
     stays_nn = np.minimum(wanted[:, None], held).sum(axis=2)
-    node_n = np.arange(before.ep) // (before.ep // num_nodes)
+    node_n = np.arange(before.ep) // devices_per_node
     stays_nn[node_n[:, None] != node_n] = -1
     old_slots, new_slots = before.slot_to_expert.reshape(before.ep, -1), after.slot_to_expert.reshape(after.ep, -1)
     slots = np.empty_like(old_slots)

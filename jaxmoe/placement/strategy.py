@@ -8,6 +8,7 @@ import numpy as np
 
 from jaxmoe.checks import whole_number
 from jaxmoe.placement.base import ExpertPlacement
+from jaxmoe.placement.nodes import check_nodes
 from jaxmoe.placement.trace import RoutingTrace
 
 _MISSING = {
@@ -57,8 +58,7 @@ class PlacementTask:
             object.__setattr__(self, name, whole_number(name, getattr(self, name), least=1))
         if self.num_slots is not None:
             object.__setattr__(self, "num_slots", whole_number("num_slots", self.num_slots))
-        if self.ep % self.num_nodes:
-            raise ValueError(f"nodes hold equally many devices: ep={self.ep} is no multiple of {self.num_nodes} nodes")
+        check_nodes(self.ep, self.num_nodes)
         counts = self.counts
         if counts is None and self.trace is not None:
             counts = self.trace.total_counts

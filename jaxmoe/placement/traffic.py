@@ -9,6 +9,7 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 
 from jaxmoe.placement.base import ExpertPlacement
+from jaxmoe.placement.nodes import check_nodes
 from jaxmoe.placement.replicas import ReplicaContext, get_replica_choice
 from jaxmoe.placement.trace import RoutingTrace
 
@@ -71,16 +72,16 @@ def route_trace(
     get_replica_choice(replica_choice)
     if deduplicate not in DEDUPLICATIONS:
         raise ValueError(f"deduplicate is one of {', '.join(DEDUPLICATIONS)}; got {deduplicate!r}")
-    check_nodes(n, num_nodes)
+    devices_per_node = check_nodes(n, num_nodes)
     W, L = trace.num_windows, trace.num_layers
     rows_WLn, active_WLn = np.zeros((W, L, n)), np.zeros((W, L, n), np.int64)
     sent, received = np.zeros((W, L, 2, n)), np.zeros((W, L, 2, n))
     copies_Lnn, destinations_L = np.zeros((L, n, n)), np.zeros(L)
     remote_nn = ~np.eye(n, dtype=bool)
-    node_n = np.arange(n) // (n // num_nodes)
+    node_n = np.arange(n) // devices_per_node
     same_node_nn = node_n[:, None] == node_n
     for window, layer, slot_rows_P, copies_nn, destinations in _windows(
-        trace, placements, n // num_nodes, replica_choice, deduplicate, seed
+        trace, placements, devices_per_node, replica_choice, deduplicate, seed
     ):
         rows_WLn[window, layer] = slot_rows_P.reshape(n, -1).sum(axis=1)
         active_WLn[window, layer] = np.count_nonzero(slot_rows_P.reshape(n, -1), axis=1)
@@ -98,16 +99,6 @@ def route_trace(
         copies=copies_Lnn,
         distinct_destinations=None if tokens is None else destinations_L / tokens,
     )
-
-
-def check_nodes(devices: int, num_nodes: int) -> None:
-    """Refuse nodes that do not hold equally many devices.
-
-    Raises:
-        ValueError: they do not.
-    """
-    if num_nodes < 1 or devices % num_nodes:
-        raise ValueError(f"nodes hold equally many devices: {devices} devices are no multiple of {num_nodes} nodes")
 
 
 def device_loads(counts: np.ndarray, placements: Sequence[ExpertPlacement]) -> np.ndarray:

@@ -13,13 +13,15 @@ import numpy as np
 from jaxmoe.checkpoint.mapping import abstract_model, abstract_specs, is_expert_stack, layer_index
 from jaxmoe.checks import path_like, whole_number
 from jaxmoe.config import DecoderConfig
+from jaxmoe.hardware import get_gpu
 from jaxmoe.layers import CacheArray, param_specs
 from jaxmoe.mesh import AXES, EP, batch_axes, named, padded_batch
 from jaxmoe.models import Decoder, read_model_config
 from jaxmoe.placement import ExpertPlacement
-from jaxmoe.plan.devices import get_device_kind
 
 _DTYPES = ("float32", "bfloat16", "float16")
+# What a plan calls the slots of `ExpertPlacement.slot_uses`.
+_PART_OF_USE = {"experts": "routed experts", "replicas": "replicas", "padding": "padding slots"}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -90,7 +92,7 @@ def plan(
         dtype: of weights and cache, "float32", "bfloat16" or "float16"; None for the config's own, or bfloat16.
         batch_size: sequences to have room for.
         max_length: tokens of each; None for 4096, or as many positions as the model has where those are fewer.
-        device: a name in `jaxmoe.plan.DEVICE_KINDS`, to compare with its memory.
+        device: a name in `jaxmoe.hardware.GPUS`, to compare with its memory.
 
     Raises:
         FileNotFoundError: there is no config.json.
@@ -136,7 +138,7 @@ def plan_config(
     sizes = {name: whole_number(name, size, least=1) for name, size in {"dp": dp, "tp": tp, "ep": ep}.items()}
     batch_size = whole_number("batch_size", batch_size, least=1)
     max_length = whole_number("max_length", max_length, least=1)
-    kind = None if device is None else get_device_kind(device)
+    gpu = None if device is None else get_gpu(device)
     if max_length > config.max_position_embeddings:
         raise ValueError(
             f"the model has {config.max_position_embeddings} positions: max_length={max_length} is more than that"
@@ -154,7 +156,7 @@ def plan_config(
         max_length=max_length,
         parts={**_weights(model), "key/value cache and state": _cache(model, batch_size, max_length)},
         device=device,
-        capacity=None if kind is None else kind.memory,
+        capacity=None if gpu is None else gpu.memory,
         parameters=sum(math.prod(spec.shape) for spec in abstract_specs(config).values()),
     )
 
@@ -162,7 +164,7 @@ def plan_config(
 def _weights(model: Decoder) -> dict[str, np.ndarray]:
     parts: dict[str, np.ndarray] = {
         name: np.zeros(model.mesh.size)
-        for name in ("routed experts", "replicas", "padding slots", "shared experts", "attention", "embedding and head")
+        for name in (*_PART_OF_USE.values(), "shared experts", "attention", "embedding and head")
     }
     parts["other"] = np.zeros(model.mesh.size)
     for spec in param_specs(model):
@@ -174,8 +176,8 @@ def _weights(model: Decoder) -> dict[str, np.ndarray]:
         assert index is not None
         moe = model.layers[index].moe
         per_slot = on_device / moe.placement.slots_per_device
-        for name, slots_n in _slots(moe.placement).items():
-            parts[name] += slots_n[_expert_rank(model, moe.expert_axes)] * per_slot
+        for use, slots_n in moe.placement.slot_uses.items():
+            parts[_PART_OF_USE[use]] += slots_n[_expert_rank(model, moe.expert_axes)] * per_slot
     return {name: part for name, part in parts.items() if part.any()}
 
 
@@ -185,15 +187,6 @@ def _part_of(path: str) -> str:
     if ".attention." in path:
         return "attention"
     return "embedding and head" if path.startswith(("embed.", "lm_head.")) else "other"
-
-
-def _slots(placement: ExpertPlacement) -> dict[str, np.ndarray]:
-    """Of each device's slots how many hold an expert, one more replica of it, and nothing: [ep] each."""
-    slots = placement.slot_to_expert
-    first = np.zeros(slots.size, bool)
-    first[placement.expert_to_slots[:, 0]] = True
-    kinds = {"routed experts": first, "replicas": (slots >= 0) & ~first, "padding slots": slots < 0}
-    return {name: chosen.reshape(placement.ep, -1).sum(axis=1) for name, chosen in kinds.items()}
 
 
 def _expert_rank(model: Decoder, expert_axes: tuple[str, ...]) -> np.ndarray:

@@ -68,8 +68,6 @@ def device_memory(parts: Mapping[str, np.ndarray], *, capacity: float | None = N
 def expert_memory(placements: Sequence[ExpertPlacement], expert_bytes: float) -> dict[str, np.ndarray]:
     """Bytes of each device's slots over all layers: experts, the replicas beyond one of each, and padding.
 
-    Of an expert's slots the first counts as the expert and the others as replicas.
-
     Args:
         placements: one per layer.
         expert_bytes: of one expert.
@@ -82,12 +80,8 @@ def expert_memory(placements: Sequence[ExpertPlacement], expert_bytes: float) ->
         >>> {name: sizes.tolist() for name, sizes in expert_memory([p], 10).items()}
         {'experts': [10.0, 10.0], 'replicas': [0.0, 10.0], 'padding': [10.0, 0.0]}
     """
-    n = placements[0].ep
-    experts, replicas, padding = np.zeros(n), np.zeros(n), np.zeros(n)
-    for placement in placements:
-        slots = placement.slot_to_expert
-        first = np.zeros(slots.size, bool)
-        first[placement.expert_to_slots[:, 0]] = True
-        for total, chosen in ((experts, first), (replicas, (slots >= 0) & ~first), (padding, slots < 0)):
-            total += chosen.reshape(n, -1).sum(axis=1)
-    return {"experts": experts * expert_bytes, "replicas": replicas * expert_bytes, "padding": padding * expert_bytes}
+    layers = [placement.slot_uses for placement in placements]
+    return {
+        use: np.sum([slots[use] for slots in layers], axis=0) * float(expert_bytes)
+        for use in ("experts", "replicas", "padding")
+    }

@@ -6,7 +6,7 @@ from matplotlib.axes import Axes
 from matplotlib.patches import Patch, Rectangle
 
 from jaxmoe.placement import ExpertPlacement
-from jaxmoe.placement.traffic import check_nodes
+from jaxmoe.placement.nodes import check_nodes
 from jaxmoe.viz.style import COLORS, axes_or_new
 
 _MAX_WIDTH, _MAX_LINES = 24, 40
@@ -36,7 +36,7 @@ def ownership_map(placement: ExpertPlacement, *, num_nodes: int = 1, ax: Axes | 
         ['device 0', '0', '1', 'device 1', '2']
     """
     n, p = placement.ep, placement.slots_per_device
-    check_nodes(n, num_nodes)
+    devices_per_node = check_nodes(n, num_nodes)
     width = min(p, _MAX_WIDTH)
     lines = -(-p // width)
     columns = min(n, -(-n * lines // _MAX_LINES))
@@ -49,7 +49,7 @@ def ownership_map(placement: ExpertPlacement, *, num_nodes: int = 1, ax: Axes | 
         left = (device // rows) * column_width + label_width
         top = (device % rows) * (lines + 0.2)
         ax.text(left - 0.7, top, f"device {device}", ha="right", va="center", fontsize=7)
-        if device and device % (n // num_nodes) == 0:
+        if device and device % devices_per_node == 0:
             ax.plot([left - label_width, left + width - 0.5], [top - 0.6] * 2, color="black", linewidth=1.5)
         for place, expert in enumerate(placement.slot_to_expert[device * p : (device + 1) * p]):
             _draw_slot(ax, left + place % width, top + place // width, int(expert), placement)

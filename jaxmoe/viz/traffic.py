@@ -3,7 +3,7 @@
 import numpy as np
 from matplotlib.axes import Axes
 
-from jaxmoe.placement.traffic import check_nodes
+from jaxmoe.placement.nodes import check_nodes
 from jaxmoe.viz.style import SEQUENTIAL, axes_or_new, cased_line, colorbar, text_color, whole_ticks
 
 _UNITS = ((1e12, "TB"), (1e9, "GB"), (1e6, "MB"), (1e3, "kB"), (1.0, "bytes"))
@@ -32,7 +32,7 @@ def traffic_matrix(copies: np.ndarray, token_bytes: float, *, num_nodes: int = 1
     copies = np.asarray(copies, np.float64)
     sent = copies.reshape(-1, *copies.shape[-2:]).sum(axis=0) * token_bytes
     n = sent.shape[0]
-    check_nodes(n, num_nodes)
+    devices_per_node = check_nodes(n, num_nodes)
     np.fill_diagonal(sent, np.nan)
     most = float(np.nanmax(sent)) if n > 1 else 0.0
     scale, unit = next(((size, name) for size, name in _UNITS if most >= size), _UNITS[-1])
@@ -47,7 +47,7 @@ def traffic_matrix(copies: np.ndarray, token_bytes: float, *, num_nodes: int = 1
                 target, source, f"{value:.3g}", ha="center", va="center", fontsize=8, color=text_color(image, value)
             )
     for node in range(1, num_nodes):
-        edge = node * n / num_nodes - 0.5
+        edge = node * devices_per_node - 0.5
         cased_line(ax, [-0.5, n - 0.5], [edge, edge], cells=n)
         cased_line(ax, [edge, edge], [-0.5, n - 0.5], cells=n)
     colorbar(ax, image, f"{unit} sent")

@@ -3,7 +3,8 @@
 import pytest
 
 from jaxmoe.dispatch import DISPATCHES, DispatchLayout
-from jaxmoe.dispatch.choose import DeviceRates, DispatchCost
+from jaxmoe.dispatch.choose import DispatchCost
+from jaxmoe.hardware import Device, Links
 
 LAYOUT = DispatchLayout(
     mesh_shape=(("dp", 2), ("tp", 2), ("ep", 4)), expert_axes=("ep",), partial_axes=("tp",), num_slots=16
@@ -20,6 +21,6 @@ def test_sums_travel_in_float32_and_rows_in_their_own_dtype(name):
 
 
 def test_every_meeting_takes_its_latency():
-    rates = DeviceRates(link=10.0, memory=100.0, latency=7.0)
+    device = Device(name="slow", memory_bandwidth=100.0, links=Links(within=10.0, between=1.0, latency=7.0))
     cost = DispatchCost(wire_bytes=50.0, memory_bytes=300.0, collectives=4)
-    assert cost.seconds(rates) == pytest.approx(50 / 10 + 300 / 100 + 4 * 7)
+    assert cost.seconds(device) == pytest.approx(50 / 10 + 300 / 100 + 4 * 7)

@@ -23,3 +23,15 @@ def test_tiles_fit_a_block(N, K, packed):
             assert tiles.stages * stage + tiles.m * tiles.n * problem.out_bytes <= 227 * 1024 - 1024
             assert K % tiles.k == 0
             problem.check(tiles)
+
+
+@pytest.mark.parametrize("bits", [16, 32])
+@pytest.mark.parametrize(("N", "K"), SIZES)
+def test_tiles_of_wide_rows_work(N, K, bits):
+    """Numbers of 4 bytes leave room for one stage of the largest tiles, where two are needed."""
+    for rows, halves in itertools.product((1, 60, 65, 4000), (1, 2)):
+        problem = Problem(R=8 * rows, G=8, halves=halves, N=N, K=K, row_bytes=4, out_bytes=4, weight_bits=bits)
+        candidates = candidate_tiles(problem)
+        assert candidates[0] == choose_tiles(problem)
+        for tiles in candidates:
+            problem.check(tiles)

@@ -114,7 +114,7 @@ def test_two_recordings_are_one_after_the_other(trace_file, tmp_path, capsys) ->
         (["TRACE", "--strategies", "best", *WIDTHS], "placement strategies are .*; got 'best'"),
         (["TRACE", "--by", "beauty", *WIDTHS], "strategies are ranked by"),
         (["TRACE", "--before", "absent.json", *WIDTHS], "the placement file absent.json does not exist"),
-        (["TRACE", "--num-nodes", "3", *WIDTHS], "ep=4 is no multiple of 3 nodes"),
+        (["TRACE", "--num-nodes", "3", *WIDTHS], "4 devices are no multiple of num_nodes=3"),
         (["--synthetic", *WIDTHS], "--synthetic takes the numbers of experts, choices and layers from --config"),
     ],
 )

@@ -103,7 +103,7 @@ def test_a_new_strategy_is_one_entry(monkeypatch) -> None:
     ("fields", "message"),
     [
         ({"ep": 0}, "ep is a whole number of at least 1; got 0"),
-        ({"num_nodes": 3}, "ep=4 is no multiple of 3 nodes"),
+        ({"num_nodes": 3}, "4 devices are no multiple of num_nodes=3"),
         ({"counts": np.ones(5)}, "counts are of 4 experts; got 5"),
         ({"counts": np.array([1.0, np.nan, 1, 1])}, "finite"),
         ({"counts": np.array([1, -1, 1, 1])}, "at least 0"),

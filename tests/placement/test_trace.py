@@ -341,6 +341,13 @@ def test_files_are_told_by_their_suffix(tmp_path) -> None:
     assert np.array_equal(read.counts, trace.counts)
 
 
+@pytest.mark.parametrize("name", ["arr_{}", "request_{}_ids"])
+def test_the_requests_of_one_file_come_in_the_order_of_their_numbers(name, tmp_path) -> None:
+    requests = {name.format(i): np.full((1, 1, 1), i) for i in range(11)}
+    np.savez(tmp_path / "vllm.npz", **dict(reversed(requests.items())))
+    assert read_trace(tmp_path / "vllm.npz", num_experts=11).expert_ids.ravel().tolist() == list(range(11))
+
+
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [

@@ -27,7 +27,7 @@ def test_the_fullest_device_decides(capacity, fits):
     assert plan.fits is fits
 
 
-@pytest.mark.parametrize(("layers", "verdict"), [(2, "fits in the 40 GB"), (200, "does not fit in the 40 GB")])
+@pytest.mark.parametrize(("layers", "verdict"), [(2, "fits in the 42.3 GB"), (200, "does not fit in the 42.3 GB")])
 def test_the_command_says_whether_it_fits(layers, verdict, tmp_path, capsys):
     sizes = {"hidden_size": 2048, "intermediate_size": 4096, "num_hidden_layers": layers}
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "mixtral", **FAMILIES["mixtral"], **sizes}))

@@ -158,11 +158,18 @@ def test_no_traffic_has_a_plain_scale() -> None:
     assert image.get_clim() == (0, 1)
 
 
-@pytest.mark.parametrize("num_nodes", [0, 3, 8])
-def test_nodes_that_do_not_split_are_refused(num_nodes) -> None:
-    with pytest.raises(ValueError, match=f"4 devices are no multiple of {num_nodes} nodes"):
+@pytest.mark.parametrize(
+    ("num_nodes", "message"),
+    [
+        (0, "num_nodes is a whole number of at least 1; got 0"),
+        (3, "4 devices are no multiple of num_nodes=3"),
+        (8, "4 devices are no multiple of num_nodes=8"),
+    ],
+)
+def test_nodes_that_do_not_split_are_refused(num_nodes, message) -> None:
+    with pytest.raises(ValueError, match=message):
         viz.ownership_map(LINEAR[0], num_nodes=num_nodes)
-    with pytest.raises(ValueError, match=f"4 devices are no multiple of {num_nodes} nodes"):
+    with pytest.raises(ValueError, match=message):
         viz.traffic_matrix(np.ones((4, 4)), 1, num_nodes=num_nodes)
 
 

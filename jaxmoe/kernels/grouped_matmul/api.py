@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
+from jaxmoe.hardware import GPUS
 from jaxmoe.kernels.grouped_matmul import portable, reference, xla_ragged_dot
 from jaxmoe.kernels.grouped_matmul.activations import combine_halves
 from jaxmoe.kernels.grouped_matmul.quantized import FORMATS, Matrices, QuantizedStack, as_matrices
@@ -35,13 +36,19 @@ class GPUBackend(NamedTuple):
         module: its name.
         since: the first version of jax.
         capabilities: first numbers of the compute capabilities of the NVIDIA GPUs that it runs on.
-        devices: those GPUs, in words.
+        generations: those GPUs, in words.
     """
 
     module: str
     since: tuple[int, ...]
     capabilities: range
-    devices: str
+    generations: str
+
+    @property
+    def devices(self) -> str:
+        """The GPUs in words, and by name those that `jaxmoe.hardware` knows."""
+        known = [name.upper() for name, gpu in GPUS.items() if gpu.compute_capability[0] in self.capabilities]
+        return f"{self.generations} ({', '.join(known)})"
 
 
 GPU_BACKENDS = {
@@ -49,11 +56,9 @@ GPU_BACKENDS = {
         "jaxmoe.kernels.grouped_matmul.mosaic_gpu",
         (0, 11, 2),
         range(9, 11),
-        "Hopper and Blackwell GPUs of data centres (H100, H200, B200)",
+        "Hopper and Blackwell GPUs of data centres",
     ),
-    "triton": GPUBackend(
-        "jaxmoe.kernels.grouped_matmul.triton", (0, 10, 2), range(8, 100), "NVIDIA GPUs since Ampere (A100, H100)"
-    ),
+    "triton": GPUBackend("jaxmoe.kernels.grouped_matmul.triton", (0, 10, 2), range(8, 100), "NVIDIA GPUs since Ampere"),
 }
 PACKED_FORMATS: dict[str, frozenset[str]] = {
     "portable": frozenset(FORMATS),

@@ -24,6 +24,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
+from jaxmoe.hardware import GPUS
 from jaxmoe.kernels.grouped_matmul import portable
 from jaxmoe.kernels.grouped_matmul.activations import KERNEL_ACTIVATIONS, Combine
 from jaxmoe.kernels.grouped_matmul.borrowed_gradient import with_gradient_of
@@ -32,7 +33,7 @@ from jaxmoe.kernels.grouped_matmul.tile_table import measured_tiles
 # Rows a group on average, up to which the time is that of reading the matrices.
 FEW_ROWS = 32
 # Programs that a large GPU runs at once, two on each multiprocessor.
-PROGRAMS = 264
+PROGRAMS = 2 * GPUS["h100"].multiprocessors
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,7 +86,7 @@ def candidate_tiles(R: int, G: int, K: int, N: int, itemsize: int) -> list[Tiles
     others = [
         Tiles(m=m, n=n, k=_power_of_two(K, 16, row_bytes // itemsize), stages=stages, warps=_warps(m, n))
         for m, n, row_bytes, stages in sizes
-        if stages * (m + n) * row_bytes <= 227 * 2**10
+        if stages * (m + n) * row_bytes <= GPUS["h100"].block_shared_memory
     ]
     return list(dict.fromkeys([chosen, *others]))
 

@@ -1,6 +1,7 @@
 """Routing traces as other programs record them, one file a format, and `read_trace` for any of them."""
 
 import os
+import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -62,7 +63,7 @@ def read_trace(
             raise ValueError(
                 f"the files of one recording are of one format: {own[0]} is jaxmoe's own, and others are not"
             )
-        arrays = [array for fields in contents for _, array in sorted(fields.items())]
+        arrays = [array for fields in contents for _, array in sorted(fields.items(), key=_by_number)]
         return from_vllm(arrays, num_experts=_needed(num_experts, "vLLM's routed_experts"), window=window)
     if suffix == ".npy":
         arrays = [_read_npy(file) for file in files]
@@ -74,6 +75,12 @@ def _needed(num_experts: int | None, what: str) -> int:
     if num_experts is None:
         raise ValueError(f"{what} does not say how many experts the model has: pass num_experts (--num-experts)")
     return num_experts
+
+
+def _by_number(item: tuple[str, np.ndarray]) -> list[str | int]:
+    """Sort ``arr_10`` after ``arr_2``: what is between numbers as text, and numbers as numbers."""
+    parts = re.split(r"(\d+)", item[0])
+    return [int(part) if place % 2 else part for place, part in enumerate(parts)]
 
 
 def _read_npy(file: Path) -> np.ndarray:

@@ -16,6 +16,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 
+from jaxmoe.hardware import GPUS
 from jaxmoe.kernels.grouped_matmul.group_tiles import ALIGNMENT, GroupTiles
 from jaxmoe.kernels.grouped_matmul.mosaic_gpu.blackwell_tiles import OUTPUTS, SLOTS, piece_rows
 from jaxmoe.kernels.grouped_matmul.mosaic_gpu.pipeline import (
@@ -30,8 +31,8 @@ from jaxmoe.kernels.grouped_matmul.mosaic_gpu.pipeline import (
 )
 from jaxmoe.kernels.grouped_matmul.mosaic_gpu.tiles import Tiles
 
-# Multiprocessors of B200 and B300; with fewer, some work longer.
-MULTIPROCESSORS = 148
+# Blocks of the grid: with fewer multiprocessors than a B200 or B300 has, some work longer.
+MULTIPROCESSORS = GPUS["b200"].multiprocessors
 _LOADING_WARP, _MULTIPLYING_WARP = 0, 1
 
 

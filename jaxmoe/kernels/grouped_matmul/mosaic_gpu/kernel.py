@@ -16,6 +16,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 
+from jaxmoe.hardware import GPUS
 from jaxmoe.kernels.grouped_matmul.group_tiles import ALIGNMENT, GroupTiles
 from jaxmoe.kernels.grouped_matmul.mosaic_gpu.packed import EXPAND, scale_number, zero_number
 from jaxmoe.kernels.grouped_matmul.mosaic_gpu.pipeline import (
@@ -31,8 +32,8 @@ from jaxmoe.kernels.grouped_matmul.mosaic_gpu.pipeline import (
 from jaxmoe.kernels.grouped_matmul.mosaic_gpu.tiles import WARPGROUPS, WGMMA_ROWS, Tiles
 from jaxmoe.kernels.grouped_matmul.quantized import QuantizedStack
 
-# Multiprocessors of H100 and H200 SXM; with fewer, some work longer.
-MULTIPROCESSORS = 132
+# Blocks of the grid: with fewer multiprocessors than an H100 or H200 has, some work longer.
+MULTIPROCESSORS = GPUS["h100"].multiprocessors
 # Registers of a thread that loads, and of one that multiplies.
 _LOADER_REGISTERS, _COMPUTE_REGISTERS = 40, 232
 

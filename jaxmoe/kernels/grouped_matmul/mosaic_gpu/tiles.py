@@ -3,10 +3,11 @@
 import dataclasses
 import itertools
 
+from jaxmoe.hardware import GPUS
 from jaxmoe.kernels.grouped_matmul.group_tiles import ALIGNMENT
 
-# Shared memory that a block may have, and what barriers and alignment may take of it; of H100 and H200.
-SHARED_BYTES, RESERVED_BYTES = 227 * 2**10, 2048
+# Shared memory that a block may have, on Hopper and on Blackwell, and what barriers and alignment may take of it.
+SHARED_BYTES, RESERVED_BYTES = GPUS["h100"].block_shared_memory, 2048
 WARPGROUPS = 2
 # Rows of wgmma's first operand, and so of what a warpgroup multiplies at least.
 WGMMA_ROWS = 64
@@ -101,6 +102,10 @@ class Problem:
         registers = 2 * sums + tiles.k // 2 if self.packed else sums
         return self.shared_bytes(tiles) <= SHARED_BYTES and registers <= 128 + 32 * self.packed
 
+    def works(self, tiles: Tiles) -> bool:
+        """Whether tiles fit, and have the stages that are needed to go on."""
+        return tiles.stages >= self.least_stages(tiles) and self.fits(tiles)
+
     def check(self, tiles: Tiles) -> None:
         """Refuse tiles that the kernel would not work with.
 
@@ -139,14 +144,14 @@ def choose_tiles(problem: Problem) -> Tiles:
     k = inner_tile(problem)
     rows = problem.R / problem.G
     if rows > 64 and problem.rows_may_lead:
-        tiles = Tiles(m=128, n=128 if problem.halves == 2 or problem.N <= 128 else 256, k=k, stages=1)
+        widest = 128 if problem.halves == 2 or problem.N <= 128 else 256
+        sizes = [Tiles(m=128, n=n, k=k, stages=1) for n in (256, 128, 64) if n <= widest]
     else:
-        *sizes, largest = problem.row_sizes
-        m = next((m for m in sizes if rows <= m // 2), largest)
-        tiles = Tiles(m=m, n=128, k=k, stages=1, swapped=True)
-        while tiles.m > 16 and not problem.fits(tiles):
-            tiles = dataclasses.replace(tiles, m=tiles.m // 2)
-    return with_stages(problem, tiles)
+        *smaller, largest = problem.row_sizes
+        most = next((m for m in smaller if rows <= m // 2), largest)
+        sizes = [Tiles(m=m, n=128, k=k, stages=1, swapped=True) for m in reversed(problem.row_sizes) if m <= most]
+    staged = [with_stages(problem, tiles) for tiles in sizes]
+    return next((tiles for tiles in staged if problem.works(tiles)), staged[-1])
 
 
 def candidate_tiles(problem: Problem) -> list[Tiles]:
@@ -162,9 +167,8 @@ def candidate_tiles(problem: Problem) -> list[Tiles]:
     tiles = [
         with_stages(problem, Tiles(m=m, n=n, k=k, stages=1, swapped=swapped, band=band))
         for (m, n, swapped), band in itertools.product(shapes, (1, 8, 16))
-        if problem.fits(Tiles(m=m, n=n, k=k, stages=1, swapped=swapped))
     ]
-    return list(dict.fromkeys([choose_tiles(problem), *tiles]))
+    return list(dict.fromkeys([choose_tiles(problem), *filter(problem.works, tiles)]))
 
 
 def with_stages(problem: Problem, tiles: Tiles) -> Tiles:

@@ -1,0 +1,240 @@
+"""Facts about devices that need not be there: memory, arithmetic and links, each stated once with its source."""
+
+import dataclasses
+from typing import Any, TypeVar
+
+import numpy as np
+
+from jaxmoe.checks import real_number
+
+_Amount = TypeVar("_Amount", float, np.ndarray)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Links:
+    """The ways from a device to others, and the time that messages take on them.
+
+    Attributes:
+        within: bytes per second that a device sends, or receives, within its node.
+        between: bytes per second that it sends, or receives, between nodes.
+        latency: seconds of a message of no bytes, on either way.
+
+    Raises:
+        ValueError: a speed is not finite and above 0, or the latency not finite and at least 0.
+
+    Example:
+        >>> Links(within=4, between=2, latency=1).seconds(8, 8, messages=3)
+        9.0
+    """
+
+    within: float
+    between: float
+    latency: float
+
+    def __post_init__(self) -> None:
+        real_number("within", self.within, above=0)
+        real_number("between", self.between, above=0)
+        real_number("latency", self.latency, least=0)
+
+    def seconds(self, within: _Amount, between: _Amount | float = 0.0, *, messages: int = 1) -> _Amount:
+        """Model the time of messages: messages · latency + within / speed within + between / speed between.
+
+        The two ways follow each other, and nothing else is on them.
+
+        Args:
+            within: bytes sent, or received, within the node, by all messages together: a number, or an array of any shape.
+            between: bytes sent, or received, between nodes, of the same shape.
+            messages: how often the latency is waited for.
+
+        Returns:
+            Seconds, of the shape of `within`.
+        """
+        return messages * self.latency + (within / self.within + between / self.between)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Device:
+    """A kind of device as the models of time see it.
+
+    Attributes:
+        name: as its maker, or JAX, calls it.
+        memory_bandwidth: bytes per second that it reads or writes of its own memory.
+        links: its ways to other devices.
+
+    Raises:
+        ValueError: the bandwidth is not finite and above 0.
+    """
+
+    name: str
+    memory_bandwidth: float
+    links: Links
+
+    def __post_init__(self) -> None:
+        real_number("memory_bandwidth", self.memory_bandwidth, above=0)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class GPU(Device):
+    """A kind of NVIDIA GPU.
+
+    Attributes:
+        memory: bytes of its memory that CUDA reports; the CUDA context takes some hundred MB of them.
+        flops: additions and multiplications of bfloat16 numbers per second, of dense matrices.
+        compute_capability: as CUDA has it, major and minor.
+        multiprocessors: how many it has.
+        threads: that a multiprocessor holds at most.
+        shared_memory: bytes of each multiprocessor.
+        block_shared_memory: bytes of it that one block may have.
+        l2_cache: bytes.
+        clock_ghz: the highest clock of the multiprocessors, in GHz.
+
+    Raises:
+        ValueError: the bandwidth or `flops` are not finite and above 0.
+    """
+
+    memory: int
+    flops: float
+    compute_capability: tuple[int, int]
+    multiprocessors: int
+    threads: int = 2048
+    shared_memory: int
+    block_shared_memory: int
+    l2_cache: int
+    clock_ghz: float
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        real_number("flops", self.flops, above=0)
+
+
+# A small collective of NCCL over NVLink, in round numbers; nothing of it has been measured here.
+_LATENCY = 10e-6
+# By compute capability: the table of technical specifications in NVIDIA's CUDA C++ Programming Guide.
+_AMPERE: dict[str, Any] = {
+    "compute_capability": (8, 0),
+    "shared_memory": 164 * 2**10,
+    "block_shared_memory": 163 * 2**10,
+}
+_ADA: dict[str, Any] = {
+    "compute_capability": (8, 9),
+    "threads": 1536,
+    "shared_memory": 100 * 2**10,
+    "block_shared_memory": 99 * 2**10,
+}
+_HOPPER: dict[str, Any] = {
+    "compute_capability": (9, 0),
+    "shared_memory": 228 * 2**10,
+    "block_shared_memory": 227 * 2**10,
+}
+_BLACKWELL: dict[str, Any] = {
+    "compute_capability": (10, 0),
+    "shared_memory": 228 * 2**10,
+    "block_shared_memory": 227 * 2**10,
+}
+# NVLink of the third, fourth and fifth generation by NVIDIA's data sheets: half of their 600, 900 and 1800 GB/s, which are
+# of both directions. Between nodes a network card a GPU, of 200 Gb/s in DGX A100 and of 400 Gb/s in DGX H100, H200 and B200.
+_NVLINK_3 = Links(within=300e9, between=25e9, latency=_LATENCY)
+_NVLINK_4 = Links(within=450e9, between=50e9, latency=_LATENCY)
+_NVLINK_5 = Links(within=900e9, between=50e9, latency=_LATENCY)
+# PCIe 4.0 x16 by L40S's data sheet, half of the 64 GB/s of both directions; 200 Gb/s a GPU in NVIDIA's reference designs.
+_PCIE_4 = Links(within=32e9, between=25e9, latency=_LATENCY)
+
+# Memory, its bandwidth, multiprocessors, cache and clock are CUDA's device properties, some as XLA has them in
+# xla/backends/gpu/target_config/specs. They are what a program gets; a data sheet's GB of memory are of 2**30 bytes, before
+# error correction and the driver take their part. Arithmetic is by data sheet, of dense matrices.
+GPUS = {
+    # XLA's a100_sxm_40; data sheet: 40 GB, 1,555 GB/s, 312 TFLOP/s.
+    "a100-40gb": GPU(
+        name="NVIDIA A100-SXM4-40GB",
+        memory=42_331_013_120,
+        memory_bandwidth=1_555_200_000_000,
+        flops=312e12,
+        multiprocessors=108,
+        l2_cache=40 * 2**20,
+        clock_ghz=1.41,
+        links=_NVLINK_3,
+        **_AMPERE,
+    ),
+    # CUDA; data sheet: 80 GB, 2,039 GB/s, 312 TFLOP/s.
+    "a100": GPU(
+        name="NVIDIA A100-SXM4-80GB",
+        memory=85_049_999_360,
+        memory_bandwidth=2_039_000_000_000,
+        flops=312e12,
+        multiprocessors=108,
+        l2_cache=40 * 2**20,
+        clock_ghz=1.41,
+        links=_NVLINK_3,
+        **_AMPERE,
+    ),
+    # PyTorch prints 45589 MB of CUDA's; the rest from the data sheet (48 GB, 864 GB/s, 362 TFLOP/s) and the Ada white paper.
+    "l40s": GPU(
+        name="NVIDIA L40S",
+        memory=45_589 * 2**20,
+        memory_bandwidth=864_000_000_000,
+        flops=362e12,
+        multiprocessors=142,
+        l2_cache=96 * 2**20,
+        clock_ghz=2.52,
+        links=_PCIE_4,
+        **_ADA,
+    ),
+    # CUDA; data sheet: 80 GB, 3.35 TB/s, 989 TFLOP/s.
+    "h100": GPU(
+        name="NVIDIA H100 80GB HBM3",
+        memory=84_978_434_048,
+        memory_bandwidth=3_352_320_000_000,
+        flops=989e12,
+        multiprocessors=132,
+        l2_cache=50 * 2**20,
+        clock_ghz=1.98,
+        links=_NVLINK_4,
+        **_HOPPER,
+    ),
+    # CUDA; data sheet: 141 GB, 4.8 TB/s, 989 TFLOP/s.
+    "h200": GPU(
+        name="NVIDIA H200",
+        memory=150_110_011_392,
+        memory_bandwidth=4_814_000_000_000,
+        flops=989e12,
+        multiprocessors=132,
+        l2_cache=50 * 2**20,
+        clock_ghz=1.98,
+        links=_NVLINK_4,
+        **_HOPPER,
+    ),
+    # XLA's b200; data sheets: 180 to 192 GB, 7.7 to 8 TB/s, 2.25 PFLOP/s.
+    "b200": GPU(
+        name="NVIDIA B200",
+        memory=191_514_411_008,
+        memory_bandwidth=7_672_320_000_000,
+        flops=2.25e15,
+        multiprocessors=148,
+        l2_cache=132_644_864,
+        clock_ghz=1.965,
+        links=_NVLINK_5,
+        **_BLACKWELL,
+    ),
+}
+# Simulated devices share one memory, and a collective is a rendezvous of threads; in round numbers.
+SIMULATED_CPU = Device(
+    name="simulated CPU device", memory_bandwidth=8e9, links=Links(within=8e9, between=8e9, latency=60e-6)
+)
+
+
+def get_gpu(name: str) -> GPU:
+    """The kind of GPU of that name.
+
+    Args:
+        name: a key of `GPUS`.
+
+    Raises:
+        ValueError: it is not known here.
+
+    Example:
+        >>> get_gpu("h100").multiprocessors
+        132
+    """
+    if name not in GPUS:
+        raise ValueError(f"devices are {', '.join(GPUS)}; got {name!r}")
+    return GPUS[name]

@@ -1,0 +1,41 @@
+"""Facts about devices: the sizes of data sheets are near what CUDA reports, and the time of messages."""
+
+import numpy as np
+import pytest
+
+from jaxmoe.hardware import GPUS, SIMULATED_CPU, Device, Links, get_gpu
+
+# GB of the data sheet, which are of 2**30 bytes.
+DATA_SHEET = {"a100-40gb": 40, "a100": 80, "l40s": 48, "h100": 80, "h200": 141, "b200": 180}
+
+
+@pytest.mark.parametrize("name", GPUS)
+def test_a_program_can_use_a_little_less_than_the_data_sheet_says(name) -> None:
+    assert 0.92 < GPUS[name].memory / (DATA_SHEET[name] * 2**30) < 1
+
+
+def test_one_tile_fits_hopper_and_blackwell() -> None:
+    assert len({GPUS[name].block_shared_memory for name in ("h100", "h200", "b200")}) == 1
+
+
+def test_every_message_waits_and_the_two_ways_follow_each_other() -> None:
+    links = Links(within=10.0, between=2.0, latency=3.0)
+    assert links.seconds(50.0) == 3 + 5
+    assert links.seconds(50.0, 4.0, messages=4) == 4 * 3 + 5 + 2
+    within, between = np.array([[0.0, 10.0], [20.0, 0.0]]), np.array([[2.0, 0.0], [2.0, 0.0]])
+    np.testing.assert_array_equal(links.seconds(within, between), [[4, 4], [6, 3]])
+
+
+def test_speeds_that_are_none_are_refused() -> None:
+    for name in ("within", "between"):
+        with pytest.raises(ValueError, match=f"{name} is a finite number above 0; got 0"):
+            Links(**({"within": 1, "between": 1, "latency": 0} | {name: 0}))
+    with pytest.raises(ValueError, match="latency is a finite number of at least 0; got nan"):
+        Links(within=1, between=1, latency=np.nan)
+    with pytest.raises(ValueError, match="memory_bandwidth is a finite number above 0; got -1"):
+        Device(name="none", memory_bandwidth=-1, links=SIMULATED_CPU.links)
+
+
+def test_a_gpu_that_is_not_known_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"devices are a100-40gb, .*h100.*; got 'tpu'"):
+        get_gpu("tpu")
