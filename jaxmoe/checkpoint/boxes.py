@@ -18,6 +18,11 @@ def whole(shape: Sequence[int]) -> Box:
     return tuple((0, size) for size in shape)
 
 
+def box_of(index: Sequence[slice], shape: Sequence[int]) -> Box:
+    """The box that an index of slices, such as a shard's, takes of an array of `shape`."""
+    return tuple([part.indices(size)[:2] for part, size in zip(index, shape, strict=True)])
+
+
 def box_shape(box: Box) -> tuple[int, ...]:
     """Extent of `box` along each dim."""
     return tuple([stop - start for start, stop in box])
@@ -156,3 +161,20 @@ def split(box: Box, max_volume: int) -> tuple[Box, ...]:
     for first in range(start, stop, rows):
         parts += split((*box[:dim], (first, min(first + rows, stop)), *box[dim + 1 :]), max_volume)
     return tuple(parts)
+
+
+def runs(rows: Sequence[int] | np.ndarray) -> list[tuple[int, int, int]]:
+    """Find the runs of `rows` in which values count up by one, or are all negative.
+
+    >>> runs([4, 5, -1, -1, 2])
+    [(0, 4, 2), (2, -1, 2), (4, 2, 1)]
+
+    Returns:
+        For each run its first index, the value there, and its length.
+    """
+    values = np.asarray(rows, np.int64)
+    before, after = values[:-1], values[1:]
+    same_run = np.where(before < 0, after < 0, after == before + 1)
+    starts = [0, *(np.flatnonzero(~same_run) + 1).tolist()]
+    stops = [*starts[1:], len(values)]
+    return [(start, int(values[start]), stop - start) for start, stop in zip(starts, stops, strict=True)]

@@ -11,7 +11,7 @@ from collections.abc import Collection, Mapping, Sequence
 import jax
 import numpy as np
 
-from jaxmoe.checkpoint.boxes import Box, intersect
+from jaxmoe.checkpoint.boxes import Box, box_of, intersect, runs
 from jaxmoe.layers.param import ParamSpec
 
 _ZEROS = -1
@@ -67,7 +67,7 @@ def plan_relocation(old: ParamSpec, new: ParamSpec, lost_devices: Collection[jax
         at = _old_rows(source_old, holders, device, lost_devices)
         rows = source_new[box[0][0] : box[0][1]] if box else np.zeros(1, np.int64)
         old_rows = np.where(rows < 0, _ZEROS, at[np.maximum(rows, 0)])
-        for first, start, count in _runs(old_rows):
+        for first, start, count in runs(old_rows):
             if start == _ZEROS:
                 continue
             wanted = ((start, start + count), *box[1:]) if box else ()
@@ -99,10 +99,7 @@ def source_rows(spec: ParamSpec) -> np.ndarray:
 def device_boxes(spec: ParamSpec) -> dict[jax.Device, Box]:
     """The region of a parameter that each of its devices holds."""
     places = spec.sharding.devices_indices_map(spec.shape)
-    return {
-        device: tuple([part.indices(size)[:2] for part, size in zip(index, spec.shape, strict=True)])
-        for device, index in places.items()
-    }
+    return {device: box_of(index, spec.shape) for device, index in places.items()}
 
 
 def _holders(spec: ParamSpec) -> dict[Box, list[jax.Device]]:
@@ -160,11 +157,3 @@ def _intersection(a: Box, b: Box) -> Box:
     both = intersect(a, b)
     assert both is not None
     return both
-
-
-def _runs(rows: np.ndarray) -> list[tuple[int, int, int]]:
-    """Runs (index, first value, length) of values that count up by one, or are all `_ZEROS`."""
-    step = np.where(rows[:-1] == _ZEROS, rows[1:] == _ZEROS, rows[1:] == rows[:-1] + 1)
-    starts = np.concatenate([[0], np.flatnonzero(~step) + 1])
-    stops = np.append(starts[1:], len(rows))
-    return [(int(start), int(rows[start]), int(stop - start)) for start, stop in zip(starts, stops, strict=True)]

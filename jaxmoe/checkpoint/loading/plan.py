@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import jax
 
-from jaxmoe.checkpoint.boxes import Box, box_shape, disjoint_union, intersect, union_volume, volume
+from jaxmoe.checkpoint.boxes import Box, box_of, box_shape, disjoint_union, intersect, union_volume, volume
 from jaxmoe.checkpoint.errors import Problems
 from jaxmoe.checkpoint.formats import Checkpoint, SafetensorsFile, Split, TensorInfo, TorchFile
 from jaxmoe.checkpoint.loading.report import AdapterReport
@@ -209,7 +209,7 @@ def _local_parts(
     parts: dict[Box, list[jax.Device]] = defaultdict(list)
     for device, index in places.items():
         if device in local:
-            box = tuple([part.indices(size)[:2] for part, size in zip(index, spec.shape, strict=True)])
+            box = box_of(index, spec.shape)
             parts[box].append(device)
     return {box: tuple(devices) for box, devices in parts.items()}
 

@@ -3,9 +3,7 @@
 import dataclasses
 import itertools
 
-import numpy as np
-
-from jaxmoe.checkpoint.boxes import Box
+from jaxmoe.checkpoint.boxes import Box, runs
 from jaxmoe.checkpoint.formats import Split, TensorInfo
 from jaxmoe.layers.param import ParamSpec
 
@@ -91,12 +89,12 @@ def whole_tensor_blocks(
         One block per run of consecutive rows that is also a run in the tensor.
     """
     shape = spec.shape
-    runs = [(0, 0, *spec.shape[:1])]
+    regions = [(0, 0, *spec.shape[:1])]
     if spec.rows is not None:
         assert spec.source_groups is not None, f"{spec.path}: rows without source_groups"
         group = spec.shape[0] // len(spec.rows)
         shape = (spec.source_groups * group, *spec.shape[1:])
-        runs = [(start * group, row * group, count * group) for start, row, count in _row_runs(spec.rows)]
+        regions = [(start * group, row * group, count * group) for start, row, count in runs(spec.rows)]
     dims: tuple[int | None, ...] = tuple(range(len(shape)))
     first_row = 0
     if joined is not None:
@@ -105,7 +103,7 @@ def whole_tensor_blocks(
         shape, dims = _align(info.shape, shape) or (shape, dims)
 
     blocks = []
-    for start, source, *size in runs:  # a scalar has no dim 0 and so no size
+    for start, source, *size in regions:  # a scalar has no dim 0 and so no size
         region = Block(
             param=spec.path,
             param_start=(start, *[0] * len(spec.shape[1:])) if size else (),
@@ -124,16 +122,6 @@ def rows_on_disk(spec: ParamSpec) -> int:
         return spec.shape[0]
     assert spec.source_groups is not None, f"{spec.path}: rows without source_groups"
     return spec.shape[0] // len(spec.rows) * spec.source_groups
-
-
-def _row_runs(rows: tuple[int, ...]) -> list[tuple[int, int, int]]:
-    """Runs (start, rows[start], length) of `rows` in which values count up by one, or are all -1."""
-    values = np.asarray(rows, np.int64)
-    before, after = values[:-1], values[1:]
-    same_run = np.where(before < 0, after < 0, after == before + 1)
-    starts = [0, *(np.flatnonzero(~same_run) + 1).tolist()]
-    stops = [*starts[1:], len(rows)]
-    return [(start, int(values[start]), stop - start) for start, stop in zip(starts, stops, strict=True)]
 
 
 def _align(tensor: tuple[int, ...], shape: tuple[int, ...]) -> tuple[tuple[int, ...], tuple[int | None, ...]] | None:

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxmoe.checkpoint.boxes import Box, box_shape, intersect
+from jaxmoe.checkpoint.boxes import Box, box_of, box_shape, intersect
 from jaxmoe.checkpoint.formats import TensorInfo, read_box
 from jaxmoe.checkpoint.mapping import Block
 
@@ -136,8 +136,7 @@ def _distinct_parts(array: jax.Array) -> list[tuple[Box, jax.Array]]:
     """The parts that an array is in, each once however many devices hold it."""
     parts: dict[Box, jax.Array] = {}
     for shard in array.addressable_shards:
-        box = tuple([index.indices(size)[:2] for index, size in zip(shard.index, array.shape, strict=True)])
-        parts.setdefault(box, shard.data)
+        parts.setdefault(box_of(shard.index, array.shape), shard.data)
     return list(parts.items())
 
 
