@@ -18,9 +18,9 @@ class ExampleBlocks(griffe.Extension):
 
 
 def fence_examples(text: str) -> str:
-    """`text` with a fence around each run of lines that starts with a prompt and ends before a blank line.
+    r"""`text` with a fence around each run of lines that starts with a prompt and ends before a blank line.
 
-    >>> print(fence_examples("Adds.\\n\\n>>> 1 + 1  # doctest: +SKIP\\n2"))
+    >>> print(fence_examples("Adds.\n\n>>> 1 + 1  # doctest: +SKIP\n2"))
     Adds.
     <BLANKLINE>
     ```pycon

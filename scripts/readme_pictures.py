@@ -33,8 +33,8 @@ def main() -> None:
     placement = jaxmoe.ExpertPlacement.from_counts(trace.total_counts[0], ep=DEVICES, num_slots=SLOTS)
     plan = jaxmoe.plan(MODEL, ep=DEVICES, placement=placement, batch_size=256, max_length=8192, device="h100")
     for name, size in plan.parts.items():
-        print(f"{name:26} {size.max() / 1e9:6.2f} GB")
-    print(f"{'in all, on each device':26} {max(plan.bytes_per_device.values()) / 1e9:6.2f} GB")
+        print(f"{name:26} {size.min() / 1e9:6.2f} to {size.max() / 1e9:5.2f} GB on a device")
+    print(f"{'in all':26} {max(plan.bytes_per_device.values()) / 1e9:6.2f} GB")
 
     ax = viz.ownership_map(placement)
     ax.set_title("one MoE layer of Qwen3-30B-A3B", loc="right", fontsize="medium")
