@@ -1,5 +1,6 @@
 """What README.md and the pages say holds: links lead somewhere, the example prints what is shown, commands print figures."""
 
+import ast
 import re
 import shlex
 import subprocess
@@ -77,3 +78,20 @@ def test_every_page_is_in_the_navigation() -> None:
     notebooks = [f"docs/notebooks/{path.name}" for path in (ROOT / "notebooks").glob("*.ipynb")]
     for page in [*PAGES, *notebooks]:
         assert page.removeprefix("docs/") in listed
+
+
+def test_messages_in_troubleshooting_are_those_of_the_code() -> None:
+    """Each quoted line, in parts where it has a "…", against the strings of the package."""
+    strings = []
+    for file in (ROOT / "jaxmoe").rglob("*.py"):
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.JoinedStr):
+                strings.append("".join(part.value if isinstance(part, ast.Constant) else "…" for part in node.values))
+            elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+                strings.append(node.value)
+    everything = "\n".join(strings)
+    page = (ROOT / "docs/troubleshooting.md").read_text(encoding="utf-8")
+    quotes = re.findall(r"^> (.*)$", page, re.MULTILINE)
+    assert len(quotes) > 30
+    parts = [part.strip(" ,;:()") for quote in quotes for part in quote.split("…")]
+    assert [part for part in parts if part not in everything] == []
