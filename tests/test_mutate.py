@@ -224,6 +224,7 @@ def write_tree(tree: Path) -> None:
         (tree / name).write_text(text)
 
 
+@pytest.mark.full
 def test_runs_of_pytest(tmp_path: Path) -> None:
     tree = tmp_path.resolve()
     write_tree(tree)

@@ -163,7 +163,7 @@ def test_sampling(mode, careful):
     traced(choose, logits, seeds, int32(), jax.ShapeDtypeStruct((4, 50), bool))
 
 
-@pytest.mark.covering(most=1)
+@pytest.mark.full
 @pytest.mark.parametrize("kernels", BACKENDS)
 @pytest.mark.parametrize("dispatch", HERE)
 def test_a_layer_of_float64_computes_in_float64(dispatch, kernels):

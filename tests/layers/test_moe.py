@@ -33,6 +33,7 @@ def expected(layer: jaxmoe.MoE, x: np.ndarray) -> np.ndarray:
     return dense_moe(x_TD, ids_TK, weights_TK, *logical(layer)).reshape(x.shape)
 
 
+@pytest.mark.covering(most=2)
 @pytest.mark.parametrize("dispatch", ["auto", "replicated", "all_gather", "all_to_all"])
 @pytest.mark.parametrize("placement", ["linear", "round_robin"])
 def test_equals_the_dense_oracle(mesh, placement, dispatch):

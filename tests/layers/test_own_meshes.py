@@ -149,6 +149,7 @@ def test_inside_a_model_on_the_mesh_of_the_program(kind):
     np.testing.assert_allclose(y, plain, atol=3e-6)
 
 
+@pytest.mark.full
 def test_given_experts_and_the_order_of_checkpoints():
     """What the router chose, given on a mesh of type Explicit, by another placement; its parameters in logical order."""
     mesh, (_, _, axis_names, spec) = mesh_of_kind("two_axes", "explicit"), MESHES["two_axes"]

@@ -62,6 +62,7 @@ def test_eval_shape_knows_shapes_and_types(layer) -> None:
     np.testing.assert_allclose(abstract(X)[0], layer(X)[0])
 
 
+@pytest.mark.full
 def test_gradients_under_jit_remat_and_checkpoint_are_those_of_the_plain_call(layer) -> None:
     plain = nnx.grad(loss)(layer, X)
     graphdef, params, rest = nnx.split(layer, nnx.Param, ...)

@@ -66,6 +66,7 @@ def test_what_a_model_says_of_itself() -> None:
     assert text.endswith("decode: replicated, as it was asked for")
 
 
+@pytest.mark.full
 def test_the_command_tells_the_choices_it_makes(capsys, monkeypatch) -> None:
     """For the rows and lengths that are computed: 3 prompts of up to 17 tokens are 4 rows of 32."""
     used, plan = set(), MoE._plan

@@ -59,6 +59,7 @@ def test_a_gradient_outside_of_a_program_is_recorded(model) -> None:
     assert routing.trace().counts.sum(axis=2).tolist() == [[8 * K] * LAYERS]
 
 
+@pytest.mark.full
 def test_copies_made_meanwhile_are_not_recorded(model) -> None:
     with model.record_routing() as routing:
         copies = [nnx.clone(model), copy.deepcopy(model)]

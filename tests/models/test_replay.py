@@ -189,7 +189,7 @@ def test_another_trace_compiles_nothing(models) -> None:
     assert sizes[0] == sizes[1]
 
 
-@pytest.mark.covering(most=1)
+@pytest.mark.full
 @pytest.mark.parametrize("family", ["hunyuan_v1_moe", "gemma4_text"])
 def test_layers_of_different_choices_and_a_router_with_an_input_of_its_own(family) -> None:
     model = load(family, (1, 1, 2))
@@ -239,6 +239,7 @@ def test_what_does_not_fit_is_refused(models) -> None:
         pytest.fail("the block was entered")
 
 
+@pytest.mark.full
 def test_another_generation_than_the_recorded_is_refused(models) -> None:
     model = models[0]
     _, trace = trace_of(model, generate)

@@ -159,6 +159,7 @@ def test_a_finished_run_is_left_as_it_is(tmp_path, trainer):
     assert losses(start(tmp_path, trainer, Faulty(batches.stream, length=24, rows=8, seed=0))) == before
 
 
+@pytest.mark.full
 def test_a_loss_that_is_no_number_stops_the_run(tmp_path, trainer, monkeypatch):
     monkeypatch.setattr(trainer, "init", lambda init=trainer.init: poisoned(init()))
     batches, _ = tiny_text()

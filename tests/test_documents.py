@@ -1,0 +1,98 @@
+"""What README.md and the pages say holds: links lead somewhere, the example prints what is shown, commands print figures."""
+
+import ast
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import jaxmoe
+from jaxmoe.cli import main
+from tests.support.processes import environment
+
+ROOT = Path(__file__).resolve().parent.parent
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+FRONT = ["README.md", "CONTRIBUTING.md", "SECURITY.md", "CHANGELOG.md"]
+PAGES = sorted(str(path.relative_to(ROOT)) for path in (ROOT / "docs").rglob("*.md"))
+# A folder or file of the repository, as texts name it; not a part of a longer path.
+NAMED = re.compile(r"`((?:jaxmoe|scripts|tests|docs|demo|notebooks|\.ci)/[\w./-]+)`")
+
+
+@pytest.mark.parametrize("document", [*FRONT, *PAGES])
+def test_links_and_pictures_are_there(document) -> None:
+    text = (ROOT / document).read_text(encoding="utf-8")
+    links = re.findall(r"\]\(([^)\s]+)\)", text)
+    assert links or document not in FRONT
+    for link in links:
+        if "://" not in link:
+            assert ((ROOT / document).parent / link.partition("#")[0]).exists(), link
+
+
+@pytest.mark.parametrize("document", [*FRONT, *PAGES])
+def test_files_that_are_named_are_there(document) -> None:
+    text = (ROOT / document).read_text(encoding="utf-8")
+    assert [name for name in NAMED.findall(text) if not (ROOT / name).exists()] == []
+
+
+@pytest.mark.full
+def test_the_example_prints_what_is_shown() -> None:
+    code, shown = re.search(r"## Eight lines\n.*?```python\n(.*?)```.*?```\n(.*?)```", README, re.DOTALL).groups()
+    assert len([line for line in code.splitlines() if line]) == 8
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=600
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == shown
+
+
+def figures() -> list[tuple[str, str]]:
+    """The figure and the command of every row of the table in README.md."""
+    table = README.partition("## Figures")[2].partition("\n## ")[0]
+    return re.findall(r"^\|[^|]*\| ([\d.]+)[^|]*\| `([^`]*)` \|$", table, re.MULTILINE)
+
+
+def test_figures_are_found() -> None:
+    assert len(figures()) == 6
+
+
+@pytest.mark.parametrize("command", sorted({command for _, command in figures()}))
+def test_figures_are_printed_by_their_commands(command, capsys, monkeypatch) -> None:
+    monkeypatch.chdir(ROOT)
+    program, *arguments = shlex.split(command)
+    assert program == "jaxmoe"
+    assert main(arguments) == 0
+    printed = capsys.readouterr().out.split()
+    assert [figure for figure, by in figures() if by == command and figure not in printed] == []
+
+
+def test_every_public_name_has_a_place_in_the_reference() -> None:
+    page = (ROOT / "docs/reference/api.md").read_text(encoding="utf-8")
+    places = {line.removeprefix("::: ").rpartition(".")[2] for line in page.splitlines() if line.startswith("::: ")}
+    assert places == set(jaxmoe.__all__) - {"__version__"}
+
+
+def test_every_page_is_in_the_navigation() -> None:
+    listed = (ROOT / "mkdocs.yml").read_text(encoding="utf-8").partition("\nnav:")[2]
+    notebooks = [f"docs/notebooks/{path.name}" for path in (ROOT / "notebooks").glob("*.ipynb")]
+    for page in [*PAGES, *notebooks]:
+        assert page.removeprefix("docs/") in listed
+
+
+def test_messages_in_troubleshooting_are_those_of_the_code() -> None:
+    """Each quoted line, in parts where it has a "…", against the strings of the package."""
+    strings = []
+    for file in (ROOT / "jaxmoe").rglob("*.py"):
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.JoinedStr):
+                strings.append("".join(part.value if isinstance(part, ast.Constant) else "…" for part in node.values))
+            elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+                strings.append(node.value)
+    everything = "\n".join(strings)
+    page = (ROOT / "docs/troubleshooting.md").read_text(encoding="utf-8")
+    quotes = re.findall(r"^> (.*)$", page, re.MULTILINE)
+    assert len(quotes) > 30
+    parts = [part.strip(" ,;:()") for quote in quotes for part in quote.split("…")]
+    assert [part for part in parts if part not in everything] == []
