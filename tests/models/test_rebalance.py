@@ -51,7 +51,6 @@ def test_a_record_is_the_same_on_every_mesh(model) -> None:
     assert traces[0].expert_ids.shape == (60 + 9 + 5 * 3, LAYERS, K)
 
 
-@pytest.mark.full
 def test_generation_is_recorded_by_step_without_its_padding(model) -> None:
     plain = jaxmoe.generate(model, PROMPTS, max_new_tokens=6, ignore_eos=True)
     with model.record_routing(token_ids=True) as routing:
