@@ -1,7 +1,7 @@
 """Grouped-query attention with a key/value cache, heads over tp and sequences over dp and ep.
 
-Letters besides design's: H query heads, G key/value heads, q query heads of one key/value
-head, h head_dim, C positions of the cache. On a device H and G are its own.
+Letters here, beside the common ones of docs/concepts/letters.md: H query heads, G key/value heads, q query heads of one
+key/value head, h head_dim, C positions of the cache. On a device H and G are its own.
 """
 
 from typing import Any, NamedTuple

@@ -5,7 +5,8 @@ a_t in (0, 1] and a strength b_t in [0, 1] each token does
 
     S_t = a_t S_{t-1} + k_t u_tᵀ,    u_t = b_t (v_t - a_t S_{t-1}ᵀ k_t),    o_t = S_tᵀ q_t
 
-Letters besides design's: H heads, k and v the widths of a key and a value, n chunks, C positions of a chunk.
+Letters here, beside the common ones of docs/concepts/letters.md: H heads, k and v the widths of a key and a value, n
+chunks, C positions of a chunk.
 """
 
 from functools import partial

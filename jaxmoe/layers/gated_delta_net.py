@@ -1,7 +1,8 @@
 """Gated delta net: a recurrent layer in attention's place, heads over tp and sequences over dp and ep.
 
-Letters besides design's: G key heads, H value heads, k and v the widths of a key and a value head, A channels of the
-convolution (the queries, keys and values of a device), W its taps, V = W - 1. On a device G and H are its own.
+Letters here, beside the common ones of docs/concepts/letters.md: G key heads, H value heads, k and v the widths of a
+key and a value head, A channels of the convolution (the queries, keys and values of a device), W its taps, V = W - 1.
+On a device G and H are its own.
 """
 
 from typing import Any

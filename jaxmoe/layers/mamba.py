@@ -1,7 +1,7 @@
 """Mamba: a selective scan behind a short convolution, channels over tp and sequences over dp and ep.
 
-Letters besides design's: A channels, n numbers of a channel's state, r the rank of the step sizes, W taps of the
-convolution, V = W - 1. On a device A is its own.
+Letters here, beside the common ones of docs/concepts/letters.md: A channels, n numbers of a channel's state, r the rank
+of the step sizes, W taps of the convolution, V = W - 1. On a device A is its own.
 """
 
 from typing import Any

@@ -1,7 +1,8 @@
 """Mamba-2: a matrix state per head behind a short convolution, heads over tp and sequences over dp and ep.
 
-Letters besides design's: G groups of heads, H heads, p numbers of a head's input, n of its b and c, A the inputs of
-all heads, W taps of the convolution, V = W - 1. On a device G, H and A are its own.
+Letters here, beside the common ones of docs/concepts/letters.md: G groups of heads, H heads, p numbers of a head's
+input, n of its b and c, A the inputs of all heads, W taps of the convolution, V = W - 1. On a device G, H and A are its
+own.
 """
 
 from typing import Any

@@ -1,8 +1,8 @@
 """Multi-head latent attention: a cache of one latent and one rotated key for all heads.
 
-Letters besides design's: H heads, C positions of the cache, L width of the latent, n dims of a
-head's query and key without a position, r dims with one, v dims of a head's value. On a device H
-is its own; the latent is the same on all tp ranks.
+Letters here, beside the common ones of docs/concepts/letters.md: H heads, C positions of the cache, L width of the
+latent, n dims of a head's query and key without a position, r dims with one, v dims of a head's value. On a device H is
+its own; the latent is the same on all tp ranks.
 """
 
 from typing import Any, NamedTuple

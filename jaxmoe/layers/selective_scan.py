@@ -5,7 +5,8 @@ own. With a step size dt, an input x and vectors b and c each token does
 
     h_t = exp(dt_t rate) h_{t-1} + dt_t x_t b_t,    y_t = c_t · h_t
 
-Letters besides design's: A channels, n numbers of a state, C positions of a chunk.
+Letters here, beside the common ones of docs/concepts/letters.md: A channels, n numbers of a state, C positions of a
+chunk.
 """
 
 import jax

@@ -5,8 +5,8 @@ share b and c. With a step size dt, an input x and a rate of decay below 0 each 
 
     M_t = exp(dt_t rate) M_{t-1} + dt_t x_t b_tᵀ,    y_t = M_t c_t
 
-Letters besides design's: G groups, H heads, q heads of a group, p numbers of a head's input, n of its b and c,
-C positions of a chunk.
+Letters here, beside the common ones of docs/concepts/letters.md: G groups, H heads, q heads of a group, p numbers of a
+head's input, n of its b and c, C positions of a chunk.
 """
 
 from functools import partial

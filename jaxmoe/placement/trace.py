@@ -18,7 +18,7 @@ _VERSION = 1
 class RoutingTrace:
     """Expert choices of a run, cut into windows (one engine step, or a few thousand tokens).
 
-    Letters: W windows, L MoE layers, T tokens, and design's E and K.
+    Letters: W windows, L MoE layers, T tokens, and E and K of docs/concepts/letters.md.
 
     Attributes:
         counts: int64 [W, L, E], (token, choice) pairs that went to each logical expert.

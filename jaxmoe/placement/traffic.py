@@ -1,6 +1,6 @@
 """A trace sent through placements: the rows each device computes and the token copies it sends.
 
-Letters: W windows, L layers, n devices (ep), and design's T, K, P.
+Letters: W windows, L layers, n devices (ep), and T, K, P of docs/concepts/letters.md.
 """
 
 import dataclasses

@@ -1,7 +1,7 @@
 """What is computed: shapes of published models, the rows that each expert gets, and the least work they can take.
 
-Letters beyond the design's: G groups, K inner dimension and N output dimension of a product; and R rows, here those of
-all experts of the shape.
+Letters here, beside the common ones of docs/concepts/letters.md: G groups, K inner dimension and N output dimension of
+a product; and R rows, here those of all experts of the shape.
 """
 
 from collections.abc import Callable

@@ -1,7 +1,7 @@
 """The public grouped products: argument checks and the choice of a backend.
 
-Letters beyond the design's: G groups, K inner dimension, N output dimension. Groups are the p physical slots of the
-experts here, or anything else that owns a run of consecutive rows.
+Letters here, beside the common ones of docs/concepts/letters.md: G groups, K inner dimension, N output dimension.
+Groups are the p physical slots of the experts here, or anything else that owns a run of consecutive rows.
 """
 
 import importlib

@@ -10,7 +10,7 @@ Float32 is multiplied as `jax.default_matmul_precision` says, by default as TF32
 Status: right in the interpreter, and built by ptxas for A100 and H100; it has not run on a GPU, so nothing of it is timed,
 and "auto" does not choose it. JAX deprecates Pallas Triton since 0.11, and warns where it lowers a program with it.
 
-Letters beyond the design's: G groups, N and K of a matrix [N, K], I tiles of rows.
+Letters here, beside the common ones of docs/concepts/letters.md: G groups, N and K of a matrix [N, K], I tiles of rows.
 """
 
 import dataclasses

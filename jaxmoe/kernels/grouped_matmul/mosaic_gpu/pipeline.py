@@ -1,6 +1,6 @@
 """What the kernels of both generations do alike: which tiles a block has, how they come to shared memory, how results leave.
 
-Letters beyond the design's: H halves (gate and up, or one), I row tiles.
+Letters here, beside the common ones of docs/concepts/letters.md: H halves (gate and up, or one), I row tiles.
 """
 
 from collections.abc import Callable
