@@ -17,6 +17,8 @@ from typing import NoReturn
 # Given the reason that stands for an abort from now on; "" where nothing is left to say.
 Epitaph = Callable[[str], None]
 
+_PASSED_ON = (signal.SIGTERM, signal.SIGHUP, signal.SIGINT)
+
 
 def supervise(name: str, *, show_native: bool = False) -> Epitaph:
     """Fork: the child returns from here and does the work, the parent waits and exits as the child does.
@@ -37,17 +39,20 @@ def supervise(name: str, *, show_native: bool = False) -> Epitaph:
     life_read, life_write = os.pipe()  # closed by the system when the parent ends, however it ends
     sys.stdout.flush()
     sys.stderr.flush()
+    # Held back until the parent can pass them on.
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, _PASSED_ON)
     child = os.fork()
     if child:
         os.close(native_write)
         os.close(reason_write)
         os.close(life_read)
-        _parent(child, native_read, reason_read, name, show_native)
+        _parent(child, native_read, reason_read, name, show_native, mask)
     os.close(native_read)
     os.close(reason_read)
     os.close(life_write)
     # A terminal sends an interrupt to its whole process group: here it arrives once, by way of the parent.
     os.setpgid(0, 0)
+    signal.pthread_sigmask(signal.SIG_SETMASK, mask)
     sys.stdout = os.fdopen(os.dup(1), "w", encoding=sys.stdout.encoding, errors=sys.stdout.errors)
     sys.stderr = os.fdopen(os.dup(2), "w", encoding=sys.stderr.encoding, errors=sys.stderr.errors, buffering=1)
     os.dup2(native_write, 1)
@@ -67,13 +72,16 @@ def _tell(pipe: int, reason: str) -> None:
         os.write(pipe, (" ".join(reason.split()) + "\n").encode())
 
 
-def _parent(child: int, native: int, reasons: int, name: str, show_native: bool) -> NoReturn:
+def _parent(
+    child: int, native: int, reasons: int, name: str, show_native: bool, mask: set[int | signal.Signals]
+) -> NoReturn:
     def pass_on(signum: int, frame: FrameType | None) -> None:
         del frame
         os.kill(child, signum)
 
-    for signum in (signal.SIGTERM, signal.SIGHUP, signal.SIGINT):
+    for signum in _PASSED_ON:
         signal.signal(signum, pass_on)
+    signal.pthread_sigmask(signal.SIG_SETMASK, mask)
     while piece := os.read(native, 65536):
         if show_native:
             os.write(2, piece)
