@@ -157,7 +157,7 @@ def simulate_devices(count: int) -> None:
 
     XLA's CPU client has as many threads as the machine has cores, and a collective keeps one of them until every device
     has come to it. On a machine with fewer cores than devices they can all be kept while a device still needs one, and
-    after 40 seconds XLA ends the process. So the client gets two threads a device, unless the environment variable
+    after 40 seconds XLA ends the process. So the client gets two threads a device at least, unless the environment variable
     ``PJRT_NPROC`` says how many.
 
     Raises:
@@ -165,8 +165,8 @@ def simulate_devices(count: int) -> None:
         RuntimeError: a JAX backend is already running with another number of devices.
     """
     count = whole_number("count", count, least=1)
-    if 2 * count > (os.cpu_count() or 1):
-        os.environ.setdefault("PJRT_NPROC", str(2 * count))
+    # Not asked of the cores: the process may be kept to a few of them.
+    os.environ.setdefault("PJRT_NPROC", str(max(2 * count, os.cpu_count() or 1)))
     try:
         jax.config.update("jax_platforms", "cpu")
         jax.config.update("jax_num_cpu_devices", count)
