@@ -7,7 +7,13 @@ from jaxmoe.checkpoint.formats.config_facts import find_quantization, find_size
 from jaxmoe.checkpoint.formats.dtypes import ELEMENT_TYPES, can_cast, is_float
 from jaxmoe.checkpoint.formats.files import SAFETENSORS, Checkpoint, open_checkpoint
 from jaxmoe.checkpoint.formats.reading import open_files, read_box
-from jaxmoe.checkpoint.formats.safetensors import SafetensorsFile, Split, TensorInfo, parse_json, read_safetensors
+from jaxmoe.checkpoint.formats.safetensors import (
+    SafetensorsFile,
+    Split,
+    TensorInfo,
+    read_json,
+    read_safetensors,
+)
 from jaxmoe.checkpoint.formats.torch_file import TorchFile, read_torch_file
 from jaxmoe.checkpoint.formats.torch_object import read_torch_object
 
@@ -25,8 +31,8 @@ __all__ = [
     "is_float",
     "open_checkpoint",
     "open_files",
-    "parse_json",
     "read_box",
+    "read_json",
     "read_safetensors",
     "read_torch_file",
     "read_torch_object",

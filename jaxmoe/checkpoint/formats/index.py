@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from jaxmoe.checkpoint.errors import CheckpointError
-from jaxmoe.checkpoint.formats.safetensors import parse_json
+from jaxmoe.checkpoint.formats.safetensors import read_json
 
 MAX_INDEX_BYTES = 200_000_000
 
@@ -29,14 +29,7 @@ def read_index(path: str | os.PathLike[str], suffix: str = ".safetensors") -> di
     def refuse(rule: str, value: str) -> NoReturn:
         raise CheckpointError(f"{path}: {rule}; {value}; repair the index, or download the checkpoint again")
 
-    size = path.stat().st_size
-    if size > MAX_INDEX_BYTES:
-        refuse(f"an index has at most {MAX_INDEX_BYTES} bytes", f"this one has {size}")
-    try:
-        text = path.read_text("utf-8")
-    except UnicodeDecodeError as error:
-        refuse("an index must be UTF-8", f"byte {error.start} of it is not")
-    document = parse_json(text, lambda rule, value: refuse(f"an index must be JSON: {rule}", value))
+    document = read_json(path, "an index", MAX_INDEX_BYTES, refuse)
     weight_map = document.get("weight_map") if isinstance(document, dict) else None
     if not isinstance(weight_map, dict) or not weight_map:
         refuse("an index must have a weight_map of tensor names to file names", "it has none")

@@ -303,6 +303,25 @@ def parse_json(text: str, refuse: Callable[[str, str], NoReturn]) -> Any:
         refuse("it must not be nested deeply", "it nests deeper than the parser follows")
 
 
+def read_json(path: Path, what: str, max_bytes: int, refuse: Callable[[str, str], NoReturn]) -> Any:
+    """Read a small JSON file as strictly as `parse_json` does.
+
+    Args:
+        path: the file.
+        what: what it is, for the rules: "an index".
+        max_bytes: bytes that it may have; they are counted before it is read.
+        refuse: called with (rule, value received) where it breaks one; must raise.
+    """
+    size = path.stat().st_size
+    if size > max_bytes:
+        refuse(f"{what} has at most {max_bytes} bytes", f"this one has {size}")
+    try:
+        text = path.read_text("utf-8")
+    except UnicodeDecodeError as error:
+        refuse(f"{what} must be UTF-8", f"byte {error.start} of it is not")
+    return parse_json(text, lambda rule, value: refuse(f"{what} must be JSON: {rule}", value))
+
+
 def _short(value: Any) -> str:
     text = repr(value)
     return text if len(text) <= 80 else f"{text[:77]}..."

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, NoReturn, TypeGuard
 
 from jaxmoe.checkpoint.errors import CheckpointError
-from jaxmoe.checkpoint.formats import parse_json
+from jaxmoe.checkpoint.formats import read_json
 
 MAX_CONFIG_BYTES = 10_000_000
 
@@ -87,14 +87,7 @@ def read_lora_config(path: str | os.PathLike[str]) -> LoraConfig:
     def refuse(rule: str, value: str) -> NoReturn:
         raise CheckpointError(f"{path}: {rule}; {value}")
 
-    size = path.stat().st_size
-    if size > MAX_CONFIG_BYTES:
-        refuse(f"an adapter's configuration has at most {MAX_CONFIG_BYTES} bytes", f"this one has {size}")
-    try:
-        text = path.read_text("utf-8")
-    except UnicodeDecodeError as error:
-        refuse("an adapter's configuration must be UTF-8", f"byte {error.start} of it is not")
-    document = parse_json(text, lambda rule, value: refuse(f"an adapter's configuration must be JSON: {rule}", value))
+    document = read_json(path, "an adapter's configuration", MAX_CONFIG_BYTES, refuse)
     if not isinstance(document, dict):
         refuse("an adapter's configuration must be a JSON object", f"it is a {type(document).__name__}")
     try:
