@@ -20,6 +20,7 @@ import numpy as np
 from flax import nnx
 from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
+from jaxmoe.layers.expert_stack import ExpertStack
 from jaxmoe.layers.param import RowMap
 from jaxmoe.layers.specs import layer_of_stack
 from jaxmoe.layers.usable import check_usable
@@ -98,6 +99,8 @@ def load_logical_state(module: nnx.Module, state: Mapping[str, Any]) -> None:
             continue
         value = jax.device_put(state[path], wanted[path].sharding)
         param.set_value(value if order is None else order.to_physical(value))
+        if isinstance(order, _Slots) and isinstance(param, ExpertStack):
+            param.note_slots(tuple(order.placement.slot_to_expert.tolist()))
 
 
 class _Rows(NamedTuple):

@@ -25,6 +25,7 @@ from jaxmoe.dispatch import (
 )
 from jaxmoe.kernels.dtypes import sum_dtype
 from jaxmoe.kernels.grouped_matmul import check_backend, combine_halves, expert_mlp
+from jaxmoe.layers.expert_stack import ExpertStack
 from jaxmoe.layers.losses import RouterSums, load_balancing_loss, router_sums, router_z_loss
 from jaxmoe.layers.mlp import MLP
 from jaxmoe.layers.param import ParamFactory, ones, zeros
@@ -93,7 +94,8 @@ class MoE(nnx.Module):
 
     The placement is in the layer's state, beside the stacks that lie by it: a whole state goes into any layer of the
     same config and number of devices. Parameters alone go only into a layer with the placement that they were taken
-    with; `jaxmoe.logical_state` takes them in an order that fits all.
+    with, and a state with another one is refused at the next call; raw arrays without Flax's Variables around them cannot
+    be told apart. `jaxmoe.logical_state` takes parameters in an order that fits all.
 
     Args:
         config: sizes, activation and router.
@@ -211,13 +213,15 @@ class MoE(nnx.Module):
         """The axes of the mesh that the slots are split over."""
         return self.axes.names(*self.expert_axes)
 
-    def expert_stacks(self) -> list[nnx.Param]:
+    def expert_stacks(self) -> list[ExpertStack]:
         """The parameters whose dim 0 is the physical slots."""
         return [getattr(self, name) for name in EXPERT_STACKS if hasattr(self, name)]
 
     def set_placement(self, placement: ExpertPlacement) -> None:
         """Say that the stacks hold what `placement` says; `jaxmoe.layers.swap_experts` brings them there."""
         last_load = np.asarray(self.last_load[...]) if hasattr(self, "last_load") else None
+        for stack in self.expert_stacks():
+            stack.note_slots(tuple(placement.slot_to_expert.tolist()))
         self._set_tables(placement, ReplicaRule(self.replica_choice, self.devices_per_node, last_load))
 
     def choose_replicas(

@@ -11,6 +11,7 @@ import numpy as np
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding
 
+from jaxmoe.layers.expert_stack import ExpertStack, SlotOrder
 from jaxmoe.mesh import MODEL_AXES, MeshAxes, named
 
 
@@ -119,11 +120,14 @@ class ParamFactory:
         dtype = jnp.dtype(self.dtype if dtype is None else dtype)
         sharding = named(self.mesh, *dims)
         if self.rngs is None:
-            return nnx.Param(jax.ShapeDtypeStruct(shape, dtype, sharding=sharding), rows=rows)
-        # Initialised where it will live: no device ever holds the whole array.
-        make = jax.jit(_initial, static_argnums=(1, 2, 3, 4), out_shardings=sharding)
-        sources = rows.rows if rows else slots
-        return nnx.Param(make(self.rngs.params(), shape, dtype, init, sources), rows=rows)
+            value = jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
+        else:
+            # Initialised where it will live: no device ever holds the whole array.
+            make = jax.jit(_initial, static_argnums=(1, 2, 3, 4), out_shardings=sharding)
+            value = make(self.rngs.params(), shape, dtype, init, rows.rows if rows else slots)
+        if slots is None:
+            return nnx.Param(value, rows=rows)
+        return ExpertStack(value, rows=rows, filled_by=SlotOrder(slots))
 
 
 def _initial(

@@ -5,6 +5,8 @@ from weakref import WeakSet
 import jax
 from flax import nnx
 
+from jaxmoe.layers.expert_stack import ExpertStack, check_filled_by
+
 # Not an attribute: everything set on an nnx module is part of what its compiled programs are found again by.
 _MOVED: WeakSet[nnx.Module] = WeakSet()
 
@@ -26,13 +28,15 @@ def check_usable(module: nnx.Module, *, abstract: bool = False) -> None:
 
     Raises:
         RuntimeError: its weights were moved to another model, donated or deleted, or it never had any.
+        ValueError: a layer's experts were filled by another placement than the layer has.
     """
     kind = type(module).__name__
     if module in _MOVED:
         raise RuntimeError(
             f"jaxmoe.move used this {kind} up: its weights went to the model that move returned; use that one"
         )
-    for path, variable in nnx.to_flat_state(nnx.state(module)):
+    state = dict(nnx.to_flat_state(nnx.state(module)))
+    for path, variable in state.items():
         for value in jax.tree.leaves(variable.get_value()):
             name = ".".join(map(str, path))
             if isinstance(value, jax.ShapeDtypeStruct) and not abstract:
@@ -46,3 +50,9 @@ def check_usable(module: nnx.Module, *, abstract: bool = False) -> None:
                     "put the result of the function that took it into the module (nnx.update), or give such a function "
                     "a copy (nnx.clone(module, arrays=True))"
                 )
+    if abstract:  # to be filled, or looked at only
+        return
+    for path, variable in state.items():
+        table = state.get((*path[:-1], "slot_to_expert"))
+        if isinstance(variable, ExpertStack) and table is not None:
+            check_filled_by(".".join(map(str, path)), variable, table.get_value())

@@ -49,6 +49,17 @@ def jitted(layer: MoE, x: jax.Array) -> jax.Array:
     return layer(x)[0]
 
 
+@nnx.jit
+def scaled(layer: MoE) -> None:
+    """A step that does not call the layer, as an optimizer's."""
+    layer.w_down.set_value(layer.w_down[...] * 1)
+
+
+def jitted_passed_through(layer: MoE) -> MoE:
+    scaled(layer)
+    return layer
+
+
 def check(layer: MoE, want: np.ndarray) -> None:
     np.testing.assert_allclose(layer(X)[0], want, atol=3e-6)
 
@@ -75,7 +86,9 @@ def test_any_sequence_leaves_every_layer_as_the_oracle_says(data) -> None:
     wants, variables = [dense(layer) for layer in layers], [0, 1]  # of each layer the number of its set of variables
     for _ in range(data.draw(st.integers(1, 7))):
         i, j = (data.draw(st.integers(0, len(layers) - 1)) for _ in range(2))
-        match data.draw(st.sampled_from(["copy", "share", "swap", "swap", "jit", "update", "logical", "choose"])):
+        match data.draw(
+            st.sampled_from(["copy", "share", "swap", "swap", "jit", "update", "params", "logical", "choose"])
+        ):
             case "copy":
                 layers.append(COPIES[data.draw(st.sampled_from(sorted(COPIES)))](layers[i]))
                 variables.append(len(wants))
@@ -90,6 +103,14 @@ def test_any_sequence_leaves_every_layer_as_the_oracle_says(data) -> None:
                     np.testing.assert_allclose(jitted(layers[k], X), wants[variables[k]], atol=3e-6)
             case "update":
                 nnx.update(layers[i], jax.tree.map(jnp.copy, nnx.state(layers[j])))
+                wants[variables[i]] = wants[variables[j]]
+            case "params":
+                nnx.update(layers[i], jax.tree.map(jnp.copy, nnx.state(layers[j], nnx.Param)))
+                if layers[i].placement != layers[j].placement:
+                    for use in (layers[i], jitted_passed_through(layers[i]), nnx.clone(layers[i])):
+                        with pytest.raises(ValueError, match="give the layer a whole state"):
+                            use(X)
+                    nnx.update(layers[i], nnx.state(layers[j]))
                 wants[variables[i]] = wants[variables[j]]
             case "logical":
                 load_logical_state(layers[i], logical_state(layers[j]))
@@ -173,11 +194,42 @@ def test_shared_variables_are_swapped_for_both() -> None:
 def test_parameters_alone_are_refused_where_they_show_another_placement() -> None:
     layer, wider = make(LINEAR), make(ExpertPlacement.linear(E, EP, num_slots=12), seed=1)
     nnx.update(layer, nnx.state(wider, nnx.Param))
-    with pytest.raises(ValueError, match=r"they have 12 slots and the placement 8; .* not nnx.Param alone"):
+    with pytest.raises(ValueError, match=r"w_down was filled by another one \(12 slots, .* not nnx.Param alone"):
         layer(X)
     nnx.update(layer, nnx.state(wider))
     assert layer.placement == wider.placement
     check(layer, dense(wider))
+    for stack in layer.expert_stacks():  # raw arrays, as a checkpoint library without Flax's Variables gives them
+        stack.set_value(jnp.concatenate([stack[...], stack[...]]))
+    with pytest.raises(ValueError, match=r"they have 24 slots and the placement 12; .* not nnx.Param alone"):
+        layer(X)
+
+
+def test_parameters_alone_of_another_placement_are_refused_by_all_that_uses_them() -> None:
+    layer, other = make(LINEAR), make(REPLICAS, seed=1)
+    nnx.update(layer, jax.tree.map(jnp.copy, nnx.state(other, nnx.Param)))
+    for use in (lambda: layer(X), lambda: swap_experts(layer, PADDED), lambda: logical_state(layer)):
+        with pytest.raises(
+            ValueError, match=r"filled by another one \(8 slots, slot 1 holds expert 3; the layer has 8"
+        ):
+            use()
+    load_logical_state(layer, logical_state(other))
+    check(layer, dense(other))
+    nnx.update(layer, nnx.state(make(LINEAR, seed=2), nnx.Param))
+    check(layer, dense(make(LINEAR, seed=2)))
+
+
+def test_a_step_of_another_layer_brings_no_placement_along() -> None:
+    first, second = make(LINEAR), make(REPLICAS, seed=1)
+    times_one = jax.jit(lambda state: jax.tree.map(lambda value: value * 1, state))
+    for layer in (first, second):
+        scaled(layer)
+        check(layer, dense(layer))
+        nnx.update(layer, times_one(nnx.state(layer, nnx.Param)))
+        check(layer, dense(layer))
+    nnx.update(first, nnx.state(second, nnx.Param))
+    with pytest.raises(ValueError, match="filled by another one"):
+        first(X)
 
 
 def test_donated_arrays_are_named() -> None:
