@@ -31,7 +31,7 @@ import jax.numpy as jnp
 import numpy as np
 from rich.console import Console
 
-from jaxmoe.cli_options import count
+from jaxmoe.cli.options import count
 from scripts._bench.cases import OPERATIONS, ROUTINGS, TOKENS, Case, Shape, floor_of
 from scripts._bench.ceilings import Ceilings, measure_ceilings
 from scripts._bench.inputs import VARIANTS, Layer, exact_sample, make_layers, make_variants, to_float64

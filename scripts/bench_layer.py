@@ -35,7 +35,7 @@ from rich.console import Console
 from rich.table import Table
 
 import jaxmoe
-from jaxmoe.cli_options import count
+from jaxmoe.cli.options import count
 from jaxmoe.config import MoEConfig
 from jaxmoe.dispatch import DISPATCHES
 from jaxmoe.kernels.grouped_matmul import BACKENDS, check_backend

@@ -69,8 +69,7 @@ class Fault:
         first, *rest = Path(self.file).parts
         if first != "jaxmoe":
             return first
-        # cli_place.py belongs to cli.py.
-        return rest[0].removesuffix(".py").partition("_")[0]
+        return rest[0].removesuffix(".py")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -23,7 +23,7 @@ sys.path.insert(0, str(ROOT))
 
 import jax
 
-from jaxmoe.cli_options import count
+from jaxmoe.cli.options import count
 from jaxmoe.kernels.grouped_matmul import check_backend, combine_halves
 from jaxmoe.kernels.grouped_matmul.api import GPU_BACKENDS
 from jaxmoe.kernels.grouped_matmul.tile_table import TILE_TABLES, row_class, write_table

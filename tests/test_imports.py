@@ -27,8 +27,6 @@ ORDER = [
     ["generate"],
     ["plan"],
     ["viz"],
-    ["cli_options", "cli_units"],
-    ["cli_bench", "cli_convert", "cli_inspect", "cli_place", "cli_plan", "cli_processes"],
     ["cli"],
     ["__main__"],
 ]

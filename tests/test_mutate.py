@@ -40,7 +40,7 @@ def test_the_table_fits_the_code_and_covers_every_package() -> None:
     [
         ("jaxmoe/placement/trace_formats/vllm.py", "placement"),
         ("jaxmoe/mesh.py", "mesh"),
-        ("jaxmoe/cli_place.py", "cli"),
+        ("jaxmoe/cli/place.py", "cli"),
         ("scripts/_train/step.py", "scripts"),
     ],
 )

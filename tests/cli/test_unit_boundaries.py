@@ -3,7 +3,7 @@
 import pytest
 
 from jaxmoe.checkpoint.saving.write import parse_size
-from jaxmoe.cli_units import show_bytes, show_count
+from jaxmoe.cli.units import show_bytes, show_count
 
 
 @pytest.mark.parametrize(("power", "unit"), [(3, "kB"), (6, "MB"), (9, "GB"), (12, "TB")])

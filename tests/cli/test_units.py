@@ -2,11 +2,11 @@
 
 import doctest
 
-from jaxmoe import cli_inspect, cli_units
+from jaxmoe.cli import inspect, units
 
 
 def test_examples() -> None:
-    for module in (cli_units, cli_inspect):
+    for module in (units, inspect):
         results = doctest.testmod(module)
         assert results.attempted
         assert not results.failed

@@ -7,7 +7,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from jaxmoe import ExpertPlacement, RoutingTrace, cli_place
+from jaxmoe import ExpertPlacement, RoutingTrace
+from jaxmoe.cli import place as command
 from jaxmoe.placement import placements_from_json, placements_to_json
 from jaxmoe.placement.synthetic import synthetic_trace
 from tests.support.goldens import GOLDENS
@@ -25,9 +26,9 @@ def trace_file(tmp_path):
 
 def place(*words: str) -> None:
     parser = argparse.ArgumentParser()
-    cli_place.add_options(parser)
+    command.add_options(parser)
     parser.set_defaults(usage_error=parser.error)
-    cli_place.run(parser.parse_args(words))
+    command.run(parser.parse_args(words))
 
 
 def test_a_table_and_the_best_placement(trace_file, tmp_path, capsys) -> None:

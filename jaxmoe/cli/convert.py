@@ -5,8 +5,8 @@ import json
 import sys
 from typing import TYPE_CHECKING
 
-from jaxmoe import cli_options
-from jaxmoe.cli_units import show_bytes
+from jaxmoe.cli import options
+from jaxmoe.cli.units import show_bytes
 
 if TYPE_CHECKING:
     from jaxmoe.checkpoint import SaveReport
@@ -31,7 +31,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", action="store_true", help="what was written as one JSON object")
     parser.add_argument("--no-progress", action="store_true", help="draw no progress bar")
 
-    cli_options.add_mesh_options(parser)
+    options.add_mesh_options(parser)
     group = parser.add_argument_group(
         "by way of a model", "With one of these, or a mesh, the model is loaded and saved. Without, no device is used."
     )
@@ -47,8 +47,8 @@ def run(args: argparse.Namespace) -> None:
     if any((args.mesh, args.simulate, args.placement, args.adapter)):
         model = jaxmoe.load(
             args.source,
-            mesh=cli_options.make_mesh(args),
-            placement=cli_options.read_placement(args.placement or "linear"),
+            mesh=options.make_mesh(args),
+            placement=options.read_placement(args.placement or "linear"),
             dtype=args.dtype,
             adapter=args.adapter,
             progress=progress,

@@ -5,7 +5,7 @@ import json
 import math
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from jaxmoe import cli_options
+from jaxmoe.cli import options
 
 if TYPE_CHECKING:
     from jaxmoe.dispatch import DispatchLayout
@@ -40,20 +40,20 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--mesh",
         action="append",
-        type=cli_options.mesh_sizes,
+        type=options.mesh_sizes,
         metavar="dp=1,tp=2,ep=4",
         help=f"mesh sizes; may be repeated ({'; '.join(MESHES)})",
     )
     parser.add_argument(
         "--tokens",
         action="append",
-        type=cli_options.count,
+        type=options.count,
         metavar="T",
         help=f"tokens of all devices together; may be repeated ({', '.join(map(str, TOKENS))})",
     )
     parser.add_argument(
         "--expert-axes",
-        type=cli_options.axes,
+        type=options.axes,
         default=("ep",),
         metavar="ep,tp",
         help="mesh axes that share the experts (ep)",
@@ -76,7 +76,7 @@ def run(args: argparse.Namespace) -> None:
     rows = [
         row
         for model in args.model or SHAPES
-        for mesh in args.mesh or map(cli_options.mesh_sizes, MESHES)
+        for mesh in args.mesh or map(options.mesh_sizes, MESHES)
         for tokens in args.tokens or TOKENS
         for row in _rows(model, tokens, _layout(SHAPES[model].experts, mesh, args), args)
     ]

@@ -1,20 +1,14 @@
-"""The ``jaxmoe`` command.
-
-A command is two functions, one that adds its options and one that runs it, and a line in
-`COMMANDS`. Nothing heavy is imported before the arguments are read, so ``--help`` is
-quick and ``--simulate`` can still choose the devices.
-"""
+"""``jaxmoe generate``: prompts in, text out, token by token."""
 
 import argparse
 import json
-import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import nullcontext
 from types import SimpleNamespace
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
-from jaxmoe import cli_bench, cli_convert, cli_inspect, cli_options, cli_place, cli_plan, cli_processes
+from jaxmoe.cli import options, processes
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -23,122 +17,11 @@ if TYPE_CHECKING:
 
     from jaxmoe.generate import GenerationStats, Output, TokenEvent
 
-# What bad input raises. Anything else is a bug in jaxmoe and keeps its traceback.
-_INPUT_ERRORS = (ValueError, OSError, RuntimeError, ImportError)
+HELP = "generate text from prompts"
 
 
-class Command(NamedTuple):
-    """One subcommand."""
-
-    help: str
-    add_options: Callable[[argparse.ArgumentParser], None]
-    run: Callable[[argparse.Namespace], None]
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line.
-
-    Args:
-        argv: arguments without the program's name; those of the process by default.
-
-    Returns:
-        The exit status: 0, or 1 for an error in the input, which is told in one line on stderr.
-
-    Raises:
-        SystemExit: with status 2 for wrong usage, 0 for ``--help`` and ``--version``.
-    """
-    args = _parser().parse_args(argv)
-    try:
-        args.run(args)
-        sys.stdout.flush()
-    except KeyboardInterrupt:
-        return 130
-    except BrokenPipeError:
-        # The reader has left (`| head`). Python flushes stdout once more at exit, into nothing then.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 1
-    except _INPUT_ERRORS as error:
-        if args.debug:
-            raise
-        print(f"jaxmoe: error: {_one_line(error)}", file=sys.stderr)
-        return 1
-    return 0
-
-
-def _parser() -> argparse.ArgumentParser:
-    from jaxmoe import __version__
-
-    parser = argparse.ArgumentParser(
-        prog="jaxmoe", description="Torch Mixture-of-Experts checkpoints on a (dp, tp, ep) mesh, with JAX."
-    )
-    parser.add_argument("--version", action="version", version=f"jaxmoe {__version__}")
-    subparsers = parser.add_subparsers(metavar="COMMAND", required=True)
-    for name, command in COMMANDS.items():
-        subparser = subparsers.add_parser(name, help=command.help, description=f"{command.help}.")
-        command.add_options(subparser)
-        subparser.add_argument("--debug", action="store_true", help="show the traceback of an error")
-        subparser.set_defaults(run=command.run, usage_error=subparser.error)
-    return parser
-
-
-# --- options and steps that several commands share
-
-
-def _add_load_options(parser: argparse.ArgumentParser) -> None:
-    group = parser.add_argument_group("loading")
-    group.add_argument("--placement", default="linear", metavar="NAME|FILE.json", help="where experts go (linear)")
-    group.add_argument("--dtype", help="of weights and activations (default: the checkpoint's own)")
-    group.add_argument("--adapter", metavar="DIR", help="a LoRA adapter to merge into the weights")
-    group.add_argument(
-        "--expert-axes",
-        type=cli_options.axes,
-        default=("ep",),
-        metavar="ep,tp",
-        help="mesh axes that share the experts (ep)",
-    )
-    group.add_argument(
-        "--dispatch",
-        type=cli_options.dispatch,
-        default="auto",
-        metavar="NAME|prefill=NAME,decode=NAME",
-        help="how tokens travel to experts (auto)",
-    )
-    group.add_argument("--kernels", default="auto", metavar="NAME", help="grouped matmul backend (auto)")
-    group.add_argument("--check-finite", action="store_true", help="refuse a checkpoint with NaN or infinity")
-    group.add_argument("--no-progress", action="store_true", help="draw no progress bar")
-
-
-def _load(args: argparse.Namespace, mesh: "Mesh") -> Any:
-    import jaxmoe
-
-    return jaxmoe.load(
-        args.checkpoint,
-        mesh=mesh,
-        placement=cli_options.read_placement(args.placement),
-        dtype=args.dtype,
-        adapter=args.adapter,
-        expert_axes=args.expert_axes,
-        dispatch=args.dispatch,
-        kernels=args.kernels,
-        # A bar in a log file is noise.
-        progress=sys.stderr.isatty() and not args.no_progress,
-        check_finite=args.check_finite,
-    )
-
-
-def _describe(mesh: "Mesh") -> str:
-    sizes = ",".join(f"{axis}={size}" for axis, size in mesh.shape.items())
-    return f"mesh {sizes} on {mesh.size} {mesh.devices.flat[0].platform} device{'s' if mesh.size > 1 else ''}"
-
-
-def _one_line(error: BaseException) -> str:
-    return " ".join(str(error).split()) or type(error).__name__
-
-
-# --- jaxmoe generate
-
-
-def _add_generate_options(parser: argparse.ArgumentParser) -> None:
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """Add the options of ``jaxmoe generate``."""
     parser.add_argument("checkpoint", help="a checkpoint directory, as transformers writes it")
     source = parser.add_argument_group("prompts, from one of").add_mutually_exclusive_group(required=True)
     source.add_argument("--prompt", action="append", metavar="TEXT", help="a text, - for all of stdin (repeatable)")
@@ -152,7 +35,7 @@ def _add_generate_options(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--chat", action="store_true", help="put prompts through the chat template")
     parser.add_argument("--system", metavar="TEXT", help="system message, with --chat")
-    parser.add_argument("--batch-size", type=cli_options.count, default=32, metavar="N", help="prompts at a time (32)")
+    parser.add_argument("--batch-size", type=options.count, default=32, metavar="N", help="prompts at a time (32)")
 
     group = parser.add_argument_group("generation")
     group.add_argument("--max-new-tokens", type=int, default=64, metavar="N", help="tokens per prompt (64)")
@@ -165,8 +48,8 @@ def _add_generate_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--stop", action="append", metavar="TEXT", help="end the text here (repeatable)")
     group.add_argument("--ignore-eos", action="store_true", help="go on to --max-new-tokens")
 
-    cli_options.add_mesh_options(parser)
-    cli_processes.add_options(parser)
+    options.add_mesh_options(parser)
+    processes.add_options(parser)
     _add_load_options(parser)
     parser.add_argument("--json", action="store_true", help="one JSON object a line for each prompt")
     parser.add_argument(
@@ -177,21 +60,22 @@ def _add_generate_options(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def _generate(args: argparse.Namespace) -> None:
+def run(args: argparse.Namespace) -> None:
+    """Generate and print, in one process or as one of several."""
     if args.system is not None and not args.chat:
         args.usage_error("--system goes with --chat")
     if args.chat and args.prompt_ids:
         args.usage_error("--chat is for text: --prompt or --prompt-file")
-    if cli_processes.is_one_of_several(args) and "-" in [args.prompt_file, *(args.prompt or ())]:
+    if processes.is_one_of_several(args) and "-" in [args.prompt_file, *(args.prompt or ())]:
         args.usage_error("every process reads the prompts, and stdin is one's alone: give a file in place of -")
-    with cli_processes.processes(args):
+    with processes.joined(args):
         _generate_together(args)
 
 
 def _generate_together(args: argparse.Namespace) -> None:
-    """The work of `_generate`, the same in each of several processes."""
+    """Do the work of `run`, the same in each of several processes."""
     prompts = _read_prompts(args)
-    mesh = cli_options.make_mesh(args)
+    mesh = options.make_mesh(args)
 
     from pathlib import Path
 
@@ -239,6 +123,53 @@ def _generate_together(args: argparse.Namespace) -> None:
     if routing is not None and is_first():
         _write_whole(Path(args.record_routing), routing.trace().save)
     print(f"{_describe(mesh)}: {total.summary()}", file=sys.stderr)
+
+
+def _add_load_options(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("loading")
+    group.add_argument("--placement", default="linear", metavar="NAME|FILE.json", help="where experts go (linear)")
+    group.add_argument("--dtype", help="of weights and activations (default: the checkpoint's own)")
+    group.add_argument("--adapter", metavar="DIR", help="a LoRA adapter to merge into the weights")
+    group.add_argument(
+        "--expert-axes",
+        type=options.axes,
+        default=("ep",),
+        metavar="ep,tp",
+        help="mesh axes that share the experts (ep)",
+    )
+    group.add_argument(
+        "--dispatch",
+        type=options.dispatch,
+        default="auto",
+        metavar="NAME|prefill=NAME,decode=NAME",
+        help="how tokens travel to experts (auto)",
+    )
+    group.add_argument("--kernels", default="auto", metavar="NAME", help="grouped matmul backend (auto)")
+    group.add_argument("--check-finite", action="store_true", help="refuse a checkpoint with NaN or infinity")
+    group.add_argument("--no-progress", action="store_true", help="draw no progress bar")
+
+
+def _load(args: argparse.Namespace, mesh: "Mesh") -> Any:
+    import jaxmoe
+
+    return jaxmoe.load(
+        args.checkpoint,
+        mesh=mesh,
+        placement=options.read_placement(args.placement),
+        dtype=args.dtype,
+        adapter=args.adapter,
+        expert_axes=args.expert_axes,
+        dispatch=args.dispatch,
+        kernels=args.kernels,
+        # A bar in a log file is noise.
+        progress=sys.stderr.isatty() and not args.no_progress,
+        check_finite=args.check_finite,
+    )
+
+
+def _describe(mesh: "Mesh") -> str:
+    sizes = ",".join(f"{axis}={size}" for axis, size in mesh.shape.items())
+    return f"mesh {sizes} on {mesh.size} {mesh.devices.flat[0].platform} device{'s' if mesh.size > 1 else ''}"
 
 
 def _write_whole(path: "Path", write: Callable[["Path"], None]) -> None:
@@ -307,13 +238,3 @@ def _token_ids(text: str) -> list[int]:
     if not all(part.isdecimal() for part in parts):
         raise argparse.ArgumentTypeError(f"token ids are whole numbers between commas, as 5,6,7; got {text!r}")
     return [int(part) for part in parts]
-
-
-COMMANDS = {
-    "generate": Command("generate text from prompts", _add_generate_options, _generate),
-    "inspect": Command(cli_inspect.HELP, cli_inspect.add_options, cli_inspect.run),
-    "convert": Command(cli_convert.HELP, cli_convert.add_options, cli_convert.run),
-    "plan": Command(cli_plan.HELP, cli_plan.add_options, cli_plan.run),
-    "place": Command(cli_place.HELP, cli_place.add_options, cli_place.run),
-    "bench": Command(cli_bench.HELP, cli_bench.add_options, cli_bench.run),
-}

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from jaxmoe import cli_options
+from jaxmoe.cli import options
 
 if TYPE_CHECKING:
     from jaxmoe.placement import ExpertPlacement, RoutingTrace
@@ -42,27 +42,25 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--synthetic", action="store_true", help="make a trace up, of the sizes in --config")
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="of --synthetic and of random choices (0)")
     parser.add_argument(
-        "--window", type=cli_options.count, default=1024, metavar="N", help="tokens a step, for vLLM (1024)"
+        "--window", type=options.count, default=1024, metavar="N", help="tokens a step, for vLLM (1024)"
     )
 
     group = parser.add_argument_group("model")
     group.add_argument("--config", metavar="DIR", help="a checkpoint directory; its config.json gives the sizes below")
     group.add_argument(
-        "--num-experts", type=cli_options.count, metavar="E", help="experts of a layer, where the trace is silent"
+        "--num-experts", type=options.count, metavar="E", help="experts of a layer, where the trace is silent"
     )
-    group.add_argument("--hidden-size", type=cli_options.count, metavar="D", help="model width")
-    group.add_argument("--moe-intermediate-size", type=cli_options.count, metavar="F", help="width of an expert")
-    group.add_argument("--num-groups", type=cli_options.count, metavar="G", help="groups of a group-limited router (1)")
+    group.add_argument("--hidden-size", type=options.count, metavar="D", help="model width")
+    group.add_argument("--moe-intermediate-size", type=options.count, metavar="F", help="width of an expert")
+    group.add_argument("--num-groups", type=options.count, metavar="G", help="groups of a group-limited router (1)")
     group.add_argument("--weight-bytes", type=float, default=2, metavar="B", help="bytes per weight (2)")
     group.add_argument("--activation-bytes", type=float, default=2, metavar="B", help="bytes per number sent (2)")
 
     group = parser.add_argument_group("devices")
+    group.add_argument("--ep", type=options.count, required=True, metavar="N", help="devices that share the experts")
+    group.add_argument("--num-nodes", type=options.count, default=1, metavar="N", help="nodes they are on (1)")
     group.add_argument(
-        "--ep", type=cli_options.count, required=True, metavar="N", help="devices that share the experts"
-    )
-    group.add_argument("--num-nodes", type=cli_options.count, default=1, metavar="N", help="nodes they are on (1)")
-    group.add_argument(
-        "--num-slots", type=cli_options.count, metavar="P", help="slots to fill, replicas included (one an expert)"
+        "--num-slots", type=options.count, metavar="P", help="slots to fill, replicas included (one an expert)"
     )
     group.add_argument("--device-slots", type=_whole_numbers, metavar="9,9,4", help="room of each device, for weighted")
     group.add_argument("--device-speeds", type=_numbers, metavar="1,1,0.5", help="relative speed of each device")
@@ -157,7 +155,7 @@ def _read_torch(path: Path) -> Any:
 def _read_placements(file: str, trace: "RoutingTrace") -> list["ExpertPlacement"]:
     from jaxmoe.placement import ExpertPlacement
 
-    read = cli_options.read_placement_file(file)
+    read = options.read_placement_file(file)
     return [read] * trace.num_layers if isinstance(read, ExpertPlacement) else read
 
 

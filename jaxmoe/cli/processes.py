@@ -7,14 +7,14 @@ import signal
 import sys
 from collections.abc import Iterator
 
-from jaxmoe import cli_options
+from jaxmoe.cli import options
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     """Add the options of a command that several processes may run together."""
     group = parser.add_argument_group("several processes")
     group.add_argument("--coordinator", metavar="HOST:PORT", help="where process 0 listens")
-    group.add_argument("--num-processes", type=cli_options.count, metavar="N", help="how many processes there are")
+    group.add_argument("--num-processes", type=options.count, metavar="N", help="how many processes there are")
     group.add_argument("--process-id", type=int, metavar="I", help="which of them this is, from 0")
     group.add_argument(
         "--distributed", action="store_true", help="take the three from the cluster: SLURM, Open MPI, Kubernetes"
@@ -37,7 +37,7 @@ def is_one_of_several(args: argparse.Namespace) -> bool:
 
 
 @contextlib.contextmanager
-def processes(args: argparse.Namespace) -> Iterator[None]:
+def joined(args: argparse.Namespace) -> Iterator[None]:
     """Run what the ``with`` block does as one of several processes, where the options ask for it.
 
     Only process 0 writes to stdout and stderr. An error in any ends all of them with status 1, each

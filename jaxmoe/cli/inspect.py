@@ -5,7 +5,7 @@ import json
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
-from jaxmoe.cli_units import show_bytes, show_count
+from jaxmoe.cli.units import show_bytes, show_count
 
 if TYPE_CHECKING:
     from jaxmoe.checkpoint.inspection import CheckpointSummary

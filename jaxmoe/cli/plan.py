@@ -4,8 +4,8 @@ import argparse
 import json
 from typing import TYPE_CHECKING
 
-from jaxmoe import cli_options
-from jaxmoe.cli_units import show_bytes, show_count
+from jaxmoe.cli import options
+from jaxmoe.cli.units import show_bytes, show_count
 
 if TYPE_CHECKING:
     from jaxmoe.plan import Plan
@@ -20,7 +20,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--mesh",
-        type=cli_options.mesh_sizes,
+        type=options.mesh_sizes,
         default="dp=1,tp=1,ep=1",
         metavar="dp=1,tp=2,ep=4",
         help="mesh sizes, axes left out being 1 (one device)",
@@ -28,15 +28,15 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--placement", default="linear", metavar="NAME|FILE.json", help="where experts go (linear)")
     parser.add_argument(
         "--expert-axes",
-        type=cli_options.axes,
+        type=options.axes,
         default=("ep",),
         metavar="ep,tp",
         help="mesh axes that share the experts",
     )
     parser.add_argument("--device", metavar="NAME", help="compare with the memory of a kind of device, such as h100")
     parser.add_argument("--dtype", help="of weights and cache (default: the config's own)")
-    parser.add_argument("--batch-size", type=cli_options.count, default=1, metavar="B", help="sequences to hold (1)")
-    parser.add_argument("--max-length", type=cli_options.count, metavar="C", help="tokens of each (4096)")
+    parser.add_argument("--batch-size", type=options.count, default=1, metavar="B", help="sequences to hold (1)")
+    parser.add_argument("--max-length", type=options.count, metavar="C", help="tokens of each (4096)")
     parser.add_argument("--json", action="store_true", help="everything as one JSON object")
 
 
@@ -47,7 +47,7 @@ def run(args: argparse.Namespace) -> None:
     report = plan(
         args.checkpoint,
         **args.mesh,
-        placement=cli_options.read_placement(args.placement),
+        placement=options.read_placement(args.placement),
         expert_axes=args.expert_axes,
         dtype=args.dtype,
         batch_size=args.batch_size,
