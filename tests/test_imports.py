@@ -126,6 +126,46 @@ def test_a_room_is_entered_by_what_it_exports() -> None:
                 assert len(inside) == 3, f"jaxmoe/{module}:{line} imports {name}, and not from {inside[0]} itself"
 
 
+def dotted(module: Path) -> str:
+    return ".".join(["jaxmoe", *module.with_suffix("").parts]).removesuffix(".__init__")
+
+
+def home(name: str) -> str | None:
+    """The module of jaxmoe that an imported name is, or is in; None where it is not jaxmoe's."""
+    root, _, rest = name.partition(".")
+    if root == "jaxmoe" and rest in HOMES:
+        return home(f"{HOMES[rest]}.{rest}")
+    while name and name not in NAMES:
+        name = name.rpartition(".")[0]
+    return name or None
+
+
+NAMES = {dotted(module) for module in MODULES}
+
+
+def run_time_imports(module: Path) -> set[str]:
+    """The modules of jaxmoe that a file imports when it runs, inside functions too."""
+    for_types = [
+        range(node.lineno, node.body[-1].end_lineno + 1)
+        for node in ast.walk(ast.parse((PACKAGE / module).read_text()))
+        if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING"
+    ]
+    found = {home(name) for line, name in imported_names(module) if not any(line in lines for lines in for_types)}
+    return {name for name in found if name} - {dotted(module)}
+
+
+def test_no_module_imports_itself_by_way_of_others() -> None:
+    left = {dotted(module): run_time_imports(module) for module in MODULES}
+    # Take away, again and again, whatever imports nothing that is left. What stays is a cycle, or imports one.
+    while done := {name for name, imported in left.items() if not imported & left.keys()}:
+        left = {name: imported for name, imported in left.items() if name not in done}
+    if left:
+        way = [min(left)]
+        while way[-1] not in way[:-1]:
+            way.append(min(left[way[-1]] & left.keys()))
+        pytest.fail(f"modules import each other in a cycle: {' -> '.join(way[way.index(way[-1]) :])}")
+
+
 def test_placement_needs_no_jax() -> None:
     for module in MODULES:
         if top(module) == "placement":

@@ -14,10 +14,8 @@ from typing import NamedTuple
 import numpy as np
 
 from jaxmoe.placement.base import ExpertPlacement
-from jaxmoe.placement.linear import initial_experts, linear
-from jaxmoe.placement.round_robin import round_robin
 
-_STRATEGIES = {"linear": linear, "round_robin": round_robin}
+_STRATEGIES = {"linear": ExpertPlacement.linear, "round_robin": ExpertPlacement.round_robin}
 
 
 class LocalExperts(NamedTuple):
@@ -190,7 +188,7 @@ def round_robin_routing_tables(num_experts: int, ep: int, rank: int) -> RoutingT
         >>> round_robin_routing_tables(5, 2, 1).global_to_physical.tolist()
         [0, 3, 1, 4, 2]
     """
-    placement = round_robin(num_experts, ep)
+    placement = ExpertPlacement.round_robin(num_experts, ep)
     physical_to_global = placement.slot_to_expert[placement.slot_to_expert >= 0]
     global_to_physical = np.empty_like(physical_to_global)
     global_to_physical[physical_to_global] = np.arange(num_experts, dtype=np.int32)
@@ -220,7 +218,7 @@ def initial_physical_to_logical(num_experts: int, num_redundant_experts: int = 0
             f"a layer has at least one expert and no less than none redundant; got {num_experts} and "
             f"{num_redundant_experts}"
         )
-    return initial_experts(num_experts, num_experts + num_redundant_experts)
+    return ExpertPlacement.linear(num_experts, 1, num_slots=num_experts + num_redundant_experts).slot_to_expert
 
 
 def _checked_rank(rank: int, ep: int) -> int:

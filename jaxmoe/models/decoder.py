@@ -156,7 +156,15 @@ class Decoder(nnx.Module):
             prompt_length: tokens of the longest in the prefill.
         """
         check_usable(self, abstract=True)
-        return describe(self, batch_size, prompt_length)
+        return describe(
+            self.config,
+            self.mesh,
+            self.dtype,
+            self.moe_layers,
+            self.dispatch,
+            batch_size=batch_size,
+            prompt_length=prompt_length,
+        )
 
     @contextlib.contextmanager
     def record_routing(self, *, token_ids: bool = False) -> Iterator[RoutingRecorder]:

@@ -1,33 +1,44 @@
 """A model on its mesh, in words."""
 
+from collections.abc import Sequence
 from itertools import groupby
-from typing import TYPE_CHECKING
 
 import jax.numpy as jnp
+from jax.sharding import Mesh
 
+from jaxmoe.config import DecoderConfig
+from jaxmoe.dispatch import PhaseDispatch
 from jaxmoe.layers import MoE
+from jaxmoe.mesh import padded_batch
 from jaxmoe.models.padding import bucket_length
 
-if TYPE_CHECKING:
-    from jaxmoe.models.decoder import Decoder
 
-
-def describe(model: "Decoder", batch_size: int, prompt_length: int) -> str:
-    """See `Decoder.describe`."""
-    sizes = ", ".join(f"{axis}={size}" for axis, size in model.mesh.shape.items())
-    platform = model.mesh.devices.flat[0].platform
+def describe(
+    config: DecoderConfig,
+    mesh: Mesh,
+    dtype: jnp.dtype,
+    moe_layers: Sequence[MoE],
+    dispatch: PhaseDispatch,
+    *,
+    batch_size: int,
+    prompt_length: int,
+) -> str:
+    """The lines of `Decoder.describe`, from the parts of the model that they are about."""
+    sizes = ", ".join(f"{axis}={size}" for axis, size in mesh.shape.items())
+    platform = mesh.devices.flat[0].platform
     lines = [
-        f"{model.config.model_type} in {jnp.dtype(model.dtype).name}, {len(model.config.layers)} layers, "
-        f"{len(model.moe_layers)} of them with routed experts",
-        f"mesh {sizes}: {model.mesh.size} {platform} device{'s' if model.mesh.size > 1 else ''}",
+        f"{config.model_type} in {dtype.name}, {len(config.layers)} layers, "
+        f"{len(moe_layers)} of them with routed experts",
+        f"mesh {sizes}: {mesh.size} {platform} device{'s' if mesh.size > 1 else ''}",
     ]
-    lines += _runs([_experts(moe) for moe in model.moe_layers])
+    lines += _runs([_experts(moe) for moe in moe_layers])
     # What is computed, padding included, is what a dispatch is chosen for.
-    rows, length = model.padded_batch(batch_size), bucket_length(prompt_length, model.config.max_position_embeddings)
-    phases = {"prefill": (model.dispatch.prefill, rows * length), "decode": (model.dispatch.decode, rows)}
+    rows = padded_batch(mesh, batch_size)
+    length = bucket_length(prompt_length, config.max_position_embeddings)
+    phases = {"prefill": (dispatch.prefill, rows * length), "decode": (dispatch.decode, rows)}
     for phase, (name, tokens) in phases.items():
         if name == "auto":
-            lines += _runs([f"{phase}: {moe.explain_dispatch(tokens, model.dtype)}" for moe in model.moe_layers])
+            lines += _runs([f"{phase}: {moe.explain_dispatch(tokens, dtype)}" for moe in moe_layers])
         else:
             lines.append(f"{phase}: {name}, as it was asked for")
     return "\n".join(lines)

@@ -8,7 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from jaxmoe.checks import check_positive, flag
+from jaxmoe.checks import check_positive, flag, whole_number
+from jaxmoe.placement.packing import eplb_slots
 
 _FORMAT = "jaxmoe.expert_placement"
 
@@ -60,19 +61,40 @@ class ExpertPlacement:
     def linear(
         cls, num_experts: int, ep: int, *, num_slots: int | None = None, allow_padding: bool = True
     ) -> "ExpertPlacement":
-        """Contiguous blocks of experts, the remainder on the lowest devices; slots beyond E hold replicas modulo E."""
-        from jaxmoe.placement.linear import linear
+        """Give each device a contiguous block of experts, the remainder to the lowest devices.
 
-        return linear(num_experts, ep, num_slots=num_slots, allow_padding=allow_padding)
+        Ten experts on four devices are {0, 1, 2}, {3, 4, 5}, {6, 7}, {8, 9}.
+
+        Args:
+            num_experts: logical experts E.
+            ep: devices.
+            num_slots: slots to fill; those beyond E hold replicas of expert 0, 1, 2 and on, modulo E.
+            allow_padding: whether slots may stay empty.
+
+        Raises:
+            ValueError: slots would be padding and `allow_padding` is False, there are fewer slots than experts, or no
+                device.
+
+        Source: vLLM, determine_expert_map and build_initial_global_physical_to_logical_map.
+        """
+        ep = whole_number("ep", ep, least=1)
+        blocks = np.array_split(_initial_experts(num_experts, num_slots), ep)
+        return cls.from_device_experts(num_experts, blocks, allow_padding=allow_padding)
 
     @classmethod
     def round_robin(
         cls, num_experts: int, ep: int, *, num_slots: int | None = None, allow_padding: bool = True
     ) -> "ExpertPlacement":
-        """Expert e on device e mod ep; slots beyond E are dealt on, with replicas modulo E."""
-        from jaxmoe.placement.round_robin import round_robin
+        """Put expert e on device e mod ep, which spreads groups of related neighbors.
 
-        return round_robin(num_experts, ep, num_slots=num_slots, allow_padding=allow_padding)
+        Ten experts on four devices are {0, 4, 8}, {1, 5, 9}, {2, 6}, {3, 7}. Slots beyond E are dealt on in the same way.
+        Arguments and errors are those of `linear`.
+
+        Source: vLLM, determine_expert_map.
+        """
+        experts, ep = _initial_experts(num_experts, num_slots), whole_number("ep", ep, least=1)
+        dealt = [experts[device::ep] for device in range(ep)]
+        return cls.from_device_experts(num_experts, dealt, allow_padding=allow_padding)
 
     @classmethod
     def from_counts(
@@ -97,10 +119,9 @@ class ExpertPlacement:
             >>> ExpertPlacement.from_counts(np.array([1, 6, 2]), ep=2, num_slots=4).slot_to_expert.tolist()
             [1, 2, 1, 0]
         """
-        from jaxmoe.placement.eplb import eplb
-
         layers = np.atleast_2d(counts)
-        placements = eplb(layers, ep, num_slots=num_slots, num_groups=num_groups, num_nodes=num_nodes)
+        slots_LP = eplb_slots(layers, ep, num_slots=num_slots, num_groups=num_groups, num_nodes=num_nodes)
+        placements = [cls(layers.shape[1], ep, slots_P) for slots_P in slots_LP]
         return placements[0] if np.ndim(counts) == 1 else placements
 
     @classmethod
@@ -247,6 +268,14 @@ def placements_from_json(text: str) -> ExpertPlacement | list[ExpertPlacement]:
     if isinstance(fields, list):
         return [ExpertPlacement._from_dict(layer) for layer in fields]
     return ExpertPlacement._from_dict(fields)
+
+
+def _initial_experts(num_experts: int, num_slots: int | None) -> np.ndarray:
+    """int32 [num_slots], the experts in order and then replicas modulo E; one slot an expert by default."""
+    num_experts = whole_number("num_experts", num_experts, least=1)
+    if num_slots is not None and whole_number("num_slots", num_slots) < num_experts:
+        raise ValueError(f"every expert needs a slot: num_slots={num_slots} is below num_experts={num_experts}")
+    return np.arange(num_slots or num_experts, dtype=np.int32) % num_experts
 
 
 def _whole_numbers(name: str, values: Any) -> np.ndarray:

@@ -6,8 +6,9 @@ import numpy as np
 
 from jaxmoe.placement.base import ExpertPlacement
 from jaxmoe.placement.distinct_packing import pack_distinct
+from jaxmoe.placement.inputs import check_counts
 from jaxmoe.placement.packing import replicate_experts
-from jaxmoe.placement.strategy import PlacementTask, Strategy, check_counts
+from jaxmoe.placement.strategy import PlacementTask, Strategy
 
 
 def eplb_uneven(counts: np.ndarray, ep: int, *, num_slots: int | None = None) -> list[ExpertPlacement]:

@@ -11,8 +11,8 @@ from jaxmoe.placement import balance
 from jaxmoe.placement.base import ExpertPlacement
 from jaxmoe.placement.coactivation import transitions
 from jaxmoe.placement.cost import CostModel
+from jaxmoe.placement.inputs import check_device_speeds
 from jaxmoe.placement.migration import migration_bytes
-from jaxmoe.placement.strategy import check_device_speeds
 from jaxmoe.placement.trace import RoutingTrace
 from jaxmoe.placement.traffic import BETWEEN, WITHIN, route_trace
 

@@ -6,7 +6,8 @@ import numpy as np
 
 from jaxmoe.placement.base import ExpertPlacement
 from jaxmoe.placement.eplb_uneven import level_loads
-from jaxmoe.placement.strategy import PlacementTask, Strategy, check_counts, check_device_slots, check_device_speeds
+from jaxmoe.placement.inputs import check_counts, check_device_slots, check_device_speeds
+from jaxmoe.placement.strategy import PlacementTask, Strategy
 
 
 def weighted(

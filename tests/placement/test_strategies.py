@@ -9,7 +9,6 @@ from hypothesis import strategies as st
 
 from jaxmoe.placement import STRATEGIES, ExpertPlacement, PlacementTask, RoutingTrace, Strategy, get_strategy
 from jaxmoe.placement.affinity import affinity
-from jaxmoe.placement.eplb import eplb
 from jaxmoe.placement.eplb_uneven import eplb_uneven
 from jaxmoe.placement.metrics import layer_crossings
 from jaxmoe.placement.packing import balanced_packing, replicate_experts
@@ -143,7 +142,8 @@ def test_published_case_global() -> None:
     placements = ExpertPlacement.from_counts(PUBLISHED, ep=8, num_slots=16)
     assert device_loads(PUBLISHED, placements).max(axis=1).tolist() == [138.5, 172]
     # 3 nodes do not divide 4 groups: global, as published.
-    assert eplb(PUBLISHED, 9, num_slots=18, num_groups=4, num_nodes=3) == eplb(PUBLISHED, 9, num_slots=18)
+    grouped = ExpertPlacement.from_counts(PUBLISHED, ep=9, num_slots=18, num_groups=4, num_nodes=3)
+    assert grouped == ExpertPlacement.from_counts(PUBLISHED, ep=9, num_slots=18)
 
 
 def test_counts_of_one_layer_give_one_placement() -> None:
@@ -156,7 +156,7 @@ def test_counts_of_one_layer_give_one_placement() -> None:
 
 def test_hierarchical_keeps_groups_on_their_node() -> None:
     counts = np.random.default_rng(0).integers(1, 1000, (5, 32))
-    for placement in eplb(counts, 8, num_slots=40, num_groups=8, num_nodes=4):
+    for placement in ExpertPlacement.from_counts(counts, ep=8, num_slots=40, num_groups=8, num_nodes=4):
         node_of_group = {}
         for device in range(8):
             for expert in placement.device_experts(device):
@@ -240,7 +240,8 @@ def test_levelling_levels_what_it_was_made_from(num_slots) -> None:
         assert ratio < 1.02 * max(1, bound)
     assert np.mean(uneven) < np.mean(linear)
     if num_slots % 8 == 0:
-        published = [max_over_mean(p, c) for p, c in zip(eplb(counts, 8, num_slots=num_slots), counts, strict=True)]
+        even = ExpertPlacement.from_counts(counts, ep=8, num_slots=num_slots)
+        published = [max_over_mean(p, c) for p, c in zip(even, counts, strict=True)]
         assert np.mean(uneven) <= np.mean(published) + 1e-9
 
 
