@@ -1,6 +1,6 @@
 """Tables and files that vLLM and other engines use, read or produced in the terms of jaxmoe."""
 
-from jaxmoe.interop.vllm_placement import (
+from jaxmoe.interop.expert_maps import (
     LocalExperts,
     RoutingTables,
     determine_expert_map,
@@ -10,7 +10,7 @@ from jaxmoe.interop.vllm_placement import (
     initial_physical_to_logical,
     round_robin_routing_tables,
 )
-from jaxmoe.interop.vllm_weights import (
+from jaxmoe.interop.expert_params import (
     Assignment,
     ExpertRow,
     activation_scale_mapping,

@@ -17,7 +17,7 @@ from typing import Literal, NamedTuple
 import numpy as np
 
 from jaxmoe.checkpoint.errors import CheckpointError
-from jaxmoe.interop.vllm_placement import initial_physical_to_logical
+from jaxmoe.interop.expert_maps import initial_physical_to_logical
 
 ShardId = Literal["w1", "w2", "w3"]
 """Gate (or the only projection in, where there is no gate), down, up."""

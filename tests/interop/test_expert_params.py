@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from jaxmoe.checkpoint.errors import CheckpointError
-from jaxmoe.interop.vllm_weights import (
+from jaxmoe.interop.expert_params import (
     ExpertRow,
     activation_scale_mapping,
     assignments,

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from jaxmoe.interop.vllm_placement import (
+from jaxmoe.interop.expert_maps import (
     determine_expert_map,
     determine_expert_placement_strategy,
     expert_map,
