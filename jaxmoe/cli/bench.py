@@ -1,4 +1,4 @@
-"""``jaxmoe bench``: what parts of jaxmoe cost; ``jaxmoe bench dispatch`` counts bytes and models time, from shapes."""
+"""``jaxmoe bench``: the cost of parts of jaxmoe; ``jaxmoe bench dispatch`` counts bytes and models time, from shapes."""
 
 import argparse
 import json
@@ -51,18 +51,14 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         metavar="T",
         help=f"tokens of all devices together; may be repeated ({', '.join(map(str, TOKENS))})",
     )
-    parser.add_argument(
-        "--expert-axes",
-        type=options.axes,
-        default=("ep",),
-        metavar="ep,tp",
-        help="mesh axes that share the experts (ep)",
-    )
+    options.add_expert_axes(parser)
     parser.add_argument("--dtype", default="bfloat16", help="of activations (bfloat16)")
     parser.add_argument(
         "--wire-dtype", metavar="float8_e4m3fn", help="what rows are rounded to on their way to experts"
     )
-    parser.add_argument("--platform", choices=["gpu", "cpu"], default="gpu", help="whose rates time is modelled with")
+    parser.add_argument(
+        "--platform", choices=["gpu", "cpu"], default="gpu", help="rates that time is modeled with (gpu)"
+    )
     parser.add_argument("--json", action="store_true", help="one JSON array, an object for each row")
 
 
@@ -130,10 +126,12 @@ def _rows(model: str, tokens: int, layout: "DispatchLayout", args: argparse.Name
 
 
 def _print(rows: list[dict[str, Any]]) -> None:
-    print("kB that a device sends in one round with even routing, and the time modelled for tokens to go and come back")
-    line = "{:<14} {:<15} {:>6} {:<18} {:>10} {:>9} {:>10} {:>9} {:>9} {}"
+    print("kB that a device sends in one round with even routing, and the time modeled for tokens to go and come back")
+    line = "{:<14} {:<15} {:>6} {:<18} {:>10} {:>9} {:>10} {:>11} {:>9} {}"
     print(
-        line.format("model", "mesh", "tokens", "dispatch", "payload", "metadata", "padding", "meetings", "us", "auto")
+        line.format(
+            "model", "mesh", "tokens", "dispatch", "payload", "metadata", "padding", "collectives", "us", "auto"
+        )
     )
     for row in rows:
         kilobytes = (f"{row[f'{part}_bytes'] / 1e3:.1f}" for part in ("payload", "metadata", "padding"))

@@ -35,8 +35,8 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group(
         "by way of a model", "With one of these, or a mesh, the model is loaded and saved. Without, no device is used."
     )
-    group.add_argument("--placement", metavar="NAME|FILE.json", help="where experts go (linear)")
-    group.add_argument("--adapter", metavar="DIR", help="a LoRA adapter to merge into the weights")
+    options.add_placement(group, default=None)
+    options.add_adapter(group)
 
 
 def run(args: argparse.Namespace) -> None:

@@ -127,16 +127,10 @@ def _generate_together(args: argparse.Namespace) -> None:
 
 def _add_load_options(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("loading")
-    group.add_argument("--placement", default="linear", metavar="NAME|FILE.json", help="where experts go (linear)")
+    options.add_placement(group)
     group.add_argument("--dtype", help="of weights and activations (default: the checkpoint's own)")
-    group.add_argument("--adapter", metavar="DIR", help="a LoRA adapter to merge into the weights")
-    group.add_argument(
-        "--expert-axes",
-        type=options.axes,
-        default=("ep",),
-        metavar="ep,tp",
-        help="mesh axes that share the experts (ep)",
-    )
+    options.add_adapter(group)
+    options.add_expert_axes(group)
     group.add_argument(
         "--dispatch",
         type=options.dispatch,

@@ -1,14 +1,16 @@
-"""``jaxmoe inspect``: what is in a checkpoint, without reading a weight."""
+"""``jaxmoe inspect``: a checkpoint at a glance, or its experts in vLLM's terms, without reading a weight."""
 
 import argparse
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
+from jaxmoe.cli import options
 from jaxmoe.cli.units import show_bytes, show_count
 
 if TYPE_CHECKING:
     from jaxmoe.checkpoint.inspection import CheckpointSummary
+    from jaxmoe.interop import Assignment, ExpertRow
 
 HELP = "tell what is in a checkpoint, without reading a weight"
 
@@ -19,10 +21,27 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     """Add the options of ``jaxmoe inspect``."""
     parser.add_argument("checkpoint", metavar="PATH", help="a checkpoint directory, or one file of weights")
     parser.add_argument("--json", action="store_true", help="everything as one JSON object")
+    parser.add_argument(
+        "--mapping",
+        action="store_true",
+        help="instead, the parameter and slot of vLLM that every tensor of a routed expert fills",
+    )
+    parser.add_argument(
+        "--redundant-experts",
+        type=options.count,
+        default=0,
+        metavar="N",
+        help="physical experts beyond those of the checkpoint, for --mapping (0)",
+    )
 
 
 def run(args: argparse.Namespace) -> None:
-    """Print the summary. A family that is not known is no error: what can be told is told."""
+    """Print the summary, or the mapping. A family that is not known is no error: what can be told is told."""
+    if args.redundant_experts and not args.mapping:
+        args.usage_error("--redundant-experts goes with --mapping")
+    if args.mapping:
+        _run_mapping(args)
+        return
     from jaxmoe.checkpoint.inspection import summarize
 
     summary = summarize(args.checkpoint)
@@ -56,6 +75,50 @@ def _print(summary: "CheckpointSummary") -> None:
         console.print(Text(f"not loadable: {problem}"))
 
 
+def _run_mapping(args: argparse.Namespace) -> None:
+    from jaxmoe.checkpoint import open_checkpoint
+    from jaxmoe.checkpoint.inspection import group_of
+    from jaxmoe.interop import map_names
+
+    tensors = open_checkpoint(args.checkpoint).tensors
+    mapped = map_names(tensors, args.redundant_experts)
+    mapping = {name: mapped.get(name, []) for name in tensors if name in mapped or group_of(name) == "routed experts"}
+    if not mapping:
+        raise ValueError(f"{args.checkpoint} has no tensor of a routed expert: there is nothing to map")
+    if args.json:
+        listed = [
+            {
+                "tensor": name,
+                "dtype": tensors[name].dtype_name,
+                "shape": tensors[name].shape,
+                "fills": [{"param": param, "expert": _expert(row), "shard": row.shard_id} for param, row in places],
+            }
+            for name, places in mapping.items()
+        ]
+        print(json.dumps({"path": args.checkpoint, "redundant_experts": args.redundant_experts, "mapping": listed}))
+    else:
+        _print_mapping(mapping)
+
+
+def _print_mapping(mapping: Mapping[str, "Sequence[Assignment]"]) -> None:
+    """Print a line for each tensor and each place that it fills."""
+    lines = [("tensor", "parameter", "expert", "shard")]
+    for name, places in mapping.items():
+        if not places:
+            lines.append((name, "vLLM's mapping has no row for it", "", ""))
+        for param, row in places:
+            expert = _expert(row)
+            lines.append((name, param, "all" if expert is None else f"{expert}", row.shard_id))
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    for line in lines:
+        print("  ".join(text.ljust(width) for text, width in zip(line, widths, strict=True)).rstrip())
+
+
+def _expert(row: "ExpertRow") -> int | None:
+    """The physical expert; None for all of them, where a row's number is that of a chunk, which the shard says too."""
+    return None if row.is_fused else row.expert_id
+
+
 def _facts(summary: "CheckpointSummary") -> Iterable[tuple[str, str]]:
     family = summary.model_type or "not given"
     yield "checkpoint", summary.path
@@ -65,7 +128,7 @@ def _facts(summary: "CheckpointSummary") -> Iterable[tuple[str, str]]:
     for layout, layers in summary.layouts.items():
         yield "expert layout", f"{layout} in layers {_ranges(layers)}"
     yield "dtypes", ", ".join(f"{name} {show_bytes(size)}" for name, size in summary.dtypes.items())
-    yield "quantisation", _quantization(summary)
+    yield "quantization", _quantization(summary)
     yield "parameters", f"{show_count(summary.parameters)}, {show_count(summary.active_parameters)} active per token"
     yield "bytes", f"{show_bytes(summary.bytes)} in {summary.files} file{'' if summary.files == 1 else 's'}"
     for rule, names in summary.ignored.items():
@@ -91,7 +154,7 @@ def _first(items: Sequence[str], what: str) -> list[str]:
 
 
 def _ranges(numbers: Sequence[int]) -> str:
-    """Ascending whole numbers as ranges.
+    """Ascending integers as ranges.
 
     Example:
         >>> _ranges([0, 1, 2, 5])

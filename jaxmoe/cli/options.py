@@ -1,7 +1,7 @@
 """Options that several commands share, and the steps that they stand for."""
 
 import argparse
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from jax.sharding import Mesh
@@ -21,8 +21,25 @@ def add_mesh_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--simulate", type=count, metavar="N", help="use N simulated CPU devices (in each process)")
 
 
+def add_placement(parser: argparse._ActionsContainer, default: str | None = "linear") -> None:
+    """Add ``--placement``; `default` is its value where it is left out."""
+    parser.add_argument("--placement", default=default, metavar="NAME|FILE.json", help="where experts go (linear)")
+
+
+def add_expert_axes(parser: argparse._ActionsContainer) -> None:
+    """Add ``--expert-axes``."""
+    parser.add_argument(
+        "--expert-axes", type=axes, default=("ep",), metavar="ep,tp", help="mesh axes that share the experts (ep)"
+    )
+
+
+def add_adapter(parser: argparse._ActionsContainer) -> None:
+    """Add ``--adapter``."""
+    parser.add_argument("--adapter", metavar="DIR", help="a LoRA adapter to merge into the weights")
+
+
 def make_mesh(args: argparse.Namespace) -> "Mesh":
-    """The mesh that ``--mesh`` and ``--simulate`` ask for."""
+    """Make the mesh that ``--mesh`` and ``--simulate`` ask for."""
     from jaxmoe.mesh import make_mesh, simulate_devices
 
     if args.simulate is not None:
@@ -32,8 +49,8 @@ def make_mesh(args: argparse.Namespace) -> "Mesh":
     return make_mesh(**(args.mesh or {"ep": jax.device_count()}))
 
 
-def read_placement(text: str) -> Any:
-    """The value of ``--placement``: a strategy's name, or what is in a file that ``jaxmoe place`` wrote."""
+def read_placement(text: str) -> "str | ExpertPlacement | list[ExpertPlacement]":
+    """Read the value of ``--placement``: a strategy's name, or a file that ``jaxmoe place`` wrote."""
     return read_placement_file(text) if text.endswith(".json") else text
 
 
@@ -44,13 +61,22 @@ def read_placement_file(file: str) -> "ExpertPlacement | list[ExpertPlacement]":
         FileNotFoundError: there is no such file.
         ValueError: it holds no placement.
     """
-    from pathlib import Path
-
     from jaxmoe.placement import placements_from_json
+
+    return placements_from_json(read_placement_text(file))
+
+
+def read_placement_text(file: str) -> str:
+    """Read a file of placements, of whatever format.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+    """
+    from pathlib import Path
 
     if not Path(file).is_file():
         raise FileNotFoundError(f"the placement file {file} does not exist")
-    return placements_from_json(Path(file).read_text(encoding="utf-8"))
+    return Path(file).read_text(encoding="utf-8")
 
 
 def mesh_sizes(text: str) -> dict[str, int]:
@@ -83,3 +109,27 @@ def dispatch(text: str) -> str | dict[str, str]:
     if len(phases) != len(text.split(",")) or not phases.keys() <= {"prefill", "decode"}:
         raise argparse.ArgumentTypeError(f"a name, or prefill=NAME,decode=NAME; got {text!r}")
     return phases
+
+
+def numbers(text: str) -> list[float]:
+    """Type of options that are a number for each device."""
+    try:
+        return [float(part) for part in text.split(",")]
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"numbers between commas, one a device; got {text!r}") from error
+
+
+def integers(text: str) -> list[int]:
+    """Type of options that are an integer for each device."""
+    try:
+        return [int(part) for part in text.split(",")]
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"integers between commas, one a device; got {text!r}") from error
+
+
+def names(text: str) -> list[str]:
+    """Type of options that are several names."""
+    found = [part.strip() for part in text.split(",") if part.strip()]
+    if not found:
+        raise argparse.ArgumentTypeError(f"names between commas; got {text!r}")
+    return found

@@ -1,4 +1,4 @@
-"""``jaxmoe plan``: what each device would hold, without devices and without weights."""
+"""``jaxmoe plan``: the memory of each device, without devices and without weights."""
 
 import argparse
 import json
@@ -25,14 +25,8 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         metavar="dp=1,tp=2,ep=4",
         help="mesh sizes, axes left out being 1 (one device)",
     )
-    parser.add_argument("--placement", default="linear", metavar="NAME|FILE.json", help="where experts go (linear)")
-    parser.add_argument(
-        "--expert-axes",
-        type=options.axes,
-        default=("ep",),
-        metavar="ep,tp",
-        help="mesh axes that share the experts",
-    )
+    options.add_placement(parser)
+    options.add_expert_axes(parser)
     parser.add_argument("--device", metavar="NAME", help="compare with the memory of a kind of device, such as h100")
     parser.add_argument("--dtype", help="of weights and cache (default: the config's own)")
     parser.add_argument("--batch-size", type=options.count, default=1, metavar="B", help="sequences to hold (1)")

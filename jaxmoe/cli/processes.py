@@ -1,4 +1,4 @@
-"""The options of a command that several processes may run together, and the steps that they stand for."""
+"""Options of a command that several processes may run together, and the steps that they stand for."""
 
 import argparse
 import contextlib
@@ -38,7 +38,7 @@ def is_one_of_several(args: argparse.Namespace) -> bool:
 
 @contextlib.contextmanager
 def joined(args: argparse.Namespace) -> Iterator[None]:
-    """Run what the ``with`` block does as one of several processes, where the options ask for it.
+    """Run the ``with`` block as one of several processes, where the options ask for it.
 
     Only process 0 writes to stdout and stderr. An error in any ends all of them with status 1, each
     having said why in one line.

@@ -1,48 +1,21 @@
-"""Tables between logical experts and the places they are in, as vLLM's fused-MoE layer keeps them.
+"""Tables between logical experts and the places they are in, as vLLM and SGLang keep them.
 
-vLLM describes a placement by what one rank needs: which local slot an expert is in, and, with redundant experts, which
+Both describe a placement by what one rank needs: which local slot an expert is in, and, with redundant experts, which
 logical expert each physical one is. `ExpertPlacement` describes the whole mesh in one array, and the tables here follow
-from it; so they agree with what jaxmoe loads and dispatches. vLLM numbers the physical experts that there are; an
-`ExpertPlacement` numbers slots, of which some may be padding. The two differ where E does not divide by ep.
+from it; so they agree with what jaxmoe loads and dispatches. The engines have no padding: every physical expert is one.
 
-Source: vllm/model_executor/layers/fused_moe/expert_map_manager.py and vllm/distributed/eplb/eplb_state.py of vLLM 0.33.
+Source: vllm/model_executor/layers/fused_moe/expert_map_manager.py and vllm/distributed/eplb/eplb_state.py of vLLM 0.33;
+python/sglang/srt/eplb/expert_location.py of SGLang.
 """
 
-import warnings
-from typing import NamedTuple
+import json
+from collections.abc import Sequence
 
 import numpy as np
 
 from jaxmoe.placement.base import ExpertPlacement
 
-_STRATEGIES = {"linear": ExpertPlacement.linear, "round_robin": ExpertPlacement.round_robin}
-
-
-class LocalExperts(NamedTuple):
-    """What one expert-parallel rank holds.
-
-    Attributes:
-        num_local: routed experts on this rank.
-        expert_map: int32 [E], the local slot of each expert, -1 where another rank has it; with fused shared experts,
-            int32 [E + shared]. None where the rank holds everything.
-    """
-
-    num_local: int
-    expert_map: np.ndarray | None
-
-
-class RoutingTables(NamedTuple):
-    """Numbers of experts, logical ("global") and by rank ("physical": those of rank 0, then those of rank 1, ...).
-
-    Attributes:
-        global_to_physical: int32 [E].
-        physical_to_global: int32 [E], its inverse.
-        local_to_global: int32 [local], the experts of one rank in the order of its slots.
-    """
-
-    global_to_physical: np.ndarray
-    physical_to_global: np.ndarray
-    local_to_global: np.ndarray
+_MAP = "physical_to_logical_map"
 
 
 def expert_map(placement: ExpertPlacement, rank: int) -> np.ndarray:
@@ -62,138 +35,15 @@ def expert_map(placement: ExpertPlacement, rank: int) -> np.ndarray:
         >>> expert_map(ExpertPlacement.round_robin(num_experts=5, ep=2), rank=1).tolist()
         [-1, 0, -1, 1, -1]
     """
-    local = placement.slot_to_expert.reshape(placement.ep, -1)[_checked_rank(rank, placement.ep)]
+    if not 0 <= rank < placement.ep:
+        raise ValueError(f"an expert-parallel rank is 0 to ep - 1; got rank {rank} of ep={placement.ep}")
+    local = placement.slot_to_expert.reshape(placement.ep, -1)[rank]
     result = np.full(placement.num_experts, -1, np.int32)
     # Backwards, so that the first slot of an expert is the one that stays.
     for slot in reversed(range(local.size)):
         if local[slot] >= 0:
             result[local[slot]] = slot
     return result
-
-
-def determine_expert_map(
-    num_experts: int, ep: int, rank: int, strategy: str = "linear", num_fused_shared_experts: int = 0
-) -> LocalExperts:
-    """Find what one rank holds of E experts under a strategy.
-
-    With base, remainder = divmod(E, ep) the first `remainder` ranks hold base + 1 experts and the others base.
-
-    Args:
-        num_experts: logical experts E.
-        ep: expert-parallel ranks.
-        rank: 0 to ep - 1.
-        strategy: "linear" or "round_robin".
-        num_fused_shared_experts: shared experts that every rank computes like routed ones, after its own.
-
-    Returns:
-        The number of routed experts and their map. A rank may hold none.
-
-    Raises:
-        ValueError: the strategy is unknown, or there is no such rank.
-
-    Example:
-        >>> determine_expert_map(9, 2, 1).expert_map.tolist()
-        [-1, -1, -1, -1, -1, 0, 1, 2, 3]
-    """
-    if strategy not in _STRATEGIES:
-        raise ValueError(f"strategies with an expert map are {', '.join(sorted(_STRATEGIES))}; got {strategy!r}")
-    _checked_rank(rank, ep)
-    if ep == 1:
-        return LocalExperts(num_experts, None)
-    placement = _STRATEGIES[strategy](num_experts, ep)
-    count = len(placement.device_experts(rank))
-    shared = np.arange(count, count + num_fused_shared_experts, dtype=np.int32)
-    return LocalExperts(count, np.concatenate([expert_map(placement, rank), shared]))
-
-
-def expert_mask(expert_map: np.ndarray) -> np.ndarray:
-    """Mark the experts that a rank computes.
-
-    Args:
-        expert_map: int32 [E + shared], from `determine_expert_map`.
-
-    Returns:
-        int32 [E + shared + 1]: 1 where the rank has a slot. The last entry is 0, for rows that are no token's.
-
-    Example:
-        >>> expert_mask(determine_expert_map(5, 2, 1, num_fused_shared_experts=1).expert_map).tolist()
-        [0, 0, 0, 1, 1, 1, 0]
-    """
-    return np.append(expert_map >= 0, False).astype(np.int32)
-
-
-def determine_expert_placement_strategy(
-    requested: str,
-    *,
-    ep: int,
-    num_expert_groups: int | None,
-    num_redundant_experts: int = 0,
-    load_balancing: bool = False,
-    exchange_supports_round_robin: bool = True,
-) -> str:
-    """Decide between a strategy and linear placement, as vLLM does.
-
-    Round-robin spreads the groups of a grouped router over the ranks. It gains nothing without groups, and
-    the numbering of redundant experts, which a load balancer moves, assumes linear placement.
-
-    Args:
-        requested: "linear" or "round_robin".
-        ep: expert-parallel ranks.
-        num_expert_groups: groups of the router; None where it has none.
-        num_redundant_experts: replicas beyond one of each expert.
-        load_balancing: whether experts are moved while the model runs.
-        exchange_supports_round_robin: whether the kernels that exchange tokens can translate expert numbers.
-
-    Returns:
-        `requested`, or "linear" with a warning that says why.
-
-    Raises:
-        ValueError: the strategy is unknown.
-    """
-    if requested not in _STRATEGIES:
-        raise ValueError(f"strategies with an expert map are {', '.join(sorted(_STRATEGIES))}; got {requested!r}")
-    if requested == "linear" or ep == 1:
-        return "linear"
-    if num_expert_groups is None or num_expert_groups <= 1:
-        reason = f"the router has no expert groups (num_expert_groups={num_expert_groups})"
-    elif num_redundant_experts:
-        reason = f"there are {num_redundant_experts} redundant experts"
-    elif load_balancing:
-        reason = "a load balancer is to move experts"
-    elif not exchange_supports_round_robin:
-        reason = "the token exchange cannot translate expert numbers"
-    else:
-        return requested
-    warnings.warn(f"round_robin placement falls back to linear: {reason}", stacklevel=2)
-    return "linear"
-
-
-def round_robin_routing_tables(num_experts: int, ep: int, rank: int) -> RoutingTables:
-    """Number experts by rank and slot under round-robin placement, for an exchange that expects linear placement.
-
-    Expert g is on rank g mod ep, in slot g // ep; its physical number counts the experts of all ranks before.
-
-    Args:
-        num_experts: logical experts E.
-        ep: expert-parallel ranks.
-        rank: whose `local_to_global` to make, 0 to ep - 1.
-
-    Returns:
-        The tables; the physical numbers leave no gap where E does not divide by ep.
-
-    Raises:
-        ValueError: there is no such rank.
-
-    Example:
-        >>> round_robin_routing_tables(5, 2, 1).global_to_physical.tolist()
-        [0, 3, 1, 4, 2]
-    """
-    placement = ExpertPlacement.round_robin(num_experts, ep)
-    physical_to_global = placement.slot_to_expert[placement.slot_to_expert >= 0]
-    global_to_physical = np.empty_like(physical_to_global)
-    global_to_physical[physical_to_global] = np.arange(num_experts, dtype=np.int32)
-    local_to_global = np.array(placement.device_experts(_checked_rank(rank, ep)), np.int32)
-    return RoutingTables(global_to_physical, physical_to_global, local_to_global)
 
 
 def initial_physical_to_logical(num_experts: int, num_redundant_experts: int = 0) -> np.ndarray:
@@ -204,7 +54,7 @@ def initial_physical_to_logical(num_experts: int, num_redundant_experts: int = 0
         num_redundant_experts: physical experts beyond E; more than E wrap round.
 
     Returns:
-        int32 [E + redundant]. With any ep that divides its length it is the `slot_to_expert` of a placement.
+        int32 [E + redundant].
 
     Raises:
         ValueError: there is no expert, or less than none redundant.
@@ -221,7 +71,91 @@ def initial_physical_to_logical(num_experts: int, num_redundant_experts: int = 0
     return ExpertPlacement.linear(num_experts, 1, num_slots=num_experts + num_redundant_experts).slot_to_expert
 
 
-def _checked_rank(rank: int, ep: int) -> int:
-    if not 0 <= rank < ep:
-        raise ValueError(f"an expert-parallel rank is 0 to ep - 1, with ep at least 1; got rank {rank} of ep={ep}")
-    return rank
+def physical_to_logical_map(placements: Sequence[ExpertPlacement]) -> np.ndarray:
+    """Name the logical expert of each physical one, layer by layer.
+
+    Args:
+        placements: one for each MoE layer, all with as many slots and none of them padding.
+
+    Returns:
+        int32 [layers, P]; rank r of ep holds the physical experts r·P/ep to (r+1)·P/ep.
+
+    Raises:
+        ValueError: a slot is padding, or the layers differ in slots.
+
+    Example:
+        >>> physical_to_logical_map([ExpertPlacement.linear(3, 2, num_slots=4)]).tolist()
+        [[0, 1, 2, 0]]
+    """
+    slots = {placement.num_slots for placement in placements}
+    if len(slots) != 1:
+        raise ValueError(f"all layers have equally many physical experts; got {sorted(slots)}")
+    for layer, placement in enumerate(placements):
+        if placement.num_padding:
+            raise ValueError(
+                f"every physical expert is a logical one: of {placement.num_slots} slots of MoE layer {layer}, "
+                f"{placement.num_padding} are padding; place with num_slots={placement.num_slots}, which makes them replicas"
+            )
+    return np.stack([placement.slot_to_expert for placement in placements])
+
+
+def expert_location_json(placements: Sequence[ExpertPlacement], moe_layers: Sequence[int], num_layers: int) -> str:
+    """Write placements as SGLang's ``--init-expert-location`` reads them.
+
+    SGLang numbers all layers of a model. Those without routed experts have the initial map, which it does not look at.
+
+    Args:
+        placements: one for each MoE layer; see `physical_to_logical_map`.
+        moe_layers: the index of each of them among all layers, ascending.
+        num_layers: all layers of the model.
+
+    Returns:
+        A JSON object with ``physical_to_logical_map`` [num_layers, P].
+
+    Raises:
+        ValueError: the placements are for another number of MoE layers, or as for `physical_to_logical_map`.
+
+    Example:
+        >>> expert_location_json([ExpertPlacement.round_robin(2, 2, num_slots=4)], moe_layers=[1], num_layers=2)
+        '{"physical_to_logical_map": [[0, 1, 0, 1], [0, 0, 1, 1]]}'
+    """
+    if len(placements) != len(moe_layers):
+        raise ValueError(f"the model has {len(moe_layers)} MoE layers; got placements of {len(placements)}")
+    table_LP = physical_to_logical_map(placements)
+    experts, slots = placements[0].num_experts, table_LP.shape[1]
+    every_layer = np.tile(initial_physical_to_logical(experts, slots - experts), (num_layers, 1))
+    every_layer[list(moe_layers)] = table_LP
+    return json.dumps({_MAP: every_layer.tolist()})
+
+
+def placements_from_expert_location(
+    text: str, *, ep: int, num_experts: int, moe_layers: Sequence[int] | None = None
+) -> list[ExpertPlacement]:
+    """Read placements from a JSON object with a ``physical_to_logical_map``, as SGLang has them.
+
+    Args:
+        text: the JSON object.
+        ep: expert-parallel ranks, which the object does not name.
+        num_experts: logical experts E.
+        moe_layers: indices of the rows to take, where the map has one for every layer of the model; None for all rows.
+
+    Raises:
+        ValueError: `text` is no such object, the map lacks a layer, or a row is no placement on `ep` ranks.
+
+    Example:
+        >>> text = '{"physical_to_logical_map": [[0, 1, 0, 1], [0, 0, 1, 1]]}'
+        >>> [p.slot_to_expert.tolist() for p in placements_from_expert_location(text, ep=2, num_experts=2, moe_layers=[1])]
+        [[0, 0, 1, 1]]
+    """
+    try:
+        fields = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"an expert location is a JSON object with {_MAP}: {error}") from error
+    rows = fields.get(_MAP) if isinstance(fields, dict) else None
+    if not isinstance(rows, list) or not rows:
+        raise ValueError(f"an expert location is a JSON object with {_MAP}, a row for each layer; this one is not")
+    if moe_layers is not None:
+        if max(moe_layers) >= len(rows):
+            raise ValueError(f"{_MAP} has a row for each layer; got {len(rows)} rows and MoE layer {max(moe_layers)}")
+        rows = [rows[layer] for layer in moe_layers]
+    return [ExpertPlacement(num_experts, ep, row) for row in rows]

@@ -11,10 +11,10 @@ Source: vllm/model_executor/layers/fused_moe/routed_experts.py of vLLM 0.33 (``b
 """
 
 import re
-from collections.abc import Collection, Sequence
+from collections import defaultdict
+from collections.abc import Iterable
+from functools import cache
 from typing import Literal, NamedTuple
-
-import numpy as np
 
 from jaxmoe.checkpoint.errors import CheckpointError
 from jaxmoe.interop.expert_maps import initial_physical_to_logical
@@ -22,11 +22,20 @@ from jaxmoe.interop.expert_maps import initial_physical_to_logical
 ShardId = Literal["w1", "w2", "w3"]
 """Gate (or the only projection in, where there is no gate), down, up."""
 
-WEIGHT_SCALES = ("weight_scale", "weight_scale_inv", "weight_scale_2")
-ACTIVATION_SCALES = ("input_scale", "activation_scale")
-
 _STACKS: dict[ShardId, str] = {"w1": "w13", "w2": "w2", "w3": "w13"}
 _FUSED_NAMES = {("gate_proj", "up_proj"): "gate_up_proj", ("w1", "w3"): "w13"}
+# Parts of a fused tensor that belong to a parameter whose name does not begin with that of the weights.
+_FUSED_PARTS = {"_bias": "bias", "_blocks": "weight", "_scales": "weight_scale"}
+# Names of gate, down and up that checkpoints have. One without a gate is told by having none of the others.
+_NAMINGS: tuple[tuple[str | None, str, str], ...] = (
+    ("gate_proj", "down_proj", "up_proj"),
+    ("w1", "w2", "w3"),
+    ("linear", "linear_1", "linear_v"),
+    (None, "down_proj", "up_proj"),
+)
+_NAME = re.compile(
+    r"(?P<prefix>(?:.*\.)?experts)\.(?P<wrapped>base_layer\.)?(?:(?P<expert>0|[1-9]\d*)\.)?(?P<part>[^.]+)"
+)
 
 
 class ExpertRow(NamedTuple):
@@ -55,8 +64,8 @@ class Assignment(NamedTuple):
     """A parameter that a tensor fills, and where.
 
     Attributes:
-        param: its name.
-        row: the row that says so.
+        param: name of the parameter.
+        row: row of the mapping that says so.
     """
 
     param: str
@@ -76,13 +85,13 @@ def expert_params_mapping(
     """Make the rows of a layer's experts.
 
     Args:
-        gate: the checkpoint's name of the gate projection, "gate_proj" or "w1"; None where experts have no gate.
-        down: that of the projection out, "down_proj" or "w2".
-        up: that of the other projection in, "up_proj" or "w3".
+        gate: name of the gate projection in the checkpoint, "gate_proj" or "w1"; None where experts have no gate.
+        down: name of the projection out, "down_proj" or "w2".
+        up: name of the other projection in, "up_proj" or "w3".
         num_experts: logical experts E, as numbered in the checkpoint.
         num_redundant_experts: physical experts beyond E, which are copies of 0, 1, ...
-        base_layer: whether an adapter wraps the layers, which puts ``base_layer.`` into all names.
-        include_fused: also make rows for tensors with the experts, or an expert's gate and up, in one.
+        base_layer: flag that says that an adapter wraps the layers, which puts ``base_layer.`` into all names.
+        include_fused: flag that asks for rows of tensors with the experts, or an expert's gate and up, in one.
 
     Returns:
         Rows of fused tensors first, then w1, w2, w3 of each physical expert.
@@ -117,77 +126,16 @@ def expert_params_mapping(
     return rows
 
 
-def weight_scale_mapping(
-    gate: str | None,
-    down: str,
-    up: str,
-    num_experts: int,
-    num_redundant_experts: int = 0,
-    *,
-    scale: str = "weight_scale",
-) -> list[ExpertRow]:
-    """Make rows of the scales of quantised expert weights alone.
-
-    `expert_params_mapping` covers them too; these rows are for who wants scales and nothing else.
-
-    Args:
-        gate: the checkpoint's name of the gate projection; None where experts have no gate.
-        down: that of the projection out.
-        up: that of the other projection in.
-        num_experts: logical experts E.
-        num_redundant_experts: physical experts beyond E, which are copies of 0, 1, ...
-        scale: the name on disk: "weight_scale" (per tensor, per channel or group), "weight_scale_inv" (blocks), or
-            "weight_scale_2" (the second level of nvfp4).
-
-    Raises:
-        CheckpointError: no format has a scale of that name.
-
-    Example:
-        >>> tuple(weight_scale_mapping("w1", "w2", "w3", 1, scale="weight_scale_inv")[0])
-        ('experts.w13_weight_scale_inv', 'experts.0.w1.weight_scale_inv', 0, 'w1')
-    """
-    return _scale_rows(gate, down, up, num_experts, num_redundant_experts, scale, WEIGHT_SCALES)
-
-
-def activation_scale_mapping(
-    gate: str | None,
-    down: str,
-    up: str,
-    num_experts: int,
-    num_redundant_experts: int = 0,
-    *,
-    scale: str = "input_scale",
-) -> list[ExpertRow]:
-    """Make rows of the static scales of expert inputs; as `weight_scale_mapping`.
-
-    Args:
-        gate: the checkpoint's name of the gate projection; None where experts have no gate.
-        down: that of the projection out.
-        up: that of the other projection in.
-        num_experts: logical experts E.
-        num_redundant_experts: physical experts beyond E, which are copies of 0, 1, ...
-        scale: the name on disk, "input_scale" or "activation_scale".
-
-    Raises:
-        CheckpointError: no format has a scale of that name.
-    """
-    return _scale_rows(gate, down, up, num_experts, num_redundant_experts, scale, ACTIVATION_SCALES)
-
-
-def assignments(name: str, rows: Sequence[ExpertRow], params: Collection[str] | None = None) -> list[Assignment]:
+def assignments(name: str, rows: Iterable[ExpertRow]) -> list[Assignment]:
     """Find what a checkpoint tensor fills.
 
     Args:
-        name: the tensor.
-        rows: from `expert_params_mapping`.
-        params: names of the parameters that there are; None checks nothing.
+        name: name of the tensor.
+        rows: rows from `expert_params_mapping`.
 
     Returns:
         One assignment for each physical copy of the expert, and for each half of a fused tensor; none if it is no
-        expert's tensor. A ``.bias`` of experts that have no bias is none: exporters write zeros there.
-
-    Raises:
-        CheckpointError: it is an expert's tensor, and there is no parameter for it.
+        expert's tensor.
 
     Example:
         >>> rows = expert_params_mapping("gate_proj", "down_proj", "up_proj", 16, num_redundant_experts=4)
@@ -197,87 +145,90 @@ def assignments(name: str, rows: Sequence[ExpertRow], params: Collection[str] | 
     result: list[Assignment] = []
     for row in rows:
         param = _substitute(name, row)
-        if param is None:
+        if param is not None:
+            result.append(Assignment(param, row))
+        elif result and result[-1].row.is_fused:
             # Rows of one fused tensor stand together. A later row of the same name is about something else.
-            if result and result[-1].row.is_fused:
-                break
-            continue
-        if params is not None and param not in params:
-            if param.endswith("_bias") and name.endswith(".bias"):
-                continue
-            raise CheckpointError(
-                f"every tensor of an expert needs a parameter; {name!r} would fill {param!r}, which the model does not "
-                "have; is the model made for this quantisation, and do its experts have biases?"
-            )
-        result.append(Assignment(param, row))
+            break
     return result
 
 
-def fused_chunk(tensor: np.ndarray, row: ExpertRow, rows: Sequence[ExpertRow]) -> np.ndarray:
-    """Take the part of a tensor that one row is about.
+def map_names(names: Iterable[str], num_redundant_experts: int = 0) -> dict[str, list[Assignment]]:
+    """Find what each tensor of a checkpoint's routed experts fills, from the names alone.
+
+    Each layer's own names tell how it calls its projections, how many experts it has, and whether they are fused.
 
     Args:
-        tensor: [E, 2F, D] of all experts, [2F, D] of one, or one that is not split at all.
-        row: says which half: by `ExpertRow.expert_id` where the tensor holds all experts, else by its shard.
-        rows: the mapping that `row` is from; a tensor is split if it has two rows.
+        names: names of all tensors of a checkpoint. Those that are not under a component "experts" are left out.
+        num_redundant_experts: physical experts beyond E in every layer.
 
     Returns:
-        A view: [E, F, D], [F, D], or the whole.
-
-    Raises:
-        CheckpointError: the dim does not split in two, or the row names a chunk that is not 0 or 1.
-    """
-    halves = {other.shard_id for other in rows if other.weight_name == row.weight_name}
-    if halves != {"w1", "w3"}:
-        return tensor
-    dim, chunk = (1, row.expert_id) if row.is_fused else (0, ("w1", "w3").index(row.shard_id))
-    if chunk not in (0, 1) or tensor.shape[dim] % 2:
-        raise CheckpointError(
-            f"gate and up are chunks 0 and 1 of a dim of even size; got chunk {chunk} of dim {dim} of {tensor.shape} for "
-            f"{row.weight_name!r}"
-        )
-    return np.split(tensor, 2, axis=dim)[chunk]
-
-
-def scale_index(row: ExpertRow) -> tuple[int, ...]:
-    """Place of an expert's per-tensor scale: [E, 2] has the gate's in column 0 and up's in column 1, [E] the down's."""
-    return (row.expert_id,) if row.shard_id == "w2" else (row.expert_id, ("w1", "w3").index(row.shard_id))
-
-
-def per_tensor_scale(scale: np.ndarray) -> np.ndarray:
-    """Make a scale of one element, however it was saved, a scalar.
-
-    Raises:
-        CheckpointError: it has another number of elements, so that it is not one scale for the tensor.
+        The assignments of each tensor; [] where vLLM's mapping has no row for it.
 
     Example:
-        >>> per_tensor_scale(np.array([0.5])).shape
-        ()
+        >>> found = map_names(["mlp.experts.0.w1.weight", "mlp.experts.0.w2.weight", "mlp.gate.weight"])
+        >>> [(one.param, one.row.expert_id, one.row.shard_id) for (one,) in found.values()]
+        [('mlp.experts.w13_weight', 0, 'w1'), ('mlp.experts.w2_weight', 0, 'w2')]
     """
-    if scale.size != 1:
-        raise CheckpointError(f"a per-tensor scale has one element; this one has shape {scale.shape}")
-    return scale.reshape(())
+    layers: dict[str, list[re.Match[str]]] = defaultdict(list)
+    for name in names:
+        found = _NAME.match(name)
+        if found:
+            layers[found["prefix"]].append(found)
+    result = {}
+    rows_of_layer = cache(_rows_of_layer)  # Most layers are alike.
+    for tensors in layers.values():
+        rows = rows_of_layer(
+            _naming({found["part"] for found in tensors}),
+            1 + max((int(found["expert"]) for found in tensors if found["expert"]), default=0),
+            num_redundant_experts,
+            any("base_layer." in found.string for found in tensors),
+        )
+        for found in tensors:
+            result[found.string] = assignments(found.string, rows.get(found["expert"], ()))
+    return result
+
+
+def _naming(parts: set[str]) -> tuple[str | None, str, str] | None:
+    """Tell the one of `_NAMINGS` that a layer has, whose tensors' names go on with `parts`; None for none of them."""
+    for gate, down, up in _NAMINGS:
+        both = up if gate is None else _FUSED_NAMES.get((gate, up), gate)
+        if any(part == name or part.startswith(f"{name}_") for part in parts for name in {gate or up, both}):
+            return gate, down, up
+    return None
+
+
+def _rows_of_layer(
+    naming: tuple[str | None, str, str] | None, num_experts: int, num_redundant_experts: int, base_layer: bool
+) -> dict[str | None, list[ExpertRow]]:
+    """Rows by the logical expert that is named in them, None in those of fused tensors."""
+    if naming is None:
+        return {}
+    gate, down, up = naming
+    rows: dict[str | None, list[ExpertRow]] = defaultdict(list)
+    for row in expert_params_mapping(
+        gate,
+        down,
+        up,
+        num_experts,
+        num_redundant_experts,
+        base_layer=base_layer,
+        include_fused=gate is None or (gate, up) in _FUSED_NAMES,
+    ):
+        found = _NAME.match(row.weight_name)
+        assert found, row
+        rows[found["expert"]].append(row)
+    return rows
 
 
 def _fused_name(gate: str | None, up: str) -> str | None:
-    """What a tensor with gate and up in one is called."""
+    """The name of a tensor with gate and up in one."""
     if gate is None:
         return up
     if (gate, up) not in _FUSED_NAMES:
         known = " or ".join("/".join(names) for names in _FUSED_NAMES)
         raise CheckpointError(f"gate and up in one have a name for {known}; got {gate}/{up}; leave include_fused out")
     return _FUSED_NAMES[gate, up]
-
-
-def _scale_rows(
-    gate: str | None, down: str, up: str, experts: int, redundant: int, scale: str, known: tuple[str, ...]
-) -> list[ExpertRow]:
-    if scale not in known:
-        raise CheckpointError(f"scales of this kind are called {', '.join(known)}; got {scale!r}")
-    return [
-        row._replace(param_name=row.param_name + scale, weight_name=row.weight_name + scale)
-        for row in expert_params_mapping(gate, down, up, experts, redundant)
-    ]
 
 
 def _substitute(name: str, row: ExpertRow) -> str | None:
@@ -289,4 +240,6 @@ def _substitute(name: str, row: ExpertRow) -> str | None:
     # as gate_up_proj_scale_inv is.
     if not row.weight_name.endswith(".") and after and not (row.is_fused and after[0] in "._"):
         return None
+    if row.is_fused and after in _FUSED_PARTS:
+        return f"{before}.{row.param_name.removesuffix('weight')}{_FUSED_PARTS[after]}"[1:]
     return f"{before}.{row.param_name}{after}"[1:]

@@ -1,4 +1,4 @@
-"""``jaxmoe inspect``: known families, unknown ones, quantised ones, and no weight is read."""
+"""``jaxmoe inspect``: known families, unknown ones, quantized ones, and no weight is read."""
 
 import json
 import os
@@ -21,8 +21,8 @@ from tests.support.writing import write_checkpoint, write_file
 DEMO = Path(__file__).resolve().parents[2] / "demo"
 
 
-def inspect(path, capsys) -> dict:
-    assert main(["inspect", str(path), "--json"]) == 0
+def inspect(path, capsys, *options: str) -> dict:
+    assert main(["inspect", str(path), "--json", *options]) == 0
     return json.loads(capsys.readouterr().out)
 
 
@@ -63,7 +63,7 @@ def test_a_table_for_people(capsys) -> None:
     assert facts["family"].strip() == "qwen3_moe"
     assert facts["layers"].strip() == "6, 6 of them with routed experts"
     assert facts["parameters"].strip() == "7.2M, 1.78M active per token"
-    assert facts["quantisation"].strip() == "none"
+    assert facts["quantization"].strip() == "none"
     assert any("routed experts" in line and "6.19M" in line and "86.0%" in line for line in lines)
     assert not any("not loadable" in line for line in lines)
 
@@ -160,7 +160,7 @@ def test_problems_of_a_known_family(tmp_path, capsys) -> None:
     assert inspect(tmp_path / "c", capsys)["problems"] == ["config.json needs one of hidden_size; none is there"]
 
 
-def quantise(name: str, value: np.ndarray, kind: str) -> dict[str, np.ndarray]:
+def quantize(name: str, value: np.ndarray, kind: str) -> dict[str, np.ndarray]:
     base, (rows, columns) = name.removesuffix(".weight"), value.shape
     if kind == "fp8":
         return {name: value.astype(ml_dtypes.float8_e4m3fn), f"{base}.weight_scale_inv": zeros(1, 1)}
@@ -174,11 +174,11 @@ def quantise(name: str, value: np.ndarray, kind: str) -> dict[str, np.ndarray]:
 
 @pytest.mark.parametrize("kind", ["fp8", "gptq"])
 @pytest.mark.parametrize("known", [True, False])
-def test_quantised_experts(known, kind, tmp_path, capsys) -> None:
+def test_quantized_experts(known, kind, tmp_path, capsys) -> None:
     source = GOLDENS / "qwen3_moe" / "original"
     tensors: dict[str, np.ndarray] = {}
     for name, value in read_all(source).items():
-        tensors |= quantise(name, value, kind) if ".experts." in name else {name: value}
+        tensors |= quantize(name, value, kind) if ".experts." in name else {name: value}
     config = json.loads((source / "config.json").read_text())
     settings = {"quant_method": kind, "bits": 4, "modules": ["a"] * 99}
     config |= {"quantization_config": settings, "model_type": "qwen3_moe" if known else "novel"}
@@ -193,7 +193,7 @@ def test_quantised_experts(known, kind, tmp_path, capsys) -> None:
     assert f"{kind}, says config.json: bits 4" in capsys.readouterr().out
 
 
-def test_quantisation_that_a_side_file_or_names_tell(tmp_path, capsys) -> None:
+def test_quantization_that_a_side_file_or_names_tell(tmp_path, capsys) -> None:
     tensors = {"layers.0.proj.weight": zeros(2, 2), "layers.0.proj.weight_scale": zeros(1)}
     assert inspect(make(tmp_path, None, tensors), capsys)["quantization"]["from"] == "names of tensors"
     document = {"producer": {"name": "modelopt"}, "quantization": {"quant_algo": "NVFP4", "group_size": 16}}
@@ -235,12 +235,57 @@ def test_groups_of_names(name, group) -> None:
     assert group_of(name) == group
 
 
-def test_parts_of_quantised_tensors() -> None:
+def test_parts_of_quantized_tensors() -> None:
     assert quantized_base("a.experts.0.up_proj.weight_packed") == ("a.experts.0.up_proj", True)
     assert quantized_base("a.experts.gate_up_proj_blocks") == ("a.experts.gate_up_proj", True)
     assert quantized_base("a.experts.gate_up_proj_scale_inv") == ("a.experts.gate_up_proj", False)
     assert quantized_base("a.q_proj.weight.quant_state.bitsandbytes__nf4") == ("a.q_proj", False)
     assert quantized_base("a.q_proj.weight") is None
+
+
+def test_the_mapping_of_experts_for_machines(capsys) -> None:
+    found = inspect(GOLDENS / "qwen3_moe" / "original", capsys, "--mapping", "--redundant-experts", "2")
+    assert found["redundant_experts"] == 2
+    assert len(found["mapping"]) == 66
+    of_tensor = {entry["tensor"]: entry for entry in found["mapping"]}
+    assert of_tensor["model.layers.1.mlp.experts.1.up_proj.weight"] == {
+        "tensor": "model.layers.1.mlp.experts.1.up_proj.weight",
+        "dtype": "F32",
+        "shape": [24, 32],
+        "fills": [
+            {"param": "model.layers.1.mlp.experts.w13_weight", "expert": 1, "shard": "w3"},
+            {"param": "model.layers.1.mlp.experts.w13_weight", "expert": 12, "shard": "w3"},
+        ],
+    }
+    fused = inspect(GOLDENS / "qwen3_moe" / "fused", capsys, "--mapping")["mapping"]
+    assert {entry["tensor"].split(".")[-1]: entry["fills"] for entry in fused if ".layers.0." in entry["tensor"]} == {
+        "down_proj": [{"param": "model.layers.0.mlp.experts.w2_weight", "expert": None, "shard": "w2"}],
+        "gate_up_proj": [
+            {"param": "model.layers.0.mlp.experts.w13_weight", "expert": None, "shard": shard} for shard in ("w1", "w3")
+        ],
+    }
+
+
+def test_the_mapping_of_experts_for_people(capsys) -> None:
+    assert main(["inspect", str(DEMO), "--mapping"]) == 0
+    lines = [line.split() for line in capsys.readouterr().out.splitlines()]
+    assert lines[0] == ["tensor", "parameter", "expert", "shard"]
+    assert len(lines) == 1 + 6 * 16 * 3
+    assert lines[2][1:] == ["model.layers.0.mlp.experts.w13_weight", "0", "w3"]
+    assert main(["inspect", str(GOLDENS / "gpt_oss" / "original"), "--mapping"]) == 0
+    assert "experts.w13_bias    all     w3\n" in capsys.readouterr().out
+    # The names of this family are none of those that vLLM's mapping speaks of.
+    assert main(["inspect", str(GOLDENS / "granitemoe" / "original"), "--mapping"]) == 0
+    assert "input_linear.weight   vLLM's mapping has no row for it\n" in capsys.readouterr().out
+
+
+def test_a_mapping_needs_experts(tmp_path, capsys) -> None:
+    write_checkpoint(tmp_path, {"model.layers.0.mlp.gate_proj.weight": zeros(2, 2)})
+    assert main(["inspect", str(tmp_path), "--mapping"]) == 1
+    assert "no tensor of a routed expert" in capsys.readouterr().err
+    with pytest.raises(SystemExit) as stopped:
+        main(["inspect", str(DEMO), "--redundant-experts", "2"])
+    assert stopped.value.code == 2
 
 
 def test_no_weight_is_read_and_no_backend_starts(tmp_path) -> None:

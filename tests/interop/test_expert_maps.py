@@ -1,19 +1,20 @@
-"""The tables of vLLM's fused-MoE layer: its published cases, and agreement with `ExpertPlacement`."""
+"""The tables of vLLM and SGLang: vLLM's published cases, and agreement with `ExpertPlacement`."""
+
+import json
 
 import numpy as np
 import pytest
 
-from jaxmoe.interop.expert_maps import (
-    determine_expert_map,
-    determine_expert_placement_strategy,
+from jaxmoe.interop import (
+    expert_location_json,
     expert_map,
-    expert_mask,
     initial_physical_to_logical,
-    round_robin_routing_tables,
+    physical_to_logical_map,
+    placements_from_expert_location,
 )
-from jaxmoe.placement.base import ExpertPlacement
+from jaxmoe.placement import ExpertPlacement
 
-STRATEGIES = ("linear", "round_robin")
+STRATEGIES = {"linear": ExpertPlacement.linear, "round_robin": ExpertPlacement.round_robin}
 SIZES = [(2, 4), (2, 8), (2, 9), (2, 16), (2, 17), (4, 8), (4, 16), (4, 18), (4, 32), (4, 33), (4, 10), (8, 60), (3, 1)]
 
 
@@ -25,15 +26,14 @@ def table(experts: int, owned: list[int]) -> list[int]:
 @pytest.mark.parametrize(("ep", "experts"), SIZES)
 def test_expert_map(strategy: str, ep: int, experts: int) -> None:
     base, remainder = divmod(experts, ep)
+    placement = STRATEGIES[strategy](experts, ep)
     for rank in range(ep):
-        local = determine_expert_map(experts, ep, rank, strategy)
-        assert local.num_local == base + (rank < remainder)
-        start = rank * base + min(rank, remainder)
-        owned = {
-            "linear": list(range(start, start + local.num_local)),
-            "round_robin": list(range(rank, experts, ep)),
-        }[strategy]
-        np.testing.assert_array_equal(local.expert_map, np.array(table(experts, owned), np.int32), strict=True)
+        start, count = rank * base + min(rank, remainder), base + (rank < remainder)
+        owned = {"linear": list(range(start, start + count)), "round_robin": list(range(rank, experts, ep))}[strategy]
+        assert len(owned) == count
+        np.testing.assert_array_equal(
+            expert_map(placement, rank), np.array(table(experts, owned), np.int32), strict=True
+        )
 
 
 @pytest.mark.parametrize(
@@ -53,52 +53,8 @@ def test_expert_map(strategy: str, ep: int, experts: int) -> None:
     ],
 )
 def test_published_expert_maps(strategy: str, experts: int, ep: int, owned: list[list[int]]) -> None:
-    for rank, experts_of_rank in enumerate(owned):
-        local = determine_expert_map(experts, ep, rank, strategy)
-        assert local.num_local == len(experts_of_rank)
-        assert local.expert_map is not None
-        assert local.expert_map.tolist() == table(experts, experts_of_rank)
-
-
-def test_local_counts_of_18_over_4() -> None:
-    for strategy in STRATEGIES:
-        assert [determine_expert_map(18, 4, rank, strategy).num_local for rank in range(4)] == [5, 5, 4, 4]
-
-
-def test_one_rank_needs_no_map() -> None:
-    for strategy in STRATEGIES:
-        assert determine_expert_map(8, 1, 0, strategy) == (8, None)
-
-
-def test_mask_with_a_shared_expert() -> None:
-    local = determine_expert_map(10, 4, 1, num_fused_shared_experts=1)
-    assert local.expert_map is not None
-    assert local.expert_map.tolist() == [-1, -1, -1, 0, 1, 2, -1, -1, -1, -1, 3]
-    mask = expert_mask(local.expert_map)
-    assert (mask.tolist(), mask.dtype) == ([0, 0, 0, 1, 1, 1, 0, 0, 0, 0, 1, 0], np.int32)
-
-
-def test_128_experts_over_two_ranks() -> None:
-    for rank in range(2):
-        local = determine_expert_map(128, 2, rank)
-        assert np.flatnonzero(local.expert_map >= 0).tolist() == list(range(64 * rank, 64 * rank + 64))
-
-
-def test_refusals() -> None:
-    with pytest.raises(ValueError, match="strategies with an expert map are linear, round_robin; got 'random'"):
-        determine_expert_map(8, 2, 0, "random")
-    for ep, rank in [(0, 0), (-1, 0), (2, 2), (2, -1)]:
-        with pytest.raises(ValueError, match=f"got rank {rank} of ep={ep}"):
-            determine_expert_map(8, ep, rank)
-    with pytest.raises(ValueError, match="got rank 4 of ep=4"):
-        round_robin_routing_tables(8, 4, 4)
-    with pytest.raises(ValueError, match="got rank 2 of ep=2"):
-        expert_map(ExpertPlacement.linear(8, 2), 2)
-    with pytest.raises(ValueError, match="got 'random'"):
-        determine_expert_placement_strategy("random", ep=2, num_expert_groups=4)
-    for sizes in [(0, 1), (4, -1)]:
-        with pytest.raises(ValueError, match=f"got {sizes[0]} and {sizes[1]}"):
-            initial_physical_to_logical(*sizes)
+    placement = STRATEGIES[strategy](experts, ep)
+    assert [expert_map(placement, rank).tolist() for rank in range(ep)] == [table(experts, one) for one in owned]
 
 
 @pytest.mark.parametrize("seed", range(5))
@@ -112,36 +68,6 @@ def test_map_of_any_placement(seed: int) -> None:
         assert expert_map(placement, rank).tolist() == table(7, local)
 
 
-@pytest.mark.parametrize(
-    ("experts", "ep", "global_to_physical"),
-    [
-        (10, 4, [0, 3, 6, 8, 1, 4, 7, 9, 2, 5]),
-        (8, 2, [0, 4, 1, 5, 2, 6, 3, 7]),
-        (9, 2, [0, 5, 1, 6, 2, 7, 3, 8, 4]),
-        (8, 4, [0, 2, 4, 6, 1, 3, 5, 7]),
-        (18, 4, [0, 5, 10, 14, 1, 6, 11, 15, 2, 7, 12, 16, 3, 8, 13, 17, 4, 9]),
-    ],
-)
-def test_published_routing_tables(experts: int, ep: int, global_to_physical: list[int]) -> None:
-    assert round_robin_routing_tables(experts, ep, 0).global_to_physical.tolist() == global_to_physical
-    inverse = {(10, 4): [0, 4, 8, 1, 5, 9, 2, 6, 3, 7], (9, 2): [0, 2, 4, 6, 8, 1, 3, 5, 7]}.get((experts, ep))
-    if inverse:
-        assert round_robin_routing_tables(experts, ep, 0).physical_to_global.tolist() == inverse
-
-
-@pytest.mark.parametrize(("ep", "experts"), SIZES)
-def test_routing_tables(ep: int, experts: int) -> None:
-    base, remainder = divmod(experts, ep)
-    for rank in range(ep):
-        tables = round_robin_routing_tables(experts, ep, rank)
-        for expert in range(experts):
-            owner, slot = expert % ep, expert // ep
-            assert tables.global_to_physical[expert] == owner * base + min(owner, remainder) + slot
-        assert tables.physical_to_global[tables.global_to_physical].tolist() == list(range(experts))
-        assert tables.local_to_global.tolist() == list(range(rank, experts, ep))
-        assert {array.dtype for array in tables} == {np.dtype(np.int32)}
-
-
 def test_initial_physical_to_logical() -> None:
     assert initial_physical_to_logical(8, 3).tolist() == [0, 1, 2, 3, 4, 5, 6, 7, 0, 1, 2]
     assert initial_physical_to_logical(3).tolist() == [0, 1, 2]
@@ -151,28 +77,56 @@ def test_initial_physical_to_logical() -> None:
 
 def test_initial_map_is_a_placement() -> None:
     placement = ExpertPlacement(16, 4, initial_physical_to_logical(16, 4))
-    assert placement.expert_to_slots[1].tolist() == [1, 17]
-    assert placement.expert_to_slots[10].tolist() == [10, -1]
+    assert placement == ExpertPlacement.linear(16, 4, num_slots=20)
     assert expert_map(placement, 3).tolist() == [1, 2, 3, 4] + [-1] * 11 + [0]
 
 
+def test_an_expert_location_there_and_back() -> None:
+    """A model of five layers with experts in the second and the last: SGLang has a row for each of the five."""
+    placements = [ExpertPlacement.linear(6, 4, num_slots=8), ExpertPlacement.round_robin(6, 4, num_slots=8)]
+    np.testing.assert_array_equal(
+        physical_to_logical_map(placements),
+        np.array([[0, 1, 2, 3, 4, 5, 0, 1], [0, 4, 1, 5, 2, 0, 3, 1]], np.int32),
+        strict=True,
+    )
+    text = expert_location_json(placements, moe_layers=[1, 4], num_layers=5)
+    rows = json.loads(text)["physical_to_logical_map"]
+    initial = [0, 1, 2, 3, 4, 5, 0, 1]
+    assert rows == [initial, initial, initial, initial, placements[1].slot_to_expert.tolist()]
+    assert placements_from_expert_location(text, ep=4, num_experts=6, moe_layers=[1, 4]) == placements
+    assert placements_from_expert_location(text, ep=4, num_experts=6) == [placements[0]] * 4 + [placements[1]]
+
+
+def test_refusals() -> None:
+    whole, padded = ExpertPlacement.linear(8, 4), ExpertPlacement.linear(6, 4)
+    for rank in (-1, 4):
+        with pytest.raises(ValueError, match=f"got rank {rank} of ep=4"):
+            expert_map(whole, rank)
+    for sizes in [(0, 1), (4, -1)]:
+        with pytest.raises(ValueError, match=f"got {sizes[0]} and {sizes[1]}"):
+            initial_physical_to_logical(*sizes)
+    with pytest.raises(ValueError, match=r"of 8 slots of MoE layer 1, 2 are padding; place with num_slots=8"):
+        physical_to_logical_map([whole, padded])
+    with pytest.raises(ValueError, match=r"equally many physical experts; got \[8, 12\]"):
+        physical_to_logical_map([whole, ExpertPlacement.linear(8, 4, num_slots=12)])
+    with pytest.raises(ValueError, match="the model has 2 MoE layers; got placements of 1"):
+        expert_location_json([whole], moe_layers=[0, 1], num_layers=2)
+
+
 @pytest.mark.parametrize(
-    ("changes", "reason"),
+    ("text", "message"),
     [
-        ({}, None),
-        ({"num_expert_groups": None}, r"no expert groups \(num_expert_groups=None\)"),
-        ({"num_expert_groups": 1}, r"no expert groups \(num_expert_groups=1\)"),
-        ({"num_redundant_experts": 2}, "2 redundant experts"),
-        ({"load_balancing": True}, "load balancer"),
-        ({"exchange_supports_round_robin": False}, "cannot translate"),
+        ("{", "an expert location is a JSON object with physical_to_logical_map: "),
+        ("[]", "a row for each layer; this one is not"),
+        ('{"logical_count": [[1, 2]]}', "a row for each layer; this one is not"),
+        ('{"physical_to_logical_map": []}', "a row for each layer; this one is not"),
+        ('{"physical_to_logical_map": [[0, 1]]}', "got 1 rows and MoE layer 1"),
+        ('{"physical_to_logical_map": [[0, 1], [0, 1, 1]]}', r"shape \(3,\), which does not split over ep=2"),
+        ('{"physical_to_logical_map": [[0, 1], [0, 0]]}', "every expert needs a slot: 1 of 2 have none"),
+        ('{"physical_to_logical_map": [[0, 1], 5]}', "every device owns the same number of slots"),
+        ('{"physical_to_logical_map": [[0, 1], ["a", "b"]]}', "slot_to_expert is a list of whole numbers"),
     ],
 )
-def test_placement_strategy(changes: dict, reason: str | None) -> None:
-    situation = {"ep": 4, "num_expert_groups": 8} | changes
-    assert determine_expert_placement_strategy("linear", **situation) == "linear"
-    assert determine_expert_placement_strategy("round_robin", **(situation | {"ep": 1})) == "linear"
-    if reason is None:
-        assert determine_expert_placement_strategy("round_robin", **situation) == "round_robin"
-    else:
-        with pytest.warns(UserWarning, match=f"falls back to linear: .*{reason}"):
-            assert determine_expert_placement_strategy("round_robin", **situation) == "linear"
+def test_a_text_that_is_no_expert_location(text: str, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        placements_from_expert_location(text, ep=2, num_experts=2, moe_layers=[1])

@@ -1,19 +1,14 @@
-"""The rows of vLLM's expert mapping: its published cases."""
+"""The rows of vLLM's expert mapping: its published cases, and the tensors of checkpoints."""
 
-import numpy as np
+import doctest
+from pathlib import Path
+
 import pytest
 
-from jaxmoe.checkpoint.errors import CheckpointError
-from jaxmoe.interop.expert_params import (
-    ExpertRow,
-    activation_scale_mapping,
-    assignments,
-    expert_params_mapping,
-    fused_chunk,
-    per_tensor_scale,
-    scale_index,
-    weight_scale_mapping,
-)
+from jaxmoe.checkpoint import CheckpointError, open_checkpoint
+from jaxmoe.checkpoint.inspection import group_of
+from jaxmoe.interop import ExpertRow, assignments, expert_maps, expert_params, expert_params_mapping, map_names
+from tests.support.saved import SOURCES
 
 E, REDUNDANT = 16, 4
 NAMINGS = [("gate_proj", "down_proj", "up_proj"), ("w1", "w2", "w3"), ("linear", "linear_1", "linear_v")]
@@ -92,8 +87,6 @@ def test_experts_without_gate() -> None:
         ("experts.w13_weight", 17, "w1"),
     ]
     assert found("experts.up_proj", rows) == [("experts.w13_weight", 0, "w1")]
-    stack = np.arange(24).reshape(2, 4, 3)
-    assert fused_chunk(stack, rows[0], rows) is stack
 
 
 def test_fused_rows_name_chunks() -> None:
@@ -103,13 +96,11 @@ def test_fused_rows_name_chunks() -> None:
         ("experts.w13_weight", "experts.gate_up_proj", 1, "w3"),
         ("experts.w2_weight", "experts.down_proj", 0, "w2"),
     ]
-    stack = np.arange(E * 4 * 3).reshape(E, 4, 3)
-    gate, up = (fused_chunk(stack, row, rows) for _, row in assignments("mlp.experts.gate_up_proj", rows))
-    np.testing.assert_array_equal(gate, stack[:, :2])  # of all experts, before up of any
-    np.testing.assert_array_equal(up, stack[:, 2:])
-    ((param, down),) = assignments("mlp.experts.down_proj", rows)
-    assert param == "mlp.experts.w2_weight"
-    assert fused_chunk(stack, down, rows) is stack
+    assert found("mlp.experts.gate_up_proj", rows) == [
+        ("mlp.experts.w13_weight", 0, "w1"),
+        ("mlp.experts.w13_weight", 1, "w3"),
+    ]
+    assert found("mlp.experts.down_proj", rows) == [("mlp.experts.w2_weight", 0, "w2")]
 
 
 @pytest.mark.parametrize(("naming", "both"), [(NAMINGS[0], "gate_up_proj"), (NAMINGS[1], "w13")])
@@ -119,11 +110,6 @@ def test_gate_and_up_of_one_expert_in_one(naming: tuple[str, str, str], both: st
     assert [(param, row.expert_id, row.shard_id) for param, row in targets] == [
         ("mlp.experts.w13_weight", expert, shard) for expert in (1, 17) for shard in ("w1", "w3")
     ]
-    matrix = np.arange(12).reshape(4, 3)
-    for _, row in targets:
-        np.testing.assert_array_equal(
-            fused_chunk(matrix, row, rows), matrix[:2] if row.shard_id == "w1" else matrix[2:]
-        )
 
 
 def test_per_expert_and_fused_in_one_mapping() -> None:
@@ -148,54 +134,76 @@ def test_fused_rows_need_a_known_name() -> None:
         expert_params_mapping("linear", "linear_1", "linear_v", 2, include_fused=True)
 
 
-def test_bad_rows_and_shapes_are_refused() -> None:
+def test_parts_of_fused_tensors() -> None:
     rows = expert_params_mapping("gate_proj", "down_proj", "up_proj", 2, include_fused=True)
-    with pytest.raises(CheckpointError, match="chunks 0 and 1 of a dim of even size; got chunk 2"):
-        fused_chunk(np.zeros((2, 4, 3)), rows[0]._replace(expert_id=2), rows)
-    with pytest.raises(CheckpointError, match=r"got chunk 0 of dim 1 of \(2, 5, 3\)"):
-        fused_chunk(np.zeros((2, 5, 3)), rows[0], rows)
+    parts = {
+        "": "weight",
+        "_bias": "bias",
+        "_blocks": "weight",
+        "_scales": "weight_scale",
+        "_scale_inv": "weight_scale_inv",
+    }
+    for part, param in parts.items():
+        assert found(f"mlp.experts.down_proj{part}", rows) == [(f"mlp.experts.w2_{param}", 0, "w2")]
+        assert {param for param, _, _ in found(f"mlp.experts.gate_up_proj{part}", rows)} == {f"mlp.experts.w13_{param}"}
 
 
-def test_tensors_without_a_parameter() -> None:
-    rows = expert_params_mapping("gate_proj", "down_proj", "up_proj", 2, include_fused=True)
-    params = {"experts.w13_weight", "experts.w2_weight"}
-    assert assignments("experts.1.down_proj.bias", rows, params) == []
-    assert len(assignments("experts.1.down_proj.bias", rows, params | {"experts.w2_bias"})) == 1
-    with pytest.raises(CheckpointError, match=r"would fill 'experts.w2_new_scale', which the model does not have"):
-        assignments("experts.1.down_proj.new_scale", rows, params)
-    with pytest.raises(CheckpointError, match=r"'experts.gate_up_proj_bias' would fill"):
-        assignments("experts.gate_up_proj_bias", rows, params)
+# Experts of these have names that vLLM's mapping has no row for; its models rename them first.
+OWN_NAMES = {"dbrx": 6, "granitemoe": 4}
 
 
-@pytest.mark.parametrize("scale", ["weight_scale", "weight_scale_inv", "weight_scale_2"])
-def test_weight_scales(scale: str) -> None:
-    rows = weight_scale_mapping("gate_proj", "down_proj", "up_proj", E, REDUNDANT, scale=scale)
-    general = expert_params_mapping("gate_proj", "down_proj", "up_proj", E, REDUNDANT)
-    name = f"mlp.experts.1.up_proj.{scale}"
-    assert found(name, rows) == found(name, general) == [(f"mlp.experts.w13_{scale}", e, "w3") for e in (1, 17)]
-    for other in {"weight", "weight_scale", "weight_scale_inv", "weight_scale_2", "input_scale"} - {scale}:
-        assert found(f"mlp.experts.1.up_proj.{other}", rows) == []
+@pytest.mark.parametrize("path", SOURCES, ids=lambda path: f"{path.parent.name}-{path.name}")
+def test_every_expert_tensor_of_a_family_fills_its_part_once(path: Path) -> None:
+    names = [name for name in open_checkpoint(path).tensors if group_of(name) == "routed experts"]
+    mapped = map_names(open_checkpoint(path).tensors)
+    without = [name for name in names if not mapped.get(name)]
+    if path.name == "original" and path.parent.name in OWN_NAMES:
+        assert without == names
+        assert len(names) == OWN_NAMES[path.parent.name]
+        return
+    assert without == []
+    assert mapped.keys() == set(names)
+    places = [(param, row.is_fused, row.expert_id, row.shard_id) for found in mapped.values() for param, row in found]
+    assert len(places) == len(set(places))
+    # Whatever the layout, a layer has w2 for each w1, and as many w3, or none where experts have no gate.
+    shards = [[place for place in places if place[-1] == shard] for shard in ("w1", "w2", "w3")]
+    assert len(shards[0]) == len(shards[1])
+    assert len(shards[2]) in (len(shards[0]), 0)
+    assert bool(shards[2]) == (path.parent.name != "nemotron_h")
 
 
-@pytest.mark.parametrize("scale", ["input_scale", "activation_scale"])
-def test_activation_scales(scale: str) -> None:
-    rows = activation_scale_mapping("w1", "w2", "w3", E, scale=scale)
-    assert found(f"experts.15.w2.{scale}", rows) == [(f"experts.w2_{scale}", 15, "w2")]
-    assert found("experts.15.w2.weight_scale", rows) == []
+@pytest.mark.parametrize(
+    ("layer", "suffix"),
+    [("h.0.mlp.experts", "weight"), ("h.1.mlp.experts", "weight_scale_inv"), ("experts", "qweight")],
+)
+@pytest.mark.parametrize("naming", [*NAMINGS, (None, "down_proj", "up_proj")])
+@pytest.mark.parametrize("wrapped", ["", "base_layer."])
+def test_names_tell_how_a_layer_calls_its_projections(naming, wrapped, layer, suffix) -> None:
+    names = [f"{layer}.{e}.{part}.{wrapped}{suffix}" for e in range(3) for part in naming if part]
+    mapped = map_names([*names, "lm_head.weight", "h.0.mlp.shared_experts.gate_proj.weight"], num_redundant_experts=2)
+    rows = expert_params_mapping(*naming, 3, 2, base_layer=bool(wrapped))
+    assert mapped == {name: assignments(name, rows) for name in names}
+    assert [len(found) for found in mapped.values()] == [2] * (2 * len(names) // 3) + [1] * (len(names) // 3)
 
 
-def test_unknown_scales() -> None:
-    with pytest.raises(CheckpointError, match="input_scale, activation_scale; got 'activation_scale_inv'"):
-        activation_scale_mapping("w1", "w2", "w3", E, scale="activation_scale_inv")
-    with pytest.raises(CheckpointError, match="weight_scale, weight_scale_inv, weight_scale_2; got 'scale'"):
-        weight_scale_mapping("w1", "w2", "w3", E, scale="scale")
+def test_layers_are_told_apart() -> None:
+    """One has more experts than the other, other names, or all of them in one tensor."""
+    names = ["a.experts.7.w1.weight", "b.experts.1.up_proj.weight", "b.experts.0.gate_proj.weight", "c.experts.up_proj"]
+    found = {
+        name: [(param, row.expert_id, row.shard_id) for param, row in places]
+        for name, places in map_names(names, num_redundant_experts=2).items()
+    }
+    assert found == {
+        "a.experts.7.w1.weight": [("a.experts.w13_weight", 7, "w1")],
+        "b.experts.1.up_proj.weight": [("b.experts.w13_weight", 1, "w3"), ("b.experts.w13_weight", 3, "w3")],
+        "b.experts.0.gate_proj.weight": [("b.experts.w13_weight", 0, "w1"), ("b.experts.w13_weight", 2, "w1")],
+        "c.experts.up_proj": [("c.experts.w13_weight", 0, "w1")],
+    }
+    assert map_names(["d.experts.0.novel.weight"]) == {"d.experts.0.novel.weight": []}
 
 
-def test_per_tensor_scales() -> None:
-    for saved in ([0.5], 0.5, [[0.5]]):
-        scale = per_tensor_scale(np.array(saved, np.float32))
-        assert (scale.shape, float(scale)) == ((), 0.5)
-    with pytest.raises(CheckpointError, match=r"one element; this one has shape \(2,\)"):
-        per_tensor_scale(np.array([0.1, 0.2]))
-    rows = expert_params_mapping("w1", "w2", "w3", 4)
-    assert [scale_index(row) for row in rows[9:]] == [(3, 0), (3,), (3, 1)]
+def test_examples() -> None:
+    for module in (expert_maps, expert_params):
+        results = doctest.testmod(module)
+        assert results.attempted
+        assert not results.failed

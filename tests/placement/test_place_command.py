@@ -14,6 +14,7 @@ from jaxmoe.placement.synthetic import synthetic_trace
 from tests.support.goldens import GOLDENS
 
 RECORDER = Path(__file__).parent.parent / "checkpoint" / "data" / "torch_recorder.pt"
+DEMO = Path(__file__).parents[2] / "demo"
 WIDTHS = ["--hidden-size", "64", "--moe-intermediate-size", "32"]
 
 
@@ -104,6 +105,40 @@ def test_two_recordings_are_one_after_the_other(trace_file, tmp_path, capsys) ->
     assert tables[0] == tables[1]
 
 
+def test_an_expert_map_for_people_and_for_machines(trace_file, tmp_path, capsys) -> None:
+    words = [trace_file, "--ep", "4", "--strategies", "eplb", "--num-slots", "20", "--expert-map", "3", *WIDTHS]
+    output = tmp_path / "best.json"
+    place(*words, "-o", str(output))
+    placements = placements_from_json(output.read_text())
+    maps = [
+        [placement.device_experts(3).index(e) if e in placement.device_experts(3) else -1 for e in range(16)]
+        for placement in placements
+    ]
+    lines = [line for line in capsys.readouterr().out.splitlines() if "rank" in line]
+    assert lines == [f"eplb, MoE layer {i}, rank 3: {' '.join(map(str, slots))}" for i, slots in enumerate(maps)]
+    place(*words, "--json")
+    assert json.loads(capsys.readouterr().out)["expert_map"] == maps
+
+
+def test_an_expert_location_for_sglang(tmp_path, capsys) -> None:
+    """Of three layers the first is dense; the map has a row for it all the same, and can be judged here again."""
+    config = {"model_type": "novel", "hidden_size": 64, "moe_intermediate_size": 32, "n_routed_experts": 8}
+    config |= {"num_experts_per_tok": 2, "num_hidden_layers": 3, "first_k_dense_replace": 1}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    location, output = tmp_path / "location.json", tmp_path / "best.json"
+    words = ["--synthetic", "--config", str(tmp_path), "--ep", "2", "--num-slots", "10"]
+    place(*words, "--strategies", "eplb", "--expert-location", str(location), "-o", str(output))
+    assert f"--init-expert-location {location} --ep-num-redundant-experts 2\n" in capsys.readouterr().err
+    rows = json.loads(location.read_text())["physical_to_logical_map"]
+    placements = placements_from_json(output.read_text())
+    assert rows == [[0, 1, 2, 3, 4, 5, 6, 7, 0, 1], *[placement.slot_to_expert.tolist() for placement in placements]]
+    place(*words, "--strategies", "eplb", "--include", str(location), "--before", str(location), "--json")
+    strategies = json.loads(capsys.readouterr().out)["strategies"]
+    judged, made = strategies[str(location)], strategies["eplb"]
+    assert judged["layer_max_over_mean"] == made["layer_max_over_mean"]
+    assert sum(made["migration_bytes"].values()) == 0
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
@@ -112,6 +147,14 @@ def test_two_recordings_are_one_after_the_other(trace_file, tmp_path, capsys) ->
         (["TRACE", "-o", "absent/best.json", *WIDTHS], "the directory of --output absent/best.json does not exist"),
         (["TRACE", "--device-speeds", "1,0,1,1", *WIDTHS], "device_speeds are finite and above 0"),
         (["TRACE"], "pass --config, or --hidden-size and --moe-intermediate-size"),
+        (
+            ["TRACE", "--expert-location", "absent/l.json", "--config", str(DEMO)],
+            "the directory of --expert-location absent/l.json does not exist",
+        ),
+        (
+            ["--synthetic", "--expert-location", "l.json", "--config", str(DEMO), "--num-slots", "17"],
+            "of 20 slots of MoE layer 0, 3 are padding",
+        ),
         (["TRACE", "--strategies", "best", *WIDTHS], "placement strategies are .*; got 'best'"),
         (["TRACE", "--by", "beauty", *WIDTHS], "strategies are ranked by"),
         (["TRACE", "--before", "absent.json", *WIDTHS], "the placement file absent.json does not exist"),
@@ -133,6 +176,8 @@ def test_what_does_not_fit_is_told_in_a_line(trace_file, words, message) -> None
         ["TRACE", "--ep", "0"],
         ["TRACE", "--ep", "4", "--strategies", ","],
         ["TRACE", "--ep", "2", "--device-slots", "8.5,8"],
+        ["TRACE", "--ep", "2", "--expert-map", "2"],
+        ["TRACE", "--ep", "2", "--expert-location", "location.json"],
     ],
 )
 def test_wrong_usage(trace_file, words, capsys) -> None:
