@@ -185,6 +185,30 @@ def test_import_is_cheap() -> None:
     assert not {"jax", "flax", "numpy", "torch", "transformers", "rich", "tokenizers", "orbax"} & set(loaded)
 
 
+def test_help_is_cheap() -> None:
+    code = "import sys; from jaxmoe.cli import main\ntry: main(['place', '--help'])\nfinally: print(*sys.modules)"
+    loaded = {name.split(".")[0] for name in run_python(code).split()}
+    assert "jaxmoe" in loaded
+    assert not {"jax", "flax", "numpy", "rich"} & loaded
+
+
+def test_placing_needs_no_jax() -> None:
+    words = [
+        "place",
+        str(PACKAGE.parent / "demo/traces/first_half_tokens.npz"),
+        "--hidden-size",
+        "8",
+        "--moe-intermediate-size",
+        "8",
+    ]
+    words += ["--ep", "2", "--strategies", "linear", "--expert-map", "0"]
+    loaded = run_python(
+        f"import sys; from jaxmoe.cli import main; assert main({words}) == 0; print(*sys.modules)"
+    ).split()
+    assert "jaxmoe.interop.expert_maps" in loaded
+    assert not {"jax", "flax"} & set(loaded)
+
+
 def test_placement_is_imported_without_jax() -> None:
     loaded = run_python("import sys, jaxmoe; jaxmoe.ExpertPlacement; print(*sys.modules)").split()
     assert not {"jax", "flax"} & set(loaded)

@@ -53,7 +53,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     _add_load_options(parser)
     parser.add_argument("--json", action="store_true", help="one JSON object a line for each prompt")
     parser.add_argument(
-        "--record-routing", metavar="FILE.npz", help="write which experts every token chose, for `jaxmoe place`"
+        "--record-routing", metavar="FILE.npz", help="write the experts that every token chose, for `jaxmoe place`"
     )
     parser.add_argument(
         "-v", "--verbose", action="store_true", help="where experts are and how tokens travel to them, on stderr"
@@ -187,7 +187,7 @@ def _read_prompts(args: argparse.Namespace) -> list[Any]:
 
 
 def _conversations(prompts: list[Any], args: argparse.Namespace) -> list[Any]:
-    """With --chat, texts as conversations; what a .jsonl file gives as token ids or messages stays."""
+    """Make conversations of texts, with --chat; token ids and messages of a .jsonl file stay as they are."""
     if not args.chat:
         return prompts
     system = [{"role": "system", "content": args.system}] if args.system is not None else []
@@ -195,7 +195,7 @@ def _conversations(prompts: list[Any], args: argparse.Namespace) -> list[Any]:
 
 
 def _record(prompt: Any, output: "Output", stats: "GenerationStats") -> dict[str, Any]:
-    """A line of --json; the timing is that of the whole batch."""
+    """Make a line of --json; the timing is that of the whole batch."""
     return {
         "prompt": prompt,
         "token_ids": output.token_ids,

@@ -148,13 +148,13 @@ def _quantization(summary: "CheckpointSummary") -> str:
 
 
 def _first(items: Sequence[str], what: str) -> list[str]:
-    """The first few of `items`, and how many are left."""
+    """Take the first few of `items`, and say how many are left."""
     more = [f"and {len(items) - _SHOWN:,} more {what}"] if len(items) > _SHOWN else []
     return [*items[:_SHOWN], *more]
 
 
 def _ranges(numbers: Sequence[int]) -> str:
-    """Ascending integers as ranges.
+    """Show ascending integers as ranges.
 
     Example:
         >>> _ranges([0, 1, 2, 5])

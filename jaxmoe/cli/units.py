@@ -2,7 +2,7 @@
 
 
 def show_count(value: int | None) -> str:
-    """A number of things in three digits and the usual letter.
+    """Show a number of things in three digits and the usual letter.
 
     >>> [show_count(value) for value in (30_532_122_624, 7_200_000, 98_304, None)]
     ['30.5B', '7.2M', '98,304', 'unknown']
@@ -16,7 +16,7 @@ def show_count(value: int | None) -> str:
 
 
 def show_bytes(value: float) -> str:
-    """Bytes in three digits and the largest unit that they reach, of powers of 1000.
+    """Show bytes in three digits and the largest unit that they reach, of powers of 1000.
 
     >>> [show_bytes(value) for value in (80e9, 14_400_000, 12)]
     ['80 GB', '14.4 MB', '12 bytes']

@@ -16,7 +16,6 @@ from collections.abc import Iterable
 from functools import cache
 from typing import Literal, NamedTuple
 
-from jaxmoe.checkpoint.errors import CheckpointError
 from jaxmoe.interop.expert_maps import initial_physical_to_logical
 
 ShardId = Literal["w1", "w2", "w3"]
@@ -97,7 +96,7 @@ def expert_params_mapping(
         Rows of fused tensors first, then w1, w2, w3 of each physical expert.
 
     Raises:
-        CheckpointError: fused rows are asked for where the names have no known fused form.
+        ValueError: fused rows are asked for where the names have no known fused form.
 
     Example:
         >>> for row in expert_params_mapping("w1", "w2", "w3", 1):
@@ -227,7 +226,7 @@ def _fused_name(gate: str | None, up: str) -> str | None:
         return up
     if (gate, up) not in _FUSED_NAMES:
         known = " or ".join("/".join(names) for names in _FUSED_NAMES)
-        raise CheckpointError(f"gate and up in one have a name for {known}; got {gate}/{up}; leave include_fused out")
+        raise ValueError(f"gate and up in one have a name for {known}; got {gate}/{up}; leave include_fused out")
     return _FUSED_NAMES[gate, up]
 
 
