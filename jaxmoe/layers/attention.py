@@ -16,6 +16,7 @@ from jaxmoe.layers.cache import CacheArray, write_prompt, write_token
 from jaxmoe.layers.norm import rms_norm, zero_centred_rms_norm
 from jaxmoe.layers.param import ParamFactory, RowMap, ones, zeros
 from jaxmoe.layers.rope import apply_rope
+from jaxmoe.layers.weights import WeightSpecs
 from jaxmoe.mesh import TP
 
 # Queries of a long prompt are taken this many at a time, which bounds the score matrix.
@@ -124,6 +125,7 @@ class Attention(nnx.Module):
             self.k_norm = param((self.kv_heads * h,), TP, init=ones, rows=kv_rows)
         if config.sinks:
             self.sinks = param((config.num_heads,), TP, init=zeros)
+        self.specs = WeightSpecs.of(self)
 
     def cache_arrays(self, batch_size: int, max_length: int) -> KVCache:
         """The layer's cache, as a `KVCache` of `CacheArray`."""
@@ -151,9 +153,7 @@ class Attention(nnx.Module):
         Returns:
             [B, S, D], and the cache with the new tokens in it.
         """
-        weights = {name: param[...] for name, param in vars(self).items() if isinstance(param, nnx.Param)}
-        whole = {"b_o", *(("q_norm", "k_norm") if self.config.qk_norm == "head" else ())}
-        specs = {name: P() if name in whole else P(None, TP) if name == "w_o" else P(TP) for name in weights}
+        weights, specs = self.specs.weights(self)
         cache_spec = None if cache is None else KVCache(P(batch, TP), P(batch, TP))
 
         def local(

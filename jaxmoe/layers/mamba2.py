@@ -17,6 +17,7 @@ from jaxmoe.layers.conv import causal_conv
 from jaxmoe.layers.param import ParamFactory, RowMap, ones, zeros
 from jaxmoe.layers.recurrent import RecurrentCache, RecurrentMixer, is_token
 from jaxmoe.layers.ssd import chunked_ssd, ssd_step
+from jaxmoe.layers.weights import WeightSpecs
 from jaxmoe.mesh import TP
 
 
@@ -56,6 +57,7 @@ class Mamba2(RecurrentMixer):
         self.skip = param((H,), TP, init=ones, dtype=jnp.float32)
         self.out_norm = param((A,), TP, init=ones)
         self.w_out = param((hidden_size, A), None, TP)
+        self.specs = WeightSpecs.of(self)
 
     def cache_arrays(self, batch_size: int, max_length: int) -> RecurrentCache:
         """The layer's cache, as a `RecurrentCache` of `CacheArray`; `max_length` makes no difference."""

@@ -18,6 +18,7 @@ from jaxmoe.layers.cache import CacheArray, write_prompt, write_token
 from jaxmoe.layers.norm import rms_norm
 from jaxmoe.layers.param import ParamFactory, ones, zeros
 from jaxmoe.layers.rope import apply_rope
+from jaxmoe.layers.weights import WeightSpecs
 from jaxmoe.mesh import TP
 
 
@@ -118,6 +119,7 @@ class LatentAttention(nnx.Module):
                 self.b_q_a = param((config.q_rank,), init=zeros)
             self.b_kv_a = param((L + r,), init=zeros)
             self.b_o = param((hidden_size,), init=zeros)
+        self.specs = WeightSpecs.of(self)
 
     def cache_arrays(self, batch_size: int, max_length: int) -> LatentCache:
         """The layer's cache, as a `LatentCache` of `CacheArray`."""
@@ -147,9 +149,7 @@ class LatentAttention(nnx.Module):
         Returns:
             [B, S, D], and the cache with the new tokens in it.
         """
-        weights = {name: param[...] for name, param in vars(self).items() if isinstance(param, nnx.Param)}
-        over_heads = {"w_q": P(TP), "w_q_b": P(TP), "w_kv_b": P(TP), "w_o": P(None, TP)}
-        specs = {name: over_heads.get(name, P()) for name in weights}
+        weights, specs = self.specs.weights(self)
         cache_spec = None if cache is None else LatentCache(P(batch), P(batch))
 
         def local(

@@ -126,8 +126,8 @@ class ParamFactory:
             make = jax.jit(_initial, static_argnums=(1, 2, 3, 4), out_shardings=sharding)
             value = make(self.rngs.params(), shape, dtype, init, rows.rows if rows else slots)
         if slots is None:
-            return nnx.Param(value, rows=rows)
-        return ExpertStack(value, rows=rows, filled_by=SlotOrder(slots))
+            return nnx.Param(value, rows=rows, spec=sharding.spec)
+        return ExpertStack(value, rows=rows, spec=sharding.spec, filled_by=SlotOrder(slots))
 
 
 def _initial(

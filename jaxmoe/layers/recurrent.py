@@ -1,6 +1,6 @@
 """What the recurrent layers in attention's place share: a short convolution's inputs and a state instead of a cache."""
 
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -8,6 +8,7 @@ from flax import nnx
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
+from jaxmoe.layers.weights import WeightSpecs
 from jaxmoe.mesh import TP
 
 
@@ -27,14 +28,15 @@ class RecurrentCache(NamedTuple):
 class RecurrentMixer(nnx.Module):
     """A token mixer whose channels or heads are split over tp; a subclass says what a rank does with its own.
 
-    Dim 0 of a weight is split over tp, except for those named in `columns` (dim 1) and `whole`. The output projection
-    is `w_out`, with `b_out` where it has a bias.
+    The output projection is `w_out`, with `b_out` where it has a bias.
+
+    Attributes:
+        mesh: mesh that the layer is on.
+        specs: specs of its weights.
     """
 
-    columns: ClassVar[tuple[str, ...]] = ("w_out",)
-    whole: ClassVar[tuple[str, ...]] = ("b_out",)
-
     mesh: Mesh
+    specs: WeightSpecs
 
     def run(
         self, w: dict[str, jax.Array], x_BSD: jax.Array, lengths_B: jax.Array, before: RecurrentCache | None
@@ -73,10 +75,7 @@ class RecurrentMixer(nnx.Module):
         Returns:
             [B, S, D], and the cache after each row's last token.
         """
-        weights = {name: param[...] for name, param in vars(self).items() if isinstance(param, nnx.Param)}
-        specs = {
-            name: P() if name in self.whole else P(None, TP) if name in self.columns else P(TP) for name in weights
-        }
+        weights, specs = self.specs.weights(self)
         cache_spec = None if cache is None else RecurrentCache(P(batch, None, TP), P(batch, TP))
 
         def local(
