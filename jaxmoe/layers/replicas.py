@@ -1,10 +1,11 @@
-"""Which replica of an expert a token goes to, inside the compiled program.
+"""The choice among an expert's replicas, inside the compiled program.
 
 The tables come from `jaxmoe.placement.replicas`. They are arrays that the program reads, so a placement or the loads
 of the last window can change without a recompilation.
 """
 
 import dataclasses
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -15,14 +16,36 @@ from jaxmoe.placement.nodes import check_nodes
 from jaxmoe.placement.replicas import get_replica_choice
 
 
+class PlacementTables(NamedTuple):
+    """A layer's placement and replica choice as arrays; R is the most replicas that an expert can have.
+
+    Also holds the variables that have them, or their partition specs. The layer's variables have these names.
+
+    Attributes:
+        slot_to_expert: int32 [P], the placement itself.
+        expert_to_slots: int32 [E, R], slots that any device's tokens may use.
+        replica_counts: int32 [E], how many those are.
+        near_slots: int32 [n, E, R], slots that the tokens of each of the n devices use; with "local_first" only.
+        near_counts: int32 [n, E], how many those are.
+        last_load: float32 [n], loads that the others were made with; with "least_loaded" only.
+    """
+
+    slot_to_expert: Any
+    expert_to_slots: Any
+    replica_counts: Any
+    near_slots: Any = None
+    near_counts: Any = None
+    last_load: Any = None
+
+
 @dataclasses.dataclass(frozen=True, eq=False)
 class ReplicaRule:
     """A replica choice and what it looks at.
 
     Attributes:
-        choice: a name in `jaxmoe.placement.replicas.REPLICA_CHOICES`.
-        devices_per_node: for "local_first"; None for all devices on one node.
-        last_load: [n], rows that each device received lately; for "least_loaded".
+        choice: name in `jaxmoe.placement.replicas.REPLICA_CHOICES`.
+        devices_per_node: devices of a node, for "local_first"; None for all devices on one node.
+        last_load: [n], rows that each device received lately, for "least_loaded".
     """
 
     choice: str = "modulo"
@@ -51,14 +74,45 @@ class ReplicaRule:
         return np.pad(slots, ((0, 0), (0, 0), (0, widest - slots.shape[2])), constant_values=-1), counts
 
 
+def choose_replicas(
+    x_TD: jax.Array,
+    ids_TK: jax.Array,
+    tables: PlacementTables,
+    *,
+    choice: str,
+    first_token: int | jax.Array,
+    own_tokens: bool,
+) -> jax.Array:
+    """The physical slot of every choice of a device's tokens, int32 [T, K].
+
+    Args:
+        x_TD: the tokens' activations, of which "random" makes its draws.
+        ids_TK: logical experts.
+        tables: this device's part of the layer's.
+        choice: as `ReplicaRule` has it.
+        first_token: number of the device's first token over all devices.
+        own_tokens: whether each device that shares the experts has tokens of its own.
+    """
+    turn_TK = None
+    if tables.expert_to_slots.shape[1] > 1:
+        turn_TK = token_draws(x_TD, ids_TK.shape[1]) if choice == "random" else token_turns(ids_TK.shape, first_token)
+    slots_TK = choose_slots(ids_TK, tables.expert_to_slots, tables.replica_counts, turn_TK)
+    # Where all devices have the same tokens, all must choose alike and none is nearer.
+    if tables.near_slots is not None and own_tokens:
+        near_TK = choose_slots(ids_TK, tables.near_slots[0], tables.near_counts[0], turn_TK)
+        # A state of a layer without these tables may have brought another placement than they were made for.
+        slots_TK = jnp.where(tables.slot_to_expert[near_TK] == ids_TK, near_TK, slots_TK)
+    return slots_TK
+
+
 def choose_slots(ids_TK: jax.Array, slots_ER: jax.Array, counts_E: jax.Array, turn_TK: jax.Array | None) -> jax.Array:
     """The physical slot of every chosen expert: replica number turn mod replicas.
 
     Args:
         ids_TK: logical experts.
-        slots_ER: the slots that may be used for each.
-        counts_E: how many there are.
-        turn_TK: from `token_turns` or `token_draws`; None where R is 1.
+        slots_ER: slots that may be used for each.
+        counts_E: number of those slots.
+        turn_TK: numbers from `token_turns` or `token_draws`; None where R is 1.
     """
     if turn_TK is None:
         return slots_ER[ids_TK, 0]

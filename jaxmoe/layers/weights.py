@@ -43,7 +43,7 @@ class WeightSpecs:
     def typed(self, kind: type[Weights]) -> Weights:
         """The specs as a tuple of `kind`, whose fields have the parameters' names; None for those that the module lacks."""
         specs = dict(self.by_name)
-        return kind(*[specs.get(name) for name in kind._fields])
+        return kind._make([specs.get(name) for name in kind._fields])
 
 
 def hold(module: nnx.Module, weights: NamedTuple) -> None:
@@ -56,4 +56,4 @@ def hold(module: nnx.Module, weights: NamedTuple) -> None:
 def held(module: nnx.Module, kind: type[Weights]) -> Weights:
     """The values of the module's variables that the fields of `kind` name; None for those that it lacks."""
     variables = [getattr(module, name, None) for name in kind._fields]
-    return kind(*[None if variable is None else variable[...] for variable in variables])
+    return kind._make([None if variable is None else variable[...] for variable in variables])
