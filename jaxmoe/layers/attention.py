@@ -13,7 +13,7 @@ from jax.sharding import PartitionSpec as P
 
 from jaxmoe.config import AttentionConfig
 from jaxmoe.layers.cache import CacheArray, write_prompt, write_token
-from jaxmoe.layers.norm import rms_norm, zero_centred_rms_norm
+from jaxmoe.layers.norm import rms_norm, zero_centered_rms_norm
 from jaxmoe.layers.param import ParamFactory, RowMap, ones, zeros
 from jaxmoe.layers.rope import apply_rope
 from jaxmoe.layers.weights import WeightSpecs
@@ -145,10 +145,10 @@ class Attention(nnx.Module):
 
         Args:
             x_BSD: normed activations, the batch dim sharded over the axes `batch`.
-            positions_BS: int32, where each token stands; 0..S-1 unless `decode`.
-            cache: filled with the new keys and values where given.
+            positions_BS: int32, position of each token; 0..S-1 unless `decode`.
+            cache: cache that gets the new keys and values; None for none.
             batch: mesh axes of the batch dim.
-            decode: S is 1 and the token attends to the cache at its position and before.
+            decode: whether S is 1 and the token attends to the cache at its position and before.
 
         Returns:
             [B, S, D], and the cache with the new tokens in it.
@@ -209,7 +209,7 @@ class Attention(nnx.Module):
                 return _norm_over_tp(y_BSA, w[name], self.eps)
             y_BSHh = y_BSA.reshape(*y_BSA.shape[:2], -1, config.head_dim)
             if config.zero_centred_norm and name in w:
-                return zero_centred_rms_norm(y_BSHh, w[name], self.eps).reshape(y_BSA.shape)
+                return zero_centered_rms_norm(y_BSHh, w[name], self.eps).reshape(y_BSA.shape)
             weight = w.get(name, jnp.ones((), y_BSA.dtype))
             return rms_norm(y_BSHh, weight, self.eps).reshape(y_BSA.shape)
 

@@ -1,4 +1,4 @@
-"""What a layer keeps of the tokens seen so far, described before it exists, and the writing of keys and values."""
+"""The arrays that a layer keeps of the tokens seen so far, described before they exist, and functions that write them."""
 
 import dataclasses
 
@@ -13,8 +13,8 @@ class CacheArray:
 
     Attributes:
         shape: global shape; dim 0 is the batch.
-        dims: the mesh axis that each dim after the batch is over.
-        dtype: by name; None for the model's own.
+        dims: mesh axis that each dim after the batch is sharded over.
+        dtype: name of the dtype; None for the model's own.
     """
 
     shape: tuple[int, ...]
@@ -23,12 +23,12 @@ class CacheArray:
 
 
 def write_prompt(cache: jax.Array, new: jax.Array) -> jax.Array:
-    """A cache [B, ..., C, h] with the values [B, ..., S, h] of a prompt at its start."""
+    """Write the values [B, ..., S, h] of a prompt at the start of a cache [B, ..., C, h]; returns the cache."""
     return jax.lax.dynamic_update_slice(cache, new.astype(cache.dtype), (0,) * cache.ndim)
 
 
 def write_token(cache: jax.Array, new: jax.Array, position_B: jax.Array) -> jax.Array:
-    """A cache [B, ..., C, h] with one token's values [B, ..., 1, h] at each row's own position."""
+    """Write one token's values [B, ..., 1, h] at each row's own position of a cache [B, ..., C, h]; returns the cache."""
     # A slice update per row is done in place; a scatter over rows is a serial loop on CPU.
     between = (0,) * (cache.ndim - 3)
     for row in range(cache.shape[0]):

@@ -28,7 +28,7 @@ class VocabTable(nnx.Module):
         self.mesh: Mesh = param.mesh
 
     def embed(self, tokens_BS: jax.Array, batch: tuple[str, ...]) -> jax.Array:
-        """Rows of the table, [B, S, D]; each tp rank looks up what it holds and one psum brings them together."""
+        """Look up rows of the table, [B, S, D]; each tp rank looks up what it holds and one psum adds the parts up."""
 
         def local(weight_VD: jax.Array, tokens_BS: jax.Array) -> jax.Array:
             rows = weight_VD.shape[0]
@@ -42,7 +42,7 @@ class VocabTable(nnx.Module):
         )(self.weight[...], tokens_BS)
 
     def logits(self, x_BSD: jax.Array, batch: tuple[str, ...]) -> jax.Array:
-        """x @ table.T + bias in float32, [B, S, vocabulary], the vocabulary split over tp until it is used."""
+        """Compute x @ table.T + bias in float32, [B, S, vocabulary], the vocabulary split over tp until it is used."""
 
         def local(weight_VD: jax.Array, x_BSD: jax.Array) -> jax.Array:
             return jnp.einsum("bsd,vd->bsv", x_BSD, weight_VD, preferred_element_type=jnp.float32)

@@ -46,7 +46,7 @@ def make_expert_stacks(
         config: sizes and activation.
         placement: experts in the slots for now.
         expert_axes: axes of the mesh that the slots are split over.
-        width_axes: those that F is split over; none for whole experts.
+        width_axes: axes that F is split over; none for whole experts.
         param: factory of the layer's parameters.
 
     Raises:
@@ -76,11 +76,11 @@ def local_experts(
     """This device's experts as a dispatch applies them: W_down (act(W_gate x) · W_up x) for the rows of each slot.
 
     Args:
-        stacks: this device's part.
-        config: the layer's.
+        stacks: this device's part of the weights.
+        config: config of the layer.
         partial_axes: axes of the mesh over which the results are partial sums.
-        kernels: a backend of `jaxmoe.kernels.grouped_matmul`, or "auto".
-        device_kind: the device's, as JAX calls it.
+        kernels: name of a backend of `jaxmoe.kernels.grouped_matmul`, or "auto".
+        device_kind: kind of the device, as JAX names it.
     """
     if stacks.b_down is not None and partial_axes:
         # The results are partial sums over tp: one rank adds the bias for all.

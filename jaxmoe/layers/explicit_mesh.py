@@ -14,7 +14,7 @@ from jaxmoe.layers.routed_experts import MoEStats
 def apply_on_auto_axes(
     apply: Callable[..., tuple[jax.Array, MoEStats]], layer: nnx.Module, mesh: Mesh, *arrays: jax.Array | None
 ) -> tuple[jax.Array, MoEStats]:
-    """``apply(layer, *arrays)`` with every axis of the mesh of type Auto; outside, results carry shardings again.
+    """Compute ``apply(layer, *arrays)`` with all axes of the mesh of type Auto inside, whatever their types are outside.
 
     With axes of type Explicit arrays carry their shardings in their types. What `apply` gives first is laid out like the
     first of the arrays, and its statistics are whole on every device.
@@ -22,7 +22,7 @@ def apply_on_auto_axes(
     Args:
         apply: function of the layer and the arrays.
         layer: module with arrays on the mesh.
-        mesh: the layer's.
+        mesh: mesh of the layer.
         arrays: arrays of the call, the first one never None.
 
     Raises:

@@ -25,7 +25,7 @@ _UNIT_EPS = 1e-6
 
 
 class GatedDeltaNet(RecurrentMixer):
-    """The gated delta rule behind a short convolution, its outputs normalised and gated (Yang et al. 2024, section 3.4).
+    """The gated delta rule behind a short convolution, its outputs normalized and gated (Yang et al. 2024, section 3.4).
 
     y = out(norm(o) · silu(z)), o = `chunked_delta_rule`(unit(q) / sqrt(k), unit(k), v) where q, k and v have gone
     through the convolution and an activation, with decay exp(-exp(a_log) softplus(a + dt_bias)) and strength

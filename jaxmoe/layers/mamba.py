@@ -101,7 +101,7 @@ class Mamba(RecurrentMixer):
 
 
 def _small_steps(key: jax.Array, shape: tuple[int, ...], dtype: Any) -> jax.Array:
-    """What softplus makes step sizes of, log-uniform between 0.001 and 0.1."""
+    """Numbers that softplus makes step sizes of, log-uniform between 0.001 and 0.1."""
     dt = jnp.exp(jax.random.uniform(key, shape, dtype, jnp.log(0.001), jnp.log(0.1)))
     return dt + jnp.log(-jnp.expm1(-dt))
 

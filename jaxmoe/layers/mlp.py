@@ -1,4 +1,4 @@
-"""The dense MLP: of layers without routed experts, and of the experts that serve every token."""
+"""The dense MLP of layers without routed experts, and of the experts that serve every token."""
 
 import jax
 import jax.numpy as jnp

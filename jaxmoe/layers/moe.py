@@ -55,18 +55,18 @@ class MoE(nnx.Module):
 
     Args:
         config: sizes, activation and router.
-        mesh: from `jaxmoe.make_mesh`, or one of your own, its axes of type Auto or Explicit.
-        axis_names: which axes of your own mesh play dp, tp and ep, as in ``{"dp": ("data", "fsdp"), "ep": "expert"}``; a
+        mesh: mesh from `jaxmoe.make_mesh`, or one of your own, its axes of type Auto or Explicit.
+        axis_names: axes of your own mesh that play dp, tp and ep, as in ``{"dp": ("data", "fsdp"), "ep": "expert"}``; a
             part that is left out is played by the axis of its own name, or by none. Over other axes the layer is
             computed alike.
-        placement: a strategy's name or an `ExpertPlacement` over the devices along `expert_axes`.
+        placement: name of a strategy, or an `ExpertPlacement` over the devices along `expert_axes`.
         expert_axes: mesh axes that share the experts: ``("ep",)``; ``("ep", "tp")`` for whole experts on tp
             ranks too, better where F is small; or ``("dp", "ep")`` to spread them over the replicas.
-        dispatch: a name in `jaxmoe.dispatch.DISPATCHES`, or "auto".
-        wire_dtype: "float8_e4m3fn" to round rows to it, each with a scale of its own, where a dispatch exchanges
-            them on their way to experts; None to send them as they are.
-        kernels: a backend of `jaxmoe.kernels.grouped_matmul`, or "auto".
-        dtype: of the expert weights and of x; the router's weights are float32, or float64 where these are.
+        dispatch: name in `jaxmoe.dispatch.DISPATCHES`, or "auto".
+        wire_dtype: dtype of rows on their way to experts, where a dispatch exchanges them: "float8_e4m3fn" rounds them to
+            it, each with a scale of its own; None sends them as they are.
+        kernels: name of a backend of `jaxmoe.kernels.grouped_matmul`, or "auto".
+        dtype: dtype of the expert weights and of x; the router's weights are float32, or float64 where these are.
         rngs: random streams for the weights; None leaves them abstract, for a loader to fill. Replicas begin alike, and
             the gradient of each is that of its own tokens: to train them, add up those of an expert's slots.
 
@@ -133,7 +133,7 @@ class MoE(nnx.Module):
 
     @property
     def placement(self) -> ExpertPlacement:
-        """Which slot holds which expert, as the layer's state says; it is read from the devices.
+        """The expert in every slot, as the layer's state says; it is read from the devices.
 
         Raises:
             ValueError: the state has no values: the layer is traced, abstract, or several layers stacked in one.
@@ -169,10 +169,10 @@ class MoE(nnx.Module):
         """Say which replica a token goes to where its expert has several; the result does not depend on it.
 
         Args:
-            choice: "modulo", tokens take turns; "random"; "local_first", the nearest to the device a token is on, where
-                the dispatch leaves tokens on devices of their own; or "least_loaded". See
-                `jaxmoe.placement.replicas.REPLICA_CHOICES`.
-            devices_per_node: devices of a node along `expert_axes`, for "local_first"; None for a single node.
+            choice: name in `jaxmoe.placement.replicas.REPLICA_CHOICES`: "modulo", tokens take turns; "random";
+                "local_first", the nearest to the device a token is on, where the dispatch leaves tokens on devices of
+                their own; or "least_loaded".
+            devices_per_node: number of devices of a node along `expert_axes`, for "local_first"; None for a single node.
             last_load: [devices along `expert_axes`], rows that each received in the last window, for "least_loaded".
                 New ones may be given at any time; nothing is compiled again.
 
@@ -200,12 +200,12 @@ class MoE(nnx.Module):
             x: [..., D], any number of tokens.
             token_mask: bool [...], False for tokens that go to no expert and come back as zeros; neither they nor their
                 cotangents reach a result or a gradient, whatever they hold.
-            router_x: [..., D], what the router looks at where that is not x.
+            router_x: [..., D], input of the router where that is not x.
             expert_ids: integers [..., K], logical experts to take instead of the router's choice, as `MoEStats.expert_ids`
                 gives them; -1 in all K for a token whose experts the router chooses. The weights are the router's, and
                 gradients reach it through them. Inside a program of your own the numbers cannot be checked; one that is
                 no expert's makes NaN.
-            dispatch: for this call; None for the layer's own.
+            dispatch: name of a dispatch for this call; None for the layer's own.
 
         Returns:
             y [..., D] in x's dtype, and the call's statistics. On a mesh with axes of type Explicit y is sharded like x.
@@ -260,7 +260,7 @@ class MoE(nnx.Module):
         return RoutedWeights(router, held(self, ExpertStacks), held(self, PlacementTables))
 
     def _shared(self, x_TD: jax.Array) -> jax.Array:
-        """What the experts that serve every token add; it depends on no exchange, so it can overlap one."""
+        """The sum of the experts that serve every token; it depends on no exchange, so it can overlap one."""
         T = x_TD.shape[0]
         padded_TD = jnp.pad(x_TD, ((0, padded_batch(self.mesh, T, self.axes) - T), (0, 0)))
         y_TD = self.shared(padded_TD[:, None], batch_axes(self.mesh, T, self.axes))[:T, 0]
@@ -284,11 +284,11 @@ class MoE(nnx.Module):
         )
 
     def explain_dispatch(self, tokens: int, dtype: Any = None) -> DispatchChoice:
-        """What ``dispatch="auto"`` uses for a call with so many tokens, and the modelled time of every backend.
+        """Say what ``dispatch="auto"`` uses for a call with so many tokens, and the modeled time of every backend.
 
         Args:
-            tokens: T, of all devices together.
-            dtype: of the activations; that of the expert weights by default.
+            tokens: number T of tokens, of all devices together.
+            dtype: dtype of the activations; by default that of the expert weights.
         """
         return self._explain_dispatch(tokens, dtype)
 

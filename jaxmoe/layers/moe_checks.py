@@ -88,7 +88,7 @@ def check_slots(slots: int, placed: int) -> None:
 
 
 def checked_tokens(x: Any, hidden_size: int, dtype: np.dtype) -> jax.Array:
-    """x as an array [..., D] in the layer's dtype.
+    """Make x an array [..., D] in the layer's dtype.
 
     Raises:
         ValueError: it has another last dim or another dtype.
@@ -102,7 +102,7 @@ def checked_tokens(x: Any, hidden_size: int, dtype: np.dtype) -> jax.Array:
 
 
 def checked_mask(token_mask: Any, x: jax.Array) -> jax.Array | None:
-    """The mask as an array, one bool for each token of x; None where there is none.
+    """Make the mask an array, one bool for each token of x; None where there is none.
 
     Raises:
         ValueError: it has another shape or dtype.
@@ -119,7 +119,7 @@ def checked_mask(token_mask: Any, x: jax.Array) -> jax.Array | None:
 
 
 def checked_router_input(router_x: Any, x: jax.Array) -> jax.Array | None:
-    """The router's own input as an array of x's shape; None where it looks at x.
+    """Make the router's own input an array of x's shape; None where it looks at x.
 
     Raises:
         ValueError: it has another shape, or is not floating point.
@@ -136,7 +136,7 @@ def checked_router_input(router_x: Any, x: jax.Array) -> jax.Array | None:
 
 
 def checked_choices(expert_ids: Any, x: jax.Array, config: MoEConfig) -> jax.Array | None:
-    """Given choices as int32 [..., K], seen to be the layer's as far as can be seen here; None where there are none.
+    """Make given choices int32 [..., K], and check them as far as can be done here; None where there are none.
 
     Raises:
         ValueError: they have another shape or dtype, or name experts that the layer does not have.

@@ -1,4 +1,4 @@
-"""A layer's placement as arrays: what compiled programs read, and what the host reads the placement back from.
+"""A layer's placement as arrays: compiled programs read them, and the host reads the placement back from them.
 
 The placement is in a module's state and nowhere else. So `nnx.split`, `nnx.clone`, `nnx.jit`, a checkpoint and all else
 that moves state takes it along with the weights that lie by it, and no program is compiled again where it changes.
@@ -18,7 +18,7 @@ from jaxmoe.placement import ExpertPlacement
 
 
 class PlacementTable(nnx.Variable):
-    """Placement as arrays the compiled program reads, so that it can change without a recompilation."""
+    """An array that the compiled program reads the placement from, so that it can change without a recompilation."""
 
 
 def table_specs(expert_axes: tuple[str, ...]) -> PlacementTables:
@@ -69,7 +69,7 @@ def hold_tables(layer: nnx.Module, tables: PlacementTables) -> None:
 
 
 def read_placement(table: PlacementTable, num_experts: int, ep: int) -> ExpertPlacement:
-    """The placement that `slot_to_expert` says.
+    """Read the placement that `slot_to_expert` says.
 
     Raises:
         ValueError: it has no values to read: traced, abstract, or of several layers at once.
@@ -97,5 +97,5 @@ def read_placement(table: PlacementTable, num_experts: int, ep: int) -> ExpertPl
 
 @lru_cache(maxsize=1024)
 def _placement(num_experts: int, ep: int, slots: bytes) -> ExpertPlacement:
-    """Made once for all that say the same: a balancer asks at every step, and its tables are costly."""
+    """Make a placement once for all that say the same: a balancer asks at every step, and its tables are costly."""
     return ExpertPlacement(num_experts, ep, np.frombuffer(slots, np.int32))

@@ -24,10 +24,10 @@ class PlacementTables(NamedTuple):
     Attributes:
         slot_to_expert: int32 [P], the placement itself.
         expert_to_slots: int32 [E, R], slots that any device's tokens may use.
-        replica_counts: int32 [E], how many those are.
+        replica_counts: int32 [E], number of those slots.
         near_slots: int32 [n, E, R], slots that the tokens of each of the n devices use; with "local_first" only.
-        near_counts: int32 [n, E], how many those are.
-        last_load: float32 [n], loads that the others were made with; with "least_loaded" only.
+        near_counts: int32 [n, E], number of those slots.
+        last_load: float32 [n], loads by which the tables were made; with "least_loaded" only.
     """
 
     slot_to_expert: Any
@@ -53,7 +53,7 @@ class ReplicaRule:
     last_load: np.ndarray | None = None
 
     def tables(self, placement: ExpertPlacement) -> tuple[np.ndarray, np.ndarray]:
-        """Slots int32 [n, E, R] that the tokens of each device may use for each expert, and their numbers int32 [n, E].
+        """Make the slots int32 [n, E, R] that each device's tokens may use for each expert, and their counts int32 [n, E].
 
         R is the most replicas that any placement with as many slots can have: the tables of all have one shape.
 
@@ -83,15 +83,15 @@ def choose_replicas(
     first_token: int | jax.Array,
     own_tokens: bool,
 ) -> jax.Array:
-    """The physical slot of every choice of a device's tokens, int32 [T, K].
+    """Choose the physical slot of every choice of a device's tokens, int32 [T, K].
 
     Args:
-        x_TD: the tokens' activations, of which "random" makes its draws.
+        x_TD: activations of the tokens, of which "random" makes its draws.
         ids_TK: logical experts.
-        tables: this device's part of the layer's.
-        choice: as `ReplicaRule` has it.
+        tables: tables of the layer, this device's part.
+        choice: name of the rule, as `ReplicaRule` has it.
         first_token: number of the device's first token over all devices.
-        own_tokens: whether each device that shares the experts has tokens of its own.
+        own_tokens: True where each device that shares the experts has tokens of its own.
     """
     turn_TK = None
     if tables.expert_to_slots.shape[1] > 1:
@@ -106,7 +106,7 @@ def choose_replicas(
 
 
 def choose_slots(ids_TK: jax.Array, slots_ER: jax.Array, counts_E: jax.Array, turn_TK: jax.Array | None) -> jax.Array:
-    """The physical slot of every chosen expert: replica number turn mod replicas.
+    """Choose the physical slot of every chosen expert: replica number turn mod replicas.
 
     Args:
         ids_TK: logical experts.
@@ -120,12 +120,12 @@ def choose_slots(ids_TK: jax.Array, slots_ER: jax.Array, counts_E: jax.Array, tu
 
 
 def token_turns(shape: tuple[int, ...], first_token: int | jax.Array) -> jax.Array:
-    """int32 [T, K], each token's number over all devices: tokens take turns over the replicas."""
+    """Number the tokens over all devices, int32 [T, K]: so they take turns over the replicas."""
     return jnp.broadcast_to((first_token + jnp.arange(shape[0], dtype=jnp.int32))[:, None], shape)
 
 
 def token_draws(x_TD: jax.Array, K: int) -> jax.Array:
-    """Non-negative int32 [T, K], a draw for every choice: a hash of the token's activations.
+    """Draw a non-negative int32 for every choice, [T, K]: a hash of the token's activations.
 
     Equal tokens draw alike, so that a run can be repeated, wherever they stand in a batch. The mixing steps are those
     of a 32-bit integer hash with low bias (constants by C. Wellons, "Prospecting for Hash Functions", 2018).

@@ -1,6 +1,6 @@
 """The routed experts of a layer as one program over the mesh: route, choose slots, dispatch.
 
-Letters: see docs/concepts/letters.md; X is the width of the experts' inputs.
+Letters here, beside the common ones of docs/concepts/letters.md: X the width of the experts' inputs.
 """
 
 import dataclasses
@@ -26,13 +26,13 @@ class MoEStats(NamedTuple):
     """Statistics of one call of the layer, over all devices.
 
     Attributes:
-        expert_counts: int32 [E], (token, choice) pairs that went to each logical expert.
-        expert_ids: int32 [T, K], the logical experts of each token, -1 where `token_mask` is False.
-        dispatch_rounds: int32, exchanges the dispatch needed; 0 where it exchanges no rows.
+        expert_counts: int32 [E], number of (token, choice) pairs that went to each logical expert.
+        expert_ids: int32 [T, K], logical experts of each token, -1 where `token_mask` is False.
+        dispatch_rounds: int32, number of exchanges the dispatch needed; 0 where it exchanges no rows.
         rows_sent: int32 [dp, tp, ep, n], rows of activations that the device at (dp, tp, ep) sent to each of the n
             devices that it shares the experts with, by their number along `expert_axes`; its own stay where they are.
-        load_balancing_loss: float32 (float64 for float64), see `jaxmoe.layers.losses.load_balancing_loss`; differentiable.
-        router_z_loss: the same dtype, see `jaxmoe.layers.losses.router_z_loss`; differentiable.
+        load_balancing_loss: float32 (float64 for float64), `jaxmoe.layers.losses.load_balancing_loss`; differentiable.
+        router_z_loss: number of that dtype, `jaxmoe.layers.losses.router_z_loss`; differentiable.
     """
 
     expert_counts: jax.Array
@@ -52,7 +52,13 @@ jax.tree_util.register_pytree_with_keys(
 
 
 class RoutedWeights(NamedTuple):
-    """The arrays that the program reads besides the tokens; also holds their partition specs."""
+    """The arrays that the program reads besides the tokens; also holds their partition specs.
+
+    Attributes:
+        router: weights of the router, by name.
+        stacks: weights of the experts.
+        tables: placement and replica choice.
+    """
 
     router: Any
     stacks: ExpertStacks
@@ -64,7 +70,7 @@ class RoutedPlan:
     """Everything about a call that is known at compile time.
 
     Attributes:
-        config: the layer's.
+        config: config of the layer.
         mesh: mesh with axes of type Auto.
         layout: places of the experts on it.
         dispatch: backend that brings tokens to them.
@@ -109,15 +115,15 @@ def routed_experts(
     *,
     plan: RoutedPlan,
 ) -> tuple[jax.Array, MoEStats]:
-    """Σ_k weight_k · expert_{id_k}(x), as one `shard_map` over all axes; tokens are padded to split evenly.
+    """Compute Σ_k weight_k · expert_{id_k}(x) in one `shard_map` over all axes; tokens are padded to split evenly.
 
     Args:
         x_TX: inputs of the experts.
         router_TD: inputs of the router.
         mask_T: bool, False for tokens that go to no expert.
         expert_ids_TK: choices to take instead of the router's own, -1 for none; None for all of the router's own.
-        weights: the layer's.
-        plan: see `RoutedPlan`.
+        weights: arrays of the layer.
+        plan: plan of the call.
 
     Returns:
         [T, X] in x's dtype, and the statistics of the call.
@@ -147,7 +153,7 @@ def _on_one_device(
     *,
     plan: RoutedPlan,
 ) -> tuple[jax.Array, MoEStats]:
-    """One device's tokens served by the experts of all, inside the `shard_map`."""
+    """Serve one device's tokens by the experts of all, inside the `shard_map`."""
     config, token_axes = plan.config, plan.token_axes
     router: Mapping[str, jax.Array] = weights.router
     logits_TE = router_logits(router_TD, router, config.router)

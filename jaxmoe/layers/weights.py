@@ -22,7 +22,7 @@ class WeightSpecs:
     where it lies, and `nnx.update` brings along what the parameters of another module say.
 
     Attributes:
-        by_name: a pair of name and spec for each; a tuple, which Flax can hash.
+        by_name: pairs of name and spec; a tuple, which Flax can hash.
     """
 
     by_name: tuple[tuple[str, P], ...]
@@ -37,11 +37,11 @@ class WeightSpecs:
         return dict(self.by_name)[name]
 
     def weights(self, module: nnx.Module) -> tuple[dict[str, jax.Array], dict[str, P]]:
-        """The values of the module's parameters by name, and the specs of the same."""
+        """Give the values of the module's parameters by name, and the specs of the same."""
         return {name: getattr(module, name)[...] for name, _ in self.by_name}, dict(self.by_name)
 
     def typed(self, kind: type[Weights]) -> Weights:
-        """The specs as a tuple of `kind`, whose fields have the parameters' names; None for those that the module lacks."""
+        """Give the specs as a tuple of `kind`, whose fields are parameters' names; None for those that the module lacks."""
         specs = dict(self.by_name)
         return kind._make([specs.get(name) for name in kind._fields])
 
@@ -54,6 +54,6 @@ def hold(module: nnx.Module, weights: NamedTuple) -> None:
 
 
 def held(module: nnx.Module, kind: type[Weights]) -> Weights:
-    """The values of the module's variables that the fields of `kind` name; None for those that it lacks."""
+    """Give the values of the module's variables that the fields of `kind` name; None for those that it lacks."""
     variables = [getattr(module, name, None) for name in kind._fields]
     return kind._make([None if variable is None else variable[...] for variable in variables])
