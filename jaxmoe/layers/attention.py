@@ -12,7 +12,7 @@ from flax import nnx
 from jax.sharding import PartitionSpec as P
 
 from jaxmoe.config import AttentionConfig
-from jaxmoe.layers.cache import CacheArray, write_prompt, write_token
+from jaxmoe.layers.cache import CacheArray, cache_specs, write_prompt, write_token
 from jaxmoe.layers.norm import rms_norm, zero_centered_rms_norm
 from jaxmoe.layers.param import ParamFactory, RowMap, ones, zeros
 from jaxmoe.layers.rope import apply_rope
@@ -154,7 +154,7 @@ class Attention(nnx.Module):
             [B, S, D], and the cache with the new tokens in it.
         """
         weights, specs = self.specs.weights(self)
-        cache_spec = None if cache is None else KVCache(P(batch, TP), P(batch, TP))
+        cache_spec = None if cache is None else cache_specs(self.cache_arrays(1, 1), batch)
 
         def local(
             w: dict[str, jax.Array], x_BSD: jax.Array, positions_BS: jax.Array, cache: KVCache | None

@@ -1,8 +1,10 @@
 """The arrays that a layer keeps of the tokens seen so far, described before they exist, and functions that write them."""
 
 import dataclasses
+from typing import Any
 
 import jax
+from jax.sharding import PartitionSpec as P
 
 from jaxmoe.kernels.dtypes import int32
 
@@ -20,6 +22,15 @@ class CacheArray:
     shape: tuple[int, ...]
     dims: tuple[str | None, ...] = ()
     dtype: str | None = None
+
+    def spec(self, batch: tuple[str, ...]) -> P:
+        """The array's partition spec, with the batch dim sharded over the axes `batch`."""
+        return P(batch, *self.dims)
+
+
+def cache_specs(arrays: Any, batch: tuple[str, ...]) -> Any:
+    """Give the partition specs of a layer's cache: `arrays` with the spec of every `CacheArray` in its place."""
+    return jax.tree.map(lambda array: array.spec(batch), arrays)
 
 
 def write_prompt(cache: jax.Array, new: jax.Array) -> jax.Array:

@@ -14,7 +14,7 @@ from jax.sharding import PartitionSpec as P
 
 from jaxmoe.config import MLAConfig
 from jaxmoe.layers.attention import attend
-from jaxmoe.layers.cache import CacheArray, write_prompt, write_token
+from jaxmoe.layers.cache import CacheArray, cache_specs, write_prompt, write_token
 from jaxmoe.layers.norm import rms_norm
 from jaxmoe.layers.param import ParamFactory, ones, zeros
 from jaxmoe.layers.rope import apply_rope
@@ -150,7 +150,7 @@ class LatentAttention(nnx.Module):
             [B, S, D], and the cache with the new tokens in it.
         """
         weights, specs = self.specs.weights(self)
-        cache_spec = None if cache is None else LatentCache(P(batch), P(batch))
+        cache_spec = None if cache is None else cache_specs(self.cache_arrays(1, 1), batch)
 
         def local(
             w: dict[str, jax.Array], x_BSD: jax.Array, positions_BS: jax.Array, cache: LatentCache | None

@@ -8,6 +8,7 @@ from flax import nnx
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
+from jaxmoe.layers.cache import cache_specs
 from jaxmoe.layers.weights import WeightSpecs
 from jaxmoe.mesh import TP
 
@@ -37,6 +38,10 @@ class RecurrentMixer(nnx.Module):
 
     mesh: Mesh
     specs: WeightSpecs
+
+    def cache_arrays(self, batch_size: int, max_length: int) -> RecurrentCache:
+        """The layer's cache, as a `RecurrentCache` of `CacheArray`; see `TokenMixer`."""
+        raise NotImplementedError
 
     def run(
         self, w: dict[str, jax.Array], x_BSD: jax.Array, lengths_B: jax.Array, before: RecurrentCache | None
@@ -76,7 +81,7 @@ class RecurrentMixer(nnx.Module):
             [B, S, D], and the cache after each row's last token.
         """
         weights, specs = self.specs.weights(self)
-        cache_spec = None if cache is None else RecurrentCache(P(batch, None, TP), P(batch, TP))
+        cache_spec = None if cache is None else cache_specs(self.cache_arrays(1, 1), batch)
 
         def local(
             w: dict[str, jax.Array], x_BSD: jax.Array, positions_BS: jax.Array, cache: RecurrentCache | None
