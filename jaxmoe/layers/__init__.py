@@ -6,10 +6,12 @@ from jaxmoe.layers.embedding import VocabTable
 from jaxmoe.layers.logical import abstract_logical_state, load_logical_state, logical_state
 from jaxmoe.layers.mixers import TOKEN_MIXERS, make_token_mixer
 from jaxmoe.layers.mlp import MLP
-from jaxmoe.layers.moe import MoE, MoEStats, check_expert_axes
+from jaxmoe.layers.moe import MoE
+from jaxmoe.layers.moe_checks import check_expert_axes
 from jaxmoe.layers.norm import NORMS, RMSNorm
 from jaxmoe.layers.param import ParamFactory, ParamSpec
 from jaxmoe.layers.replicas import ReplicaRule
+from jaxmoe.layers.routed_experts import MoEStats
 from jaxmoe.layers.router import route
 from jaxmoe.layers.specs import param_specs, params_by_path
 from jaxmoe.layers.swap import MovedBytes, check_swap, swap_experts

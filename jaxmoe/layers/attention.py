@@ -12,10 +12,11 @@ from flax import nnx
 from jax.sharding import PartitionSpec as P
 
 from jaxmoe.config import AttentionConfig
-from jaxmoe.layers.cache import CacheArray, write_prompt, write_token
-from jaxmoe.layers.norm import rms_norm, zero_centred_rms_norm
+from jaxmoe.layers.cache import CacheArray, cache_specs, write_prompt, write_token
+from jaxmoe.layers.norm import rms_norm, zero_centered_rms_norm
 from jaxmoe.layers.param import ParamFactory, RowMap, ones, zeros
 from jaxmoe.layers.rope import apply_rope
+from jaxmoe.layers.weights import WeightSpecs
 from jaxmoe.mesh import TP
 
 # Queries of a long prompt are taken this many at a time, which bounds the score matrix.
@@ -124,6 +125,7 @@ class Attention(nnx.Module):
             self.k_norm = param((self.kv_heads * h,), TP, init=ones, rows=kv_rows)
         if config.sinks:
             self.sinks = param((config.num_heads,), TP, init=zeros)
+        self.specs = WeightSpecs.of(self)
 
     def cache_arrays(self, batch_size: int, max_length: int) -> KVCache:
         """The layer's cache, as a `KVCache` of `CacheArray`."""
@@ -143,18 +145,16 @@ class Attention(nnx.Module):
 
         Args:
             x_BSD: normed activations, the batch dim sharded over the axes `batch`.
-            positions_BS: int32, where each token stands; 0..S-1 unless `decode`.
-            cache: filled with the new keys and values where given.
+            positions_BS: int32, position of each token; 0..S-1 unless `decode`.
+            cache: cache that gets the new keys and values; None for none.
             batch: mesh axes of the batch dim.
-            decode: S is 1 and the token attends to the cache at its position and before.
+            decode: whether S is 1 and the token attends to the cache at its position and before.
 
         Returns:
             [B, S, D], and the cache with the new tokens in it.
         """
-        weights = {name: param[...] for name, param in vars(self).items() if isinstance(param, nnx.Param)}
-        whole = {"b_o", *(("q_norm", "k_norm") if self.config.qk_norm == "head" else ())}
-        specs = {name: P() if name in whole else P(None, TP) if name == "w_o" else P(TP) for name in weights}
-        cache_spec = None if cache is None else KVCache(P(batch, TP), P(batch, TP))
+        weights, specs = self.specs.weights(self)
+        cache_spec = None if cache is None else cache_specs(self.cache_arrays(1, 1), batch)
 
         def local(
             w: dict[str, jax.Array], x_BSD: jax.Array, positions_BS: jax.Array, cache: KVCache | None
@@ -209,7 +209,7 @@ class Attention(nnx.Module):
                 return _norm_over_tp(y_BSA, w[name], self.eps)
             y_BSHh = y_BSA.reshape(*y_BSA.shape[:2], -1, config.head_dim)
             if config.zero_centred_norm and name in w:
-                return zero_centred_rms_norm(y_BSHh, w[name], self.eps).reshape(y_BSA.shape)
+                return zero_centered_rms_norm(y_BSHh, w[name], self.eps).reshape(y_BSA.shape)
             weight = w.get(name, jnp.ones((), y_BSA.dtype))
             return rms_norm(y_BSHh, weight, self.eps).reshape(y_BSA.shape)
 

@@ -1,8 +1,10 @@
-"""What a layer keeps of the tokens seen so far, described before it exists, and the writing of keys and values."""
+"""The arrays that a layer keeps of the tokens seen so far, described before they exist, and functions that write them."""
 
 import dataclasses
+from typing import Any
 
 import jax
+from jax.sharding import PartitionSpec as P
 
 from jaxmoe.kernels.dtypes import int32
 
@@ -13,22 +15,31 @@ class CacheArray:
 
     Attributes:
         shape: global shape; dim 0 is the batch.
-        dims: the mesh axis that each dim after the batch is over.
-        dtype: by name; None for the model's own.
+        dims: mesh axis that each dim after the batch is sharded over.
+        dtype: name of the dtype; None for the model's own.
     """
 
     shape: tuple[int, ...]
     dims: tuple[str | None, ...] = ()
     dtype: str | None = None
 
+    def spec(self, batch: tuple[str, ...]) -> P:
+        """The array's partition spec, with the batch dim sharded over the axes `batch`."""
+        return P(batch, *self.dims)
+
+
+def cache_specs(arrays: Any, batch: tuple[str, ...]) -> Any:
+    """Give the partition specs of a layer's cache: `arrays` with the spec of every `CacheArray` in its place."""
+    return jax.tree.map(lambda array: array.spec(batch), arrays)
+
 
 def write_prompt(cache: jax.Array, new: jax.Array) -> jax.Array:
-    """A cache [B, ..., C, h] with the values [B, ..., S, h] of a prompt at its start."""
+    """Write the values [B, ..., S, h] of a prompt at the start of a cache [B, ..., C, h]; returns the cache."""
     return jax.lax.dynamic_update_slice(cache, new.astype(cache.dtype), (0,) * cache.ndim)
 
 
 def write_token(cache: jax.Array, new: jax.Array, position_B: jax.Array) -> jax.Array:
-    """A cache [B, ..., C, h] with one token's values [B, ..., 1, h] at each row's own position."""
+    """Write one token's values [B, ..., 1, h] at each row's own position of a cache [B, ..., C, h]; returns the cache."""
     # A slice update per row is done in place; a scatter over rows is a serial loop on CPU.
     between = (0,) * (cache.ndim - 3)
     for row in range(cache.shape[0]):

@@ -18,9 +18,9 @@ def causal_conv(
     Args:
         x_BSA: inputs, rows padded on the right.
         weight_AW: taps of every channel, the last one for the newest input.
-        bias_A: added to the result; None for none.
-        state_BVA: the V inputs before `x_BSA`, oldest first; None for the zeros before a sequence's start.
-        lengths_B: int32, inputs of each row that count.
+        bias_A: numbers added to the result; None for none.
+        state_BVA: V inputs before `x_BSA`, oldest first; None for the zeros before a sequence's start.
+        lengths_B: int32, number of inputs of each row that count; the rest is padding.
 
     Returns:
         [B, S, A], and the V inputs up to each row's length, for the next call.

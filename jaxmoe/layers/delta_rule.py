@@ -28,15 +28,15 @@ def delta_rule_step(
     beta_BH: jax.Array,
     state_BHkv: jax.Array,
 ) -> tuple[jax.Array, jax.Array]:
-    """One token of the gated delta rule.
+    """Apply the gated delta rule to one token.
 
     Args:
         q_BHk: queries.
         k_BHk: keys, of length 1 (or 0).
         v_BHv: values.
-        log_decay_BH: ln a, at most 0.
-        beta_BH: strength b.
-        state_BHkv: the memory before the token.
+        log_decay_BH: logarithms of the decays a, at most 0.
+        beta_BH: strengths b.
+        state_BHkv: memory before the token.
 
     Returns:
         Outputs [B, H, v] and the memory after the token, in the arguments' dtype.
@@ -59,7 +59,7 @@ def chunked_delta_rule(
     *,
     chunk_size: int = CHUNK_SIZE,
 ) -> tuple[jax.Array, jax.Array]:
-    """The gated delta rule over a sequence: matrix products within chunks, and a scan over the chunks.
+    """Apply the gated delta rule to a sequence: matrix products within chunks, and a scan over the chunks.
 
     Let g_i be the product of a chunk's decays up to its position i, and S the memory before the chunk. The updates u
     of a chunk depend on each other through a triangular system, and everything else on them (section 3.3):
@@ -75,10 +75,10 @@ def chunked_delta_rule(
         q_BSHk: queries.
         k_BSHk: keys, of length 1 (or 0).
         v_BSHv: values.
-        log_decay_BSH: ln a, at most 0.
-        beta_BSH: strength b.
-        state_BHkv: the memory before the sequence; None for an empty one.
-        chunk_size: positions of a chunk.
+        log_decay_BSH: logarithms of the decays a, at most 0.
+        beta_BSH: strengths b.
+        state_BHkv: memory before the sequence; None for an empty one.
+        chunk_size: number of positions of a chunk.
 
     Returns:
         Outputs [B, S, H, v] and the memory after the sequence, in the arguments' dtype.

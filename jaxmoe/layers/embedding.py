@@ -7,6 +7,7 @@ from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
 from jaxmoe.layers.param import ParamFactory, RowMap, zeros
+from jaxmoe.layers.weights import WeightSpecs
 from jaxmoe.mesh import TP
 
 
@@ -23,11 +24,11 @@ class VocabTable(nnx.Module):
         self.weight = param((padded, hidden_size), TP, None, rows=rows)
         if bias:
             self.bias = param((padded,), TP, init=zeros, rows=rows)
-        self.vocab_size = vocab_size
+        self.vocab_size, self.specs = vocab_size, WeightSpecs.of(self)
         self.mesh: Mesh = param.mesh
 
     def embed(self, tokens_BS: jax.Array, batch: tuple[str, ...]) -> jax.Array:
-        """Rows of the table, [B, S, D]; each tp rank looks up what it holds and one psum brings them together."""
+        """Look up rows of the table, [B, S, D]; each tp rank looks up what it holds and one psum adds the parts up."""
 
         def local(weight_VD: jax.Array, tokens_BS: jax.Array) -> jax.Array:
             rows = weight_VD.shape[0]
@@ -37,17 +38,21 @@ class VocabTable(nnx.Module):
             return jax.lax.psum(jnp.where(held_BS[..., None], x_BSD, 0), TP)
 
         return jax.shard_map(
-            local, mesh=self.mesh, in_specs=(P(TP, None), P(batch, None)), out_specs=P(batch), check_vma=False
+            local, mesh=self.mesh, in_specs=(self.specs["weight"], P(batch, None)), out_specs=P(batch), check_vma=False
         )(self.weight[...], tokens_BS)
 
     def logits(self, x_BSD: jax.Array, batch: tuple[str, ...]) -> jax.Array:
-        """x @ table.T + bias in float32, [B, S, vocabulary], the vocabulary split over tp until it is used."""
+        """Compute x @ table.T + bias in float32, [B, S, vocabulary], the vocabulary split over tp until it is used."""
 
         def local(weight_VD: jax.Array, x_BSD: jax.Array) -> jax.Array:
             return jnp.einsum("bsd,vd->bsv", x_BSD, weight_VD, preferred_element_type=jnp.float32)
 
         logits_BSV = jax.shard_map(
-            local, mesh=self.mesh, in_specs=(P(TP, None), P(batch)), out_specs=P(batch, None, TP), check_vma=False
+            local,
+            mesh=self.mesh,
+            in_specs=(self.specs["weight"], P(batch)),
+            out_specs=P(batch, None, TP),
+            check_vma=False,
         )(self.weight[...], x_BSD)
         if hasattr(self, "bias"):
             logits_BSV += self.bias[...].astype(jnp.float32)[None, None]

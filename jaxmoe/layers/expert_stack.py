@@ -13,7 +13,7 @@ class SlotOrder:
     All of them compare equal, so that no program is compiled again and no state looks like another for its sake.
 
     Attributes:
-        slots: the expert in each slot; None where it is not known.
+        slots: expert in each slot; None where it is not known.
     """
 
     def __init__(self, slots: tuple[int, ...] | None):

@@ -18,20 +18,19 @@ from jaxmoe.layers.delta_rule import chunked_delta_rule, delta_rule_step
 from jaxmoe.layers.norm import rms_norm
 from jaxmoe.layers.param import ParamFactory, ones
 from jaxmoe.layers.recurrent import RecurrentCache, RecurrentMixer, is_token
+from jaxmoe.layers.weights import WeightSpecs
 from jaxmoe.mesh import TP
 
 _UNIT_EPS = 1e-6
 
 
 class GatedDeltaNet(RecurrentMixer):
-    """The gated delta rule behind a short convolution, its outputs normalised and gated (Yang et al. 2024, section 3.4).
+    """The gated delta rule behind a short convolution, its outputs normalized and gated (Yang et al. 2024, section 3.4).
 
     y = out(norm(o) · silu(z)), o = `chunked_delta_rule`(unit(q) / sqrt(k), unit(k), v) where q, k and v have gone
     through the convolution and an activation, with decay exp(-exp(a_log) softplus(a + dt_bias)) and strength
     sigmoid(b). Projections in the form `GatedDeltaNetConfig.fused_projections` says.
     """
-
-    whole = ("out_norm",)
 
     def __init__(self, config: GatedDeltaNetConfig, hidden_size: int, eps: float, *, param: ParamFactory):
         self.config, self.eps, self.mesh = config, eps, param.mesh
@@ -55,6 +54,7 @@ class GatedDeltaNet(RecurrentMixer):
         self.dt_bias = param((H,), TP, init=ones, dtype=jnp.float32)
         self.out_norm = param((config.value_head_dim,), init=ones)
         self.w_out = param((hidden_size, values), None, TP)
+        self.specs = WeightSpecs.of(self)
 
     def cache_arrays(self, batch_size: int, max_length: int) -> RecurrentCache:
         """The layer's cache, as a `RecurrentCache` of `CacheArray`; `max_length` makes no difference."""

@@ -9,7 +9,7 @@ _BITS = {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32, 8: jnp.uint64}
 
 
 def update_slice(whole: jax.Array, piece: jax.Array, starts: tuple[jax.Array | int, ...]) -> jax.Array:
-    """`whole` with `piece`, of the same dtype, at `starts`; in place where `whole` is donated or dead afterwards."""
+    """Write `piece`, of the same dtype, into `whole` at `starts`: in place where `whole` is donated or dead afterwards."""
     dtype, starts = whole.dtype, int32(*starts)
     if not jnp.issubdtype(dtype, jnp.floating):
         return jax.lax.dynamic_update_slice(whole, piece, starts)

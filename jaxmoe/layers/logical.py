@@ -29,13 +29,13 @@ from jaxmoe.placement import ExpertPlacement
 
 
 def logical_state(module: nnx.Module) -> dict[str, jax.Array]:
-    """The parameters of a module in logical order, for a checkpoint that any mesh and placement can load.
+    """Give the parameters of a module in logical order, for a checkpoint that any mesh and placement can load.
 
     Where nothing is to be reordered the array is the module's own, so do not donate what this gives. Of replicas that
     have grown apart in training the one in the lowest slot is taken.
 
     Args:
-        module: a `jaxmoe.MoE`, a model, or any module with such layers in it.
+        module: `jaxmoe.MoE`, model, or any module with such layers in it.
 
     Returns:
         {dotted path: array}, sharded over the module's mesh.
@@ -60,7 +60,7 @@ def logical_state(module: nnx.Module) -> dict[str, jax.Array]:
 
 
 def abstract_logical_state(module: nnx.Module) -> dict[str, jax.ShapeDtypeStruct]:
-    """Shapes, dtypes and shardings of `logical_state`, which a restore is given as its target; nothing is computed."""
+    """Give shapes, dtypes and shardings of `logical_state`, the target of a restore; nothing is computed."""
     check_usable(module, abstract=True)
     return {path: _abstract(param, order) for path, (param, order) in _ordered(module).items()}
 
@@ -69,8 +69,8 @@ def load_logical_state(module: nnx.Module, state: Mapping[str, Any]) -> None:
     """Fill a module from the parameters that `logical_state` gave, of this module or another one like it.
 
     Args:
-        module: on any mesh, by any placement, with values or without.
-        state: all of its parameters, on any devices or on the host.
+        module: module on any mesh, by any placement, with values or without.
+        state: arrays of all its parameters, on any devices or on the host.
 
     Raises:
         ValueError: a parameter is missing or unknown, or has another shape or dtype; nothing is changed then.

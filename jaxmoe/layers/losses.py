@@ -7,13 +7,13 @@ import jax.numpy as jnp
 
 
 class RouterSums(NamedTuple):
-    """What the losses need of some tokens; the sums of all devices are their elementwise sum.
+    """Sums over some tokens, of which the losses are made; those over all devices are their elementwise sum.
 
     Attributes:
-        expert_counts: int32 [E], (token, choice) pairs that went to each expert.
+        expert_counts: int32 [E], number of (token, choice) pairs that went to each expert.
         probabilities: [E] in the logits' dtype, Σ_t softmax(logits_t).
-        squared_log_z: in that dtype, Σ_t logsumexp(logits_t)².
-        tokens: int32, tokens counted.
+        squared_log_z: scalar of that dtype, Σ_t logsumexp(logits_t)².
+        tokens: int32, number of tokens.
     """
 
     expert_counts: jax.Array
@@ -26,8 +26,8 @@ def router_sums(logits_TE: jax.Array, ids_TK: jax.Array, mask_T: jax.Array) -> R
     """Add up over the tokens where `mask_T` is True.
 
     Args:
-        logits_TE: what the router's projection gives.
-        ids_TK: int32, the experts chosen.
+        logits_TE: logits of the router.
+        ids_TK: int32, experts chosen.
         mask_T: bool, False for padding.
     """
     E = logits_TE.shape[1]
@@ -46,7 +46,7 @@ def router_sums(logits_TE: jax.Array, ids_TK: jax.Array, mask_T: jax.Array) -> R
 def load_balancing_loss(sums: RouterSums) -> jax.Array:
     """E · Σ_e f_e · P_e with f_e choices of expert e per token and P_e its mean probability; K where routing is even.
 
-    Of one layer's router. The gradient goes through P alone, for f counts. A mean over layers is the Switch
+    It is the loss of one layer's router. The gradient goes through P alone, for f counts. A mean over layers is the Switch
     Transformer's loss (arXiv:2101.03961, equation 4) with K choices instead of one; Mixtral's in transformers takes f
     and P over all layers' tokens at once, which for one layer is the same.
     """

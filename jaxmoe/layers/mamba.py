@@ -17,6 +17,7 @@ from jaxmoe.layers.norm import rms_norm
 from jaxmoe.layers.param import ParamFactory, ones, zeros
 from jaxmoe.layers.recurrent import RecurrentCache, RecurrentMixer, is_token
 from jaxmoe.layers.selective_scan import selective_scan, selective_step
+from jaxmoe.layers.weights import WeightSpecs
 from jaxmoe.mesh import TP
 
 
@@ -29,9 +30,6 @@ class Mamba(RecurrentMixer):
 
     Every rank has its own channels; dt, b and c depend on all of them, so one psum brings their parts together.
     """
-
-    columns = ("w_dt_b_c", "w_out")
-    whole = ("dt_norm", "b_norm", "c_norm", "b_out")
 
     def __init__(self, config: MambaConfig, hidden_size: int, eps: float, *, param: ParamFactory):
         self.config, self.eps, self.mesh = config, eps, param.mesh
@@ -55,6 +53,7 @@ class Mamba(RecurrentMixer):
             self.b_in_x = param((A,), TP, init=zeros)
             self.b_in_z = param((A,), TP, init=zeros)
             self.b_out = param((hidden_size,), init=zeros)
+        self.specs = WeightSpecs.of(self)
 
     def cache_arrays(self, batch_size: int, max_length: int) -> RecurrentCache:
         """The layer's cache, as a `RecurrentCache` of `CacheArray`; `max_length` makes no difference."""
@@ -102,7 +101,7 @@ class Mamba(RecurrentMixer):
 
 
 def _small_steps(key: jax.Array, shape: tuple[int, ...], dtype: Any) -> jax.Array:
-    """What softplus makes step sizes of, log-uniform between 0.001 and 0.1."""
+    """Numbers that softplus makes step sizes of, log-uniform between 0.001 and 0.1."""
     dt = jnp.exp(jax.random.uniform(key, shape, dtype, jnp.log(0.001), jnp.log(0.1)))
     return dt + jnp.log(-jnp.expm1(-dt))
 

@@ -17,11 +17,12 @@ from jaxmoe.layers.conv import causal_conv
 from jaxmoe.layers.param import ParamFactory, RowMap, ones, zeros
 from jaxmoe.layers.recurrent import RecurrentCache, RecurrentMixer, is_token
 from jaxmoe.layers.ssd import chunked_ssd, ssd_step
+from jaxmoe.layers.weights import WeightSpecs
 from jaxmoe.mesh import TP
 
 
 class Mamba2(RecurrentMixer):
-    """The state space dual layer, its outputs gated and normalised by groups (Dao and Gu 2024, section 7).
+    """The state space dual layer, its outputs gated and normalized by groups (Dao and Gu 2024, section 7).
 
     y = out(norm((ssd(u, dt, b, c) + skip · u) · silu(z))), where u, b and c have gone through the convolution and an
     activation, and dt = max(softplus(dt + dt_bias), `Mamba2Config.min_step`).
@@ -56,6 +57,7 @@ class Mamba2(RecurrentMixer):
         self.skip = param((H,), TP, init=ones, dtype=jnp.float32)
         self.out_norm = param((A,), TP, init=ones)
         self.w_out = param((hidden_size, A), None, TP)
+        self.specs = WeightSpecs.of(self)
 
     def cache_arrays(self, batch_size: int, max_length: int) -> RecurrentCache:
         """The layer's cache, as a `RecurrentCache` of `CacheArray`; `max_length` makes no difference."""
@@ -95,7 +97,7 @@ class Mamba2(RecurrentMixer):
     def _convolved(
         self, w: dict[str, jax.Array], x_BSD: jax.Array, before: jax.Array | None, lengths_B: jax.Array
     ) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
-        """This rank's x [B, S, H, p], b and c [B, S, G, n], all float32, and what the convolution keeps."""
+        """This rank's x [B, S, H, p], b and c [B, S, G, n], all float32, and the inputs that the convolution keeps."""
         config, (B, S, _) = self.config, x_BSD.shape
         inputs = jnp.concatenate([self._project(w, x_BSD, part) for part in "xbc"], axis=-1)
         taps = jnp.concatenate([w[f"conv_{part}"] for part in "xbc"])[:, 0]

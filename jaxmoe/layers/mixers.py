@@ -18,16 +18,16 @@ from jaxmoe.layers.param import ParamFactory
 
 
 class TokenMixer(Protocol):
-    """What a decoder layer asks of every kind."""
+    """The interface that a decoder layer asks of every kind."""
 
     def cache_arrays(self, batch_size: int, max_length: int) -> Any:
-        """What the layer keeps of the tokens seen, as a pytree of `CacheArray`."""
+        """The arrays that the layer keeps of the tokens seen, as a pytree of `CacheArray`."""
         ...
 
     def __call__(
         self, x_BSD: jax.Array, positions_BS: jax.Array, cache: Any, batch: tuple[str, ...], *, decode: bool = False
     ) -> tuple[jax.Array, Any]:
-        """[B, S, D], and the cache (where given) with the new tokens in it.
+        """Mix the tokens of each row: returns [B, S, D], and the cache (where given) with the new tokens in it.
 
         Rows are padded on the right, and padding stands where a row's last token does: a row's
         length is its largest position + 1. In `decode` S is 1 and the cache holds all tokens before.
@@ -45,5 +45,5 @@ TOKEN_MIXERS: dict[type[TokenMixerConfig], Callable[..., TokenMixer]] = {
 
 
 def make_token_mixer(config: TokenMixerConfig, hidden_size: int, eps: float, *, param: ParamFactory) -> TokenMixer:
-    """The layer that `config` describes, for activations of width `hidden_size` and norms with epsilon `eps`."""
+    """Make the layer that `config` describes, for activations of width `hidden_size` and norms with epsilon `eps`."""
     return TOKEN_MIXERS[type(config)](config, hidden_size, eps, param=param)

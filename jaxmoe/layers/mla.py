@@ -14,15 +14,16 @@ from jax.sharding import PartitionSpec as P
 
 from jaxmoe.config import MLAConfig
 from jaxmoe.layers.attention import attend
-from jaxmoe.layers.cache import CacheArray, write_prompt, write_token
+from jaxmoe.layers.cache import CacheArray, cache_specs, write_prompt, write_token
 from jaxmoe.layers.norm import rms_norm
 from jaxmoe.layers.param import ParamFactory, ones, zeros
 from jaxmoe.layers.rope import apply_rope
+from jaxmoe.layers.weights import WeightSpecs
 from jaxmoe.mesh import TP
 
 
 class LatentCache(NamedTuple):
-    """What is kept of the positions seen so far; position i lies at index i.
+    """Latents and rotated keys of the positions seen so far; position i lies at index i.
 
     Also holds what describes the two: their shapes, or their partition specs.
 
@@ -44,7 +45,7 @@ def attend_expanded(
     *,
     scale: float,
 ) -> jax.Array:
-    """Attention with each head's keys and values made from the latents; returns [B, S, H, v].
+    """Attend with each head's keys and values made from the latents; returns [B, S, H, v].
 
     With c the latents and W_k, W_v a head's parts of `w_kv_HaL`, a = n + v rows:
 
@@ -74,7 +75,7 @@ def attend_absorbed(
     *,
     scale: float,
 ) -> jax.Array:
-    """The same as `attend_expanded` without any head's keys or values: W_k goes to the query, W_v behind the sum.
+    """Compute `attend_expanded` without any head's keys or values: W_k is applied to the query, W_v to the sum.
 
         W_v (softmax(scale · ((q_nope W_k) cᵀ + q_rope rope_keyᵀ) + causal mask) c)
 
@@ -118,6 +119,7 @@ class LatentAttention(nnx.Module):
                 self.b_q_a = param((config.q_rank,), init=zeros)
             self.b_kv_a = param((L + r,), init=zeros)
             self.b_o = param((hidden_size,), init=zeros)
+        self.specs = WeightSpecs.of(self)
 
     def cache_arrays(self, batch_size: int, max_length: int) -> LatentCache:
         """The layer's cache, as a `LatentCache` of `CacheArray`."""
@@ -139,18 +141,16 @@ class LatentAttention(nnx.Module):
 
         Args:
             x_BSD: normed activations, the batch dim sharded over the axes `batch`.
-            positions_BS: int32, where each token stands; 0..S-1 unless `decode`.
-            cache: filled with the new latents and rotated keys where given.
+            positions_BS: int32, position of each token; 0..S-1 unless `decode`.
+            cache: cache that gets the new latents and rotated keys; None for none.
             batch: mesh axes of the batch dim.
-            decode: S is 1 and the token attends to the cache at its position and before.
+            decode: whether S is 1 and the token attends to the cache at its position and before.
 
         Returns:
             [B, S, D], and the cache with the new tokens in it.
         """
-        weights = {name: param[...] for name, param in vars(self).items() if isinstance(param, nnx.Param)}
-        over_heads = {"w_q": P(TP), "w_q_b": P(TP), "w_kv_b": P(TP), "w_o": P(None, TP)}
-        specs = {name: over_heads.get(name, P()) for name in weights}
-        cache_spec = None if cache is None else LatentCache(P(batch), P(batch))
+        weights, specs = self.specs.weights(self)
+        cache_spec = None if cache is None else cache_specs(self.cache_arrays(1, 1), batch)
 
         def local(
             w: dict[str, jax.Array], x_BSD: jax.Array, positions_BS: jax.Array, cache: LatentCache | None
@@ -196,7 +196,7 @@ class LatentAttention(nnx.Module):
         return q_nope_BSHn, apply_rope(q_rope_BSHr, positions_BS, config.rope)
 
     def _latents(self, w: dict[str, jax.Array], x_BSD: jax.Array, positions_BS: jax.Array) -> LatentCache:
-        """What the cache gets for these tokens."""
+        """The entries of the cache for these tokens."""
         config = self.config
         both_BSA = jnp.einsum("bsd,ad->bsa", x_BSD, w["w_kv_a"])
         both_BSA = both_BSA + w["b_kv_a"][None, None] if config.bias else both_BSA

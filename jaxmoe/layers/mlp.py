@@ -1,4 +1,4 @@
-"""The dense MLP: of layers without routed experts, and of the experts that serve every token."""
+"""The dense MLP of layers without routed experts, and of the experts that serve every token."""
 
 import jax
 import jax.numpy as jnp
@@ -9,6 +9,7 @@ from jaxmoe.config import MLPConfig
 from jaxmoe.kernels.dtypes import sum_dtype
 from jaxmoe.kernels.grouped_matmul import ACTIVATIONS
 from jaxmoe.layers.param import ParamFactory, zeros
+from jaxmoe.layers.weights import WeightSpecs
 from jaxmoe.mesh import auto_mesh
 
 
@@ -26,17 +27,13 @@ class MLP(nnx.Module):
                 self.b_gate = param((width,), tp, init=zeros)
             self.b_up = param((width,), tp, init=zeros)
             self.b_down = param((hidden,), init=zeros)
-        self.config = config
+        self.config, self.specs = config, WeightSpecs.of(self)
         self.mesh, self.tp_axes = auto_mesh(param.mesh), param.axes.tp
 
     def __call__(self, x_BSD: jax.Array, batch: tuple[str, ...]) -> jax.Array:
         """Map x [B, S, D], its batch dim sharded over the axes `batch`, to [B, S, D]."""
         activation = ACTIVATIONS[self.config.activation]
-        weights = {name: param[...] for name, param in vars(self).items() if isinstance(param, nnx.Param)}
-        specs = {
-            name: P() if name == "b_down" else P(None, self.tp_axes) if name == "w_down" else P(self.tp_axes)
-            for name in weights
-        }
+        weights, specs = self.specs.weights(self)
 
         def local(w: dict[str, jax.Array], x_BSD: jax.Array) -> jax.Array:
             def project(name: str) -> jax.Array:

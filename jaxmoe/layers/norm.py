@@ -1,4 +1,4 @@
-"""Normalisation of activations."""
+"""Normalization of activations."""
 
 from collections.abc import Callable
 from functools import partial
@@ -12,9 +12,9 @@ from jaxmoe.layers.param import ParamFactory, ones, zeros
 
 
 def rms_norm(x: jax.Array, weight: jax.Array, eps: float, *, float32_weight: bool = False) -> jax.Array:
-    """weight · x / sqrt(mean(x²) + eps) over the last dim, computed in float32 (float64 for float64).
+    """Compute weight · x / sqrt(mean(x²) + eps) over the last dim, in float32 (float64 for float64).
 
-    Zhang and Sennrich 2019 (arXiv:1910.07467), equation 4. The normalised value is rounded
+    Zhang and Sennrich 2019 (arXiv:1910.07467), equation 4. The normalized value is rounded
     to x's dtype before the weight is applied, as the reference of most checkpoints does; with
     `float32_weight` after it alone.
     """
@@ -27,8 +27,8 @@ def rms_norm(x: jax.Array, weight: jax.Array, eps: float, *, float32_weight: boo
     return weight * (x32 * scale).astype(x.dtype)
 
 
-def zero_centred_rms_norm(x: jax.Array, weight: jax.Array, eps: float) -> jax.Array:
-    """`rms_norm` with 1 + weight, added and applied in float32: a weight near 0 keeps more bits than one near 1."""
+def zero_centered_rms_norm(x: jax.Array, weight: jax.Array, eps: float) -> jax.Array:
+    """Compute `rms_norm` with 1 + weight, in float32: a weight near 0 keeps more bits than one near 1."""
     return rms_norm(x, 1 + weight.astype(jnp.float32), eps, float32_weight=True)
 
 
@@ -41,20 +41,20 @@ class RMSNorm(nnx.Module):
         self.float32_weight = float32_weight
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        """Normalise x [..., size]."""
+        """Normalize x [..., size]."""
         return rms_norm(x, self.weight[...], self.eps, float32_weight=self.float32_weight)
 
 
-class ZeroCentredRMSNorm(nnx.Module):
-    """`zero_centred_rms_norm` with its weight, replicated over the mesh."""
+class ZeroCenteredRMSNorm(nnx.Module):
+    """`zero_centered_rms_norm` with its weight, replicated over the mesh."""
 
     def __init__(self, size: int, eps: float, *, param: ParamFactory):
         self.weight = param((size,), init=zeros)
         self.eps = eps
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        """Normalise x [..., size]."""
-        return zero_centred_rms_norm(x, self.weight[...], self.eps)
+        """Normalize x [..., size]."""
+        return zero_centered_rms_norm(x, self.weight[...], self.eps)
 
 
 class LayerNorm(nnx.Module):
@@ -70,10 +70,10 @@ class LayerNorm(nnx.Module):
         self.eps = eps
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        """Normalise x [..., size]."""
+        """Normalize x [..., size]."""
         x32 = x.astype(jnp.float32)
-        centred = x32 - jnp.mean(x32, axis=-1, keepdims=True)
-        y = centred * jax.lax.rsqrt(jnp.mean(jnp.square(centred), axis=-1, keepdims=True) + self.eps)
+        centered = x32 - jnp.mean(x32, axis=-1, keepdims=True)
+        y = centered * jax.lax.rsqrt(jnp.mean(jnp.square(centered), axis=-1, keepdims=True) + self.eps)
         y = y * jax.lax.broadcast_to_rank(self.weight[...].astype(jnp.float32), x.ndim)
         if hasattr(self, "bias"):
             y += jax.lax.broadcast_to_rank(self.bias[...].astype(jnp.float32), x.ndim)
@@ -81,10 +81,10 @@ class LayerNorm(nnx.Module):
 
 
 # A kind of norm is a class and a line here; `DecoderConfig.norm` names it.
-NORMS: dict[str, Callable[..., RMSNorm | ZeroCentredRMSNorm | LayerNorm]] = {
+NORMS: dict[str, Callable[..., RMSNorm | ZeroCenteredRMSNorm | LayerNorm]] = {
     "rms": RMSNorm,
     "rms_float32": partial(RMSNorm, float32_weight=True),
-    "rms_zero_centred": ZeroCentredRMSNorm,
+    "rms_zero_centred": ZeroCenteredRMSNorm,
     "layer": LayerNorm,
     "layer_without_bias": partial(LayerNorm, bias=False),
 }

@@ -20,14 +20,14 @@ class ParamSpec:
     """One parameter of a model, before it has a value.
 
     Attributes:
-        path: where it is in the model, "layers.3.moe.w_gate_up".
+        path: path in the model, as "layers.3.moe.w_gate_up".
         shape: global shape on the mesh, padding included.
-        dtype: what the array on the mesh has; a checkpoint's tensor may differ and is cast.
-        sharding: over the mesh.
-        rows: None where the parameter is the checkpoint's tensor. Otherwise dim 0 is ``len(rows)``
-            equal groups; group i is filled from group ``rows[i]`` of the tensor's dim 0, or with
-            zeros where it is -1 (expert slots, repeated key/value heads, vocabulary padding).
-        source_groups: groups that dim 0 of the checkpoint's tensor has; None where `rows` is.
+        dtype: dtype of the array on the mesh; a checkpoint's tensor may differ and is cast.
+        sharding: sharding over the mesh.
+        rows: sources of the groups of dim 0; None where the parameter is the checkpoint's tensor. Otherwise dim 0 is
+            ``len(rows)`` equal groups; group i is filled from group ``rows[i]`` of the tensor's dim 0, or with zeros
+            where it is -1 (expert slots, repeated key/value heads, vocabulary padding).
+        source_groups: number of groups of dim 0 of the checkpoint's tensor; None where `rows` is.
     """
 
     path: str
@@ -40,15 +40,15 @@ class ParamSpec:
 
 @dataclasses.dataclass(frozen=True)
 class RowMap:
-    """How groups of dim 0 are filled from a checkpoint, as long as the parameter lives; see `ParamSpec.rows`.
+    """The way that groups of dim 0 are filled from a checkpoint, as long as the parameter lives; see `ParamSpec.rows`.
 
     It is part of what a compiled program is found again by. Expert stacks have none: a rebalance changes theirs, and
     `jaxmoe.layers.specs` reads it from the placement of their layer.
 
     Attributes:
-        source_groups: groups that dim 0 of the checkpoint's tensor has.
-        copies: of each, side by side.
-        padding: groups of zeros after them.
+        source_groups: number of groups of dim 0 of the checkpoint's tensor.
+        copies: number of copies of each, side by side.
+        padding: number of groups of zeros after them.
     """
 
     source_groups: int
@@ -66,31 +66,31 @@ Init = Callable[[jax.Array, tuple[int, ...], Any], jax.Array]
 
 
 def ones(key: jax.Array, shape: tuple[int, ...], dtype: Any) -> jax.Array:
-    """Initialiser of norm weights."""
+    """Initialize norm weights."""
     del key
     return jnp.ones(shape, dtype)
 
 
 def zeros(key: jax.Array, shape: tuple[int, ...], dtype: Any) -> jax.Array:
-    """Initialiser of biases."""
+    """Initialize biases."""
     del key
     return jnp.zeros(shape, dtype)
 
 
 def fan_in_normal(key: jax.Array, shape: tuple[int, ...], dtype: Any) -> jax.Array:
-    """Normal with standard deviation 1/sqrt(fan in); the last dim is the input, as in torch."""
+    """Draw from a normal distribution of standard deviation 1/sqrt(fan in); the last dim is the input, as in torch."""
     return (jax.random.normal(key, shape, jnp.float32) / math.sqrt(shape[-1])).astype(dtype)
 
 
 @dataclasses.dataclass(frozen=True)
 class ParamFactory:
-    """Makes the parameters of a module: random ones, or abstract ones for a loader to fill.
+    """A maker of the parameters of a module: random ones, or abstract ones for a loader to fill.
 
     Attributes:
-        mesh: where they live.
-        dtype: of the weights.
+        mesh: mesh that they live on.
+        dtype: dtype of the weights.
         rngs: random streams; None makes ``jax.ShapeDtypeStruct`` values, which allocate nothing.
-        axes: the mesh axes that play dp, tp and ep.
+        axes: mesh axes that play dp, tp and ep.
     """
 
     mesh: Mesh
@@ -107,27 +107,27 @@ class ParamFactory:
         rows: RowMap | None = None,
         slots: tuple[int, ...] | None = None,
     ) -> nnx.Param:
-        """Make one parameter of `shape`, sharded over the mesh axes named in `dims`.
+        """Make one parameter of `shape`, sharded over the mesh axes named in `dims`; its metadata has them as `spec`.
 
         Args:
-            shape: global, padding included.
-            dims: for each dim the mesh axes that it is sharded over.
-            init: of the values.
-            dtype: None for that of the weights.
-            rows: how a checkpoint fills it, where that is not row by row.
-            slots: of an expert stack, the expert in each slot for now.
+            shape: global shape, padding included.
+            dims: mesh axes that each dim is sharded over.
+            init: function that draws the values.
+            dtype: dtype of this one; None for that of the weights.
+            rows: groups that a checkpoint fills, where it is not filled row by row.
+            slots: expert in each slot for now, of an expert stack.
         """
         dtype = jnp.dtype(self.dtype if dtype is None else dtype)
         sharding = named(self.mesh, *dims)
         if self.rngs is None:
             value = jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
         else:
-            # Initialised where it will live: no device ever holds the whole array.
+            # Initialized where it will live: no device ever holds the whole array.
             make = jax.jit(_initial, static_argnums=(1, 2, 3, 4), out_shardings=sharding)
             value = make(self.rngs.params(), shape, dtype, init, rows.rows if rows else slots)
         if slots is None:
-            return nnx.Param(value, rows=rows)
-        return ExpertStack(value, rows=rows, filled_by=SlotOrder(slots))
+            return nnx.Param(value, rows=rows, spec=sharding.spec)
+        return ExpertStack(value, rows=rows, spec=sharding.spec, filled_by=SlotOrder(slots))
 
 
 def _initial(

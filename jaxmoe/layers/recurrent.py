@@ -1,6 +1,6 @@
-"""What the recurrent layers in attention's place share: a short convolution's inputs and a state instead of a cache."""
+"""The common part of the recurrent layers in attention's place: a state and a convolution's inputs instead of a cache."""
 
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -8,16 +8,18 @@ from flax import nnx
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
+from jaxmoe.layers.cache import cache_specs
+from jaxmoe.layers.weights import WeightSpecs
 from jaxmoe.mesh import TP
 
 
 class RecurrentCache(NamedTuple):
-    """What a layer keeps of a sequence, however long; also holds shapes or partition specs.
+    """The arrays that a layer keeps of a sequence, however long; also holds their shapes or partition specs.
 
     Attributes:
-        conv: [B, V, channels], the V inputs of the convolution before the next token; those of one tp rank's channels
+        conv: [B, V, channels], V inputs of the convolution before the next token; those of one tp rank's channels
             or heads after those of the other.
-        state: float32 [B, ...], the state of every channel or head.
+        state: float32 [B, ...], state of every channel or head.
     """
 
     conv: Any
@@ -27,25 +29,30 @@ class RecurrentCache(NamedTuple):
 class RecurrentMixer(nnx.Module):
     """A token mixer whose channels or heads are split over tp; a subclass says what a rank does with its own.
 
-    Dim 0 of a weight is split over tp, except for those named in `columns` (dim 1) and `whole`. The output projection
-    is `w_out`, with `b_out` where it has a bias.
+    The output projection is `w_out`, with `b_out` where it has a bias.
+
+    Attributes:
+        mesh: mesh that the layer is on.
+        specs: specs of its weights.
     """
 
-    columns: ClassVar[tuple[str, ...]] = ("w_out",)
-    whole: ClassVar[tuple[str, ...]] = ("b_out",)
-
     mesh: Mesh
+    specs: WeightSpecs
+
+    def cache_arrays(self, batch_size: int, max_length: int) -> RecurrentCache:
+        """The layer's cache, as a `RecurrentCache` of `CacheArray`; see `TokenMixer`."""
+        raise NotImplementedError
 
     def run(
         self, w: dict[str, jax.Array], x_BSD: jax.Array, lengths_B: jax.Array, before: RecurrentCache | None
     ) -> tuple[jax.Array, RecurrentCache]:
-        """What this rank's channels give, and what they keep.
+        """Compute the outputs of this rank's channels, and what they keep.
 
         Args:
-            w: this rank's weights.
-            x_BSD: rows padded on the right; padding must leave no trace in what is kept.
-            lengths_B: int32, tokens of each row.
-            before: None for the start of sequences; else S is 1, and this is what the tokens before have left.
+            w: weights of this rank.
+            x_BSD: activations, rows padded on the right; padding must leave no trace in what is kept.
+            lengths_B: int32, number of tokens of each row.
+            before: cache that the tokens before have left, with S = 1; None for the start of sequences.
 
         Returns:
             [B, S, channels] in x's dtype, before the output projection.
@@ -65,19 +72,16 @@ class RecurrentMixer(nnx.Module):
 
         Args:
             x_BSD: normed activations, the batch dim sharded over the axes `batch`.
-            positions_BS: int32, as `TokenMixer` has them: they tell a prompt's tokens from its padding.
-            cache: what the tokens leave is put in its place where given.
+            positions_BS: int32, positions as `TokenMixer` has them: they tell a prompt's tokens from its padding.
+            cache: cache before the tokens; None for none.
             batch: mesh axes of the batch dim.
-            decode: S is 1 and the cache holds what the tokens before have left.
+            decode: whether S is 1 and the cache holds what the tokens before have left.
 
         Returns:
             [B, S, D], and the cache after each row's last token.
         """
-        weights = {name: param[...] for name, param in vars(self).items() if isinstance(param, nnx.Param)}
-        specs = {
-            name: P() if name in self.whole else P(None, TP) if name in self.columns else P(TP) for name in weights
-        }
-        cache_spec = None if cache is None else RecurrentCache(P(batch, None, TP), P(batch, TP))
+        weights, specs = self.specs.weights(self)
+        cache_spec = None if cache is None else cache_specs(self.cache_arrays(1, 1), batch)
 
         def local(
             w: dict[str, jax.Array], x_BSD: jax.Array, positions_BS: jax.Array, cache: RecurrentCache | None
@@ -99,5 +103,5 @@ class RecurrentMixer(nnx.Module):
 
 
 def is_token(S: int, lengths_B: jax.Array) -> jax.Array:
-    """Bool [B, S, 1], False for padding."""
+    """Tell tokens from padding: bool [B, S, 1], False for padding."""
     return (jnp.arange(S, dtype=jnp.int32)[None] < lengths_B[:, None])[..., None]

@@ -1,10 +1,11 @@
-"""Which replica of an expert a token goes to, inside the compiled program.
+"""The choice among an expert's replicas, inside the compiled program.
 
 The tables come from `jaxmoe.placement.replicas`. They are arrays that the program reads, so a placement or the loads
 of the last window can change without a recompilation.
 """
 
 import dataclasses
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -15,14 +16,36 @@ from jaxmoe.placement.nodes import check_nodes
 from jaxmoe.placement.replicas import get_replica_choice
 
 
+class PlacementTables(NamedTuple):
+    """A layer's placement and replica choice as arrays; R is the most replicas that an expert can have.
+
+    Also holds the variables that have them, or their partition specs. The layer's variables have these names.
+
+    Attributes:
+        slot_to_expert: int32 [P], the placement itself.
+        expert_to_slots: int32 [E, R], slots that any device's tokens may use.
+        replica_counts: int32 [E], number of those slots.
+        near_slots: int32 [n, E, R], slots that the tokens of each of the n devices use; with "local_first" only.
+        near_counts: int32 [n, E], number of those slots.
+        last_load: float32 [n], loads by which the tables were made; with "least_loaded" only.
+    """
+
+    slot_to_expert: Any
+    expert_to_slots: Any
+    replica_counts: Any
+    near_slots: Any = None
+    near_counts: Any = None
+    last_load: Any = None
+
+
 @dataclasses.dataclass(frozen=True, eq=False)
 class ReplicaRule:
     """A replica choice and what it looks at.
 
     Attributes:
-        choice: a name in `jaxmoe.placement.replicas.REPLICA_CHOICES`.
-        devices_per_node: for "local_first"; None for all devices on one node.
-        last_load: [n], rows that each device received lately; for "least_loaded".
+        choice: name in `jaxmoe.placement.replicas.REPLICA_CHOICES`.
+        devices_per_node: devices of a node, for "local_first"; None for all devices on one node.
+        last_load: [n], rows that each device received lately, for "least_loaded".
     """
 
     choice: str = "modulo"
@@ -30,7 +53,7 @@ class ReplicaRule:
     last_load: np.ndarray | None = None
 
     def tables(self, placement: ExpertPlacement) -> tuple[np.ndarray, np.ndarray]:
-        """Slots int32 [n, E, R] that the tokens of each device may use for each expert, and their numbers int32 [n, E].
+        """Make the slots int32 [n, E, R] that each device's tokens may use for each expert, and their counts int32 [n, E].
 
         R is the most replicas that any placement with as many slots can have: the tables of all have one shape.
 
@@ -51,14 +74,45 @@ class ReplicaRule:
         return np.pad(slots, ((0, 0), (0, 0), (0, widest - slots.shape[2])), constant_values=-1), counts
 
 
+def choose_replicas(
+    x_TD: jax.Array,
+    ids_TK: jax.Array,
+    tables: PlacementTables,
+    *,
+    choice: str,
+    first_token: int | jax.Array,
+    own_tokens: bool,
+) -> jax.Array:
+    """Choose the physical slot of every choice of a device's tokens, int32 [T, K].
+
+    Args:
+        x_TD: activations of the tokens, of which "random" makes its draws.
+        ids_TK: logical experts.
+        tables: tables of the layer, this device's part.
+        choice: name of the rule, as `ReplicaRule` has it.
+        first_token: number of the device's first token over all devices.
+        own_tokens: True where each device that shares the experts has tokens of its own.
+    """
+    turn_TK = None
+    if tables.expert_to_slots.shape[1] > 1:
+        turn_TK = token_draws(x_TD, ids_TK.shape[1]) if choice == "random" else token_turns(ids_TK.shape, first_token)
+    slots_TK = choose_slots(ids_TK, tables.expert_to_slots, tables.replica_counts, turn_TK)
+    # Where all devices have the same tokens, all must choose alike and none is nearer.
+    if tables.near_slots is not None and own_tokens:
+        near_TK = choose_slots(ids_TK, tables.near_slots[0], tables.near_counts[0], turn_TK)
+        # A state of a layer without these tables may have brought another placement than they were made for.
+        slots_TK = jnp.where(tables.slot_to_expert[near_TK] == ids_TK, near_TK, slots_TK)
+    return slots_TK
+
+
 def choose_slots(ids_TK: jax.Array, slots_ER: jax.Array, counts_E: jax.Array, turn_TK: jax.Array | None) -> jax.Array:
-    """The physical slot of every chosen expert: replica number turn mod replicas.
+    """Choose the physical slot of every chosen expert: replica number turn mod replicas.
 
     Args:
         ids_TK: logical experts.
-        slots_ER: the slots that may be used for each.
-        counts_E: how many there are.
-        turn_TK: from `token_turns` or `token_draws`; None where R is 1.
+        slots_ER: slots that may be used for each.
+        counts_E: number of those slots.
+        turn_TK: numbers from `token_turns` or `token_draws`; None where R is 1.
     """
     if turn_TK is None:
         return slots_ER[ids_TK, 0]
@@ -66,12 +120,12 @@ def choose_slots(ids_TK: jax.Array, slots_ER: jax.Array, counts_E: jax.Array, tu
 
 
 def token_turns(shape: tuple[int, ...], first_token: int | jax.Array) -> jax.Array:
-    """int32 [T, K], each token's number over all devices: tokens take turns over the replicas."""
+    """Number the tokens over all devices, int32 [T, K]: so they take turns over the replicas."""
     return jnp.broadcast_to((first_token + jnp.arange(shape[0], dtype=jnp.int32))[:, None], shape)
 
 
 def token_draws(x_TD: jax.Array, K: int) -> jax.Array:
-    """Non-negative int32 [T, K], a draw for every choice: a hash of the token's activations.
+    """Draw a non-negative int32 for every choice, [T, K]: a hash of the token's activations.
 
     Equal tokens draw alike, so that a run can be repeated, wherever they stand in a batch. The mixing steps are those
     of a 32-bit integer hash with low bias (constants by C. Wellons, "Prospecting for Hash Functions", 2018).

@@ -11,7 +11,7 @@ def apply_rope(x_BSHh: jax.Array, positions_BS: jax.Array, config: RopeConfig) -
 
     Su et al. 2021 (arXiv:2104.09864), equation 34. Angles are float32; the rotation is in x's dtype. A sequence is as
     long as its last position here says. One that grows beyond `RopeConfig.long_above` keeps the keys in its cache as
-    they were turned.
+    they were rotated.
     """
     frequencies, scale = jnp.asarray(config.frequencies, jnp.float32), jnp.float32(config.scale)
     if config.long is not None:
@@ -24,10 +24,10 @@ def apply_rope(x_BSHh: jax.Array, positions_BS: jax.Array, config: RopeConfig) -
     cos = (jnp.cos(angles_BSr) * scale)[:, :, None].astype(x_BSHh.dtype)
     sin = (jnp.sin(angles_BSr) * scale)[:, :, None].astype(x_BSHh.dtype)
     r = angles_BSr.shape[-1]
-    turning, rest = x_BSHh[..., : 2 * r], x_BSHh[..., 2 * r :]
+    rotating, rest = x_BSHh[..., : 2 * r], x_BSHh[..., 2 * r :]
     if config.interleaved:
-        first, second = turning[..., 0::2], turning[..., 1::2]
-        turned = jnp.stack([first * cos - second * sin, second * cos + first * sin], axis=-1)
-        return jnp.concatenate([turned.reshape(turning.shape), rest], axis=-1)
-    first, second = turning[..., :r], turning[..., r:]
+        first, second = rotating[..., 0::2], rotating[..., 1::2]
+        rotated = jnp.stack([first * cos - second * sin, second * cos + first * sin], axis=-1)
+        return jnp.concatenate([rotated.reshape(rotating.shape), rest], axis=-1)
+    first, second = rotating[..., :r], rotating[..., r:]
     return jnp.concatenate([first * cos - second * sin, second * cos + first * sin, rest], axis=-1)

@@ -19,15 +19,15 @@ CHUNK_SIZE = 16
 def selective_step(
     x_BA: jax.Array, dt_BA: jax.Array, rate_An: jax.Array, b_Bn: jax.Array, c_Bn: jax.Array, state_BAn: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
-    """One token of the selective scan.
+    """Apply the selective scan to one token.
 
     Args:
         x_BA: inputs.
         dt_BA: step sizes, at least 0.
         rate_An: rates of decay, below 0.
-        b_Bn: how the input enters the state.
-        c_Bn: how the state is read.
-        state_BAn: the states before the token.
+        b_Bn: factors by which the input enters the state.
+        c_Bn: factors by which the state is read.
+        state_BAn: states before the token.
 
     Returns:
         Outputs [B, A] and the states after the token, in the arguments' dtype.
@@ -46,7 +46,7 @@ def selective_scan(
     *,
     chunk_size: int = CHUNK_SIZE,
 ) -> tuple[jax.Array, jax.Array]:
-    """The selective scan over a sequence: an associative scan within chunks, and a scan over the chunks.
+    """Apply the selective scan to a sequence: an associative scan within chunks, and a scan over the chunks.
 
     Two steps h → d1 h + u1 and h → d2 h + u2 after each other are the step h → d1 d2 h + (d2 u1 + u2). A position with
     step size 0 leaves the states as they are.
@@ -55,10 +55,10 @@ def selective_scan(
         x_BSA: inputs.
         dt_BSA: step sizes, at least 0.
         rate_An: rates of decay, below 0.
-        b_BSn: how the inputs enter the states.
-        c_BSn: how the states are read.
-        state_BAn: the states before the sequence; None for zeros.
-        chunk_size: positions of a chunk.
+        b_BSn: factors by which the inputs enter the states.
+        c_BSn: factors by which the states are read.
+        state_BAn: states before the sequence; None for zeros.
+        chunk_size: number of positions of a chunk.
 
     Returns:
         Outputs [B, S, A] and the states after the sequence, in the arguments' dtype.

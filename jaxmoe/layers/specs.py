@@ -1,4 +1,4 @@
-"""The parameters of a module by path, and what is known of each before it has a value."""
+"""The parameters of a module by path, and the spec of each, known before it has a value."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -6,7 +6,8 @@ from typing import Any
 import numpy as np
 from flax import nnx
 
-from jaxmoe.layers.moe import EXPERT_STACKS, MoE
+from jaxmoe.layers.experts import ExpertStacks
+from jaxmoe.layers.moe import MoE
 from jaxmoe.layers.param import ParamSpec
 
 
@@ -16,7 +17,7 @@ def params_by_path(module: nnx.Module) -> dict[str, nnx.Param]:
 
 
 def param_specs(module: nnx.Module) -> Iterator[ParamSpec]:
-    """The specs of a module's parameters, abstract or not.
+    """Give the specs of a module's parameters, abstract or not.
 
     Raises:
         ValueError: a layer's placement cannot be read here, see `jaxmoe.MoE.placement`.
@@ -35,11 +36,11 @@ def param_specs(module: nnx.Module) -> Iterator[ParamSpec]:
 
 
 def layer_of_stack(module: nnx.Module, path: tuple[Any, ...]) -> MoE | None:
-    """The layer whose expert stack the parameter at `path` is; None where it is none."""
+    """Find the layer whose expert stack the parameter at `path` is; None where it is none."""
     owner: Any = module
     for key in path[:-1]:
         owner = getattr(owner, key) if isinstance(key, str) and hasattr(owner, key) else owner[key]
-    return owner if isinstance(owner, MoE) and path[-1] in EXPERT_STACKS else None
+    return owner if isinstance(owner, MoE) and path[-1] in ExpertStacks._fields else None
 
 
 def _rows(module: nnx.Module, path: tuple[Any, ...], param: nnx.Param) -> tuple[tuple[int, ...] | None, int | None]:

@@ -23,15 +23,15 @@ _einsum = partial(jnp.einsum, precision=jax.lax.Precision.HIGHEST)
 def ssd_step(
     x_BHp: jax.Array, dt_BH: jax.Array, rate_H: jax.Array, b_BGn: jax.Array, c_BGn: jax.Array, state_BHpn: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
-    """One token.
+    """Apply the recurrence to one token.
 
     Args:
         x_BHp: inputs.
         dt_BH: step sizes, at least 0.
         rate_H: rates of decay, below 0.
-        b_BGn: how the inputs of a group's heads enter their states.
-        c_BGn: how these are read.
-        state_BHpn: the states before the token.
+        b_BGn: factors by which the inputs of a group's heads enter their states.
+        c_BGn: factors by which these are read.
+        state_BHpn: states before the token.
 
     Returns:
         Outputs [B, H, p] and the states after the token, in the arguments' dtype.
@@ -53,7 +53,7 @@ def chunked_ssd(
     *,
     chunk_size: int = CHUNK_SIZE,
 ) -> tuple[jax.Array, jax.Array]:
-    """A whole sequence: matrix products within chunks, and a scan over the chunks.
+    """Apply the recurrence to a sequence: matrix products within chunks, and a scan over the chunks.
 
     Let g_i be the product of a chunk's decays up to its position i, and M the state before the chunk (section 6):
 
@@ -66,10 +66,10 @@ def chunked_ssd(
         x_BSHp: inputs.
         dt_BSH: step sizes, at least 0.
         rate_H: rates of decay, below 0.
-        b_BSGn: how the inputs of a group's heads enter their states.
-        c_BSGn: how these are read.
-        state_BHpn: the states before the sequence; None for zeros.
-        chunk_size: positions of a chunk.
+        b_BSGn: factors by which the inputs of a group's heads enter their states.
+        c_BSGn: factors by which these are read.
+        state_BHpn: states before the sequence; None for zeros.
+        chunk_size: number of positions of a chunk.
 
     Returns:
         Outputs [B, S, H, p] and the states after the sequence, in the arguments' dtype.

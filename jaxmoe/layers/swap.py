@@ -30,9 +30,9 @@ class MovedBytes:
     """Bytes of expert weights that were copied, by the way they took; copies of the experts along dp count each.
 
     Attributes:
-        same_device: between slots of one device.
-        same_node: between devices of one node.
-        other_node: between nodes.
+        same_device: bytes between slots of one device.
+        same_node: bytes between devices of one node.
+        other_node: bytes between nodes.
     """
 
     same_device: int = 0
@@ -41,7 +41,7 @@ class MovedBytes:
 
     @property
     def total(self) -> int:
-        """All of them."""
+        """Bytes of all three."""
         return self.same_device + self.same_node + self.other_node
 
     def __add__(self, other: "MovedBytes") -> "MovedBytes":
@@ -83,9 +83,9 @@ def swap_experts(moe: MoE, placement: ExpertPlacement, *, num_nodes: int = 1) ->
     stay valid: no shape changes.
 
     Args:
-        moe: the layer; its stacks are replaced one after the other, the old ones stay as they are for who holds them.
-        placement: as many slots on as many devices.
-        num_nodes: nodes of equally many devices along the layer's `expert_axes`.
+        moe: layer whose stacks are replaced one after the other; the old ones stay as they are for who holds them.
+        placement: new placement, of as many slots on as many devices.
+        num_nodes: number of nodes of equally many devices along the layer's `expert_axes`.
 
     Raises:
         ValueError, NotImplementedError: see `check_swap`.
@@ -151,9 +151,9 @@ def fill_slots(stack: jax.Array, experts: jax.Array, places: Sequence[Sequence[i
 
     Args:
         stack: [P, ...], one of the layer's `expert_stacks`; it is used up.
-        experts: [n·m, ...], sharded alike: m slots for each of n devices.
-        places: which of its own slots (0..p-1) each device's experts go to, at most m; the rest is padding.
-        moe: the layer.
+        experts: [n·m, ...], m experts for each of n devices, sharded like the stack.
+        places: slots (0..p-1) of each device that its experts go to, at most m; the rest is padding.
+        moe: layer of the stack.
     """
     over = stack.sharding, P(moe.expert_axis_names)
     for turn in range(max(map(len, places))):
@@ -163,7 +163,7 @@ def fill_slots(stack: jax.Array, experts: jax.Array, places: Sequence[Sequence[i
 
 
 def by_rank(slots: Iterable[int], placement: ExpertPlacement) -> list[list[int]]:
-    """Slots of a placement as places on each of its devices."""
+    """Sort slots of a placement by device, as places (0..p-1) on each."""
     places: list[list[int]] = [[] for _ in range(placement.ep)]
     for slot in slots:
         places[slot // placement.slots_per_device].append(slot % placement.slots_per_device)

@@ -1,4 +1,4 @@
-"""Whether a module has the arrays that it is about to use, said in words where it does not."""
+"""A check that a module has the arrays that it is about to use, with words for where it does not."""
 
 from weakref import WeakSet
 
@@ -23,8 +23,8 @@ def check_usable(module: nnx.Module, *, abstract: bool = False) -> None:
     the process down with some versions.
 
     Args:
-        module: about to be used.
-        abstract: accept parameters that have shapes and no values.
+        module: module that is about to be used.
+        abstract: whether parameters with shapes and without values are accepted.
 
     Raises:
         RuntimeError: its weights were moved to another model, donated or deleted, or it never had any.

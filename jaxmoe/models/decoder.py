@@ -496,7 +496,7 @@ def _all_logits(
 def _empty(arrays: Any, dtype: jnp.dtype, mesh: Mesh, batch: tuple[str, ...]) -> Cache:
     def one(array: CacheArray) -> jax.Array:
         return jax.lax.with_sharding_constraint(
-            jnp.zeros(array.shape, array.dtype or dtype), named(mesh, batch, *array.dims)
+            jnp.zeros(array.shape, array.dtype or dtype), named(mesh, *array.spec(batch))
         )
 
     return jax.tree.map(one, arrays)

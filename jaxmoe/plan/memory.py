@@ -204,7 +204,7 @@ def _cache(model: Decoder, batch_size: int, max_length: int) -> np.ndarray:
 
     def on_device(array: CacheArray) -> int:
         dtype = jnp.dtype(array.dtype or model.dtype)
-        shape = named(model.mesh, batch, *array.dims).shard_shape(array.shape)
+        shape = named(model.mesh, *array.spec(batch)).shard_shape(array.shape)
         return math.prod(shape) * dtype.itemsize
 
     arrays = [layer.cache_arrays(rows, max_length) for layer in model.layers]

@@ -11,8 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from jaxmoe import ExpertPlacement, MoE, MoEConfig, load_logical_state, logical_state
-from jaxmoe.layers import moe as moe_file
 from jaxmoe.layers import swap_experts
+from jaxmoe.layers.routed_experts import routed_experts
 from tests.support.meshes import mesh_of
 from tests.support.oracle import dense_moe, softmax_top_k
 from tests.support.runs import examples
@@ -137,12 +137,12 @@ def test_a_rebalance_compiles_nothing_again() -> None:
     want = dense(layer)
     jitted(layer, X)
     check(layer, want)
-    traced, compiled = len(TRACED), moe_file._forward._cache_size()
+    traced, compiled = len(TRACED), routed_experts._cache_size()
     for placement in (REPLICAS, PADDED, LINEAR):
         swap_experts(layer, placement)
         np.testing.assert_allclose(jitted(layer, X), want, atol=3e-6)
         check(layer, want)
-    assert (len(TRACED), moe_file._forward._cache_size()) == (traced, compiled)
+    assert (len(TRACED), routed_experts._cache_size()) == (traced, compiled)
 
 
 def test_a_replica_choice_is_part_of_the_program_and_its_loads_of_the_state() -> None:

@@ -1,0 +1,105 @@
+"""The experts of a layer: their weights, stacked by slot, and their application to rows that are grouped by slot."""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.typing import DTypeLike
+
+from jaxmoe.config import MoEConfig
+from jaxmoe.dispatch import Experts
+from jaxmoe.kernels.grouped_matmul import combine_halves, expert_mlp
+from jaxmoe.layers.param import ParamFactory, zeros
+from jaxmoe.mesh import axes_size
+from jaxmoe.placement import ExpertPlacement
+
+
+class ExpertStacks(NamedTuple):
+    """The weights of a layer's experts, dim 0 the physical slots; X is the width of the experts' inputs.
+
+    Also holds what describes them: their parameters, or their partition specs. The layer's parameters have these names.
+
+    Attributes:
+        w_gate_up: [P, 2, F, X]; [P, 1, F, X] for experts without a gate.
+        w_down: [P, X, F].
+        b_gate_up: [P, 2, F] or [P, 1, F]; None without biases.
+        b_down: [P, X]; None without biases.
+    """
+
+    w_gate_up: Any
+    w_down: Any
+    b_gate_up: Any = None
+    b_down: Any = None
+
+
+def make_expert_stacks(
+    config: MoEConfig,
+    placement: ExpertPlacement,
+    expert_axes: tuple[str, ...],
+    width_axes: tuple[str, ...],
+    *,
+    param: ParamFactory,
+) -> ExpertStacks:
+    """Make the parameters of the experts.
+
+    Args:
+        config: sizes and activation.
+        placement: experts in the slots for now.
+        expert_axes: axes of the mesh that the slots are split over.
+        width_axes: axes that F is split over; none for whole experts.
+        param: factory of the layer's parameters.
+
+    Raises:
+        ValueError: F does not divide over `width_axes`, or the activation is unknown.
+    """
+    P, F, X = placement.num_slots, config.moe_intermediate_size, config.expert_input_size
+    tp = axes_size(param.mesh, width_axes)
+    if F % tp:
+        raise ValueError(
+            f"the expert width is split evenly over tp: moe_intermediate_size={F} is no multiple of "
+            f'tp={tp}; use a tp that divides it, or expert_axes=("ep", "tp")'
+        )
+    combine_halves(config.activation, config.activation_limit, gated=config.gated)
+    halves = 2 if config.gated else 1
+    slots, width = tuple(placement.slot_to_expert.tolist()), width_axes or None
+    w_gate_up = param((P, halves, F, X), expert_axes, None, width, None, slots=slots)
+    w_down = param((P, X, F), expert_axes, None, width, slots=slots)
+    if not config.bias:
+        return ExpertStacks(w_gate_up, w_down)
+    b_gate_up = param((P, halves, F), expert_axes, None, width, init=zeros, slots=slots)
+    return ExpertStacks(w_gate_up, w_down, b_gate_up, param((P, X), expert_axes, init=zeros, slots=slots))
+
+
+def local_experts(
+    stacks: ExpertStacks, config: MoEConfig, *, partial_axes: tuple[str, ...], kernels: str, device_kind: str
+) -> Experts:
+    """This device's experts as a dispatch applies them: W_down (act(W_gate x) · W_up x) for the rows of each slot.
+
+    Args:
+        stacks: this device's part of the weights.
+        config: config of the layer.
+        partial_axes: axes of the mesh over which the results are partial sums.
+        kernels: name of a backend of `jaxmoe.kernels.grouped_matmul`, or "auto".
+        device_kind: kind of the device, as JAX names it.
+    """
+    if stacks.b_down is not None and partial_axes:
+        # The results are partial sums over tp: one rank adds the bias for all.
+        first = jax.lax.axis_index(partial_axes) == 0
+        stacks = stacks._replace(b_down=jnp.where(first, stacks.b_down, 0))
+
+    def apply(stacks: ExpertStacks, rows_RD: jax.Array, sizes_p: jax.Array, dtype: DTypeLike) -> jax.Array:
+        return expert_mlp(
+            rows_RD,
+            stacks.w_gate_up,
+            stacks.w_down,
+            sizes_p,
+            b_gate_up_p2F=stacks.b_gate_up,
+            b_down_pD=stacks.b_down,
+            activation=config.activation,
+            limit=config.activation_limit,
+            out_dtype=dtype,
+            backend=kernels,
+            device_kind=device_kind,
+        )
+
+    return Experts(apply, stacks)

@@ -1,0 +1,186 @@
+"""The routed experts of a layer as one program over the mesh: route, choose slots, dispatch.
+
+Letters here, beside the common ones of docs/concepts/letters.md: X the width of the experts' inputs.
+"""
+
+import dataclasses
+from collections.abc import Mapping
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+from jax.sharding import PartitionSpec as P
+
+from jaxmoe.config import MoEConfig
+from jaxmoe.dispatch import Dispatch, DispatchLayout
+from jaxmoe.layers.experts import ExpertStacks, local_experts
+from jaxmoe.layers.losses import RouterSums, load_balancing_loss, router_sums, router_z_loss
+from jaxmoe.layers.placement_table import table_specs
+from jaxmoe.layers.replicas import PlacementTables, choose_replicas
+from jaxmoe.layers.router import choose_experts, router_logits
+
+
+class MoEStats(NamedTuple):
+    """Statistics of one call of the layer, over all devices.
+
+    Attributes:
+        expert_counts: int32 [E], number of (token, choice) pairs that went to each logical expert.
+        expert_ids: int32 [T, K], logical experts of each token, -1 where `token_mask` is False.
+        dispatch_rounds: int32, number of exchanges the dispatch needed; 0 where it exchanges no rows.
+        rows_sent: int32 [dp, tp, ep, n], rows of activations that the device at (dp, tp, ep) sent to each of the n
+            devices that it shares the experts with, by their number along `expert_axes`; its own stay where they are.
+        load_balancing_loss: float32 (float64 for float64), `jaxmoe.layers.losses.load_balancing_loss`; differentiable.
+        router_z_loss: number of that dtype, `jaxmoe.layers.losses.router_z_loss`; differentiable.
+    """
+
+    expert_counts: jax.Array
+    expert_ids: jax.Array
+    dispatch_rounds: jax.Array
+    rows_sent: jax.Array
+    load_balancing_loss: jax.Array
+    router_z_loss: jax.Array
+
+
+# By number, as in a plain tuple: nnx.tabulate cannot print a tuple with names inside another one.
+jax.tree_util.register_pytree_with_keys(
+    MoEStats,
+    lambda stats: ([(jax.tree_util.SequenceKey(i), value) for i, value in enumerate(stats)], None),
+    lambda _, values: MoEStats(*values),
+)
+
+
+class RoutedWeights(NamedTuple):
+    """The arrays that the program reads besides the tokens; also holds their partition specs.
+
+    Attributes:
+        router: weights of the router, by name.
+        stacks: weights of the experts.
+        tables: placement and replica choice.
+    """
+
+    router: Any
+    stacks: ExpertStacks
+    tables: PlacementTables
+
+
+@dataclasses.dataclass(frozen=True)
+class RoutedPlan:
+    """Everything about a call that is known at compile time.
+
+    Attributes:
+        config: config of the layer.
+        mesh: mesh with axes of type Auto.
+        layout: places of the experts on it.
+        dispatch: backend that brings tokens to them.
+        kernels: backend of the grouped matmul, or "auto".
+        replica_choice: name of the rule among replicas.
+        stack_specs: partition specs of the expert stacks.
+    """
+
+    config: MoEConfig
+    mesh: Mesh
+    layout: DispatchLayout
+    dispatch: Dispatch
+    kernels: str
+    replica_choice: str
+    stack_specs: ExpertStacks
+
+    @property
+    def token_axes(self) -> tuple[str, ...]:
+        """Axes of the mesh that the tokens are split over."""
+        return self.dispatch.token_axes(self.layout)
+
+    @property
+    def weight_specs(self) -> RoutedWeights:
+        """The partition specs of the program's weights; the router is whole on every device."""
+        return RoutedWeights(P(), self.stack_specs, table_specs(self.layout.expert_axes))
+
+    @property
+    def stats_specs(self) -> MoEStats:
+        """The partition specs of the statistics."""
+        axes = self.layout.axes
+        specs: Any = dict.fromkeys(MoEStats._fields, P())
+        return MoEStats(**specs | {"expert_ids": P(self.token_axes), "rows_sent": P(axes.dp, axes.tp, axes.ep)})
+
+
+@partial(jax.jit, static_argnames="plan")
+def routed_experts(
+    x_TX: jax.Array,
+    router_TD: jax.Array,
+    mask_T: jax.Array,
+    expert_ids_TK: jax.Array | None,
+    weights: RoutedWeights,
+    *,
+    plan: RoutedPlan,
+) -> tuple[jax.Array, MoEStats]:
+    """Compute Σ_k weight_k · expert_{id_k}(x) in one `shard_map` over all axes; tokens are padded to split evenly.
+
+    Args:
+        x_TX: inputs of the experts.
+        router_TD: inputs of the router.
+        mask_T: bool, False for tokens that go to no expert.
+        expert_ids_TK: choices to take instead of the router's own, -1 for none; None for all of the router's own.
+        weights: arrays of the layer.
+        plan: plan of the call.
+
+    Returns:
+        [T, X] in x's dtype, and the statistics of the call.
+    """
+    layout, token_axes, T = plan.layout, plan.token_axes, x_TX.shape[0]
+    padding = layout.tokens_per_device(T, token_axes) * layout.size(token_axes) - T
+    x_TX, router_TD = (jnp.pad(y_TD, ((0, padding), (0, 0))) for y_TD in (x_TX, router_TD))
+    mask_T = jnp.pad(mask_T, (0, padding))
+    if expert_ids_TK is not None:
+        expert_ids_TK = jnp.pad(expert_ids_TK, ((0, padding), (0, 0)), constant_values=-1)
+    y_TX, stats = jax.shard_map(
+        partial(_on_one_device, plan=plan),
+        mesh=plan.mesh,
+        in_specs=(*[P(token_axes)] * 4, plan.weight_specs),
+        out_specs=(P(token_axes), plan.stats_specs),
+        check_vma=False,
+    )(x_TX, router_TD, mask_T, expert_ids_TK, weights)
+    return y_TX[:T], stats._replace(expert_ids=stats.expert_ids[:T])
+
+
+def _on_one_device(
+    x_TX: jax.Array,
+    router_TD: jax.Array,
+    mask_T: jax.Array,
+    given_TK: jax.Array | None,
+    weights: RoutedWeights,
+    *,
+    plan: RoutedPlan,
+) -> tuple[jax.Array, MoEStats]:
+    """Serve one device's tokens by the experts of all, inside the `shard_map`."""
+    config, token_axes = plan.config, plan.token_axes
+    router: Mapping[str, jax.Array] = weights.router
+    logits_TE = router_logits(router_TD, router, config.router)
+    ids_TK, weights_TK = choose_experts(logits_TE, router, config.num_experts_per_tok, config.router, given_TK)
+    slots_TK = choose_replicas(
+        x_TX,
+        ids_TK,
+        weights.tables,
+        choice=plan.replica_choice,
+        first_token=jax.lax.axis_index(token_axes) * len(ids_TK) if token_axes else 0,
+        own_tokens=set(plan.layout.expert_axes) <= set(token_axes),
+    )
+    slots_TK = jnp.where(mask_T[:, None], slots_TK, -1)
+    experts = local_experts(
+        weights.stacks,
+        config,
+        partial_axes=plan.layout.partial_axes,
+        kernels=plan.kernels,
+        device_kind=plan.mesh.devices.flat[0].device_kind,
+    )
+    y_TX, dispatched = plan.dispatch.run(x_TX, slots_TK, weights_TK, experts, plan.layout, config.weights_on_input)
+    sums: RouterSums = jax.lax.psum(router_sums(logits_TE, ids_TK, mask_T), token_axes)
+    return y_TX.astype(x_TX.dtype), MoEStats(
+        expert_counts=sums.expert_counts,
+        expert_ids=jnp.where(mask_T[:, None], ids_TK, -1),
+        dispatch_rounds=dispatched.rounds,
+        rows_sent=dispatched.rows_sent_n[None, None, None],
+        load_balancing_loss=load_balancing_loss(sums),
+        router_z_loss=router_z_loss(sums),
+    )
