@@ -128,6 +128,7 @@ def test_a_model_that_was_moved_says_so_in_every_call(model, tmp_path) -> None:
     assert not any(leaf.is_deleted() for leaf in jax.tree.leaves(nnx.state(model)))
 
 
+@pytest.mark.full
 def test_generation_after_the_parameters_were_donated_is_refused(model) -> None:
     policy = nnx.clone(model, arrays=True)
     params = nnx.state(policy, nnx.Param)

@@ -67,6 +67,7 @@ def test_the_checkpoint_is_whole_and_bfloat16(trained):
     np.testing.assert_allclose(model(tokens), expected, atol=rounding)
 
 
+@pytest.mark.full
 def test_bits_are_of_every_token_and_byte(trained, measured):
     trainer, state, _ = trained
     result, held_out, _, _ = measured
