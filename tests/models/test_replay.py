@@ -111,6 +111,7 @@ def test_a_generation_is_replayed_step_by_step(models, settings) -> None:
         assert row[prompt - 1 : prompt + generated - 1].argmax(axis=-1).tolist() == out.token_ids
 
 
+@pytest.mark.full
 def test_a_generation_takes_choices_that_are_not_its_own(models) -> None:
     outs, trace = trace_of(models[0], lambda model: generate(model, ignore_eos=True))
     forced = other_choices(3, len(trace.expert_ids)).expert_ids
