@@ -368,6 +368,7 @@ def test_values_that_are_not_finite(tmp_path) -> None:
 # The command.
 
 
+@pytest.mark.full
 def test_the_command_takes_an_adapter(tmp_path, capsys) -> None:
     def generated(checkpoint: Path, *more: str) -> list[int]:
         argv = ["generate", str(checkpoint), "--prompt-ids", "5,6,7", "--max-new-tokens", "8", "--ignore-eos", "--json"]

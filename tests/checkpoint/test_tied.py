@@ -52,6 +52,7 @@ def tied_logits(tmp_path_factory) -> np.ndarray:
     return np.asarray(load(directory)(TOKENS))
 
 
+@pytest.mark.covering(most=1)
 @pytest.mark.parametrize("ends", [(EMBED,), (OUTPUT,), (EMBED, OUTPUT)], ids=str)
 def test_either_end_will_do(ends, tied_logits, tmp_path):
     source = checkpoint(tmp_path / "a", dict.fromkeys(ends, TABLE))

@@ -29,6 +29,7 @@ def test_from_prompt_to_text_on_simulated_devices() -> None:
     assert done.stderr.startswith("mesh dp=2,tp=2,ep=2 on 8 cpu devices: ")
 
 
+@pytest.mark.covering(most=1)
 @pytest.mark.parametrize(
     ("argv", "message"),
     [

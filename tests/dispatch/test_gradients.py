@@ -60,6 +60,7 @@ def dense_gradients(ids_TK, dy_TD, *inputs, K: int, weights_on_input: bool):
         return jax.grad(dense, argnums=(0, 1, 2, 3))(*inputs)
 
 
+@pytest.mark.covering(most=1)
 @pytest.mark.parametrize("settings_of", PROGRAMS, ids=lambda s: "-".join(map(str, s.values())).replace(" ", ""))
 def test_equal_those_of_a_dense_layer(settings_of):
     run = program(**settings_of)

@@ -16,6 +16,7 @@ RUNS_HERE = [name for name, backend in DISPATCHES.items() if "cpu" not in backen
 
 
 # 8: a token a device, and no loop; 320: buffers smaller than all tokens, where a token reaches few devices.
+@pytest.mark.covering(most=2)
 @pytest.mark.parametrize(
     ("mesh_shape", "expert_axes", "T"), [*((*layout, 320) for layout in LAYOUTS), ((2, 2, 2), ("ep",), 8)]
 )
@@ -65,6 +66,7 @@ def _ranks(run: Program) -> list[int]:
     return np.ravel_multi_index(along, [sizes[axis] for axis in run.expert_axes]).tolist()
 
 
+@pytest.mark.covering(most=2)
 @pytest.mark.parametrize("backend", [*RUNS_HERE, "ragged_all_to_all"])
 @pytest.mark.parametrize(("mesh_shape", "expert_axes"), [((2, 2, 2), ("ep",)), ((1, 2, 4), ("ep", "tp"))])
 def test_rows_reported_are_those_of_the_routing(backend, mesh_shape, expert_axes):

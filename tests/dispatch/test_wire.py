@@ -75,6 +75,7 @@ def test_bytes_on_the_wire():
     assert expected_bytes((there,)).payload * 2 == pytest.approx(expected_bytes((back,)).payload)
 
 
+@pytest.mark.full
 def test_gradient_is_that_of_rows_sent_as_they_are():
     config = jaxmoe.MoEConfig(num_experts=11, num_experts_per_tok=3, hidden_size=16, moe_intermediate_size=8)
     x_TD = np.random.default_rng(0).normal(size=(24, 16)).astype(np.float32)

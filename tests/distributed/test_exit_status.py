@@ -13,6 +13,7 @@ RUN = (
 )
 
 
+@pytest.mark.covering(most=1)
 @pytest.mark.parametrize(
     ("commands", "status"),
     [

@@ -15,7 +15,8 @@ TINY = str(ROOT / "tests/goldens/mixtral/original")
 GENERATE = ["--simulate", "4", "--mesh", "dp=2,tp=2,ep=2", "--failure-timeout", "4", "--max-new-tokens", "8", "--json"]
 
 
-@pytest.mark.parametrize("victim", [pytest.param(0, marks=pytest.mark.full), 1])
+@pytest.mark.full
+@pytest.mark.parametrize("victim", [0, 1])
 def test_a_killed_process_stops_the_other(victim, tmp_path) -> None:
     prompts = tmp_path / "prompts.jsonl"
     # A batch each: there is always one more to decode when the first has been written.
@@ -52,14 +53,15 @@ def test_an_input_error_in_one_process_ends_all_with_its_message() -> None:
     assert told == "jaxmoe: process 0 of 2: error: stopped because process 1 failed: " + own.partition("error: ")[2]
 
 
+@pytest.mark.full
 @pytest.mark.parametrize(
     ("options", "different"),
     [
-        pytest.param(["--prompt-ids", "5,6,8"], "prompts", marks=pytest.mark.full),
-        pytest.param(["--max-new-tokens", "9"], "settings of generate", marks=pytest.mark.full),
-        pytest.param(["--record-routing", "never-written.npz"], "recordings of routing", marks=pytest.mark.full),
+        (["--prompt-ids", "5,6,8"], "prompts"),
+        (["--max-new-tokens", "9"], "settings of generate"),
+        (["--record-routing", "never-written.npz"], "recordings of routing"),
         (["--placement", "round_robin", "--dtype", "bfloat16"], "placements and settings of load"),
-        pytest.param(["--mesh", "dp=1,tp=2,ep=4"], "meshes", marks=pytest.mark.full),
+        (["--mesh", "dp=1,tp=2,ep=4"], "meshes"),
     ],
     ids=["prompts", "settings", "recording", "loading", "mesh"],
 )
@@ -92,6 +94,7 @@ def refused(processes: list, different: str) -> None:
     assert first.stderr.count("\n") == second.stderr.count("\n") == 1
 
 
+@pytest.mark.full
 def test_a_process_that_leaves_early_is_not_waited_for() -> None:
     first, second = finish(start(2, "tests.support.distributed_leaver"))
     assert (first.returncode, second.returncode) == (1, 1)

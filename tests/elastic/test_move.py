@@ -60,6 +60,7 @@ PAIRS = [*itertools.pairwise(SHAPES), *itertools.pairwise(reversed(SHAPES))]
 SHORT = [((1, 8, 1), (2, 2, 2)), ((1, 2, 4), (2, 2, 2))]
 
 
+@pytest.mark.covering(most=1)
 @pytest.mark.parametrize(
     ("before", "after"),
     [pytest.param(*pair, marks=[] if pair in SHORT else pytest.mark.full) for pair in PAIRS],
@@ -99,6 +100,7 @@ def test_experts_along_dp_are_replicas() -> None:
     check(jaxmoe.move(model, mesh=on((1, 1, 4), first=4), lost_devices=jax.devices()[:4]), bytes_read=0)
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("form", ["original", "fused"])
 def test_a_lost_tp_rank(form) -> None:
     """It had a slice of everything that is split over tp; what is whole on the others is not read."""
@@ -173,6 +175,7 @@ def test_refusals_leave_the_model_as_it_was() -> None:
     check_logits(model, read_expected("qwen3_moe"))
 
 
+@pytest.mark.full
 def test_what_is_lost_and_on_no_disk_is_an_error() -> None:
     config = read_config({**FAMILIES["qwen3_moe"], "model_type": "qwen3_moe"})
     model = Decoder(config, mesh=on((1, 1, 8)), rngs=nnx.Rngs(0))

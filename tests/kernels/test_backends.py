@@ -71,14 +71,14 @@ def test_product(module, options, sizes, R, dtype) -> None:
     check_product(backend_of(module), sizes, R, 136, dtype, **options)
 
 
-@pytest.mark.covering(most=2)
+@pytest.mark.covering(most=1)
 @backends("reference")
 @pytest.mark.parametrize(("activation", "limit", "gated"), MLPS)
 def test_mlp_with_biases(module, options, activation, limit, gated) -> None:
     check_mlp(backend_of(module), activation, limit, gated, **options)
 
 
-@pytest.mark.covering(most=2)
+@pytest.mark.covering(most=1)
 @backends("reference")
 def test_gradient(module, options) -> None:
     check_gradient(backend_of(module), **options)

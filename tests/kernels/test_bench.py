@@ -198,6 +198,7 @@ def environment(monkeypatch):
 JAX_SIDES = ["portable", "xla_ragged_dot", "lax_in_out"]
 
 
+@pytest.mark.full
 def test_bench_kernels_times_or_gives_a_reason(tmp_path, capsys):
     written, drawn = tmp_path / "kernels.json", tmp_path / "kernels.png"
     options = ["--quick", "--rounds", "2", "--tokens", "3", "--routings", "uniform", "one", "--json", str(written)]

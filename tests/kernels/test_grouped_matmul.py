@@ -293,6 +293,7 @@ def test_bfloat16_results_are_not_converted_whole(R):
     assert f"f32[{R},{N}]" not in hlo
 
 
+@pytest.mark.covering(most=1)
 @pytest.mark.parametrize("D", [64, 1024, 1552], ids="{} inputs".format)
 @pytest.mark.parametrize("R", [60, 300], ids=REGIMES)
 def test_bfloat16_stacks_are_not_converted_whole(R, D):

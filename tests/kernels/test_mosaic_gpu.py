@@ -114,6 +114,7 @@ def test_packed_product_with_zero_points(most, block) -> None:
     np.testing.assert_allclose(out, expected, rtol=1e-5, atol=1e-6 * np.abs(expected).max())
 
 
+@pytest.mark.full
 @needs_mosaic
 def test_packed_mlp_is_the_portable_one() -> None:
     sizes = jnp.asarray([7, 0, 20], jnp.int32)
@@ -137,6 +138,7 @@ def test_packed_mlp_is_the_portable_one() -> None:
     assert np.median(errors) < 1e-3
 
 
+@pytest.mark.covering(most=1)
 @needs_mosaic
 @pytest.mark.parametrize(("swapped", "N", "widths"), [(True, 136, {64, 8}), (False, 192, {128, 64})])
 def test_single_rows_end_with_the_matrix(swapped, N, widths, monkeypatch) -> None:

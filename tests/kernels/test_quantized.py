@@ -147,7 +147,7 @@ def test_each_stack_may_be_packed_its_own_way(cases, R, backend):
     assert_close(actual, mlp_oracle(x_RD, exact, biases, sizes, variant.combine), sizes)
 
 
-@pytest.mark.covering
+@pytest.mark.covering(most=3)
 @each_backend
 @pytest.mark.parametrize(
     ("case", "sizes", "R", "N", "K"),

@@ -69,6 +69,7 @@ def test_all_patterns_of_empty_groups(R) -> None:
         np.testing.assert_allclose(out, exact(rows, matrices, sizes), atol=2e-6)
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("R", [40, 170])
 @settings(max_examples=20)
 @given(data=st.data())
@@ -115,6 +116,7 @@ def test_mlp_with_biases(activation, limit, gated, dtype, sizes) -> None:
     np.testing.assert_array_equal(y[sum(sizes) :], 0)
 
 
+@pytest.mark.covering(most=2)
 @pytest.mark.parametrize("gated", [True, False])
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 def test_every_activation(activation, gated) -> None:
@@ -145,6 +147,7 @@ def test_out_dtype_keeps_the_float32_sums() -> None:
     np.testing.assert_array_equal(wide.astype(jnp.bfloat16), narrow)
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("biases", [True, False])
 @pytest.mark.parametrize("jitted_inside", [True, False])
 def test_gradient_is_that_of_the_portable_backend(biases, jitted_inside) -> None:

@@ -102,7 +102,7 @@ def dense(config: MoEConfig, x_TD, ids_TK, weights: dict) -> jax.Array:
     return jnp.einsum("te,ted->td", chosen_TE if config.weights_on_input else w_TE, out_TED)
 
 
-@pytest.mark.covering(most=4)
+@pytest.mark.covering(most=1)
 @pytest.mark.parametrize("name", LAYERS)
 def test_equals_its_own_choice_and_the_dense_layer(name) -> None:
     config = LAYERS[name]
@@ -189,6 +189,7 @@ def test_experts_chosen_for_want_of_eligible_ones_weigh_nothing() -> None:
     assert (np.asarray(own[1]) > 0).sum(axis=1).tolist() == [3] * T
 
 
+@pytest.mark.full
 def test_masked_rows_and_every_dispatch() -> None:
     """With choices of -1 where a row is masked, as the statistics of a call have them."""
     config = MoEConfig(num_experts=11, num_experts_per_tok=3, hidden_size=D, moe_intermediate_size=F)

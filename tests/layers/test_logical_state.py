@@ -65,7 +65,7 @@ def saved(tmp_path_factory):
     return save
 
 
-@pytest.mark.covering(most=2)
+@pytest.mark.covering(most=1)
 @pytest.mark.parametrize(
     ("before", "after"),
     [

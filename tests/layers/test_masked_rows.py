@@ -81,7 +81,7 @@ def test_they_change_no_gradient(name, dispatch):
             assert not np.asarray(dx)[~keep].any()
 
 
-@pytest.mark.covering(most=1)
+@pytest.mark.full
 @pytest.mark.parametrize("dispatch", DISPATCHES)
 def test_gradients_are_those_of_a_call_without_them(dispatch):
     layer = jaxmoe.MoE(CONFIGS["shared_and_latent"], mesh=mesh_of(1, 2, 4), dispatch=dispatch, rngs=nnx.Rngs(0))

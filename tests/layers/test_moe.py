@@ -143,6 +143,7 @@ def test_workspace_does_not_depend_on_routing_or_duplicate_weights():
     assert compiled.memory_analysis().temp_size_in_bytes < 4 * 2**20
 
 
+@pytest.mark.full
 def test_bfloat16_is_within_its_rounding():
     layer = jaxmoe.MoE(CONFIG, mesh=mesh_of(1, 2, 4), dtype=jnp.bfloat16, dispatch="all_to_all", rngs=nnx.Rngs(0))
     x = jnp.asarray(np.random.default_rng(6).normal(size=(32, 16)), jnp.bfloat16)
@@ -152,6 +153,7 @@ def test_bfloat16_is_within_its_rounding():
     assert np.abs(np.asarray(y, np.float32) - reference).max() < 0.02 * np.abs(reference).max()
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("score", ["softmax", "sigmoid"])
 def test_a_router_that_does_not_renormalise(score):
     config = MoEConfig(

@@ -92,7 +92,7 @@ def same_weights(layer):
     return layer
 
 
-@pytest.mark.covering(most=2)
+@pytest.mark.covering(most=1)
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("name", MESHES)
 def test_values_and_gradients(name, kind):
@@ -170,7 +170,7 @@ def test_given_experts_and_the_order_of_checkpoints():
     )
 
 
-@pytest.mark.covering(most=1)
+@pytest.mark.full
 @pytest.mark.parametrize("dispatch", ["replicated", "all_gather", "all_to_all"])
 @pytest.mark.parametrize("expert_axes", [("ep", "tp"), ("dp", "ep")])
 def test_every_dispatch_over_two_parts(dispatch, expert_axes):

@@ -98,6 +98,7 @@ def test_the_command_takes_a_dispatch_for_each_phase(capsys) -> None:
     assert "a name, or prefill=NAME,decode=NAME" in capsys.readouterr().err
 
 
+@pytest.mark.full
 def test_the_command_records_routing_for_place(tmp_path, capsys) -> None:
     trace, placement = tmp_path / "routing.npz", tmp_path / "placement.json"
     command = ["generate", str(QWEN), "--mesh", "tp=2,ep=4", "--prompt-ids", "5,6,7", "--prompt-ids", "8,9", "-v"]

@@ -42,12 +42,12 @@ def test_logits_and_greedy_tokens(family, placement, mesh_shape):
     assert report.bytes_read == report.bytes_needed
     assert len(set(report.expert_bytes_per_device.values())) == 1
     check_logits(model, expected)
-    if runs.full or family in EVERY_KIND:
+    if runs.full or (family in EVERY_KIND and mesh_shape == (1, 1, 1)):
         check_greedy(model, expected)
     assert len(expected["greedy"][0]) == NEW_TOKENS
 
 
-@pytest.mark.covering(most=1)
+@pytest.mark.full
 @pytest.mark.parametrize("family", EVERY_KIND)
 def test_a_prompt_alone(family):
     check_alone(jaxmoe.load(GOLDENS / family / "original", mesh=mesh_of(2, 2, 2)), read_expected(family))

@@ -36,6 +36,7 @@ def check(model: Decoder, want: np.ndarray) -> None:
     np.testing.assert_allclose(model(TOKENS), want, atol=1e-5)
 
 
+@pytest.mark.covering(most=1)
 @pytest.mark.parametrize("arrays", [False, True])
 def test_a_copy_and_its_original_are_rebalanced_one_by_one(model, want, arrays) -> None:
     reference, policy = nnx.clone(model), nnx.clone(model, arrays=arrays)
@@ -128,6 +129,7 @@ def test_a_model_that_was_moved_says_so_in_every_call(model, tmp_path) -> None:
     assert not any(leaf.is_deleted() for leaf in jax.tree.leaves(nnx.state(model)))
 
 
+@pytest.mark.full
 def test_generation_after_the_parameters_were_donated_is_refused(model) -> None:
     policy = nnx.clone(model, arrays=True)
     params = nnx.state(policy, nnx.Param)

@@ -43,7 +43,7 @@ def largest_difference(ours: np.ndarray, theirs: np.ndarray) -> float:
     return np.abs(np.asarray(ours) - np.asarray(theirs)).max() / np.abs(np.asarray(theirs)).max()
 
 
-@pytest.mark.covering(most=1)
+@pytest.mark.full
 @pytest.mark.parametrize(("length", "scale"), [(CONTEXT, "short"), (CONTEXT + 1, "long"), (24, "long")])
 def test_the_length_of_a_prompt_gives_the_scale_of_all_its_positions(models, length, scale):
     prompt = tokens(length)

@@ -26,6 +26,7 @@ def placement_with_replicas(seed: int) -> jaxmoe.ExpertPlacement:
     return jaxmoe.ExpertPlacement(EXPERTS, 4, rng.permutation([*range(EXPERTS), *rng.integers(0, EXPERTS, 5)]))
 
 
+@pytest.mark.full
 def test_counts_of_a_call(model) -> None:
     tokens = np.arange(60).reshape(3, 20) % 97
     with model.record_routing() as routing:

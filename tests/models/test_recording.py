@@ -23,6 +23,16 @@ def model():
     return jaxmoe.load(GOLDENS / "qwen3_moe" / "original", mesh=mesh_of(1, 1, 2))
 
 
+def test_a_call_inside_a_program_is_refused(model) -> None:
+    with model.record_routing() as routing:
+        with pytest.raises(RuntimeError, match=r"inside a program of your own \(jit, vmap"):
+            jax.jit(lambda tokens: model(tokens))(TOKENS)
+        with pytest.raises(RuntimeError, match=r"outside of `with model\.record_routing"):
+            model.moe_layers[0](jnp.ones((2, 32)))
+        assert routing.num_steps == 0
+
+
+@pytest.mark.full
 def test_a_call_inside_a_program_is_refused_and_never_forgotten(model) -> None:
     in_jit = nnx.jit(lambda model, tokens: model(tokens))
     layer_in_jit = nnx.jit(lambda model, x: model.moe_layers[0](x)[0])
@@ -76,6 +86,7 @@ def test_copies_made_meanwhile_are_not_recorded(model) -> None:
     assert routing.num_steps == 1
 
 
+@pytest.mark.full
 def test_a_token_is_counted_once_alone_and_in_a_batch(model) -> None:
     full = [out.token_ids for out in jaxmoe.generate(model, PROMPTS, max_new_tokens=8, ignore_eos=True)]
     for eos in {token for row in full for token in row[:3]}:

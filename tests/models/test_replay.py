@@ -86,7 +86,7 @@ def test_a_token_without_a_choice_is_routed_by_the_router(models) -> None:
     assert (found.expert_ids >= 0).all()
 
 
-@pytest.mark.covering(most=1)
+@pytest.mark.full
 @pytest.mark.parametrize("settings", [{}, {"ignore_eos": True}], ids=["rows end early", "all rows reach the limit"])
 def test_a_generation_is_replayed_step_by_step(models, settings) -> None:
     def run(model):
@@ -111,6 +111,7 @@ def test_a_generation_is_replayed_step_by_step(models, settings) -> None:
         assert row[prompt - 1 : prompt + generated - 1].argmax(axis=-1).tolist() == out.token_ids
 
 
+@pytest.mark.full
 def test_a_generation_takes_choices_that_are_not_its_own(models) -> None:
     outs, trace = trace_of(models[0], lambda model: generate(model, ignore_eos=True))
     forced = other_choices(3, len(trace.expert_ids)).expert_ids
@@ -122,6 +123,7 @@ def test_a_generation_takes_choices_that_are_not_its_own(models) -> None:
     assert [out.token_ids for out in results[0][0]] != [out.token_ids for out in outs]
 
 
+@pytest.mark.full
 def test_a_training_step_sees_them_and_compiles_once(models) -> None:
     """In a program that takes the model and, in the full run, eagerly, with gradients to the routers by the weights."""
 

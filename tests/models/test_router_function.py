@@ -27,12 +27,14 @@ def the_worst(logits_TE: jax.Array, k: int) -> tuple[jax.Array, jax.Array]:
     return ids_TK, jnp.full(ids_TK.shape, 1 / k)
 
 
+@pytest.mark.covering(most=1)
 @pytest.mark.parametrize("shape", [(1, 1, 1), (2, 2, 2)])
 def test_the_familys_own_router_as_a_function_changes_nothing(shape):
     model = jaxmoe.load(CHECKPOINT, mesh=mesh_of(*shape), placement="round_robin", router=as_the_family_does)
     check_logits(model, read_expected("qwen3_moe"))
 
 
+@pytest.mark.full
 def test_another_function_sends_tokens_to_other_experts():
     tokens, lengths = np.full((2, 16), 7, np.int32), np.full(2, 16, np.int32)
     models = [jaxmoe.load(CHECKPOINT, mesh=mesh_of(1, 1, 2), router=router) for router in (None, the_worst)]

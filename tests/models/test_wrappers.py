@@ -34,6 +34,7 @@ def copy_of(source: Path, directory: Path, **changes) -> Path:
     return directory
 
 
+@pytest.mark.covering(most=1)
 @pytest.mark.parametrize("mesh_shape", [(1, 1, 1), (2, 2, 2), (1, 2, 4)], ids=mesh_id)
 @pytest.mark.parametrize("name", SIZES)
 def test_logits_and_greedy_tokens(name, mesh_shape):

@@ -108,6 +108,7 @@ def test_random_is_seeded() -> None:
     assert np.bincount(first[:, 0]).min() > 25
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("name", REPLICA_CHOICES)
 def test_no_choice_beats_the_linear_programme(name) -> None:
     rows = route_trace(TRACE, REPLICATED, replica_choice=name).rows.sum(axis=0)

@@ -74,6 +74,7 @@ def test_a_published_model_on_more_devices_than_there_are(qwen_30b) -> None:
     assert json.loads(json.dumps(report.to_dict()))["fits"] is True
 
 
+@pytest.mark.full
 def test_nothing_starts_a_backend(qwen_30b) -> None:
     code = f"""
 import jaxmoe

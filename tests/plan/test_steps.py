@@ -18,6 +18,7 @@ def config():
     return get_family("qwen3_moe").read_config(json.loads((QWEN / "config.json").read_text()))
 
 
+@pytest.mark.full
 def test_both_steps_take_what_the_plan_says(config) -> None:
     steps = compile_steps(config, mesh_of(1, 2, 2), dtype="float32", dispatch="all_to_all", **SIZES)
     assert steps.keys() == {"prefill", "decode"}

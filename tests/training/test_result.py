@@ -67,6 +67,7 @@ def test_the_checkpoint_is_whole_and_bfloat16(trained):
     np.testing.assert_allclose(model(tokens), expected, atol=rounding)
 
 
+@pytest.mark.full
 def test_bits_are_of_every_token_and_byte(trained, measured):
     trainer, state, _ = trained
     result, held_out, _, _ = measured
@@ -78,6 +79,7 @@ def test_bits_are_of_every_token_and_byte(trained, measured):
     assert result.bits_per_byte["1-gram"] > result.bits_per_byte["5-gram"]
 
 
+@pytest.mark.full
 def test_the_traces_are_the_two_halves_of_all_tokens(measured, tmp_path):
     result, held_out, _, _ = measured
     assert result.trace.expert_ids.shape == (held_out.lengths.sum(), 2, 2)

@@ -122,17 +122,14 @@ def test_a_run_goes_on_with_its_own_settings_only(tmp_path):
         Run(tmp_path, SETTINGS | {"seed": 1})
 
 
+@pytest.mark.full
 @pytest.mark.parametrize(
     ("words", "message"),
     [
         (["--steps", "50"], "warms up for 100 steps; got steps=50"),
-        pytest.param(["--mesh", "pp=2"], "a mesh is written dp=1,tp=2,ep=4", marks=pytest.mark.full),
+        (["--mesh", "pp=2"], "a mesh is written dp=1,tp=2,ep=4"),
         (["--mesh", "dp=3"], "a batch of 16 rows is split evenly over dp and ep; got --mesh dp=3"),
-        pytest.param(
-            ["--checkpoint-minutes", "nan"],
-            "--checkpoint-minutes is a number of at least 0; got nan",
-            marks=pytest.mark.full,
-        ),
+        (["--checkpoint-minutes", "nan"], "--checkpoint-minutes is a number of at least 0; got nan"),
     ],
 )
 def test_wrong_arguments_are_told_in_a_line(tmp_path, words, message):

@@ -36,6 +36,7 @@ def test_a_step_equals_the_dense_step_on_one_device(tmp_path):
         assert difference.max() <= 2.2 * moved, path
 
 
+@pytest.mark.full
 def test_the_state_lies_on_the_mesh_as_the_weights_do(tmp_path):
     trainer = Trainer(tiny_model(tmp_path, mesh_of(2, 2, 2)), RECIPE)
     batches, _ = tiny_text()
@@ -53,6 +54,7 @@ def test_the_state_lies_on_the_mesh_as_the_weights_do(tmp_path):
         assert moment.sharding.is_equivalent_to(before[path], moment.ndim), path
 
 
+@pytest.mark.full
 def test_padding_counts_in_no_loss(tmp_path):
     trainer = Trainer(tiny_model(tmp_path, mesh_of(2, 2, 2)), RECIPE)
     batches, _ = tiny_text()
