@@ -11,7 +11,7 @@ from jaxmoe.models.decoder import Decoder
 from jaxmoe.models.deepseek_v2 import DEEPSEEK_V2
 from jaxmoe.models.deepseek_v3 import DEEPSEEK_V3, KIMI_K2
 from jaxmoe.models.ernie4_5_moe import ERNIE4_5_MOE
-from jaxmoe.models.family import ExpertTensors, Family
+from jaxmoe.models.family import ExpertLayout, ExpertTensors, Family, Form
 from jaxmoe.models.gemma4 import GEMMA4_TEXT
 from jaxmoe.models.glm4_moe import GLM4_MOE
 from jaxmoe.models.gpt_oss import GPT_OSS
@@ -35,8 +35,10 @@ __all__ = [
     "FAMILIES",
     "WRAPPERS",
     "Decoder",
+    "ExpertLayout",
     "ExpertTensors",
     "Family",
+    "Form",
     "Origin",
     "Wrapper",
     "find_family",

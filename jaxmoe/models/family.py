@@ -7,7 +7,28 @@ from typing import Any, Literal
 from jaxmoe.config import DecoderConfig
 from jaxmoe.models.wrappers import Wrapper
 
-FusedLayout = Literal["fused", "fused_transposed", "fused_interleaved", "stacked", "stacked_rows"]
+ExpertLayout = Literal[
+    "per_expert",
+    "per_expert_gate_up",
+    "fused",
+    "fused_transposed",
+    "fused_interleaved",
+    "stacked",
+    "stacked_rows",
+]
+"""The dims of the tensors of a layer's experts: E experts of width F, in a model of width D.
+
+* "per_expert": a tensor each for every expert, gate and up [F, D], down [D, F];
+* "per_expert_gate_up": gate and up of an expert in one tensor [2 F, D], down [D, F]; no family here has it;
+* "fused": gate_up [E, 2 F, D], gate's rows before up's; down [E, D, F];
+* "fused_transposed": gate_up [E, D, 2 F], gate's columns before up's; down [E, F, D];
+* "fused_interleaved": gate_up [E, D, 2 F], gate in even columns, up in odd ones; down [E, F, D];
+* "stacked": gate and up [E, F, D]; down [E, D, F];
+* "stacked_rows": gate, up and down [E F, D], the last one turned, as DBRX has them.
+"""
+
+Form = Literal["per_expert", "fused"]
+"""The two ways in which transformers writes experts: tensors of each one, or tensors of all in one of the other layouts."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -24,13 +45,7 @@ class ExpertTensors:
         fused_gate, fused_up: a tensor for each instead, in the stacked layouts; no gate where experts have none.
         fused_down: down of all experts.
         fused_gate_up_bias, fused_down_bias: the biases that go with them.
-        fused_layout: the dims of the fused tensors:
-
-            * "fused": gate_up [E, 2 F, D], gate's rows before up's; down [E, D, F];
-            * "fused_transposed": gate_up [E, D, 2 F], gate's columns before up's; down [E, F, D];
-            * "fused_interleaved": gate_up [E, D, 2 F], gate in even columns, up in odd ones; down [E, F, D];
-            * "stacked": gate and up [E, F, D]; down [E, D, F];
-            * "stacked_rows": gate, up and down [E F, D], the last one turned.
+        fused_layout: layout of the fused tensors, one of all experts; see `ExpertLayout`.
     """
 
     gate: str | None = None
@@ -42,7 +57,7 @@ class ExpertTensors:
     fused_down: str | None = None
     fused_gate_up_bias: str | None = None
     fused_down_bias: str | None = None
-    fused_layout: FusedLayout = "fused"
+    fused_layout: ExpertLayout = "fused"
 
     def for_layer(self, layer: int) -> "ExpertTensors":
         """The names of layer `layer`."""

@@ -9,13 +9,12 @@ from jaxmoe.checkpoint.mapping.checks import check_all_used, check_filled_once, 
 from jaxmoe.checkpoint.mapping.experts import expert_blocks, find_expert_layout, fused_expert_blocks, per_expert_blocks
 from jaxmoe.checkpoint.mapping.ignore import IgnoreRule
 from jaxmoe.checkpoint.mapping.layouts import detect_expert_layout
-from jaxmoe.checkpoint.mapping.names import Form, is_expert_stack, layer_index, model_blocks, wanted_names, written_form
+from jaxmoe.checkpoint.mapping.names import is_expert_stack, layer_index, model_blocks, wanted_names, written_form
 from jaxmoe.checkpoint.mapping.tied import TIED_RULE, settle_tied
 
 __all__ = [
     "TIED_RULE",
     "Block",
-    "Form",
     "IgnoreRule",
     "abstract_model",
     "abstract_specs",

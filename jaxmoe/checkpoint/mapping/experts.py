@@ -1,27 +1,24 @@
-"""Blocks of expert stacks: which of a checkpoint's expert layouts a layer uses, and what fills each slot.
+"""Blocks of expert stacks: the form that a layer's experts have in a checkpoint, and the tensor that fills each slot.
 
 A layer's experts are two parameters, ``w_gate_up`` [P, 2, F, D] (gate, then up) and ``w_down`` [P, D, F], whose
 `ParamSpec.rows` is the layer's ``slot_to_expert``; experts without a gate have ``w_gate_up`` [P, 1, F, D], and those with
-biases ``b_gate_up`` [P, 2, F] and ``b_down`` [P, D] besides. On disk they are one tensor each per expert (layout A), or
-fused, all experts in one tensor, in the family's one of `jaxmoe.checkpoint.layouts.FUSED` (layouts B to E).
+biases ``b_gate_up`` [P, 2, F] and ``b_down`` [P, D] besides. On disk they are one tensor each per expert, or fused, all
+experts in one tensor, in the family's layout of `PATTERNS`.
 
 One checkpoint may use both, in different layers, so each layer is asked on its own.
 """
 
 from collections.abc import Collection, Iterable
-from typing import Literal
 
 from jaxmoe.checkpoint.errors import CheckpointError
 from jaxmoe.checkpoint.mapping.blocks import Block
-from jaxmoe.checkpoint.mapping.layouts import FUSED, PER_EXPERT, only_layout, shape_of, split_of
+from jaxmoe.checkpoint.mapping.layouts import PATTERNS, only_layout, shape_of, split_of
 from jaxmoe.layers.param import ParamSpec
-from jaxmoe.models.family import ExpertTensors
-
-ExpertLayout = Literal["per_expert", "fused"]
+from jaxmoe.models import ExpertTensors, Form
 
 
-def find_expert_layout(names: ExpertTensors, tensors: Collection[str], num_experts: int) -> ExpertLayout:
-    """Decide which layout one layer uses by which names are there.
+def find_expert_layout(names: ExpertTensors, tensors: Collection[str], num_experts: int) -> Form:
+    """Find the form of one layer's experts by the names that are there.
 
     Args:
         names: of this layer.
@@ -29,18 +26,16 @@ def find_expert_layout(names: ExpertTensors, tensors: Collection[str], num_exper
         num_experts: logical experts E.
 
     Returns:
-        The layout of which anything is there. That it is complete is checked by the plan, with everything else.
+        The form of which anything is there. That it is complete is checked by the plan, with everything else.
 
     Raises:
-        CheckpointError: both layouts are there, or neither.
+        CheckpointError: both forms are there, or neither.
     """
     per_expert = (name for expert in range(num_experts) for name in names.per_expert(expert))
-    candidates: dict[ExpertLayout, Iterable[str]] = {"fused": names.fused, "per_expert": per_expert}
-    found = {
-        layout: name for layout, own in candidates.items() if (name := next(filter(tensors.__contains__, own), None))
-    }
+    candidates: dict[Form, Iterable[str]] = {"fused": names.fused, "per_expert": per_expert}
+    found = {form: name for form, own in candidates.items() if (name := next(filter(tensors.__contains__, own), None))}
     if not found:
-        known = [repr(form[0]) for form in (names.fused, names.per_expert(0)) if form]
+        known = [repr(own[0]) for own in (names.fused, names.per_expert(0)) if own]
         raise CheckpointError(
             f"the experts of a layer must be there as {' or as '.join(known)} and so on; the checkpoint has "
             f"{'neither' if len(known) == 2 else 'none'}; does its config.json belong to it?"
@@ -57,7 +52,7 @@ def expert_blocks(
     gate_up_bias: ParamSpec | None = None,
     down_bias: ParamSpec | None = None,
 ) -> list[Block]:
-    """Blocks of one layer's expert stacks, from whichever layout the layer has.
+    """Blocks of one layer's expert stacks, from whichever form the layer has.
 
     Args:
         gate_up: ``w_gate_up`` [P, 2, F, D], or [P, 1, F, D] of experts without a gate.
@@ -80,7 +75,7 @@ def expert_blocks(
 
 
 def per_expert_blocks(gate_up: ParamSpec, down: ParamSpec, names: ExpertTensors) -> list[Block]:
-    """Blocks of one layer's expert stacks from layout A; arguments as `expert_blocks`."""
+    """Blocks of one layer's expert stacks from one tensor each per expert; arguments as `expert_blocks`."""
     return _Stacks(gate_up, down, names).per_expert_blocks()
 
 
@@ -103,26 +98,26 @@ class _Stacks:
         self.sizes = {"E": down.source_groups, "2": halves, "F": width, "D": model}
 
     def per_expert_blocks(self) -> list[Block]:
-        """From layout A."""
-        blocks = []
+        """From one tensor each per expert."""
+        pattern, blocks = PATTERNS["per_expert"], []
         for slot, expert in _filled_slots(self.down):
             *halves, down = self.names.per_expert(expert)
             for half, name in zip(self.halves, halves, strict=True):
-                blocks.append(self._block(self.gate_up, "E2FD", PER_EXPERT.up, name, slot, expert, half))
-            blocks.append(self._block(self.down, "EDF", PER_EXPERT.down, down, slot, expert))
+                blocks.append(self._block(self.gate_up, "E2FD", pattern.up, name, slot, expert, half))
+            blocks.append(self._block(self.down, "EDF", pattern.down, down, slot, expert))
         return blocks + _padding_blocks(self.gate_up) + _padding_blocks(self.down)
 
     def fused_blocks(self) -> list[Block]:
-        """From one of layouts B to E."""
-        pattern = FUSED[self.names.fused_layout]
+        """From the family's fused layout."""
+        pattern = PATTERNS[self.names.fused_layout]
         *ups, down = self.names.fused_weights
         return self._from_fused(self.gate_up, "E2FD", pattern.up, ups) + self._from_fused(
             self.down, "EDF", pattern.down, [down]
         )
 
     def bias_blocks(self, gate_up: ParamSpec, down: ParamSpec) -> list[Block]:
-        """Of the biases that go with `fused_blocks`."""
-        pattern = FUSED[self.names.fused_layout].biases
+        """Blocks of the biases that go with `fused_blocks`."""
+        pattern = PATTERNS[self.names.fused_layout].biases
         *ups, name = self.names.fused_biases
         return self._from_fused(gate_up, "E2F", pattern.up, ups) + self._from_fused(down, "ED", pattern.down, [name])
 

@@ -1,32 +1,19 @@
-"""The layouts that routed experts have on disk, and which of them a layer has, from its tensors' names and shapes.
+"""The dims of each expert layout, and the layout of a layer's experts, from their tensors' names and shapes.
 
-D is the model's width, F the expert's, E the number of experts. The letters are those of messages elsewhere:
-
-| layout | gate and up | down |
-|---|---|---|
-| A ``per_expert`` | [F, D] each, one tensor per expert | [D, F] |
-| A ``per_expert_gate_up`` | [2F, D], one tensor per expert | [D, F] |
-| B ``fused`` | [E, 2F, D], gate rows first | [E, D, F] |
-| C ``fused_transposed`` | [E, D, 2F], gate columns first | [E, F, D] |
-| D ``fused_interleaved`` | [E, D, 2F], gate in even columns | [E, F, D] |
-| E ``stacked`` | [E, F, D] each | [E, D, F] |
-
-B and C have the same names. Their shapes are the same for gate and up where 2F = D, and for down where F = D; as
-both cannot be, the two tensors together always tell. C and D differ in no shape at all: there the family decides.
+D is the model's width, F the expert's, E the number of experts. `jaxmoe.models.ExpertLayout` says what the layouts are;
+`PATTERNS` has their dims. "fused" and "fused_transposed" have the same names. Their shapes are the same for gate and up
+where 2F = D, and for down where F = D; as both cannot be, the two tensors together always tell. "fused_transposed" and
+"fused_interleaved" differ in no shape at all: there the family decides.
 """
 
 import math
 import re
 from collections.abc import Mapping
-from typing import Literal, NamedTuple, TypeVar
-
-import numpy as np
+from typing import NamedTuple, TypeVar
 
 from jaxmoe.checkpoint.errors import CheckpointError
 from jaxmoe.checkpoint.formats import Split
-from jaxmoe.models.family import FusedLayout
-
-Layout = Literal["per_expert", "per_expert_gate_up", "fused", "fused_transposed", "fused_interleaved", "stacked"]
+from jaxmoe.models import ExpertLayout
 
 Shape = tuple[int, ...]
 Name = TypeVar("Name", bound=str)
@@ -48,16 +35,15 @@ class Pattern(NamedTuple):
         return Pattern(self.up.replace("D", "").strip(), self.down.replace("F", "").strip())
 
 
-PER_EXPERT = Pattern("F D", "D F")
-
-FUSED: dict[FusedLayout, Pattern] = {
+PATTERNS: dict[ExpertLayout, Pattern] = {
+    "per_expert": Pattern("F D", "D F"),
+    "per_expert_gate_up": Pattern("2F D", "D F"),
     "fused": Pattern("E 2F D", "E D F"),
     "fused_transposed": Pattern("E D 2F", "E F D"),
     "fused_interleaved": Pattern("E D F2", "E F D"),
     "stacked": Pattern("E F D", "E D F"),
     "stacked_rows": Pattern("EF D", "EF D"),
 }
-"""Layouts B, C, D and E, the last one as Step-3 has it and as DBRX has it, with 2-D tensors and the down matrix turned."""
 
 
 def split_of(dims: str, sizes: Mapping[str, int]) -> Split:
@@ -99,8 +85,8 @@ def detect_expert_layout(
     *,
     model_width: int,
     expert_width: int,
-    expected: Layout | None = None,
-) -> Layout:
+    expected: ExpertLayout | None = None,
+) -> ExpertLayout:
     """Find the layout of one layer's experts.
 
     Args:
@@ -137,24 +123,9 @@ def detect_expert_layout(
     return layout
 
 
-def orient_fused(tensor: np.ndarray, *, transposed: bool) -> np.ndarray:
-    """Bring a fused tensor of layout C, or its block scales, into the order of layout B.
-
-    Args:
-        tensor: weights or block scales [E, in, out], or scales per output channel [E, out, 1].
-        transposed: whether the checkpoint's tensors are in that order; else nothing is done.
-
-    Returns:
-        A view [E, out, in]; a scale per channel as it is, for it has no other dim to swap with.
-    """
-    if not transposed or tensor.ndim != 3 or tensor.shape[-1] == 1:
-        return tensor
-    return tensor.swapaxes(-1, -2)
-
-
-def _found(tensors: Mapping[str, Shape], prefix: str) -> dict[Layout, str]:
-    """The layouts under `prefix`, each with a tensor that shows it by its name; "fused" stands for B, C and D."""
-    result: dict[Layout, str] = {}
+def _found(tensors: Mapping[str, Shape], prefix: str) -> dict[ExpertLayout, str]:
+    """The layouts under `prefix`, each with a tensor that shows it by its name; "fused" may still be transposed."""
+    result: dict[ExpertLayout, str] = {}
     for name in tensors:
         if not name.startswith(f"{prefix}."):
             continue
@@ -173,19 +144,23 @@ def _found(tensors: Mapping[str, Shape], prefix: str) -> dict[Layout, str]:
     return result
 
 
-def _orientation(tensors: Mapping[str, Shape], prefix: str, model: int, width: int, expected: Layout | None) -> Layout:
-    """Tell B from C and D by the shapes of both tensors."""
+def _orientation(
+    tensors: Mapping[str, Shape], prefix: str, model: int, width: int, expected: ExpertLayout | None
+) -> ExpertLayout:
+    """Tell "fused" from the two layouts of (in, out) by the shapes of both tensors."""
     gate_up, down = (_shape(tensors, f"{prefix}.{part}") for part in ("gate_up_proj", "down_proj"))
     sizes = {"E": gate_up[0] if gate_up else 0, "2": 2, "F": width, "D": model}
 
-    def fits(layout: FusedLayout) -> bool:
-        return all(shape_of(dims, sizes) == shape for dims, shape in zip(FUSED[layout], (gate_up, down), strict=True))
+    def fits(layout: ExpertLayout) -> bool:
+        return all(
+            shape_of(dims, sizes) == shape for dims, shape in zip(PATTERNS[layout], (gate_up, down), strict=True)
+        )
 
     assert not (fits("fused") and fits("fused_transposed")), "2F = D and F = D at once"
     if fits("fused"):
         return "fused"
     if fits("fused_transposed"):
-        # Only the family knows whether columns are interleaved; where it does not say, biases do: layout D has them.
+        # Only the family knows whether columns are interleaved; where it does not say, biases do: gpt-oss has them.
         if expected in ("fused_transposed", "fused_interleaved"):
             return expected
         return "fused_interleaved" if f"{prefix}.gate_up_proj_bias" in tensors else "fused_transposed"

@@ -1,7 +1,7 @@
 """The blocks of a whole model: from the paths of its parameters to a family's tensor names.
 
-Reading and writing share the one walk in `model_blocks`. A family spells some names in several ways and its experts
-in two layouts; which of them is meant, the names decide that are there. A reader gives those it found in a
+Reading and writing share the one walk in `model_blocks`. A family spells some names in several ways and writes its
+experts in two forms; which of them is meant, the names decide that are there. A reader gives those it found in a
 checkpoint, a writer those that it wants to be in one (`wanted_names`).
 """
 
@@ -9,17 +9,13 @@ import dataclasses
 import re
 from collections import defaultdict
 from collections.abc import Collection, Iterator, Mapping
-from typing import Literal
 
 from jaxmoe.checkpoint.formats import TensorInfo
 from jaxmoe.checkpoint.mapping.blocks import Block, rows_on_disk, whole_tensor_blocks
 from jaxmoe.checkpoint.mapping.experts import expert_blocks
-from jaxmoe.checkpoint.mapping.layouts import FUSED, shape_of
+from jaxmoe.checkpoint.mapping.layouts import PATTERNS, shape_of
 from jaxmoe.layers import ParamSpec
-from jaxmoe.models import ExpertTensors, Family
-
-Form = Literal["per_expert", "fused"]
-"""The two ways in which transformers writes experts."""
+from jaxmoe.models import ExpertTensors, Family, Form
 
 
 def model_blocks(
@@ -30,11 +26,11 @@ def model_blocks(
     Args:
         specs: the model's parameters by path.
         family: whose names the tensors have.
-        tensors: what is there, by name; it decides between a family's spellings and expert layouts. What is None
+        tensors: what is there, by name; it decides between a family's spellings and the forms of experts. What is None
             has the shape of its parameter.
 
     Raises:
-        CheckpointError: the experts of a layer are there in both layouts, or in none.
+        CheckpointError: the experts of a layer are there in both forms, or in none.
     """
     whole = {path: spec for path, spec in specs.items() if not is_expert_stack(path)}
     spellings = {path: tensor_names(family, path) for path in whole}
@@ -153,7 +149,7 @@ def _oriented(names: ExpertTensors, down: ParamSpec, tensors: Mapping[str, Tenso
     assert down.source_groups is not None, f"{down.path}: rows without source_groups"
     sizes = {"E": down.source_groups, "2": 2, "F": down.shape[2], "D": down.shape[1]}
     found = [info.shape for name in names.fused_weights if (info := tensors.get(name)) is not None]
-    transposed = [shape_of(dims, sizes) for dims in FUSED["fused_transposed"]]
+    transposed = [shape_of(dims, sizes) for dims in PATTERNS["fused_transposed"]]
     return dataclasses.replace(names, fused_layout="fused_transposed") if found == transposed else names
 
 

@@ -16,7 +16,6 @@ from jaxmoe.checkpoint.formats import Checkpoint, can_cast, open_checkpoint, ope
 from jaxmoe.checkpoint.mapping import (
     TIED_RULE,
     Block,
-    Form,
     IgnoreRule,
     abstract_specs,
     check_all_used,
@@ -34,7 +33,7 @@ from jaxmoe.checkpoint.saving.values import CheckpointValues, ModelValues
 from jaxmoe.checkpoint.saving.write import divide_into_files, parse_size, write_files
 from jaxmoe.checks import flag, instance_of, path_like
 from jaxmoe.layers import ParamSpec, check_usable, param_specs, params_by_path
-from jaxmoe.models import Decoder, Family, read_model_config
+from jaxmoe.models import Decoder, Family, Form, read_model_config
 from jaxmoe.progress import ProgressCallback, byte_progress, check_progress
 
 
