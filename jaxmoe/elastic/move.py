@@ -9,9 +9,8 @@ import jax
 from jax.sharding import Mesh
 
 from jaxmoe.checkpoint.boxes import volume
-from jaxmoe.checkpoint.formats import open_checkpoint
-from jaxmoe.checkpoint.loading import LoadReport, load_arrays, make_load_plan
-from jaxmoe.checkpoint.mapping import is_expert_stack, layer_index, model_blocks, settle_tied
+from jaxmoe.checkpoint.loading import LoadReport, load_arrays, plan_load
+from jaxmoe.checkpoint.mapping import FamilyCheckpoint, is_expert_stack, layer_index
 from jaxmoe.checks import instance_of
 from jaxmoe.elastic.assemble import assemble
 from jaxmoe.elastic.relocate import Relocation, device_boxes, plan_relocation
@@ -19,7 +18,7 @@ from jaxmoe.layers import ParamSpec, check_usable, param_specs, params_by_path
 from jaxmoe.layers.swap import by_rank, fill_slots
 from jaxmoe.layers.usable import mark_moved
 from jaxmoe.mesh import EP, check_mesh
-from jaxmoe.models import Decoder, read_model_config
+from jaxmoe.models import Decoder
 from jaxmoe.placement import ExpertPlacement
 
 
@@ -159,13 +158,8 @@ def _read_lost(
         if is_expert_stack(path) and _layer(path) in lost_slots:
             index = _layer(path)
             wanted[path] = _fewer_slots(spec, by_rank(lost_slots[index], moved.layers[index].moe.placement))
-    family, config = read_model_config(model.origin.directory)
-    checkpoint, _, _ = settle_tied(open_checkpoint(model.origin.directory).renamed(family.text_name), family, config)
-    blocks = model_blocks({**new, **wanted}, family, checkpoint.tensors)
-    plan = make_load_plan(
-        checkpoint, wanted.values(), [block for block in blocks if block.param in wanted], complete=False
-    )
-    return load_arrays(plan)
+    mapped = FamilyCheckpoint.open(model.origin.directory).onto({**new, **wanted})
+    return load_arrays(plan_load(mapped.part(wanted)))
 
 
 def _layer(expert_stack: str) -> int:

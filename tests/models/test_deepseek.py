@@ -241,7 +241,7 @@ def test_the_released_fp8_is_refused_in_one_sentence(way, tmp_path):
     settings = {"quant_method": "fp8", "weight_block_size": [128, 128]}
     directory = copy_with(tmp_path / "fp8", coded, quantization_config=settings)
     with pytest.raises(
-        CheckpointError, match=r"is quantised \(fp8, says config\.json\).* F8_E4M3; .*dequantise"
+        CheckpointError, match=r"is quantized \(fp8, says config\.json\).* F8_E4M3; .*dequantize"
     ) as caught:
         jaxmoe.load(directory, mesh=mesh_of(1, 1, 1)) if way == "load" else jaxmoe.convert(directory, tmp_path / "out")
     assert "problems" not in str(caught.value)

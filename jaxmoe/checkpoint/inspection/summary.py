@@ -10,22 +10,18 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from jaxmoe.checkpoint.errors import CheckpointError, Problems
-from jaxmoe.checkpoint.formats import Checkpoint, TensorInfo, find_quantization, find_size, open_checkpoint
+from jaxmoe.checkpoint.formats import Checkpoint, can_cast, find_quantization, find_size, open_checkpoint
 from jaxmoe.checkpoint.inspection.grouping import GROUPS, group_of, quantized_base
-from jaxmoe.checkpoint.mapping import (
-    Block,
-    abstract_specs,
-    check_tensors,
-    detect_expert_layout,
-    model_blocks,
-    settle_tied,
-    wanted_names,
-)
+from jaxmoe.checkpoint.mapping import FamilyCheckpoint, Unused, abstract_specs, detect_expert_layout
 from jaxmoe.config import DecoderConfig, MoEConfig, read_json
 from jaxmoe.models import FAMILIES, WRAPPERS, Family, find_family
 
 Shapes = dict[str, tuple[int, ...]]
+
+_FLOAT32 = np.dtype(np.float32)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -97,8 +93,6 @@ def summarize(path: str | os.PathLike[str]) -> CheckpointSummary:
     config = read_json(directory / "config.json")
     model_type = config.get("model_type")
     family, text_config, unknown = _find_family(config)
-    if family is not None:
-        checkpoint = checkpoint.renamed(family.text_name)
     quantization = find_quantization(directory, config)
     if quantization is None and any(quantized_base(name) for name in checkpoint.tensors):
         quantization = {"method": "unnamed", "from": "names of tensors"}
@@ -108,11 +102,13 @@ def summarize(path: str | os.PathLike[str]) -> CheckpointSummary:
         problems.append(unknown)
     else:
         try:
-            mapped = _map(checkpoint, family, family.read_config(text_config), quantized=quantization is not None)
+            found = FamilyCheckpoint.of(checkpoint, family, family.read_config(text_config))
+            checkpoint = found.checkpoint
+            mapped = _map(found, quantized=quantization is not None)
             problems += mapped.problems
         except ValueError as error:
             problems.append(str(error))
-    ignored = mapped.ignored if mapped else {}
+    ignored = {rule: list(names) for rule, names in mapped.unused.ignored.items()} if mapped else {}
     shapes = mapped.needed if mapped else _stored_shapes(checkpoint)
     layouts = _layouts(checkpoint, config, {name for names in ignored.values() for name in names})
     moe = _MoESizes.known(mapped.config) if mapped else _MoESizes.guessed(config)
@@ -134,7 +130,7 @@ def summarize(path: str | os.PathLike[str]) -> CheckpointSummary:
         bytes=checkpoint.nbytes,
         groups=_groups(checkpoint, shapes, ignored),
         ignored=ignored,
-        uncovered=mapped.uncovered if mapped else None,
+        uncovered=list(mapped.unused.uncovered) if mapped else None,
     )
 
 
@@ -152,13 +148,12 @@ def _find_family(config: Mapping[str, Any]) -> tuple[Family | None, Mapping[str,
 
 
 @dataclasses.dataclass
-class _Mapped:
-    """What a family makes of a checkpoint: the tensors it needs with their shapes, and what is left."""
+class _Findings:
+    """What mapping a checkpoint tells: the shapes of the tensors that its model needs, and what is left over or wrong."""
 
     config: DecoderConfig
     needed: Shapes
-    ignored: dict[str, list[str]]
-    uncovered: list[str]
+    unused: Unused
     problems: list[str]
 
 
@@ -188,48 +183,32 @@ class _MoESizes:
         return cls(experts, per_token, lambda _: per_token / experts if experts and per_token else None)
 
 
-def _map(checkpoint: Checkpoint, family: Family, config: DecoderConfig, *, quantized: bool) -> _Mapped:
-    checkpoint, config, rules = settle_tied(checkpoint, family, config)
-    specs = abstract_specs(config)
-    # A quantised tensor is several under other names, and stands for the one that it is made of.
-    stands_for: dict[str, str] = {}
-    present: dict[str, TensorInfo | None] = dict(checkpoint.tensors)
-    for name in checkpoint.tensors if quantized else ():
-        base = quantized_base(name)
-        if base is not None:
-            present |= dict.fromkeys([base[0], f"{base[0]}.weight"])
-            stands_for[name] = base[0]
-    problems: list[str] = []
+def _map(found: FamilyCheckpoint, *, quantized: bool) -> _Findings:
+    problems, specs = Problems(str(found.checkpoint.path)), abstract_specs(found.config)
+    coded = _coded(found.checkpoint) if quantized else {}
     try:
-        blocks = list(model_blocks(specs, family, present))
+        mapped = found.onto(specs, coded=coded)
     except CheckpointError as error:
-        problems.append(str(error))
-        blocks = list(model_blocks(specs, family, wanted_names(specs, family, "per_expert")))
-    needed = {block.tensor: block.tensor_shape for block in blocks if block.tensor is not None}
-    ignored: dict[str, list[str]] = defaultdict(list)
-    uncovered = []
-    for name in checkpoint.tensors:
-        rule = next((rule.name for rule in rules if rule.matches(name)), None)
-        names = (name, stands_for.get(name), f"{stands_for.get(name)}.weight")
-        if any(one in needed for one in names):
-            continue
-        if rule is not None:
-            ignored[rule].append(name)
-        else:
-            uncovered.append(name)
-    problems += [f"tensor {name!r} fills no parameter and no rule ignores it" for name in uncovered]
-    if quantized:
-        # Whether its format has a reader is not for headers to say; that nothing is missing, is.
-        found = present.keys()
-        problems += [f"tensor {name!r} is missing" for name in needed if name not in found]
-    else:
-        by_param: dict[str, list[Block]] = {path: [] for path in specs}
-        for block in blocks:
-            by_param[block.param].append(block)
-        checks = Problems(str(checkpoint.path))
-        check_tensors(checkpoint, list(specs.values()), by_param, checks)
-        problems += checks.found
-    return _Mapped(config, needed, dict(ignored), uncovered, problems)
+        problems.add(str(error))
+        mapped = found.onto(specs, coded=coded, form="per_expert")
+    unused = mapped.check(problems)
+    needed = {name: block.tensor_shape for name, block in mapped.used_blocks()}
+    return _Findings(found.config, needed, unused, problems.found)
+
+
+def _coded(checkpoint: Checkpoint) -> dict[str, list[str]]:
+    """{tensor: weights that it may be a part of}, for the tensors of a quantized checkpoint that are no plain numbers.
+
+    Whether their format has a reader is not for headers to say.
+    """
+    coded: dict[str, list[str]] = {}
+    for name, tensor in checkpoint.tensors.items():
+        part = quantized_base(name)
+        if part is not None:
+            coded[name] = [part[0], f"{part[0]}.weight"]
+        elif tensor.dtype is None or not can_cast(tensor.dtype, _FLOAT32):
+            coded[name] = [name]
+    return coded
 
 
 def _stored_shapes(checkpoint: Checkpoint) -> Shapes | None:

@@ -4,7 +4,7 @@ from jaxmoe.checkpoint.loading.buffers import aligned_array
 from jaxmoe.checkpoint.loading.execute import load_arrays, load_shards
 from jaxmoe.checkpoint.loading.load import load
 from jaxmoe.checkpoint.loading.merge import merge_adapter
-from jaxmoe.checkpoint.loading.plan import LoadPlan, make_load_plan
+from jaxmoe.checkpoint.loading.plan import LoadPlan, make_load_plan, plan_load
 from jaxmoe.checkpoint.loading.report import AdapterReport, LoadReport
 from jaxmoe.checkpoint.loading.threads import run_in_threads
 
@@ -18,5 +18,6 @@ __all__ = [
     "load_shards",
     "make_load_plan",
     "merge_adapter",
+    "plan_load",
     "run_in_threads",
 ]

@@ -10,18 +10,17 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from jaxmoe.checkpoint.formats import Checkpoint, open_checkpoint
 from jaxmoe.checkpoint.loading.execute import load_arrays
 from jaxmoe.checkpoint.loading.merge import merge_adapter
-from jaxmoe.checkpoint.loading.plan import LoadPlan, make_load_plan
+from jaxmoe.checkpoint.loading.plan import LoadPlan, plan_load
 from jaxmoe.checkpoint.lora import Adapter, open_adapter
-from jaxmoe.checkpoint.mapping import check_not_quantized, is_expert_stack, model_blocks, settle_tied
+from jaxmoe.checkpoint.mapping import FamilyCheckpoint, is_expert_stack
 from jaxmoe.checks import flag, path_like
-from jaxmoe.config import DecoderConfig, RouterFunction
+from jaxmoe.config import RouterFunction
 from jaxmoe.distributed import check_same
 from jaxmoe.layers import param_specs, params_by_path
 from jaxmoe.mesh import EP, check_mesh
-from jaxmoe.models import Decoder, Family, Origin, read_model_config
+from jaxmoe.models import Decoder, Family, Origin
 from jaxmoe.placement import ExpertPlacement
 from jaxmoe.progress import ProgressCallback, byte_progress, check_progress
 
@@ -84,38 +83,27 @@ def load(
     check_finite = flag("check_finite", check_finite)
     check_progress(progress)
     path = Path(path)
-    family, config = read_model_config(path)
-    if router is not None:
-        config = config.with_router(router)
-    checkpoint = open_checkpoint(path).renamed(family.text_name)
-    check_not_quantized(checkpoint, path)
-    said_tied = config.tie_word_embeddings
-    checkpoint, config, rules = settle_tied(checkpoint, family, config)
+    found = FamilyCheckpoint.open(path)
+    checkpoint, family = found.checkpoint, found.family
     model = Decoder(
-        config,
+        found.config if router is None else found.config.with_router(router),
         mesh=mesh,
         placement=placement,
         expert_axes=expert_axes,
         dispatch=dispatch,
         kernels=kernels,
-        dtype=jnp.dtype(_choose_dtype(dtype, config, checkpoint, family)),
+        dtype=jnp.dtype(_choose_dtype(dtype, found)),
     )
     specs = {spec.path: spec for spec in param_specs(model)}
-    plan = make_load_plan(
-        checkpoint,
-        specs.values(),
-        model_blocks(specs, family, checkpoint.tensors),
-        ignore=rules,
-        expert_params=[path for path in specs if is_expert_stack(path)],
-    )
+    plan = plan_load(found.onto(specs), expert_params=[path for path in specs if is_expert_stack(path)])
     opened = None if adapter is None else open_adapter(adapter)
     if opened is not None:
         plan = merge_adapter(plan, checkpoint, opened, spellings=family.spellings, text_name=family.text_name)
-        if said_tied and not config.tie_word_embeddings:
+        if found.untied:
             _refuse_untied_ends(plan, family)
     if mesh.is_multi_process:
         settings = (dtype, getattr(router, "__qualname__", type(router).__qualname__), expert_axes, dispatch, kernels)
-        _check_same_input(model, checkpoint, opened, settings)
+        _check_same_input(model, found, opened, settings)
     with byte_progress(f"loading {path.name}", progress) as report_bytes:
         arrays, model.load_report = load_arrays(plan, check_finite=check_finite, progress=report_bytes)
     model.origin = Origin(path, tuple(model.load_report.ignored.items()), adapted=adapter is not None)
@@ -126,13 +114,14 @@ def load(
     return model
 
 
-def _check_same_input(model: Decoder, checkpoint: Checkpoint, adapter: Adapter | None, settings: Any) -> None:
+def _check_same_input(model: Decoder, found: FamilyCheckpoint, adapter: Adapter | None, settings: Any) -> None:
     """Refuse what would give each process a part of another model, before minutes of reading."""
+    tensors = sorted(found.checkpoint.tensors.items())
     check_same(
         {
             "meshes": (model.mesh.shape, [device.id for device in model.mesh.devices.flat]),
-            "configs": read_model_config(checkpoint.path)[1],
-            "tensors": [(name, tensor.dtype_name, tensor.shape) for name, tensor in sorted(checkpoint.tensors.items())],
+            "configs": found.config,
+            "tensors": [(name, tensor.dtype_name, tensor.shape) for name, tensor in tensors],
             "adapters": adapter and (adapter.config, sorted(adapter.file.tensors)),
             "placements": [placement.slot_to_expert.tolist() for placement in model.placements],
             "settings of load": settings,
@@ -164,18 +153,19 @@ def _refuse_untied_ends(plan: LoadPlan, family: Family) -> None:
         )
 
 
-def _choose_dtype(dtype: Any, config: DecoderConfig, checkpoint: Checkpoint, family: Family) -> str:
+def _choose_dtype(dtype: Any, found: FamilyCheckpoint) -> str:
     if dtype is not None:
         name = dtype if isinstance(dtype, str) else getattr(dtype, "__name__", getattr(dtype, "name", None))
         if name not in _DTYPES:
             raise ValueError(f"dtype is one of {', '.join(_DTYPES)}, or None for the checkpoint's own; got {dtype!r}")
         return name
-    if config.dtype is not None:
-        if config.dtype not in _DTYPES:
+    own = found.config.dtype
+    if own is not None:
+        if own not in _DTYPES:
             raise ValueError(
-                f"config.json gives dtype {config.dtype!r}; a model runs in {', '.join(_DTYPES)}: pass one as dtype="
+                f"config.json gives dtype {own!r}; a model runs in {', '.join(_DTYPES)}: pass one as dtype="
             )
-        return config.dtype
-    embedding = checkpoint.tensors.get(family.tensors["embed.weight"][0])
-    found = None if embedding is None or embedding.dtype is None else embedding.dtype.name
-    return found if found in _DTYPES else "float32"
+        return own
+    embedding = found.checkpoint.tensors.get(found.family.tensors["embed.weight"][0])
+    held = None if embedding is None or embedding.dtype is None else embedding.dtype.name
+    return held if held in _DTYPES else "float32"

@@ -13,7 +13,7 @@ from jaxmoe.checkpoint.errors import Problems
 from jaxmoe.checkpoint.formats import Checkpoint, SafetensorsFile, Split, TensorInfo, TorchFile
 from jaxmoe.checkpoint.loading.report import AdapterReport
 from jaxmoe.checkpoint.lora import TensorDelta
-from jaxmoe.checkpoint.mapping import Block, IgnoreRule, check_all_used, check_filled_once, check_tensors
+from jaxmoe.checkpoint.mapping import Block, IgnoreRule, MappedCheckpoint
 from jaxmoe.layers.param import ParamSpec
 
 
@@ -121,7 +121,7 @@ def make_load_plan(
     local_devices: Collection[jax.Device] | None = None,
     complete: bool = True,
 ) -> LoadPlan:
-    """Plan the loading of a checkpoint, and prove that it is complete.
+    """Plan the loading of a checkpoint from blocks of any making, and prove that it is complete; see `plan_load`.
 
     Args:
         checkpoint: from `open_checkpoint`.
@@ -141,40 +141,30 @@ def make_load_plan(
         CheckpointError: a tensor is missing, left over, or of the wrong shape or dtype; a parameter is filled
             twice or not everywhere, or does not divide over its mesh axes. One error for all of them.
     """
-    specs = tuple(specs)
-    by_param: dict[str, list[Block]] = {spec.path: [] for spec in specs}
+    mapped = MappedCheckpoint.of(checkpoint, specs, blocks, ignore, whole=complete)
+    return plan_load(mapped, expert_params=expert_params, local_devices=local_devices)
+
+
+def plan_load(
+    mapped: MappedCheckpoint,
+    *,
+    expert_params: Collection[str] = (),
+    local_devices: Collection[jax.Device] | None = None,
+) -> LoadPlan:
+    """Plan the loading of a mapped checkpoint; arguments and errors otherwise as for `make_load_plan`."""
+    checkpoint, specs = mapped.checkpoint, tuple(mapped.specs.values())
     problems = Problems(f"the load plan of {checkpoint.path}")
-    for block in blocks:
-        if block.param in by_param:
-            by_param[block.param].append(block)
-        else:
-            problems.add(f"tensor {block.tensor!r} is to fill {block.param!r}, which the model does not have")
-    check_tensors(checkpoint, specs, by_param, problems)
-    ignored: dict[str, tuple[str, ...]] = {}
-    if complete:
-        ignored = check_all_used(
-            checkpoint,
-            by_param,
-            lambda name: next((rule.name for rule in ignore if rule.matches(name)), None),
-            problems,
-        )
-    for spec in specs:
-        check_filled_once(spec, by_param[spec.path], problems)
+    unused = mapped.check(problems)
     placed = [_local_parts(spec, local_devices, problems) for spec in specs]
     problems.raise_if_any()
 
-    splits = {
-        block.tensor: block.tensor_split
-        for own in by_param.values()
-        for block in own
-        if block.tensor is not None and block.tensor_split
-    }
+    splits = mapped.splits()
     tensors = {name: tensor.split(splits.get(name, ())) for name, tensor in checkpoint.tensors.items()}
     shards: list[Shard] = []
     copies: dict[str, list[Copy]] = defaultdict(list)
     for spec, parts in zip(specs, placed, strict=True):
         for box, devices in parts.items():
-            filled = _copies_into(box, len(shards), by_param[spec.path], tensors, copies)
+            filled = _copies_into(box, len(shards), mapped.blocks[spec.path], tensors, copies)
             shards.append(Shard(spec, box, devices, filled))
     reads = [read for name, targets in copies.items() for read in _reads_of(tensors[name].as_stored(), targets)]
     reads.sort(key=lambda read: (read.tensor.file, read.tensor.offset))
@@ -188,7 +178,7 @@ def make_load_plan(
         bytes_needed=needed,
         bytes_per_device=_bytes_per_device(shards),
         expert_bytes_per_device=_bytes_per_device([shard for shard in shards if shard.spec.path in expert_params]),
-        ignored=ignored,
+        ignored=unused.ignored,
         splits=splits,
     )
 

@@ -1,9 +1,7 @@
-"""The proofs of a load plan: every tensor is right and used, every parameter is filled exactly once."""
+"""The proofs behind `MappedCheckpoint.check`: a tensor is right and used, a parameter is filled exactly once."""
 
 import itertools
-from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
+from collections.abc import Mapping, Sequence
 
 import jax
 import numpy as np
@@ -16,46 +14,43 @@ from jaxmoe.config import read_json
 from jaxmoe.layers.param import ParamSpec
 
 
-def check_not_quantized(checkpoint: Checkpoint, directory: Path) -> None:
-    """Refuse a quantised checkpoint in one sentence, instead of one for each of its tensors.
+def check_not_quantized(checkpoint: Checkpoint) -> None:
+    """Refuse a quantized checkpoint in one sentence, instead of one for each of its tensors.
 
     A config.json that still names a format beside weights which are plain again is none.
 
     Raises:
-        CheckpointError: the files of `directory` declare a format, and tensors are there in it.
+        CheckpointError: the files of its directory declare a format, and tensors are there in it.
     """
-    declared = find_quantization(directory, read_json(directory / "config.json"))
+    declared = find_quantization(checkpoint.path, read_json(checkpoint.path / "config.json"))
     if declared is None:
         return
     float32 = np.dtype(np.float32)
     coded = [one for one in checkpoint.tensors.values() if one.dtype is None or not can_cast(one.dtype, float32)]
     if coded:
         raise CheckpointError(
-            f"{checkpoint.path}: jaxmoe loads weights in BF16, F16, F32 and F64; this checkpoint is quantised "
+            f"{checkpoint.path}: jaxmoe loads weights in BF16, F16, F32 and F64; this checkpoint is quantized "
             f"({declared['method']}, says {declared['from']}): {len(coded)} of its {len(checkpoint.tensors)} tensors "
             f"are in that format, the first is {coded[0].name!r} in {coded[0].dtype_name}; take the model's bfloat16 "
-            "release, or dequantise this one with transformers (from_pretrained, dequantize, save_pretrained)"
+            "release, or dequantize this one with transformers (from_pretrained, dequantize, save_pretrained)"
         )
 
 
 def check_tensors(
-    checkpoint: Checkpoint, specs: Sequence[ParamSpec], by_param: Mapping[str, Sequence[Block]], problems: Problems
+    tensors: Mapping[str, TensorInfo], spec: ParamSpec, blocks: Sequence[Block], problems: Problems
 ) -> None:
-    """Every tensor that a block names is there and is what the block expects."""
-    for spec in specs:
-        if jax.dtypes.canonicalize_dtype(spec.dtype) != spec.dtype:
-            problems.add(
-                f"{spec.path} is to be {spec.dtype}, which JAX holds only with jax_enable_x64; ask for 32 bits"
-            )
-        # A fused tensor has a block per slot: what is wrong with it is said once per parameter.
-        wrong: dict[str, str] = {}
-        for block in by_param[spec.path]:
-            if block.tensor is not None and block.tensor not in wrong:
-                problem = _tensor_problem(checkpoint.tensors.get(block.tensor), spec, block)
-                if problem:
-                    wrong[block.tensor] = problem
-        for problem in wrong.values():
-            problems.add(problem)
+    """Every tensor that a block of a parameter names is there and is as the block expects it."""
+    if jax.dtypes.canonicalize_dtype(spec.dtype) != spec.dtype:
+        problems.add(f"{spec.path} is to be {spec.dtype}, which JAX holds only with jax_enable_x64; ask for 32 bits")
+    # A fused tensor has a block per slot: what is wrong with it is said once per parameter.
+    wrong: dict[str, str] = {}
+    for block in blocks:
+        if block.tensor is not None and block.tensor not in wrong:
+            problem = _tensor_problem(tensors.get(block.tensor), spec, block)
+            if problem:
+                wrong[block.tensor] = problem
+    for problem in wrong.values():
+        problems.add(problem)
 
 
 def _tensor_problem(tensor: TensorInfo | None, spec: ParamSpec, block: Block) -> str | None:
@@ -68,7 +63,7 @@ def _tensor_problem(tensor: TensorInfo | None, spec: ParamSpec, block: Block) ->
     if tensor.dtype is None or not can_cast(tensor.dtype, spec.dtype):
         return (
             f"tensor {tensor.name!r} is {tensor.dtype_name}, and {spec.path} is {spec.dtype}: only BF16, F16, F32 and "
-            "F64 are cast to one another; a quantised checkpoint needs the reader of its format"
+            "F64 are cast to one another; a quantized checkpoint needs the reader of its format"
         )
     return None
 
@@ -81,41 +76,24 @@ def _shape_problem(tensor: TensorInfo, block: Block) -> str:
     return f"{text}; does config.json belong to this checkpoint?"
 
 
-def check_all_used(
-    checkpoint: Checkpoint,
-    by_param: Mapping[str, Sequence[Block]],
-    rule_for: Callable[[str], str | None],
-    problems: Problems,
-) -> dict[str, tuple[str, ...]]:
-    """Every element of every tensor goes somewhere, or a rule says why not; returns what rules cover."""
-    used: dict[str, set[Box]] = defaultdict(set)
-    splits: dict[str, Split] = {}
-    for blocks in by_param.values():
-        for block in blocks:
-            if block.tensor is not None:
-                used[block.tensor].add(block.tensor_box)
-                split = splits.setdefault(block.tensor, block.tensor_split)
-                assert split == block.tensor_split, f"{block.tensor!r} is split as {split} and {block.tensor_split}"
-    ignored: dict[str, list[str]] = defaultdict(list)
-    for name, tensor in checkpoint.tensors.items():
-        if name not in used:
-            rule = rule_for(name)
-            if rule is None:
-                problems.add(f"tensor {name!r} {tensor.shape} fills no parameter and no rule ignores it")
-            else:
-                ignored[rule].append(name)
-            continue
-        shape = tuple(itertools.chain(*splits[name])) or tensor.shape
-        everything = whole(shape)
-        boxes = used[name]
-        if everything in boxes or not all(len(box) == len(everything) and contains(everything, box) for box in boxes):
-            continue  # a box outside the tensor is reported with its parameter
-        cover = Cover(shape, tuple(boxes))
-        if not cover.counts.all():
-            gap = cover.first(cover.counts == 0)
-            gap = join_dims(gap, splits[name]) if splits[name] else gap
-            problems.add(f"{_region(gap)} of tensor {name!r} {tensor.shape} fills no parameter")
-    return {rule: tuple(names) for rule, names in ignored.items()}
+def check_used_whole(tensor: TensorInfo, boxes: Sequence[Box], split: Split, problems: Problems) -> None:
+    """Every element of a tensor is in one of the regions of it that fill something.
+
+    Args:
+        tensor: as it is in the checkpoint.
+        boxes: distinct regions of it, its dims split.
+        split: see `Block.tensor_split`.
+        problems: list that gets what is wrong.
+    """
+    shape = tuple(itertools.chain(*split)) or tensor.shape
+    everything = whole(shape)
+    if everything in boxes or not all(len(box) == len(everything) and contains(everything, box) for box in boxes):
+        return  # a box outside the tensor is reported with its parameter
+    cover = Cover(shape, boxes)
+    if not cover.counts.all():
+        gap = cover.first(cover.counts == 0)
+        gap = join_dims(gap, split) if split else gap
+        problems.add(f"{_region(gap)} of tensor {tensor.name!r} {tensor.shape} fills no parameter")
 
 
 def check_filled_once(spec: ParamSpec, blocks: Sequence[Block], problems: Problems) -> None:

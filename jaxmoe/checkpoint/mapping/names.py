@@ -89,6 +89,16 @@ def wanted_names(
     return wanted
 
 
+def written_blocks(
+    specs: Mapping[str, ParamSpec],
+    family: Family,
+    form: Form,
+    source: Mapping[str, TensorInfo] | None = None,
+) -> Iterator[Block]:
+    """The blocks between a model and a checkpoint that is to be written; arguments as for `wanted_names`."""
+    return model_blocks(specs, family, wanted_names(specs, family, form, source))
+
+
 def written_form(family: Family, form: Form) -> Form:
     """`form`, or the other one where a family has no names for it: gpt-oss is always fused."""
     if form == "fused":

@@ -1,4 +1,4 @@
-"""Tied embeddings: what a checkpoint has of an output projection that config.json says is the embedding."""
+"""Tied embeddings: the output projection that a checkpoint has where config.json says that it is the embedding."""
 
 import dataclasses
 import re
@@ -13,12 +13,12 @@ TIED_RULE = "tied output projection"
 
 
 class Settled(NamedTuple):
-    """What `settle_tied` finds.
+    """The two ends of a model, settled by `settle_tied`.
 
     Attributes:
-        checkpoint: with the embedding under its own name.
-        config: with the tie that the checkpoint has.
-        rules: the family's for what is ignored, and one for a tensor that is the embedding again.
+        checkpoint: tensors, with the embedding under its own name.
+        config: config with the tie that the checkpoint has.
+        rules: a rule for a tensor that is the embedding again; none where there is no such tensor.
     """
 
     checkpoint: Checkpoint
@@ -35,22 +35,21 @@ def settle_tied(checkpoint: Checkpoint, family: Family, config: DecoderConfig) -
       are equal. transformers compares them and leaves them untied where they differ.
 
     Args:
-        checkpoint: its tensors under the family's names.
-        family: of the model.
-        config: of config.json. Where it does not tie, all stays as it is.
+        checkpoint: tensors under the family's names.
+        family: family of the model.
+        config: config as config.json has it. Where it does not tie, all stays as it is.
     """
-    tied: dict[str, str] = {}
+    rules: tuple[IgnoreRule, ...] = ()
     output, embedding = (_find(checkpoint, family, path) for path in ("lm_head.weight", "embed.weight"))
     if config.tie_word_embeddings and output is not None:
         if embedding is None:
             name = family.tensors["embed.weight"][0]
             checkpoint = checkpoint.renamed(lambda old: name if old == output.name else old)
         elif dataclasses.replace(output, name=embedding.name) == embedding:
-            tied = {TIED_RULE: re.escape(output.name)}
+            rules = (IgnoreRule(name=TIED_RULE, pattern=re.escape(output.name)),)
         else:
             config = dataclasses.replace(config, tie_word_embeddings=False)
-    ignored = {**family.ignored_in(config), **tied}
-    return Settled(checkpoint, config, tuple(IgnoreRule(name=n, pattern=p) for n, p in ignored.items()))
+    return Settled(checkpoint, config, rules)
 
 
 def _find(checkpoint: Checkpoint, family: Family, path: str) -> TensorInfo | None:

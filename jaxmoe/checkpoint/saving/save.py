@@ -4,7 +4,7 @@ import dataclasses
 import os
 import time
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, get_args
 
@@ -15,16 +15,9 @@ from jaxmoe.checkpoint.errors import Problems
 from jaxmoe.checkpoint.formats import Checkpoint, can_cast, open_checkpoint, open_files
 from jaxmoe.checkpoint.mapping import (
     TIED_RULE,
-    Block,
-    IgnoreRule,
+    FamilyCheckpoint,
     abstract_specs,
-    check_all_used,
-    check_filled_once,
-    check_not_quantized,
-    check_tensors,
-    model_blocks,
-    settle_tied,
-    wanted_names,
+    written_blocks,
     written_form,
 )
 from jaxmoe.checkpoint.saving.directory import copy_side_files, new_directory
@@ -32,7 +25,8 @@ from jaxmoe.checkpoint.saving.outputs import OutputTensor, copied_tensor, output
 from jaxmoe.checkpoint.saving.values import CheckpointValues, ModelValues
 from jaxmoe.checkpoint.saving.write import divide_into_files, parse_size, write_files
 from jaxmoe.checks import flag, instance_of, path_like
-from jaxmoe.layers import ParamSpec, check_usable, param_specs, params_by_path
+from jaxmoe.config import DecoderConfig
+from jaxmoe.layers import check_usable, param_specs, params_by_path
 from jaxmoe.models import Decoder, Family, Form, read_model_config
 from jaxmoe.progress import ProgressCallback, byte_progress, check_progress
 
@@ -138,15 +132,13 @@ def save(
         )
     specs = {spec.path: spec for spec in param_specs(model)}
     source = model.origin.directory
-    family, _ = read_model_config(source)
+    family, config = read_model_config(source)
     ignored = _carried(dict(model.origin.ignored), family)
-    checkpoint = _open_source(source, family, needed=bool(ignored))
+    checkpoint = _open_source(source, family, config, needed=bool(ignored))
     with open_files(checkpoint.files if ignored and checkpoint else ()) as descriptors:
-        wanted = wanted_names(specs, family, form, checkpoint.tensors if checkpoint else None)
-        blocks = model_blocks(specs, family, wanted)
+        blocks = written_blocks(specs, family, form, checkpoint.tensors if checkpoint else None)
         tensors = output_tensors(specs, blocks, ModelValues(arrays), target, np.dtype(model.dtype))
         carried = [copied_tensor(checkpoint.tensors[name], descriptors) for name in ignored] if checkpoint else []
-        options = dataclasses.replace(options, form=written_form(family, form))
         return _write(source, Path(directory), tensors, carried, target, family, options)
 
 
@@ -186,20 +178,18 @@ def convert(
     path_like("directory", directory)
     options = _check_options(form, max_shard_size, overwrite, progress)
     target, source = _plain_dtype(dtype), Path(source)
-    family, config = read_model_config(source)
-    checkpoint = open_checkpoint(source).renamed(family.text_name)
-    check_not_quantized(checkpoint, source)
-    checkpoint, config, rules = settle_tied(checkpoint, family, config)
+    found = FamilyCheckpoint.open(source)
+    checkpoint, family = found.checkpoint, found.family
     model_dtype = target or np.dtype(np.float32)
-    specs = abstract_specs(config, model_dtype)
-    blocks = list(model_blocks(specs, family, checkpoint.tensors))
-    ignored = _check_complete(checkpoint, specs, blocks, family, rules)
+    specs = abstract_specs(found.config, model_dtype)
+    mapped = found.onto(specs)
+    problems = Problems(f"the conversion of {checkpoint.path}")
+    ignored = _carried(mapped.check(problems).ignored, family)
+    problems.raise_if_any()
     with open_files(checkpoint.files) as descriptors:
-        values = CheckpointValues(blocks, checkpoint.tensors, descriptors)
-        wanted = wanted_names(specs, family, form, checkpoint.tensors)
-        tensors = output_tensors(specs, model_blocks(specs, family, wanted), values, target, model_dtype)
+        blocks = written_blocks(specs, family, form, checkpoint.tensors)
+        tensors = output_tensors(specs, blocks, CheckpointValues(mapped, descriptors), target, model_dtype)
         carried = [copied_tensor(checkpoint.tensors[name], descriptors) for name in ignored]
-        options = dataclasses.replace(options, form=written_form(family, form))
         return _write(source, Path(directory), tensors, carried, target, family, options)
 
 
@@ -230,7 +220,7 @@ def _write(
         dtypes[tensor.dtype_name] += tensor.nbytes
     return SaveReport(
         path=str(directory),
-        form=options.form,
+        form=written_form(family, options.form),
         files={name: sum(tensor.nbytes for tensor in part) for name, part in files.items()},
         tensors=len(tensors) + len(carried),
         dtypes=dict(dtypes),
@@ -267,33 +257,11 @@ def _carried(ignored: Mapping[str, Sequence[str]], family: Family) -> list[str]:
     return [name for rule, names in ignored.items() if rule not in left_out for name in names]
 
 
-def _open_source(source: Path, family: Family, *, needed: bool) -> Checkpoint | None:
+def _open_source(source: Path, family: Family, config: DecoderConfig, *, needed: bool) -> Checkpoint | None:
     """The checkpoint a model came from; one that is gone by now is missed only if something is to be copied."""
     try:
-        return open_checkpoint(source).renamed(family.text_name)
+        return FamilyCheckpoint.of(open_checkpoint(source), family, config).checkpoint
     except FileNotFoundError:
         if needed:
             raise
         return None
-
-
-def _check_complete(
-    checkpoint: Checkpoint,
-    specs: dict[str, ParamSpec],
-    blocks: Iterable[Block],
-    family: Family,
-    rules: Sequence[IgnoreRule],
-) -> list[str]:
-    """The checks of a load plan: nothing is left out silently. Returns the tensors to copy as they are."""
-    by_param: dict[str, list[Block]] = {path: [] for path in specs}
-    for block in blocks:
-        by_param[block.param].append(block)
-    problems = Problems(f"the conversion of {checkpoint.path}")
-    check_tensors(checkpoint, list(specs.values()), by_param, problems)
-    ignored = check_all_used(
-        checkpoint, by_param, lambda name: next((rule.name for rule in rules if rule.matches(name)), None), problems
-    )
-    for spec in specs.values():
-        check_filled_once(spec, by_param[spec.path], problems)
-    problems.raise_if_any()
-    return _carried(ignored, family)

@@ -2,8 +2,7 @@
 
 import bisect
 import functools
-from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -13,7 +12,7 @@ import numpy as np
 
 from jaxmoe.checkpoint.boxes import Box, box_of, box_shape, intersect
 from jaxmoe.checkpoint.formats import TensorInfo, read_box
-from jaxmoe.checkpoint.mapping import Block
+from jaxmoe.checkpoint.mapping import Block, MappedCheckpoint
 
 
 class Values(Protocol):
@@ -56,20 +55,14 @@ class CheckpointValues:
     """Values of a checkpoint, read region by region.
 
     Args:
-        blocks: which tensor fills which part of which parameter.
-        tensors: those of the checkpoint.
+        mapped: checkpoint, and the blocks by which it fills parameters.
         descriptors: its files, open for reading.
     """
 
-    def __init__(
-        self, blocks: Iterable[Block], tensors: Mapping[str, TensorInfo], descriptors: Mapping[Path, int]
-    ) -> None:
-        self._tensors = tensors
+    def __init__(self, mapped: MappedCheckpoint, descriptors: Mapping[Path, int]) -> None:
+        self._tensors = mapped.checkpoint.tensors
         self._descriptors = descriptors
-        by_param: dict[str, list[Block]] = defaultdict(list)
-        for block in blocks:
-            by_param[block.param].append(block)
-        self._blocks = {path: _Sorted(found) for path, found in by_param.items()}
+        self._blocks = {path: _Sorted(blocks) for path, blocks in mapped.blocks.items()}
 
     def dtype(self, path: str, box: Box) -> np.dtype:
         """See `Values`; where tensors of several dtypes are joined, one that holds all their values."""

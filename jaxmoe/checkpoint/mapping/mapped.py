@@ -1,0 +1,233 @@
+"""A checkpoint as its family maps it: the one way from files to parameters, which no value of a tensor is read on.
+
+Loading, saving, converting, moving and inspecting all start here. A tensor passes five stations:
+
+1. `open_checkpoint` finds it in the header of a file: its dtype, its shape, the place of its bytes.
+2. `Family.text_name` gives it the name that it has in a text model, where it comes from a multimodal one.
+3. `settle_tied` decides, where it is one end of a tied model, whether both ends are one tensor.
+4. `FamilyCheckpoint.onto` finds the regions of parameters that it fills (`Block`).
+5. `MappedCheckpoint.check` proves that all of it is used, or that a named rule ignores it, and that every parameter is
+   filled exactly once.
+
+After that a load plan turns blocks into reads, a conversion into the values of other tensors, and a summary into counts.
+"""
+
+import dataclasses
+import itertools
+from collections import defaultdict
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from jaxmoe.checkpoint.boxes import Box
+from jaxmoe.checkpoint.errors import Problems
+from jaxmoe.checkpoint.formats import Checkpoint, Split, open_checkpoint
+from jaxmoe.checkpoint.mapping.blocks import Block
+from jaxmoe.checkpoint.mapping.checks import check_filled_once, check_not_quantized, check_tensors, check_used_whole
+from jaxmoe.checkpoint.mapping.ignore import IgnoreRule
+from jaxmoe.checkpoint.mapping.names import model_blocks, wanted_names
+from jaxmoe.checkpoint.mapping.tied import settle_tied
+from jaxmoe.config import DecoderConfig
+from jaxmoe.layers import ParamSpec
+from jaxmoe.models import Family, Form, read_model_config
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class FamilyCheckpoint:
+    """A checkpoint under the names of its family, and what its family says of it.
+
+    Attributes:
+        checkpoint: tensors under the names of `Family.tensors` and `Family.experts`.
+        family: family of the model.
+        config: config of the model, tied where the checkpoint is.
+        rules: rules for tensors that the model does not need.
+        untied: whether config.json ties the embedding and the output projection, and the checkpoint has bytes for each.
+    """
+
+    checkpoint: Checkpoint
+    family: Family
+    config: DecoderConfig
+    rules: tuple[IgnoreRule, ...]
+    untied: bool
+
+    @classmethod
+    def open(cls, path: Path) -> "FamilyCheckpoint":
+        """Open a checkpoint directory to read weights from.
+
+        Raises:
+            FileNotFoundError: there is no checkpoint, or a part of it is missing.
+            ValueError: config.json is of no known family, or a file breaks a rule, or the checkpoint is quantized.
+        """
+        family, config = read_model_config(path)
+        found = cls.of(open_checkpoint(path), family, config)
+        check_not_quantized(found.checkpoint)
+        return found
+
+    @classmethod
+    def of(cls, checkpoint: Checkpoint, family: Family, config: DecoderConfig) -> "FamilyCheckpoint":
+        """Bring an opened checkpoint under the names of a family.
+
+        Args:
+            checkpoint: from `open_checkpoint`.
+            family: family of its model.
+            config: config of its model, as config.json has it.
+
+        Raises:
+            CheckpointError: two tensors would have one name.
+        """
+        settled = settle_tied(checkpoint.renamed(family.text_name), family, config)
+        own = [IgnoreRule(name=name, pattern=pattern) for name, pattern in family.ignored_in(settled.config).items()]
+        return cls(
+            checkpoint=settled.checkpoint,
+            family=family,
+            config=settled.config,
+            rules=(*own, *settled.rules),
+            untied=settled.config.tie_word_embeddings != config.tie_word_embeddings,
+        )
+
+    def onto(
+        self,
+        specs: Mapping[str, ParamSpec],
+        *,
+        form: Form | None = None,
+        coded: Mapping[str, Collection[str]] | None = None,
+    ) -> "MappedCheckpoint":
+        """Map the tensors to the parameters of a model, on whichever mesh.
+
+        Args:
+            specs: parameters of a model of `config`, by path.
+            form: form that experts are taken to have; None for the one that is there.
+            coded: see `MappedCheckpoint`.
+
+        Raises:
+            CheckpointError: the experts of a layer are there in both forms, or in none.
+        """
+        coded = coded or {}
+        weights = dict.fromkeys(itertools.chain.from_iterable(coded.values()))
+        names = {**self.checkpoint.tensors, **weights} if form is None else wanted_names(specs, self.family, form)
+        blocks = model_blocks(specs, self.family, names)
+        mapped = MappedCheckpoint.of(self.checkpoint, specs.values(), blocks, self.rules)
+        return dataclasses.replace(mapped, coded=coded)
+
+
+class Unused(NamedTuple):
+    """The tensors of a checkpoint that fill no parameter.
+
+    Attributes:
+        ignored: {rule: tensors that it covers}.
+        uncovered: tensors that no rule covers.
+    """
+
+    ignored: dict[str, tuple[str, ...]]
+    uncovered: tuple[str, ...]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class MappedCheckpoint:
+    """The tensors of a checkpoint, the parameters of a model, and the blocks by which the ones fill the others.
+
+    Attributes:
+        checkpoint: tensors by name.
+        specs: parameters by path.
+        blocks: {path of a parameter: blocks that fill it}.
+        rules: rules for tensors that are not needed; the first that matches counts, and a tensor that a block names is
+            never ignored.
+        whole: whether all of a model is filled; a part of one may leave tensors over.
+        coded: {tensor: weights that it may be a part of}, in a checkpoint of a format that is not decoded here. Such a
+            weight is taken to be there and to be right.
+    """
+
+    checkpoint: Checkpoint
+    specs: Mapping[str, ParamSpec]
+    blocks: Mapping[str, Sequence[Block]]
+    rules: tuple[IgnoreRule, ...] = ()
+    whole: bool = True
+    coded: Mapping[str, Collection[str]] = dataclasses.field(default_factory=dict)
+
+    @classmethod
+    def of(
+        cls,
+        checkpoint: Checkpoint,
+        specs: Iterable[ParamSpec],
+        blocks: Iterable[Block],
+        rules: Iterable[IgnoreRule] = (),
+        *,
+        whole: bool = True,
+    ) -> "MappedCheckpoint":
+        """Gather parameters and blocks by path."""
+        by_path = {spec.path: spec for spec in specs}
+        filling: dict[str, list[Block]] = {path: [] for path in by_path}
+        for block in blocks:
+            filling.setdefault(block.param, []).append(block)
+        return cls(checkpoint=checkpoint, specs=by_path, blocks=filling, rules=tuple(rules), whole=whole)
+
+    def part(self, specs: Mapping[str, ParamSpec]) -> "MappedCheckpoint":
+        """The same for some of the parameters."""
+        blocks = {path: self.blocks[path] for path in specs}
+        return dataclasses.replace(self, specs=specs, blocks=blocks, whole=False)
+
+    def used_blocks(self) -> Iterable[tuple[str, Block]]:
+        """(tensor, block) for every block of a parameter that a tensor fills."""
+        for path in self.specs:
+            for block in self.blocks[path]:
+                if block.tensor is not None:
+                    yield block.tensor, block
+
+    def splits(self) -> dict[str, Split]:
+        """{tensor: the dims that its dims are split in}, for those that are; see `Block`."""
+        splits: dict[str, Split] = {}
+        for name, block in self.used_blocks():
+            split = splits.setdefault(name, block.tensor_split)
+            assert split == block.tensor_split, f"{name!r} is split as {split} and {block.tensor_split}"
+        return {name: split for name, split in splits.items() if split}
+
+    def unused(self) -> Unused:
+        """Find the tensors that fill no parameter, and the rules that ignore them."""
+        used = {name for name, _ in self.used_blocks()}
+        ignored: dict[str, list[str]] = defaultdict(list)
+        uncovered = []
+        for name in self.checkpoint.tensors:
+            if name in used or not used.isdisjoint(self.coded.get(name, ())):
+                continue
+            rule = next((rule.name for rule in self.rules if rule.matches(name)), None)
+            if rule is None:
+                uncovered.append(name)
+            else:
+                ignored[rule].append(name)
+        return Unused({rule: tuple(names) for rule, names in ignored.items()}, tuple(uncovered))
+
+    def check(self, problems: Problems) -> Unused:
+        """Note all that keeps the tensors from filling the parameters, each element of both exactly as it should.
+
+        Every tensor that a block names is there, with the shape that the block expects and in plain numbers. Every
+        element of it fills something. Every other tensor is ignored by a rule. Every element of a parameter is filled
+        by one block.
+
+        Args:
+            problems: list that gets what is wrong.
+
+        Returns:
+            The tensors that are left over; of a part of a model, which may leave any, none.
+        """
+        for path in self.blocks.keys() - self.specs.keys():
+            names = sorted({str(block.tensor) for block in self.blocks[path]})
+            problems.add(f"tensor {names[0]!r} is to fill {path!r}, which the model does not have")
+        tensors, weights = self.checkpoint.tensors, set(itertools.chain.from_iterable(self.coded.values()))
+        for path, spec in self.specs.items():
+            check_tensors(
+                tensors, spec, [block for block in self.blocks[path] if block.tensor not in weights], problems
+            )
+        unused = self.unused() if self.whole else Unused({}, ())
+        for name in unused.uncovered:
+            problems.add(f"tensor {name!r} {tensors[name].shape} fills no parameter and no rule ignores it")
+        if self.whole:
+            used: dict[str, dict[Box, None]] = defaultdict(dict)
+            for name, block in self.used_blocks():
+                used[name][block.tensor_box] = None
+            splits = self.splits()
+            for name, boxes in used.items():
+                if name in tensors and name not in weights:
+                    check_used_whole(tensors[name], tuple(boxes), splits.get(name, ()), problems)
+        for path, spec in self.specs.items():
+            check_filled_once(spec, self.blocks[path], problems)
+        return unused
