@@ -8,7 +8,7 @@ Writes a checkpoint of more than 1 GB with Qwen3-MoE's names into a temporary di
 
 and reads it into memory without doing anything with it, once into memory already in use and once into fresh memory,
 which is what the hardware permits. The page cache is warm for all of them: this measures software, not the disk.
-Removes what it wrote, also on Ctrl-C.
+Removes what it wrote, also on Ctrl-C. safetensors comes with the extra "test".
 
     python scripts/bench_load.py
     python scripts/bench_load.py --dtype float32 --json

@@ -1,14 +1,20 @@
 """The strict header reader: every malformed file is refused with its own message, every valid oddity is read."""
 
+import functools
 import json
 import os
 import struct
 
+import ml_dtypes
 import numpy as np
 import pytest
+import safetensors.numpy
 
 from jaxmoe.checkpoint import CheckpointError, read_safetensors
 from jaxmoe.checkpoint.formats.safetensors import MAX_JSON_VALUES, MAX_TENSORS
+from jaxmoe.checkpoint.saving.outputs import OutputTensor
+from jaxmoe.checkpoint.saving.write import divide_into_files, write_files
+from tests.support.saved import SOURCES
 from tests.support.writing import write_file, write_raw
 
 F32x2 = {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}
@@ -166,13 +172,48 @@ def test_valid_oddities_are_read(tmp_path):
 
 
 def test_written_by_the_reference(tmp_path):
-    reference = pytest.importorskip("safetensors.numpy")
     values = {"w": np.ones((3, 2), np.float16), "step": np.array(7, np.int64), "mask": np.ones(5, bool)}
-    reference.save_file(values, tmp_path / "f", metadata={"format": "np"})
+    safetensors.numpy.save_file(values, tmp_path / "f", metadata={"format": "np"})
     tensors = read_safetensors(tmp_path / "f").tensors
     assert {name: (t.shape, t.dtype) for name, t in tensors.items()} == {
         n: (v.shape, v.dtype) for n, v in values.items()
     }
+
+
+@pytest.mark.parametrize("source", SOURCES, ids=lambda path: f"{path.parent.name}-{path.name}")
+def test_the_reference_finds_the_same_tensors(source):
+    for path in source.glob("*.safetensors"):
+        ours = read_safetensors(path)
+        with safetensors.safe_open(path, framework="numpy") as theirs:
+            parts = {name: theirs.get_slice(name) for name in theirs.keys()}  # noqa: SIM118
+            assert {name: (tensor.dtype_name, tensor.shape) for name, tensor in ours.tensors.items()} == {
+                name: (part.get_dtype(), tuple(part.get_shape())) for name, part in parts.items()
+            }
+            assert ours.metadata == theirs.metadata()
+            for name, tensor in ours.tensors.items():
+                raw = path.read_bytes()[tensor.offset : tensor.offset + tensor.nbytes]
+                assert raw == theirs.get_tensor(name).tobytes(), name
+
+
+def test_the_reference_writes_the_same_file(tmp_path):
+    """Byte for byte, where tensors come in its order: wide elements first, and by name among equals."""
+    rng = np.random.default_rng(0)
+    dtypes = {"a": np.uint8, "b": ml_dtypes.bfloat16, "c": np.float32, "d": np.float64}
+    values = {f"{key}{i}": rng.normal(size=(i, 3)).astype(dtype) for key, dtype in dtypes.items() for i in range(3)}
+    names = {np.dtype(dtype): name for name, dtype in zip(("U8", "BF16", "F32", "F64"), dtypes.values(), strict=True)}
+    tensors = [
+        OutputTensor(
+            name=key,
+            dtype_name=names[v.dtype],
+            shape=v.shape,
+            nbytes=v.nbytes,
+            values=functools.partial(values.get, key),
+        )
+        for key, v in values.items()
+    ]
+    write_files(tmp_path, divide_into_files(tensors, 10**9))
+    safetensors.numpy.save_file(values, tmp_path / "theirs", metadata={"format": "pt"})
+    assert (tmp_path / "model.safetensors").read_bytes() == (tmp_path / "theirs").read_bytes()
 
 
 def test_only_regular_files_are_read(tmp_path):

@@ -1,4 +1,8 @@
-"""Writing safetensors files and their index: one tensor in memory at a time."""
+"""Writing safetensors files and their index: one tensor in memory at a time.
+
+The safetensors library writes a file of tensors that are all in host memory: 1024 MiB for a file of 1 GiB, where this
+takes the 32 MiB of its largest tensor. The tests hold that both write the same bytes.
+"""
 
 import json
 import math
@@ -9,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
-from jaxmoe.checkpoint.formats import SAFETENSORS
+from jaxmoe.checkpoint.formats import ELEMENT_TYPES, SAFETENSORS
 from jaxmoe.checkpoint.saving.outputs import OutputTensor
 
 _UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
@@ -86,7 +90,7 @@ def write_files(
 def _write_file(path: Path, tensors: Sequence[OutputTensor]) -> Iterable[int]:
     """Write one file; gives the bytes of each tensor once it is written."""
     # Wide elements first, so that all are aligned, as the reference writer has it.
-    tensors = sorted(tensors, key=lambda tensor: -_alignment(tensor))
+    tensors = sorted(tensors, key=lambda tensor: -ELEMENT_TYPES[tensor.dtype_name].bits)
     header: dict[str, object] = {"__metadata__": {"format": "pt"}}
     offset = 0
     for tensor in tensors:
@@ -105,8 +109,3 @@ def _write_file(path: Path, tensors: Sequence[OutputTensor]) -> Iterable[int]:
         # On the disk before the directory gets its name: no crash leaves a whole-looking file with holes.
         file.flush()
         os.fsync(file.fileno())
-
-
-def _alignment(tensor: OutputTensor) -> int:
-    elements = math.prod(tensor.shape)
-    return tensor.nbytes // elements if elements else 0
