@@ -1,4 +1,4 @@
-"""Boxes of array elements: which parts of an array are covered, by how many, and how to read a union of them.
+"""Boxes of array elements: their common parts, the parts of an array that they cover, and the union of several.
 
 A box is a half-open range per dim, ``((start, stop), ...)``.
 """
@@ -68,8 +68,8 @@ def join_dims(box: Box, split: Sequence[Sequence[int]]) -> Box:
     """The smallest box of an array that holds `box` of the same array with its dims split.
 
     Args:
-        box: of the split array.
-        split: for each dim of the array the dims it is split in, outermost first.
+        box: region of the split array.
+        split: dims that each dim of the array is split in, outermost first.
     """
     dims, joined = iter(box), []
     for sizes in split:
@@ -87,7 +87,7 @@ def first_extended(box: Sequence[tuple[int, int]]) -> int:
 
 
 class Cover:
-    """How often each element of an array is covered by boxes, on the grid that the boxes' edges make.
+    """The count of boxes over each element of an array, on the grid that the boxes' edges make.
 
     Attributes:
         edges: sorted positions at which a box or the array starts or ends, one list per dim.
@@ -170,7 +170,7 @@ def runs(rows: Sequence[int] | np.ndarray) -> list[tuple[int, int, int]]:
     [(0, 4, 2), (2, -1, 2), (4, 2, 1)]
 
     Returns:
-        For each run its first index, the value there, and its length.
+        First index, value there and length of each run.
     """
     values = np.asarray(rows, np.int64)
     before, after = values[:-1], values[1:]

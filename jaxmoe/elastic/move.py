@@ -35,10 +35,10 @@ def move(
     the model came from: an expert whose every replica was on `lost_devices`, a slice over tp that only they had.
 
     Args:
-        model: it is used up: its parameters are let go one by one as they arrive, so that at most one of them
+        model: model that is used up: its parameters are let go one by one as they arrive, so that at most one of them
             is there twice. Where `move` raises a ValueError it is untouched.
-        mesh: from `jaxmoe.make_mesh`; give it ``devices=`` for a part of them.
-        placement: as for `jaxmoe.load`, for the devices of the new mesh.
+        mesh: mesh from `jaxmoe.make_mesh`; give it ``devices=`` for a part of them.
+        placement: placement for the devices of the new mesh, as for `jaxmoe.load`.
         lost_devices: devices whose memory is gone; nothing is taken from them, and `mesh` has none of them.
 
     Returns:
@@ -140,7 +140,7 @@ def _read_lost(
     lost: Collection[str],
     lost_slots: Mapping[int, Sequence[int]],
 ) -> tuple[dict[str, jax.Array], LoadReport]:
-    """What no device has any more, from the checkpoint.
+    """Read what no device has any more from the checkpoint.
 
     Returns:
         Whole parameters by path; of expert stacks only the lost slots of each device, as a smaller stack.

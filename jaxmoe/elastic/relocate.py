@@ -1,4 +1,4 @@
-"""Where each region of a parameter on a new mesh comes from: the shards of the same parameter on the old one.
+"""The origin of each region of a parameter on a new mesh: shards of the same parameter on the old one.
 
 Both sides are described by a `ParamSpec`, whose `rows` say which part of the checkpoint's tensor each group
 of dim 0 holds. Experts that change slots, key/value heads copied for a wider tp, and padding
@@ -22,9 +22,9 @@ class Piece:
     """A region of a new shard, and the old shard that has it.
 
     Attributes:
-        source: the device that holds it.
+        source: device that holds it.
         source_start: its first element, counted from the old shard's corner.
-        start: the same for the new shard.
+        start: its first element, counted from the new shard's corner.
         shape: its extent.
     """
 
@@ -36,11 +36,11 @@ class Piece:
 
 @dataclasses.dataclass
 class Relocation:
-    """How one parameter gets to its new devices.
+    """The way of one parameter to its new devices.
 
     Attributes:
-        pieces: for each new device what its shard is made of; the rest of it is zeros.
-        boxes: for each new device the region of the parameter that it holds.
+        pieces: pieces that the shard of each new device is made of; the rest of it is zeros.
+        boxes: region of the parameter that each new device holds.
         lost: rows of dim 0 of the new array of which some element has no surviving holder.
     """
 
@@ -55,8 +55,8 @@ def plan_relocation(old: ParamSpec, new: ParamSpec, lost_devices: Collection[jax
     A region that the device holds already stays there; of several other holders the one of the lowest id gives it.
 
     Args:
-        old: the parameter as it is.
-        new: as it is to be.
+        old: parameter as it is.
+        new: parameter as it is to be.
         lost_devices: devices whose memory is gone.
     """
     source_old, source_new = source_rows(old), source_rows(new)

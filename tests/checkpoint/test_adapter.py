@@ -324,8 +324,8 @@ def refuse(tmp_path: Path, tensors: Arrays, match: str, **config) -> str:
 def test_an_adapter_of_another_kind(tmp_path) -> None:
     refuse(tmp_path / "dora", attention_adapter("qwen3_moe"), "use_dora: DoRA scales each output", use_dora=True)
     refuse(tmp_path / "loha", attention_adapter("qwen3_moe"), "of peft_type LORA", peft_type="LOHA")
-    quantised = {name: np.ones((2, 2), np.uint8) for name in attention_adapter("qwen3_moe")}
-    refuse(tmp_path / "uint8", quantised, "are BF16, F16, F32 or F64; .* is U8")
+    quantized = {name: np.ones((2, 2), np.uint8) for name in attention_adapter("qwen3_moe")}
+    refuse(tmp_path / "uint8", quantized, "are BF16, F16, F32 or F64; .* is U8")
 
 
 def test_an_adapter_for_another_model(tmp_path) -> None:

@@ -185,7 +185,7 @@ def test_only_needed_bytes_are_asked_for(tmp_path, monkeypatch):
         return preadv(descriptor, buffers, offset)
 
     monkeypatch.setattr("os.preadv", spy)
-    local = {mesh.devices[0, 1, 0], mesh.devices[0, 2, 0]}  # neighbouring columns: their runs are joined
+    local = {mesh.devices[0, 1, 0], mesh.devices[0, 2, 0]}  # neighboring columns: their runs are joined
     load_shards(make_load_plan(checkpoint, case.specs, case.blocks, local_devices=local))
     start = checkpoint.tensors["w.weight"].offset
     assert sorted(asked) == [(start + row * 64 + 16, 32) for row in range(6)]

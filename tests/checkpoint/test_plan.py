@@ -57,7 +57,7 @@ def test_wrong_shape(case, tmp_path):
     assert "'b.weight' has shape (9,); b needs (8,); does config.json" in refused(case, tmp_path)
 
 
-def test_swapped_dims_are_recognised(case, tmp_path):
+def test_swapped_dims_are_recognized(case, tmp_path):
     case.tensors["a.weight"] = case.tensors["a.weight"].T
     assert "its last two dims are swapped" in refused(case, tmp_path)
 

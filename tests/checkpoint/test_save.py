@@ -295,7 +295,7 @@ def test_a_checkpoint_that_does_not_fit_is_refused(tmp_path):
         jaxmoe.convert(source, tmp_path / "out")
 
 
-def test_the_config_of_dequantised_weights_names_no_quantisation(tmp_path):
+def test_the_config_of_dequantized_weights_names_no_quantization(tmp_path):
     (tmp_path / "a").mkdir()
     (tmp_path / "b").mkdir()
     text = {"torch_dtype": "float16", "quantization_config": {"quant_method": "fp8"}}

@@ -1,4 +1,4 @@
-"""What a config.json says of a model whose family may not be known: sizes and quantisation, in any spelling."""
+"""Sizes and quantization of a model whose family may not be known, from config.json in any spelling."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -26,10 +26,10 @@ _QUANTIZATION_FILES = ("hf_quant_config.json", "quantize_config.json")
 
 
 def find_size(config: Mapping[str, Any], size: str) -> int | None:
-    """A size of a model, None where the config does not say it or says it differently for each layer.
+    """Find a size of a model; None where the config does not say it or says it differently for each layer.
 
     Args:
-        config: of config.json.
+        config: dictionary that config.json holds.
         size: "layers", "experts", "experts_per_token", "model_width" or "expert_width".
     """
     for part in (config, *[config[key] for key in _NESTED if isinstance(config.get(key), dict)]):
@@ -43,7 +43,7 @@ def find_size(config: Mapping[str, Any], size: str) -> int | None:
 
 
 def find_quantization(directory: Path, config: Mapping[str, Any]) -> dict[str, Any] | None:
-    """The quantisation that a checkpoint's files declare.
+    """The quantization that a checkpoint's files declare.
 
     Returns:
         Its entries, with "method" and "from", the name of the file; None where none is declared.

@@ -1,4 +1,4 @@
-"""Element types of safetensors files and what may be cast to what on the way to the mesh."""
+"""Element types of safetensors files, and the casts that are allowed on the way to the mesh."""
 
 import dataclasses
 
@@ -49,7 +49,7 @@ ELEMENT_TYPES = {
     "U64": _whole_bytes(np.uint64),
     "C64": _whole_bytes(np.complex64),
 }
-"""Name in the header -> type. Quantised formats read their bytes through ``U8`` and these float8 types."""
+"""Name in the header -> type. Quantized formats read their bytes through ``U8`` and these float8 types."""
 
 # An 8-bit float means nothing without its scale, so only these are numbers that may be rounded to one another.
 _PLAIN_FLOATS = frozenset(np.dtype(t) for t in (ml_dtypes.bfloat16, np.float16, np.float32, np.float64))

@@ -17,10 +17,10 @@ class Container:
     """A format of files of weights.
 
     Attributes:
-        single: the file's name where there is one.
+        single: name of the file where there is one.
         index: the name of the index where there are several.
-        suffixes: how names of files of this format end; the first is that of files in an index.
-        read: reads what is in a file, but no weights.
+        suffixes: ends of the names of its files; the first is that of files in an index.
+        read: function that reads what is in a file, but no weights.
     """
 
     single: str

@@ -1,4 +1,4 @@
-"""Strict reader of ``model.safetensors.index.json``: which tensor is in which file."""
+"""Strict reader of ``model.safetensors.index.json``, the list of the tensors with the file of each."""
 
 import os
 from pathlib import Path
@@ -15,7 +15,7 @@ def read_index(path: str | os.PathLike[str], suffix: str = ".safetensors") -> di
 
     Args:
         path: ``model.safetensors.index.json``: ``{"metadata": {...}, "weight_map": {tensor: file}}``.
-        suffix: how the names of its files end; ".bin" in ``pytorch_model.bin.index.json``.
+        suffix: end of the names of its files; ".bin" in ``pytorch_model.bin.index.json``.
 
     Returns:
         tensor name -> file name, a plain name beside the index.

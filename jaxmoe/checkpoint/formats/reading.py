@@ -40,10 +40,10 @@ def open_files(files: Iterable[SafetensorsFile | TorchFile]) -> Iterator[dict[Pa
 
 
 def read_box(descriptor: int, tensor: TensorInfo, box: Box, into: np.ndarray) -> int:
-    """Read a box of a tensor, one positioned read per run of neighbouring bytes and nothing between the runs.
+    """Read a box of a tensor, one positioned read per run of neighboring bytes and nothing between the runs.
 
     Args:
-        descriptor: of the tensor's file.
+        descriptor: file descriptor of the tensor's file.
         tensor: the tensor.
         box: the part of it.
         into: contiguous memory of the box's size, of any dtype; receives the elements in row-major order.

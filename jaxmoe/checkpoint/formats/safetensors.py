@@ -1,4 +1,4 @@
-"""Strict reader of safetensors headers: what is in a file, before any weight byte is read.
+"""Strict reader of safetensors headers, which tell what is in a file before any weight byte is read.
 
 The format (huggingface/safetensors, README "Format"): 8 bytes little-endian header length N, N bytes of JSON
 ``{name: {"dtype", "shape", "data_offsets": [begin, end]}}``, then the data. Offsets count from the end of the
@@ -42,7 +42,7 @@ _CUT = "the file is damaged or its download was cut; download it again"
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class TensorInfo:
-    """Where one tensor of a checkpoint is and what it is.
+    """The name, type and shape of one tensor of a checkpoint, and the place of its bytes.
 
     Attributes:
         name: its name, "model.layers.0.mlp.gate.weight".
@@ -273,7 +273,7 @@ def parse_json(text: str, refuse: Callable[[str, str], NoReturn]) -> Any:
 
     Args:
         text: the document.
-        refuse: called with (rule, value received) where it breaks one; must raise.
+        refuse: function that is called with (rule, value received) where it breaks one; must raise.
     """
 
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -308,9 +308,9 @@ def read_json(path: Path, what: str, max_bytes: int, refuse: Callable[[str, str]
 
     Args:
         path: the file.
-        what: what it is, for the rules: "an index".
+        what: noun for it in the rules, "an index".
         max_bytes: bytes that it may have; they are counted before it is read.
-        refuse: called with (rule, value received) where it breaks one; must raise.
+        refuse: function that is called with (rule, value received) where it breaks one; must raise.
     """
     size = path.stat().st_size
     if size > max_bytes:

@@ -80,7 +80,8 @@ def read_torch_file(path: str | os.PathLike[str], *, allow_permuted: bool = Fals
 
     Args:
         path: the file. A symbolic link is followed (the Hugging Face hub's cache is made of them).
-        allow_permuted: accept tensors that were saved transposed, for a caller that asks `TensorInfo.dim_order`.
+        allow_permuted: whether tensors that were saved transposed are accepted, for a caller that asks
+            `TensorInfo.dim_order`.
 
     Returns:
         Its tensors; no tensor data is read. A state dict may be the whole object, or be in it under ``state_dict``,

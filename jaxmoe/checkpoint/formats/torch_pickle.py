@@ -57,7 +57,7 @@ class TensorRef:
     """A view of a storage.
 
     Attributes:
-        storage: what it views.
+        storage: storage that it views.
         dtype: torch's name of its element type.
         offset: its first element.
         shape: its dims.
@@ -107,7 +107,7 @@ def read_torch_pickle(data: bytes, source: str) -> Any:
 
     Args:
         data: the whole of ``data.pkl``.
-        source: what it is from, for messages.
+        source: file that it is from, for messages.
 
     Returns:
         The object it describes, with a `TensorRef` for every tensor.

@@ -46,7 +46,7 @@ class ZipEntry(NamedTuple):
 
 
 class _Central(NamedTuple):
-    """What the central directory says of one entry."""
+    """One entry as the central directory has it."""
 
     name: str
     raw_name: bytes
@@ -151,7 +151,7 @@ class _Archive:
         return at >= 0 and self.read(at, 4, "the zip64 locator") == _LOCATOR_SIGNATURE
 
     def find_directory64(self, end: int, narrow: tuple[int, ...]) -> tuple[int, tuple[int, ...]]:
-        """Where the zip64 end record is, and the six numbers in it for which the plain one may be too narrow."""
+        """The place of the zip64 end record, and the six numbers in it for which the plain one may be too narrow."""
         at = end - _END64_LOCATOR.size
         locator = self.read(at, _END64_LOCATOR.size, "the zip64 locator")
         signature, locator_disk, record, disks = _END64_LOCATOR.unpack(locator)

@@ -1,4 +1,4 @@
-"""What a tensor is for, by its name alone: families differ in names, and less than one would think."""
+"""The purpose of a tensor, by its name alone: families differ in names, and less than one would think."""
 
 import re
 
@@ -55,7 +55,7 @@ def group_of(name: str) -> str:
 
 
 def quantized_base(name: str) -> tuple[str, bool] | None:
-    """What the name of a part of a quantised tensor starts with, and whether that part is its packed values.
+    """The start of the name of a part of a quantized tensor, and whether that part is its packed values.
 
     Returns:
         None where the name is not of that kind. A plain weight of 8 bits keeps its name, so it is not either.

@@ -1,4 +1,4 @@
-"""What is in a checkpoint, from its headers and its config.json alone."""
+"""The summary of a checkpoint, from its headers and its config.json alone."""
 
 import contextlib
 import dataclasses
@@ -31,21 +31,21 @@ class CheckpointSummary:
     Attributes:
         path: the directory or file.
         files: its files of weights.
-        model_type: as config.json has it.
+        model_type: model type as config.json has it.
         known: whether jaxmoe has that family.
-        problems: why `jaxmoe.load` would refuse it, as far as headers tell; whether a quantised format has a reader is
+        problems: reasons for `jaxmoe.load` to refuse it, as far as headers tell; whether a quantized format has a reader is
             not judged.
         layers: decoder layers.
         moe_layers: those with routed experts.
         experts: routed experts of a layer; the largest number where layers differ.
-        experts_per_token: of these, how many a token goes to.
+        experts_per_token: experts of a layer that a token goes to.
         layouts: {layout of the routed experts: the layers that have it}.
         dtypes: {element type as safetensors names it: bytes}.
         quantization: {"method": ..., "from": the file that says so, ...the setting's own entries}; None without.
-        parameters: of the model, scales of quantised weights and ignored tensors not counted.
+        parameters: numbers in the model, scales of quantized weights and ignored tensors not counted.
         active_parameters: those that one token meets: all but the routed experts that it does not go to. The embedding
             is counted whole, as is usual.
-        bytes: of tensor data.
+        bytes: size of tensor data.
         groups: {group: {"tensors", "parameters", "bytes"}}, those that are there.
         ignored: {rule: tensors that it covers}, rules of the family, and of the multimodal model that it is the text
             part of. Tensors of the text part are called as in the text model alone.
@@ -135,7 +135,7 @@ def summarize(path: str | os.PathLike[str]) -> CheckpointSummary:
 
 
 def _find_family(config: Mapping[str, Any]) -> tuple[Family | None, Mapping[str, Any], str]:
-    """As `find_family`; where there is none, None and why."""
+    """Find the family as `find_family` does; where there is none, None and the reason."""
     model_type = config.get("model_type")
     if not model_type:
         return None, config, "there is no config.json with a model_type"
@@ -149,7 +149,7 @@ def _find_family(config: Mapping[str, Any]) -> tuple[Family | None, Mapping[str,
 
 @dataclasses.dataclass
 class _Findings:
-    """What mapping a checkpoint tells: the shapes of the tensors that its model needs, and what is left over or wrong."""
+    """Results of mapping a checkpoint: the shapes of the tensors that its model needs, and what is left over or wrong."""
 
     config: DecoderConfig
     needed: Shapes

@@ -1,4 +1,4 @@
-"""What a copy takes of a chunk that was read, and the shape in which the shard wants it."""
+"""The part of a chunk that a copy takes, and the shape in which the shard wants it."""
 
 from typing import Any, NamedTuple
 
@@ -9,13 +9,13 @@ from jaxmoe.checkpoint.loading.plan import Copy
 
 
 class Delivery(NamedTuple):
-    """What one copy takes of one chunk.
+    """The part of one chunk that one copy takes.
 
     Attributes:
         shard: index of the shard.
-        part: the region of the tensor.
-        shard_box: the region of the shard.
-        dims: as in `Copy`.
+        part: region of the tensor.
+        shard_box: region of the shard.
+        dims: shard dim that each tensor dim runs along, as in `Copy`.
     """
 
     shard: int
@@ -38,7 +38,7 @@ class Delivery(NamedTuple):
 
 
 def deliver(copy: Copy, box: Box) -> Delivery | None:
-    """What `copy` takes of the chunk of its tensor that is `box`, None where nothing."""
+    """The part that `copy` takes of the chunk of its tensor that is `box`, None where it takes nothing."""
     part = intersect(copy.tensor_box, box)
     if part is None:
         return None

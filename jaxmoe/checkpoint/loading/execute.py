@@ -40,13 +40,14 @@ def load_arrays(
     """Read what a plan says and put it on the mesh.
 
     Args:
-        plan: from `make_load_plan`, made for all devices of this process.
-        threads: that read; by default one per core, at least 2 and at most 8.
+        plan: plan from `make_load_plan`, made for all devices of this process.
+        threads: number of threads that read; by default one per core, at least 2 and at most 8.
         staging: False reads into the memory that becomes the arrays, which needs CPU devices to be quick; True goes
             through reused staging memory, and puts large shards together on their device. None chooses by device.
         staging_bytes: most host memory that staging takes.
-        check_finite: refuse tensors that hold infinities or NaNs.
-        progress: called with (bytes done, bytes in all), by one thread at a time but not by the caller's.
+        check_finite: whether tensors that hold infinities or NaNs are refused.
+        progress: function that is called with (bytes done, bytes in all), by one thread at a time but not by the
+            caller's.
 
     Returns:
         {path: array of the spec's shape, dtype and sharding}, and the report.

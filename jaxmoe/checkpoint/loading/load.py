@@ -50,9 +50,9 @@ def load(
 
     Args:
         path: a directory as transformers' ``save_pretrained`` writes it.
-        mesh: from `jaxmoe.make_mesh`.
+        mesh: mesh from `jaxmoe.make_mesh`.
         placement: a strategy's name or an `ExpertPlacement` for all MoE layers, or one for each.
-        dtype: of weights and activations, "float32", "bfloat16" or "float16"; None for the checkpoint's own.
+        dtype: type of weights and activations, "float32", "bfloat16" or "float16"; None for the checkpoint's own.
         adapter: directory of a LoRA adapter, as PEFT's ``save_pretrained`` writes it, to add to the weights.
         router: a function that chooses the experts in every layer instead of the family's router, see
             `RouterConfig.function`.
@@ -60,7 +60,7 @@ def load(
         dispatch: a backend of `jaxmoe.dispatch` or "auto", or one for each phase, {"prefill": ..., "decode": ...}.
         kernels: a backend of `jaxmoe.kernels.grouped_matmul`, or "auto".
         progress: True draws a bar on stderr; a callable is given (bytes done, bytes in all).
-        check_finite: refuse a checkpoint with infinities or NaNs in it.
+        check_finite: whether a checkpoint with infinities or NaNs in it is refused.
 
     Returns:
         The model, its `load_report` telling what was read and what each device holds.

@@ -35,12 +35,12 @@ def merge_adapter(
     whose tensors the plan reads.
 
     Args:
-        plan: of the checkpoint without the adapter.
-        checkpoint: the same that the plan was made for.
-        adapter: from `open_adapter`.
+        plan: plan of the checkpoint without the adapter.
+        checkpoint: checkpoint that the plan was made for.
+        adapter: adapter from `open_adapter`.
         spellings: parts of names that mean the same, see `Family`.
-        text_name: from a name in a multimodal model to that in its text part, see `Family.text_name`. An adapter may
-            have been trained on either.
+        text_name: function from a name in a multimodal model to that in its text part, see `Family.text_name`. An
+            adapter may have been trained on either.
 
     Raises:
         CheckpointError: not every tensor of the adapter belongs to a tensor that the model uses and can be added to;
@@ -105,7 +105,7 @@ def _check_targets(by_tensor: dict[str, list[LowRankUpdate]], plan: LoadPlan, ch
         elif tensor.dtype is None or not can_cast(tensor.dtype, _FLOAT32):
             problems.add(
                 f"it can be added to BF16, F16, F32 and F64; {name!r} is {tensor.dtype_name}; merge it into the checkpoint "
-                "before that is quantised"
+                "before that is quantized"
             )
     problems.raise_if_any()
 

@@ -80,7 +80,7 @@ class Read(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class LoadPlan:
-    """What this process reads of a checkpoint and where it puts it; made by `make_load_plan`.
+    """The bytes that this process reads of a checkpoint, and the places where it puts them; made by `make_load_plan`.
 
     Attributes:
         path: the checkpoint.
@@ -92,9 +92,9 @@ class LoadPlan:
         bytes_per_device: {device id: bytes of all its shards}, local devices only.
         expert_bytes_per_device: the same for expert stacks alone, padding slots included.
         ignored: {rule name: tensors that it covers}.
-        splits: {tensor: how its dims are split}, for those that are; see `Block`.
-        deltas: {tensor: what is added to it on the way}, where an adapter is merged; see `merge_adapter`.
-        adapter: what that adapter is, for the report.
+        splits: {tensor: dims that its dims are split in}, for those that are; see `Block`.
+        deltas: {tensor: update that is added to it on the way}, where an adapter is merged; see `merge_adapter`.
+        adapter: report of that adapter.
     """
 
     path: Path
@@ -124,9 +124,9 @@ def make_load_plan(
     """Plan the loading of a checkpoint from blocks of any making, and prove that it is complete; see `plan_load`.
 
     Args:
-        checkpoint: from `open_checkpoint`.
-        specs: the parameters to fill.
-        blocks: what fills them; together they cover every parameter element exactly once, and every element of every
+        checkpoint: checkpoint from `open_checkpoint`.
+        specs: parameters to fill.
+        blocks: regions that fill them; together they cover every parameter element exactly once, and every element of every
             tensor that no rule ignores at least once.
         ignore: rules for tensors that are not needed; the first that matches counts, and a tensor that a block
             names is never ignored.

@@ -1,4 +1,4 @@
-"""What a load did."""
+"""The report of a load: what was read, what each device holds, what was ignored."""
 
 import dataclasses
 from typing import Any
@@ -6,13 +6,13 @@ from typing import Any
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class AdapterReport:
-    """What a load merged of a LoRA adapter.
+    """The part of a report that is about a LoRA adapter.
 
     Attributes:
         path: the adapter's directory.
         factors: tensors of the adapter; every one of them is merged.
         bytes_read: bytes of those that this process read.
-        merged: {name of a tensor, with * for the numbers of layers and experts: how many of that name were changed}.
+        merged: {name of a tensor, with * for the numbers of layers and experts: count of that name that were changed}.
     """
 
     path: str
@@ -23,7 +23,7 @@ class AdapterReport:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LoadReport:
-    """What one process read and now holds.
+    """The bytes that one process read, those that its devices hold, and the tensors that it ignored.
 
     Attributes:
         bytes_read: bytes of the checkpoint's tensor data that the system reported as read.
@@ -33,7 +33,7 @@ class LoadReport:
         bytes_per_device: {device id: bytes of parameters on it}.
         expert_bytes_per_device: {device id: bytes of expert stacks on it, padding slots included}.
         ignored: {rule name: tensors of the checkpoint that were not needed}.
-        adapter: what was merged, None where nothing was.
+        adapter: adapter that was merged, None where none was.
     """
 
     bytes_read: int

@@ -1,4 +1,4 @@
-"""Where a shard is put together: in host memory, or piece by piece on its devices.
+"""The places where a shard is put together: host memory, or piece by piece its devices.
 
 Each target counts the elements that arrive. When the last one has, it hands its arrays over and lets go of its memory.
 All methods may be called from several threads.

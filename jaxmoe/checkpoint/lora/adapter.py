@@ -20,9 +20,9 @@ class Adapter:
     """An adapter whose factors are not read yet; made by `open_adapter`.
 
     Attributes:
-        path: the directory.
-        config: what its configuration says of merging.
-        file: the file of its factors.
+        path: its directory.
+        config: settings of merging.
+        file: file of its factors.
     """
 
     path: Path
@@ -31,7 +31,7 @@ class Adapter:
 
 
 def open_adapter(path: str | os.PathLike[str]) -> Adapter:
-    """Read the configuration of an adapter and which factors it has.
+    """Read the configuration of an adapter and the header of its factors.
 
     Args:
         path: a directory as PEFT's ``save_pretrained`` writes it, with ``adapter_config.json`` and

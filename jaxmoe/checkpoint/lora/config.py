@@ -34,13 +34,13 @@ _NOT_A_MERGE = {
     "monteclora_config": "MonteCLoRA samples its factors",
     "arrow_config": "Arrow routes between several adapters",
 }
-# These initialise the factors from the base weights and change those, so the adapter does not fit the checkpoint.
+# These initialize the factors from the base weights and change those, so the adapter does not fit the checkpoint.
 _CHANGES_BASE = ("pissa", "olora", "corda", "lora_ga", "loftq")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LoraConfig:
-    """What merging needs of an adapter's configuration.
+    """The settings of an adapter that merging needs.
 
     Attributes:
         rank: r of modules that no pattern is about.

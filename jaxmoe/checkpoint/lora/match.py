@@ -1,4 +1,4 @@
-"""Which checkpoint tensors a LoRA adapter changes.
+"""The checkpoint tensors that a LoRA adapter changes.
 
 PEFT names the factors after the module they adapt, ``base_model.model.<module>.lora_A.weight``. A 3-D parameter of all
 experts has one pair for all of them: A [r·E, in] with the experts one after another, B [out, r·E] with the experts
@@ -68,10 +68,10 @@ def find_updates(
     """Find what an adapter changes in a checkpoint.
 
     Args:
-        config: from `read_lora_config`.
+        config: settings from `read_lora_config`.
         adapter: name -> shape of the adapter's tensors.
         tensors: name -> shape of the checkpoint's.
-        rename: from the name that a parameter has in transformers, which the adapter uses, to the name on disk.
+        rename: function from the name that a parameter has in transformers, which the adapter uses, to the name on disk.
 
     Returns:
         The updates. Every tensor of the adapter is in at least one.

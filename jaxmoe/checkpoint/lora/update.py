@@ -49,10 +49,10 @@ class TensorDelta:
     """All updates of one tensor, and what computing them takes.
 
     Attributes:
-        updates: of that tensor.
+        updates: updates of that tensor.
         factors: the adapter's tensors by name.
-        dim_order: as in `TensorInfo`: boxes and values here are in the order of the file.
-        split: how the tensor's dims are split in those boxes; the updates know nothing of it.
+        dim_order: order of its dims in the file, as in `TensorInfo`: boxes and values here are in the order of the file.
+        split: dims that the tensor's dims are split in, in those boxes; the updates know nothing of it.
     """
 
     updates: tuple[LowRankUpdate, ...]
@@ -73,7 +73,7 @@ class TensorDelta:
 
 
 def _cut(values: np.ndarray, part: Box, split: Split) -> np.ndarray:
-    """What `part` is of the values of `join_dims(part, split)`."""
+    """The values of `part`, of those of `join_dims(part, split)`."""
     dims = iter(part)
     shape: list[int] = []
     places: list[slice] = []

@@ -24,9 +24,9 @@ def abstract_model(
     """The model that this config, mesh and placement would give; its parameters have shapes and shardings, no values.
 
     Args:
-        config: the model's.
-        sizes: of the mesh axes, as {"dp": 1, "tp": 2, "ep": 4}.
-        placement, expert_axes, dtype: as for `jaxmoe.load`.
+        config: config of the model.
+        sizes: sizes of the mesh axes, as {"dp": 1, "tp": 2, "ep": 4}.
+        placement, expert_axes, dtype: arguments as for `jaxmoe.load`.
 
     Raises:
         ValueError: they do not fit together.
@@ -39,8 +39,8 @@ def abstract_specs(config: DecoderConfig, dtype: Any = jnp.float32) -> dict[str,
     """The parameters that a model has on a single device, by path: no padding, no replicas.
 
     Args:
-        config: the model's.
-        dtype: of its weights.
+        config: config of the model.
+        dtype: type of its weights.
     """
     model = abstract_model(config, sizes=dict.fromkeys(AXES, 1), dtype=dtype)
     return {spec.path: spec for spec in param_specs(model)}

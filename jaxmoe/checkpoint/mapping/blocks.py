@@ -1,4 +1,4 @@
-"""Blocks: which region of which checkpoint tensor fills which region of which parameter."""
+"""Blocks: pairs of a region of a checkpoint tensor and the region of a parameter that it fills."""
 
 import dataclasses
 import itertools
@@ -27,7 +27,7 @@ class Block:
         tensor_shape: the shape that tensor must have.
         tensor_start: first element of the region of the tensor.
         dims: parameter dim that each tensor dim runs along.
-        tensor_split: for each dim of `tensor_shape` the dims it is split in, outermost first; () where none is split.
+        tensor_split: dims that each dim of `tensor_shape` is split in, outermost first; () where none is split.
             All blocks of a tensor split it alike.
 
     Example:
@@ -80,7 +80,7 @@ def whole_tensor_blocks(
     Args:
         spec: the parameter, of shape [rows·g, ...] where the tensor has shape [source_groups·g, ...].
         name: the tensor.
-        info: what the checkpoint has under that name. It is asked only whether the tensor has dims of size 1 more
+        info: tensor that the checkpoint has under that name. It is asked only whether that has dims of size 1 more
             or less than the parameter; that it is there and has the right shape is checked by the plan.
         joined: (first row, rows in all) of a tensor that holds other parameters beside this one; None for one of its
             own.

@@ -80,9 +80,9 @@ def check_used_whole(tensor: TensorInfo, boxes: Sequence[Box], split: Split, pro
     """Every element of a tensor is in one of the regions of it that fill something.
 
     Args:
-        tensor: as it is in the checkpoint.
+        tensor: tensor as the checkpoint has it.
         boxes: distinct regions of it, its dims split.
-        split: see `Block.tensor_split`.
+        split: dims that its dims are split in; see `Block.tensor_split`.
         problems: list that gets what is wrong.
     """
     shape = tuple(itertools.chain(*split)) or tensor.shape

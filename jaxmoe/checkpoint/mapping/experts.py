@@ -21,7 +21,7 @@ def find_expert_layout(names: ExpertTensors, tensors: Collection[str], num_exper
     """Find the form of one layer's experts by the names that are there.
 
     Args:
-        names: of this layer.
+        names: names of this layer.
         tensors: names in the checkpoint.
         num_experts: logical experts E.
 
@@ -57,7 +57,7 @@ def expert_blocks(
     Args:
         gate_up: ``w_gate_up`` [P, 2, F, D], or [P, 1, F, D] of experts without a gate.
         down: ``w_down`` [P, D, F].
-        names: of this layer.
+        names: names of this layer.
         tensors: names in the checkpoint.
         gate_up_bias: ``b_gate_up`` [P, 2, F], or [P, 1, F].
         down_bias: ``b_down`` [P, D].
@@ -98,7 +98,7 @@ class _Stacks:
         self.sizes = {"E": down.source_groups, "2": halves, "F": width, "D": model}
 
     def per_expert_blocks(self) -> list[Block]:
-        """From one tensor each per expert."""
+        """Blocks from one tensor each per expert."""
         pattern, blocks = PATTERNS["per_expert"], []
         for slot, expert in _filled_slots(self.down):
             *halves, down = self.names.per_expert(expert)
@@ -108,7 +108,7 @@ class _Stacks:
         return blocks + _padding_blocks(self.gate_up) + _padding_blocks(self.down)
 
     def fused_blocks(self) -> list[Block]:
-        """From the family's fused layout."""
+        """Blocks from the family's fused layout."""
         pattern = PATTERNS[self.names.fused_layout]
         *ups, down = self.names.fused_weights
         return self._from_fused(self.gate_up, "E2FD", pattern.up, ups) + self._from_fused(
@@ -133,7 +133,7 @@ class _Stacks:
     def _block(
         self, spec: ParamSpec, letters: str, pattern: str, name: str, slot: int, expert: int, half: int = 0
     ) -> Block:
-        """What one expert's part of tensor `name`, of dims `pattern`, fills of a slot of a stack with dims `letters`."""
+        """The block of one expert: its part of tensor `name`, of dims `pattern`, and a slot of a stack of dims `letters`."""
         split = split_of(pattern, self.sizes)
         parts = pattern.replace(" ", "")
         # What is no dim of the tensor is one place of the stack, and so is always the slot.

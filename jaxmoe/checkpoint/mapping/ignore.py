@@ -9,7 +9,7 @@ class IgnoreRule:
     r"""Tensors that a model does not need, by name.
 
     Attributes:
-        name: what they are; the load report lists the tensors under it.
+        name: name of the rule; the load report lists the tensors under it.
         pattern: regular expression that the whole tensor name matches.
 
     Example:

@@ -94,7 +94,8 @@ def detect_expert_layout(
         prefix: name of the layer's experts, "model.layers.0.mlp.experts". Layers of one checkpoint may differ.
         model_width: D.
         expert_width: F.
-        expected: what the family writes, if it is known. It decides where shapes cannot, and is checked where they can.
+        expected: layout that the family writes, if it is known. It decides where shapes cannot, and is checked
+            where they can.
 
     Returns:
         The layout.

@@ -68,7 +68,7 @@ class FamilyCheckpoint:
         """Bring an opened checkpoint under the names of a family.
 
         Args:
-            checkpoint: from `open_checkpoint`.
+            checkpoint: checkpoint from `open_checkpoint`.
             family: family of its model.
             config: config of its model, as config.json has it.
 
@@ -97,7 +97,7 @@ class FamilyCheckpoint:
         Args:
             specs: parameters of a model of `config`, by path.
             form: form that experts are taken to have; None for the one that is there.
-            coded: see `MappedCheckpoint`.
+            coded: weights of a format that is not decoded here; see `MappedCheckpoint`.
 
         Raises:
             CheckpointError: the experts of a layer are there in both forms, or in none.

@@ -1,7 +1,7 @@
 """The blocks of a whole model: from the paths of its parameters to a family's tensor names.
 
 Reading and writing share the one walk in `model_blocks`. A family spells some names in several ways and writes its
-experts in two forms; which of them is meant, the names decide that are there. A reader gives those it found in a
+experts in two forms; the names that are there decide which of them is meant. A reader gives those it found in a
 checkpoint, a writer those that it wants to be in one (`wanted_names`).
 """
 
@@ -21,13 +21,13 @@ from jaxmoe.models import ExpertTensors, Family, Form
 def model_blocks(
     specs: Mapping[str, ParamSpec], family: Family, tensors: Mapping[str, TensorInfo | None]
 ) -> Iterator[Block]:
-    """Which tensor of a checkpoint fills which part of which parameter.
+    """Make the blocks between the parameters of a model and the tensors of a checkpoint.
 
     Args:
-        specs: the model's parameters by path.
-        family: whose names the tensors have.
-        tensors: what is there, by name; it decides between a family's spellings and the forms of experts. What is None
-            has the shape of its parameter.
+        specs: parameters of the model by path.
+        family: family that gives the tensors their names.
+        tensors: tensors that are there, by name; they decide between a family's spellings and the forms of experts. One
+            that is None has the shape of its parameter.
 
     Raises:
         CheckpointError: the experts of a layer are there in both forms, or in none.
@@ -66,9 +66,9 @@ def wanted_names(
     router is ``block_sparse_moe.gate`` beside one tensor per expert, and ``mlp.gate`` beside fused ones.
 
     Args:
-        specs: the model's parameters by path.
-        family: whose names the tensors get.
-        form: of the experts; the other one where the family has no names for it (`written_form`).
+        specs: parameters of the model by path.
+        family: family that gives the tensors their names.
+        form: form of the experts; the other one where the family has no names for it (`written_form`).
         source: tensors of a checkpoint of the family; where a tensor has dims of size 1 more or less than its
             parameter, the one written has them too.
     """

@@ -35,8 +35,8 @@ def new_directory(path: str | os.PathLike[str], *, overwrite: bool) -> Iterator[
     """Give a directory under another name, which gets the name `path` if the block ends well, else is removed.
 
     Args:
-        path: the directory to be.
-        overwrite: replace a checkpoint directory that is there, with all that is in it.
+        path: directory to be.
+        overwrite: whether a checkpoint directory that is there is replaced, with all that is in it.
 
     Raises:
         FileExistsError: there is something at `path` that is not to be replaced.
@@ -70,8 +70,8 @@ def copy_side_files(source: Path, directory: Path, *, dtype: str | None, wrapper
 
     Args:
         source: a checkpoint directory.
-        directory: where to.
-        dtype: of the weights beside the copy, by name; None where it is that of the source.
+        directory: directory that gets the copies.
+        dtype: type of the weights beside the copy, by name; None where it is that of the source.
         wrapper: the multimodal model of which the copy is to be the text part; None where it is to be all of it.
     """
     raw = (source / "config.json").read_text(encoding="utf-8")

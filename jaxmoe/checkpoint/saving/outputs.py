@@ -27,7 +27,7 @@ class OutputTensor:
         dtype_name: its element type as safetensors calls it.
         shape: its dims.
         nbytes: bytes of data.
-        values: makes its values, row-major; called once, when it is this tensor's turn.
+        values: function that makes its values, row-major; called once, when it is this tensor's turn.
     """
 
     name: str
@@ -50,11 +50,11 @@ def output_tensors(
     the first; padding comes from no tensor, so it is in none.
 
     Args:
-        specs: the parameters by path.
-        blocks: as `model_blocks` makes them for the names that are wanted.
-        values: of the parameters.
-        dtype: of the tensors; None for what each is held in.
-        model_dtype: of the model. Parameters that it holds wider than that (routers are float32) are rounded only where
+        specs: parameters by path.
+        blocks: blocks from `written_blocks`.
+        values: values of the parameters.
+        dtype: type of the tensors; None for that which each is held in.
+        model_dtype: type of the model. Parameters that it holds wider than that (routers are float32) are rounded only where
             no value changes.
 
     Returns:

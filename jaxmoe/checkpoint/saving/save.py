@@ -33,13 +33,13 @@ from jaxmoe.progress import ProgressCallback, byte_progress, check_progress
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SaveReport:
-    """What was written.
+    """The files, tensors and bytes that were written.
 
     Attributes:
-        path: the checkpoint's directory.
-        form: of its experts.
+        path: directory of the checkpoint.
+        form: form of its experts.
         files: {name of a file of weights: its tensors' bytes}.
-        tensors: how many there are.
+        tensors: number of tensors.
         dtypes: {element type: bytes}, as safetensors names them.
         carried: tensors that the model does not use, copied as they were.
         seconds: wall-clock time.
@@ -91,18 +91,18 @@ def save(
     names and with its own config.json. The directory appears when all of it is written.
 
     Args:
-        model: from `jaxmoe.load`, with all its devices in this process.
-        directory: to make.
+        model: model from `jaxmoe.load`, with all its devices in this process.
+        directory: directory to make.
         form: "per_expert" for one tensor each, "fused" for one tensor of all experts of a layer. Families that transformers
             writes in one form only are written in that one; the report says which.
-        dtype: of the weights; None for the model's. Routers, which a model holds in float32, are rounded only where
+        dtype: type of the weights; None for the model's. Routers, which a model holds in float32, are rounded only where
             that changes no value.
         max_shard_size: bytes of tensors in one file, a number or as "5GB"; more become several files with an index.
-        overwrite: replace a checkpoint that is there, with all that is in its directory.
+        overwrite: whether a checkpoint that is there is replaced, with all that is in its directory.
         progress: True draws a bar on stderr; a callable is given (bytes done, bytes in all).
 
     Returns:
-        What was written.
+        A report of what was written.
 
     Raises:
         FileExistsError: there is something in the way.
@@ -158,16 +158,16 @@ def convert(
 
     Args:
         source: a checkpoint directory, of safetensors or ``.bin`` files.
-        directory: to make.
+        directory: directory to make.
         form: "per_expert" for one tensor each, "fused" for one tensor of all experts of a layer. Families that transformers
             writes in one form only are written in that one; the report says which.
-        dtype: of the weights; None leaves each tensor its own.
-        max_shard_size: as for `save`.
-        overwrite: as for `save`; `source` itself may be replaced.
-        progress: as for `save`.
+        dtype: type of the weights; None leaves each tensor its own.
+        max_shard_size: bytes of one file, as for `save`.
+        overwrite: whether a checkpoint that is there is replaced, as by `save`; `source` itself may be.
+        progress: bar or callable, as for `save`.
 
     Returns:
-        What was written.
+        A report of what was written.
 
     Raises:
         FileExistsError: there is something in the way.

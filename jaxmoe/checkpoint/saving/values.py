@@ -1,4 +1,4 @@
-"""Where a writer takes the values of parameters from: the arrays of a model, or another checkpoint."""
+"""The sources of the values that a writer writes: the arrays of a model, or another checkpoint."""
 
 import bisect
 import functools
@@ -22,7 +22,7 @@ class Values(Protocol):
         """The values of a region of a parameter, in host memory; not to be written to."""
 
     def dtype(self, path: str, box: Box) -> np.dtype:
-        """What these values are held in."""
+        """The type that these values are held in."""
 
 
 class ModelValues:

@@ -65,9 +65,9 @@ def write_files(
     """Write the files of a checkpoint and, where there are several, their index.
 
     Args:
-        directory: where; it exists.
-        files: from `divide_into_files`.
-        on_bytes: called with (bytes done, bytes in all).
+        directory: directory for them, which exists.
+        files: files from `divide_into_files`.
+        on_bytes: function that is called with (bytes done, bytes in all).
     """
     everything = [tensor for part in files.values() for tensor in part]
     total, done = sum(tensor.nbytes for tensor in everything), 0
