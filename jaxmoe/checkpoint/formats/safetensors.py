@@ -212,11 +212,11 @@ class _Header:
             known = ", ".join(ELEMENT_TYPES)
             self.refuse(f"{tensor} must have a known dtype", f"it has {_short(dtype_name)}", f"known are {known}")
         if not isinstance(shape, list) or not all(type(dim) is int and 0 <= dim <= MAX_DIM for dim in shape):
-            self.refuse(f"the shape of {tensor} must be a list of whole numbers up to 2^48", f"it is {_short(shape)}")
+            self.refuse(f"the shape of {tensor} must be a list of integers up to 2^48", f"it is {_short(shape)}")
         if len(shape) > MAX_RANK:
             self.refuse(f"{tensor} may have at most {MAX_RANK} dims", f"it has {len(shape)}")
         if not isinstance(offsets, list) or len(offsets) != 2 or not all(type(offset) is int for offset in offsets):
-            self.refuse(f"data_offsets of {tensor} must be two whole numbers", f"they are {_short(offsets)}")
+            self.refuse(f"data_offsets of {tensor} must be two integers", f"they are {_short(offsets)}")
         begin, end = offsets
         if not 0 <= begin <= end:
             self.refuse(f"data_offsets of {tensor} must be 0 <= begin <= end", f"they are {offsets}")

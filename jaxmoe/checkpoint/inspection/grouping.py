@@ -40,7 +40,7 @@ _SCALES = (
 )
 _PACKED = r"weight_packed|qweight|blocks"
 _COMPANION = re.compile(rf"(.*?)[._](?:(?P<packed>{_PACKED})|(?:{_SCALES}))")
-# Learnt factors of a router are called scales as well.
+# Learned factors of a router are called scales as well.
 _ROUTER_SCALE = re.compile(r".*\brouter\.(per_expert_)?scale")
 
 

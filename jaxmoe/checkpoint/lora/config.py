@@ -22,7 +22,7 @@ _MAX_QUANTIFIERS = 3
 # What an adapter may have beyond a low-rank update of weights. Each changes the model in another way, so an adapter that
 # has one is refused and never merged in part. All are off where the value is false, none or empty.
 _NOT_A_MERGE = {
-    "use_dora": "DoRA scales each output by a learnt magnitude",
+    "use_dora": "DoRA scales each output by a learned magnitude",
     "use_qalora": "QA-LoRA pools its inputs by group",
     "use_bdlora": "BD-LoRA has block-diagonal factors",
     "lora_bias": "its B factors have biases",
