@@ -1,8 +1,10 @@
 """A package imports only from those before it, and ``import jaxmoe`` is cheap."""
 
 import ast
+import re
 import subprocess
 import sys
+import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -164,6 +166,19 @@ def test_no_module_imports_itself_by_way_of_others() -> None:
         while way[-1] not in way[:-1]:
             way.append(min(left[way[-1]] & left.keys()))
         pytest.fail(f"modules import each other in a cycle: {' -> '.join(way[way.index(way[-1]) :])}")
+
+
+def test_what_is_imported_is_installed_with_the_package() -> None:
+    """Tests have more installed than users: what the package imports is among its dependencies, or of an extra for plots."""
+    document = tomllib.loads((PACKAGE.parent / "pyproject.toml").read_text())["project"]
+    needed = {re.match(r"[\w-]+", line)[0] for line in document["dependencies"]}
+    plots = {re.match(r"[\w-]+", line)[0] for line in document["optional-dependencies"]["notebooks"]}
+    for module in MODULES:
+        for line, name in imported_names(module):
+            root = name.partition(".")[0]
+            if root != "jaxmoe" and root not in sys.stdlib_module_names:
+                allowed = needed | plots if top(module) in {"viz", "placement"} else needed
+                assert root in allowed, f"jaxmoe/{module}:{line} imports {root}, which is no dependency"
 
 
 def test_placement_needs_no_jax() -> None:

@@ -141,7 +141,7 @@ def make_load_plan(
         CheckpointError: a tensor is missing, left over, or of the wrong shape or dtype; a parameter is filled
             twice or not everywhere, or does not divide over its mesh axes. One error for all of them.
     """
-    mapped = MappedCheckpoint.of(checkpoint, specs, blocks, ignore, whole=complete)
+    mapped = MappedCheckpoint.of(checkpoint, specs, blocks, ignore, complete=complete)
     return plan_load(mapped, expert_params=expert_params, local_devices=local_devices)
 
 

@@ -1,6 +1,6 @@
-"""A checkpoint as its family maps it: the one way from files to parameters, which no value of a tensor is read on.
+"""A checkpoint as its family maps it: the one way from files to parameters.
 
-Loading, saving, converting, moving and inspecting all start here. A tensor passes five stations:
+Loading, saving, converting, moving and inspecting all start here. No value is read. A tensor passes five stations:
 
 1. `open_checkpoint` finds it in the header of a file: its dtype, its shape, the place of its bytes.
 2. `Family.text_name` gives it the name that it has in a text model, where it comes from a multimodal one.
@@ -132,7 +132,7 @@ class MappedCheckpoint:
         blocks: {path of a parameter: blocks that fill it}.
         rules: rules for tensors that are not needed; the first that matches counts, and a tensor that a block names is
             never ignored.
-        whole: whether all of a model is filled; a part of one may leave tensors over.
+        complete: whether all of a model is filled; a part of one may leave tensors over.
         coded: {tensor: weights that it may be a part of}, in a checkpoint of a format that is not decoded here. Such a
             weight is taken to be there and to be right.
     """
@@ -141,7 +141,7 @@ class MappedCheckpoint:
     specs: Mapping[str, ParamSpec]
     blocks: Mapping[str, Sequence[Block]]
     rules: tuple[IgnoreRule, ...] = ()
-    whole: bool = True
+    complete: bool = True
     coded: Mapping[str, Collection[str]] = dataclasses.field(default_factory=dict)
 
     @classmethod
@@ -152,19 +152,19 @@ class MappedCheckpoint:
         blocks: Iterable[Block],
         rules: Iterable[IgnoreRule] = (),
         *,
-        whole: bool = True,
+        complete: bool = True,
     ) -> "MappedCheckpoint":
         """Gather parameters and blocks by path."""
         by_path = {spec.path: spec for spec in specs}
         filling: dict[str, list[Block]] = {path: [] for path in by_path}
         for block in blocks:
             filling.setdefault(block.param, []).append(block)
-        return cls(checkpoint=checkpoint, specs=by_path, blocks=filling, rules=tuple(rules), whole=whole)
+        return cls(checkpoint=checkpoint, specs=by_path, blocks=filling, rules=tuple(rules), complete=complete)
 
     def part(self, specs: Mapping[str, ParamSpec]) -> "MappedCheckpoint":
-        """The same for some of the parameters."""
+        """The same for some of the parameters, each with its blocks; what fills the others may be left over."""
         blocks = {path: self.blocks[path] for path in specs}
-        return dataclasses.replace(self, specs=specs, blocks=blocks, whole=False)
+        return dataclasses.replace(self, specs=specs, blocks=blocks, complete=False)
 
     def used_blocks(self) -> Iterable[tuple[str, Block]]:
         """(tensor, block) for every block of a parameter that a tensor fills."""
@@ -217,10 +217,10 @@ class MappedCheckpoint:
             check_tensors(
                 tensors, spec, [block for block in self.blocks[path] if block.tensor not in weights], problems
             )
-        unused = self.unused() if self.whole else Unused({}, ())
+        unused = self.unused() if self.complete else Unused({}, ())
         for name in unused.uncovered:
             problems.add(f"tensor {name!r} {tensors[name].shape} fills no parameter and no rule ignores it")
-        if self.whole:
+        if self.complete:
             used: dict[str, dict[Box, None]] = defaultdict(dict)
             for name, block in self.used_blocks():
                 used[name][block.tensor_box] = None
