@@ -114,14 +114,24 @@ def read_dtype(config: Mapping[str, Any]) -> str | None:
     return None if name is None else str(name).removeprefix("torch.")
 
 
-def read_common(config: Mapping[str, Any], *, norm_eps: float) -> dict[str, Any]:
-    """The fields of a `DecoderConfig` that most families spell alike; `norm_eps` is the family's default."""
+def read_common(
+    config: Mapping[str, Any], *, norm_eps: float, tied: bool = False, positions: int | None = None
+) -> dict[str, Any]:
+    """The fields of a `DecoderConfig` that most families spell alike.
+
+    Args:
+        config: the dictionary of config.json.
+        norm_eps, tied, positions: the family's epsilon, ``tie_word_embeddings`` and ``max_position_embeddings`` where
+            config.json gives none; without `positions` it has to.
+    """
     return {
         "model_type": config["model_type"],
         "vocab_size": pick(config, "vocab_size"),
         "hidden_size": pick(config, "hidden_size"),
         "norm_eps": pick(config, "rms_norm_eps", default=norm_eps),
-        "tie_word_embeddings": pick(config, "tie_word_embeddings", default=False),
-        "max_position_embeddings": pick(config, "max_position_embeddings"),
+        "tie_word_embeddings": pick(config, "tie_word_embeddings", default=tied),
+        "max_position_embeddings": pick(
+            config, "max_position_embeddings", default=_REQUIRED if positions is None else positions
+        ),
         "dtype": read_dtype(config),
     }

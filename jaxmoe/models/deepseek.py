@@ -3,8 +3,9 @@
 from collections.abc import Mapping
 from typing import Any
 
-from jaxmoe.config import DecoderConfig, LayerConfig, MLAConfig, MLPConfig, MoEConfig, RouterConfig, pick, read_common
+from jaxmoe.config import DecoderConfig, MLAConfig, RouterConfig, pick, read_common
 from jaxmoe.models.family import llama_tensors, mlp_tensors
+from jaxmoe.models.readers import make_layers, read_mlp, read_moe, sparse_from
 from jaxmoe.rotary import read_rope, rope_settings, yarn_mscale
 
 
@@ -57,31 +58,21 @@ def read_deepseek(
         mlp_bias: dense layers and shared experts have biases.
         num_mtp_layers: see `DecoderConfig`.
     """
-    hidden, width = pick(config, "hidden_size"), pick(config, "moe_intermediate_size")
-    activation = pick(config, "hidden_act", default="silu")
-
-    def mlp(width: int) -> MLPConfig:
-        return MLPConfig(hidden_size=hidden, intermediate_size=width, activation=activation, bias=mlp_bias)
-
     shared = pick(config, "n_shared_experts", default=0 if "n_shared_experts" in config else shared_experts)
-    moe = MoEConfig(
-        num_experts=pick(config, "n_routed_experts", "num_experts", "num_local_experts"),
-        num_experts_per_tok=pick(config, "num_experts_per_tok"),
-        hidden_size=hidden,
-        moe_intermediate_size=width,
-        activation=activation,
+    shared_width = pick(config, "moe_intermediate_size") * shared
+    moe = read_moe(
+        config,
+        "n_routed_experts",
+        "num_experts",
+        "num_local_experts",
         router=router,
-        shared=mlp(width * shared) if shared else None,
+        shared=read_mlp(config, shared_width, bias=mlp_bias) if shared else None,
     )
-    dense = mlp(pick(config, "intermediate_size"))
-    first = pick(config, "first_k_dense_replace", default=first_sparse)
-    every = pick(config, "moe_layer_freq", default=1)
+    dense = read_mlp(config, pick(config, "intermediate_size"), bias=mlp_bias)
+    sparse = sparse_from(config, first=first_sparse, step=pick(config, "moe_layer_freq", default=1))
     return DecoderConfig(
         **read_common(config, norm_eps=1e-6),
-        layers=tuple(
-            LayerConfig(attention=attention, feed_forward=moe if i >= first and i % every == 0 else dense)
-            for i in range(pick(config, "num_hidden_layers"))
-        ),
+        layers=make_layers(attention, sparse, moe, dense),
         num_mtp_layers=num_mtp_layers,
     )
 

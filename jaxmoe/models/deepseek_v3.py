@@ -4,9 +4,10 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
-from jaxmoe.config import DecoderConfig, RouterConfig, pick
+from jaxmoe.config import DecoderConfig, pick
 from jaxmoe.models.deepseek import DEEPSEEK_TENSORS, check_setting, read_deepseek, read_mla
 from jaxmoe.models.family import MLP_EXPERTS, MTP_LAYERS, ROTARY_BUFFERS, Family
+from jaxmoe.models.readers import read_grouped_sigmoid_router
 
 
 def read_config(config: Mapping[str, Any]) -> DecoderConfig:
@@ -16,19 +17,11 @@ def read_config(config: Mapping[str, Any]) -> DecoderConfig:
         ValueError: it asks for another score or another choice of experts than the families have.
     """
     check_setting(config, "topk_method", "noaux_tc")
+    check_setting(config, "scoring_func", "sigmoid")
     return read_deepseek(
         config,
         attention=read_mla(config, interleaved=pick(config, "rope_interleave", default=True)),
-        router=RouterConfig(
-            score=check_setting(config, "scoring_func", "sigmoid"),
-            correction_bias=True,
-            num_groups=pick(config, "n_group", default=8),
-            topk_groups=pick(config, "topk_group", default=4),
-            group_score="top2_sum",
-            renormalize=pick(config, "norm_topk_prob", default=True),
-            sum_epsilon=1e-20,
-            scale=float(pick(config, "routed_scaling_factor", default=2.5)),
-        ),
+        router=read_grouped_sigmoid_router(config, num_groups=8, topk_groups=4, scale=2.5),
         shared_experts=1,
         first_sparse=3,
         num_mtp_layers=pick(config, "num_nextn_predict_layers", "num_mtp_layers", default=1),

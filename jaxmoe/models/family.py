@@ -166,6 +166,15 @@ MLP_EXPERTS = ExpertTensors(
     fused_down="model.layers.{layer}.mlp.experts.down_proj",
 )
 
+# The same as Mixtral has them; transformers 5 names the block "mlp" where it writes them fused.
+BLOCK_SPARSE_EXPERTS = ExpertTensors(
+    gate="model.layers.{layer}.block_sparse_moe.experts.{expert}.w1.weight",
+    up="model.layers.{layer}.block_sparse_moe.experts.{expert}.w3.weight",
+    down="model.layers.{layer}.block_sparse_moe.experts.{expert}.w2.weight",
+    fused_gate_up="model.layers.{layer}.mlp.experts.gate_up_proj",
+    fused_down="model.layers.{layer}.mlp.experts.down_proj",
+)
+
 # Buffers that old exporters wrote beside the weights.
 ROTARY_BUFFERS = {"rotary buffers": r".*\.rotary_emb\.inv_freq"}
 

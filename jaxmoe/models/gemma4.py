@@ -20,6 +20,7 @@ from jaxmoe.config import (
     read_common,
 )
 from jaxmoe.models.family import ROTARY_BUFFERS, ExpertTensors, Family, llama_tensors, mlp_tensors
+from jaxmoe.models.readers import read_biases
 from jaxmoe.rotary import read_rope
 
 _SLIDING, _FULL = "sliding_attention", "full_attention"
@@ -52,11 +53,7 @@ def read_config(config: Mapping[str, Any]) -> DecoderConfig:
             router=RouterConfig(score="softmax", expert_scale=True, input_norm_eps=eps),
         )
     return DecoderConfig(
-        **{
-            **read_common(config, norm_eps=1e-6),
-            "tie_word_embeddings": pick(config, "tie_word_embeddings", default=True),
-            "max_position_embeddings": pick(config, "max_position_embeddings", default=131072),
-        },
+        **read_common(config, norm_eps=1e-6, tied=True),
         layers=tuple(
             LayerConfig(
                 attention=attention,
@@ -109,8 +106,7 @@ def _read_attention(config: Mapping[str, Any], count: int) -> list[AttentionConf
             qk_norm="head",
             v_norm=True,
             values_are_keys=keys_are_values and kind == _FULL,
-            bias=pick(config, "attention_bias", default=False),
-            out_bias=pick(config, "attention_bias", default=False),
+            **read_biases(config),
             scale=1.0,
             sliding_window=pick(config, "sliding_window", default=512) if kind == _SLIDING else None,
         )

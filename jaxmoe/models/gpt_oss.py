@@ -3,18 +3,10 @@
 from collections.abc import Mapping
 from typing import Any
 
-from jaxmoe.config import (
-    AttentionConfig,
-    DecoderConfig,
-    LayerConfig,
-    MoEConfig,
-    RouterConfig,
-    pick,
-    pick_layer_types,
-    read_dtype,
-)
+from jaxmoe.config import DecoderConfig, LayerConfig, MoEConfig, RouterConfig, pick, pick_layer_types, read_common
 from jaxmoe.models.family import ROTARY_BUFFERS, ExpertTensors, Family, llama_tensors
-from jaxmoe.rotary import read_rope, rope_settings
+from jaxmoe.models.readers import read_attention, read_biases
+from jaxmoe.rotary import rope_settings
 
 # What the family means where config.json gives no rope scaling.
 _YARN = {
@@ -40,21 +32,10 @@ def read_config(config: Mapping[str, Any]) -> DecoderConfig:
         raise ValueError(
             f"the experts of gpt_oss have the factor {_SWIGLU_ALPHA} in their sigmoid; swiglu_alpha={alpha}"
         )
-    hidden = pick(config, "hidden_size")
-    heads = pick(config, "num_attention_heads")
-    head_dim = pick(config, "head_dim", default=hidden // heads)
-    bias = pick(config, "attention_bias", default=True)
-    settings = rope_settings(config)
-    rope = read_rope(
-        config,
-        head_dim=head_dim,
-        default_theta=150000.0,
-        rope=settings if settings.keys() & {"rope_type", "type"} else {**_YARN, **settings},
-    )
     moe = MoEConfig(
         num_experts=pick(config, "num_local_experts", "num_experts"),
         num_experts_per_tok=pick(config, "num_experts_per_tok", "experts_per_token"),
-        hidden_size=hidden,
+        hidden_size=pick(config, "hidden_size"),
         moe_intermediate_size=pick(config, "intermediate_size"),
         activation="clamped_swiglu",
         activation_limit=pick(config, "swiglu_limit", default=7.0),
@@ -64,19 +45,16 @@ def read_config(config: Mapping[str, Any]) -> DecoderConfig:
     )
     count = pick(config, "num_hidden_layers")
     usual = ["full_attention" if i % 2 else "sliding_attention" for i in range(count)]
+    settings = rope_settings(config)
     return DecoderConfig(
-        model_type=config["model_type"],
-        vocab_size=pick(config, "vocab_size"),
-        hidden_size=hidden,
+        **read_common(config, norm_eps=1e-5, positions=131072),
         layers=tuple(
             LayerConfig(
-                attention=AttentionConfig(
-                    num_heads=heads,
-                    num_kv_heads=pick(config, "num_key_value_heads", default=heads),
-                    head_dim=head_dim,
-                    rope=rope,
-                    bias=bias,
-                    out_bias=bias,
+                attention=read_attention(
+                    config,
+                    default_theta=150000.0,
+                    rope=settings if settings.keys() & {"rope_type", "type"} else {**_YARN, **settings},
+                    **read_biases(config, default=True),
                     sinks=True,
                     sliding_window=pick(config, "sliding_window", default=128) if kind == "sliding_attention" else None,
                 ),
@@ -84,10 +62,6 @@ def read_config(config: Mapping[str, Any]) -> DecoderConfig:
             )
             for kind in pick_layer_types(config, usual, "sliding_attention", "full_attention")
         ),
-        norm_eps=pick(config, "rms_norm_eps", default=1e-5),
-        tie_word_embeddings=pick(config, "tie_word_embeddings", default=False),
-        max_position_embeddings=pick(config, "max_position_embeddings", default=131072),
-        dtype=read_dtype(config),
     )
 
 

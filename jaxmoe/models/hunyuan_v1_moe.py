@@ -3,18 +3,9 @@
 from collections.abc import Mapping
 from typing import Any
 
-from jaxmoe.config import (
-    AttentionConfig,
-    DecoderConfig,
-    LayerConfig,
-    MLPConfig,
-    MoEConfig,
-    RouterConfig,
-    pick,
-    read_common,
-)
+from jaxmoe.config import DecoderConfig, LayerConfig, MoEConfig, RouterConfig, pick, read_common
 from jaxmoe.models.family import MLP_EXPERTS, ROTARY_BUFFERS, Family, llama_tensors, mlp_tensors
-from jaxmoe.rotary import read_rope
+from jaxmoe.models.readers import read_attention, read_biases, read_mlp
 
 
 def read_config(config: Mapping[str, Any]) -> DecoderConfig:
@@ -33,19 +24,13 @@ def read_config(config: Mapping[str, Any]) -> DecoderConfig:
             f"every layer is sparse; config.json makes the first ones dense "
             f"(moe_layer_num_skipped={config['moe_layer_num_skipped']})"
         )
-    hidden = pick(config, "hidden_size")
-    heads = pick(config, "num_attention_heads")
-    head_dim = pick(config, "head_dim", "attention_head_dim", default=hidden // heads)
-    bias = pick(config, "attention_bias", default=False)
-    attention = AttentionConfig(
-        num_heads=heads,
-        num_kv_heads=pick(config, "num_key_value_heads", default=heads),
-        head_dim=head_dim,
-        rope=read_rope(config, head_dim=head_dim, default_theta=10000.0),
+    attention = read_attention(
+        config,
+        default_theta=10000.0,
+        head_dim_names=("head_dim", "attention_head_dim"),
         qk_norm="head" if pick(config, "use_qk_norm", default=True) else None,
         qk_norm_after_rope=True,
-        bias=bias,
-        out_bias=bias,
+        **read_biases(config),
     )
     return DecoderConfig(
         **read_common(config, norm_eps=1e-5),
@@ -57,8 +42,7 @@ def read_config(config: Mapping[str, Any]) -> DecoderConfig:
 
 
 def _read_moe(config: Mapping[str, Any], layer: int) -> MoEConfig:
-    hidden, width = pick(config, "hidden_size"), pick(config, "intermediate_size")
-    activation = pick(config, "hidden_act", default="silu")
+    width = pick(config, "intermediate_size")
 
     def of_layer(*names: str, **default: int) -> int:
         lists = {name: config[name] for name in names if isinstance(config.get(name), list)}
@@ -71,13 +55,11 @@ def _read_moe(config: Mapping[str, Any], layer: int) -> MoEConfig:
     return MoEConfig(
         num_experts=of_layer("num_experts", "num_local_experts"),
         num_experts_per_tok=of_layer("moe_topk", "num_experts_per_tok"),
-        hidden_size=hidden,
+        hidden_size=pick(config, "hidden_size"),
         moe_intermediate_size=of_layer("moe_intermediate_size", default=width),
-        activation=activation,
+        activation=pick(config, "hidden_act", default="silu"),
         router=RouterConfig(score="softmax", renormalize=True),
-        shared=(
-            MLPConfig(hidden_size=hidden, intermediate_size=width * shared, activation=activation) if shared else None
-        ),
+        shared=read_mlp(config, width * shared) if shared else None,
     )
 
 

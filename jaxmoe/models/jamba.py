@@ -8,34 +8,28 @@ from jaxmoe.config import (
     DecoderConfig,
     LayerConfig,
     MambaConfig,
-    MLPConfig,
     MoEConfig,
     RouterConfig,
     pick,
     read_common,
 )
 from jaxmoe.models.family import ROTARY_BUFFERS, ExpertTensors, Family, llama_tensors, mlp_tensors
+from jaxmoe.models.readers import read_heads, read_mlp
 
 
 def read_config(config: Mapping[str, Any]) -> DecoderConfig:
     """Read the config.json of a jamba checkpoint."""
-    hidden, heads = pick(config, "hidden_size"), pick(config, "num_attention_heads")
     activation = pick(config, "hidden_act", default="silu")
     # Mamba layers tell positions apart: attention has no position embedding.
-    attention = AttentionConfig(
-        num_heads=heads,
-        num_kv_heads=pick(config, "num_key_value_heads", default=heads),
-        head_dim=pick(config, "head_dim", default=hidden // heads),
-        rope=None,
-    )
+    attention = AttentionConfig(**read_heads(config), rope=None)
     mamba = _read_mamba(config, activation)
     width, experts = pick(config, "intermediate_size"), pick(config, "num_experts", "num_local_experts", default=16)
-    dense = MLPConfig(hidden_size=hidden, intermediate_size=width, activation=activation)
+    dense = read_mlp(config, width)
     moe = MoEConfig(
         num_experts=experts,
         # The other setting's default is not looked at where there is nothing to choose.
         num_experts_per_tok=pick(config, "num_experts_per_tok", default=2) if experts > 1 else 1,
-        hidden_size=hidden,
+        hidden_size=pick(config, "hidden_size"),
         moe_intermediate_size=width,
         activation=activation,
         router=RouterConfig(score="softmax", renormalize=False),

@@ -11,8 +11,6 @@ from typing import Any, Literal
 from jaxmoe.config import (
     AttentionConfig,
     DecoderConfig,
-    LayerConfig,
-    MLPConfig,
     MoEConfig,
     RouterConfig,
     pick,
@@ -20,47 +18,37 @@ from jaxmoe.config import (
     read_common,
 )
 from jaxmoe.models.family import ROTARY_BUFFERS, ExpertTensors, Family, llama_tensors, mlp_tensors
+from jaxmoe.models.readers import make_layers, read_biases, read_heads, read_mlp
 from jaxmoe.rotary import read_rope
 
 
 def read_config(config: Mapping[str, Any]) -> DecoderConfig:
     """Read the config.json of a llama4_text checkpoint."""
-    hidden = pick(config, "hidden_size")
     width = pick(config, "intermediate_size")
-    activation = pick(config, "hidden_act", default="silu")
-    dense = MLPConfig(
-        hidden_size=hidden,
-        intermediate_size=pick(config, "intermediate_size_mlp", default=16384),
-        activation=activation,
-    )
     moe = MoEConfig(
         num_experts=pick(config, "num_local_experts", "num_experts"),
         num_experts_per_tok=pick(config, "num_experts_per_tok", default=1),
-        hidden_size=hidden,
+        hidden_size=pick(config, "hidden_size"),
         moe_intermediate_size=width,
-        activation=activation,
+        activation=pick(config, "hidden_act", default="silu"),
         router=RouterConfig(score="sigmoid", score_after_top_k=True, renormalize=False),
         weights_on_input=True,
-        shared=MLPConfig(hidden_size=hidden, intermediate_size=width, activation=activation),
+        shared=read_mlp(config, width),
     )
+    dense = read_mlp(config, pick(config, "intermediate_size_mlp", default=16384))
     count = pick(config, "num_hidden_layers")
     step = pick(config, "interleave_moe_layer_step", default=1)
     moe_layers = pick(config, "moe_layers", default=range(step - 1, count, step))
+    sparse = [i in moe_layers for i in range(count)]
     return DecoderConfig(
-        **read_common(config, norm_eps=1e-5),
-        layers=tuple(
-            LayerConfig(attention=attention, feed_forward=moe if i in moe_layers else dense)
-            for i, attention in enumerate(_read_attention(config, count))
-        ),
+        **read_common(config, norm_eps=1e-5), layers=make_layers(_read_attention(config, count), sparse, moe, dense)
     )
 
 
 def _read_attention(config: Mapping[str, Any], count: int) -> list[AttentionConfig]:
     """The attention of each layer, with or without positions and chunks."""
-    heads = pick(config, "num_attention_heads")
-    head_dim = pick(config, "head_dim", default=pick(config, "hidden_size") // heads)
-    bias = pick(config, "attention_bias", default=False)
-    rope = read_rope(config, head_dim=head_dim, default_theta=500000.0, interleaved=True)
+    heads = read_heads(config)
+    rope = read_rope(config, head_dim=heads["head_dim"], default_theta=500000.0, interleaved=True)
     qk_norm: Literal["unweighted"] | None = "unweighted" if pick(config, "use_qk_norm", default=True) else None
     temperature = None
     if pick(config, "attn_temperature_tuning", default=True):
@@ -75,14 +63,11 @@ def _read_attention(config: Mapping[str, Any], count: int) -> list[AttentionConf
     chunk = pick(config, "attention_chunk_size", default=8192)
     return [
         AttentionConfig(
-            num_heads=heads,
-            num_kv_heads=pick(config, "num_key_value_heads", default=heads),
-            head_dim=head_dim,
+            **heads,
             rope=rope if rotate else None,
             qk_norm=qk_norm if rotate else None,
             qk_norm_after_rope=True,
-            bias=bias,
-            out_bias=bias,
+            **read_biases(config),
             chunk=chunk if kind == "chunked_attention" else None,
             temperature=None if rotate else temperature,
         )

@@ -3,9 +3,10 @@
 from collections.abc import Mapping
 from typing import Any
 
-from jaxmoe.config import AttentionConfig, DecoderConfig, LayerConfig, MoEConfig, RouterConfig, pick, read_common
-from jaxmoe.models.family import ROTARY_BUFFERS, ExpertTensors, Family, llama_tensors
-from jaxmoe.rotary import read_rope, rope_settings
+from jaxmoe.config import DecoderConfig, LayerConfig, RouterConfig, pick, read_common
+from jaxmoe.models.family import BLOCK_SPARSE_EXPERTS, ROTARY_BUFFERS, Family, llama_tensors
+from jaxmoe.models.readers import read_attention, read_heads, read_moe
+from jaxmoe.rotary import rope_settings
 
 
 def read_config(config: Mapping[str, Any]) -> DecoderConfig:
@@ -24,26 +25,17 @@ def read_config(config: Mapping[str, Any]) -> DecoderConfig:
         raise ValueError(
             "minimax_m2 is known with softmax attention alone (1); config.json gives attn_type_list with 0"
         )
-    hidden = pick(config, "hidden_size")
-    heads = pick(config, "num_attention_heads")
-    head_dim = pick(config, "head_dim", default=hidden // heads)
     rope = rope_settings(config)
     if rope.get("partial_rotary_factor") is None:
+        head_dim = read_heads(config)["head_dim"]
         rope["partial_rotary_factor"] = pick(config, "rotary_dim", default=head_dim) / head_dim
     layer = LayerConfig(
-        attention=AttentionConfig(
-            num_heads=heads,
-            num_kv_heads=pick(config, "num_key_value_heads", default=heads),
-            head_dim=head_dim,
-            rope=read_rope(config, head_dim=head_dim, default_theta=5e6, partial=True, rope=rope),
-            qk_norm="full",
-        ),
-        feed_forward=MoEConfig(
-            num_experts=pick(config, "num_local_experts", "num_experts"),
-            num_experts_per_tok=pick(config, "num_experts_per_tok"),
-            hidden_size=hidden,
-            moe_intermediate_size=pick(config, "intermediate_size"),
-            activation=pick(config, "hidden_act", default="silu"),
+        attention=read_attention(config, default_theta=5e6, partial=True, rope=rope, qk_norm="full"),
+        feed_forward=read_moe(
+            config,
+            "num_local_experts",
+            "num_experts",
+            width="intermediate_size",
             router=RouterConfig(
                 score="sigmoid", correction_bias=pick(config, "use_routing_bias", default=True), renormalize=True
             ),
@@ -71,13 +63,7 @@ MINIMAX_M2 = Family(
             ),
         }
     ),
-    experts=ExpertTensors(
-        gate="model.layers.{layer}.block_sparse_moe.experts.{expert}.w1.weight",
-        up="model.layers.{layer}.block_sparse_moe.experts.{expert}.w3.weight",
-        down="model.layers.{layer}.block_sparse_moe.experts.{expert}.w2.weight",
-        fused_gate_up="model.layers.{layer}.mlp.experts.gate_up_proj",
-        fused_down="model.layers.{layer}.mlp.experts.down_proj",
-    ),
+    experts=BLOCK_SPARSE_EXPERTS,
     ignored=ROTARY_BUFFERS,
     spellings=((".mlp.", ".block_sparse_moe."),),
 )

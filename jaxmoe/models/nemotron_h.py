@@ -13,11 +13,11 @@ from jaxmoe.config import (
     Mamba2Config,
     MLPConfig,
     MoEConfig,
-    RouterConfig,
     pick,
     read_common,
 )
 from jaxmoe.models.family import ROTARY_BUFFERS, ExpertTensors, Family
+from jaxmoe.models.readers import read_grouped_sigmoid_router
 
 # Kinds of layers in the three spellings that config.json has had for them.
 _KINDS = {"M": "linear_attention", "*": "full_attention", "-": "mlp", "E": "moe"}
@@ -110,16 +110,7 @@ def _read_moe(config: Mapping[str, Any]) -> MoEConfig:
         moe_intermediate_size=pick(config, "moe_intermediate_size"),
         activation=pick(config, "mlp_hidden_act", default="relu2"),
         gated=False,
-        router=RouterConfig(
-            score="sigmoid",
-            correction_bias=True,
-            num_groups=pick(config, "n_group", default=1),
-            topk_groups=pick(config, "topk_group", default=1),
-            group_score="top2_sum",
-            renormalize=pick(config, "norm_topk_prob", default=True),
-            sum_epsilon=1e-20,
-            scale=float(pick(config, "routed_scaling_factor", default=1.0)),
-        ),
+        router=read_grouped_sigmoid_router(config),
         shared=_mlp(config, pick(config, "moe_shared_expert_intermediate_size")),
         latent_size=latent,
         latent_bias=latent is not None and pick(config, "mlp_bias", default=False),

@@ -3,34 +3,26 @@
 from collections.abc import Mapping
 from typing import Any
 
-from jaxmoe.config import AttentionConfig, DecoderConfig, LayerConfig, MoEConfig, RouterConfig, pick, read_common
+from jaxmoe.config import DecoderConfig, LayerConfig, RouterConfig, pick, read_common
 from jaxmoe.models.family import MLP_EXPERTS, ROTARY_BUFFERS, Family, llama_tensors
-from jaxmoe.rotary import read_rope
+from jaxmoe.models.readers import read_attention, read_biases, read_moe
 
 
 def read_config(config: Mapping[str, Any]) -> DecoderConfig:
     """Read the config.json of an olmoe checkpoint."""
-    hidden = pick(config, "hidden_size")
-    heads = pick(config, "num_attention_heads")
-    head_dim = pick(config, "head_dim", default=hidden // heads)
-    bias = pick(config, "attention_bias", default=False)
     layer = LayerConfig(
-        attention=AttentionConfig(
-            num_heads=heads,
-            num_kv_heads=pick(config, "num_key_value_heads", default=heads),
-            head_dim=head_dim,
-            rope=read_rope(config, head_dim=head_dim, default_theta=10000.0),
+        attention=read_attention(
+            config,
+            default_theta=10000.0,
             qk_norm="full",
-            bias=bias,
-            out_bias=bias,
+            **read_biases(config),
             clip=pick(config, "clip_qkv", default=None),
         ),
-        feed_forward=MoEConfig(
-            num_experts=pick(config, "num_experts", "num_local_experts"),
-            num_experts_per_tok=pick(config, "num_experts_per_tok"),
-            hidden_size=hidden,
-            moe_intermediate_size=pick(config, "intermediate_size"),
-            activation=pick(config, "hidden_act", default="silu"),
+        feed_forward=read_moe(
+            config,
+            "num_experts",
+            "num_local_experts",
+            width="intermediate_size",
             router=RouterConfig(score="softmax", renormalize=pick(config, "norm_topk_prob", default=False)),
         ),
     )

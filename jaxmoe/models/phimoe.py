@@ -13,30 +13,25 @@ from collections.abc import Mapping
 from typing import Any
 
 from jaxmoe.config import AttentionConfig, DecoderConfig, LayerConfig, MoEConfig, RouterConfig, pick, read_common
-from jaxmoe.models.family import ROTARY_BUFFERS, ExpertTensors, Family, llama_tensors
-from jaxmoe.rotary import RopeConfig, read_rope
+from jaxmoe.models.family import BLOCK_SPARSE_EXPERTS, ROTARY_BUFFERS, Family, llama_tensors
+from jaxmoe.models.readers import read_attention, read_biases
 
 
 def read_config(config: Mapping[str, Any]) -> DecoderConfig:
     """Read the config.json of a phimoe checkpoint."""
-    hidden = pick(config, "hidden_size")
-    heads = pick(config, "num_attention_heads")
-    head_dim = pick(config, "head_dim", default=hidden // heads)
-    bias = pick(config, "attention_bias", default=False)
     layer = LayerConfig(
-        attention=AttentionConfig(
-            num_heads=heads,
-            num_kv_heads=pick(config, "num_key_value_heads", default=heads),
-            head_dim=head_dim,
-            rope=_read_rope(config, head_dim),
-            bias=bias,
-            out_bias=bias,
-            sliding_window=pick(config, "sliding_window", default=None),
+        attention=_with_short_frequencies(
+            read_attention(
+                config,
+                default_theta=1e6,
+                **read_biases(config),
+                sliding_window=pick(config, "sliding_window", default=None),
+            )
         ),
         feed_forward=MoEConfig(
             num_experts=pick(config, "num_local_experts", "num_experts"),
             num_experts_per_tok=pick(config, "num_experts_per_tok", default=2),
-            hidden_size=hidden,
+            hidden_size=pick(config, "hidden_size"),
             moe_intermediate_size=pick(config, "intermediate_size"),
             activation=pick(config, "hidden_act", default="silu"),
             router=RouterConfig(renormalize=False, sparsemixer=pick(config, "router_jitter_noise", default=0.01)),
@@ -50,13 +45,14 @@ def read_config(config: Mapping[str, Any]) -> DecoderConfig:
     )
 
 
-def _read_rope(config: Mapping[str, Any], head_dim: int) -> RopeConfig:
-    rope = read_rope(config, head_dim=head_dim, default_theta=1e6)
-    if rope.long is None:
-        return rope
+def _with_short_frequencies(attention: AttentionConfig) -> AttentionConfig:
+    rope = attention.rope
+    if rope is None or rope.long is None:
+        return attention
     # transformers 5 computes this family's frequencies without the sequence's length, so that beyond the original
     # context the scale is the long one and the frequencies stay the short ones. The model's own code changes both.
-    return dataclasses.replace(rope, long=dataclasses.replace(rope.long, frequencies=rope.frequencies))
+    rope = dataclasses.replace(rope, long=dataclasses.replace(rope.long, frequencies=rope.frequencies))
+    return dataclasses.replace(attention, rope=rope)
 
 
 _NORM_BIASES = {
@@ -79,13 +75,7 @@ PHIMOE = Family(
             "lm_head.bias": ("lm_head.bias",),
         }
     ),
-    experts=ExpertTensors(
-        gate="model.layers.{layer}.block_sparse_moe.experts.{expert}.w1.weight",
-        up="model.layers.{layer}.block_sparse_moe.experts.{expert}.w3.weight",
-        down="model.layers.{layer}.block_sparse_moe.experts.{expert}.w2.weight",
-        fused_gate_up="model.layers.{layer}.mlp.experts.gate_up_proj",
-        fused_down="model.layers.{layer}.mlp.experts.down_proj",
-    ),
+    experts=BLOCK_SPARSE_EXPERTS,
     ignored=ROTARY_BUFFERS,
     spellings=((".mlp.router.", ".block_sparse_moe.gate."), (".mlp.", ".block_sparse_moe.")),
 )

@@ -5,7 +5,8 @@ from typing import Any
 
 from jaxmoe.config import DecoderConfig, LayerConfig, read_common
 from jaxmoe.models.family import MLP_EXPERTS, Family, llama_tensors
-from jaxmoe.models.qwen3_next import DELTA_NET_TENSORS, IGNORED, MOE_TENSORS, read_moe, read_token_mixers
+from jaxmoe.models.qwen3_next import DELTA_NET_TENSORS, IGNORED, MOE_TENSORS, read_token_mixers
+from jaxmoe.models.readers import read_moe_with_gated_expert
 
 
 def read_config(config: Mapping[str, Any]) -> DecoderConfig:
@@ -15,7 +16,7 @@ def read_config(config: Mapping[str, Any]) -> DecoderConfig:
         ValueError: a setting is missing, or asks for a kind of layer that is not known here.
     """
     # The weights of a token's experts add up to one; no setting changes that.
-    moe = read_moe(config, renormalize=True)
+    moe = read_moe_with_gated_expert(config, renormalize=True)
     return DecoderConfig(
         **read_common(config, norm_eps=1e-6),
         norm="rms_zero_centred",

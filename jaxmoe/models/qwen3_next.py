@@ -7,16 +7,19 @@ from jaxmoe.config import (
     AttentionConfig,
     DecoderConfig,
     GatedDeltaNetConfig,
-    LayerConfig,
-    MLPConfig,
-    MoEConfig,
-    RouterConfig,
     TokenMixerConfig,
     pick,
     pick_layer_types,
     read_common,
 )
 from jaxmoe.models.family import MLP_EXPERTS, ROTARY_BUFFERS, Family, llama_tensors, mlp_tensors
+from jaxmoe.models.readers import (
+    make_layers,
+    read_biases,
+    read_mlp,
+    read_moe_with_gated_expert,
+    sparse_by_step,
+)
 from jaxmoe.rotary import read_rope, rope_settings
 
 
@@ -26,40 +29,13 @@ def read_config(config: Mapping[str, Any]) -> DecoderConfig:
     Raises:
         ValueError: a setting is missing, or asks for a kind of layer that is not known here.
     """
-    activation = pick(config, "hidden_act", default="silu")
-    moe = read_moe(config, renormalize=pick(config, "norm_topk_prob", default=True))
-    dense_layers = pick(config, "mlp_only_layers", default=[])
-    step = pick(config, "decoder_sparse_step", default=1)
-
-    def feed_forward(layer: int) -> MoEConfig | MLPConfig:
-        if layer not in dense_layers and (layer + 1) % step == 0:
-            return moe
-        width = pick(config, "intermediate_size")
-        return MLPConfig(hidden_size=moe.hidden_size, intermediate_size=width, activation=activation)
-
+    moe = read_moe_with_gated_expert(config, renormalize=pick(config, "norm_topk_prob", default=True))
+    sparse = sparse_by_step(config)
+    # Released models have no dense layer, and no width for one either.
+    dense = None if all(sparse) else read_mlp(config, pick(config, "intermediate_size"))
+    mixers = read_token_mixers(config, fused_projections=True)
     return DecoderConfig(
-        **read_common(config, norm_eps=1e-6),
-        norm="rms_zero_centred",
-        layers=tuple(
-            LayerConfig(attention=mixer, feed_forward=feed_forward(i))
-            for i, mixer in enumerate(read_token_mixers(config, fused_projections=True))
-        ),
-    )
-
-
-def read_moe(config: Mapping[str, Any], *, renormalize: bool) -> MoEConfig:
-    """The routed experts, and the one beside them that serves every token."""
-    hidden, activation = pick(config, "hidden_size"), pick(config, "hidden_act", default="silu")
-    shared_width = pick(config, "shared_expert_intermediate_size")
-    return MoEConfig(
-        num_experts=pick(config, "num_experts", "num_local_experts"),
-        num_experts_per_tok=pick(config, "num_experts_per_tok"),
-        hidden_size=hidden,
-        moe_intermediate_size=pick(config, "moe_intermediate_size"),
-        activation=activation,
-        router=RouterConfig(score="softmax", renormalize=renormalize),
-        shared=MLPConfig(hidden_size=hidden, intermediate_size=shared_width, activation=activation),
-        shared_gate=True,
+        **read_common(config, norm_eps=1e-6), norm="rms_zero_centred", layers=make_layers(mixers, sparse, moe, dense)
     )
 
 
@@ -69,7 +45,7 @@ def read_token_mixers(config: Mapping[str, Any], *, fused_projections: bool) -> 
     Raises:
         ValueError: ``layer_types`` names another kind.
     """
-    head_dim, bias = pick(config, "head_dim", default=256), pick(config, "attention_bias", default=False)
+    head_dim = pick(config, "head_dim", default=256)
     kinds: dict[str, TokenMixerConfig] = {
         "full_attention": AttentionConfig(
             num_heads=pick(config, "num_attention_heads"),
@@ -85,8 +61,7 @@ def read_token_mixers(config: Mapping[str, Any], *, fused_projections: bool) -> 
             ),
             qk_norm="head",
             zero_centred_norm=True,
-            bias=bias,
-            out_bias=bias,
+            **read_biases(config),
             output_gate=True,
         ),
         "linear_attention": GatedDeltaNetConfig(

@@ -1,0 +1,174 @@
+"""Readers of the parts that families share: attention as in Llama, routed experts, MLPs, and which layers are sparse.
+
+Each takes the dictionary of config.json. A family's own file has what it does besides, or differently.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from jaxmoe.config import AttentionConfig, LayerConfig, MLPConfig, MoEConfig, RouterConfig, TokenMixerConfig, pick
+from jaxmoe.rotary import read_rope
+
+
+def read_heads(config: Mapping[str, Any], *head_dim_names: str) -> dict[str, Any]:
+    """Read the number of heads and their width, as fields of an `AttentionConfig`.
+
+    Without settings, each query head has keys and values of its own, and heads share hidden_size evenly.
+
+    Args:
+        config: the dictionary of config.json.
+        head_dim_names: spellings of a head's width, "head_dim" where none are given.
+    """
+    heads = pick(config, "num_attention_heads")
+    return {
+        "num_heads": heads,
+        "num_kv_heads": pick(config, "num_key_value_heads", default=heads),
+        "head_dim": pick(config, *(head_dim_names or ("head_dim",)), default=pick(config, "hidden_size") // heads),
+    }
+
+
+def read_attention(
+    config: Mapping[str, Any],
+    *,
+    default_theta: float,
+    head_dim_names: Sequence[str] = (),
+    interleaved: bool = False,
+    partial: bool = False,
+    rope: Mapping[str, Any] | None = None,
+    **own: Any,
+) -> AttentionConfig:
+    """Read attention as in Llama, with the family's own fields.
+
+    Args:
+        config: the dictionary of config.json.
+        head_dim_names: see `read_heads`.
+        default_theta, interleaved, partial, rope: see `read_rope`.
+        own: further fields of the `AttentionConfig`, by name.
+    """
+    heads = read_heads(config, *head_dim_names)
+    rotary = read_rope(
+        config,
+        head_dim=heads["head_dim"],
+        default_theta=default_theta,
+        interleaved=interleaved,
+        partial=partial,
+        rope=rope,
+    )
+    return AttentionConfig(**heads, rope=rotary, **own)
+
+
+def read_biases(config: Mapping[str, Any], *, default: bool = False) -> dict[str, Any]:
+    """Read ``attention_bias`` where it is of all four projections, as fields of an `AttentionConfig`."""
+    bias = pick(config, "attention_bias", default=default)
+    return {"bias": bias, "out_bias": bias}
+
+
+def read_mlp(config: Mapping[str, Any], width: int, *, bias: bool = False) -> MLPConfig:
+    """Read a dense MLP of this width."""
+    return MLPConfig(
+        hidden_size=pick(config, "hidden_size"),
+        intermediate_size=width,
+        activation=pick(config, "hidden_act", default="silu"),
+        bias=bias,
+    )
+
+
+def read_moe(
+    config: Mapping[str, Any],
+    *experts: str,
+    router: RouterConfig,
+    width: str = "moe_intermediate_size",
+    shared: MLPConfig | None = None,
+    shared_gate: bool = False,
+) -> MoEConfig:
+    """Read a layer of routed experts.
+
+    Args:
+        config: the dictionary of config.json.
+        experts: spellings of the number of experts.
+        width: the name of an expert's width.
+        router, shared, shared_gate: see `MoEConfig`.
+    """
+    return MoEConfig(
+        num_experts=pick(config, *experts),
+        num_experts_per_tok=pick(config, "num_experts_per_tok"),
+        hidden_size=pick(config, "hidden_size"),
+        moe_intermediate_size=pick(config, width),
+        activation=pick(config, "hidden_act", default="silu"),
+        router=router,
+        shared=shared,
+        shared_gate=shared_gate,
+    )
+
+
+def read_moe_with_gated_expert(config: Mapping[str, Any], *, renormalize: bool) -> MoEConfig:
+    """Read Qwen's routed experts, by a softmax, and beside them one for every token, behind a gate of its own."""
+    return read_moe(
+        config,
+        "num_experts",
+        "num_local_experts",
+        router=RouterConfig(score="softmax", renormalize=renormalize),
+        shared=read_mlp(config, pick(config, "shared_expert_intermediate_size")),
+        shared_gate=True,
+    )
+
+
+def read_grouped_sigmoid_router(
+    config: Mapping[str, Any], *, num_groups: int = 1, topk_groups: int = 1, scale: float = 1.0
+) -> RouterConfig:
+    """Read DeepSeek-V3's router: sigmoid scores, a correction bias, and groups that count by their two best experts.
+
+    Args:
+        config: the dictionary of config.json.
+        num_groups, topk_groups, scale: the family's, where config.json gives none.
+    """
+    return RouterConfig(
+        score="sigmoid",
+        correction_bias=True,
+        num_groups=pick(config, "n_group", default=num_groups),
+        topk_groups=pick(config, "topk_group", default=topk_groups),
+        group_score="top2_sum",
+        renormalize=pick(config, "norm_topk_prob", default=True),
+        sum_epsilon=1e-20,
+        scale=float(pick(config, "routed_scaling_factor", default=scale)),
+    )
+
+
+def sparse_from(config: Mapping[str, Any], *, first: int, step: int = 1) -> list[bool]:
+    """Whether each layer has routed experts, where the first ones are dense.
+
+    Args:
+        config: the dictionary of config.json.
+        first: the family's first sparse layer, where ``first_k_dense_replace`` is not given.
+        step: indices of sparse layers are multiples of it.
+    """
+    first = pick(config, "first_k_dense_replace", default=first)
+    return [i >= first and i % step == 0 for i in range(pick(config, "num_hidden_layers"))]
+
+
+def sparse_by_step(config: Mapping[str, Any]) -> list[bool]:
+    """Whether each layer has routed experts: each ``decoder_sparse_step``-th one, but for ``mlp_only_layers``."""
+    dense = pick(config, "mlp_only_layers", default=[])
+    step = pick(config, "decoder_sparse_step", default=1)
+    return [i not in dense and (i + 1) % step == 0 for i in range(pick(config, "num_hidden_layers"))]
+
+
+def make_layers(
+    attention: TokenMixerConfig | Sequence[TokenMixerConfig],
+    sparse: Sequence[bool],
+    moe: MoEConfig,
+    dense: MLPConfig | None,
+) -> tuple[LayerConfig, ...]:
+    """Layers with routed experts where `sparse` says so, and a dense MLP in the others.
+
+    Args:
+        attention: of all layers, or of each.
+        sparse: whether each layer has routed experts.
+        moe: the routed experts.
+        dense: the dense MLP; None where all layers are sparse.
+    """
+    mixers = [attention] * len(sparse) if isinstance(attention, TokenMixerConfig) else attention
+    return tuple(
+        LayerConfig(attention=mixer, feed_forward=moe if routed else dense)
+        for mixer, routed in zip(mixers, sparse, strict=True)
+    )
