@@ -11,7 +11,6 @@ from jax.sharding import Mesh
 
 from jaxmoe.config import MoEConfig
 from jaxmoe.dispatch import DispatchChoice, DispatchLayout, check_wire_dtype, explain_dispatch, get_dispatch
-from jaxmoe.kernels.dtypes import sum_dtype
 from jaxmoe.kernels.grouped_matmul import check_backend
 from jaxmoe.layers.expert_stack import ExpertStack
 from jaxmoe.layers.experts import ExpertStacks, make_expert_stacks
@@ -27,16 +26,15 @@ from jaxmoe.layers.moe_checks import (
     checked_router_input,
     checked_tokens,
 )
-from jaxmoe.layers.param import ParamFactory, ones, zeros
+from jaxmoe.layers.param import ParamFactory
 from jaxmoe.layers.placement_table import PlacementTable, hold_tables, placement_tables, read_placement
 from jaxmoe.layers.replicas import PlacementTables, ReplicaRule
 from jaxmoe.layers.routed_experts import MoEStats, RoutedPlan, RoutedWeights, routed_experts
+from jaxmoe.layers.router import RouterWeights, make_router_weights
 from jaxmoe.layers.usable import check_usable
 from jaxmoe.layers.weights import WeightSpecs, held, hold
 from jaxmoe.mesh import EP, TP, MeshAxes, auto_mesh, axes_size, batch_axes, padded_batch
 from jaxmoe.placement import ExpertPlacement, make_placement
-
-ROUTER_PARAMS = ("w_router", "b_router", "correction_bias", "expert_scale", "router_norm")
 
 
 class MoE(nnx.Module):
@@ -82,6 +80,7 @@ class MoE(nnx.Module):
         (3, 8)
     """
 
+    w_router: nnx.Param
     w_gate_up: nnx.Param
     slot_to_expert: PlacementTable
 
@@ -111,23 +110,13 @@ class MoE(nnx.Module):
             check_backend(kernels, mesh.devices.flat[0])
         placement = make_placement(placement, config.num_experts, axes_size(mesh, slots_over))
         param = ParamFactory(mesh, dtype, rngs, self.axes)
-        E, D = config.num_experts, config.hidden_size
-        of_router = sum_dtype(dtype)
-        self.w_router = param((E, D), dtype=of_router)
-        if config.router.logit_bias:
-            self.b_router = param((E,), init=zeros, dtype=of_router)
-        if config.router.correction_bias:
-            self.correction_bias = param((E,), init=zeros, dtype=of_router)
-        if config.router.expert_scale:
-            self.expert_scale = param((E,), init=ones, dtype=of_router)
-        if config.router.input_norm_eps is not None:
-            self.router_norm = param((D,), init=ones, dtype=of_router)
+        hold(self, make_router_weights(config, param=param))
         hold(self, make_expert_stacks(config, placement, slots_over, self._width_axis_names, param=param))
         hold(self, make_latent_projection(config, param=param))
         if config.shared is not None:
             self.shared = MLP(config.shared, param=param)
         if config.shared_gate:
-            self.w_shared_gate = param((1, D))
+            self.w_shared_gate = param((1, config.hidden_size))
         self._specs = WeightSpecs.of(self)
         self._set_tables(placement, ReplicaRule())
 
@@ -256,8 +245,7 @@ class MoE(nnx.Module):
         return y_TD.reshape(x.shape), stats
 
     def _routed_weights(self) -> RoutedWeights:
-        router = {name: getattr(self, name)[...] for name in ROUTER_PARAMS if hasattr(self, name)}
-        return RoutedWeights(router, held(self, ExpertStacks), held(self, PlacementTables))
+        return RoutedWeights(held(self, RouterWeights), held(self, ExpertStacks), held(self, PlacementTables))
 
     def _shared(self, x_TD: jax.Array) -> jax.Array:
         """The sum of the experts that serve every token; it depends on no exchange, so it can overlap one."""

@@ -4,7 +4,6 @@ Letters here, beside the common ones of docs/concepts/letters.md: X the width of
 """
 
 import dataclasses
-from collections.abc import Mapping
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -19,7 +18,7 @@ from jaxmoe.layers.experts import ExpertStacks, local_experts
 from jaxmoe.layers.losses import RouterSums, load_balancing_loss, router_sums, router_z_loss
 from jaxmoe.layers.placement_table import table_specs
 from jaxmoe.layers.replicas import PlacementTables, choose_replicas
-from jaxmoe.layers.router import choose_experts, router_logits
+from jaxmoe.layers.router import RouterWeights, choose_experts, router_logits
 
 
 class MoEStats(NamedTuple):
@@ -55,12 +54,12 @@ class RoutedWeights(NamedTuple):
     """The arrays that the program reads besides the tokens; also holds their partition specs.
 
     Attributes:
-        router: weights of the router, by name.
+        router: weights of the router.
         stacks: weights of the experts.
         tables: placement and replica choice.
     """
 
-    router: Any
+    router: RouterWeights
     stacks: ExpertStacks
     tables: PlacementTables
 
@@ -95,7 +94,8 @@ class RoutedPlan:
     @property
     def weight_specs(self) -> RoutedWeights:
         """The partition specs of the program's weights; the router is whole on every device."""
-        return RoutedWeights(P(), self.stack_specs, table_specs(self.layout.expert_axes))
+        router = RouterWeights._make([P()] * len(RouterWeights._fields))
+        return RoutedWeights(router, self.stack_specs, table_specs(self.layout.expert_axes))
 
     @property
     def stats_specs(self) -> MoEStats:
@@ -155,9 +155,8 @@ def _on_one_device(
 ) -> tuple[jax.Array, MoEStats]:
     """Serve one device's tokens by the experts of all, inside the `shard_map`."""
     config, token_axes = plan.config, plan.token_axes
-    router: Mapping[str, jax.Array] = weights.router
-    logits_TE = router_logits(router_TD, router, config.router)
-    ids_TK, weights_TK = choose_experts(logits_TE, router, config.num_experts_per_tok, config.router, given_TK)
+    logits_TE = router_logits(router_TD, weights.router, config.router)
+    ids_TK, weights_TK = choose_experts(logits_TE, weights.router, config.num_experts_per_tok, config.router, given_TK)
     slots_TK = choose_replicas(
         x_TX,
         ids_TK,

@@ -6,13 +6,15 @@ from a `RouterConfig`.
 
 import inspect
 from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from jaxmoe.config import RouterConfig, RouterFunction
+from jaxmoe.config import MoEConfig, RouterConfig, RouterFunction
 from jaxmoe.kernels.dtypes import sum_dtype
 from jaxmoe.layers.norm import rms_norm
+from jaxmoe.layers.param import ParamFactory, ones, zeros
 
 SCORES: dict[str, Callable[[jax.Array], jax.Array]] = {
     "softmax": lambda logits: jax.nn.softmax(logits, axis=-1),
@@ -21,8 +23,40 @@ SCORES: dict[str, Callable[[jax.Array], jax.Array]] = {
 }
 
 
+class RouterWeights(NamedTuple):
+    """The weights of a layer's router; None for those that its config does not have.
+
+    Also holds what describes them: their parameters, or their partition specs. The layer's parameters have these names.
+
+    Attributes:
+        w_router: [E, D], the projection to logits.
+        b_router: [E], its bias.
+        correction_bias: [E], added to the scores that experts are chosen by.
+        expert_scale: [E], factors of the weights.
+        router_norm: [D], scale of the input's norm.
+    """
+
+    w_router: Any
+    b_router: Any = None
+    correction_bias: Any = None
+    expert_scale: Any = None
+    router_norm: Any = None
+
+
+def make_router_weights(config: MoEConfig, *, param: ParamFactory) -> RouterWeights:
+    """Make the parameters that a layer's router has, in float32, or float64 where the layer's are."""
+    E, D, router, dtype = config.num_experts, config.hidden_size, config.router, sum_dtype(param.dtype)
+    return RouterWeights(
+        w_router=param((E, D), dtype=dtype),
+        b_router=param((E,), init=zeros, dtype=dtype) if router.logit_bias else None,
+        correction_bias=param((E,), init=zeros, dtype=dtype) if router.correction_bias else None,
+        expert_scale=param((E,), init=ones, dtype=dtype) if router.expert_scale else None,
+        router_norm=param((D,), init=ones, dtype=dtype) if router.input_norm_eps is not None else None,
+    )
+
+
 def route(
-    x_TD: jax.Array, params: Mapping[str, jax.Array], num_experts_per_tok: int, config: RouterConfig
+    x_TD: jax.Array, weights: RouterWeights | Mapping[str, jax.Array], num_experts_per_tok: int, config: RouterConfig
 ) -> tuple[jax.Array, jax.Array]:
     """Choose K experts for each token and weight them, in float32 (float64 where x is).
 
@@ -37,38 +71,38 @@ def route(
 
     Args:
         x_TD: activations.
-        params: "w_router" [E, D]; "b_router" [E] with a logit bias; "correction_bias" [E] with that;
-            "expert_scale" [E] and "router_norm" [D] with those.
+        weights: the router's arrays; a mapping of the same names will do.
         num_experts_per_tok: K.
         config: which of the steps apply.
 
     Returns:
         int32 [T, K] logical experts and [T, K] weights, first choice first.
     """
-    return choose_experts(router_logits(x_TD, params, config), params, num_experts_per_tok, config)
+    weights = RouterWeights(**weights) if isinstance(weights, Mapping) else weights
+    return choose_experts(router_logits(x_TD, weights, config), weights, num_experts_per_tok, config)
 
 
-def router_logits(x_TD: jax.Array, params: Mapping[str, jax.Array], config: RouterConfig) -> jax.Array:
+def router_logits(x_TD: jax.Array, weights: RouterWeights, config: RouterConfig) -> jax.Array:
     """Step 1 of `route` without the score: [T, E] in float32, or float64 where x is."""
     dtype = sum_dtype(x_TD.dtype)
     x_TD = x_TD.astype(dtype)
     if config.input_norm_eps is not None:
-        scale_D = params["router_norm"].astype(dtype) * x_TD.shape[-1] ** -0.5
+        scale_D = weights.router_norm.astype(dtype) * x_TD.shape[-1] ** -0.5
         x_TD = rms_norm(x_TD, scale_D, config.input_norm_eps)
     logits_TE = jnp.einsum(
         "td,ed->te",
         x_TD,
-        params["w_router"].astype(dtype),
+        weights.w_router.astype(dtype),
         precision=jax.lax.Precision.HIGHEST,
     )
     if config.logit_bias:
-        logits_TE += params["b_router"].astype(dtype)[None]
+        logits_TE += weights.b_router.astype(dtype)[None]
     return logits_TE
 
 
 def choose_experts(
     logits_TE: jax.Array,
-    params: Mapping[str, jax.Array],
+    weights: RouterWeights,
     num_experts_per_tok: int,
     config: RouterConfig,
     expert_ids_TK: jax.Array | None = None,
@@ -77,24 +111,24 @@ def choose_experts(
 
     Args:
         logits_TE: from `router_logits`.
-        params, num_experts_per_tok, config: as for `route`.
+        weights, num_experts_per_tok, config: as for `route`.
         expert_ids_TK: choices to take instead of the router's own, the first choice first, and all -1 for a token whose
             experts the router chooses. The router weights them all; gradients reach it through the weights alone.
 
     Raises:
         ValueError: `RouterConfig.function` gives something of another shape or kind, or weights no choices but its own.
     """
-    ids_TK, weights_TK = _own_choice(logits_TE, params, num_experts_per_tok, config)
+    ids_TK, weights_TK = _own_choice(logits_TE, weights, num_experts_per_tok, config)
     if expert_ids_TK is None:
         return ids_TK, weights_TK
     ids_TK = jnp.where(expert_ids_TK < 0, ids_TK, expert_ids_TK)
     if config.function is not None:
         return ids_TK, _weighted_by(config.function, logits_TE, ids_TK)
-    return ids_TK, _weigh(logits_TE, ids_TK, params, config)
+    return ids_TK, _weigh(logits_TE, ids_TK, weights, config)
 
 
 def _own_choice(
-    logits_TE: jax.Array, params: Mapping[str, jax.Array], K: int, config: RouterConfig
+    logits_TE: jax.Array, weights: RouterWeights, K: int, config: RouterConfig
 ) -> tuple[jax.Array, jax.Array]:
     """The router's own experts and their weights."""
     if config.function is not None:
@@ -104,14 +138,14 @@ def _own_choice(
     else:
         choice_TE = logits_TE if config.score_after_top_k else SCORES[config.score](logits_TE)
         if config.correction_bias:
-            choice_TE = choice_TE + params["correction_bias"].astype(choice_TE.dtype)[None]
+            choice_TE = choice_TE + weights.correction_bias.astype(choice_TE.dtype)[None]
         if config.num_groups > 1:
             choice_TE = jnp.where(eligible(choice_TE, config), choice_TE, 0 if config.zero_other_groups else -jnp.inf)
         _, ids_TK = jax.lax.top_k(choice_TE, K)
-    return ids_TK, _weigh(logits_TE, ids_TK, params, config)
+    return ids_TK, _weigh(logits_TE, ids_TK, weights, config)
 
 
-def _weigh(logits_TE: jax.Array, ids_TK: jax.Array, params: Mapping[str, jax.Array], config: RouterConfig) -> jax.Array:
+def _weigh(logits_TE: jax.Array, ids_TK: jax.Array, weights: RouterWeights, config: RouterConfig) -> jax.Array:
     """[T, K], the weights of experts that were chosen in this order, whoever chose them."""
     K = ids_TK.shape[1]
     if config.sparsemixer is not None:
@@ -127,7 +161,7 @@ def _weigh(logits_TE: jax.Array, ids_TK: jax.Array, params: Mapping[str, jax.Arr
         weights_TK = weights_TK.at[:, config.topk_groups * logits_TE.shape[1] // config.num_groups :].set(0)
     weights_TK = _normalize(weights_TK, config) * config.scale
     if config.expert_scale:
-        weights_TK *= params["expert_scale"].astype(weights_TK.dtype)[ids_TK]
+        weights_TK *= weights.expert_scale.astype(weights_TK.dtype)[ids_TK]
     return weights_TK
 
 

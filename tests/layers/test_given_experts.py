@@ -10,7 +10,7 @@ from flax import nnx
 
 import jaxmoe
 from jaxmoe.config import MoEConfig, RouterConfig
-from jaxmoe.layers.router import choose_experts
+from jaxmoe.layers.router import RouterWeights, choose_experts
 from jaxmoe.models import read_model_config
 from tests.support.families import FAMILIES
 from tests.support.goldens import GOLDENS
@@ -156,15 +156,16 @@ def test_equals_its_own_choice_and_the_dense_layer(name) -> None:
 def test_a_router_weights_its_own_choice_as_when_it_chose(name) -> None:
     """Bit for bit, with ties as well, and for tokens without a given choice among others that have one."""
     config = LAYERS[name]
-    params = router_params(config)
+    weights = RouterWeights(jnp.zeros((config.num_experts, D)), **router_params(config))
 
     @jax.jit
     def program(logits_TE, mask_T, given_TK):
-        own = choose_experts(logits_TE, params, config.num_experts_per_tok, config.router)
+        own = choose_experts(logits_TE, weights, config.num_experts_per_tok, config.router)
         ids_TK = jnp.where(mask_T[:, None], own[0], -1)
         mixed = jnp.where(mask_T[:, None], given_TK, -1)
         return own, *(
-            choose_experts(logits_TE, params, config.num_experts_per_tok, config.router, ids) for ids in (ids_TK, mixed)
+            choose_experts(logits_TE, weights, config.num_experts_per_tok, config.router, ids)
+            for ids in (ids_TK, mixed)
         )
 
     for seed in range(8):
@@ -183,8 +184,9 @@ def test_a_router_weights_its_own_choice_as_when_it_chose(name) -> None:
 def test_experts_chosen_for_want_of_eligible_ones_weigh_nothing() -> None:
     router = RouterConfig(renormalize=False, num_groups=4, topk_groups=1, group_score="max", zero_other_groups=True)
     logits_TE = jnp.asarray(np.random.default_rng(0).normal(0, 2, (T, 12)), jnp.float32)
-    own = choose_experts(logits_TE, {}, 5, router)
-    again = choose_experts(logits_TE, {}, 5, router, own[0])
+    weights = RouterWeights(jnp.zeros((12, D)))
+    own = choose_experts(logits_TE, weights, 5, router)
+    again = choose_experts(logits_TE, weights, 5, router, own[0])
     np.testing.assert_array_equal(own[1], again[1])
     assert (np.asarray(own[1]) > 0).sum(axis=1).tolist() == [3] * T
 

@@ -10,7 +10,7 @@ import pytest
 
 from jaxmoe.config import RouterConfig
 from jaxmoe.layers import route
-from jaxmoe.layers.router import router_logits
+from jaxmoe.layers.router import RouterWeights, router_logits
 
 pytestmark = pytest.mark.covering
 
@@ -198,12 +198,10 @@ CASES = (random_case, tied_case, negative_case, tiny_case)
 
 def run(config: RouterConfig, k: int, logits: np.ndarray, bias: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """`route` with an identity for a projection, so that the logits are exactly those given."""
-    params = {
-        "w_router": jnp.eye(E),
-        "correction_bias": jnp.asarray(bias, jnp.float32),
-        "expert_scale": jnp.asarray(EXPERT_SCALES),
-    }
-    ids_TK, weights_TK = jax.jit(route, static_argnums=(2, 3))(jnp.asarray(logits, jnp.float32), params, k, config)
+    weights = RouterWeights(
+        jnp.eye(E), correction_bias=jnp.asarray(bias, jnp.float32), expert_scale=jnp.asarray(EXPERT_SCALES)
+    )
+    ids_TK, weights_TK = jax.jit(route, static_argnums=(2, 3))(jnp.asarray(logits, jnp.float32), weights, k, config)
     assert (ids_TK.dtype, weights_TK.dtype) == ("int32", "float32")
     return np.asarray(ids_TK), np.asarray(weights_TK)
 
@@ -256,7 +254,7 @@ def test_projection_and_its_bias_are_float32(dtype):
     rng = np.random.default_rng(2)
     x_TD, w_ED, b_E = (jnp.asarray(rng.normal(size=shape), dtype) for shape in ((T, 7), (E, 7), (E,)))
     config = RouterConfig(score_after_top_k=True, renormalize=False, logit_bias=True)
-    ids_TK, weights_TK = route(x_TD, {"w_router": w_ED, "b_router": b_E}, K, config)
+    ids_TK, weights_TK = route(x_TD, RouterWeights(w_ED, b_E), K, config)
     assert weights_TK.dtype == "float32"
     logits_TE = np.asarray(x_TD, np.float64) @ np.asarray(w_ED, np.float64).T + np.asarray(b_E, np.float64)
     for ids, weights, logits in zip(np.asarray(ids_TK), np.asarray(weights_TK), logits_TE, strict=True):
@@ -267,8 +265,8 @@ def test_projection_and_its_bias_are_float32(dtype):
 def test_the_input_is_normalised_for_the_router_alone():
     rng = np.random.default_rng(3)
     x_TD, w_ED, scale_D = rng.normal(size=(T, 7)), rng.normal(size=(E, 7)), rng.normal(size=7)
-    params = {"w_router": jnp.asarray(w_ED, jnp.float32), "router_norm": jnp.asarray(scale_D, jnp.float32)}
-    logits_TE = router_logits(jnp.asarray(x_TD, jnp.float32), params, RouterConfig(input_norm_eps=0.5))
+    weights = RouterWeights(jnp.asarray(w_ED, jnp.float32), router_norm=jnp.asarray(scale_D, jnp.float32))
+    logits_TE = router_logits(jnp.asarray(x_TD, jnp.float32), weights, RouterConfig(input_norm_eps=0.5))
     normed_TD = x_TD / np.sqrt((x_TD**2).mean(axis=1, keepdims=True) + 0.5) * scale_D / np.sqrt(7)
     np.testing.assert_allclose(logits_TE, normed_TD @ w_ED.T, rtol=1e-4, atol=1e-5)
 

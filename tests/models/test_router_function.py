@@ -8,7 +8,7 @@ from flax import nnx
 
 import jaxmoe
 from jaxmoe.config import RouterConfig
-from jaxmoe.layers.router import choose_experts
+from jaxmoe.layers.router import RouterWeights, choose_experts
 from jaxmoe.models import Decoder
 from tests.support.goldens import GOLDENS, check_logits, read_expected
 from tests.support.meshes import mesh_of
@@ -19,7 +19,7 @@ CHECKPOINT = GOLDENS / "qwen3_moe" / "original"
 
 
 def as_the_family_does(logits_TE: jax.Array, k: int) -> tuple[jax.Array, jax.Array]:
-    return choose_experts(logits_TE, {}, k, RouterConfig())
+    return choose_experts(logits_TE, RouterWeights(w_router=None), k, RouterConfig())
 
 
 def the_worst(logits_TE: jax.Array, k: int) -> tuple[jax.Array, jax.Array]:

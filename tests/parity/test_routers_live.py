@@ -9,6 +9,7 @@ import pytest
 
 from jaxmoe.config import RouterConfig
 from jaxmoe.layers import route
+from jaxmoe.layers.router import RouterWeights
 
 pytestmark = pytest.mark.parity
 
@@ -50,8 +51,8 @@ def test_experts_and_weights(model_type):
         x_TD = torch.randn((T, D), generator=generator)
         found = module(x_TD)
     ids, weights = sorted(found[1:], key=lambda tensor: tensor.is_floating_point())
-    params = {ours: jnp.asarray(tensors[tensor].detach().numpy()) for ours, tensor in names.items()}
-    ids_TK, weights_TK = route(jnp.asarray(x_TD.numpy()), params, K, config)
+    router = RouterWeights(**{ours: jnp.asarray(tensors[tensor].detach().numpy()) for ours, tensor in names.items()})
+    ids_TK, weights_TK = route(jnp.asarray(x_TD.numpy()), router, K, config)
     # In the order of the experts: transformers leaves its own open.
     ours, reference = np.argsort(ids_TK, axis=1), np.argsort(ids.numpy(), axis=1)
     np.testing.assert_array_equal(np.take_along_axis(np.asarray(ids_TK), ours, 1), np.sort(ids.numpy(), axis=1))
