@@ -14,9 +14,8 @@ from hypothesis import strategies as st
 import jaxmoe
 from jaxmoe.checks import flag, one_of, real_number, token_ids, whole_number
 from jaxmoe.config import MLPConfig, MoEConfig, RouterConfig
-from jaxmoe.config.feed_forward import Score
+from jaxmoe.config.routers import SCORES, Score
 from jaxmoe.generate import SamplingParams
-from jaxmoe.layers.router import SCORES
 from tests.support.meshes import mesh_of
 
 SIZES = {"num_experts": 4, "num_experts_per_tok": 2, "hidden_size": 8, "moe_intermediate_size": 8}
@@ -84,15 +83,15 @@ def test_the_names_of_configs_are_those_of_the_tables():
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (partial(RouterConfig, score="softmaxx"), "RouterConfig.score is one of softmax, sigmoid, sqrt_softplus"),
-        (partial(RouterConfig, group_score="sum"), "RouterConfig.group_score is one of max, top2_sum; got 'sum'"),
+        (partial(RouterConfig, score="softmaxx"), "TopK.score is one of softmax, sigmoid, sqrt_softplus"),
+        (partial(RouterConfig, group_score="sum"), "GroupedTopK.group_score is one of max, top2_sum; got 'sum'"),
         (partial(RouterConfig, renormalize="no"), "RouterConfig.renormalize is True or False"),
-        (partial(RouterConfig, scale=None), "RouterConfig.scale is a finite number"),
-        (partial(RouterConfig, scale=float("nan")), "RouterConfig.scale is a finite number"),
+        (partial(RouterConfig, scale=None), "TopK.scale is a finite number"),
+        (partial(RouterConfig, scale=float("nan")), "TopK.scale is a finite number"),
         (partial(RouterConfig, input_norm_eps=0.0), "RouterConfig.input_norm_eps is a finite number above 0"),
-        (partial(RouterConfig, p_norm=0), "RouterConfig.p_norm is a finite number above 0"),
-        (partial(RouterConfig, num_groups=2.0), "RouterConfig.num_groups is a whole number"),
-        (partial(RouterConfig, function="top"), "RouterConfig.function is a function"),
+        (partial(RouterConfig, p_norm=0), "PNormNormalization.p is a finite number above 0"),
+        (partial(RouterConfig, num_groups=2.0), "GroupedTopK.num_groups is a whole number"),
+        (partial(RouterConfig, function="top"), "ChosenByFunction.function is a function"),
         (partial(MoEConfig, **SIZES | {"num_experts": "4"}), "MoEConfig.num_experts is a whole number"),
         (partial(MoEConfig, **SIZES, bias=1), "MoEConfig.bias is True or False"),
         (

@@ -7,19 +7,26 @@ import pytest
 
 from jaxmoe.config import (
     AttentionConfig,
+    Chunks,
     DecoderConfig,
     GatedDeltaNetConfig,
+    GroupedTopK,
     LayerConfig,
     Mamba2Config,
     MLPConfig,
     MoEConfig,
+    QueryKeyNorm,
     RouterConfig,
+    SlidingWindow,
 )
 from jaxmoe.models.checks import check_token_ids
 
-ROUTER = RouterConfig(num_groups=4, topk_groups=2)
+CHOICE = GroupedTopK(num_groups=4, topk_groups=2)
+ROUTER = RouterConfig(choice=CHOICE)
 MLP = MLPConfig(hidden_size=8, intermediate_size=6)
-MOE = MoEConfig(num_experts=8, num_experts_per_tok=2, hidden_size=8, moe_intermediate_size=6, router=ROUTER)
+MOE = MoEConfig(
+    num_experts=8, num_experts_per_tok=2, hidden_size=8, moe_intermediate_size=6, router=RouterConfig(choice=CHOICE)
+)
 ATTENTION = AttentionConfig(num_heads=4, num_kv_heads=2, head_dim=4, rope=None)
 DELTA = GatedDeltaNetConfig(num_key_heads=2, num_value_heads=4, key_head_dim=4, value_head_dim=4, conv_kernel_size=4)
 MAMBA2 = Mamba2Config(num_heads=4, head_dim=4, num_groups=2, state_size=4, conv_kernel_size=4)
@@ -44,14 +51,11 @@ DECODER = DecoderConfig(
         (MOE, {"moe_intermediate_size": 1}, {"moe_intermediate_size": 0}, "at least 1; got 0"),
         (MLP, {"intermediate_size": 1}, {"intermediate_size": True}, "at least 1; got True"),
         (MLP, {"hidden_size": 1}, {"hidden_size": 8.0}, r"at least 1; got 8\.0"),
-        (ROUTER, {"topk_groups": 4}, {"topk_groups": 5}, "topk_groups=5 is above num_groups=4"),
+        (CHOICE, {"topk_groups": 4}, {"topk_groups": 5}, "topk_groups=5 is above num_groups=4"),
         (ATTENTION, {"num_kv_heads": 4}, {"num_kv_heads": 3}, "num_heads=4 is no multiple of num_kv_heads=3"),
-        (
-            ATTENTION,
-            {"zero_centred_norm": True, "qk_norm": "head"},
-            {"zero_centred_norm": True, "qk_norm": "full"},
-            "qk_norm='full'",
-        ),
+        (QueryKeyNorm(weight="zero_centered"), {"over": "head"}, {"over": "full"}, "weight='zero_centered'"),
+        (SlidingWindow(size=2), {"size": 1}, {"size": 0}, "at least 1; got 0"),
+        (Chunks(size=2), {"size": 1}, {"size": 1.5}, r"at least 1; got 1\.5"),
         (DELTA, {"num_value_heads": 2}, {"num_value_heads": 3}, "num_value_heads=3 is no multiple of num_key_heads=2"),
         (MAMBA2, {"num_groups": 4}, {"num_groups": 3}, "num_heads=4 is no multiple of num_groups=3"),
         (LAYER, {"attention": None}, {"attention": None, "feed_forward": None}, "or both; got neither"),

@@ -18,11 +18,10 @@ import pytest
 from flax import nnx
 
 import jaxmoe
-from jaxmoe.config import MLPConfig, MoEConfig, RouterConfig
+from jaxmoe.config import SCORES, MLPConfig, MoEConfig, RouterConfig
 from jaxmoe.dispatch import DISPATCHES
 from jaxmoe.generate import SamplingParams, sampling
 from jaxmoe.kernels.grouped_matmul import ACTIVATIONS, BACKENDS, QuantizedStack, expert_mlp, grouped_matmul
-from jaxmoe.layers.router import SCORES
 from jaxmoe.models import Decoder, read_model_config
 from jaxmoe.placement.replicas import REPLICA_CHOICES
 from tests.support.meshes import mesh_of

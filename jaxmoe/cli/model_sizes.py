@@ -84,7 +84,7 @@ def _of_config(directory: str) -> ModelSizes:
         experts_per_token=moe.num_experts_per_tok,
         num_layers=len(decoder.layers),
         moe_layers=tuple(moes),
-        num_groups=moe.router.num_groups,
+        num_groups=moe.router.choice.expert_groups,
         gated=moe.gated,
     )
 

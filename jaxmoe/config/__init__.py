@@ -4,11 +4,31 @@ One config per component, each checked when it is made. A family's file turns th
 dictionary that `read_config_json` returns into a `DecoderConfig`.
 """
 
-from jaxmoe.config.decoder import DecoderConfig, LayerConfig
-from jaxmoe.config.feed_forward import MLPConfig, MoEConfig, RouterConfig, RouterFunction
-from jaxmoe.config.reading import pick, pick_layer_types, read_common, read_config_json, read_dtype, read_json
-from jaxmoe.config.token_mixers import (
+from jaxmoe.config.attention import (
     AttentionConfig,
+    AttentionMask,
+    Chunks,
+    QueryKeyNorm,
+    QueryTemperature,
+    SlidingWindow,
+)
+from jaxmoe.config.decoder import DecoderConfig, LayerConfig
+from jaxmoe.config.feed_forward import MLPConfig, MoEConfig
+from jaxmoe.config.reading import pick, pick_layer_types, read_common, read_config_json, read_dtype, read_json
+from jaxmoe.config.routers import (
+    SCORES,
+    ChosenByFunction,
+    ExpertChoice,
+    GroupedTopK,
+    Normalization,
+    PNormNormalization,
+    RouterConfig,
+    RouterFunction,
+    SparseMixer,
+    SumNormalization,
+    TopK,
+)
+from jaxmoe.config.token_mixers import (
     GatedDeltaNetConfig,
     Mamba2Config,
     MambaConfig,
@@ -17,18 +37,32 @@ from jaxmoe.config.token_mixers import (
 )
 
 __all__ = [
+    "SCORES",
     "AttentionConfig",
+    "AttentionMask",
+    "ChosenByFunction",
+    "Chunks",
     "DecoderConfig",
+    "ExpertChoice",
     "GatedDeltaNetConfig",
+    "GroupedTopK",
     "LayerConfig",
     "MLAConfig",
     "MLPConfig",
     "Mamba2Config",
     "MambaConfig",
     "MoEConfig",
+    "Normalization",
+    "PNormNormalization",
+    "QueryKeyNorm",
+    "QueryTemperature",
     "RouterConfig",
     "RouterFunction",
+    "SlidingWindow",
+    "SparseMixer",
+    "SumNormalization",
     "TokenMixerConfig",
+    "TopK",
     "pick",
     "pick_layer_types",
     "read_common",

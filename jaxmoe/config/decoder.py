@@ -4,7 +4,8 @@ import dataclasses
 from typing import Literal
 
 from jaxmoe.checks import check_positive
-from jaxmoe.config.feed_forward import MLPConfig, MoEConfig, RouterFunction
+from jaxmoe.config.feed_forward import MLPConfig, MoEConfig
+from jaxmoe.config.routers import ChosenByFunction, RouterFunction
 from jaxmoe.config.token_mixers import TokenMixerConfig
 
 MAX_EXPERTS = 1_000_000  # each has names and blocks, before a file is asked whether it is there
@@ -101,13 +102,15 @@ class DecoderConfig:
         return tuple(i for i, layer in enumerate(self.layers) if isinstance(layer.feed_forward, MoEConfig))
 
     def with_router(self, function: RouterFunction) -> "DecoderConfig":
-        """The same with experts chosen by `function` in every layer, see `RouterConfig.function`."""
+        """The same with experts chosen by `function` in every layer; see `ChosenByFunction`."""
 
         def changed(layer: LayerConfig) -> LayerConfig:
             moe = layer.feed_forward
             if not isinstance(moe, MoEConfig):
                 return layer
-            moe = dataclasses.replace(moe, router=dataclasses.replace(moe.router, function=function))
+            # Parameters that the function does not look at stay: a checkpoint has tensors for them.
+            router = dataclasses.replace(moe.router, choice=ChosenByFunction(function=function))
+            moe = dataclasses.replace(moe, router=router)
             return dataclasses.replace(layer, feed_forward=moe)
 
         return dataclasses.replace(self, layers=tuple(changed(layer) for layer in self.layers))

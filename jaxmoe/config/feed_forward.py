@@ -1,111 +1,9 @@
-"""Configs of dense MLPs, of routers and of routed experts."""
+"""Configs of dense MLPs and of routed experts."""
 
 import dataclasses
-from collections.abc import Callable
-from typing import Any, Literal, get_args
 
-from jaxmoe.checks import check_flags, check_positive, instance_of, one_of, real_number
-
-Score = Literal["softmax", "sigmoid", "sqrt_softplus"]
-GroupScore = Literal["max", "top2_sum"]
-RouterFunction = Callable[..., tuple[Any, Any]]
-"""A choice of experts of one's own; see `RouterConfig.function`."""
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class RouterConfig:
-    """How a router turns logits into experts and weights; see `jaxmoe.layers.router.route`.
-
-    Attributes:
-        score: from logits to scores, a name in `jaxmoe.layers.router.SCORES`.
-        score_after_top_k: choose by the logits, and score only the K chosen ones.
-        renormalize: divide the weights by their sum.
-        sum_epsilon: added to that sum.
-        min_sum: the sum is at least this.
-        p_norm: divide the weights by their p-norm instead of their sum.
-        logit_bias: the router's projection has a bias.
-        correction_bias: a bias per expert that counts for the choice and not for the weight.
-        num_groups: experts are in this many groups, of which `topk_groups` are eligible for a token.
-        topk_groups: see `num_groups`.
-        group_score: a group counts as its largest score, or as the sum of its two largest.
-        zero_other_groups: experts of the other groups score 0, and so weigh nothing where they are chosen for want of
-            others, instead of being no choice.
-        scale: the weights are multiplied by it.
-        expert_scale: the weight of each expert is multiplied by a learnt factor of that expert.
-        input_norm_eps: the router sees x / rms(x) · scale / sqrt(D), with a learnt scale [D] and this epsilon; None for
-            x as it is.
-        sparsemixer: choose and weight by `jaxmoe.layers.router.sparsemixer` with this jitter; None for the above.
-        function: choose and weight by this function of float32 logits [T, E] and K, which gives whole numbers [T, K],
-            experts that differ from each other, and weights [T, K]. It is traced by JAX, and nothing but
-            `input_norm_eps` and `logit_bias` counts beside it. With a parameter ``expert_ids=None`` it can be replayed:
-            given whole numbers [T, K] there, it gives them back with the weights that they have. Masked tokens and padding
-            have an x of zeros there, of which its gradient has to be finite. None for the above.
-
-    Raises:
-        ValueError: a name, number or flag that is none of those above.
-
-    Example:
-        Experts by their logits, all with the same weight:
-
-        >>> def alike(logits_TE, K, expert_ids=None):
-        ...     ids_TK = jax.lax.top_k(logits_TE, K)[1] if expert_ids is None else expert_ids
-        ...     return ids_TK, jnp.full(ids_TK.shape, 1 / K)
-        >>> router = RouterConfig(function=alike)
-    """
-
-    score: Score = "softmax"
-    score_after_top_k: bool = False
-    renormalize: bool = True
-    sum_epsilon: float = 0.0
-    min_sum: float = 0.0
-    p_norm: float | None = None
-    logit_bias: bool = False
-    correction_bias: bool = False
-    num_groups: int = 1
-    topk_groups: int = 1
-    group_score: GroupScore = "top2_sum"
-    zero_other_groups: bool = False
-    scale: float = 1.0
-    expert_scale: bool = False
-    input_norm_eps: float | None = None
-    sparsemixer: float | None = None
-    function: RouterFunction | None = None
-
-    def __post_init__(self) -> None:
-        check_positive(self, "num_groups", "topk_groups")
-        one_of("RouterConfig.score", self.score, get_args(Score))
-        one_of("RouterConfig.group_score", self.group_score, get_args(GroupScore))
-        check_flags(
-            self,
-            "score_after_top_k",
-            "renormalize",
-            "logit_bias",
-            "correction_bias",
-            "zero_other_groups",
-            "expert_scale",
-        )
-        self._check_numbers()
-        if self.function is not None and not callable(self.function):
-            raise ValueError(f"RouterConfig.function is a function of logits and K, or None; got {self.function!r:.80}")
-        if self.topk_groups > self.num_groups:
-            raise ValueError(f"topk_groups={self.topk_groups} is above num_groups={self.num_groups}")
-
-    def _check_numbers(self) -> None:
-        # Of a mean of squares of zeros, which padding has, the gradient is finite only with an epsilon.
-        rules: dict[str, dict[str, Any]] = {
-            "sum_epsilon": {"least": 0},
-            "min_sum": {"least": 0},
-            "p_norm": {"above": 0},
-            "scale": {},
-            "input_norm_eps": {"above": 0},
-            "sparsemixer": {"least": 0},
-        }
-        for name, rule in rules.items():
-            value = getattr(self, name)
-            if value is not None:
-                object.__setattr__(self, name, real_number(f"RouterConfig.{name}", value, **rule))
-            elif name in ("sum_epsilon", "min_sum", "scale"):
-                raise ValueError(f"RouterConfig.{name} is a finite number; got None")
+from jaxmoe.checks import check_flags, check_positive, instance_of, real_number
+from jaxmoe.config.routers import RouterConfig
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -164,7 +62,7 @@ class MoEConfig:
     activation_limit: float | None = None
     bias: bool = False
     gated: bool = True
-    router: RouterConfig = RouterConfig()
+    router: RouterConfig = dataclasses.field(default_factory=RouterConfig)
     weights_on_input: bool = False
     shared: MLPConfig | None = None
     shared_gate: bool = False
@@ -190,10 +88,10 @@ class MoEConfig:
                 f"a token goes to at most all experts: num_experts_per_tok={self.num_experts_per_tok} is above "
                 f"num_experts={self.num_experts}"
             )
-        if self.num_experts % self.router.num_groups:
+        if self.num_experts % self.router.choice.expert_groups:
             raise ValueError(
                 f"expert groups are of equal size: num_experts={self.num_experts} is no multiple of "
-                f"num_groups={self.router.num_groups}"
+                f"num_groups={self.router.choice.expert_groups}"
             )
         if self.latent_size is not None:
             check_positive(self, "latent_size")

@@ -1,7 +1,6 @@
 """Configs of the layers through which a token sees the ones before it."""
 
 import dataclasses
-from typing import Literal
 
 from jaxmoe.checks import check_positive
 from jaxmoe.rotary import RopeConfig
@@ -13,74 +12,6 @@ class TokenMixerConfig:
     def tp_faults(self, tp: int) -> list[str]:
         """What does not split over `tp` ranks, as "name=value"."""
         raise NotImplementedError
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class AttentionConfig(TokenMixerConfig):
-    """Grouped-query attention (Ainslie et al. 2023, arXiv:2305.13245).
-
-    Attributes:
-        num_heads: query heads.
-        num_kv_heads: key and value heads; divides `num_heads`.
-        head_dim: width of one head.
-        rope: rotary embedding of queries and keys; None for no position embedding.
-        qk_norm: RMS-normalise queries and keys, per "head", over the "full" width of all heads, or per head without
-            a weight, "unweighted"; None for not at all.
-        qk_norm_after_rope: normalise after the rotation instead of before.
-        bias: q, k and v projections have a bias.
-        out_bias: the output projection has one.
-        scale: of the scores; head_dim^-0.5 where None.
-        clip: queries, keys and values are clipped to ±clip before the rotation, after a norm that is before it.
-        sinks: each head has one more logit, whose probability is dropped (attention sinks).
-        sliding_window: a token sees this many positions, itself included; None for all.
-        chunk: positions are in chunks of this many, and a token sees its own chunk only; None for all.
-        temperature: (floor, slope) with which queries far from the start are made longer, by
-            slope · ln(1 + floor((position + 1) / floor)) + 1; None for not at all.
-        values_are_keys: the keys, before their norm and rotation, are the values too.
-        v_norm: RMS-normalise the values per head, without a weight.
-        zero_centred_norm: the norms of queries and keys, per "head", multiply by 1 + weight.
-        output_gate: each query head has a gate beside it in the query projection; what the head gives is multiplied by
-            the gate's sigmoid.
-    """
-
-    num_heads: int
-    num_kv_heads: int
-    head_dim: int
-    rope: RopeConfig | None
-    qk_norm: Literal["head", "full", "unweighted"] | None = None
-    qk_norm_after_rope: bool = False
-    bias: bool = False
-    out_bias: bool = False
-    scale: float | None = None
-    clip: float | None = None
-    sinks: bool = False
-    sliding_window: int | None = None
-    chunk: int | None = None
-    temperature: tuple[float, float] | None = None
-    values_are_keys: bool = False
-    v_norm: bool = False
-    zero_centred_norm: bool = False
-    output_gate: bool = False
-
-    def __post_init__(self) -> None:
-        check_positive(self, "num_heads", "num_kv_heads", "head_dim")
-        if self.num_heads % self.num_kv_heads:
-            raise ValueError(
-                f"each key/value head serves the same number of query heads: num_heads={self.num_heads} is no "
-                f"multiple of num_kv_heads={self.num_kv_heads}"
-            )
-        if self.zero_centred_norm and self.qk_norm != "head":
-            raise ValueError(
-                f'the weights of a norm are around 0 with qk_norm="head" only; zero_centred_norm is set with '
-                f"qk_norm={self.qk_norm!r}"
-            )
-
-    def tp_faults(self, tp: int) -> list[str]:
-        """Heads are split over tp; with fewer key/value heads than ranks, ranks share one."""
-        faults = [f"num_attention_heads={self.num_heads}"] if self.num_heads % tp else []
-        if self.num_kv_heads % tp and tp % self.num_kv_heads:
-            faults.append(f"num_key_value_heads={self.num_kv_heads} (neither divides the other)")
-        return faults
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import PartitionSpec as P
 
-from jaxmoe.config import AttentionConfig
+from jaxmoe.config import AttentionConfig, AttentionMask, QueryKeyNorm
 from jaxmoe.layers.cache import CacheArray, cache_specs, write_prompt, write_token
 from jaxmoe.layers.norm import rms_norm, zero_centered_rms_norm
 from jaxmoe.layers.param import ParamFactory, RowMap, ones, zeros
@@ -40,15 +40,13 @@ def attend(
     positions_BS: jax.Array,
     *,
     scale: float,
-    sliding_window: int | None = None,
-    chunk: int | None = None,
+    mask: AttentionMask | None = None,
     sinks_H: jax.Array | None = None,
 ) -> jax.Array:
     """softmax(scale · q kᵀ + causal mask) v, the softmax in float32; returns [B, S, H, h].
 
-    A query at position t sees the keys at indices 0..t, or with a sliding window the last
-    `sliding_window` of them, or with chunks those of its own chunk. Indices beyond t may hold anything
-    finite. A head's sink is one more logit that takes its share of the softmax and adds nothing
+    A query at position t sees the keys at indices 0..t, or with a mask those from `mask.first_seen(t)` on. Indices beyond
+    t may hold anything finite. A head's sink is one more logit that takes its share of the softmax and adds nothing
     (Xiao et al. 2023, arXiv:2309.17453).
     """
     B, S, H, h = q_BSHh.shape
@@ -59,10 +57,8 @@ def attend(
         q_BsGqh = q_BsHh.reshape(B, -1, G, H // G, h)
         scores = jnp.einsum("bsgqh,bgch->bgqsc", q_BsGqh, k_BGCh, preferred_element_type=jnp.float32) * scale
         seen_BsC = index_11C <= positions_Bs[..., None]
-        if sliding_window is not None:
-            seen_BsC &= index_11C > positions_Bs[..., None] - sliding_window
-        if chunk is not None:
-            seen_BsC &= index_11C >= positions_Bs[..., None] // chunk * chunk
+        if mask is not None:
+            seen_BsC &= index_11C >= mask.first_seen(positions_Bs[..., None])
         scores = jnp.where(seen_BsC[:, None, None], scores, -jnp.inf)
         probabilities = _softmax(scores, sinks_H).astype(v_BGCh.dtype)
         return jnp.einsum("bgqsc,bgch->bsgqh", probabilities, v_BGCh).reshape(B, -1, H, v_BGCh.shape[-1])
@@ -109,18 +105,19 @@ class Attention(nnx.Module):
         if not config.values_are_keys:
             self.w_v = param((self.kv_heads * h, hidden_size), TP, None, rows=kv_rows)
         self.w_o = param((hidden_size, config.num_heads * h), None, TP)
-        if config.bias:
+        if config.biases is not None:
             self.b_q = param((q_rows,), TP, init=zeros)
             self.b_k = param((self.kv_heads * h,), TP, init=zeros, rows=kv_rows)
             if not config.values_are_keys:
                 self.b_v = param((self.kv_heads * h,), TP, init=zeros, rows=kv_rows)
-        if config.out_bias:
+        if config.biases == "all":
             self.b_o = param((hidden_size,), init=zeros)
-        if config.qk_norm == "head":
-            init = zeros if config.zero_centred_norm else ones
+        norm = config.qk_norm
+        if norm is not None and norm.over == "head" and norm.weight != "none":
+            init = zeros if norm.weight == "zero_centered" else ones
             self.q_norm = param((h,), init=init)
             self.k_norm = param((h,), init=init)
-        elif config.qk_norm == "full":
+        elif norm is not None and norm.over == "full":
             self.q_norm = param((config.num_heads * h,), TP, init=ones)
             self.k_norm = param((self.kv_heads * h,), TP, init=ones, rows=kv_rows)
         if config.sinks:
@@ -174,8 +171,7 @@ class Attention(nnx.Module):
                 values,
                 positions_BS,
                 scale=config.head_dim**-0.5 if config.scale is None else config.scale,
-                sliding_window=config.sliding_window,
-                chunk=config.chunk,
+                mask=config.mask,
                 sinks_H=w.get("sinks"),
             )
             if gate_BSHh is not None:
@@ -202,15 +198,15 @@ class Attention(nnx.Module):
 
         def project(name: str) -> jax.Array:
             y_BSA = jnp.einsum("bsd,ad->bsa", x_BSD, w[f"w_{name}"])
-            return y_BSA + w[f"b_{name}"][None, None] if config.bias else y_BSA
+            return y_BSA + w[f"b_{name}"][None, None] if config.biases is not None else y_BSA
 
-        def norm(y_BSA: jax.Array, name: str) -> jax.Array:
-            if config.qk_norm == "full" and name != "v_norm":
+        def norm(y_BSA: jax.Array, name: str, kind: QueryKeyNorm) -> jax.Array:
+            if kind.over == "full":
                 return _norm_over_tp(y_BSA, w[name], self.eps)
             y_BSHh = y_BSA.reshape(*y_BSA.shape[:2], -1, config.head_dim)
-            if config.zero_centred_norm and name in w:
+            if kind.weight == "zero_centered":
                 return zero_centered_rms_norm(y_BSHh, w[name], self.eps).reshape(y_BSA.shape)
-            weight = w.get(name, jnp.ones((), y_BSA.dtype))
+            weight = jnp.ones((), y_BSA.dtype) if kind.weight == "none" else w[name]
             return rms_norm(y_BSHh, weight, self.eps).reshape(y_BSA.shape)
 
         def turn(y_BSA: jax.Array) -> jax.Array:
@@ -225,17 +221,17 @@ class Attention(nnx.Module):
             q, gate_BSHh = q_and_gate[..., 0, :].reshape(*x_BSD.shape[:2], -1), q_and_gate[..., 1, :]
         v = k if config.values_are_keys else project("v")
         if config.v_norm:
-            v = norm(v, "v_norm")
-        if config.qk_norm and not config.qk_norm_after_rope:
-            q, k = norm(q, "q_norm"), norm(k, "k_norm")
+            v = norm(v, "v_norm", QueryKeyNorm(weight="none"))
+        if config.qk_norm is not None and not config.qk_norm.after_rope:
+            q, k = norm(q, "q_norm", config.qk_norm), norm(k, "k_norm", config.qk_norm)
         if config.clip is not None:
             q, k, v = (jnp.clip(y_BSA, -config.clip, config.clip) for y_BSA in (q, k, v))
         q, k = turn(q), turn(k)
-        if config.qk_norm and config.qk_norm_after_rope:
-            q, k = norm(q, "q_norm"), norm(k, "k_norm")
+        if config.qk_norm is not None and config.qk_norm.after_rope:
+            q, k = norm(q, "q_norm", config.qk_norm), norm(k, "k_norm", config.qk_norm)
         if config.temperature is not None:
-            floor, slope = config.temperature
-            longer_BS = slope * jnp.log1p(jnp.floor((positions_BS.astype(jnp.float32) + 1) / floor)) + 1
+            steps_BS = jnp.floor((positions_BS.astype(jnp.float32) + 1) / config.temperature.floor)
+            longer_BS = config.temperature.slope * jnp.log1p(steps_BS) + 1
             q = (q.astype(jnp.float32) * longer_BS[..., None]).astype(q.dtype)
         return q.reshape(shape), k.reshape(shape), v.reshape(shape), gate_BSHh
 

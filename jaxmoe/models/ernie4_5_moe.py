@@ -28,7 +28,7 @@ def read_config(config: Mapping[str, Any]) -> DecoderConfig:
     return DecoderConfig(
         **read_common(config, norm_eps=1e-5, tied=True),
         layers=make_layers(
-            read_attention(config, default_theta=500000.0, interleaved=True, bias=bias, out_bias=bias),
+            read_attention(config, default_theta=500000.0, interleaved=True, biases="all" if bias else None),
             _sparse_layers(config),
             moe,
             read_mlp(config, pick(config, "intermediate_size"), bias=bias),

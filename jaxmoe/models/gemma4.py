@@ -14,7 +14,9 @@ from jaxmoe.config import (
     LayerConfig,
     MLPConfig,
     MoEConfig,
+    QueryKeyNorm,
     RouterConfig,
+    SlidingWindow,
     pick,
     pick_layer_types,
     read_common,
@@ -103,12 +105,12 @@ def _read_attention(config: Mapping[str, Any], count: int) -> list[AttentionConf
             rope=read_rope(
                 config, head_dim=sizes["head_dim"], default_theta=_ROPE[kind]["rope_theta"], rope=ropes[kind]
             ),
-            qk_norm="head",
+            qk_norm=QueryKeyNorm(),
             v_norm=True,
             values_are_keys=keys_are_values and kind == _FULL,
-            **read_biases(config),
+            biases=read_biases(config),
             scale=1.0,
-            sliding_window=pick(config, "sliding_window", default=512) if kind == _SLIDING else None,
+            mask=SlidingWindow(size=pick(config, "sliding_window", default=512)) if kind == _SLIDING else None,
         )
         for kind, sizes in zip(kinds, _read_head_sizes(config, kinds), strict=True)
     ]

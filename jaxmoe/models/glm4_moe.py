@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
-from jaxmoe.config import DecoderConfig, pick, read_common
+from jaxmoe.config import DecoderConfig, QueryKeyNorm, pick, read_common
 from jaxmoe.models.family import MLP_EXPERTS, MTP_LAYERS, ROTARY_BUFFERS, Family, llama_tensors, mlp_tensors
 from jaxmoe.models.readers import (
     make_layers,
@@ -23,8 +23,8 @@ def read_config(config: Mapping[str, Any]) -> DecoderConfig:
         default_theta=10000.0,
         partial=True,
         rope={"partial_rotary_factor": 0.5, **rope_settings(config)},
-        qk_norm="head" if pick(config, "use_qk_norm", default=False) else None,
-        bias=pick(config, "attention_bias", default=False),
+        qk_norm=QueryKeyNorm() if pick(config, "use_qk_norm", default=False) else None,
+        biases="qkv" if pick(config, "attention_bias", default=False) else None,
     )
     shared_width = pick(config, "moe_intermediate_size") * pick(config, "n_shared_experts", default=1)
     moe = read_moe(

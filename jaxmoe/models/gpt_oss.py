@@ -3,7 +3,16 @@
 from collections.abc import Mapping
 from typing import Any
 
-from jaxmoe.config import DecoderConfig, LayerConfig, MoEConfig, RouterConfig, pick, pick_layer_types, read_common
+from jaxmoe.config import (
+    DecoderConfig,
+    LayerConfig,
+    MoEConfig,
+    RouterConfig,
+    SlidingWindow,
+    pick,
+    pick_layer_types,
+    read_common,
+)
 from jaxmoe.models.family import ROTARY_BUFFERS, ExpertTensors, Family, llama_tensors
 from jaxmoe.models.readers import read_attention, read_biases
 from jaxmoe.rotary import rope_settings
@@ -46,6 +55,10 @@ def read_config(config: Mapping[str, Any]) -> DecoderConfig:
     count = pick(config, "num_hidden_layers")
     usual = ["full_attention" if i % 2 else "sliding_attention" for i in range(count)]
     settings = rope_settings(config)
+
+    def mask(kind: str) -> SlidingWindow | None:
+        return SlidingWindow(size=pick(config, "sliding_window", default=128)) if kind == "sliding_attention" else None
+
     return DecoderConfig(
         **read_common(config, norm_eps=1e-5, positions=131072),
         layers=tuple(
@@ -54,9 +67,9 @@ def read_config(config: Mapping[str, Any]) -> DecoderConfig:
                     config,
                     default_theta=150000.0,
                     rope=settings if settings.keys() & {"rope_type", "type"} else {**_YARN, **settings},
-                    **read_biases(config, default=True),
+                    biases=read_biases(config, default=True),
                     sinks=True,
-                    sliding_window=pick(config, "sliding_window", default=128) if kind == "sliding_attention" else None,
+                    mask=mask(kind),
                 ),
                 feed_forward=moe,
             )

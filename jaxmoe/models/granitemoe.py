@@ -17,7 +17,7 @@ def read_config(config: Mapping[str, Any]) -> DecoderConfig:
         attention=read_attention(
             config,
             default_theta=10000.0,
-            **read_biases(config),
+            biases=read_biases(config),
             scale=pick(config, "attention_multiplier", default=1.0),
         ),
         feed_forward=read_moe(

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
-from jaxmoe.config import DecoderConfig, LayerConfig, MoEConfig, RouterConfig, pick, read_common
+from jaxmoe.config import DecoderConfig, LayerConfig, MoEConfig, QueryKeyNorm, RouterConfig, pick, read_common
 from jaxmoe.models.family import MLP_EXPERTS, ROTARY_BUFFERS, Family, llama_tensors, mlp_tensors
 from jaxmoe.models.readers import read_attention, read_biases, read_mlp
 
@@ -28,9 +28,8 @@ def read_config(config: Mapping[str, Any]) -> DecoderConfig:
         config,
         default_theta=10000.0,
         head_dim_names=("head_dim", "attention_head_dim"),
-        qk_norm="head" if pick(config, "use_qk_norm", default=True) else None,
-        qk_norm_after_rope=True,
-        **read_biases(config),
+        qk_norm=QueryKeyNorm(after_rope=True) if pick(config, "use_qk_norm", default=True) else None,
+        biases=read_biases(config),
     )
     return DecoderConfig(
         **read_common(config, norm_eps=1e-5),

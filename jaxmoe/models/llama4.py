@@ -6,12 +6,15 @@ into an expert.
 """
 
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Any
 
 from jaxmoe.config import (
     AttentionConfig,
+    Chunks,
     DecoderConfig,
     MoEConfig,
+    QueryKeyNorm,
+    QueryTemperature,
     RouterConfig,
     pick,
     pick_layer_types,
@@ -49,10 +52,11 @@ def _read_attention(config: Mapping[str, Any], count: int) -> list[AttentionConf
     """The attention of each layer, with or without positions and chunks."""
     heads = read_heads(config)
     rope = read_rope(config, head_dim=heads["head_dim"], default_theta=500000.0, interleaved=True)
-    qk_norm: Literal["unweighted"] | None = "unweighted" if pick(config, "use_qk_norm", default=True) else None
+    qk_norm = QueryKeyNorm(weight="none", after_rope=True) if pick(config, "use_qk_norm", default=True) else None
     temperature = None
     if pick(config, "attn_temperature_tuning", default=True):
-        temperature = (float(pick(config, "floor_scale", default=8192)), float(pick(config, "attn_scale", default=0.1)))
+        floor, slope = pick(config, "floor_scale", default=8192), pick(config, "attn_scale", default=0.1)
+        temperature = QueryTemperature(floor=float(floor), slope=float(slope))
     interval = pick(config, "no_rope_layer_interval", default=4)
     # 1 for a layer with positions, whatever the setting's name says; an empty list counts as none.
     rotates = pick(config, "no_rope_layers", default=[]) or [int((i + 1) % interval != 0) for i in range(count)]
@@ -66,9 +70,8 @@ def _read_attention(config: Mapping[str, Any], count: int) -> list[AttentionConf
             **heads,
             rope=rope if rotate else None,
             qk_norm=qk_norm if rotate else None,
-            qk_norm_after_rope=True,
-            **read_biases(config),
-            chunk=chunk if kind == "chunked_attention" else None,
+            biases=read_biases(config),
+            mask=Chunks(size=chunk) if kind == "chunked_attention" else None,
             temperature=None if rotate else temperature,
         )
         for rotate, kind in zip(rotates[:count], kinds, strict=True)

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
-from jaxmoe.config import DecoderConfig, LayerConfig, RouterConfig, pick, read_common
+from jaxmoe.config import DecoderConfig, LayerConfig, QueryKeyNorm, RouterConfig, pick, read_common
 from jaxmoe.models.family import BLOCK_SPARSE_EXPERTS, ROTARY_BUFFERS, Family, llama_tensors
 from jaxmoe.models.readers import read_attention, read_heads, read_moe
 from jaxmoe.rotary import rope_settings
@@ -30,7 +30,7 @@ def read_config(config: Mapping[str, Any]) -> DecoderConfig:
         head_dim = read_heads(config)["head_dim"]
         rope["partial_rotary_factor"] = pick(config, "rotary_dim", default=head_dim) / head_dim
     layer = LayerConfig(
-        attention=read_attention(config, default_theta=5e6, partial=True, rope=rope, qk_norm="full"),
+        attention=read_attention(config, default_theta=5e6, partial=True, rope=rope, qk_norm=QueryKeyNorm(over="full")),
         feed_forward=read_moe(
             config,
             "num_local_experts",

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
-from jaxmoe.config import DecoderConfig, LayerConfig, RouterConfig, pick, read_common
+from jaxmoe.config import DecoderConfig, LayerConfig, QueryKeyNorm, RouterConfig, pick, read_common
 from jaxmoe.models.family import MLP_EXPERTS, ROTARY_BUFFERS, Family, llama_tensors
 from jaxmoe.models.readers import read_attention, read_biases, read_moe
 
@@ -14,8 +14,8 @@ def read_config(config: Mapping[str, Any]) -> DecoderConfig:
         attention=read_attention(
             config,
             default_theta=10000.0,
-            qk_norm="full",
-            **read_biases(config),
+            qk_norm=QueryKeyNorm(over="full"),
+            biases=read_biases(config),
             clip=pick(config, "clip_qkv", default=None),
         ),
         feed_forward=read_moe(

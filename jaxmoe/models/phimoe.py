@@ -12,9 +12,18 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
-from jaxmoe.config import AttentionConfig, DecoderConfig, LayerConfig, MoEConfig, RouterConfig, pick, read_common
+from jaxmoe.config import (
+    AttentionConfig,
+    DecoderConfig,
+    LayerConfig,
+    MoEConfig,
+    RouterConfig,
+    SparseMixer,
+    pick,
+    read_common,
+)
 from jaxmoe.models.family import BLOCK_SPARSE_EXPERTS, ROTARY_BUFFERS, Family, llama_tensors
-from jaxmoe.models.readers import read_attention, read_biases
+from jaxmoe.models.readers import read_attention, read_biases, window_of
 
 
 def read_config(config: Mapping[str, Any]) -> DecoderConfig:
@@ -24,8 +33,8 @@ def read_config(config: Mapping[str, Any]) -> DecoderConfig:
             read_attention(
                 config,
                 default_theta=1e6,
-                **read_biases(config),
-                sliding_window=pick(config, "sliding_window", default=None),
+                biases=read_biases(config),
+                mask=window_of(pick(config, "sliding_window", default=None)),
             )
         ),
         feed_forward=MoEConfig(
@@ -34,7 +43,7 @@ def read_config(config: Mapping[str, Any]) -> DecoderConfig:
             hidden_size=pick(config, "hidden_size"),
             moe_intermediate_size=pick(config, "intermediate_size"),
             activation=pick(config, "hidden_act", default="silu"),
-            router=RouterConfig(renormalize=False, sparsemixer=pick(config, "router_jitter_noise", default=0.01)),
+            router=RouterConfig(choice=SparseMixer(jitter=pick(config, "router_jitter_noise", default=0.01))),
         ),
     )
     return DecoderConfig(

@@ -5,7 +5,14 @@ from typing import Any
 
 from jaxmoe.config import AttentionConfig, DecoderConfig, pick, pick_layer_types, read_common
 from jaxmoe.models.family import MLP_EXPERTS, ROTARY_BUFFERS, Family, llama_tensors, mlp_tensors
-from jaxmoe.models.readers import make_layers, read_attention, read_mlp, read_moe_with_gated_expert, sparse_by_step
+from jaxmoe.models.readers import (
+    make_layers,
+    read_attention,
+    read_mlp,
+    read_moe_with_gated_expert,
+    sparse_by_step,
+    window_of,
+)
 
 
 def read_config(config: Mapping[str, Any]) -> DecoderConfig:
@@ -20,7 +27,7 @@ def read_config(config: Mapping[str, Any]) -> DecoderConfig:
 
 def _read_attention(config: Mapping[str, Any]) -> list[AttentionConfig]:
     """The attention of each layer: with a window on every other one below `max_window_layers`, if with windows at all."""
-    window = pick(config, "sliding_window", default=4096) if config.get("use_sliding_window") else None
+    window = window_of(pick(config, "sliding_window", default=4096) if config.get("use_sliding_window") else None)
     below = pick(config, "max_window_layers", default=28)
     count = pick(config, "num_hidden_layers")
     usual = ["sliding_attention" if i % 2 == 0 and i < below else "full_attention" for i in range(count)]
@@ -28,8 +35,8 @@ def _read_attention(config: Mapping[str, Any]) -> list[AttentionConfig]:
         read_attention(
             config,
             default_theta=10000.0,
-            bias=pick(config, "qkv_bias", default=True),
-            sliding_window=window if kind == "sliding_attention" else None,
+            biases="qkv" if pick(config, "qkv_bias", default=True) else None,
+            mask=window if kind == "sliding_attention" else None,
         )
         for kind in pick_layer_types(config, usual, "sliding_attention", "full_attention")
     ]

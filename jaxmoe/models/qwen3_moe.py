@@ -3,9 +3,17 @@
 from collections.abc import Mapping
 from typing import Any
 
-from jaxmoe.config import DecoderConfig, RouterConfig, pick, read_common
+from jaxmoe.config import DecoderConfig, QueryKeyNorm, RouterConfig, pick, read_common
 from jaxmoe.models.family import MLP_EXPERTS, ROTARY_BUFFERS, Family, llama_tensors, mlp_tensors
-from jaxmoe.models.readers import make_layers, read_attention, read_biases, read_mlp, read_moe, sparse_by_step
+from jaxmoe.models.readers import (
+    make_layers,
+    read_attention,
+    read_biases,
+    read_mlp,
+    read_moe,
+    sparse_by_step,
+    window_of,
+)
 
 
 def read_config(config: Mapping[str, Any]) -> DecoderConfig:
@@ -13,9 +21,9 @@ def read_config(config: Mapping[str, Any]) -> DecoderConfig:
     attention = read_attention(
         config,
         default_theta=10000.0,
-        qk_norm="head",
-        **read_biases(config),
-        sliding_window=pick(config, "sliding_window", default=4096) if config.get("use_sliding_window") else None,
+        qk_norm=QueryKeyNorm(),
+        biases=read_biases(config),
+        mask=window_of(pick(config, "sliding_window", default=4096) if config.get("use_sliding_window") else None),
     )
     moe = read_moe(
         config,

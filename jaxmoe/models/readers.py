@@ -4,9 +4,18 @@ Each takes the dictionary of config.json. A family's own file has what it does b
 """
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
-from jaxmoe.config import AttentionConfig, LayerConfig, MLPConfig, MoEConfig, RouterConfig, TokenMixerConfig, pick
+from jaxmoe.config import (
+    AttentionConfig,
+    LayerConfig,
+    MLPConfig,
+    MoEConfig,
+    RouterConfig,
+    SlidingWindow,
+    TokenMixerConfig,
+    pick,
+)
 from jaxmoe.rotary import read_rope
 
 
@@ -57,10 +66,14 @@ def read_attention(
     return AttentionConfig(**heads, rope=rotary, **own)
 
 
-def read_biases(config: Mapping[str, Any], *, default: bool = False) -> dict[str, Any]:
-    """Read ``attention_bias`` where it is of all four projections, as fields of an `AttentionConfig`."""
-    bias = pick(config, "attention_bias", default=default)
-    return {"bias": bias, "out_bias": bias}
+def read_biases(config: Mapping[str, Any], *, default: bool = False) -> Literal["all"] | None:
+    """Read ``attention_bias`` where it is of all four projections."""
+    return "all" if pick(config, "attention_bias", default=default) else None
+
+
+def window_of(size: int | None) -> SlidingWindow | None:
+    """A sliding window of a size that may be None, for none."""
+    return None if size is None else SlidingWindow(size=size)
 
 
 def read_mlp(config: Mapping[str, Any], width: int, *, bias: bool = False) -> MLPConfig:

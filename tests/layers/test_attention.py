@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from jaxmoe.config import AttentionConfig
+from jaxmoe.config import AttentionConfig, Chunks, QueryKeyNorm, SlidingWindow
 from jaxmoe.layers import Attention, ParamFactory, param_specs, params_by_path
 from jaxmoe.layers.attention import attend
 from jaxmoe.layers.cache import write_prompt, write_token
@@ -26,10 +26,10 @@ def expected(
     for b, s, head in np.ndindex(*q.shape[:3]):
         position, group = positions[b, s], head // (q.shape[2] // k.shape[1])
         first = 0
-        if "sliding_window" in rules:
-            first = max(0, position + 1 - rules["sliding_window"])
-        if "chunk" in rules:
-            first = position - position % rules["chunk"]
+        if isinstance(mask := rules.get("mask"), SlidingWindow):
+            first = max(0, position + 1 - mask.size)
+        elif isinstance(mask, Chunks):
+            first = position - position % mask.size
         weights = np.exp(scale * k[b, group, first : position + 1] @ q[b, s, head])
         sink = np.exp(rules["sinks_H"][head]) if "sinks_H" in rules else 0
         out[b, s, head] = weights / (weights.sum() + sink) @ v[b, group, first : position + 1]
@@ -40,11 +40,11 @@ def expected(
     "rules",
     [
         {},
-        {"sliding_window": 1},
-        {"sliding_window": 4},
-        {"chunk": 4},
+        {"mask": SlidingWindow(size=1)},
+        {"mask": SlidingWindow(size=4)},
+        {"mask": Chunks(size=4)},
         {"sinks_H": np.array([0.5, -1.0, 3.0, 0.0])},
-        {"sliding_window": 3, "sinks_H": np.array([0.5, -1.0, 3.0, 0.0])},
+        {"mask": SlidingWindow(size=3), "sinks_H": np.array([0.5, -1.0, 3.0, 0.0])},
     ],
     ids="-".join,
 )
@@ -61,8 +61,8 @@ def test_more_queries_than_are_taken_at_a_time():
     rng = np.random.default_rng(1)
     q, k, v = rng.normal(size=(1, 515, 1, 2)), rng.normal(size=(1, 1, 515, 2)), rng.normal(size=(1, 1, 515, 2))
     positions = np.arange(515)[None]
-    out = attend(*map(jnp.float32, (q, k, v)), jnp.asarray(positions), scale=1.0, sliding_window=7)
-    np.testing.assert_allclose(out, expected(q, k, v, positions, 1.0, sliding_window=7), atol=2e-6)
+    out = attend(*map(jnp.float32, (q, k, v)), jnp.asarray(positions), scale=1.0, mask=SlidingWindow(size=7))
+    np.testing.assert_allclose(out, expected(q, k, v, positions, 1.0, mask=SlidingWindow(size=7)), atol=2e-6)
 
 
 def fill(module: nnx.Module) -> None:
@@ -78,7 +78,11 @@ def fill(module: nnx.Module) -> None:
 @pytest.mark.parametrize("kv_heads", [4, 1])
 def test_a_norm_over_all_heads_is_the_same_on_every_tp(kv_heads):
     config = AttentionConfig(
-        num_heads=4, num_kv_heads=kv_heads, head_dim=4, rope=RopeConfig(frequencies=(1.0, 0.1)), qk_norm="full"
+        num_heads=4,
+        num_kv_heads=kv_heads,
+        head_dim=4,
+        rope=RopeConfig(frequencies=(1.0, 0.1)),
+        qk_norm=QueryKeyNorm(over="full"),
     )
     x, positions = np.random.default_rng(3).normal(size=(1, 5, 8)).astype(np.float32), np.arange(5)[None]
 

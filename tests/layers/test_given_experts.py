@@ -9,7 +9,7 @@ import pytest
 from flax import nnx
 
 import jaxmoe
-from jaxmoe.config import MoEConfig, RouterConfig
+from jaxmoe.config import ChosenByFunction, MoEConfig, PNormNormalization, RouterConfig, SparseMixer
 from jaxmoe.layers.router import RouterWeights, choose_experts
 from jaxmoe.models import read_model_config
 from tests.support.families import FAMILIES
@@ -63,24 +63,26 @@ def other_choices(config: MoEConfig, seed: int) -> np.ndarray:
 
 def dense_weights(z_E: jax.Array, ids_K: jax.Array, scale_E: jax.Array, router: RouterConfig) -> jax.Array:
     """One token's weights of given experts, by the formula of each router."""
-    if router.function is not None:
+    choice = router.choice
+    if isinstance(choice, ChosenByFunction):
         return jnp.tanh(z_E[ids_K])
-    if router.sparsemixer is not None:
+    if isinstance(choice, SparseMixer):
         taken_E, weights = jnp.zeros(z_E.shape, bool), []
         for id in ids_K:
-            far_E = (z_E[id] - z_E) / jnp.maximum(jnp.abs(z_E), z_E[id]) > 2 * router.sparsemixer
+            far_E = (z_E[id] - z_E) / jnp.maximum(jnp.abs(z_E), z_E[id]) > 2 * choice.jitter
             weights.append(1 / jnp.sum(jnp.where(far_E | taken_E, 0, jnp.exp(z_E - z_E[id]))))
             taken_E |= jnp.arange(len(z_E)) == id
         return jnp.stack(weights)
     score = {"softmax": lambda z: jnp.exp(z) / jnp.exp(z).sum(), "sigmoid": lambda z: 1 / (1 + jnp.exp(-z))}[
-        router.score
+        choice.score
     ]
-    w_K = score(z_E[ids_K]) if router.score_after_top_k else score(z_E)[ids_K]
-    if router.p_norm is not None:
-        w_K = w_K / (w_K**router.p_norm).sum() ** (1 / router.p_norm)
-    elif router.renormalize:
-        w_K = w_K / jnp.maximum(w_K.sum() + router.sum_epsilon, router.min_sum)
-    return w_K * router.scale * (scale_E[ids_K] if router.expert_scale else 1)
+    w_K = score(z_E[ids_K]) if choice.score_after_top_k else score(z_E)[ids_K]
+    division = choice.normalization
+    if isinstance(division, PNormNormalization):
+        w_K = w_K / (w_K**division.p).sum() ** (1 / division.p)
+    elif division is not None:
+        w_K = w_K / jnp.maximum(w_K.sum() + division.epsilon, division.min_sum)
+    return w_K * choice.scale * (scale_E[ids_K] if router.expert_scale else 1)
 
 
 def dense(config: MoEConfig, x_TD, ids_TK, weights: dict) -> jax.Array:

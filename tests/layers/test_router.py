@@ -8,7 +8,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxmoe.config import RouterConfig
+from jaxmoe.config import (
+    ChosenByFunction,
+    GroupedTopK,
+    PNormNormalization,
+    RouterConfig,
+    SparseMixer,
+    SumNormalization,
+    TopK,
+)
 from jaxmoe.layers import route
 from jaxmoe.layers.router import RouterWeights, router_logits
 
@@ -218,7 +226,7 @@ def test_formula(row: Row, case, k: int):
         np.testing.assert_allclose(weights, row.weigh(token, expected), rtol=3e-5)
 
 
-@pytest.mark.parametrize("row", [row for row in ROWS.values() if row.config.num_groups == 1])
+@pytest.mark.parametrize("row", [row for row in ROWS.values() if row.config.choice.expert_groups == 1])
 def test_all_experts(row: Row):
     logits, bias = random_case(np.random.default_rng(1))
     ids_TK, _ = run(row.config, E, logits, bias)
@@ -285,6 +293,62 @@ def test_a_function_that_gives_something_else_is_refused(function, found):
         run(RouterConfig(function=function), K, np.zeros((T, E)), np.zeros(E))
 
 
-def test_more_groups_chosen_than_there_are():
-    with pytest.raises(ValueError, match="topk_groups=3 is above num_groups=2"):
-        RouterConfig(num_groups=2, topk_groups=3)
+@pytest.mark.parametrize(
+    ("switches", "choice"),
+    [
+        ({}, TopK()),
+        (
+            {"score": "sigmoid", "score_after_top_k": True, "scale": 2},
+            TopK(score="sigmoid", score_after_top_k=True, scale=2.0),
+        ),
+        ({"renormalize": False}, TopK(normalization=None)),
+        ({"sum_epsilon": 1e-3, "min_sum": 0.1}, TopK(normalization=SumNormalization(epsilon=1e-3, min_sum=0.1))),
+        ({"p_norm": 2, "renormalize": False}, TopK(normalization=PNormNormalization(p=2.0))),
+        ({"p_norm": None, "function": None, "sparsemixer": None}, TopK()),
+        ({"num_groups": 1, "group_score": "max", "zero_other_groups": True}, TopK()),
+        (
+            {"num_groups": 4, "topk_groups": 2, "group_score": "max", "zero_other_groups": True},
+            GroupedTopK(num_groups=4, topk_groups=2, group_score="max", zero_other_groups=True),
+        ),
+        ({"sparsemixer": 0.1}, SparseMixer(jitter=0.1, normalization=SumNormalization())),
+        ({"sparsemixer": 0.1, "renormalize": False, "scale": 2}, SparseMixer(jitter=0.1, scale=2.0)),
+        ({"function": by_magnitude}, ChosenByFunction(function=by_magnitude)),
+    ],
+    ids=lambda value: "-".join(value) or "none" if isinstance(value, dict) else "",
+)
+def test_switches_are_a_policy_in_short(switches, choice):
+    router = RouterConfig(**switches, logit_bias=True)
+    assert router == RouterConfig(choice=choice, logit_bias=True)
+    assert hash(router) == hash(RouterConfig(choice=choice, logit_bias=True))
+    assert dataclasses.replace(router, logit_bias=False) == RouterConfig(choice=choice)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        ({"num_groups": 2, "topk_groups": 3}, ValueError, "topk_groups=3 is above num_groups=2"),
+        ({"topk_groups": 2}, ValueError, "topk_groups=2 is above num_groups=1"),
+        (
+            {"sparsemixer": 0.1, "num_groups": 2, "score": "sigmoid"},
+            ValueError,
+            "no part that num_groups and score could",
+        ),
+        (
+            {"function": by_magnitude, "scale": 2.0},
+            ValueError,
+            r"RouterConfig\(function=\) has no part that scale could",
+        ),
+        ({"function": by_magnitude, "sparsemixer": 0.1}, ValueError, "no part that sparsemixer could"),
+        (
+            {"choice": TopK(), "scale": 2.0},
+            ValueError,
+            r"a choice, or the switches of one; got choice=TopK\(.* and scale",
+        ),
+        ({"choice": "softmax"}, TypeError, r"RouterConfig\.choice is an ExpertChoice, such as TopK\(\); got str"),
+        ({"scales": 2.0}, TypeError, "RouterConfig has no argument scales"),
+    ],
+    ids=lambda value: "-".join(value) if isinstance(value, dict) else "",
+)
+def test_what_does_not_belong_together_is_refused(arguments, error, message):
+    with pytest.raises(error, match=message):
+        RouterConfig(**arguments)

@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 
-from jaxmoe.config import DecoderConfig, MoEConfig
+from jaxmoe.config import DecoderConfig, MoEConfig, SlidingWindow
 from jaxmoe.models import find_family
 from tests.support.families import FAMILIES
 
@@ -25,20 +25,21 @@ def test_granite_has_four_multipliers():
 @pytest.mark.parametrize("model_type", ["nemotron_h", "deepseek_v2", "deepseek_v3", "glm4_moe"])
 def test_routed_experts_are_scaled(model_type):
     moes = [layer.feed_forward for layer in read(model_type, routed_scaling_factor=2.5).layers]
-    assert {moe.router.scale for moe in moes if isinstance(moe, MoEConfig)} == {2.5}
+    assert {moe.router.choice.scale for moe in moes if isinstance(moe, MoEConfig)} == {2.5}
 
 
 def test_every_fourth_layer_of_llama4_has_no_rotation():
     changes = {"num_hidden_layers": 9, "no_rope_layers": None, "layer_types": None, "no_rope_layer_interval": 4}
     layers = read("llama4_text", **changes).layers
     assert [i for i, layer in enumerate(layers) if layer.attention.rope is None] == [3, 7]
-    assert [i for i, layer in enumerate(layers) if layer.attention.chunk is None] == [3, 7]
+    assert [i for i, layer in enumerate(layers) if layer.attention.mask is None] == [3, 7]
     assert [i for i, layer in enumerate(layers) if layer.attention.temperature is not None] == [3, 7]
 
 
 def test_layers_of_gpt_oss_have_a_window_by_turns():
     layers = read("gpt_oss", num_hidden_layers=5, layer_types=None, sliding_window=3).layers
-    assert [layer.attention.sliding_window for layer in layers] == [3, None, 3, None, 3]
+    window = SlidingWindow(size=3)
+    assert [layer.attention.mask for layer in layers] == [window, None, window, None, window]
 
 
 @pytest.mark.parametrize("name", ["dtype", "torch_dtype"])

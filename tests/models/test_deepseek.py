@@ -165,7 +165,7 @@ def test_missing_settings_are_the_families_defaults():
     assert attention_of({**sizes, "q_lora_rank": None}).q_rank is None
     older = read({**sizes, "model_type": "deepseek_v2", "norm_topk_prob": False})
     assert (older.moe_layers, older.num_mtp_layers) == (tuple(range(61)), 0)
-    assert router_of({**sizes, "model_type": "deepseek_v2", "norm_topk_prob": False}).num_groups == 1
+    assert router_of({**sizes, "model_type": "deepseek_v2", "norm_topk_prob": False}).choice.expert_groups == 1
 
 
 def test_every_second_layer_can_be_dense():

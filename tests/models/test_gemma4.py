@@ -31,7 +31,7 @@ def test_heads_by_kind_of_layer_as_released_and_layer_by_layer_as_saved():
 def test_every_sixth_layer_and_the_last_one_see_everything():
     usual = {key: value for key, value in SAVED.items() if key not in ("layer_types", "rope_parameters")}
     layers = read_config(usual | {"num_hidden_layers": 8, "per_layer_config": {}}).layers
-    windows = [layer.attention.sliding_window for layer in layers]
+    windows = [layer.attention.mask and layer.attention.mask.size for layer in layers]
     assert windows == [6, 6, 6, 6, 6, None, 6, None]
     ropes = [layer.attention.rope.frequencies for layer in layers]
     # Heads of 8 dims: four pairs that turn within a window, one of four where everything is seen.

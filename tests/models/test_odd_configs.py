@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from jaxmoe.config import SlidingWindow
 from jaxmoe.models import FAMILIES, WRAPPERS, find_family, read_model_config
 from tests.support.goldens import GOLDENS
 
@@ -103,7 +104,7 @@ def test_a_single_expert_needs_no_number_of_experts_per_token():
 
 def test_a_window_without_a_size_has_the_usual_one():
     config = {**CONFIGS["qwen3_moe"], "use_sliding_window": True, "sliding_window": None}
-    assert FAMILIES["qwen3_moe"].read_config(config).layers[0].attention.sliding_window == 4096
+    assert FAMILIES["qwen3_moe"].read_config(config).layers[0].attention.mask == SlidingWindow(size=4096)
 
 
 def test_every_family_with_a_golden_is_tried():

@@ -37,9 +37,9 @@ def test_dense_layers_and_weights_that_do_not_add_up_are_settings_of_qwen3_next_
     settings = {"mlp_only_layers": [0], "decoder_sparse_step": 2, "norm_topk_prob": False, "intermediate_size": 40}
     layers = get_family("qwen3_next").read_config(SAVED["qwen3_next"] | settings).layers
     assert [type(layer.feed_forward) for layer in layers] == [MLPConfig, MoEConfig, MLPConfig]
-    assert not layers[1].feed_forward.router.renormalize
+    assert layers[1].feed_forward.router.choice.normalization is None
     layers = get_family("qwen3_5_moe_text").read_config(SAVED["qwen3_5_moe_text"] | settings).layers
-    assert all(layer.feed_forward.router.renormalize for layer in layers)
+    assert all(layer.feed_forward.router.choice.normalization is not None for layer in layers)
 
 
 @pytest.mark.parametrize("name", SAVED)

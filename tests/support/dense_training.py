@@ -32,7 +32,7 @@ class DenseMoE(nnx.Module):
         _, ids_TK = jax.lax.top_k(p_TE, K)
         chosen_TE = jnp.sum(jax.nn.one_hot(ids_TK, E), axis=1)
         weights_TE = p_TE * chosen_TE
-        if config.router.renormalize:
+        if config.router.choice.normalization is not None:
             weights_TE /= weights_TE.sum(axis=1, keepdims=True)
         chosen_TE, weights_TE = (a_TE * mask_T[:, None] for a_TE in (chosen_TE, weights_TE))
         gate_TEF, up_TEF = (jnp.einsum("td,efd->tef", x_TD, self.w_gate_up[...][:, half]) for half in range(2))

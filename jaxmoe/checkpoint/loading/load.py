@@ -55,7 +55,7 @@ def load(
         dtype: type of weights and activations, "float32", "bfloat16" or "float16"; None for the checkpoint's own.
         adapter: directory of a LoRA adapter, as PEFT's ``save_pretrained`` writes it, to add to the weights.
         router: a function that chooses the experts in every layer instead of the family's router, see
-            `RouterConfig.function`.
+            `jaxmoe.config.ChosenByFunction`.
         expert_axes: mesh axes that share the experts, see `jaxmoe.MoE`.
         dispatch: a backend of `jaxmoe.dispatch` or "auto", or one for each phase, {"prefill": ..., "decode": ...}.
         kernels: a backend of `jaxmoe.kernels.grouped_matmul`, or "auto".
