@@ -80,7 +80,7 @@ def test_what_is_allowed_and_what_is_refused(config, allowed, refused, message):
     [
         ([[0, 10]], r"token ids are 0\.\.9; got 0\.\.10"),
         ([[-1, 9]], r"token ids are 0\.\.9; got -1\.\.9"),
-        ([0, 9], r"whole numbers \[batch, sequence\], at least one; got int64 \(2,\)"),
+        ([0, 9], r"integers \[batch, sequence\], at least one; got int64 \(2,\)"),
         ([[]], "at least one; got"),
         ([[1.0]], "got float64"),
     ],

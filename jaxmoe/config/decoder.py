@@ -18,12 +18,12 @@ class LayerConfig:
     Either half may be None, for a layer that has only the other.
 
     Attributes:
-        attention: the layer through which a token sees those before it.
-        feed_forward: what follows it.
-        post_norms: what a half gives is normalised before it is added to the residual stream.
-        parallel_mlp: a dense MLP beside the routed experts, on the same residual stream, which the router sees without
-            the layer's norms; their results are normalised, each on its own, and added.
-        output_scale: the layer's result is multiplied by a learnt number.
+        attention: token mixer, through which a token sees those before it; None for none.
+        feed_forward: dense MLP or routed experts behind it; None for neither.
+        post_norms: whether the result of a half is normalized before it is added to the residual stream.
+        parallel_mlp: dense MLP beside the routed experts, on the same residual stream, which the router sees without
+            the layer's norms; their results are normalized, each on its own, and added. None for none.
+        output_scale: whether the layer's result is multiplied by a learned number.
     """
 
     attention: TokenMixerConfig | None
@@ -44,23 +44,24 @@ class DecoderConfig:
     """A whole decoder, independent of the family it came from.
 
     Attributes:
-        model_type: the family's name in ``config.json``.
-        vocab_size: tokens the model knows.
-        hidden_size: D.
-        layers: one config per layer, first to last.
+        model_type: name of the family in ``config.json``.
+        vocab_size: number of tokens that the model knows.
+        hidden_size: model width D.
+        layers: configs of the layers, first to last.
         norm_eps: epsilon of every norm.
-        norm: "rms", "rms_float32", which rounds after the weight and not before it too, "rms_zero_centred", which does
-            the same and multiplies by 1 + weight, "layer" with mean and bias, or "layer_without_bias".
-        tie_word_embeddings: the output projection is the embedding.
-        max_position_embeddings: positions the model was made for.
-        dtype: the checkpoint's own dtype by name, None where it does not say.
-        embedding_multiplier: the embedding is multiplied by it.
-        residual_multiplier: what a layer's halves add to the residual stream is multiplied by it.
-        logits_scaling: the logits are divided by it.
-        logits_softcap: the logits become softcap · tanh(logits / softcap), and so stay within ±softcap; None for not.
-        lm_head_bias: the output projection, which is then not tied, has a bias.
-        num_mtp_layers: layers for multi-token prediction that a checkpoint may have behind the model's own, and that
-            are not loaded.
+        norm: kind of every norm: "rms", "rms_float32", which rounds after the weight and not before it too,
+            "rms_zero_centered", which does the same and multiplies by 1 + weight, "layer" with mean and bias, or
+            "layer_without_bias".
+        tie_word_embeddings: whether the output projection is the embedding.
+        max_position_embeddings: number of positions that the model was made for.
+        dtype: name of the checkpoint's own dtype; None where it does not say.
+        embedding_multiplier: factor of the embedding.
+        residual_multiplier: factor of a half's result before it is added to the residual stream.
+        logits_scaling: divisor of the logits.
+        logits_softcap: bound of the logits, which become softcap · tanh(logits / softcap); None for none.
+        lm_head_bias: whether the output projection, which is then not tied, has a bias.
+        num_mtp_layers: number of layers for multi-token prediction that a checkpoint may have behind the model's own,
+            and that are not loaded.
     """
 
     model_type: str
@@ -71,7 +72,7 @@ class DecoderConfig:
     tie_word_embeddings: bool
     max_position_embeddings: int
     dtype: str | None = None
-    norm: Literal["rms", "rms_float32", "rms_zero_centred", "layer", "layer_without_bias"] = "rms"
+    norm: Literal["rms", "rms_float32", "rms_zero_centered", "layer", "layer_without_bias"] = "rms"
     embedding_multiplier: float = 1.0
     residual_multiplier: float = 1.0
     logits_scaling: float = 1.0
@@ -102,7 +103,7 @@ class DecoderConfig:
         return tuple(i for i, layer in enumerate(self.layers) if isinstance(layer.feed_forward, MoEConfig))
 
     def with_router(self, function: RouterFunction) -> "DecoderConfig":
-        """The same with experts chosen by `function` in every layer; see `ChosenByFunction`."""
+        """Make the same config with experts chosen by `function` in every layer; see `ChosenByFunction`."""
 
         def changed(layer: LayerConfig) -> LayerConfig:
             moe = layer.feed_forward

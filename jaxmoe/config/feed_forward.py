@@ -11,11 +11,11 @@ class MLPConfig:
     """A dense MLP: down(act(gate x) · up x).
 
     Attributes:
-        hidden_size: D.
+        hidden_size: model width D.
         intermediate_size: width between the products.
-        activation: a name in `jaxmoe.kernels.grouped_matmul.ACTIVATIONS`.
-        bias: every projection has a bias.
-        gated: False for down(act(up x)), without a gate.
+        activation: name in `jaxmoe.kernels.grouped_matmul.ACTIVATIONS`.
+        bias: whether every projection has a bias.
+        gated: whether there is a gate; without one the MLP is down(act(up x)).
     """
 
     hidden_size: int
@@ -34,21 +34,21 @@ class MoEConfig:
     """A layer of routed experts, each a gated MLP, and perhaps experts that serve every token.
 
     Attributes:
-        num_experts: logical experts E.
-        num_experts_per_tok: experts K that each token goes to.
+        num_experts: number of logical experts, E.
+        num_experts_per_tok: number of experts that each token goes to, K.
         hidden_size: model width D.
         moe_intermediate_size: expert width F.
-        activation: a name in `jaxmoe.kernels.grouped_matmul.ACTIVATIONS`.
-        activation_limit: bound of a clamped activation, for those that have one.
-        bias: every expert's projections have a bias.
-        gated: False for down(act(up x)), without a gate.
-        router: how experts are chosen and weighted.
-        weights_on_input: the weight multiplies what goes into an expert instead of what comes out.
-        shared: the experts that serve every token, as one MLP; None for none.
-        shared_gate: the shared experts' output is multiplied by sigmoid(w · x).
-        latent_size: the routed experts work on a projection of x to this width, and their sum is projected back; None
-            for x itself. Router and shared experts see x either way.
-        latent_bias: these two projections have a bias.
+        activation: name in `jaxmoe.kernels.grouped_matmul.ACTIVATIONS`.
+        activation_limit: bound of a clamped activation; None for those that have none.
+        bias: whether every expert's projections have a bias.
+        gated: whether experts have a gate; without one they are down(act(up x)).
+        router: choice and weights of a token's experts.
+        weights_on_input: whether the weight multiplies the input of an expert instead of its output.
+        shared: experts that serve every token, as one MLP; None for none.
+        shared_gate: whether the shared experts' output is multiplied by sigmoid(w · x).
+        latent_size: width of a projection of x that the routed experts work on, their sum being projected back; None for
+            x itself. Router and shared experts see x either way.
+        latent_bias: whether these two projections have a bias.
 
     Raises:
         ValueError: a size below 1, K above E, or E not divisible by the router's groups.
@@ -100,5 +100,5 @@ class MoEConfig:
 
     @property
     def expert_input_size(self) -> int:
-        """Width of what a routed expert takes and gives."""
+        """Width of a routed expert's input and output."""
         return self.hidden_size if self.latent_size is None else self.latent_size

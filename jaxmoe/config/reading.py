@@ -31,7 +31,7 @@ def read_config_json(directory: str | Path) -> dict[str, Any]:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """The JSON object in a file of a checkpoint that may be missing; empty where there is no such file.
+    """Read the JSON object in a file of a checkpoint that may be missing; it is empty where there is no such file.
 
     Raises:
         ValueError: there is something else in it.
@@ -52,13 +52,13 @@ def _parse(path: Path) -> Any:
 
 
 def pick(config: Mapping[str, Any], *names: str, default: Any = _REQUIRED) -> Any:
-    """The value of the first of `names` that is present and not null.
+    """Take the value of the first of `names` that is present and not null.
 
     Checkpoints spell one setting in several ways; this is where the spellings meet.
 
     Raises:
         ValueError: none is there and no `default` is given, or the value is of another kind than the default: without
-            one it is a size, a whole number of at least 1.
+            one it is a size, an integer of at least 1.
     """
     for name in names:
         value = config.get(name)
@@ -77,7 +77,7 @@ def _check_kind(name: str, value: Any, default: Any) -> None:
     """Refuse a value that is not of the kind of `default`; None is of no kind."""
     kinds: dict[type, tuple[str, tuple[type, ...]]] = {
         bool: ("true or false", (bool,)),
-        int: ("a whole number", (int,)),
+        int: ("an integer", (int,)),
         float: ("a number", (int, float)),
         str: ("a string", (str,)),
         dict: ("an object", (dict,)),
@@ -92,7 +92,7 @@ def _check_kind(name: str, value: Any, default: Any) -> None:
 
 
 def pick_layer_types(config: Mapping[str, Any], usual: list[str], *known: str) -> list[str]:
-    """The kind of each layer by ``layer_types``, or `usual` where there is none.
+    """Read the kind of each layer from ``layer_types``, or take `usual` where there is none.
 
     Raises:
         ValueError: it has another number of layers than `usual`, or a kind that is none of `known`.
@@ -109,7 +109,7 @@ def pick_layer_types(config: Mapping[str, Any], usual: list[str], *known: str) -
 
 
 def read_dtype(config: Mapping[str, Any]) -> str | None:
-    """The dtype's name in either spelling: ``"dtype": "bfloat16"`` or ``"torch_dtype": "torch.bfloat16"``."""
+    """Read the dtype's name in either spelling: ``"dtype": "bfloat16"`` or ``"torch_dtype": "torch.bfloat16"``."""
     name = pick(config, "dtype", "torch_dtype", default=None)
     return None if name is None else str(name).removeprefix("torch.")
 
@@ -117,11 +117,11 @@ def read_dtype(config: Mapping[str, Any]) -> str | None:
 def read_common(
     config: Mapping[str, Any], *, norm_eps: float, tied: bool = False, positions: int | None = None
 ) -> dict[str, Any]:
-    """The fields of a `DecoderConfig` that most families spell alike.
+    """Read the fields of a `DecoderConfig` that most families spell alike.
 
     Args:
-        config: the dictionary of config.json.
-        norm_eps, tied, positions: the family's epsilon, ``tie_word_embeddings`` and ``max_position_embeddings`` where
+        config: dictionary of config.json.
+        norm_eps, tied, positions: epsilon, ``tie_word_embeddings`` and ``max_position_embeddings`` of the family where
             config.json gives none; without `positions` it has to.
     """
     return {

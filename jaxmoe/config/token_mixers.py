@@ -7,10 +7,10 @@ from jaxmoe.rotary import RopeConfig
 
 
 class TokenMixerConfig:
-    """What the layers have in common through which a token sees the ones before it; see `jaxmoe.layers.mixers`."""
+    """A layer through which a token sees the ones before it; see `jaxmoe.layers.mixers`."""
 
     def tp_faults(self, tp: int) -> list[str]:
-        """What does not split over `tp` ranks, as "name=value"."""
+        """List the sizes that do not split over `tp` ranks, as "name=value"."""
         raise NotImplementedError
 
 
@@ -21,14 +21,14 @@ class MLAConfig(TokenMixerConfig):
     DeepSeek-V2 (arXiv:2405.04434), section 2.1.
 
     Attributes:
-        num_heads: heads; each has keys and values of its own, made from the latent.
+        num_heads: number of heads; each has keys and values of its own, made from the latent.
         kv_rank: width of the latent that keys and values are made from.
         q_rank: width of the latent that queries are made from; None for queries straight from the activations.
-        nope_head_dim: dims of a head's query and key that carry no position.
-        v_head_dim: dims of a head's value.
+        nope_head_dim: number of dims of a head's query and key that carry no position.
+        v_head_dim: number of dims of a head's value.
         rope: rotary embedding of the dims that follow, all of which rotate; their key is one for all heads.
-        scale: of the scores.
-        bias: the projections into the latents and the output projection have a bias.
+        scale: factor of the scores.
+        bias: whether the projections into the latents and the output projection have a bias.
         latent_norm_eps: epsilon of the latents' norms.
     """
 
@@ -53,7 +53,7 @@ class MLAConfig(TokenMixerConfig):
         return self.rope.rotary_dim
 
     def tp_faults(self, tp: int) -> list[str]:
-        """Heads are split over tp; every rank has the latents."""
+        """List heads that do not split over tp; every rank has the latents."""
         return [f"num_attention_heads={self.num_heads}"] if self.num_heads % tp else []
 
 
@@ -64,14 +64,14 @@ class GatedDeltaNetConfig(TokenMixerConfig):
     Yang et al. 2024 (arXiv:2412.06464).
 
     Attributes:
-        num_key_heads: heads of queries and keys.
-        num_value_heads: heads of values, each with a memory of its own; a multiple of `num_key_heads`.
+        num_key_heads: number of heads of queries and keys.
+        num_value_heads: number of heads of values, each with a memory of its own; a multiple of `num_key_heads`.
         key_head_dim: width of a query and of a key.
         value_head_dim: width of a value.
-        conv_kernel_size: taps of the convolution.
-        activation: after the convolution, a name in `jaxmoe.kernels.grouped_matmul.ACTIVATIONS`.
-        fused_projections: queries, keys, values and gates come from one projection, decays and strengths from another,
-            in which the rows of a key head and of its value heads are together; otherwise from one each.
+        conv_kernel_size: number of taps of the convolution.
+        activation: name in `jaxmoe.kernels.grouped_matmul.ACTIVATIONS` of the function after the convolution.
+        fused_projections: whether queries, keys, values and gates come from one projection, and decays and strengths from
+            another, in which the rows of a key head and of its value heads are together; otherwise from one each.
     """
 
     num_key_heads: int
@@ -96,7 +96,7 @@ class GatedDeltaNetConfig(TokenMixerConfig):
         return self.num_value_heads // self.num_key_heads
 
     def tp_faults(self, tp: int) -> list[str]:
-        """Key heads are split over tp, their value heads with them."""
+        """List key heads that do not split over tp; their value heads go with them."""
         return [f"linear_num_key_heads={self.num_key_heads}"] if self.num_key_heads % tp else []
 
 
@@ -108,12 +108,12 @@ class MambaConfig(TokenMixerConfig):
 
     Attributes:
         num_channels: width between the projections.
-        state_size: numbers that a channel's state has.
+        state_size: number of values of a channel's state.
         dt_rank: width of the projection that step sizes are made from.
-        conv_kernel_size: taps of the convolution.
-        activation: after the convolution, a name in `jaxmoe.kernels.grouped_matmul.ACTIVATIONS`.
-        conv_bias: the convolution has a bias.
-        bias: the projections in and out have one.
+        conv_kernel_size: number of taps of the convolution.
+        activation: name in `jaxmoe.kernels.grouped_matmul.ACTIVATIONS` of the function after the convolution.
+        conv_bias: whether the convolution has a bias.
+        bias: whether the projections in and out have one.
     """
 
     num_channels: int
@@ -128,7 +128,7 @@ class MambaConfig(TokenMixerConfig):
         check_positive(self, "num_channels", "state_size", "dt_rank", "conv_kernel_size")
 
     def tp_faults(self, tp: int) -> list[str]:
-        """Channels are split over tp."""
+        """List channels that do not split over tp."""
         return [f"the Mamba width {self.num_channels}"] if self.num_channels % tp else []
 
 
@@ -139,16 +139,16 @@ class Mamba2Config(TokenMixerConfig):
     Dao and Gu 2024 (arXiv:2405.21060).
 
     Attributes:
-        num_heads: heads, each with a state of its own.
+        num_heads: number of heads, each with a state of its own.
         head_dim: width of a head's input.
-        num_groups: groups of heads that share what enters their states and what reads them; divides `num_heads`. Outputs
-            are normalised over the heads of each.
-        state_size: a state is [head_dim, state_size].
-        conv_kernel_size: taps of the convolution.
-        activation: after the convolution, a name in `jaxmoe.kernels.grouped_matmul.ACTIVATIONS`.
-        conv_bias: the convolution has a bias.
-        bias: the projections in and out have one.
-        min_step: step sizes are at least this.
+        num_groups: number of groups of heads that share the inputs and readouts of their states; divides `num_heads`.
+            Outputs are normalized over the heads of each.
+        state_size: width of a state, [head_dim, state_size].
+        conv_kernel_size: number of taps of the convolution.
+        activation: name in `jaxmoe.kernels.grouped_matmul.ACTIVATIONS` of the function after the convolution.
+        conv_bias: whether the convolution has a bias.
+        bias: whether the projections in and out have one.
+        min_step: least step size.
     """
 
     num_heads: int
@@ -171,11 +171,11 @@ class Mamba2Config(TokenMixerConfig):
 
     @property
     def num_channels(self) -> int:
-        """Inputs of all heads."""
+        """Number of inputs of all heads."""
         return self.num_heads * self.head_dim
 
     def tp_faults(self, tp: int) -> list[str]:
-        """Heads are split over tp; with fewer groups than ranks, ranks share one."""
+        """List heads and groups that do not split over tp; with fewer groups than ranks, ranks share one."""
         faults = [f"mamba_num_heads={self.num_heads}"] if self.num_heads % tp else []
         if self.num_groups % tp and tp % self.num_groups:
             faults.append(f"the Mamba groups {self.num_groups} (neither divides the other)")

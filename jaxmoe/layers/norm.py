@@ -84,7 +84,7 @@ class LayerNorm(nnx.Module):
 NORMS: dict[str, Callable[..., RMSNorm | ZeroCenteredRMSNorm | LayerNorm]] = {
     "rms": RMSNorm,
     "rms_float32": partial(RMSNorm, float32_weight=True),
-    "rms_zero_centred": ZeroCenteredRMSNorm,
+    "rms_zero_centered": ZeroCenteredRMSNorm,
     "layer": LayerNorm,
     "layer_without_bias": partial(LayerNorm, bias=False),
 }

@@ -75,7 +75,7 @@ FAMILIES: dict[str, Family] = {
 
 
 def get_family(model_type: str) -> Family:
-    """The family that config.json calls `model_type`.
+    """Look up the family that config.json calls `model_type`.
 
     Raises:
         ValueError: it is not known here.
@@ -89,7 +89,7 @@ def get_family(model_type: str) -> Family:
 
 
 def find_family(config: Mapping[str, Any]) -> tuple[Family, Mapping[str, Any]]:
-    """The family of a model, and the part of its config.json that the family reads.
+    """Find the family of a model, and the part of its config.json that the family reads.
 
     For a multimodal model that is the family of its text part (`Family.wrapper` is set), with the text part's config.
 
@@ -104,7 +104,7 @@ def find_family(config: Mapping[str, Any]) -> tuple[Family, Mapping[str, Any]]:
 
 
 def read_model_config(directory: str | Path) -> tuple[Family, DecoderConfig]:
-    """The family and the config of a checkpoint directory, from its config.json alone.
+    """Read the family and the config of a checkpoint directory, from its config.json alone.
 
     Raises:
         FileNotFoundError: there is none.

@@ -19,7 +19,7 @@ class Belongings(Generic[T]):
         self._values: WeakKeyDictionary[nnx.Module, T] = WeakKeyDictionary()
 
     def of(self, module: nnx.Module) -> T | None:
-        """The module's value; None where it has none."""
+        """Look up the module's value; None where it has none."""
         return self._values.get(module)
 
     def give(self, module: nnx.Module, value: T | None) -> None:

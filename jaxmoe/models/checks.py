@@ -1,4 +1,4 @@
-"""What a decoder refuses before it computes or allocates anything."""
+"""Checks of a decoder before it computes or allocates anything."""
 
 import numpy as np
 
@@ -12,11 +12,11 @@ def check_token_ids(token_ids: np.ndarray, vocab_size: int) -> None:
     """Refuse what an embedding lookup would silently clip.
 
     Raises:
-        ValueError: not whole numbers [B, S] with at least one token, all in 0..vocab_size-1.
+        ValueError: not integers [B, S] with at least one token, all in 0..vocab_size-1.
     """
     if token_ids.ndim != 2 or token_ids.size == 0 or not np.issubdtype(token_ids.dtype, np.integer):
         raise ValueError(
-            f"token ids are whole numbers [batch, sequence], at least one; got {token_ids.dtype} {token_ids.shape}"
+            f"token ids are integers [batch, sequence], at least one; got {token_ids.dtype} {token_ids.shape}"
         )
     if token_ids.min() < 0 or token_ids.max() >= vocab_size:
         raise ValueError(

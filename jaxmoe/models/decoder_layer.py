@@ -17,7 +17,7 @@ from jaxmoe.placement import ExpertPlacement
 class DecoderLayer(nnx.Module):
     """x + attention(norm(x)), then x + feed_forward(norm(x)); a layer may have one of the two only.
 
-    With `LayerConfig.post_norms` a half's result is normalised before it is added. With `LayerConfig.parallel_mlp` the
+    With `LayerConfig.post_norms` a half's result is normalized before it is added. With `LayerConfig.parallel_mlp` the
     second half is norm(mlp(norm(x))) + norm(moe(norm(x))), and the router sees x itself.
     """
 
@@ -124,5 +124,5 @@ class DecoderLayer(nnx.Module):
         return y_BSD, stats
 
     def cache_arrays(self, batch_size: int, max_length: int) -> Any:
-        """What the layer keeps of the tokens seen, a pytree of `CacheArray`; None for a layer that looks at none."""
+        """The layer's cache of the tokens seen, a pytree of `CacheArray`; None for a layer that looks at none."""
         return None if self.config.attention is None else self.attention.cache_arrays(batch_size, max_length)

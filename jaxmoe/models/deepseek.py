@@ -1,4 +1,4 @@
-"""What the DeepSeek families share: latent attention, experts that serve every token, dense layers first."""
+"""Readers that the DeepSeek families share: latent attention, experts that serve every token, dense layers first."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -47,16 +47,16 @@ def read_deepseek(
     mlp_bias: bool = False,
     num_mtp_layers: int = 0,
 ) -> DecoderConfig:
-    """Read what is the same in every DeepSeek config.json.
+    """Read the settings that every DeepSeek config.json has.
 
     Args:
-        config: the dictionary of config.json.
-        attention: of every layer.
-        router: of every layer with routed experts.
-        shared_experts: the family's number of them where the config gives none.
-        first_sparse: the family's first layer with routed experts, likewise.
-        mlp_bias: dense layers and shared experts have biases.
-        num_mtp_layers: see `DecoderConfig`.
+        config: dictionary of config.json.
+        attention: attention of every layer.
+        router: router of every layer with routed experts.
+        shared_experts: number of shared experts where config.json gives none.
+        first_sparse: first layer with routed experts, likewise.
+        mlp_bias: whether dense layers and shared experts have biases.
+        num_mtp_layers: number of layers for multi-token prediction; see `DecoderConfig`.
     """
     shared = pick(config, "n_shared_experts", default=0 if "n_shared_experts" in config else shared_experts)
     shared_width = pick(config, "moe_intermediate_size") * shared
@@ -78,7 +78,7 @@ def read_deepseek(
 
 
 def check_setting(config: Mapping[str, Any], name: str, *known: str) -> Any:
-    """The value of a setting that names a formula, the first of `known` where the config gives none.
+    """Read a setting that names a formula, the first of `known` where config.json gives none.
 
     Raises:
         ValueError: it is none of `known`.

@@ -1,4 +1,4 @@
-"""What a model family adds to the shared decoder: how its config reads, and what its tensors are called."""
+"""The contract of a model family: the reading of its config, and the names of its tensors."""
 
 import dataclasses
 from collections.abc import Callable, Mapping
@@ -33,18 +33,18 @@ Form = Literal["per_expert", "fused"]
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ExpertTensors:
-    """Where routed experts are in a checkpoint: one tensor each per expert, or fused, all experts in one tensor.
+    """Names of the routed experts in a checkpoint: one tensor each per expert, or fused, all experts in one tensor.
 
     Every name has ``{layer}`` in it until `for_layer` fills it in, the per-expert ones ``{expert}``
     too. A family has names for one of the two ways or for both, and then the names that exist decide
     which of them a layer uses. Orders of dims that share their names are told apart by the family alone.
 
     Attributes:
-        gate, up, down: one 2-D tensor per expert, [F, D], [F, D] and [D, F]; no `gate` where experts have none.
-        fused_gate_up: gate and up of all experts in one tensor.
-        fused_gate, fused_up: a tensor for each instead, in the stacked layouts; no gate where experts have none.
-        fused_down: down of all experts.
-        fused_gate_up_bias, fused_down_bias: the biases that go with them.
+        gate, up, down: names of 2-D tensors, one per expert, [F, D], [F, D] and [D, F]; no `gate` where experts have none.
+        fused_gate_up: name of a tensor of all experts' gate and up.
+        fused_gate, fused_up: names of a tensor for each instead, in the stacked layouts; no gate where experts have none.
+        fused_down: name of a tensor of all experts' down.
+        fused_gate_up_bias, fused_down_bias: names of the biases that go with them.
         fused_layout: layout of the fused tensors, one of all experts; see `ExpertLayout`.
     """
 
@@ -60,12 +60,12 @@ class ExpertTensors:
     fused_layout: ExpertLayout = "fused"
 
     def for_layer(self, layer: int) -> "ExpertTensors":
-        """The names of layer `layer`."""
+        """Fill in the layer's index."""
         names = {key: name for key, name in dataclasses.asdict(self).items() if name and key != "fused_layout"}
         return dataclasses.replace(self, **{key: name.replace("{layer}", str(layer)) for key, name in names.items()})
 
     def per_expert(self, expert: int) -> tuple[str, ...]:
-        """Names of one expert's gate, if it has one, up and down tensors; () if the family has none."""
+        """List the names of one expert's gate, if it has one, up and down tensors; () if the family has none."""
         return tuple([name.replace("{expert}", str(expert)) for name in (self.gate, self.up, self.down) if name])
 
     @property
@@ -90,8 +90,8 @@ class Family:
     """One model family.
 
     Attributes:
-        model_type: its name in config.json.
-        read_config: from config.json's dictionary to the decoder's config.
+        model_type: name of the family in config.json.
+        read_config: function from the dictionary of config.json to the decoder's config.
         tensors: parameter path -> the checkpoint's names for it, the first that exists is used;
             ``{layer}`` stands for the layer's index in both. Parameters a model does not have
             (biases, a tied output projection) are left out of it. Parameters of one name are one
@@ -103,7 +103,7 @@ class Family:
             multi-token-prediction layers, 61|62.
         spellings: parts of names that mean the same, where transformers calls a module otherwise than files do: an
             adapter's names are looked for in each spelling.
-        wrapper: the multimodal model that a checkpoint is of; None where it is of the text model alone.
+        wrapper: multimodal model that a checkpoint is of; None where it is of the text model alone.
     """
 
     model_type: str
@@ -116,7 +116,7 @@ class Family:
     wrapper: Wrapper | None = None
 
     def ignored_in(self, config: DecoderConfig) -> dict[str, str]:
-        """`ignored` for a model of that config, and what stands beside it in a multimodal model's checkpoint."""
+        """Fill in `ignored` for a model of that config, with the rules of a multimodal model around it."""
         behind = range(len(config.layers), len(config.layers) + config.num_mtp_layers)
         own = {
             name: pattern.replace("{mtp_layers}", "|".join(map(str, behind))) for name, pattern in self.ignored.items()
@@ -124,12 +124,12 @@ class Family:
         return {**own, **(self.wrapper.ignored if self.wrapper else {})}
 
     def text_name(self, name: str) -> str:
-        """The name that `tensors` has for a tensor of a checkpoint; see `Wrapper.text_name`."""
+        """Give the name that `tensors` has for a tensor of a checkpoint; see `Wrapper.text_name`."""
         return self.wrapper.text_name(name) if self.wrapper else name
 
 
 def llama_tensors(feed_forward: Mapping[str, tuple[str, ...]]) -> dict[str, tuple[str, ...]]:
-    """The names that most families share, which Llama set, with the family's own for the feed-forward part."""
+    """Make the names that most families share, which Llama set, with the family's own for the feed-forward part."""
     attention = {
         f"layers.{{layer}}.attention.{kind}_{part}": (f"model.layers.{{layer}}.self_attn.{part}_proj.{suffix}",)
         for part in "qkvo"
@@ -149,7 +149,7 @@ def llama_tensors(feed_forward: Mapping[str, tuple[str, ...]]) -> dict[str, tupl
 
 
 def mlp_tensors(path: str, module: str) -> dict[str, tuple[str, ...]]:
-    """The usual names of a dense MLP's projections, for the parameters at `path` of a layer and the layer's `module`."""
+    """Make the usual names of a dense MLP's projections, for the parameters at `path` of a layer and its `module`."""
     return {
         f"layers.{{layer}}.{path}.{kind}_{part}": (f"model.layers.{{layer}}.{module}.{part}_proj.{suffix}",)
         for part in ("gate", "up", "down")

@@ -1,4 +1,4 @@
-"""Mixtral: softmax router that always renormalises, every layer sparse."""
+"""Mixtral: softmax router that always renormalizes, every layer sparse."""
 
 from collections.abc import Mapping
 from typing import Any

@@ -56,7 +56,7 @@ def read_config(config: Mapping[str, Any]) -> DecoderConfig:
 
 
 def _layer_kinds(config: Mapping[str, Any]) -> list[str]:
-    """What every layer is, as `_KINDS` has it.
+    """Read the kind of every layer, a value of `_KINDS`.
 
     Raises:
         ValueError: there is another kind.

@@ -6,13 +6,13 @@ from pathlib import Path
 
 @dataclasses.dataclass(frozen=True)
 class Origin:
-    """What saving a model, and reading lost weights again, need to know of the checkpoint that it came from.
+    """The checkpoint that a model came from, for saving the model and for reading lost weights again.
 
     It is the same for every copy of the model, and compared by what it says.
 
     Attributes:
-        directory: the checkpoint's.
-        ignored: (rule, tensors of the checkpoint that the model does not use), for each rule.
+        directory: directory of the checkpoint.
+        ignored: pairs of a rule and the tensors of the checkpoint that the model does not use by it.
         adapted: whether an adapter was merged, so that the checkpoint's weights are no longer the model's.
     """
 

@@ -1,4 +1,4 @@
-"""Batches of prompts of different lengths: how far they are padded, and where their tokens stand."""
+"""Batches of prompts of different lengths: their padded length, and the positions of their tokens."""
 
 import jax
 import jax.numpy as jnp
@@ -7,7 +7,7 @@ _SMALLEST_BUCKET = 16
 
 
 def prompt_positions(lengths_B: jax.Array, S: int) -> tuple[jax.Array, jax.Array]:
-    """Positions of prompts padded to S, and a mask of their tokens; padding stands where the last token does.
+    """Compute positions of prompts padded to S, and a mask of their tokens; padding stands where the last token does.
 
     So a row's largest position tells the prompt's own length, which some position embeddings depend on.
     """
@@ -22,8 +22,8 @@ def bucket_length(length: int, limit: int | None = None) -> int:
     is at most a third larger than needed.
 
     Args:
-        length: tokens needed, at most `limit`.
-        limit: never exceeded (a model's last position).
+        length: number of tokens needed, at most `limit`.
+        limit: bound that is never exceeded (a model's last position); None for none.
 
     Example:
         >>> [bucket_length(n, limit=4000) for n in (1, 17, 300, 600, 800, 3800)]

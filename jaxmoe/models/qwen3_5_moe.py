@@ -19,7 +19,7 @@ def read_config(config: Mapping[str, Any]) -> DecoderConfig:
     moe = read_moe_with_gated_expert(config, renormalize=True)
     return DecoderConfig(
         **read_common(config, norm_eps=1e-6),
-        norm="rms_zero_centred",
+        norm="rms_zero_centered",
         layers=tuple(
             LayerConfig(attention=mixer, feed_forward=moe)
             for mixer in read_token_mixers(config, fused_projections=False)

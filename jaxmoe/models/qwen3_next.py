@@ -36,7 +36,7 @@ def read_config(config: Mapping[str, Any]) -> DecoderConfig:
     dense = None if all(sparse) else read_mlp(config, pick(config, "intermediate_size"))
     mixers = read_token_mixers(config, fused_projections=True)
     return DecoderConfig(
-        **read_common(config, norm_eps=1e-6), norm="rms_zero_centred", layers=make_layers(mixers, sparse, moe, dense)
+        **read_common(config, norm_eps=1e-6), norm="rms_zero_centered", layers=make_layers(mixers, sparse, moe, dense)
     )
 
 

@@ -25,7 +25,7 @@ def read_heads(config: Mapping[str, Any], *head_dim_names: str) -> dict[str, Any
     Without settings, each query head has keys and values of its own, and heads share hidden_size evenly.
 
     Args:
-        config: the dictionary of config.json.
+        config: dictionary of config.json.
         head_dim_names: spellings of a head's width, "head_dim" where none are given.
     """
     heads = pick(config, "num_attention_heads")
@@ -49,9 +49,9 @@ def read_attention(
     """Read attention as in Llama, with the family's own fields.
 
     Args:
-        config: the dictionary of config.json.
-        head_dim_names: see `read_heads`.
-        default_theta, interleaved, partial, rope: see `read_rope`.
+        config: dictionary of config.json.
+        head_dim_names: spellings of a head's width; see `read_heads`.
+        default_theta, interleaved, partial, rope: arguments of `read_rope`.
         own: further fields of the `AttentionConfig`, by name.
     """
     heads = read_heads(config, *head_dim_names)
@@ -72,7 +72,7 @@ def read_biases(config: Mapping[str, Any], *, default: bool = False) -> Literal[
 
 
 def window_of(size: int | None) -> SlidingWindow | None:
-    """A sliding window of a size that may be None, for none."""
+    """Make a sliding window of a size that may be None, for none."""
     return None if size is None else SlidingWindow(size=size)
 
 
@@ -97,10 +97,10 @@ def read_moe(
     """Read a layer of routed experts.
 
     Args:
-        config: the dictionary of config.json.
+        config: dictionary of config.json.
         experts: spellings of the number of experts.
-        width: the name of an expert's width.
-        router, shared, shared_gate: see `MoEConfig`.
+        width: name of an expert's width.
+        router, shared, shared_gate: fields of the `MoEConfig`.
     """
     return MoEConfig(
         num_experts=pick(config, *experts),
@@ -132,8 +132,8 @@ def read_grouped_sigmoid_router(
     """Read DeepSeek-V3's router: sigmoid scores, a correction bias, and groups that count by their two best experts.
 
     Args:
-        config: the dictionary of config.json.
-        num_groups, topk_groups, scale: the family's, where config.json gives none.
+        config: dictionary of config.json.
+        num_groups, topk_groups, scale: values of the family, where config.json gives none.
     """
     return RouterConfig(
         score="sigmoid",
@@ -148,19 +148,19 @@ def read_grouped_sigmoid_router(
 
 
 def sparse_from(config: Mapping[str, Any], *, first: int, step: int = 1) -> list[bool]:
-    """Whether each layer has routed experts, where the first ones are dense.
+    """Tell for each layer whether it has routed experts, where the first ones are dense.
 
     Args:
-        config: the dictionary of config.json.
-        first: the family's first sparse layer, where ``first_k_dense_replace`` is not given.
-        step: indices of sparse layers are multiples of it.
+        config: dictionary of config.json.
+        first: first sparse layer of the family, where ``first_k_dense_replace`` is not given.
+        step: number that divides the indices of sparse layers.
     """
     first = pick(config, "first_k_dense_replace", default=first)
     return [i >= first and i % step == 0 for i in range(pick(config, "num_hidden_layers"))]
 
 
 def sparse_by_step(config: Mapping[str, Any]) -> list[bool]:
-    """Whether each layer has routed experts: each ``decoder_sparse_step``-th one, but for ``mlp_only_layers``."""
+    """Tell for each layer whether it has routed experts: each ``decoder_sparse_step``-th, but for ``mlp_only_layers``."""
     dense = pick(config, "mlp_only_layers", default=[])
     step = pick(config, "decoder_sparse_step", default=1)
     return [i not in dense and (i + 1) % step == 0 for i in range(pick(config, "num_hidden_layers"))]
@@ -172,13 +172,13 @@ def make_layers(
     moe: MoEConfig,
     dense: MLPConfig | None,
 ) -> tuple[LayerConfig, ...]:
-    """Layers with routed experts where `sparse` says so, and a dense MLP in the others.
+    """Make layers with routed experts where `sparse` says so, and a dense MLP in the others.
 
     Args:
-        attention: of all layers, or of each.
-        sparse: whether each layer has routed experts.
-        moe: the routed experts.
-        dense: the dense MLP; None where all layers are sparse.
+        attention: token mixer of all layers, or of each.
+        sparse: flags of the layers with routed experts.
+        moe: routed experts.
+        dense: dense MLP; None where all layers are sparse.
     """
     mixers = [attention] * len(sparse) if isinstance(attention, TokenMixerConfig) else attention
     return tuple(

@@ -22,13 +22,13 @@ class RoutingReplay(nnx.Module):
     """The choices that a model takes instead of its routers' own; see `Decoder.replay_routing`.
 
     Attributes:
-        expert_ids: int32 [T, L, K], the choices of each token, -1 in all K where the router chooses.
-        window_sizes: int32 [W], tokens of each step of the trace.
+        expert_ids: int32 [T, L, K], choices of each token, -1 in all K where the router chooses.
+        window_sizes: int32 [W], number of tokens of each step of the trace.
 
     Args:
-        trace: see `check_trace`.
-        layers: the model's layers of routed experts.
-        mesh: every device holds all choices.
+        trace: trace to replay; see `check_trace`.
+        layers: configs of the model's layers of routed experts.
+        mesh: mesh of the model, each of whose devices holds all choices.
 
     Raises:
         ValueError: the trace is not of such layers.
@@ -40,7 +40,7 @@ class RoutingReplay(nnx.Module):
         self.window_sizes = ReplayedRouting(put(window_sizes.astype(np.int32), named(mesh)))
 
     def of_call(self, B: int, S: int, rows: int, length: int) -> jax.Array:
-        """Int32 [rows, length, L, K], the whole trace as the choices of one call, for B rows of S tokens and padding.
+        """Lay out the whole trace as the choices of one call, int32 [rows, length, L, K], of B rows of S tokens and padding.
 
         Raises:
             ValueError: the trace is of another number of tokens.
@@ -62,7 +62,7 @@ class RoutingReplay(nnx.Module):
         return jnp.pad(ids_BSLK, ((0, rows - B), (0, length - S), (0, 0), (0, 0)), constant_values=-1)
 
     def steps(self) -> "ReplayedSteps":
-        """The trace as the steps of one generation."""
+        """Split the trace into the steps of one generation."""
         return ReplayedSteps(np.asarray(self.expert_ids[...]), np.asarray(self.window_sizes[...]))
 
 
@@ -70,8 +70,8 @@ class ReplayedSteps:
     """Hands out a trace step by step to one run of `jaxmoe.generate`: the prefill, and then each decode step.
 
     Args:
-        ids_TLK: int32, the choices of all tokens, step after step.
-        sizes_W: tokens of each step.
+        ids_TLK: int32, choices of all tokens, step after step.
+        sizes_W: number of tokens of each step.
     """
 
     def __init__(self, ids_TLK: np.ndarray, sizes_W: np.ndarray):
@@ -80,7 +80,7 @@ class ReplayedSteps:
 
     @property
     def choices_shape(self) -> tuple[int, int]:
-        """(L, K)."""
+        """Number of layers and of choices, (L, K)."""
         return self._steps[0].shape[1:]
 
     def check_length(self, max_new_tokens: int) -> None:
@@ -97,10 +97,10 @@ class ReplayedSteps:
             )
 
     def take(self, mask: np.ndarray) -> np.ndarray:
-        """The choices of the next step: int32 [*mask.shape, L, K], -1 where `mask` is False.
+        """Take the choices of the next step: int32 [*mask.shape, L, K], -1 where `mask` is False.
 
         Args:
-            mask: bool, True for each token of the step; the trace has them in this order.
+            mask: bool array, True for each token of the step; the trace has them in this order.
 
         Raises:
             ValueError: the trace has no more step, or one of another number of tokens.
@@ -132,7 +132,7 @@ class ReplayedSteps:
 
 
 def check_trace(trace: RoutingTrace, layers: Sequence[MoEConfig]) -> tuple[np.ndarray, np.ndarray]:
-    """The choices and window sizes of a trace that was recorded of a model with these layers.
+    """Check a trace that was recorded of a model with these layers, and give its choices and window sizes.
 
     Raises:
         ValueError: there is no such layer; the trace has counts alone; its layers, experts or choices are not as many; or
@@ -168,7 +168,7 @@ def check_trace(trace: RoutingTrace, layers: Sequence[MoEConfig]) -> tuple[np.nd
 
 
 def of_layers(ids_BSLK: jax.Array | None, layers: Sequence[MoEConfig], tokens: tuple[int, ...]) -> list:
-    """The choices [B, S, L, K] of all layers, layer by layer; None for each where there are none.
+    """Split the choices [B, S, L, K] of all layers by layer; None for each where there are none.
 
     Raises:
         ValueError: they are of another shape.

@@ -15,11 +15,11 @@ from jaxmoe.placement import RoutingTrace
 
 
 class Routing(NamedTuple):
-    """What the tokens of one step chose, on the devices.
+    """Choices of the tokens of one step, on the devices.
 
     Attributes:
-        counts: int32 [L, E], (token, choice) pairs that went to each logical expert of each MoE layer.
-        expert_ids: int32 [T, L, K], the choices of each token, -1 for none; None where only counts are wanted.
+        counts: int32 [L, E], number of (token, choice) pairs that went to each logical expert of each MoE layer.
+        expert_ids: int32 [T, L, K], choices of each token, -1 for none; None where only counts are wanted.
     """
 
     counts: jax.Array
@@ -55,8 +55,8 @@ class RoutingRecorder:
 
     Attributes:
         token_ids: whether each token's choices are kept, and not only counts.
-        active: until `stop`.
-        models: those that it records; more than one where a model was moved meanwhile.
+        active: whether it records, until `stop`.
+        models: models that it records; more than one where a model was moved meanwhile.
     """
 
     def __init__(self, *, token_ids: bool):
@@ -109,7 +109,7 @@ class RoutingRecorder:
         self._steps.append(jax.tree.map(np.asarray, routing))
 
     def counts(self) -> np.ndarray:
-        """int64 [L, E] over all steps.
+        """Add up the counts of all steps, int64 [L, E].
 
         Raises:
             ValueError: nothing was recorded.
@@ -117,7 +117,7 @@ class RoutingRecorder:
         return self.trace().total_counts
 
     def trace(self) -> RoutingTrace:
-        """The steps as a trace, one window for each; `RoutingTrace.save` keeps it, `jaxmoe place` reads it.
+        """Make a trace of the steps, one window for each; `RoutingTrace.save` keeps it, `jaxmoe place` reads it.
 
         Raises:
             ValueError: nothing was recorded.
@@ -135,5 +135,5 @@ class RoutingRecorder:
 
 
 def _chosen(ids_TLK: np.ndarray) -> np.ndarray:
-    """The tokens that chose at all; padding did not."""
+    """Leave out tokens that chose nothing, as padding does."""
     return ids_TLK[(ids_TLK >= 0).any(axis=(1, 2))]

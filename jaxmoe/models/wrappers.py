@@ -1,4 +1,4 @@
-"""Multimodal models around a text family: where the text part is, and what stands beside it.
+"""Multimodal models around a text family: the place of the text part, and the parts beside it.
 
 A wrapper's ``config.json`` has the text model's own config as ``text_config``, and its checkpoint has the text model's
 tensors behind a prefix. The text part loads as the family it is; the rest is ignored by rules that have names. A
@@ -15,16 +15,16 @@ class Wrapper:
     """One multimodal model type.
 
     Attributes:
-        model_type: its name in config.json.
-        text: the family of its text part, where ``text_config`` names none or one of `aliases`.
+        model_type: name of the multimodal model in config.json.
+        text: family of its text part, where ``text_config`` names none or one of `aliases`.
         aliases: model types of a text part that is `text` under another name.
-        settings: what holds for that text part and `text` has as a choice, for its config.json.
-        architecture: the class of transformers for the text part alone.
-        prefixes: (how names of the text part start in a checkpoint, how the family has them); the first that fits
-            counts.
-        ignored: rule name -> regular expression (of whole tensor names) for what is not the text part.
-        tied_by: whose ``tie_word_embeddings`` counts: that of the config which the output projection belongs to.
-        fused_either_way: fused experts may be (out, in) or (in, out); their shapes tell.
+        settings: settings of config.json that the text part always has and that are a choice in `text`.
+        architecture: class of transformers for the text part alone.
+        prefixes: pairs of a prefix that names of the text part have in a checkpoint and the family's own; the first that
+            fits counts.
+        ignored: rule name -> regular expression (of whole tensor names) for tensors outside of the text part.
+        tied_by: config whose ``tie_word_embeddings`` counts, the one that the output projection belongs to.
+        fused_either_way: whether fused experts may be (out, in) or (in, out); their shapes tell.
     """
 
     model_type: str
@@ -38,7 +38,7 @@ class Wrapper:
     fused_either_way: bool = False
 
     def text_name(self, name: str) -> str:
-        """The family's name for a tensor of the text part; any other name as it is.
+        """Give the family's name for a tensor of the text part; any other name stays as it is.
 
         Example:
             >>> WRAPPERS["llama4"].text_name("language_model.model.norm.weight")
@@ -50,7 +50,7 @@ class Wrapper:
         return name
 
     def text_config(self, config: Mapping[str, Any]) -> dict[str, Any]:
-        """The config.json that the text part would have on its own.
+        """Make the config.json that the text part would have on its own.
 
         Raises:
             ValueError: `config` has no ``text_config``.

@@ -23,7 +23,7 @@ def layer(x: np.ndarray, weight: np.ndarray) -> np.ndarray:
 FORMULAS = {
     "rms": lambda x, weight, bias: rms(x, weight),
     "rms_float32": lambda x, weight, bias: rms(x, weight),
-    "rms_zero_centred": lambda x, weight, bias: rms(x, 1 + weight),
+    "rms_zero_centered": lambda x, weight, bias: rms(x, 1 + weight),
     "layer": lambda x, weight, bias: layer(x, weight) + bias,
     "layer_without_bias": lambda x, weight, bias: layer(x, weight),
 }

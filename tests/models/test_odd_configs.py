@@ -56,7 +56,7 @@ def test_no_value_of_a_setting_is_a_crash(name):
 @pytest.mark.parametrize(
     ("name", "changes", "message"),
     [
-        ("mixtral", {"hidden_size": "32"}, "hidden_size in config.json is a whole number; it is '32'"),
+        ("mixtral", {"hidden_size": "32"}, "hidden_size in config.json is an integer; it is '32'"),
         (
             "mixtral",
             {"num_hidden_layers": 10**9},

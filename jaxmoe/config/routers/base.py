@@ -52,7 +52,7 @@ class ExpertChoice(abc.ABC):
 
 
 class Normalization(Protocol):
-    """What the weights of a token are divided by."""
+    """A divisor of the weights of a token."""
 
     def normalize(self, weights_TK: jax.Array) -> jax.Array:
         """Divide each token's weights."""

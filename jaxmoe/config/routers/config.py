@@ -42,8 +42,8 @@ class RouterConfig:
             `ChosenByFunction`, or an `ExpertChoice` of one's own.
         logit_bias: whether the projection to logits has a bias.
         correction_bias: whether there is a bias per expert that counts for the choice and not for the weight.
-        expert_scale: whether there is a learnt factor per expert that its weight is multiplied by.
-        input_norm_eps: epsilon of a norm before the router, which then sees x / rms(x) · scale / sqrt(D), with a learnt
+        expert_scale: whether there is a learned factor per expert that its weight is multiplied by.
+        input_norm_eps: epsilon of a norm before the router, which then sees x / rms(x) · scale / sqrt(D), with a learned
             scale [D]; None for x as it is.
 
     Args:

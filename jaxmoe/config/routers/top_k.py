@@ -107,7 +107,7 @@ class GroupedTopK(TopK):
 
     @property
     def expert_groups(self) -> int:
-        """`num_groups`."""
+        """Number of groups, `num_groups`."""
         return self.num_groups
 
     def _eligible(self, choice_TE: jax.Array) -> jax.Array:
