@@ -10,6 +10,7 @@ import pytest
 
 from jaxmoe.config import (
     ChosenByFunction,
+    ExpertChoice,
     GroupedTopK,
     PNormNormalization,
     RouterConfig,
@@ -87,6 +88,18 @@ def by_magnitude(logits_TE: jax.Array, k: int) -> tuple[jax.Array, jax.Array]:
     """A user's own router: the logits farthest from zero, all with the same weight."""
     ids_TK = jax.lax.top_k(jnp.abs(logits_TE), k)[1]
     return ids_TK, jnp.full(ids_TK.shape, 1 / k)
+
+
+@dataclasses.dataclass(frozen=True)
+class ByRank(ExpertChoice):
+    """A user's own policy: the largest logits, weighted by their places alone."""
+
+    def choose(self, logits_TE, K, bias_E, scale_E):
+        ids_TK = jax.lax.top_k(logits_TE, K)[1]
+        return ids_TK, self.weigh(logits_TE, ids_TK, scale_E)
+
+    def weigh(self, logits_TE, ids_TK, scale_E):
+        return jnp.broadcast_to(1 / (1 + jnp.arange(ids_TK.shape[1], dtype=logits_TE.dtype)), ids_TK.shape)
 
 
 ROWS = {
@@ -173,6 +186,11 @@ ROWS = {
         RouterConfig(function=by_magnitude),
         lambda z, b: np.abs(z),
         lambda z, ids: np.full(len(ids), 1 / len(ids)),
+    ),
+    "a user's own policy": Row(
+        RouterConfig(choice=ByRank()),
+        lambda z, b: z,
+        lambda z, ids: 1 / np.arange(1, len(ids) + 1),
     ),
 }
 
