@@ -27,8 +27,8 @@ _HOME = {
     "save": "jaxmoe.checkpoint.saving.save",
     "convert": "jaxmoe.checkpoint.saving.save",
     "move": "jaxmoe.elastic",
-    "generate": "jaxmoe.generate",
-    "plan": "jaxmoe.plan",
+    "generate": "jaxmoe.generation",
+    "plan": "jaxmoe.planning",
 }
 
 __all__ = [*_HOME, "__version__"]
@@ -40,7 +40,7 @@ if TYPE_CHECKING:
     from jaxmoe.config import MoEConfig as MoEConfig
     from jaxmoe.config import RouterConfig as RouterConfig
     from jaxmoe.elastic import move as move
-    from jaxmoe.generate import generate as generate
+    from jaxmoe.generation import generate as generate
     from jaxmoe.layers import MoE as MoE
     from jaxmoe.layers import MoEStats as MoEStats
     from jaxmoe.layers import abstract_logical_state as abstract_logical_state
@@ -51,7 +51,7 @@ if TYPE_CHECKING:
     from jaxmoe.placement import ExpertPlacement as ExpertPlacement
     from jaxmoe.placement import RoutingTrace as RoutingTrace
     from jaxmoe.placement.balancer import Balancer as Balancer
-    from jaxmoe.plan import plan as plan
+    from jaxmoe.planning import plan as plan
 
 
 def __getattr__(name: str) -> Any:

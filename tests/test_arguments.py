@@ -15,7 +15,7 @@ import jaxmoe
 from jaxmoe.checks import flag, one_of, real_number, token_ids, whole_number
 from jaxmoe.config import MLPConfig, MoEConfig, RouterConfig
 from jaxmoe.config.routers import SCORES, Score
-from jaxmoe.generate import SamplingParams
+from jaxmoe.generation import SamplingParams
 from tests.support.meshes import mesh_of
 
 SIZES = {"num_experts": 4, "num_experts_per_tok": 2, "hidden_size": 8, "moe_intermediate_size": 8}
@@ -136,7 +136,7 @@ def test_values_are_refused_by_name(make, message):
     [
         (partial(jaxmoe.generate, "demo", [[1]]), "model is what jaxmoe.load returns; got str"),
         (partial(generate, stream=3), "stream is a function that is called with each TokenEvent; got int"),
-        (partial(generate, stats={}), "stats is a jaxmoe.generate.GenerationStats; got dict"),
+        (partial(generate, stats={}), "stats is a jaxmoe.generation.GenerationStats; got dict"),
         (partial(generate, balancer="eplb"), "balancer is a jaxmoe.Balancer; got str"),
         (partial(jaxmoe.load, None, mesh=None), "path is a path, a text or a pathlib.Path; got NoneType"),
         (partial(jaxmoe.load, "demo", mesh="ep=2"), "mesh is a mesh, from jaxmoe.make_mesh; got str"),

@@ -16,7 +16,7 @@ PACKAGE = Path(__file__).resolve().parent.parent / "jaxmoe"
 
 # Lowest first; two on one line never import each other. A new package gets its place here.
 ORDER = [
-    ["callable_package", "checks", "progress", "rotary", "supervise"],
+    ["checks", "progress", "rotary", "supervise"],
     ["mesh", "hardware", "config", "distributed"],
     ["quant"],
     ["placement"],
@@ -26,8 +26,8 @@ ORDER = [
     ["models"],
     ["checkpoint"],
     ["elastic", "interop"],
-    ["generate"],
-    ["plan"],
+    ["generation"],
+    ["planning"],
     ["viz"],
     ["cli"],
     ["__main__"],

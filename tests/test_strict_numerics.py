@@ -20,7 +20,7 @@ from flax import nnx
 import jaxmoe
 from jaxmoe.config import SCORES, MLPConfig, MoEConfig, RouterConfig
 from jaxmoe.dispatch import DISPATCHES
-from jaxmoe.generate import SamplingParams, sampling
+from jaxmoe.generation import SamplingParams, sampling
 from jaxmoe.kernels.grouped_matmul import ACTIVATIONS, BACKENDS, QuantizedStack, expert_mlp, grouped_matmul
 from jaxmoe.models import Decoder, read_model_config
 from jaxmoe.placement.replicas import REPLICA_CHOICES

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
     from jax.sharding import Mesh
 
-    from jaxmoe.generate import GenerationStats, Output, TokenEvent
+    from jaxmoe.generation import GenerationStats, Output, TokenEvent
 
 HELP = "generate text from prompts"
 
@@ -80,7 +80,7 @@ def _generate_together(args: argparse.Namespace) -> None:
     from pathlib import Path
 
     from jaxmoe.distributed import is_first
-    from jaxmoe.generate import GenerationStats, encode, generate
+    from jaxmoe.generation import GenerationStats, encode, generate
     from jaxmoe.models import read_model_config
 
     # All prompts are checked before the weights are read, which may take minutes.
@@ -177,7 +177,7 @@ def _write_whole(path: "Path", write: Callable[["Path"], None]) -> None:
 
 
 def _read_prompts(args: argparse.Namespace) -> list[Any]:
-    from jaxmoe.generate import read_prompt_file
+    from jaxmoe.generation import read_prompt_file
 
     if args.prompt_file is not None:
         return read_prompt_file(args.prompt_file)
@@ -212,7 +212,7 @@ def _print_piece(event: "TokenEvent") -> None:
 
 
 def _readable(text: str | None, token_ids: list[int]) -> str:
-    from jaxmoe.generate import terminal_text
+    from jaxmoe.generation import terminal_text
 
     if text is None:
         return ",".join(map(str, token_ids))
@@ -222,7 +222,7 @@ def _readable(text: str | None, token_ids: list[int]) -> str:
 def _print_expert_bytes(model: Any) -> None:
     from rich.console import Console
 
-    from jaxmoe.generate import expert_bytes_table
+    from jaxmoe.generation import expert_bytes_table
 
     Console(stderr=True).print(expert_bytes_table(model.load_report.expert_bytes_per_device))
 

@@ -8,7 +8,7 @@ from jaxmoe.cli import options
 from jaxmoe.cli.units import show_bytes, show_count
 
 if TYPE_CHECKING:
-    from jaxmoe.plan import Plan
+    from jaxmoe.planning import Plan
 
 HELP = "tell what each device would hold of a model, from its config.json alone"
 
@@ -36,7 +36,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Print the plan. A model that does not fit is an answer, not an error."""
-    from jaxmoe.plan import plan
+    from jaxmoe.planning import plan
 
     report = plan(
         args.checkpoint,

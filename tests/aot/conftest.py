@@ -2,7 +2,7 @@
 
 import pytest
 
-from jaxmoe.plan.topology import gpu_topology
+from jaxmoe.planning.topology import gpu_topology
 
 
 @pytest.fixture(scope="session")

@@ -13,7 +13,7 @@ import pytest
 from jax.sharding import SingleDeviceSharding
 
 from jaxmoe.kernels.grouped_matmul import expert_mlp
-from jaxmoe.plan.topology import gpu_topology
+from jaxmoe.planning.topology import gpu_topology
 
 # Experts on a device, model width, expert width, activation and its limit, dtype of the result.
 SHAPES = {

@@ -14,9 +14,9 @@ import jaxmoe
 from jaxmoe.config import DecoderConfig
 from jaxmoe.layers import param_specs
 from jaxmoe.models import Decoder, get_family
-from jaxmoe.plan.memory import Plan, plan_config
-from jaxmoe.plan.steps import CompiledStep, compile_steps
-from jaxmoe.plan.topology import gpu_topology
+from jaxmoe.planning.memory import Plan, plan_config
+from jaxmoe.planning.steps import CompiledStep, compile_steps
+from jaxmoe.planning.topology import gpu_topology
 from tests.support.published import DEEPSEEK_V3, GPT_OSS_120B, MIXTRAL_8X7B, QWEN3_30B
 
 MB = 2**20

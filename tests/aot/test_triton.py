@@ -9,8 +9,8 @@ from jax.sharding import PartitionSpec as P
 import jaxmoe
 from jaxmoe.kernels.grouped_matmul import ACTIVATIONS, expert_mlp, grouped_matmul
 from jaxmoe.models import get_family
-from jaxmoe.plan.steps import compile_steps
-from jaxmoe.plan.topology import gpu_topology
+from jaxmoe.planning.steps import compile_steps
+from jaxmoe.planning.topology import gpu_topology
 from tests.support.published import QWEN3_30B
 
 # Experts on a device, model width, expert width, activation.

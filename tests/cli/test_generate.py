@@ -10,7 +10,7 @@ import pytest
 
 import jaxmoe
 from jaxmoe.cli import main
-from jaxmoe.generate import terminal_text
+from jaxmoe.generation import terminal_text
 from jaxmoe.placement import ExpertPlacement
 from tests.support.fake_model import FakeConfig, FakeModel, expected
 from tests.support.tokenizers import byte_level, save

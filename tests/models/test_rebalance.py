@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 import jaxmoe
-from jaxmoe.generate.programs import programs_of
+from jaxmoe.generation.programs import programs_of
 from jaxmoe.placement.migration import migration_bytes
 from tests.support.goldens import GOLDENS, check_greedy, check_logits, read_expected
 from tests.support.meshes import mesh_of

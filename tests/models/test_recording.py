@@ -9,7 +9,7 @@ import pytest
 from flax import nnx
 
 import jaxmoe
-from jaxmoe.generate.programs import programs_of
+from jaxmoe.generation.programs import programs_of
 from tests.support.goldens import GOLDENS
 from tests.support.meshes import mesh_of
 

@@ -7,7 +7,7 @@ import pytest
 from flax import nnx
 
 import jaxmoe
-from jaxmoe.generate.programs import programs_of
+from jaxmoe.generation.programs import programs_of
 from jaxmoe.models.decoder import _all_logits
 from jaxmoe.placement import RoutingTrace
 from tests.support import runs
@@ -47,7 +47,7 @@ def call(model) -> np.ndarray:
     return np.asarray(model(TOKENS))
 
 
-def generate(model, **settings) -> list[jaxmoe.generate.Output]:
+def generate(model, **settings) -> list[jaxmoe.generation.Output]:
     return jaxmoe.generate(model, PROMPTS, max_new_tokens=8, **{"eos_token_id": EOS, **settings})
 
 

@@ -11,7 +11,7 @@ from safetensors.numpy import load_file, save_file
 import jaxmoe
 from jaxmoe.checkpoint import CheckpointError, open_checkpoint
 from jaxmoe.checkpoint.inspection.summary import summarize
-from jaxmoe.generate.eos import eos_token_ids
+from jaxmoe.generation.eos import eos_token_ids
 from jaxmoe.layers import params_by_path
 from jaxmoe.models import FAMILIES, WRAPPERS, find_family, read_model_config
 from tests.support import runs

@@ -7,8 +7,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from jaxmoe.generate import SamplingParams, sampling
-from jaxmoe.generate.sampling import Controls, Mode
+from jaxmoe.generation import SamplingParams, sampling
+from jaxmoe.generation.sampling import Controls, Mode
 
 VOCAB = 23
 # One compile for all examples: the settings are traced.

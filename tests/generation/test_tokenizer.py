@@ -4,9 +4,9 @@ import json
 
 import pytest
 
-from jaxmoe.generate import Tokenizer
-from jaxmoe.generate.chat import ChatTemplate
-from jaxmoe.generate.tokenizer import tokenizer_of
+from jaxmoe.generation import Tokenizer
+from jaxmoe.generation.chat import ChatTemplate
+from jaxmoe.generation.tokenizer import tokenizer_of
 from tests.support.tokenizers import byte_fallback, byte_level, save
 
 CHATML = """\

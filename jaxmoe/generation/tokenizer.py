@@ -8,7 +8,7 @@ from typing import Any
 from tokenizers import Tokenizer as RustTokenizer
 
 from jaxmoe.config import read_json
-from jaxmoe.generate.chat import ChatTemplates, Message
+from jaxmoe.generation.chat import ChatTemplates, Message
 
 
 class Tokenizer:

@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from jaxmoe.checks import whole_number
-from jaxmoe.generate.tokenizer import Tokenizer
+from jaxmoe.generation.tokenizer import Tokenizer
 
 TokenIds = Sequence[int]
 Conversation = Sequence[Mapping[str, Any]]

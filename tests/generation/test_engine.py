@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from jaxmoe.generate import Engine, GenerationStats, SamplingParams
-from jaxmoe.generate.programs import Programs, programs_of
+from jaxmoe.generation import Engine, GenerationStats, SamplingParams
+from jaxmoe.generation.programs import Programs, programs_of
 from jaxmoe.models.padding import bucket_length
 from tests.support.fake_model import VOCAB, FakeModel, expected, next_logits
 from tests.support.meshes import mesh_of

@@ -7,8 +7,8 @@ from tokenizers import AddedToken, decoders, models
 from tokenizers import Tokenizer as RustTokenizer
 
 import jaxmoe
-from jaxmoe.generate import Tokenizer
-from jaxmoe.generate.detokenize import StopStrings, TextStream
+from jaxmoe.generation import Tokenizer
+from jaxmoe.generation.detokenize import StopStrings, TextStream
 from tests.support.fake_model import VOCAB, FakeModel, expected
 from tests.support.meshes import mesh_of
 from tests.support.tokenizers import byte_level, save

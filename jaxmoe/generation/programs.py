@@ -18,8 +18,8 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from jaxmoe.distributed import meet
-from jaxmoe.generate import sampling
-from jaxmoe.generate.params import SamplingParams
+from jaxmoe.generation import sampling
+from jaxmoe.generation.params import SamplingParams
 from jaxmoe.mesh import batch_axes, named, put
 from jaxmoe.models.routing import Routing, routing_of
 

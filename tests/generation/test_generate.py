@@ -1,6 +1,5 @@
 """`jaxmoe.generate` on a fake model with a real tokenizer: prompts, text, streaming, errors."""
 
-import importlib
 import json
 import subprocess
 import sys
@@ -11,7 +10,7 @@ from tokenizers import Tokenizer as RustTokenizer
 from tokenizers import decoders, models
 
 import jaxmoe
-from jaxmoe.generate import GenerationStats, TokenEvent, Tokenizer, encode
+from jaxmoe.generation import GenerationStats, TokenEvent, Tokenizer, encode
 from tests.support.fake_model import FakeConfig, FakeModel, expected
 from tests.support.meshes import mesh_of
 from tests.support.tokenizers import byte_level, save
@@ -213,13 +212,6 @@ def test_a_prompt_may_fill_the_last_position(model) -> None:
     assert out.token_ids == expected([1] * 500, 12)
 
 
-@pytest.mark.parametrize("first", ["import jaxmoe.generate", "from jaxmoe.generate import Output", "jaxmoe.generate"])
-def test_the_name_is_a_function_whatever_was_imported_first(first) -> None:
-    code = f"import jaxmoe; {first}; from jaxmoe.generate import api; assert callable(jaxmoe.generate)"
-    subprocess.run([sys.executable, "-c", code], check=True)
-    assert callable(importlib.import_module("jaxmoe.generate"))
-
-
 def test_importing_the_package_starts_no_jax() -> None:
-    code = "import sys, jaxmoe.generate; from jaxmoe.generate import generate; assert 'jax' not in sys.modules"
+    code = "import sys, jaxmoe.generation; from jaxmoe.generation import generate; assert 'jax' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True)

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from jaxmoe.cli import main
-from jaxmoe.plan.memory import Plan
+from jaxmoe.planning.memory import Plan
 from tests.support.families import FAMILIES
 
 

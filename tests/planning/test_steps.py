@@ -5,7 +5,7 @@ import json
 import pytest
 
 from jaxmoe.models import get_family
-from jaxmoe.plan import compile_steps, plan
+from jaxmoe.planning import compile_steps, plan
 from tests.support.goldens import GOLDENS
 from tests.support.meshes import mesh_of
 

@@ -10,15 +10,15 @@ import numpy as np
 
 from jaxmoe.checks import flag, instance_of, whole_number
 from jaxmoe.checks import token_ids as check_token_ids
-from jaxmoe.generate.output import Output, TokenEvent
-from jaxmoe.generate.params import SamplingParams
-from jaxmoe.generate.stats import GenerationStats
+from jaxmoe.generation.output import Output, TokenEvent
+from jaxmoe.generation.params import SamplingParams
+from jaxmoe.generation.stats import GenerationStats
 
 if TYPE_CHECKING:
-    from jaxmoe.generate.detokenize import TextStream
-    from jaxmoe.generate.engine import FinishReason, Row
-    from jaxmoe.generate.prompts import Prompt
-    from jaxmoe.generate.tokenizer import Tokenizer
+    from jaxmoe.generation.detokenize import TextStream
+    from jaxmoe.generation.engine import FinishReason, Row
+    from jaxmoe.generation.prompts import Prompt
+    from jaxmoe.generation.tokenizer import Tokenizer
     from jaxmoe.placement.balancer import Balancer
 
 StreamCallback = Callable[[TokenEvent], None]
@@ -91,7 +91,7 @@ def generate(
     """
     begin = time.perf_counter()
     # Here and not above: `import jaxmoe.generate` starts no JAX.
-    from jaxmoe.generate.engine import Engine
+    from jaxmoe.generation.engine import Engine
 
     _check_objects(model, stream, stats, balancer)
     params = SamplingParams(
@@ -159,7 +159,7 @@ def _check_objects(model: Any, stream: Any, stats: Any, balancer: Any) -> None:
     if stream is not None and not callable(stream):
         raise TypeError(f"stream is a function that is called with each TokenEvent; got {type(stream).__name__}")
     if stats is not None:
-        instance_of("stats", stats, GenerationStats, "a jaxmoe.generate.GenerationStats")
+        instance_of("stats", stats, GenerationStats, "a jaxmoe.generation.GenerationStats")
     if balancer is not None:
         instance_of("balancer", balancer, Balancer, "a jaxmoe.Balancer")
 
@@ -177,7 +177,7 @@ def encode(
 
     For callers who want every prompt checked before the first of many batches.
     """
-    from jaxmoe.generate.prompts import check_prompts, encode_prompts
+    from jaxmoe.generation.prompts import check_prompts, encode_prompts
 
     token_ids = encode_prompts(
         prompts, functools.partial(_tokenizer, model, tokenizer), chat=chat, chat_template_kwargs=chat_template_kwargs
@@ -192,7 +192,7 @@ def encode(
 
 
 def _tokenizer(model: Any, given: "Tokenizer | None") -> "Tokenizer":
-    from jaxmoe.generate.tokenizer import tokenizer_of
+    from jaxmoe.generation.tokenizer import tokenizer_of
 
     if given is not None:
         return given
@@ -207,7 +207,7 @@ def _text_streams(
     count: int, model: Any, tokenizer: "Tokenizer | None", stop: Sequence[str]
 ) -> "list[TextStream] | None":
     """One stream per prompt; None without a tokenizer, which only stop strings insist on."""
-    from jaxmoe.generate.detokenize import TextStream
+    from jaxmoe.generation.detokenize import TextStream
 
     if tokenizer is None and model.source is None and not stop:
         return None
@@ -280,6 +280,6 @@ def _eos_token_ids(model: Any, given: frozenset[int] | None) -> frozenset[int]:
         return given
     if model.source is None:
         return frozenset()
-    from jaxmoe.generate.eos import eos_token_ids
+    from jaxmoe.generation.eos import eos_token_ids
 
     return eos_token_ids(model.source)

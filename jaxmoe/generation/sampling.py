@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike
 
-from jaxmoe.generate.params import SamplingParams
+from jaxmoe.generation.params import SamplingParams
 
 # Order-preserving int32 images of -inf and +inf; see `_ordinal_to_float`.
 _LOWEST, _HIGHEST = -0x7F800001, 0x7F800000

@@ -5,8 +5,8 @@ from typing import Any
 
 import pytest
 
-from jaxmoe.generate import Tokenizer
-from jaxmoe.generate.prompts import encode_prompts
+from jaxmoe.generation import Tokenizer
+from jaxmoe.generation.prompts import encode_prompts
 from tests.support.tokenizers import byte_level, save
 
 USER = [{"role": "user", "content": "x"}]

@@ -9,10 +9,10 @@ import jax
 import numpy as np
 from flax import nnx
 
-from jaxmoe.generate.params import SamplingParams
-from jaxmoe.generate.programs import Leaves, Record, Sampled, Shape, programs_of
-from jaxmoe.generate.sampling import Controls, Mode, seed_words
-from jaxmoe.generate.stats import GenerationStats
+from jaxmoe.generation.params import SamplingParams
+from jaxmoe.generation.programs import Leaves, Record, Sampled, Shape, programs_of
+from jaxmoe.generation.sampling import Controls, Mode, seed_words
+from jaxmoe.generation.stats import GenerationStats
 from jaxmoe.layers import check_usable
 from jaxmoe.models.padding import bucket_length
 from jaxmoe.models.replay import ReplayedSteps, RoutingReplay
@@ -40,7 +40,7 @@ class Engine:
     programs that earlier engines compiled for it, so it is cheap to make one per call.
 
     Args:
-        model: see `jaxmoe.generate.programs.Model`.
+        model: see `jaxmoe.generation.programs.Model`.
 
     Example:
         >>> rows = Engine(model).run([[5, 6, 7]], SamplingParams(), max_new_tokens=8)  # doctest: +SKIP

@@ -13,7 +13,7 @@ import jaxmoe
 from jaxmoe import ExpertPlacement
 from jaxmoe.cli import main
 from jaxmoe.models.decoder import Decoder
-from jaxmoe.plan import plan
+from jaxmoe.planning import plan
 from tests.support.goldens import GOLDENS
 from tests.support.meshes import MESH_SHAPES, mesh_of
 from tests.support.published import QWEN3_30B

@@ -3,7 +3,7 @@
 import jax.numpy as jnp
 import numpy as np
 
-from jaxmoe.generate.sampling import penalize_repetition
+from jaxmoe.generation.sampling import penalize_repetition
 
 
 def test_positive_logits_are_divided_and_negative_ones_multiplied():

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from jaxmoe.config import DecoderConfig
-from jaxmoe.generate.programs import Programs, Shape
+from jaxmoe.generation.programs import Programs, Shape
 from jaxmoe.mesh import EP
 from jaxmoe.models import Decoder
 from jaxmoe.placement import ExpertPlacement

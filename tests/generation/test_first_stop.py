@@ -4,7 +4,7 @@ import itertools
 
 import pytest
 
-from jaxmoe.generate.detokenize import StopStrings
+from jaxmoe.generation.detokenize import StopStrings
 
 
 @pytest.mark.parametrize("stops", list(itertools.permutations(["cd", "b", "e"])))

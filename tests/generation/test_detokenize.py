@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from jaxmoe.generate.detokenize import Detokenizer, StopStrings, TextStream
+from jaxmoe.generation.detokenize import Detokenizer, StopStrings, TextStream
 from tests.support.tokenizers import byte_fallback, byte_level
 
 TOKENIZER = byte_level()
