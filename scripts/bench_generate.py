@@ -305,7 +305,7 @@ def jaxmoe_timer(mesh: str, checkpoint: str) -> Timer:
     import math
 
     import jaxmoe
-    from jaxmoe.generation import GenerationStats
+    from jaxmoe import GenerationStats
     from jaxmoe.mesh import parse_mesh
 
     mesh, _, axes = mesh.partition(" experts=")

@@ -12,7 +12,8 @@ from rich.console import Console
 from rich.markup import escape
 
 import jaxmoe
-from jaxmoe.generation import GenerationStats, TokenEvent, expert_bytes_table
+from jaxmoe import GenerationStats, TokenEvent
+from jaxmoe.generation import expert_bytes_table
 from jaxmoe.mesh import parse_mesh
 
 CHECKPOINT = Path(__file__).resolve().parent.parent / "demo"

@@ -68,10 +68,12 @@ def test_figures_are_printed_by_their_commands(command, capsys, monkeypatch) -> 
     assert [figure for figure, by in figures() if by == command and figure not in printed] == []
 
 
-def test_every_public_name_has_a_place_in_the_reference() -> None:
+def test_every_public_name_has_a_line_and_a_place_in_the_reference() -> None:
     page = (ROOT / "docs/reference/api.md").read_text(encoding="utf-8")
-    places = {line.removeprefix("::: ").rpartition(".")[2] for line in page.splitlines() if line.startswith("::: ")}
-    assert places == set(jaxmoe.__all__) - {"__version__"}
+    lines = re.findall(r"^\| `(\w+)[^`|]*` \| [^|]+ \|$", page.partition("\n## ")[0], re.MULTILINE)
+    places = re.findall(r"^::: jaxmoe\.(\w+)$", page, re.MULTILINE)
+    assert lines == places
+    assert sorted(lines) == sorted(set(jaxmoe.__all__) - {"__version__"})
 
 
 def test_every_page_is_in_the_navigation() -> None:
