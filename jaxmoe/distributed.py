@@ -3,7 +3,7 @@
 `initialize` is `jax.distributed.initialize` with a watchdog. Every process runs the same program on the same
 input; decisions are made from values that all of them hold. The watchdog makes a failure common property: a process
 that fails says why, one that dies stops giving signs of life, and either makes the others exit with status 1
-and one line on stderr, where a collective would wait for ever.
+and one line on stderr, where a collective would wait forever.
 """
 
 import atexit
@@ -26,16 +26,16 @@ import numpy as np
 
 # Keys of the coordination service, each followed by a process id.
 _ALIVE, _FAILED, _STOPPED, _FINISHED = "jaxmoe/alive/", "jaxmoe/failed/", "jaxmoe/stopped/", "jaxmoe/finished/"
-# Apart from those, which the watchdog reads all together; followed by the number of the meeting and a process id.
-_MET = "jaxmoe-met/"
+# Apart from those, which the watchdog reads all together; followed by the number of the barrier and a process id.
+_AT_BARRIER = "jaxmoe-barrier/"
 
 # As long as the coordination service can wait. Whoever waits is ended by the watchdog where that is in vain.
 _FOREVER_MS = 2**31 - 1
 
 _FIRST_IS_GONE = "process 0, which coordinates the others, is gone or out of reach"
 
+# This process's membership, as `jax.distributed` holds its own: a process joins once.
 _watchdog: "Watchdog | None" = None
-_meetings = itertools.count()
 
 
 def initialize(
@@ -44,19 +44,20 @@ def initialize(
     process_id: int | None = None,
     *,
     failure_timeout: float = 60.0,
-    epitaph: Callable[[str], None] = lambda reason: None,
+    explain_abort: Callable[[str], None] = lambda reason: None,
 ) -> None:
     """Join this process to the others; call it before anything uses a device, and before `jaxmoe.simulate_devices`.
 
     Afterwards ``jax.devices()`` are those of all processes, and `simulate_devices` counts the devices of each.
 
     Args:
-        coordinator: ``host:port`` at which process 0 listens; None, with the next two, takes all three from the
+        coordinator: address ``host:port`` at which process 0 listens; None, with the next two, takes all three from the
             cluster (SLURM, Open MPI, Kubernetes and whatever else ``jax.distributed`` knows).
-        num_processes: how many there are.
-        process_id: which of them this is, from 0.
+        num_processes: number of processes.
+        process_id: number of this one, from 0.
         failure_timeout: seconds without a sign of life after which a process counts as dead.
-        epitaph: from `jaxmoe.supervise.supervise`, is told what it means if JAX's runtime aborts this process.
+        explain_abort: function from `jaxmoe.supervise.supervise` that is told what it means if JAX's runtime aborts this
+            process.
 
     Raises:
         ValueError: some of the three are given and others not, or they do not fit together.
@@ -83,7 +84,7 @@ def initialize(
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
     seconds = math.ceil(failure_timeout)
     join_seconds = max(seconds, 60)
-    epitaph(
+    explain_abort(
         f"the processes did not find together within {join_seconds} s; start all of them, where each reaches process 0"
         + (f" at {coordinator}" if coordinator else "")
     )
@@ -105,7 +106,7 @@ def initialize(
     # the backend, and devices can still be simulated after this.
     from jax._src.distributed import global_state as state
 
-    _watchdog = Watchdog(state.client, state.process_id, state.num_processes, failure_timeout, epitaph)
+    _watchdog = Watchdog(state.client, state.process_id, state.num_processes, failure_timeout, explain_abort)
     # Registered after JAX's own, so run before it.
     atexit.register(finish)
     sys.excepthook = _fail_on_exception
@@ -140,35 +141,35 @@ def fail(error: BaseException, *, show_traceback: bool = False) -> NoReturn:
     _watchdog.fail(error)
 
 
-def from_first(values: np.ndarray) -> np.ndarray:
-    """The `values` that process 0 passed, in every process; all pass the same shape and dtype.
+def broadcast(values: np.ndarray) -> np.ndarray:
+    """Give every process the `values` of process 0; all pass the same shape and dtype.
 
     Raises:
         RuntimeError: a process has come to its end, and will pass none.
     """
     from jax.experimental import multihost_utils
 
-    meet()
+    barrier()
     return np.asarray(multihost_utils.broadcast_one_to_all(values))
 
 
-def meet() -> None:
+def barrier() -> None:
     """Wait until every process is here, however long it still has to do.
 
-    The CPU collectives give up on a partner that is 30 seconds late when they meet for the first time.
+    The first collective of CPU devices gives up on a partner that is 30 seconds late.
 
     Raises:
         RuntimeError: a process has come to its end, and will never be here.
     """
     if _watchdog is None:
         return
-    client, meeting = _watchdog.client, next(_meetings)
-    client.key_value_set(f"{_MET}{meeting}/{_watchdog.process_id}", "")
+    client, number = _watchdog.client, next(_watchdog.barriers)
+    client.key_value_set(f"{_AT_BARRIER}{number}/{_watchdog.process_id}", "")
     for process in range(_watchdog.num_processes):
         finished = False
         while True:
             try:
-                client.blocking_key_value_get(f"{_MET}{meeting}/{process}", 1000)
+                client.blocking_key_value_get(f"{_AT_BARRIER}{number}/{process}", 1000)
                 break
             except RuntimeError as error:
                 if "DEADLINE_EXCEEDED" not in str(error):
@@ -186,7 +187,7 @@ def check_same(parts: Mapping[str, Any]) -> None:
     """Refuse to go on where a process was given something else than process 0.
 
     Args:
-        parts: by their name for the message, values whose ``repr`` tells all of them.
+        parts: values by their name for the message; the ``repr`` of a value tells all of it.
 
     Raises:
         ValueError: in the process that differs.
@@ -194,7 +195,7 @@ def check_same(parts: Mapping[str, Any]) -> None:
     digests = np.stack(
         [np.frombuffer(hashlib.sha256(repr(value).encode()).digest(), np.uint32) for value in parts.values()]
     )
-    same = np.all(from_first(digests) == digests, axis=1)
+    same = np.all(broadcast(digests) == digests, axis=1)
     if not same.all():
         different = " and ".join(name for name, is_same in zip(parts, same, strict=True) if not is_same)
         raise ValueError(
@@ -207,25 +208,26 @@ class Watchdog:
     """A thread that gives signs of life, looks for those of the others, and ends the process where one is missing.
 
     Args:
-        client: of the coordination service that process 0 runs.
-        process_id: this process.
-        num_processes: how many there are.
+        client: client of the coordination service that process 0 runs.
+        process_id: number of this process.
+        num_processes: number of processes.
         timeout: seconds without a sign of life after which a process counts as dead.
-        epitaph: see `initialize`.
+        explain_abort: see `initialize`.
     """
 
     def __init__(
-        self, client: Any, process_id: int, num_processes: int, timeout: float, epitaph: Callable[[str], None]
+        self, client: Any, process_id: int, num_processes: int, timeout: float, explain_abort: Callable[[str], None]
     ) -> None:
         self.client = client
         self.timeout = timeout
+        self.barriers = itertools.count()  # numbered alike in every process, for all run the same program
         self.stderr: TextIO = sys.stderr
         self.process_id, self.num_processes = process_id, num_processes
         self._interval = min(1.0, timeout / 5)
         self._end = threading.Event()
         self._ending = threading.Lock()
-        self._epitaph = epitaph
-        epitaph("another process is gone or out of reach" if process_id == 0 else _FIRST_IS_GONE)
+        self._explain_abort = explain_abort
+        explain_abort("another process is gone or out of reach" if process_id == 0 else _FIRST_IS_GONE)
         client.key_value_set(f"{_ALIVE}{process_id}", "", allow_overwrite=True)
         self._thread = threading.Thread(target=self._watch, name="jaxmoe-watchdog", daemon=True)
         self._thread.start()
@@ -236,7 +238,7 @@ class Watchdog:
         self._thread.join()
 
     def fail(self, error: BaseException) -> NoReturn:
-        """See `fail`."""
+        """Tell the others of an error and end this process, see `fail`."""
         if threading.current_thread() is threading.main_thread():
             # Asked to end more than once: it is on the way.
             signal.signal(signal.SIGINT, signal.SIG_IGN)
@@ -276,7 +278,7 @@ class Watchdog:
 
     def _exit(self, reason: str, *, tell: bool = True) -> NoReturn:
         # JAX may abort this process before it has ended, and that is no news any more.
-        self._epitaph("")
+        self._explain_abort("")
         line = f"jaxmoe: process {self.process_id} of {self.num_processes}: error: {reason}"
         with contextlib.suppress(OSError, ValueError):  # nobody reads stderr, or it is closed
             print(line, file=self.stderr, flush=True)

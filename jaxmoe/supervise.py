@@ -15,12 +15,12 @@ from types import FrameType
 from typing import NoReturn
 
 # Given the reason that stands for an abort from now on; "" where nothing is left to say.
-Epitaph = Callable[[str], None]
+ExplainAbort = Callable[[str], None]
 
 _PASSED_ON = (signal.SIGTERM, signal.SIGHUP, signal.SIGINT)
 
 
-def supervise(name: str, *, show_native: bool = False) -> Epitaph:
+def supervise(name: str, *, show_native: bool = False) -> ExplainAbort:
     """Fork: the child returns from here and does the work, the parent waits and exits as the child does.
 
     Call it before any thread is started. A child that dies of a signal is told in one line on stderr; the parent exits

@@ -12,26 +12,21 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import jaxmoe
+from jaxmoe import SamplingParams
 from jaxmoe.checks import flag, one_of, real_number, token_ids, whole_number
 from jaxmoe.config import MLPConfig, MoEConfig, RouterConfig
 from jaxmoe.config.routers import SCORES, Score
-from jaxmoe.generation import SamplingParams
+from tests.support.fake_model import FakeConfig, FakeModel
 from tests.support.meshes import mesh_of
 
 SIZES = {"num_experts": 4, "num_experts_per_tok": 2, "hidden_size": 8, "moe_intermediate_size": 8}
 CONFIG = MoEConfig(**SIZES)
+TOP_3 = SamplingParams(temperature=0.0, top_k=3)
 
 
-class Model:
-    """Enough of a model for arguments to be checked; nothing is ever computed with it."""
-
-    class config:  # noqa: N801
-        vocab_size, max_position_embeddings = 10, 200
-
-    mesh = source = prefill = decode = None
-
-
-generate = partial(jaxmoe.generate, Model(), [[1, 2]])
+def generate(**settings):
+    model = FakeModel(mesh_of(1, 1, 1), config=FakeConfig(vocab_size=10, max_position_embeddings=200))
+    return jaxmoe.generate(model, [[1, 2]], **settings)
 
 
 @given(st.integers(-(2**31), 2**31 - 1))
@@ -119,6 +114,11 @@ def test_the_names_of_configs_are_those_of_the_tables():
         (partial(generate, eos_token_id=["1"]), "eos_token_id is a whole number from 0 to 9; got '1'"),
         (partial(generate, eos_token_id=-1), "eos_token_id is a whole number from 0 to 9; got -1"),
         (partial(generate, eos_token_id=[1, 10]), "eos_token_id is a whole number from 0 to 9; got 10"),
+        (partial(generate, sampling_params=TOP_3, top_k=4), "top_k is 4 and sampling_params.top_k is 3; give one"),
+        (
+            partial(generate, sampling_params=TOP_3, temperature=0.5),
+            "temperature is 0.5 and sampling_params.temperature",
+        ),
         (partial(generate, ignore_eos="yes"), "ignore_eos is True or False; got 'yes'"),
         (partial(generate, seed=1.5), "seed is a whole number from 0"),
         (partial(generate, seed=[1, 2]), "got 2 seeds for 1 prompts"),
@@ -134,9 +134,10 @@ def test_values_are_refused_by_name(make, message):
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (partial(jaxmoe.generate, "demo", [[1]]), "model is what jaxmoe.load returns; got str"),
+        (partial(jaxmoe.generate, "demo", [[1]]), "model is a model from jaxmoe.load; got str"),
         (partial(generate, stream=3), "stream is a function that is called with each TokenEvent; got int"),
-        (partial(generate, stats={}), "stats is a jaxmoe.generation.GenerationStats; got dict"),
+        (partial(generate, stats={}), "stats is a jaxmoe.GenerationStats; got dict"),
+        (partial(generate, sampling_params={"top_k": 3}), "sampling_params is a jaxmoe.SamplingParams; got dict"),
         (partial(generate, balancer="eplb"), "balancer is a jaxmoe.Balancer; got str"),
         (partial(jaxmoe.load, None, mesh=None), "path is a path, a text or a pathlib.Path; got NoneType"),
         (partial(jaxmoe.load, "demo", mesh="ep=2"), "mesh is a mesh, from jaxmoe.make_mesh; got str"),
@@ -144,6 +145,7 @@ def test_values_are_refused_by_name(make, message):
         (partial(jaxmoe.convert, 3, "out"), "source is a path, a text or a pathlib.Path; got int"),
         (partial(jaxmoe.plan, None), "path is a path, a text or a pathlib.Path; got NoneType"),
         (partial(jaxmoe.move, "demo", mesh=None), "model is a model from jaxmoe.load; got str"),
+        (partial(jaxmoe.rebalance, "demo", "eplb"), "model is a model from jaxmoe.load; got str"),
         (partial(jaxmoe.MoE, SIZES, mesh=None), "config is a jaxmoe.MoEConfig; got dict"),
         (partial(jaxmoe.MoE, CONFIG, mesh="ep=2"), "mesh is a mesh, from jaxmoe.make_mesh or of your own; got str"),
         (partial(MoEConfig, **SIZES, router="softmax"), "MoEConfig.router is a RouterConfig; got str"),

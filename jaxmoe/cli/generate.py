@@ -84,7 +84,7 @@ def _generate_together(args: argparse.Namespace) -> None:
     from jaxmoe.models import read_model_config
 
     # All prompts are checked before the weights are read, which may take minutes.
-    outline = SimpleNamespace(config=read_model_config(args.checkpoint)[1], source=Path(args.checkpoint))
+    outline: Any = SimpleNamespace(config=read_model_config(args.checkpoint)[1], source=Path(args.checkpoint))
     token_ids = encode(outline, _conversations(prompts, args), max_new_tokens=args.max_new_tokens)
     model = _load(args, mesh)
     if args.verbose:

@@ -49,7 +49,7 @@ def joined(args: argparse.Namespace) -> Iterator[None]:
     from jaxmoe.supervise import supervise
 
     number = "this process" if args.process_id is None else f"process {args.process_id} of {args.num_processes}"
-    epitaph = supervise(number, show_native=args.debug)
+    explain_abort = supervise(number, show_native=args.debug)
     from jaxmoe import distributed
 
     # Joining waits in native code, where Python's own handler of an interrupt would not be run.
@@ -59,7 +59,7 @@ def joined(args: argparse.Namespace) -> Iterator[None]:
         args.num_processes,
         args.process_id,
         failure_timeout=args.failure_timeout,
-        epitaph=epitaph,
+        explain_abort=explain_abort,
     )
     signal.signal(signal.SIGINT, interrupt)
     with contextlib.ExitStack() as silence:

@@ -4,46 +4,50 @@ import functools
 import secrets
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+import jax
 import numpy as np
+from flax import nnx
 
 from jaxmoe.checks import flag, instance_of, whole_number
 from jaxmoe.checks import token_ids as check_token_ids
+from jaxmoe.distributed import broadcast, check_same
+from jaxmoe.generation.detokenize import TextStream
+from jaxmoe.generation.engine import Engine, FinishReason, Row
+from jaxmoe.generation.eos import eos_token_ids as read_eos_token_ids
+from jaxmoe.generation.model import Model, Outline
 from jaxmoe.generation.output import Output, TokenEvent
-from jaxmoe.generation.params import SamplingParams
+from jaxmoe.generation.params import SamplingParams, sampling_params_of
+from jaxmoe.generation.prompts import Prompt, check_prompts, encode_prompts
 from jaxmoe.generation.stats import GenerationStats
-
-if TYPE_CHECKING:
-    from jaxmoe.generation.detokenize import TextStream
-    from jaxmoe.generation.engine import FinishReason, Row
-    from jaxmoe.generation.prompts import Prompt
-    from jaxmoe.generation.tokenizer import Tokenizer
-    from jaxmoe.placement.balancer import Balancer
+from jaxmoe.generation.tokenizer import Tokenizer, tokenizer_of
+from jaxmoe.placement.balancer import Balancer
 
 StreamCallback = Callable[[TokenEvent], None]
 
 
 def generate(
-    model: Any,
-    prompts: "str | Iterable[Prompt]",
+    model: Model,
+    prompts: str | Iterable[Prompt],
     *,
     max_new_tokens: int = 64,
-    temperature: float = 0.0,
+    sampling_params: SamplingParams | None = None,
+    temperature: float | None = None,
     top_k: int | None = None,
-    top_p: float = 1.0,
-    min_p: float = 0.0,
-    repetition_penalty: float = 1.0,
+    top_p: float | None = None,
+    min_p: float | None = None,
+    repetition_penalty: float | None = None,
     seed: int | Sequence[int] | None = None,
     eos_token_id: int | Sequence[int] | None = None,
     ignore_eos: bool = False,
     stop: str | Sequence[str] | None = None,
     chat: bool = False,
     chat_template_kwargs: Mapping[str, Any] | None = None,
-    tokenizer: "Tokenizer | None" = None,
+    tokenizer: Tokenizer | None = None,
     stream: StreamCallback | None = None,
     stats: GenerationStats | None = None,
-    balancer: "Balancer | None" = None,
+    balancer: Balancer | None = None,
 ) -> list[Output]:
     """Generate text (or token ids) for every prompt.
 
@@ -51,51 +55,55 @@ def generate(
     and cache lengths are rounded up to few sizes, and programs are kept with the model.
 
     Args:
-        model: from `jaxmoe.load`.
+        model: model from `jaxmoe.load`.
         prompts: list of texts, of lists of token ids, or of conversations (lists of
             ``{"role": ..., "content": ...}``, put through the chat template); or one text.
-        max_new_tokens: tokens per prompt, at least 1.
-        temperature: 0.0 takes the likeliest token; see `SamplingParams` for this and the next four.
-        top_k: only the k likeliest tokens; None or 0 for all.
-        top_p: only the likeliest tokens up to this probability.
-        min_p: only tokens at least this fraction as likely as the likeliest.
-        repetition_penalty: above 1.0 discourages tokens of the prompt and the text so far.
-        seed: an int for every prompt alike, so that a prompt's text depends on nothing else; or one
-            int per prompt; None draws a fresh one for each.
+        max_new_tokens: most tokens to generate for each prompt, at least 1.
+        sampling_params: settings by which tokens are chosen; the likeliest token is taken by default.
+        temperature, top_k, top_p, min_p, repetition_penalty: the same settings one by one, see `SamplingParams`.
+        seed: integer for every prompt alike, so that a prompt's text depends on nothing else; or one
+            for each prompt; None draws a fresh one for each.
         eos_token_id: token or tokens that end the text; None for those that
             generation_config.json, else config.json, names.
-        ignore_eos: generate max_new_tokens whatever comes.
+        ignore_eos: whether to generate max_new_tokens whatever comes.
         stop: text or texts that end the output, and are cut off it; a special token's text too, though special tokens are
             no part of the output.
-        chat: text prompts are user messages, put through the chat template.
-        chat_template_kwargs: more variables for the template, such as ``{"enable_thinking": False}``. With ``"tools"``
+        chat: whether text prompts are user messages, to be put through the chat template.
+        chat_template_kwargs: further variables for the template, such as ``{"enable_thinking": False}``. With ``"tools"``
             a template named "tool_use" is taken where there is one; ``"chat_template"`` names another.
-        tokenizer: instead of the checkpoint's.
-        stream: called with a `TokenEvent` for every token, in the order in which they come.
-        stats: filled with counts and times.
-        balancer: rebalances the model's experts between steps when the devices' loads have become uneven.
+        tokenizer: tokenizer to use instead of the checkpoint's.
+        stream: function that is called with a `TokenEvent` for every token, in the order in which they come.
+        stats: object to which counts and times are added.
+        balancer: balancer that moves the model's experts between steps when the devices' loads have become uneven.
 
     Returns:
         One `Output` per prompt, in order.
 
     Raises:
-        ValueError: a setting out of range, a prompt that is empty or of no known kind, a token outside the
-            vocabulary, more positions than the model has, or a replayed trace of another generation.
-        TypeError: `model`, `stream`, `stats` or `balancer` is something else.
+        ValueError: a setting is out of range or given twice with two values, a prompt is empty or of no known kind, a
+            token is outside the vocabulary, there are more positions than the model has, or a replayed trace is of
+            another generation.
+        TypeError: `model`, `sampling_params`, `stream`, `stats` or `balancer` is something else.
         FileNotFoundError: text prompts or stop strings, and the checkpoint has no tokenizer.json.
 
     Example:
-        >>> outs = jaxmoe.generate(model, ["Once upon a time"], max_new_tokens=32)  # doctest: +SKIP
-        >>> outs[0].text, outs[0].finish_reason  # doctest: +SKIP
-        (' there was a small mesh', 'length')
+        >>> outs = jaxmoe.generate(model, ["def is_valid(name):"], max_new_tokens=12)
+        >>> outs[0].finish_reason
+        'length'
+        >>> settings = jaxmoe.SamplingParams(temperature=0.8, top_p=0.95)
+        >>> outs = jaxmoe.generate(model, [[5, 6, 7]], max_new_tokens=4, sampling_params=settings, seed=0)
+        >>> len(outs[0].token_ids)
+        4
     """
     begin = time.perf_counter()
-    # Here and not above: `import jaxmoe.generate` starts no JAX.
-    from jaxmoe.generation.engine import Engine
-
     _check_objects(model, stream, stats, balancer)
-    params = SamplingParams(
-        temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, repetition_penalty=repetition_penalty
+    params = sampling_params_of(
+        sampling_params,
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        min_p=min_p,
+        repetition_penalty=repetition_penalty,
     )
     max_new_tokens = whole_number("max_new_tokens", max_new_tokens, least=1)
     ignore_eos, chat = flag("ignore_eos", ignore_eos), flag("chat", chat)
@@ -110,7 +118,7 @@ def generate(
         tokenizer=tokenizer,
     )
     texts = _text_streams(len(token_ids), model, tokenizer, stop)
-    eos_token_ids = () if ignore_eos else _eos_token_ids(model, given_eos)
+    eos_token_ids = frozenset[int]() if ignore_eos else _eos_token_ids(model, given_eos)
     given_seeds = _seeds(seed, len(token_ids))
     seeds = None if params.greedy else given_seeds
     if model.mesh.is_multi_process:
@@ -121,7 +129,7 @@ def generate(
     stats = GenerationStats() if stats is None else stats
     compiled_before = stats.compile_seconds
 
-    def on_token(index: int, token_id: int, reason: "FinishReason | None") -> bool:
+    def on_token(index: int, token_id: int, reason: FinishReason | None) -> bool:
         if stats.first_token_seconds is None:
             stats.first_token_seconds = time.perf_counter() - begin - (stats.compile_seconds - compiled_before)
         piece = None
@@ -152,33 +160,28 @@ def generate(
 
 
 def _check_objects(model: Any, stream: Any, stats: Any, balancer: Any) -> None:
-    from jaxmoe.placement.balancer import Balancer
-
-    if not all(hasattr(model, name) for name in ("config", "mesh", "prefill", "decode")):
-        raise TypeError(f"model is what jaxmoe.load returns; got {type(model).__name__}")
+    instance_of("model", model, Model, "a model from jaxmoe.load")
     if stream is not None and not callable(stream):
         raise TypeError(f"stream is a function that is called with each TokenEvent; got {type(stream).__name__}")
     if stats is not None:
-        instance_of("stats", stats, GenerationStats, "a jaxmoe.generation.GenerationStats")
+        instance_of("stats", stats, GenerationStats, "a jaxmoe.GenerationStats")
     if balancer is not None:
         instance_of("balancer", balancer, Balancer, "a jaxmoe.Balancer")
 
 
 def encode(
-    model: Any,
-    prompts: "str | Iterable[Prompt]",
+    model: Outline,
+    prompts: str | Iterable[Prompt],
     *,
     max_new_tokens: int,
     chat: bool = False,
     chat_template_kwargs: Mapping[str, Any] | None = None,
-    tokenizer: "Tokenizer | None" = None,
+    tokenizer: Tokenizer | None = None,
 ) -> list[list[int]]:
-    """The token ids that `generate` gives to the model; arguments and errors are the same as there.
+    """Encode prompts to the token ids that `generate` gives to the model; arguments and errors are the same as there.
 
-    For callers who want every prompt checked before the first of many batches.
+    It is for callers who want every prompt checked before the first of many batches, and before a weight is read.
     """
-    from jaxmoe.generation.prompts import check_prompts, encode_prompts
-
     token_ids = encode_prompts(
         prompts, functools.partial(_tokenizer, model, tokenizer), chat=chat, chat_template_kwargs=chat_template_kwargs
     )
@@ -191,9 +194,7 @@ def encode(
     return token_ids
 
 
-def _tokenizer(model: Any, given: "Tokenizer | None") -> "Tokenizer":
-    from jaxmoe.generation.tokenizer import tokenizer_of
-
+def _tokenizer(model: Outline, given: Tokenizer | None) -> Tokenizer:
     if given is not None:
         return given
     if model.source is None:
@@ -204,11 +205,9 @@ def _tokenizer(model: Any, given: "Tokenizer | None") -> "Tokenizer":
 
 
 def _text_streams(
-    count: int, model: Any, tokenizer: "Tokenizer | None", stop: Sequence[str]
-) -> "list[TextStream] | None":
+    count: int, model: Outline, tokenizer: Tokenizer | None, stop: Sequence[str]
+) -> list[TextStream] | None:
     """One stream per prompt; None without a tokenizer, which only stop strings insist on."""
-    from jaxmoe.generation.detokenize import TextStream
-
     if tokenizer is None and model.source is None and not stop:
         return None
     try:
@@ -228,7 +227,7 @@ def _stop_strings(stop: str | Sequence[str] | None) -> list[str]:
     return stop
 
 
-def _output(prompt: list[int], row: "Row", text: str | None) -> Output:
+def _output(prompt: list[int], row: Row, text: str | None) -> Output:
     assert row.finish_reason is not None
     return Output(prompt_token_ids=prompt, token_ids=row.token_ids, text=text, finish_reason=row.finish_reason)
 
@@ -243,18 +242,13 @@ def _seeds(seed: Any, count: int) -> list[int]:
 
 
 def _agree(
-    model: Any, seeds: list[int] | None, token_ids: list[list[int]], settings: Any, *, drawn: bool
+    model: Model, seeds: list[int] | None, token_ids: list[list[int]], settings: Any, *, drawn: bool
 ) -> list[int] | None:
     """The seeds for all processes, once it is sure that what decides the text is the same in all of them.
 
     Each process runs the whole loop and stops a row by itself, which is right as long as all come to the same end. The
     programs of a step differ with what is recorded.
     """
-    import jax
-    from flax import nnx
-
-    from jaxmoe.distributed import check_same, from_first
-
     # Stop strings are looked for in text, so with them the tokenizer decides as well.
     path = None if model.source is None else model.source / "tokenizer.json"
     tokenizer = path.read_bytes() if path is not None and path.is_file() else None
@@ -271,15 +265,13 @@ def _agree(
     )
     if seeds is None or not drawn:
         return seeds
-    words = from_first(np.array([(seed >> 32, seed & 0xFFFFFFFF) for seed in seeds], np.uint32))
+    words = broadcast(np.array([(seed >> 32, seed & 0xFFFFFFFF) for seed in seeds], np.uint32))
     return [int(high) << 32 | int(low) for high, low in words]
 
 
-def _eos_token_ids(model: Any, given: frozenset[int] | None) -> frozenset[int]:
+def _eos_token_ids(model: Outline, given: frozenset[int] | None) -> frozenset[int]:
     if given is not None:
         return given
     if model.source is None:
         return frozenset()
-    from jaxmoe.generation.eos import eos_token_ids
-
-    return eos_token_ids(model.source)
+    return read_eos_token_ids(model.source)

@@ -3,20 +3,21 @@
 import dataclasses
 import time
 from collections.abc import Callable, Collection, Sequence
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple, cast
 
 import jax
 import numpy as np
 from flax import nnx
 
+from jaxmoe.generation.model import Model
 from jaxmoe.generation.params import SamplingParams
 from jaxmoe.generation.programs import Leaves, Record, Sampled, Shape, programs_of
 from jaxmoe.generation.sampling import Controls, Mode, seed_words
 from jaxmoe.generation.stats import GenerationStats
 from jaxmoe.layers import check_usable
 from jaxmoe.models.padding import bucket_length
-from jaxmoe.models.replay import ReplayedSteps, RoutingReplay
-from jaxmoe.models.routing import Routing, RoutingRecorder
+from jaxmoe.models.replay import ReplayedSteps
+from jaxmoe.models.routing import Routing
 from jaxmoe.placement.balancer import Balancer
 
 FinishReason = Literal["length", "stop"]
@@ -40,7 +41,7 @@ class Engine:
     programs that earlier engines compiled for it, so it is cheap to make one per call.
 
     Args:
-        model: see `jaxmoe.generation.programs.Model`.
+        model: model from `jaxmoe.load`, or another `jaxmoe.generation.model.Model`.
 
     Example:
         >>> rows = Engine(model).run([[5, 6, 7]], SamplingParams(), max_new_tokens=8)  # doctest: +SKIP
@@ -48,12 +49,12 @@ class Engine:
         [17, 3, 3, 8, 1, 4, 4, 2]
     """
 
-    def __init__(self, model: Any):
+    def __init__(self, model: Model):
         self._model = model
+        self._module = cast(nnx.Module, model)  # which it is too, and a Protocol cannot say
         self.programs = programs_of(model)
         self._bind()
-        self._recorder: RoutingRecorder | None = getattr(model, "recorder", None)
-        self._replay: RoutingReplay | None = getattr(model, "replay", None)
+        self._recorder, self._replay = model.recorder, model.replay
 
     def run(
         self,
@@ -135,10 +136,10 @@ class Engine:
 
     def _bind(self) -> Leaves:
         """Take the model's arrays as they are now."""
-        check_usable(self._model)
+        check_usable(self._module)
         self._leaves: Leaves = self.programs.bind(self._model)
         self._variables = [
-            (variable, variable.get_value()) for _, variable in nnx.to_flat_state(nnx.state(self._model))
+            (variable, variable.get_value()) for _, variable in nnx.to_flat_state(nnx.state(self._module))
         ]
         return self._leaves
 

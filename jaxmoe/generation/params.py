@@ -1,21 +1,22 @@
-"""How the next token is chosen: `SamplingParams`."""
+"""`SamplingParams`: the settings by which a token is chosen."""
 
 import dataclasses
+from typing import Any
 
-from jaxmoe.checks import real_number, whole_number
+from jaxmoe.checks import instance_of, real_number, whole_number
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SamplingParams:
-    """Settings of one generation, in the order in which they act on the logits.
+    """Settings by which tokens are chosen, in the order in which they act on the logits.
 
     Attributes:
-        repetition_penalty: logits of tokens that the prompt or the text so far holds are divided
-            by it where positive and multiplied where negative; 1.0 for none.
-        temperature: logits are divided by it; 0.0 takes the likeliest token, the lowest id among equals.
-        top_k: only the k likeliest tokens stay, and those tied with the last of them; 0 or None for all.
-        top_p: only the smallest set of likeliest tokens whose probabilities sum to it stays; 1.0 for all.
-        min_p: only tokens at least this fraction as likely as the likeliest stay; 0.0 for all.
+        repetition_penalty: number by which logits of tokens that the prompt or the text so far holds are divided where
+            positive and multiplied where negative; 1.0 for none, above 1.0 discourages repetition.
+        temperature: number that logits are divided by; 0.0 takes the likeliest token, the lowest id among equals.
+        top_k: number of likeliest tokens that stay, and those tied with the last of them; 0 or None for all.
+        top_p: probability to which the likeliest tokens that stay sum up, as few of them as reach it; 1.0 for all.
+        min_p: fraction of the likeliest token's probability that a token needs to stay; 0.0 for all.
 
     Raises:
         ValueError: a setting is outside its range.
@@ -60,3 +61,25 @@ class SamplingParams:
     def penalizes(self) -> bool:
         """Whether tokens seen before count less (or more)."""
         return self.repetition_penalty != 1.0
+
+
+def sampling_params_of(params: SamplingParams | None, **settings: Any) -> SamplingParams:
+    """Settings given as one object, one by one, or both ways alike; a setting that is None is not given.
+
+    Raises:
+        TypeError: `params` is something else.
+        ValueError: a setting is outside its range, or differs from that in `params`.
+    """
+    given = {name: value for name, value in settings.items() if value is not None}
+    one_by_one = SamplingParams(**given)
+    if params is None:
+        return one_by_one
+    instance_of("sampling_params", params, SamplingParams, "a jaxmoe.SamplingParams")
+    for name in given:
+        value, other = getattr(one_by_one, name), getattr(params, name)
+        if value != other:
+            raise ValueError(
+                f"two settings of one thing are the same: {name} is {value} and sampling_params.{name} is {other}; "
+                "give one of them"
+            )
+    return params

@@ -8,8 +8,7 @@ whole model again. The price is one more launch a step, about 5 us on one device
 
 import time
 from collections.abc import Callable
-from typing import Any, Literal, NamedTuple, Protocol
-from weakref import WeakKeyDictionary
+from typing import Any, Literal, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -17,69 +16,15 @@ import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
 
-from jaxmoe.distributed import meet
+from jaxmoe.distributed import barrier
 from jaxmoe.generation import sampling
+from jaxmoe.generation.model import Model
 from jaxmoe.generation.params import SamplingParams
 from jaxmoe.mesh import batch_axes, named, put
+from jaxmoe.models.belongings import Belongings
 from jaxmoe.models.routing import Routing, routing_of
 
 Leaves = list[jax.Array]
-
-
-class Model(Protocol):
-    """What generation asks of a model; `jaxmoe.models.Decoder` is one.
-
-    The three array methods are pure and traceable. B is a number that `padded_batch` returned.
-    """
-
-    config: Any
-    mesh: Mesh
-
-    def padded_batch(self, batch_size: int) -> int:
-        """Rows to compute for `batch_size` sequences on this mesh."""
-        ...
-
-    def init_cache(self, batch_size: int, max_length: int) -> Any:
-        """An empty KV cache, a pytree of sharded arrays."""
-        ...
-
-    def prefill(self, tokens_BS: jax.Array, lengths_B: jax.Array, cache: Any) -> tuple[jax.Array, Any]:
-        """Logits [B, V] of each row's last token, and the filled cache.
-
-        Rows are padded on the right; a row of length 0 is no prompt.
-        """
-        ...
-
-    def decode(
-        self, tokens_B: jax.Array, positions_B: jax.Array, cache: Any, active_B: jax.Array
-    ) -> tuple[jax.Array, Any]:
-        """Logits [B, V] after one more token a row, and the cache. What inactive rows give is never read."""
-        ...
-
-
-class RecordedModel(Model, Protocol):
-    """What recording, balancing and replaying ask of a model besides."""
-
-    def split_network(self) -> tuple[Any, Any]:
-        """`nnx.split` of the model as it is while nothing is recorded or replayed."""
-        ...
-
-    def prefill_and_stats(
-        self, tokens_BS: jax.Array, lengths_B: jax.Array, cache: Any, expert_ids_BSLK: jax.Array | None
-    ) -> tuple[jax.Array, Any, Any]:
-        """`prefill`, and one `MoEStats` per MoE layer; with choices to take instead of the routers' own."""
-        ...
-
-    def decode_and_stats(
-        self,
-        tokens_B: jax.Array,
-        positions_B: jax.Array,
-        cache: Any,
-        active_B: jax.Array,
-        expert_ids_BLK: jax.Array | None,
-    ) -> tuple[jax.Array, Any, Any]:
-        """`decode`, and one `MoEStats` per MoE layer; with choices to take instead of the routers' own."""
-        ...
 
 
 # What a step tells of its routing: nothing, counts, or the choices of every token too.
@@ -131,14 +76,14 @@ class Programs:
         self._signature: Any = None
         self._cache_specs: dict[tuple[int, int], Any] = {}
 
-    def bind(self, model: Any) -> Leaves:
+    def bind(self, model: Model) -> Leaves:
         """The model's arrays as they are now, in the order in which the programs take them.
 
         Weights may have been swapped since the last call (other values: nothing is compiled
         again) or reshaped and resharded (everything is).
         """
         # Compiled ahead with or without choices to take, and told what to record, it finds the same programs either way.
-        graphdef, state = model.split_network() if hasattr(model, "split_network") else nnx.split(model)
+        graphdef, state = model.split_network()
         leaves, treedef = jax.tree.flatten(state)
         signature = tuple((leaf.shape, leaf.dtype, leaf.sharding) for leaf in leaves)
         if (graphdef, treedef, signature) != (self._graphdef, self._treedef, self._signature):
@@ -178,8 +123,6 @@ class Programs:
             leaves: Leaves, tokens: jax.Array, lengths: jax.Array, expert_ids: jax.Array | None, cache: Any
         ) -> tuple:
             model = self._model(leaves)
-            if record == "nothing" and expert_ids is None:
-                return *model.prefill(tokens, lengths, cache), None
             logits, cache, stats = model.prefill_and_stats(tokens, lengths, cache, expert_ids)
             return logits, cache, self._routing(stats, record)
 
@@ -202,8 +145,6 @@ class Programs:
             cache: Any,
         ) -> tuple:
             model = self._model(leaves)
-            if record == "nothing" and expert_ids is None:
-                return *model.decode(token, position, cache, active), None
             logits, cache, stats = model.decode_and_stats(token, position, cache, active, expert_ids)
             return logits, cache, self._routing(stats, record)
 
@@ -258,7 +199,7 @@ class Programs:
     def _rows(self, rows: int) -> jax.sharding.NamedSharding:
         return named(self.mesh, batch_axes(self.mesh, rows) or None)
 
-    def _model(self, leaves: Leaves) -> Any:
+    def _model(self, leaves: Leaves) -> Model:
         return nnx.merge(self._graphdef, jax.tree.unflatten(self._treedef, leaves))
 
     def _model_step(self, key: tuple, step: Callable, leaves: Leaves, shape: Shape, args: tuple) -> Callable:
@@ -273,17 +214,19 @@ class Programs:
             self.compiled[key] = jitted.lower(*args).compile()
             self.compile_seconds += time.perf_counter() - start
             if self.mesh.is_multi_process:
-                meet()
+                barrier()
         return self.compiled[key]
 
 
-# Programs outlive a call of `generate` and die with their model. An attribute of the model would do the same,
-# but everything set on an nnx module is part of its graph: it would be split, merged, compared and saved with it.
-_PROGRAMS: WeakKeyDictionary[nnx.Module, Programs] = WeakKeyDictionary()
+# Programs outlive a call of `generate` and end with their model.
+_PROGRAMS: Belongings[Programs] = Belongings()
 
 
-def programs_of(model: Any) -> Programs:
+def programs_of(model: Model) -> Programs:
     """The programs compiled for this model so far, in this process."""
-    if model not in _PROGRAMS:
-        _PROGRAMS[model] = Programs(model.mesh)
-    return _PROGRAMS[model]
+    module = cast(nnx.Module, model)
+    programs = _PROGRAMS.of(module)
+    if programs is None:
+        programs = Programs(model.mesh)
+        _PROGRAMS.give(module, programs)
+    return programs

@@ -9,7 +9,7 @@ import pytest
 
 from tests.support.processes import environment
 
-BEGIN = "import os, signal, sys, time; from jaxmoe.supervise import supervise; epitaph = supervise('process 1 of 2')\n"
+BEGIN = "import os, signal, sys, time; from jaxmoe.supervise import supervise; explain_abort = supervise('process 1 of 2')\n"
 ABORT = "print('native', file=os.fdopen(2, 'w'), flush=True); os.abort()"
 
 
@@ -27,11 +27,11 @@ def start(child: str, **how) -> subprocess.Popen:
         ("os.kill(os.getpid(), 9)", 1, "jaxmoe: process 1 of 2: error: ended by signal 9 (Killed)\n"),
         (ABORT, 1, "jaxmoe: process 1 of 2: error: ended by signal 6 (Aborted)\n"),
         (
-            "epitaph('early'); epitaph('the others\\nare gone'); " + ABORT,
+            "explain_abort('early'); explain_abort('the others\\nare gone'); " + ABORT,
             1,
             "jaxmoe: process 1 of 2: error: the others are gone (JAX's runtime ended this process, see --debug)\n",
         ),
-        ("epitaph('early'); epitaph(''); print('told', file=sys.stderr); " + ABORT, 1, "told\n"),
+        ("explain_abort('early'); explain_abort(''); print('told', file=sys.stderr); " + ABORT, 1, "told\n"),
     ],
     ids=["exit", "killed", "aborted", "explained", "told"],
 )

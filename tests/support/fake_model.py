@@ -6,6 +6,7 @@ of the engine are exact and quick.
 
 import dataclasses
 from pathlib import Path
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -25,7 +26,13 @@ class FakeConfig:
 
 
 class FakeModel(nnx.Module):
-    """Remembers the tokens in its cache; the logits are a permutation of 0..V-1 that depends on all of them."""
+    """Remembers the tokens in its cache; the logits are a permutation of 0..V-1 that depends on all of them.
+
+    It has no experts: nothing of it is recorded, replayed or balanced.
+    """
+
+    recorder = replay = None
+    placements: ClassVar[list] = []
 
     def __init__(self, mesh: Mesh, *, offset: int = 0, source: Path | None = None, config: FakeConfig | None = None):
         self.config, self.mesh, self.source = config or FakeConfig(), mesh, source
@@ -41,16 +48,22 @@ class FakeModel(nnx.Module):
         tokens = jnp.full((batch_size, max_length), -1, jnp.int32)
         return {"tokens": jax.lax.with_sharding_constraint(tokens, named(self.mesh, batch_axes(self.mesh, batch_size)))}
 
-    def prefill(self, tokens_BS, lengths_B, cache):
+    def rebalance(self, placement, *, num_nodes=1):
+        raise NotImplementedError("there is nothing to place")
+
+    def split_network(self):
+        return nnx.split(self)
+
+    def prefill_and_stats(self, tokens_BS, lengths_B, cache, expert_ids_BSLK):
         S = tokens_BS.shape[1]
         kept_BS = jnp.where(jnp.arange(S) < lengths_B[:, None], tokens_BS, -1)
         cache = {"tokens": cache["tokens"].at[:, :S].set(kept_BS)}
-        return self._logits(cache, lengths_B), cache
+        return self._logits(cache, lengths_B), cache, ()
 
-    def decode(self, tokens_B, positions_B, cache, active_B):
+    def decode_and_stats(self, tokens_B, positions_B, cache, active_B, expert_ids_BLK):
         cache = {"tokens": cache["tokens"].at[jnp.arange(len(tokens_B)), positions_B].set(tokens_B)}
         # What an inactive row gives must not matter, so give it nonsense.
-        return jnp.where(active_B[:, None], self._logits(cache, positions_B + 1), 0.0), cache
+        return jnp.where(active_B[:, None], self._logits(cache, positions_B + 1), 0.0), cache, ()
 
     def _logits(self, cache, lengths_B):
         history_BL = cache["tokens"]
