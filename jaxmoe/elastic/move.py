@@ -52,9 +52,11 @@ def move(
         NotImplementedError: one of the meshes spans several processes.
 
     Example:
-        >>> model = jaxmoe.load("path/to/checkpoint", mesh=jaxmoe.make_mesh(ep=8))  # doctest: +SKIP
-        >>> half = jaxmoe.make_mesh(ep=4, devices=jax.devices()[:4])  # doctest: +SKIP
-        >>> model = jaxmoe.move(model, mesh=half)  # doctest: +SKIP
+        >>> model = jaxmoe.load("demo", mesh=jaxmoe.make_mesh(ep=8))
+        >>> half = jaxmoe.make_mesh(ep=4, devices=jax.devices()[:4])
+        >>> model = jaxmoe.move(model, mesh=half)
+        >>> model.placements[0].ep, model.load_report.bytes_read
+        (4, 0)
     """
     instance_of("model", model, Decoder, "a model from jaxmoe.load")
     check_mesh(mesh)

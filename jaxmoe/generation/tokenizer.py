@@ -22,9 +22,9 @@ class Tokenizer:
         special_tokens: the text of every special token by its id; `decode` leaves them out.
 
     Example:
-        >>> tokenizer = Tokenizer.from_directory("path/to/checkpoint")  # doctest: +SKIP
-        >>> tokenizer.decode(tokenizer.encode("Hello"))  # doctest: +SKIP
-        'Hello'
+        >>> tokenizer = Tokenizer.from_directory("demo")
+        >>> tokenizer.decode(tokenizer.encode("import os"))
+        'import os'
     """
 
     def __init__(self, rust: RustTokenizer, chat_templates: ChatTemplates | None = None):

@@ -45,12 +45,14 @@ def logical_state(module: nnx.Module) -> dict[str, jax.Array]:
         ValueError: several layers are stacked in one module (nnx.vmap).
 
     Example:
-        >>> import orbax.checkpoint as ocp  # doctest: +SKIP
-        >>> ocp.StandardCheckpointer().save("/checkpoints/7", jaxmoe.logical_state(model))  # doctest: +SKIP
-        >>> saved = ocp.StandardCheckpointer().restore(  # doctest: +SKIP
-        ...     "/checkpoints/7", jaxmoe.abstract_logical_state(other)
-        ... )
-        >>> jaxmoe.load_logical_state(other, saved)  # doctest: +SKIP
+        >>> import orbax.checkpoint as ocp
+        >>> directory = Path("checkpoint-7").absolute()
+        >>> with ocp.StandardCheckpointer() as checkpointer:
+        ...     checkpointer.save(directory, jaxmoe.logical_state(model))
+        >>> other = jaxmoe.load("demo", mesh=jaxmoe.make_mesh(ep=8))
+        >>> with ocp.StandardCheckpointer() as checkpointer:
+        ...     saved = checkpointer.restore(directory, jaxmoe.abstract_logical_state(other))
+        >>> jaxmoe.load_logical_state(other, saved)
     """
     check_usable(module)
     return {

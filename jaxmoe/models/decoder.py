@@ -184,9 +184,9 @@ class Decoder(nnx.Module):
                 was compiled before runs without asking, and is not recorded.
 
         Example:
-            >>> with model.record_routing() as routing:  # doctest: +SKIP
-            ...     jaxmoe.generate(model, prompts)
-            >>> routing.trace().save("routing.npz")  # doctest: +SKIP
+            >>> with model.record_routing() as routing:
+            ...     outs = jaxmoe.generate(model, prompts)
+            >>> routing.trace().save("routing.npz")
         """
         check_usable(self)
         if self.recorder is not None:
@@ -238,10 +238,10 @@ class Decoder(nnx.Module):
                 instead of taking it. One that was compiled before runs without asking, and replays nothing.
 
         Example:
-            >>> with model.record_routing(token_ids=True) as routing:  # doctest: +SKIP
-            ...     logits = model(tokens)
-            >>> with model.replay_routing(routing.trace()):  # doctest: +SKIP
-            ...     loss, gradients = nnx.value_and_grad(lambda model: loss_of(model(tokens)))(model)
+            >>> with model.record_routing(token_ids=True) as routing:
+            ...     logits = model(token_ids)
+            >>> with model.replay_routing(routing.trace()):
+            ...     loss, gradients = nnx.value_and_grad(lambda model: -model(token_ids).max())(model)
         """
         if self.replay is not None:
             raise RuntimeError("a trace is being replayed already: one `with model.replay_routing(...)` at a time")
@@ -285,11 +285,11 @@ class Decoder(nnx.Module):
             NotImplementedError: the mesh spans several processes.
 
         Example:
-            >>> with model.record_routing() as routing:  # doctest: +SKIP
-            ...     jaxmoe.generate(model, prompts)
-            >>> placements = jaxmoe.ExpertPlacement.from_counts(routing.counts(), ep=8, num_slots=72)  # doctest: +SKIP
-            >>> model.rebalance(placements).total  # doctest: +SKIP
-            201326592
+            >>> with model.record_routing() as routing:
+            ...     outs = jaxmoe.generate(model, prompts)
+            >>> placements = jaxmoe.ExpertPlacement.from_counts(routing.counts(), ep=4)
+            >>> model.rebalance(placements).total > 0
+            True
         """
         check_usable(self)
         num_nodes = whole_number("num_nodes", num_nodes, least=1)

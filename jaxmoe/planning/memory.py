@@ -99,9 +99,9 @@ def plan(
         ValueError: a size, name or placement does not fit; the family is not known.
 
     Example:
-        >>> report = jaxmoe.plan("path/to/Qwen3-30B-A3B", tp=2, ep=4, device="h100")  # doctest: +SKIP
-        >>> report.bytes_per_device[0], report.fits  # doctest: +SKIP
-        (8123456789, True)
+        >>> report = jaxmoe.plan("docs/configs/Qwen3-30B-A3B", tp=2, ep=4, device="h100")
+        >>> report.bytes_per_device[0], report.fits
+        (9028136960, True)
     """
     path_like("path", path)
     _, config = read_model_config(path)

@@ -33,7 +33,7 @@ def gpu_topology(chip: str, count: int, *, hosts: int = 1) -> tuple[jax.Device, 
         NotImplementedError: the compiler is not installed.
 
     Example:
-        >>> mesh = jaxmoe.make_mesh(tp=2, ep=4, devices=list(gpu_topology("h100", 8)))  # doctest: +SKIP
+        >>> mesh = jaxmoe.make_mesh(tp=2, ep=4, devices=list(jaxmoe.gpu_topology("h100", 8)))
     """
     gpu = get_gpu(chip)
     if hosts < 1 or count < 1 or count % hosts:

@@ -93,9 +93,9 @@ def read_torch_file(path: str | os.PathLike[str], *, allow_permuted: bool = Fals
         FileNotFoundError: there is no such file.
 
     Example:
-        >>> info = read_torch_file("path/to/pytorch_model.bin").tensors["lm_head.weight"]  # doctest: +SKIP
-        >>> info.dtype_name, info.shape, info.offset  # doctest: +SKIP
-        ('BF16', (32000, 4096), 1536)
+        >>> info = read_torch_file("tests/checkpoint/data/torch_training.pt").tensors["weight"]
+        >>> info.dtype_name, info.shape, info.offset
+        ('F32', (2, 3), 1088)
     """
     path = Path(path)
     with open_archive(path) as archive:

@@ -27,8 +27,8 @@ def read_torch_object(path: str | os.PathLike[str]) -> Any:
         FileNotFoundError: there is no such file.
 
     Example:
-        >>> read_torch_object("expert_distribution_recorder.pt")["logical_count"].shape  # doctest: +SKIP
-        (1000, 61, 256)
+        >>> read_torch_object("tests/checkpoint/data/torch_recorder.pt")["last_physical_to_logical_map"].shape
+        (2, 5)
     """
     with open_archive(Path(path)) as archive:
         whole = [archive.document()]
