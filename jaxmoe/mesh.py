@@ -38,8 +38,8 @@ class MeshAxes:
         """Read which axes of `mesh` play which part.
 
         Args:
-            mesh: of any axes.
-            names: by part, the axis or axes of that part; one that is left out is played by the axis of its own name, or
+            mesh: mesh with any axes.
+            names: axis or axes of each part; a part that is left out is played by the axis of its own name, or
                 by none.
 
         Raises:
@@ -72,7 +72,10 @@ class MeshAxes:
 
     @property
     def tokens(self) -> tuple[str, ...]:
-        """The same, the batch's first: a device's tokens are then a slice of those that its attention worked on."""
+        """The axes of every part, the batch's first.
+
+        A device's tokens are then a slice of those that its attention worked on.
+        """
         return self.names(DP, EP, TP)
 
 
@@ -81,7 +84,7 @@ MODEL_AXES = MeshAxes()
 
 
 def auto_mesh(mesh: Any) -> Any:
-    """The same devices and axes, all of them of type Auto."""
+    """A mesh of the same devices and axes, all of them of type Auto."""
     auto = (AxisType.Auto,) * len(mesh.axis_names)
     if mesh.axis_types == auto:
         return mesh
@@ -94,10 +97,10 @@ def make_mesh(dp: int = 1, tp: int = 1, ep: int = 1, *, devices: list[jax.Device
     """Make the mesh every jaxmoe model lives on.
 
     Args:
-        dp: replicas of the model, each serving its own sequences.
-        tp: devices that share each head group, vocabulary slice and expert width.
-        ep: devices that share the experts.
-        devices: the devices to use; by default all of ``jax.devices()``.
+        dp: number of replicas of the model, each serving its own sequences.
+        tp: number of devices that share each head group, vocabulary slice and expert width.
+        ep: number of devices that share the experts.
+        devices: devices to use; by default all of ``jax.devices()``.
 
     Returns:
         A ``jax.sharding.Mesh`` of shape (dp, tp, ep) with axes ``("dp", "tp", "ep")``.

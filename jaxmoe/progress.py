@@ -24,8 +24,8 @@ def byte_progress(title: str, progress: bool | ProgressCallback) -> Iterator[Pro
     """Give the callback ``(bytes_done, bytes_total)`` to report to.
 
     Args:
-        title: what stands before the bar.
-        progress: True draws a bar, False reports nothing, a callable is used as it is.
+        title: text before the bar.
+        progress: True for a bar, False for no report, or a callable to use as it is.
     """
     if progress is False:
         yield None

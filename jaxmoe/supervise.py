@@ -27,8 +27,8 @@ def supervise(name: str, *, show_native: bool = False) -> ExplainAbort:
     with 1 then. SIGTERM, SIGHUP and SIGINT are passed on, and the child ends with its parent.
 
     Args:
-        name: of the process, for that line.
-        show_native: show on stderr what native code writes, instead of dropping it.
+        name: name of the process, for that line.
+        show_native: whether to show on stderr what native code writes, instead of dropping it.
 
     Returns:
         A function for the child to say beforehand what an abort by JAX's runtime will mean. The last reason it was

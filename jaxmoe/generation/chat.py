@@ -24,8 +24,8 @@ class ChatTemplate:
     plain JSON data only, never the caller's own objects.
 
     Args:
-        source: the template's text.
-        variables: what it may use besides the messages: ``bos_token``, ``eos_token`` and so on.
+        source: text of the template.
+        variables: variables that it may use besides the messages: ``bos_token``, ``eos_token`` and so on.
 
     Raises:
         ValueError: the text is no valid template.
@@ -43,12 +43,12 @@ class ChatTemplate:
         _ = self._template
 
     def render(self, messages: Sequence[Message], *, add_generation_prompt: bool = True, **variables: Any) -> str:
-        """The prompt text of a conversation.
+        """Make the prompt text of a conversation.
 
         Args:
             messages: dictionaries with "role" and "content", oldest first.
-            add_generation_prompt: end with what opens the assistant's turn.
-            variables: more for the template, such as ``enable_thinking=False`` or ``tools=[...]``.
+            add_generation_prompt: whether to end with what opens the assistant's turn.
+            variables: further variables for the template, such as ``enable_thinking=False`` or ``tools=[...]``.
 
         Raises:
             ValueError: no messages, or the template refused them.
@@ -78,7 +78,7 @@ class ChatTemplates:
     """A checkpoint's templates by name: one called "default", and perhaps others for certain uses.
 
     Args:
-        templates: at least one.
+        templates: templates by name, at least one.
 
     Example:
         >>> templates = ChatTemplates({"default": ChatTemplate("chat"), "tool_use": ChatTemplate("tools")})
@@ -91,13 +91,13 @@ class ChatTemplates:
 
     @classmethod
     def from_directory(cls, directory: Path, tokenizer_config: Mapping[str, Any]) -> "ChatTemplates | None":
-        """The templates of a checkpoint, as transformers finds them.
+        """Read the templates of a checkpoint as transformers finds them.
 
         Files come first: ``chat_template.jinja``, which is the default, and ``additional_chat_templates/NAME.jinja``. Where
         there is none of them, what ``tokenizer_config.json`` holds: one template, or a list of {name, template}.
 
         Returns:
-            None where there is neither.
+            The templates; None where there is neither.
 
         Raises:
             ValueError: a template is no valid Jinja, or the list's entries are something else.
@@ -113,7 +113,7 @@ class ChatTemplates:
         return cls({name: ChatTemplate(source, variables) for name, source in sources.items()}) if sources else None
 
     def choose(self, name: str | None = None, tools: Any = None) -> ChatTemplate:
-        """The template of that name; without a name "tool_use" where tools are given and there is one, else "default".
+        """Choose a template by name; without one "tool_use" where tools are given and there is such, else "default".
 
         Raises:
             ValueError: there is none of that name, or no default.

@@ -23,7 +23,7 @@ class Detokenizer:
     first token differently (they drop its leading space).
 
     Args:
-        decode: token ids to text.
+        decode: function from token ids to text.
 
     Example:
         >>> detokenizer = Detokenizer(lambda ids: bytes(ids).decode(errors="replace"))
@@ -38,7 +38,7 @@ class Detokenizer:
         self._shown = ""  # text of the window that is out already
 
     def push(self, token_id: int) -> str:
-        """Add a token; returns the text that is certain now, often "" in the middle of a character."""
+        """Add a token and return the text that is certain now, often "" in the middle of a character."""
         self._window.append(token_id)
         text = self._decode(self._window)
         certain = _without_incomplete_end(text)
@@ -55,7 +55,7 @@ class Detokenizer:
         return piece
 
     def finish(self) -> str:
-        """What was held back: the replacement characters of an unfinished end."""
+        """Hand out what was held back: the replacement characters of an unfinished end."""
         text = self._decode(self._window) if self._window else ""
         piece = text[len(self._shown) :]
         self._shown = text
@@ -68,7 +68,7 @@ class StopStrings:
     Some of the text may be hidden: it is searched like the rest, and never passes.
 
     Args:
-        stop: non-empty strings; none of them: everything passes.
+        stop: texts that are not empty; without any, everything passes.
 
     Example:
         >>> stop = StopStrings(["END"])
@@ -83,7 +83,7 @@ class StopStrings:
         self.found = False
 
     def push(self, text: str, *, hidden: bool = False) -> str:
-        """Add text; returns what may be shown. Nothing passes once a stop string was found."""
+        """Add text and return what may be shown. Nothing passes once a stop string was found."""
         if self.found:
             return ""
         self._held += text
@@ -97,11 +97,11 @@ class StopStrings:
         return self._pass(len(self._held) - self._possible_start(self._held))
 
     def finish(self) -> str:
-        """What was held back and turned out to be no stop string."""
+        """Hand out what was held back and turned out to be no stop string."""
         return self._pass(len(self._held))
 
     def _pass(self, count: int) -> str:
-        """Let go of the first characters held; returns those that are not hidden."""
+        """Let go of the first characters held, and return those that are not hidden."""
         passing = zip(self._held[:count], self._hidden[:count], strict=True)
         self._held, self._hidden = self._held[count:], self._hidden[count:]
         return "".join(character for character, hidden in passing if not hidden)
@@ -122,9 +122,9 @@ class TextStream:
     where they stand, though they are no part of what is shown.
 
     Args:
-        decode: token ids to text, without special tokens.
+        decode: function from token ids to text, without special tokens.
         stop: stop strings.
-        special_tokens: the text of each special token by its id.
+        special_tokens: texts of the special tokens by their ids.
     """
 
     def __init__(
@@ -139,7 +139,7 @@ class TextStream:
         self._pieces: list[str] = []
 
     def push(self, token_id: int) -> str:
-        """Add a token; returns the piece of text to show."""
+        """Add a token and return the piece of text to show."""
         piece = self._stop.push(self._detokenizer.push(token_id))
         if token_id in self._special_tokens:
             piece += self._stop.push(self._special_tokens[token_id], hidden=True)
@@ -150,7 +150,7 @@ class TextStream:
         return self.push(token_id) if token_id in self._special_tokens else ""
 
     def finish(self) -> str:
-        """The last piece; call it once, after the last token."""
+        """Hand out the last piece; call it once, after the last token."""
         return self._show(self._stop.push(self._detokenizer.finish()) + self._stop.finish())
 
     @property

@@ -76,14 +76,14 @@ class Engine:
 
         Args:
             prompts: token ids, at least one prompt of at least one token.
-            params: how tokens are chosen.
-            max_new_tokens: a row ends with reason "length" after as many.
-            eos_token_ids: a row ends with reason "stop" at one of them, which stays in its tokens.
-            seeds: one per prompt; needed unless greedy.
-            on_token: see `OnToken`; a row it ends has reason "stop".
-            stats: counts and times are added to it.
-            balancer: told of every step's routing; where it proposes a placement, the model is rebalanced between
-                two steps.
+            params: settings by which tokens are chosen.
+            max_new_tokens: number of tokens after which a row ends with reason "length".
+            eos_token_ids: tokens at which a row ends with reason "stop"; they stay in it.
+            seeds: seeds, one per prompt; needed unless greedy.
+            on_token: function that is told of every token, see `OnToken`; a row that it ends has reason "stop".
+            stats: object to which counts and times are added.
+            balancer: balancer that is told of every step's routing; where it proposes a placement, the model is
+                rebalanced between two steps.
 
         Returns:
             One row per prompt.
@@ -148,13 +148,13 @@ class Engine:
         return any(variable.get_value() is not value or value.is_deleted() for variable, value in self._variables)
 
     def _record(self, balancer: Balancer | None) -> Record:
-        """What the steps have to tell of their routing."""
+        """The part of their routing that the steps have to tell."""
         if self._recorder is not None and self._recorder.token_ids:
             return "token_ids"
         return "nothing" if self._recorder is None and balancer is None else "counts"
 
     def _watch(self, routing: Routing, balancer: Balancer | None) -> bool:
-        """Pass a step's routing on; whether the model's experts were moved."""
+        """Pass a step's routing on, and tell whether the model's experts were moved."""
         if self._recorder is not None:
             self._recorder.add(routing)
         if balancer is None:

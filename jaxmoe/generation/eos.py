@@ -1,4 +1,4 @@
-"""Which tokens end a text, as a checkpoint says it."""
+"""The tokens that end a text, as a checkpoint names them."""
 
 from pathlib import Path
 
@@ -6,10 +6,10 @@ from jaxmoe.config import read_json
 
 
 def eos_token_ids(directory: str | Path) -> frozenset[int]:
-    """``eos_token_id`` of ``generation_config.json``, else of ``config.json`` or its text part; a number or a list there.
+    """Read ``eos_token_id`` from ``generation_config.json``, else from ``config.json`` or its text part.
 
     The first wins because chat models add their end of turn there and leave ``config.json`` as
-    the base model had it.
+    the base model had it. A file may have a number or a list of them.
 
     Returns:
         The ids; empty where no file names any, and text goes on to the token limit.

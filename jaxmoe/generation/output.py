@@ -1,4 +1,4 @@
-"""What generation hands out: `Output` at the end, `TokenEvent` on the way."""
+"""Results of a generation: `Output` at the end, `TokenEvent` on the way."""
 
 import dataclasses
 from typing import Literal
@@ -9,12 +9,12 @@ class Output:
     """The text generated for one prompt.
 
     Attributes:
-        prompt_token_ids: what the model was given, special tokens included.
-        token_ids: the generated part only. It keeps the EOS token that ended it, and the
+        prompt_token_ids: tokens that the model was given, special tokens included.
+        token_ids: tokens that were generated. The EOS token that ended them is kept, and so are the
             tokens of a stop string.
         text: `token_ids` as text without special tokens, cut before a stop string; None where
             the checkpoint has no tokenizer.
-        finish_reason: "stop" for an EOS token or a stop string, "length" for max_new_tokens.
+        finish_reason: reason of the end, "stop" for an EOS token or a stop string, "length" for max_new_tokens.
     """
 
     prompt_token_ids: list[int]
@@ -25,14 +25,14 @@ class Output:
 
 @dataclasses.dataclass(frozen=True)
 class TokenEvent:
-    """One generated token, as `stream` callbacks get it.
+    """A generated token, as `stream` callbacks get it.
 
     Attributes:
-        index: which prompt.
-        token_id: the token.
+        index: number of the prompt.
+        token_id: token that was generated.
         text: the text that became certain with it: "" in the middle of a character or of what may be
             a stop string. The pieces of a prompt joined are its `Output.text`. None without a tokenizer.
-        finish_reason: None until the prompt's last event.
+        finish_reason: reason of the end; None until the prompt's last event.
     """
 
     index: int

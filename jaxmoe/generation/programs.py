@@ -43,13 +43,13 @@ class Shape(NamedTuple):
 
 
 class Sampled(NamedTuple):
-    """What one step leaves on the devices for the next one.
+    """Arrays that one step leaves on the devices for the next one.
 
     Attributes:
-        token: int32 [B], the chosen tokens, on every device.
-        position: int32 [B], where they stand.
-        step: int32 scalar, tokens generated before them.
-        seen: bool [B, V], tokens up to and including them; None without a repetition penalty.
+        token: chosen tokens, int32 [B], on every device.
+        position: positions at which they stand, int32 [B].
+        step: number of tokens generated before them, an int32 scalar.
+        seen: tokens up to and including them, bool [B, V]; None without a repetition penalty.
     """
 
     token: jax.Array
@@ -62,8 +62,8 @@ class Programs:
     """Compiles on demand and remembers; holds no weights and no reference to the model.
 
     Attributes:
-        mesh: the model's.
-        compiled: the programs by name and sizes.
+        mesh: mesh of the model.
+        compiled: programs by name and sizes.
         compile_seconds: time spent tracing and compiling since the start.
     """
 
@@ -77,7 +77,7 @@ class Programs:
         self._cache_specs: dict[tuple[int, int], Any] = {}
 
     def bind(self, model: Model) -> Leaves:
-        """The model's arrays as they are now, in the order in which the programs take them.
+        """Take the model's arrays as they are now, in the order in which the programs take them.
 
         Weights may have been swapped since the last call (other values: nothing is compiled
         again) or reshaped and resharded (everything is).
@@ -93,7 +93,7 @@ class Programs:
         return leaves
 
     def init_cache(self, leaves: Leaves, shape: Shape) -> Callable[[Leaves], Any]:
-        """``(leaves) -> cache``."""
+        """Compile ``(leaves) -> cache``."""
         key = ("init_cache", shape.rows, shape.cache)
         if key not in self.compiled:
             start = time.perf_counter()
@@ -114,7 +114,7 @@ class Programs:
         return self.compiled[key]
 
     def prefill(self, leaves: Leaves, shape: Shape, record: Record, replay: Choices | None = None) -> Step:
-        """``(leaves, tokens_BS, lengths_B, expert_ids_BSLK, cache) -> (logits_BV, cache, routing)``.
+        """Compile ``(leaves, tokens_BS, lengths_B, expert_ids_BSLK, cache) -> (logits_BV, cache, routing)``.
 
         The cache is donated; `expert_ids_BSLK` are choices of `replay`'s shape, or None without one.
         """
@@ -131,7 +131,7 @@ class Programs:
         return self._model_step(("prefill", *shape, record, replay), prefill, leaves, shape, args)
 
     def decode(self, leaves: Leaves, shape: Shape, record: Record, replay: Choices | None = None) -> Step:
-        """``(leaves, token_B, position_B, active_B, expert_ids_BLK, cache) -> (logits_BV, cache, routing)``.
+        """Compile ``(leaves, token_B, position_B, active_B, expert_ids_BLK, cache) -> (logits_BV, cache, routing)``.
 
         The cache is donated; `expert_ids_BLK` are choices of `replay`'s shape, or None without one.
         """
@@ -160,7 +160,7 @@ class Programs:
         return None if record == "nothing" else routing_of(stats, self.mesh, token_ids=record == "token_ids")
 
     def sampler(self, shape: Shape, vocab_size: int, mode: sampling.Mode) -> Callable[..., Sampled]:
-        """``(logits_BV, seeds_B2, position_B, step, seen_BV | None, controls) -> Sampled``; `seen` is donated."""
+        """Compile ``(logits_BV, seeds_B2, position_B, step, seen_BV | None, controls) -> Sampled``; `seen` is donated."""
 
         def sample(
             logits: jax.Array,

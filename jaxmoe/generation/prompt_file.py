@@ -7,12 +7,12 @@ from typing import Any
 
 
 def read_prompt_file(path: str) -> list[Any]:
-    """Prompts of a file, in order.
+    """Read the prompts of a file, in order.
 
     Args:
-        path: a ``.jsonl`` file has an object with "prompt" on every line: a text, a list of token ids
-            or a list of chat messages. Any other file, and "-" for standard input, has a
-            text prompt on every line. Blank lines are skipped.
+        path: path of the file; "-" for standard input. A ``.jsonl`` file has an object with "prompt" on every line: a
+            text, a list of token ids or a list of chat messages. Any other has a text prompt on every line. Blank lines
+            are skipped.
 
     Raises:
         FileNotFoundError: there is no such file.

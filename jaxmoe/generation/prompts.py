@@ -1,4 +1,4 @@
-"""From what a caller passes as prompts to checked lists of token ids."""
+"""Prompts as a caller passes them become checked lists of token ids."""
 
 import operator
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -19,14 +19,14 @@ def encode_prompts(
     chat: bool = False,
     chat_template_kwargs: Mapping[str, Any] | None = None,
 ) -> list[list[int]]:
-    """Token ids of every prompt.
+    """Encode every prompt to token ids.
 
     Args:
-        prompts: all texts, all lists of token ids or all conversations (lists of messages);
+        prompts: prompts, all of them texts, lists of token ids or conversations (lists of messages);
             one text alone counts as a list of it.
-        tokenizer: called if there is text to encode.
-        chat: a text is the user's message in a conversation, not text to go on with.
-        chat_template_kwargs: more variables for the chat template.
+        tokenizer: function that gives the tokenizer; called if there is text to encode.
+        chat: whether a text is the user's message in a conversation, and not text to go on with.
+        chat_template_kwargs: further variables for the chat template.
 
     Raises:
         ValueError: no prompt, an empty one, one of none of the three kinds, or prompts of different kinds.

@@ -1,4 +1,4 @@
-"""What a person reads in a terminal."""
+"""Text and tables for a terminal."""
 
 import unicodedata
 from collections.abc import Mapping
@@ -12,7 +12,7 @@ def expert_bytes_table(expert_bytes_per_device: Mapping[int, int]) -> Table:
     """Bytes of expert weights on each device, with a bar that shows the balance.
 
     Args:
-        expert_bytes_per_device: device id to bytes, as ``model.load_report.expert_bytes_per_device`` has it.
+        expert_bytes_per_device: bytes by device id, as ``model.load_report.expert_bytes_per_device`` has it.
 
     Returns:
         A rich table, for ``rich.console.Console(stderr=True).print``.

@@ -42,7 +42,7 @@ class Controls(NamedTuple):
 
 
 class Mode(NamedTuple):
-    """What a sampler does at all. Static: work that is not asked for is not compiled in."""
+    """The parts of a sampler that act. They are static: work that is not asked for is not compiled in."""
 
     greedy: bool = True
     truncates: bool = False
@@ -62,15 +62,15 @@ def choose(
     controls: Controls,
     mode: Mode,
 ) -> jax.Array:
-    """The next token of every row.
+    """Choose the next token of every row.
 
     Args:
-        logits_BV: float32.
-        seeds_B2: uint32, each row's threefry key; see `seed_words`.
-        step: int32 scalar, tokens generated before this one.
-        seen_BV: bool, tokens in the prompt or generated; read if ``mode.penalizes``.
-        controls: the settings.
-        mode: which of them act.
+        logits_BV: logits, float32.
+        seeds_B2: threefry keys of the rows, uint32; see `seed_words`.
+        step: number of tokens generated before this one, an int32 scalar.
+        seen_BV: tokens in the prompt or generated, bool; read if ``mode.penalizes``.
+        controls: settings.
+        mode: parts that act.
 
     Returns:
         int32 [B]. A row depends on its own logits, seed and `step` only.
@@ -93,9 +93,9 @@ def penalize_repetition(logits_BV: jax.Array, seen_BV: jax.Array, penalty: Array
     """Make tokens that were seen less likely (Keskar et al. 2019, arXiv:1909.05858, with signs minded).
 
     Args:
-        logits_BV: float32.
-        seen_BV: bool.
-        penalty: scalar; above 1 discourages, below 1 encourages.
+        logits_BV: logits, float32.
+        seen_BV: tokens that were seen, bool.
+        penalty: a scalar; above 1 discourages, below 1 encourages.
     """
     penalized_BV = jnp.where(logits_BV > 0, logits_BV / penalty, logits_BV * penalty)
     return jnp.where(seen_BV, penalized_BV, logits_BV)
@@ -109,14 +109,14 @@ def keep_top_k(logits_BV: jax.Array, k: ArrayLike) -> jax.Array:
 
 
 def keep_top_p(logits_BV: jax.Array, p: ArrayLike) -> jax.Array:
-    """Nucleus sampling (Holtzman et al. 2020, arXiv:1904.09751): the likeliest tokens up to probability p."""
+    """Keep the likeliest tokens up to probability p: nucleus sampling (Holtzman et al. 2020, arXiv:1904.09751)."""
     # For p = 1 the tail would be cut where the sum rounds to one.
     target = jnp.where(jnp.asarray(p) < 1, p, jnp.inf)
     return _keep_heaviest(logits_BV, jax.nn.softmax(logits_BV, axis=-1), target)
 
 
 def keep_min_p(logits_BV: jax.Array, p: ArrayLike) -> jax.Array:
-    """Min-p sampling (Nguyen et al. 2024, arXiv:2407.01082): tokens at least p times as likely as the likeliest."""
+    """Keep tokens at least p times as likely as the likeliest: min-p sampling (Nguyen et al. 2024, arXiv:2407.01082)."""
     floor_B1 = jnp.max(logits_BV, axis=-1, keepdims=True) + jnp.log(p)
     # `+ log(1)` is exact, so p = 1 keeps the likeliest itself.
     return jnp.where(logits_BV < floor_B1, -jnp.inf, logits_BV)

@@ -1,4 +1,4 @@
-"""What a generation took: `GenerationStats`."""
+"""Counts and times of a generation: `GenerationStats`."""
 
 import dataclasses
 from typing import Any
@@ -11,14 +11,14 @@ class GenerationStats:
     Times are wall clock in seconds and none of them holds compile time, which stands apart.
 
     Attributes:
-        prompts: prompts served.
+        prompts: number of prompts served.
         prompt_tokens: real tokens in them (padding not counted).
         generated_tokens: tokens handed out, over all prompts.
-        decode_tokens: those of them that a decode step made; the first of each prompt comes from prefill.
-        compile_seconds: tracing and compiling; 0 when every program was there already.
-        prefill_seconds: from prompts on the devices to first tokens on the host.
-        decode_seconds: from the first tokens to the last.
-        first_token_seconds: from the call to the first token of the first batch, without compiling.
+        decode_tokens: tokens among them that a decode step made; the first of each prompt comes from prefill.
+        compile_seconds: time of tracing and compiling; 0 when every program was there already.
+        prefill_seconds: time from prompts on the devices to first tokens on the host.
+        decode_seconds: time from the first tokens to the last.
+        first_token_seconds: time from the call to the first token of the first batch, without compiling.
 
     Example:
         >>> GenerationStats(decode_tokens=30, decode_seconds=0.5).decode_tokens_per_second
@@ -35,7 +35,7 @@ class GenerationStats:
     first_token_seconds: float | None = None
 
     def __add__(self, other: "GenerationStats") -> "GenerationStats":
-        """The two calls one after the other; the first token is that of the first."""
+        """Counts and times of two calls, one after the other; the first token is that of the first."""
         names = [field.name for field in dataclasses.fields(self) if field.name != "first_token_seconds"]
         total = GenerationStats(**{name: getattr(self, name) + getattr(other, name) for name in names})
         first = self if self.first_token_seconds is not None else other
@@ -53,7 +53,7 @@ class GenerationStats:
         return _rate(self.decode_tokens, self.decode_seconds)
 
     def to_dict(self) -> dict[str, Any]:
-        """Everything above as plain numbers, for JSON."""
+        """Counts, times and rates as plain numbers, for JSON."""
         return {
             **dataclasses.asdict(self),
             "prefill_tokens_per_second": self.prefill_tokens_per_second,

@@ -15,11 +15,11 @@ class Tokenizer:
     """``tokenizer.json`` and the checkpoint's chat templates.
 
     Args:
-        rust: a tokenizer of the ``tokenizers`` library.
-        chat_templates: None where the checkpoint has none.
+        rust: tokenizer of the ``tokenizers`` library.
+        chat_templates: templates for conversations; None where the checkpoint has none.
 
     Attributes:
-        special_tokens: the text of every special token by its id; `decode` leaves them out.
+        special_tokens: texts of the special tokens by their ids; `decode` leaves them out.
 
     Example:
         >>> tokenizer = Tokenizer.from_directory("demo")
@@ -60,17 +60,17 @@ class Tokenizer:
         return cls(rust, ChatTemplates.from_directory(directory, config))
 
     def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
-        """Token ids of a text.
+        """Encode a text to token ids.
 
         Args:
-            text: anything.
-            add_special_tokens: let the tokenizer's own post-processor add what it adds (often a
+            text: any text.
+            add_special_tokens: whether the tokenizer's own post-processor adds what it adds (often a
                 leading BOS). False for text that a chat template made, which has them already.
         """
         return self._rust.encode(text, add_special_tokens=add_special_tokens).ids
 
     def decode(self, token_ids: Sequence[int]) -> str:
-        """The text of token ids, special tokens left out."""
+        """Decode token ids to text, special tokens left out."""
         return self._rust.decode(list(token_ids), skip_special_tokens=True)
 
     def apply_chat_template(
@@ -81,14 +81,14 @@ class Tokenizer:
         add_generation_prompt: bool = True,
         **variables: Any,
     ) -> str:
-        """The prompt text of a conversation; see `ChatTemplate.render`.
+        """Make the prompt text of a conversation; see `ChatTemplate.render`.
 
         Args:
             messages: dictionaries with "role" and "content", oldest first.
-            chat_template: the name of one of several templates; None for "tool_use" where `tools` are among the
+            chat_template: name of one of several templates; None for "tool_use" where `tools` are among the
                 variables and there is one of that name, and "default" otherwise.
-            add_generation_prompt: end with what opens the assistant's turn.
-            variables: more for the template.
+            add_generation_prompt: whether to end with what opens the assistant's turn.
+            variables: further variables for the template.
 
         Raises:
             ValueError: the checkpoint has no chat template or none of that name, or it refused the messages.
@@ -103,7 +103,7 @@ class Tokenizer:
 
 
 def tokenizer_of(directory: str | Path) -> Tokenizer:
-    """`Tokenizer.from_directory`, read again only when ``tokenizer.json`` has changed.
+    """Read a directory's tokenizer, again only when ``tokenizer.json`` has changed.
 
     A vocabulary of 150,000 takes about half a second to read, too long for every call.
     """

@@ -1,4 +1,4 @@
-"""Planning: what a model takes and needs on devices that are not there; ``jaxmoe.plan(path, ep=8)`` to begin with."""
+"""Planning for devices that are not there: the memory that a model takes, and its compiled programs."""
 
 from jaxmoe.planning.memory import Plan, plan
 from jaxmoe.planning.steps import CompiledStep, compile_steps

@@ -1,4 +1,4 @@
-"""`plan`: what each device will hold, from a config alone."""
+"""`plan`: the bytes that each device will hold, from a config alone."""
 
 import dataclasses
 import math
@@ -26,21 +26,21 @@ _PART_OF_USE = {"experts": "routed experts", "replicas": "replicas", "padding": 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Plan:
-    """What a model takes on a mesh, before anything is read or allocated.
+    """Bytes that a model takes on the devices of a mesh, before anything is read or allocated.
 
     Devices are numbered as on the mesh: (dp, tp, ep) in row-major order. What a program needs besides while it
     runs (activations, exchange buffers) is not counted.
 
     Attributes:
-        model_type: the family.
-        mesh: {"dp": ..., "tp": ..., "ep": ...}.
-        dtype: of weights and cache.
-        batch_size: sequences that the cache is for.
-        max_length: tokens of each that the cache is for.
-        parts: {what: float64 [devices] bytes}, in the order of a table; `jaxmoe.viz.device_memory` draws it.
+        model_type: name of the family.
+        mesh: sizes of the mesh, {"dp": ..., "tp": ..., "ep": ...}.
+        dtype: type of weights and cache.
+        batch_size: number of sequences that the cache is for.
+        max_length: number of tokens of each that the cache is for.
+        parts: bytes by part, {name: float64 [devices]}, in the order of a table; `jaxmoe.viz.device_memory` draws it.
         device: kind of device, None where none was named.
         capacity: bytes of its memory; None without a kind.
-        parameters: of the model, each counted once.
+        parameters: number of the parameters, each counted once.
     """
 
     model_type: str
@@ -64,7 +64,7 @@ class Plan:
         return None if self.capacity is None else max(self.bytes_per_device.values()) <= self.capacity
 
     def to_dict(self) -> dict[str, Any]:
-        """The same as plain types, for JSON."""
+        """The plan as plain types, for JSON."""
         fields = dataclasses.asdict(self) | {"parts": {name: part.tolist() for name, part in self.parts.items()}}
         return fields | {"bytes_per_device": self.bytes_per_device, "fits": self.fits}
 
@@ -85,14 +85,14 @@ def plan(
     """Tell what each device would hold of a model, without devices and without weights.
 
     Args:
-        path: a checkpoint directory; its config.json is all that is read.
+        path: checkpoint directory; its config.json is all that is read.
         dp, tp, ep: sizes of the mesh.
-        placement: a strategy's name or an `ExpertPlacement` for all MoE layers, or one for each.
+        placement: strategy's name or an `ExpertPlacement` for all MoE layers, or one for each.
         expert_axes: mesh axes that share the experts, see `jaxmoe.MoE`.
-        dtype: of weights and cache, "float32", "bfloat16" or "float16"; None for the config's own, or bfloat16.
-        batch_size: sequences to have room for.
-        max_length: tokens of each; None for 4096, or as many positions as the model has where those are fewer.
-        device: a name in `jaxmoe.hardware.GPUS`, to compare with its memory.
+        dtype: type of weights and cache, "float32", "bfloat16" or "float16"; None for the config's own, or bfloat16.
+        batch_size: number of sequences to have room for.
+        max_length: number of tokens of each; None for 4096, or as many positions as the model has where those are fewer.
+        device: name in `jaxmoe.hardware.GPUS`, to compare with its memory.
 
     Raises:
         FileNotFoundError: there is no config.json.
@@ -132,7 +132,7 @@ def plan_config(
     max_length: int | None = None,
     device: str | None = None,
 ) -> Plan:
-    """`plan` for a config that has been read."""
+    """Plan a config that has been read, see `plan`."""
     if max_length is None:
         max_length = min(4096, config.max_position_embeddings)
     sizes = {name: whole_number(name, size, least=1) for name, size in {"dp": dp, "tp": tp, "ep": ep}.items()}

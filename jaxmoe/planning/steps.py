@@ -35,11 +35,11 @@ class CompiledStep:
     """One program of a model, as it would run on each device.
 
     Attributes:
-        argument_bytes: of weights, cache and inputs.
-        temp_bytes: of memory that it needs besides while it runs.
-        collectives: {name: how many instructions}, those between devices.
-        arrays: {(instruction, shape of a result): how many instructions}, all of them.
-        text: the whole program, as XLA writes it.
+        argument_bytes: bytes of weights, cache and inputs.
+        temp_bytes: bytes of memory that it needs besides while it runs.
+        collectives: number of instructions between devices, by name.
+        arrays: number of all instructions, by (instruction, shape of a result).
+        text: text of the whole program, as XLA writes it.
     """
 
     argument_bytes: int
@@ -69,16 +69,16 @@ def compile_steps(
     """Compile what `jaxmoe.generate` runs, without weights and without devices.
 
     Args:
-        config: the model's.
-        mesh: over devices from `gpu_topology`, or any others.
+        config: config of the model.
+        mesh: mesh over devices from `gpu_topology`, or any others.
         placement, expert_axes, dispatch, kernels, dtype: as for `jaxmoe.load`. In one process "mosaic_gpu" compiles for
             one generation of GPUs, the first that it was asked for.
-        batch_size: sequences.
-        prompt_length: tokens of each in the prefill.
-        max_length: tokens of each that the cache holds.
+        batch_size: number of sequences.
+        prompt_length: number of tokens of each in the prefill.
+        max_length: number of tokens of each that the cache holds.
 
     Returns:
-        "prefill" and "decode".
+        The programs "prefill" and "decode".
 
     Raises:
         ValueError: model, mesh and arguments do not fit together.

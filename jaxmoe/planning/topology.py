@@ -21,9 +21,9 @@ def gpu_topology(chip: str, count: int, *, hosts: int = 1) -> tuple[jax.Device, 
     nothing can be run or allocated on them.
 
     Args:
-        chip: a name in `jaxmoe.hardware.GPUS`, such as "h100".
-        count: GPUs in all.
-        hosts: machines that they are on, equally many on each.
+        chip: name in `jaxmoe.hardware.GPUS`, such as "h100".
+        count: number of GPUs in all.
+        hosts: number of machines that they are on, equally many on each.
 
     Returns:
         The devices, those of one host after those of the other.
