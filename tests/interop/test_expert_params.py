@@ -1,13 +1,12 @@
 """The rows of vLLM's expert mapping: its published cases, and the tensors of checkpoints."""
 
-import doctest
 from pathlib import Path
 
 import pytest
 
 from jaxmoe.checkpoint import open_checkpoint
 from jaxmoe.checkpoint.inspection import group_of
-from jaxmoe.interop import ExpertRow, assignments, expert_maps, expert_params, expert_params_mapping, map_names
+from jaxmoe.interop import ExpertRow, assignments, expert_params_mapping, map_names
 from tests.support.saved import SOURCES
 
 E, REDUNDANT = 16, 4
@@ -198,10 +197,3 @@ def test_layers_are_told_apart() -> None:
         "c.experts.up_proj": [("c.experts.w13_weight", 0, "w1")],
     }
     assert map_names(["d.experts.0.novel.weight"]) == {"d.experts.0.novel.weight": []}
-
-
-def test_examples() -> None:
-    for module in (expert_maps, expert_params):
-        results = doctest.testmod(module)
-        assert results.attempted
-        assert not results.failed
