@@ -10,11 +10,11 @@ from typing import Any
 import numpy as np
 
 
-def whole_number(name: str, value: Any, *, least: int | None = None, most: int | None = None) -> int:
+def integer(name: str, value: Any, *, least: int | None = None, most: int | None = None) -> int:
     """`value` as an int, from `least` to `most`.
 
     Raises:
-        ValueError: it is no whole number, or outside of these.
+        ValueError: it is no integer, or outside of these.
     """
     try:
         # Whatever counts as an index: int, NumPy's integers, elements of integer arrays. A bool is a mistake.
@@ -22,7 +22,7 @@ def whole_number(name: str, value: Any, *, least: int | None = None, most: int |
     except TypeError:
         number = None
     if number is None or (least is not None and number < least) or (most is not None and number > most):
-        raise ValueError(f"{name} is a whole number{_within(least, most)}; got {value!r:.80}")
+        raise ValueError(f"{name} is an integer{_within(least, most)}; got {value!r:.80}")
     return number
 
 
@@ -100,9 +100,9 @@ def path_like(name: str, value: Any) -> None:
 
 
 def check_positive(config: Any, *names: str) -> None:
-    """Make the attributes `names` of a frozen config ints, refused where one is no whole number of at least 1."""
+    """Make the attributes `names` of a frozen config ints, refused where one is no integer of at least 1."""
     for name in names:
-        value = whole_number(f"{type(config).__name__}.{name}", getattr(config, name), least=1)
+        value = integer(f"{type(config).__name__}.{name}", getattr(config, name), least=1)
         object.__setattr__(config, name, value)
 
 
@@ -116,11 +116,11 @@ def token_ids(name: str, values: Any, vocab_size: int) -> frozenset[int]:
     """One token id or several as a set.
 
     Raises:
-        ValueError: one is no whole number of the vocabulary.
+        ValueError: one is no integer of the vocabulary.
     """
     several = isinstance(values, Iterable) and not isinstance(values, str | bytes) and getattr(values, "ndim", 1) != 0
     given = values if several else [values]
-    return frozenset(whole_number(name, token, least=0, most=vocab_size - 1) for token in given)
+    return frozenset(integer(name, token, least=0, most=vocab_size - 1) for token in given)
 
 
 def _within(least: float | None, most: float | None) -> str:

@@ -15,7 +15,7 @@ import jax
 import numpy as np
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
-from jaxmoe.checks import instance_of, whole_number
+from jaxmoe.checks import instance_of, integer
 
 DP, TP, EP = "dp", "tp", "ep"
 AXES = (DP, TP, EP)
@@ -112,7 +112,7 @@ def make_mesh(dp: int = 1, tp: int = 1, ep: int = 1, *, devices: list[jax.Device
         >>> make_mesh(ep=jax.device_count()).axis_names
         ('dp', 'tp', 'ep')
     """
-    sizes = {axis: whole_number(axis, size, least=1) for axis, size in ((DP, dp), (TP, tp), (EP, ep))}
+    sizes = {axis: integer(axis, size, least=1) for axis, size in ((DP, dp), (TP, tp), (EP, ep))}
     devices = jax.devices() if devices is None else list(devices)
     needed = math.prod(sizes.values())
     if needed != len(devices):
@@ -128,7 +128,7 @@ def parse_mesh(text: str) -> dict[str, int]:
     """Read ``"dp=1,tp=2,ep=4"`` into ``{"dp": 1, "tp": 2, "ep": 4}``; axes left out are 1.
 
     Raises:
-        ValueError: an unknown or repeated axis, or a size that is not a whole number of at least 1.
+        ValueError: an unknown or repeated axis, or a size that is not an integer of at least 1.
     """
     sizes: dict[str, int] = {}
     for part in text.split(","):
@@ -167,7 +167,7 @@ def simulate_devices(count: int) -> None:
         ValueError: `count` is below 1.
         RuntimeError: a JAX backend is already running with another number of devices.
     """
-    count = whole_number("count", count, least=1)
+    count = integer("count", count, least=1)
     # Not asked of the cores: the process may be kept to a few of them.
     os.environ.setdefault("PJRT_NPROC", str(max(2 * count, os.cpu_count() or 1)))
     try:

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 import jaxmoe
 from jaxmoe import SamplingParams
-from jaxmoe.checks import flag, one_of, real_number, token_ids, whole_number
+from jaxmoe.checks import flag, integer, one_of, real_number, token_ids
 from jaxmoe.config import MLPConfig, MoEConfig, RouterConfig
 from jaxmoe.config.routers import SCORES, Score
 from tests.support.fake_model import FakeConfig, FakeModel
@@ -30,16 +30,16 @@ def generate(**settings):
 
 
 @given(st.integers(-(2**31), 2**31 - 1))
-def test_every_spelling_of_a_whole_number(value):
+def test_every_spelling_of_an_integer(value):
     for kind in (int, np.int32, np.int64, np.array):
-        result = whole_number("n", kind(value))
+        result = integer("n", kind(value))
         assert type(result) is int
         assert result == value
     for wrong in (float(value), str(value), None, True, [value], np.bool_(True)):
-        with pytest.raises(ValueError, match=r"^n is a whole number; got"):
-            whole_number("n", wrong)
-    with pytest.raises(ValueError, match=rf"n is a whole number of at least {value + 1}; got {value}"):
-        whole_number("n", value, least=value + 1)
+        with pytest.raises(ValueError, match=r"^n is an integer; got"):
+            integer("n", wrong)
+    with pytest.raises(ValueError, match=rf"n is an integer of at least {value + 1}; got {value}"):
+        integer("n", value, least=value + 1)
 
 
 @given(st.floats(allow_nan=True, allow_infinity=True, width=32))
@@ -85,45 +85,45 @@ def test_the_names_of_configs_are_those_of_the_tables():
         (partial(RouterConfig, scale=float("nan")), "TopK.scale is a finite number"),
         (partial(RouterConfig, input_norm_eps=0.0), "RouterConfig.input_norm_eps is a finite number above 0"),
         (partial(RouterConfig, p_norm=0), "PNormNormalization.p is a finite number above 0"),
-        (partial(RouterConfig, num_groups=2.0), "GroupedTopK.num_groups is a whole number"),
+        (partial(RouterConfig, num_groups=2.0), "GroupedTopK.num_groups is an integer"),
         (partial(RouterConfig, function="top"), "ChosenByFunction.function is a function"),
-        (partial(MoEConfig, **SIZES | {"num_experts": "4"}), "MoEConfig.num_experts is a whole number"),
+        (partial(MoEConfig, **SIZES | {"num_experts": "4"}), "MoEConfig.num_experts is an integer"),
         (partial(MoEConfig, **SIZES, bias=1), "MoEConfig.bias is True or False"),
         (
             partial(MoEConfig, **SIZES, shared=MLPConfig(hidden_size=9, intermediate_size=8)),
             "hidden_size=8, and that of shared is 9",
         ),
-        (partial(jaxmoe.make_mesh, ep=2.0), "ep is a whole number of at least 1; got 2.0"),
-        (partial(jaxmoe.make_mesh, tp=True), "tp is a whole number of at least 1; got True"),
-        (partial(jaxmoe.simulate_devices, 0), "count is a whole number of at least 1; got 0"),
-        (partial(jaxmoe.ExpertPlacement.linear, 4, 0), "ep is a whole number of at least 1; got 0"),
-        (partial(jaxmoe.ExpertPlacement.linear, 4, 2, num_slots=8.0), "num_slots is a whole number; got 8.0"),
-        (partial(jaxmoe.ExpertPlacement.round_robin, 4, "2"), "ep is a whole number of at least 1; got '2'"),
+        (partial(jaxmoe.make_mesh, ep=2.0), "ep is an integer of at least 1; got 2.0"),
+        (partial(jaxmoe.make_mesh, tp=True), "tp is an integer of at least 1; got True"),
+        (partial(jaxmoe.simulate_devices, 0), "count is an integer of at least 1; got 0"),
+        (partial(jaxmoe.ExpertPlacement.linear, 4, 0), "ep is an integer of at least 1; got 0"),
+        (partial(jaxmoe.ExpertPlacement.linear, 4, 2, num_slots=8.0), "num_slots is an integer; got 8.0"),
+        (partial(jaxmoe.ExpertPlacement.round_robin, 4, "2"), "ep is an integer of at least 1; got '2'"),
         (
             partial(jaxmoe.ExpertPlacement.from_counts, np.ones(4), ep=2.5),
-            "ep is a whole number of at least 1; got 2.5",
+            "ep is an integer of at least 1; got 2.5",
         ),
-        (partial(jaxmoe.ExpertPlacement, 2.0, 1, [0, 1]), "num_experts is a whole number of at least 1; got 2.0"),
-        (partial(jaxmoe.Balancer, window=0), "Balancer.window is a whole number of at least 1; got 0"),
+        (partial(jaxmoe.ExpertPlacement, 2.0, 1, [0, 1]), "num_experts is an integer of at least 1; got 2.0"),
+        (partial(jaxmoe.Balancer, window=0), "Balancer.window is an integer of at least 1; got 0"),
         (partial(jaxmoe.Balancer, threshold=0.5), "Balancer.threshold is a finite number of at least 1, max / mean"),
         (partial(SamplingParams, temperature="hot"), "temperature is a finite number; got 'hot'"),
-        (partial(SamplingParams, top_k=1.5), "top_k is a whole number; got 1.5"),
+        (partial(SamplingParams, top_k=1.5), "top_k is an integer; got 1.5"),
         (partial(SamplingParams, top_p=float("nan")), "top_p is a finite number; got nan"),
-        (partial(generate, max_new_tokens=1.5), "max_new_tokens is a whole number of at least 1; got 1.5"),
-        (partial(generate, eos_token_id="</s>"), "eos_token_id is a whole number from 0 to 9; got '</s>'"),
-        (partial(generate, eos_token_id=["1"]), "eos_token_id is a whole number from 0 to 9; got '1'"),
-        (partial(generate, eos_token_id=-1), "eos_token_id is a whole number from 0 to 9; got -1"),
-        (partial(generate, eos_token_id=[1, 10]), "eos_token_id is a whole number from 0 to 9; got 10"),
+        (partial(generate, max_new_tokens=1.5), "max_new_tokens is an integer of at least 1; got 1.5"),
+        (partial(generate, eos_token_id="</s>"), "eos_token_id is an integer from 0 to 9; got '</s>'"),
+        (partial(generate, eos_token_id=["1"]), "eos_token_id is an integer from 0 to 9; got '1'"),
+        (partial(generate, eos_token_id=-1), "eos_token_id is an integer from 0 to 9; got -1"),
+        (partial(generate, eos_token_id=[1, 10]), "eos_token_id is an integer from 0 to 9; got 10"),
         (partial(generate, sampling_params=TOP_3, top_k=4), "top_k is 4 and sampling_params.top_k is 3; give one"),
         (
             partial(generate, sampling_params=TOP_3, temperature=0.5),
             "temperature is 0.5 and sampling_params.temperature",
         ),
         (partial(generate, ignore_eos="yes"), "ignore_eos is True or False; got 'yes'"),
-        (partial(generate, seed=1.5), "seed is a whole number from 0"),
+        (partial(generate, seed=1.5), "seed is an integer from 0"),
         (partial(generate, seed=[1, 2]), "got 2 seeds for 1 prompts"),
-        (partial(jaxmoe.plan, "demo", ep=2.0), "ep is a whole number of at least 1; got 2.0"),
-        (partial(jaxmoe.plan, "demo", batch_size="1"), "batch_size is a whole number of at least 1; got '1'"),
+        (partial(jaxmoe.plan, "demo", ep=2.0), "ep is an integer of at least 1; got 2.0"),
+        (partial(jaxmoe.plan, "demo", batch_size="1"), "batch_size is an integer of at least 1; got '1'"),
     ],
 )
 def test_values_are_refused_by_name(make, message):

@@ -24,7 +24,7 @@ def test_axes_and_sizes():
 def test_a_mesh_that_does_not_fit():
     with pytest.raises(ValueError, match=r"dp=1 x tp=2 x ep=2 is 4 devices, but there are 8 \(cpu\)"):
         jaxmoe.make_mesh(tp=2, ep=2)
-    with pytest.raises(ValueError, match=r"tp is a whole number of at least 1; got 0"):
+    with pytest.raises(ValueError, match=r"tp is an integer of at least 1; got 0"):
         jaxmoe.make_mesh(tp=0)
 
 

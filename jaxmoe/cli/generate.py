@@ -230,5 +230,5 @@ def _print_expert_bytes(model: Any) -> None:
 def _token_ids(text: str) -> list[int]:
     parts = [part.strip() for part in text.split(",")]
     if not all(part.isdecimal() for part in parts):
-        raise argparse.ArgumentTypeError(f"token ids are whole numbers between commas, as 5,6,7; got {text!r}")
+        raise argparse.ArgumentTypeError(f"token ids are integers between commas, as 5,6,7; got {text!r}")
     return [int(part) for part in parts]

@@ -90,9 +90,9 @@ def mesh_sizes(text: str) -> dict[str, int]:
 
 
 def count(text: str) -> int:
-    """Type of options that are a whole number of at least 1."""
+    """Type of options that are an integer of at least 1."""
     if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"a whole number of at least 1; got {text!r}")
+        raise argparse.ArgumentTypeError(f"an integer of at least 1; got {text!r}")
     return int(text)
 
 

@@ -10,7 +10,7 @@ import jax
 import numpy as np
 from flax import nnx
 
-from jaxmoe.checks import flag, instance_of, whole_number
+from jaxmoe.checks import flag, instance_of, integer
 from jaxmoe.checks import token_ids as check_token_ids
 from jaxmoe.distributed import broadcast, check_same
 from jaxmoe.generation.detokenize import TextStream
@@ -105,7 +105,7 @@ def generate(
         min_p=min_p,
         repetition_penalty=repetition_penalty,
     )
-    max_new_tokens = whole_number("max_new_tokens", max_new_tokens, least=1)
+    max_new_tokens = integer("max_new_tokens", max_new_tokens, least=1)
     ignore_eos, chat = flag("ignore_eos", ignore_eos), flag("chat", chat)
     stop = _stop_strings(stop)
     given_eos = None if eos_token_id is None else check_token_ids("eos_token_id", eos_token_id, model.config.vocab_size)
@@ -238,7 +238,7 @@ def _seeds(seed: Any, count: int) -> list[int]:
     seeds = [seed] * count if isinstance(seed, str) or np.ndim(seed) == 0 else list(seed)
     if len(seeds) != count:
         raise ValueError(f"seed is one int or one for each prompt: got {len(seeds)} seeds for {count} prompts")
-    return [whole_number("seed", one, least=0, most=2**64 - 1) for one in seeds]
+    return [integer("seed", one, least=0, most=2**64 - 1) for one in seeds]
 
 
 def _agree(

@@ -3,7 +3,7 @@
 import dataclasses
 from typing import Any
 
-from jaxmoe.checks import instance_of, real_number, whole_number
+from jaxmoe.checks import instance_of, integer, real_number
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -36,9 +36,9 @@ class SamplingParams:
         for name in ("temperature", "top_p", "min_p", "repetition_penalty"):
             object.__setattr__(self, name, real_number(name, getattr(self, name)))
         if self.top_k is not None:
-            object.__setattr__(self, "top_k", whole_number("top_k", self.top_k))
+            object.__setattr__(self, "top_k", integer("top_k", self.top_k))
         self._require("temperature", self.temperature >= 0.0, "at least 0 (0 is greedy)")
-        self._require("top_k", self.top_k is None or self.top_k >= 0, "a whole number of at least 0 (0 keeps all)")
+        self._require("top_k", self.top_k is None or self.top_k >= 0, "an integer of at least 0 (0 keeps all)")
         self._require("top_p", 0.0 < self.top_p <= 1.0, "above 0 and at most 1 (1 keeps all)")
         self._require("min_p", 0.0 <= self.min_p <= 1.0, "from 0 (keeps all) to 1")
         self._require("repetition_penalty", self.repetition_penalty > 0.0, "above 0 (1 is none)")

@@ -4,7 +4,7 @@ import operator
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
-from jaxmoe.checks import whole_number
+from jaxmoe.checks import integer
 from jaxmoe.generation.tokenizer import Tokenizer
 
 TokenIds = Sequence[int]
@@ -65,7 +65,7 @@ def check_prompts(
         ValueError: a prompt without tokens, an id outside the vocabulary, or more positions
             needed than the model has.
     """
-    whole_number("max_new_tokens", max_new_tokens, least=1)
+    integer("max_new_tokens", max_new_tokens, least=1)
     for index, prompt in enumerate(prompts):
         if not prompt:
             raise ValueError(f"a prompt has at least one token; prompt {index} is empty")

@@ -141,7 +141,7 @@ def seed_words(seeds: list[int]) -> np.ndarray:
     """
     for seed in seeds:
         if not 0 <= seed < 2**64:
-            raise ValueError(f"a seed is a whole number from 0 to 2**64 - 1; got {seed}")
+            raise ValueError(f"a seed is an integer from 0 to 2**64 - 1; got {seed}")
     return np.array([(seed >> 32, seed & 0xFFFFFFFF) for seed in seeds], np.uint32).reshape(-1, 2)
 
 

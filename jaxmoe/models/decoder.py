@@ -12,7 +12,7 @@ import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
 
-from jaxmoe.checks import instance_of, whole_number
+from jaxmoe.checks import instance_of, integer
 from jaxmoe.config import DecoderConfig, MoEConfig
 from jaxmoe.dispatch import PhaseDispatch
 from jaxmoe.layers import (
@@ -292,7 +292,7 @@ class Decoder(nnx.Module):
             True
         """
         check_usable(self)
-        num_nodes = whole_number("num_nodes", num_nodes, least=1)
+        num_nodes = integer("num_nodes", num_nodes, least=1)
         layers = self.moe_layers
         if not layers:
             raise ValueError("no layer of this model has routed experts: there is nothing to place")

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from jaxmoe.checks import check_positive, flag, whole_number
+from jaxmoe.checks import check_positive, flag, integer
 from jaxmoe.placement.packing import eplb_slots
 
 _FORMAT = "jaxmoe.expert_placement"
@@ -27,7 +27,7 @@ class ExpertPlacement:
         slot_to_expert: int32 [P], the logical expert in each slot, -1 for padding.
 
     Raises:
-        ValueError: P is not a multiple of `ep`, an id is no whole number or outside -1..E-1, or an expert has no slot.
+        ValueError: P is not a multiple of `ep`, an id is no integer or outside -1..E-1, or an expert has no slot.
 
     Example:
         >>> ExpertPlacement.linear(num_experts=3, ep=2).slot_to_expert.tolist()
@@ -39,7 +39,7 @@ class ExpertPlacement:
     slot_to_expert: np.ndarray
 
     def __post_init__(self) -> None:
-        slots = _whole_numbers("slot_to_expert", self.slot_to_expert)
+        slots = _integers("slot_to_expert", self.slot_to_expert)
         slots.setflags(write=False)
         object.__setattr__(self, "slot_to_expert", slots)
         check_positive(self, "num_experts", "ep")
@@ -77,7 +77,7 @@ class ExpertPlacement:
 
         Source: vLLM, determine_expert_map and build_initial_global_physical_to_logical_map.
         """
-        ep = whole_number("ep", ep, least=1)
+        ep = integer("ep", ep, least=1)
         blocks = np.array_split(_initial_experts(num_experts, num_slots), ep)
         return cls.from_device_experts(num_experts, blocks, allow_padding=allow_padding)
 
@@ -92,7 +92,7 @@ class ExpertPlacement:
 
         Source: vLLM, determine_expert_map.
         """
-        experts, ep = _initial_experts(num_experts, num_slots), whole_number("ep", ep, least=1)
+        experts, ep = _initial_experts(num_experts, num_slots), integer("ep", ep, least=1)
         dealt = [experts[device::ep] for device in range(ep)]
         return cls.from_device_experts(num_experts, dealt, allow_padding=allow_padding)
 
@@ -133,7 +133,7 @@ class ExpertPlacement:
         Raises:
             ValueError: a number is no whole one, or the lists differ in length and `allow_padding` is False.
         """
-        device_experts = [_whole_numbers("the experts of a device", experts) for experts in device_experts]
+        device_experts = [_integers("the experts of a device", experts) for experts in device_experts]
         ep = len(device_experts)
         per_device = max(1, *(len(experts) for experts in device_experts)) if ep else 1
         padding = ep * per_device - sum(len(experts) for experts in device_experts)
@@ -243,7 +243,7 @@ class ExpertPlacement:
             )
         if not all(type(fields.get(name)) is int for name in ("num_experts", "ep")) or "slot_to_expert" not in fields:
             got = ", ".join(f"{name} {fields.get(name)!r:.40}" for name in ("num_experts", "ep", "slot_to_expert"))
-            raise ValueError(f"a placement file has num_experts, ep and slot_to_expert, all whole numbers; got {got}")
+            raise ValueError(f"a placement file has num_experts, ep and slot_to_expert, all integers; got {got}")
         return cls(fields["num_experts"], fields["ep"], fields["slot_to_expert"])
 
     def __eq__(self, other: object) -> bool:
@@ -272,21 +272,21 @@ def placements_from_json(text: str) -> ExpertPlacement | list[ExpertPlacement]:
 
 def _initial_experts(num_experts: int, num_slots: int | None) -> np.ndarray:
     """int32 [num_slots], the experts in order and then replicas modulo E; one slot an expert by default."""
-    num_experts = whole_number("num_experts", num_experts, least=1)
-    if num_slots is not None and whole_number("num_slots", num_slots) < num_experts:
+    num_experts = integer("num_experts", num_experts, least=1)
+    if num_slots is not None and integer("num_slots", num_slots) < num_experts:
         raise ValueError(f"every expert needs a slot: num_slots={num_slots} is below num_experts={num_experts}")
     return np.arange(num_slots or num_experts, dtype=np.int32) % num_experts
 
 
-def _whole_numbers(name: str, values: Any) -> np.ndarray:
+def _integers(name: str, values: Any) -> np.ndarray:
     """An int32 copy, refused where a number would be rounded or wrapped round."""
     try:
         given = np.asarray(values)
     except ValueError as error:
-        raise ValueError(f"{name} is a list of whole numbers: {error}") from error
+        raise ValueError(f"{name} is a list of integers: {error}") from error
     limits = np.iinfo(np.int32)
     if given.size and (given.dtype.kind not in "iu" or given.min() < limits.min or given.max() > limits.max):
-        raise ValueError(f"{name} is a list of whole numbers, each an expert; got {given.dtype} {given.tolist()!r:.80}")
+        raise ValueError(f"{name} is a list of integers, each an expert; got {given.dtype} {given.tolist()!r:.80}")
     return given.astype(np.int32)
 
 

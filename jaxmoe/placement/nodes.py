@@ -1,6 +1,6 @@
 """The one check that nodes hold equally many devices."""
 
-from jaxmoe.checks import whole_number
+from jaxmoe.checks import integer
 
 
 def check_nodes(devices: int, number: int, *, name: str = "num_nodes") -> int:
@@ -15,13 +15,13 @@ def check_nodes(devices: int, number: int, *, name: str = "num_nodes") -> int:
         devices / number.
 
     Raises:
-        ValueError: `number` is no whole number of at least 1, or leaves a node with fewer devices than another.
+        ValueError: `number` is no integer of at least 1, or leaves a node with fewer devices than another.
 
     Example:
         >>> check_nodes(8, 2)
         4
     """
-    number = whole_number(name, number, least=1)
+    number = integer(name, number, least=1)
     if devices % number:
         raise ValueError(f"nodes hold equally many devices: {devices} devices are no multiple of {name}={number}")
     return devices // number

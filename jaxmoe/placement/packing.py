@@ -6,7 +6,7 @@ operation then does a step of all of them, which is what makes a whole model fas
 
 import numpy as np
 
-from jaxmoe.checks import whole_number
+from jaxmoe.checks import integer
 from jaxmoe.placement.inputs import check_counts
 from jaxmoe.placement.nodes import check_nodes
 
@@ -44,8 +44,8 @@ def eplb_slots(
     assert weights_LE.ndim == 2
     E = weights_LE.shape[1]
     sizes = {"ep": ep, "num_groups": num_groups, "num_nodes": num_nodes}
-    ep, num_groups, num_nodes = (whole_number(name, size, least=1) for name, size in sizes.items())
-    num_slots = -(-E // ep) * ep if num_slots is None else whole_number("num_slots", num_slots)
+    ep, num_groups, num_nodes = (integer(name, size, least=1) for name, size in sizes.items())
+    num_slots = -(-E // ep) * ep if num_slots is None else integer("num_slots", num_slots)
     if num_groups % num_nodes:
         num_groups = num_nodes = 1
     _check(E, ep, num_slots, num_groups, num_nodes)

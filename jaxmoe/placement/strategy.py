@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from jaxmoe.checks import whole_number
+from jaxmoe.checks import integer
 from jaxmoe.placement.base import ExpertPlacement
 from jaxmoe.placement.inputs import check_counts, check_device_slots, check_device_speeds
 from jaxmoe.placement.nodes import check_nodes
@@ -56,9 +56,9 @@ class PlacementTask:
 
     def __post_init__(self) -> None:
         for name in ("num_experts", "ep", "num_layers", "num_groups", "num_nodes"):
-            object.__setattr__(self, name, whole_number(name, getattr(self, name), least=1))
+            object.__setattr__(self, name, integer(name, getattr(self, name), least=1))
         if self.num_slots is not None:
-            object.__setattr__(self, "num_slots", whole_number("num_slots", self.num_slots))
+            object.__setattr__(self, "num_slots", integer("num_slots", self.num_slots))
         check_nodes(self.ep, self.num_nodes)
         counts = self.counts
         if counts is None and self.trace is not None:

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxmoe.checkpoint.mapping import abstract_model, abstract_specs, is_expert_stack, layer_index
-from jaxmoe.checks import path_like, whole_number
+from jaxmoe.checks import integer, path_like
 from jaxmoe.config import DecoderConfig
 from jaxmoe.hardware import get_gpu
 from jaxmoe.layers import CacheArray, param_specs
@@ -135,9 +135,9 @@ def plan_config(
     """Plan a config that has been read, see `plan`."""
     if max_length is None:
         max_length = min(4096, config.max_position_embeddings)
-    sizes = {name: whole_number(name, size, least=1) for name, size in {"dp": dp, "tp": tp, "ep": ep}.items()}
-    batch_size = whole_number("batch_size", batch_size, least=1)
-    max_length = whole_number("max_length", max_length, least=1)
+    sizes = {name: integer(name, size, least=1) for name, size in {"dp": dp, "tp": tp, "ep": ep}.items()}
+    batch_size = integer("batch_size", batch_size, least=1)
+    max_length = integer("max_length", max_length, least=1)
     gpu = None if device is None else get_gpu(device)
     if max_length > config.max_position_embeddings:
         raise ValueError(

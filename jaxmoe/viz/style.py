@@ -65,5 +65,5 @@ def cased_line(ax: Axes, xs: ArrayLike, ys: ArrayLike, *, cells: int) -> None:
 
 
 def whole_ticks(axis: Axis, most: int) -> None:
-    """Ticks at whole numbers, a few more than `most` of them at most; a single one where there is a single number."""
+    """Ticks at integers, a few more than `most` of them at most; a single one where there is a single number."""
     axis.set_major_locator(MaxNLocator(nbins=most, integer=True, min_n_ticks=1))

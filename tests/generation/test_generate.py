@@ -185,7 +185,7 @@ ERRORS = {
     "no template": (["a"], {"chat": True}, r"neither chat_template.jinja nor"),
     "id too large": ([[1], [3, 37]], {}, r"token ids are 0 to 36 \(vocab_size 37\); prompt 1 has 37"),
     "id below 0": ([[-1]], {}, r"prompt 0 has -1"),
-    "no new token": ([[1]], {"max_new_tokens": 0}, r"max_new_tokens is a whole number of at least 1; got 0"),
+    "no new token": ([[1]], {"max_new_tokens": 0}, r"max_new_tokens is an integer of at least 1; got 0"),
     "too long": (
         [[1] * 500],
         {"max_new_tokens": 13},

@@ -297,8 +297,8 @@ def test_a_result_that_is_not_finite_has_no_time():
     [
         (bench_kernels, "--shapes", "mixtral", "a shape is one of mixtral-8x7b, .*; got 'mixtral'"),
         (tune_kernels, "--shapes", "8,2,0,64", "experts,per token,width,expert width; got '8,2,0,64'"),
-        (bench_layer, "--tokens", "0", "a whole number of at least 1; got '0'"),
-        (tune_kernels, "--rounds", "0", "a whole number of at least 1; got '0'"),
+        (bench_layer, "--tokens", "0", "an integer of at least 1; got '0'"),
+        (tune_kernels, "--rounds", "0", "an integer of at least 1; got '0'"),
         (bench_layer, "--mesh", "ep", "a mesh is written dp=1,tp=2,ep=4"),
         (bench_kernels, "--json", "/no/such/folder/x.json", "a file in a folder that exists; got '/no/such/folder"),
         (bench_kernels, "--roofline", "x.bmp", "ends in .png, .pdf or .svg; got 'x.bmp'"),

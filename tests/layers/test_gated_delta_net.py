@@ -130,6 +130,6 @@ def test_every_tp_rank_has_whole_heads():
 def test_what_a_config_refuses():
     with pytest.raises(ValueError, match=r"num_value_heads=3 is no multiple of num_key_heads=2"):
         GatedDeltaNetConfig(num_key_heads=2, num_value_heads=3, key_head_dim=4, value_head_dim=4, conv_kernel_size=4)
-    with pytest.raises(ValueError, match=r"key_head_dim is a whole number of at least 1; got 0"):
+    with pytest.raises(ValueError, match=r"key_head_dim is an integer of at least 1; got 0"):
         GatedDeltaNetConfig(num_key_heads=2, num_value_heads=2, key_head_dim=0, value_head_dim=4, conv_kernel_size=4)
     assert [CONFIG.tp_faults(tp) for tp in (1, 2, 3)] == [[], [], ["linear_num_key_heads=2"]]

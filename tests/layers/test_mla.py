@@ -157,8 +157,8 @@ def test_heads_that_do_not_split_over_tp():
 
 
 @pytest.mark.parametrize("name", ["num_heads", "kv_rank", "q_rank", "nope_head_dim", "v_head_dim"])
-def test_sizes_are_whole_numbers(name):
-    with pytest.raises(ValueError, match=rf"MLAConfig\.{name} is a whole number of at least 1; got 0"):
+def test_sizes_are_integers(name):
+    with pytest.raises(ValueError, match=rf"MLAConfig\.{name} is an integer of at least 1; got 0"):
         mla_config(**{name: 0})
 
 

@@ -117,7 +117,7 @@ def test_misfits() -> None:
     with pytest.raises(ValueError, match="no multiple of devices_per_node=3"):
         layer.choose_replicas("local_first", devices_per_node=3)
     for none in (0, -1):
-        with pytest.raises(ValueError, match=f"devices_per_node is a whole number of at least 1; got {none}"):
+        with pytest.raises(ValueError, match=f"devices_per_node is an integer of at least 1; got {none}"):
             layer.choose_replicas("local_first", devices_per_node=none)
     with pytest.raises(ValueError, match="replica choices are least_loaded"):
         layer.choose_replicas("nearest")

@@ -142,7 +142,7 @@ def test_balancer_leaves_an_even_model_alone(model) -> None:
 
 
 def test_balancer_checks_its_numbers() -> None:
-    with pytest.raises(ValueError, match=r"window is a whole number of at least 1; got 0"):
+    with pytest.raises(ValueError, match=r"window is an integer of at least 1; got 0"):
         jaxmoe.Balancer(window=0)
     with pytest.raises(ValueError, match=r"knows counts alone: strategy is one of eplb.*'affinity'"):
         jaxmoe.Balancer(strategy="affinity")

@@ -101,7 +101,7 @@ def test_a_new_strategy_is_one_entry(monkeypatch) -> None:
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"ep": 0}, "ep is a whole number of at least 1; got 0"),
+        ({"ep": 0}, "ep is an integer of at least 1; got 0"),
         ({"num_nodes": 3}, "4 devices are no multiple of num_nodes=3"),
         ({"counts": np.ones(5)}, "counts are of 4 experts; got 5"),
         ({"counts": np.array([1.0, np.nan, 1, 1])}, "finite"),
@@ -109,8 +109,8 @@ def test_a_new_strategy_is_one_entry(monkeypatch) -> None:
         ({"device_speeds": [1, 1]}, "one entry for each of 4 devices"),
         ({"device_speeds": [1, 0, 1, 1]}, r"finite and above 0; got \[1.0, 0.0"),
         ({"device_speeds": [1, np.nan, 1, 1]}, "finite and above 0"),
-        ({"device_slots": [2, -1, 2, 2]}, r"whole numbers, at least 0; got \[2, -1"),
-        ({"device_slots": [1.5, 1, 1, 1]}, r"whole numbers, at least 0; got \[1.5"),
+        ({"device_slots": [2, -1, 2, 2]}, r"integers, at least 0; got \[2, -1"),
+        ({"device_slots": [1.5, 1, 1, 1]}, r"integers, at least 0; got \[1.5"),
         ({"counts": np.ones((2, 4)), "trace": trace_of(4, 1)}, "same layers; got 2 and 3"),
     ],
 )
@@ -173,7 +173,7 @@ def test_slots_that_do_not_split_are_refused() -> None:
     with pytest.raises(ValueError, match=r"numbers, \[E\] or \[layers, E\]"):
         ExpertPlacement.from_counts(np.ones((1, 1, 4)), ep=2)
     for size in ("ep", "num_groups", "num_nodes"):
-        with pytest.raises(ValueError, match=f"{size} is a whole number of at least 1; got 0"):
+        with pytest.raises(ValueError, match=f"{size} is an integer of at least 1; got 0"):
             ExpertPlacement.from_counts(PUBLISHED, **{"ep": 8, size: 0})
 
 

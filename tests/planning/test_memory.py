@@ -88,7 +88,7 @@ assert not xla_bridge.backends_are_initialized()
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"ep": 0}, "ep is a whole number of at least 1; got 0"),
+        ({"ep": 0}, "ep is an integer of at least 1; got 0"),
         ({"tp": 3}, "tp=3 does not divide"),
         ({"max_length": 4096}, "the model has 512 positions: max_length=4096"),
         ({"device": "tpu"}, r"devices are .*h100.*; got 'tpu'"),

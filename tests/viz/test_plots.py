@@ -154,7 +154,7 @@ def test_no_traffic_has_a_plain_scale() -> None:
 @pytest.mark.parametrize(
     ("num_nodes", "message"),
     [
-        (0, "num_nodes is a whole number of at least 1; got 0"),
+        (0, "num_nodes is an integer of at least 1; got 0"),
         (3, "4 devices are no multiple of num_nodes=3"),
         (8, "4 devices are no multiple of num_nodes=8"),
     ],
