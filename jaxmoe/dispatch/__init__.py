@@ -7,10 +7,10 @@ from jaxmoe.dispatch.all_gather import ALL_GATHER
 from jaxmoe.dispatch.all_to_all import ALL_TO_ALL
 from jaxmoe.dispatch.base import Buffers, Dispatch, DispatchLayout, DispatchStats, Experts
 from jaxmoe.dispatch.choose import RATES, DispatchChoice, DispatchCost, choose, dispatch_cost
+from jaxmoe.dispatch.collectives import Collective, DispatchBytes, expected_bytes
 from jaxmoe.dispatch.phases import PhaseDispatch
 from jaxmoe.dispatch.ragged_all_to_all import RAGGED_ALL_TO_ALL
 from jaxmoe.dispatch.replicated import REPLICATED
-from jaxmoe.dispatch.traffic import Collective, DispatchBytes, expected_bytes
 from jaxmoe.dispatch.wire import check_wire_dtype
 
 __all__ = [

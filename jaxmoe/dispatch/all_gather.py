@@ -9,10 +9,10 @@ import jax
 import jax.numpy as jnp
 
 from jaxmoe.dispatch.base import Dispatch, DispatchLayout, DispatchStats, Experts
-from jaxmoe.dispatch.choices import pack_choices, unpack_choices
+from jaxmoe.dispatch.collectives import Collective
 from jaxmoe.dispatch.exchange_plan import slots_at
 from jaxmoe.dispatch.local import local_sums, pairs_per_trip
-from jaxmoe.dispatch.traffic import Collective
+from jaxmoe.dispatch.wire import pack_choices, unpack_choices
 
 
 def token_axes(layout: DispatchLayout) -> tuple[str, ...]:

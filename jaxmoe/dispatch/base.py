@@ -14,7 +14,7 @@ from typing import Any, NamedTuple, Protocol
 import jax
 from jax.typing import DTypeLike
 
-from jaxmoe.dispatch.traffic import Collective
+from jaxmoe.dispatch.collectives import Collective
 from jaxmoe.mesh import MODEL_AXES, MeshAxes
 
 
@@ -152,7 +152,7 @@ class Dispatch:
             axes each device is given the same tokens and returns the same sums.
         run: see `RunDispatch`.
         collectives: ``(T, K, D, itemsize, layout)`` to what the devices exchange in one round for T tokens of all
-            devices together; `jaxmoe.dispatch.traffic` makes bytes of it.
+            devices together; `jaxmoe.dispatch.collectives` makes bytes of it.
         memory_bytes: with the same arguments, bytes a device copies from place to place in its own memory with even
             routing; the experts' own work is the same with every backend and left out.
         cannot_run: why not, by platform.

@@ -3,7 +3,7 @@
 import dataclasses
 
 from jaxmoe.dispatch.base import Dispatch, DispatchLayout
-from jaxmoe.dispatch.traffic import Collective
+from jaxmoe.dispatch.collectives import Collective
 from jaxmoe.hardware import GPUS, SIMULATED_CPU, Device
 
 # The kind of device that stands for each JAX platform where the devices themselves are not asked.

@@ -15,12 +15,11 @@ import jax
 import jax.numpy as jnp
 
 from jaxmoe.dispatch.base import DispatchLayout, DispatchStats, Experts
-from jaxmoe.dispatch.choices import pack_choices, unpack_choices
+from jaxmoe.dispatch.collectives import Collective, CollectiveOp, distinct_destinations
 from jaxmoe.dispatch.exchange_plan import ExchangePlan, capacity, make_plan, plan_round, slots_at
 from jaxmoe.dispatch.local import local_sums, pairs_per_trip, weighted_sum
 from jaxmoe.dispatch.rounds import Bodies, sum_rounds
-from jaxmoe.dispatch.traffic import Collective, CollectiveOp, distinct_destinations
-from jaxmoe.dispatch.wire import pack_rows, unpack_rows
+from jaxmoe.dispatch.wire import pack_choices, pack_rows, unpack_choices, unpack_rows
 from jaxmoe.kernels.dtypes import sum_dtype
 
 # Rows [n·C, ...], C for each device, to the rows of all devices for this one.

@@ -12,13 +12,13 @@ import jax
 import jax.numpy as jnp
 
 from jaxmoe.dispatch.base import DispatchLayout
-from jaxmoe.dispatch.traffic import reached
+from jaxmoe.dispatch.collectives import reached
 
 
 def capacity(T: int, K: int, layout: DispatchLayout) -> int:
     """C, the rows one device sends to one other in a round, from shapes alone.
 
-    T tokens have T·q rows for a device with even routing (see `traffic.reached`) and at most T with any.
+    T tokens have T·q rows for a device with even routing (see `collectives.reached`) and at most T with any.
     """
     buffers, q = layout.buffers, reached(K, layout.num_slots, layout.slots_per_device)
     wanted = buffers.row_headroom * T * q + buffers.row_deviations * math.sqrt(T * q * (1 - q))

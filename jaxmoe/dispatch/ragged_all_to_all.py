@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxmoe.dispatch.base import Dispatch, DispatchLayout
+from jaxmoe.dispatch.collectives import Collective
 from jaxmoe.dispatch.exchange import (
     Transfer,
     exchange_collectives,
@@ -20,7 +21,6 @@ from jaxmoe.dispatch.exchange import (
     run_exchange,
     token_axes,
 )
-from jaxmoe.dispatch.traffic import Collective
 
 
 def open_transfers(sizes_n: jax.Array, C: int, layout: DispatchLayout) -> tuple[Transfer, Transfer]:

@@ -7,8 +7,8 @@ import jax
 import jax.numpy as jnp
 
 from jaxmoe.dispatch.base import Dispatch, DispatchLayout, DispatchStats, Experts
+from jaxmoe.dispatch.collectives import Collective
 from jaxmoe.dispatch.local import local_sums, pairs_per_trip
-from jaxmoe.dispatch.traffic import Collective
 
 
 def token_axes(layout: DispatchLayout) -> tuple[str, ...]:

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from jaxmoe.dispatch import DISPATCHES, DispatchLayout, expected_bytes
-from jaxmoe.dispatch.traffic import distinct_destinations
+from jaxmoe.dispatch.collectives import distinct_destinations
 from jaxmoe.mesh import AXES
 from tests.support.dispatch_programs import LAYOUTS, D, Program, program, promised
 from tests.support.hlo import collectives
