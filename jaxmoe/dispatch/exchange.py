@@ -14,7 +14,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jaxmoe.dispatch.base import DispatchLayout, DispatchStats, Experts
+from jaxmoe.dispatch.base import DispatchLayout, DispatchShape, DispatchStats, Experts
 from jaxmoe.dispatch.collectives import Collective, CollectiveOp, distinct_destinations
 from jaxmoe.dispatch.exchange_plan import ExchangePlan, capacity, make_plan, plan_round, slots_at
 from jaxmoe.dispatch.local import local_sums, pairs_per_trip, weighted_sum
@@ -109,18 +109,17 @@ def _deliver(
     return unpack_rows(bits_RD, metadata[:, 2 * K :], wire_dtype, x_RD.dtype), *unpack_choices(metadata[:, : 2 * K])
 
 
-def exchange_collectives(
-    op: CollectiveOp, T: int, K: int, D: int, itemsize: int, layout: DispatchLayout
-) -> tuple[Collective, ...]:
+def exchange_collectives(op: CollectiveOp, shape: DispatchShape) -> tuple[Collective, ...]:
     """Rows and choices there, sums back; between them what tp ranks exchange; see `Dispatch.collectives`."""
+    layout, K, D = shape.layout, shape.choices, shape.width
     n, axes = layout.num_devices, layout.expert_axes
     t, partial_axes = layout.num_partial, layout.partial_axes
-    own = layout.tokens_per_device(T, layout.axes.tokens)
+    own = shape.tokens_per_device(layout.axes.tokens)
     C = capacity(own, K, layout)
     rows = n * C
-    payload = T / layout.size(layout.axes.tokens) * distinct_destinations(K, layout.num_slots, n) / rows
+    payload = shape.tokens / layout.size(layout.axes.tokens) * distinct_destinations(K, layout.num_slots, n) / rows
     width = 2 * K * 4
-    wire_itemsize = itemsize
+    wire_itemsize = shape.itemsize
     if layout.wire_dtype is not None:
         wire_itemsize, width = 1, width + 4
     found = [
@@ -129,7 +128,7 @@ def exchange_collectives(
         Collective(op="all-gather", axes=partial_axes, devices=t, bytes=t * rows * D * wire_itemsize, payload=payload),
         Collective(op="all-gather", axes=partial_axes, devices=t, bytes=t * rows * width, payload=None),
         Collective(op="reduce-scatter", axes=partial_axes, devices=t, bytes=t * rows * D * 4, payload=payload),
-        Collective(op=op, axes=axes, devices=n, bytes=rows * D * itemsize, payload=payload),
+        Collective(op=op, axes=axes, devices=n, bytes=rows * D * shape.itemsize, payload=payload),
     ]
     if own > C:
         found.append(
@@ -140,10 +139,11 @@ def exchange_collectives(
     return tuple(found)
 
 
-def exchange_memory_bytes(T: int, K: int, D: int, itemsize: int, layout: DispatchLayout) -> float:
+def exchange_memory_bytes(shape: DispatchShape) -> float:
     """Send and receive buffers, the rows of all local pairs, and a float32 sum a row, each written once."""
-    own = layout.tokens_per_device(T, layout.axes.tokens)
+    layout, K, itemsize = shape.layout, shape.choices, shape.itemsize
+    own = shape.tokens_per_device(layout.axes.tokens)
     rows = layout.num_devices * capacity(own, K, layout)
     received = layout.num_partial * rows
     pairs = pairs_per_trip(received, K, layout.num_partial * own * K, layout.buffers)
-    return D * (4 * rows * itemsize + received * (itemsize + 4) + pairs * (itemsize + 4) + own * 4)
+    return shape.width * (4 * rows * itemsize + received * (itemsize + 4) + pairs * (itemsize + 4) + own * 4)

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from jaxmoe.dispatch import DISPATCHES, DispatchLayout, expected_bytes
+from jaxmoe.dispatch import DISPATCHES, DispatchLayout, DispatchShape, expected_bytes
 from jaxmoe.dispatch.collectives import distinct_destinations
 from jaxmoe.mesh import AXES
 from tests.support.dispatch_programs import LAYOUTS, D, Program, program, promised
@@ -51,7 +51,7 @@ def test_even_routing_sends_each_token_once_to_each_destination(mesh_shape, expe
     assert bytes_sent == pytest.approx(expected, rel=0.1, abs=1e-9)
 
     there, *_, back = [
-        each for each in run.dispatch.collectives(run.T, K, D, 4, layout) if each.payload and each.axes == expert_axes
+        each for each in run.dispatch.collectives(run.shape) if each.payload and each.axes == expert_axes
     ]
     assert there == back
     assert expected_bytes((there,)).payload == pytest.approx(expected)
@@ -90,9 +90,8 @@ def test_payload_metadata_and_padding_add_up():
     layout = DispatchLayout(
         mesh_shape=(("dp", 1), ("tp", 2), ("ep", 4)), expert_axes=("ep",), partial_axes=("tp",), num_slots=128
     )
-    padded, ragged = (
-        DISPATCHES[name].collectives(4096, 8, 2048, 2, layout) for name in ("all_to_all", "ragged_all_to_all")
-    )
+    shape = DispatchShape(tokens=4096, choices=8, width=2048, itemsize=2, layout=layout)
+    padded, ragged = (DISPATCHES[name].collectives(shape) for name in ("all_to_all", "ragged_all_to_all"))
     total = sum(each.wire_bytes for each in padded)
     assert expected_bytes(padded).total == pytest.approx(total)
     assert expected_bytes(padded).padding > 0

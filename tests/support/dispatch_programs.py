@@ -10,7 +10,16 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import PartitionSpec as P
 
-from jaxmoe.dispatch import DISPATCHES, Buffers, Dispatch, DispatchLayout, DispatchStats, Experts, exchange_plan
+from jaxmoe.dispatch import (
+    DISPATCHES,
+    Buffers,
+    Dispatch,
+    DispatchLayout,
+    DispatchShape,
+    DispatchStats,
+    Experts,
+    exchange_plan,
+)
 from jaxmoe.kernels.grouped_matmul import expert_mlp
 from jaxmoe.mesh import AXES
 from jaxmoe.placement import ExpertPlacement
@@ -80,6 +89,11 @@ class Program:
             wire_dtype=self.wire_dtype,
             buffers=SMALL if self.tight else Buffers(),
         )
+
+    @cached_property
+    def shape(self) -> DispatchShape:
+        itemsize = jnp.dtype(self.dtype).itemsize
+        return DispatchShape(tokens=self.T, choices=self.K, width=D, itemsize=itemsize, layout=self.layout)
 
     @cached_property
     def sources(self) -> int:
@@ -195,8 +209,7 @@ def promised(run: Program) -> Counter:
     round twice: those of the first, and those of the loop over the others.
     """
     found: Counter = Counter()
-    itemsize = jnp.dtype(run.dtype).itemsize
-    listed = run.dispatch.collectives(run.T, run.K, D, itemsize, run.layout)
+    listed = run.dispatch.collectives(run.shape)
     loops = run.dispatch.name == "all_to_all" and any(each.op == "all-reduce" for each in listed)
     for each in listed:
         if each.devices > 1:
