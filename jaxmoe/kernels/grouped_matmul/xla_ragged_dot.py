@@ -14,8 +14,8 @@ from jax import lax
 
 from jaxmoe.kernels.dtypes import sum_dtype
 from jaxmoe.kernels.grouped_matmul.activations import Combine
-from jaxmoe.kernels.grouped_matmul.borrowed_gradient import with_gradient_of
-from jaxmoe.kernels.grouped_matmul.tiles import filled_groups
+from jaxmoe.kernels.grouped_matmul.gradient import with_gradient_of
+from jaxmoe.kernels.grouped_matmul.row_loops import filled_groups
 
 # Rows [R, K] in groups along dim 0, and a matrix [N, K] a group, both contracted over K.
 _ROWS_BY_MATRICES = lax.RaggedDotDimensionNumbers(
