@@ -16,7 +16,7 @@ PACKAGE = Path(__file__).resolve().parent.parent / "jaxmoe"
 
 # Lowest first; two on one line never import each other. A new package gets its place here.
 ORDER = [
-    ["callable_package", "checks", "progress", "rotary", "supervise"],
+    ["callable_package", "checks", "numerics", "progress", "rotary", "supervise"],
     ["mesh", "hardware", "config", "distributed"],
     ["quant"],
     ["placement"],

@@ -20,7 +20,7 @@ from jaxmoe.dispatch.exchange_plan import ExchangePlan, capacity, make_plan, pla
 from jaxmoe.dispatch.local import local_sums, pairs_per_trip, weighted_sum
 from jaxmoe.dispatch.rounds import Bodies, sum_rounds
 from jaxmoe.dispatch.wire import pack_choices, pack_rows, unpack_choices, unpack_rows
-from jaxmoe.kernels.dtypes import sum_dtype
+from jaxmoe.numerics import sum_dtype
 
 # Rows [n·C, ...], C for each device, to the rows of all devices for this one.
 Transfer = Callable[[jax.Array], jax.Array]

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 
 from jaxmoe.dispatch.base import Buffers, DispatchLayout, Experts
 from jaxmoe.dispatch.rounds import Bodies, sum_rounds
-from jaxmoe.kernels.dtypes import sum_dtype
+from jaxmoe.numerics import sum_dtype
 
 
 class _Pairs(NamedTuple):

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from jaxmoe.kernels.dtypes import sum_dtype
+from jaxmoe.numerics import sum_dtype
 
 # (index of the round, what a gradient is taken of, everything else that is traced) -> what the round adds to the sum.
 Body = Callable[[jax.Array, Any, Any], jax.Array]

@@ -4,9 +4,10 @@
 backend or what backends share.
 """
 
-from jaxmoe.kernels.grouped_matmul.activations import ACTIVATIONS, combine_halves
 from jaxmoe.kernels.grouped_matmul.api import BACKENDS, check_backend, expert_mlp, grouped_matmul
+from jaxmoe.kernels.grouped_matmul.combine import combine_halves
 from jaxmoe.kernels.grouped_matmul.quantized import QuantizedStack, dequantize
+from jaxmoe.numerics import ACTIVATIONS
 
 __all__ = [
     "ACTIVATIONS",

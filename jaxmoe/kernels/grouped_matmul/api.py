@@ -16,7 +16,7 @@ from jax.typing import DTypeLike
 
 from jaxmoe.hardware import GPUS
 from jaxmoe.kernels.grouped_matmul import portable, reference, xla_ragged_dot
-from jaxmoe.kernels.grouped_matmul.activations import combine_halves
+from jaxmoe.kernels.grouped_matmul.combine import combine_halves
 from jaxmoe.kernels.grouped_matmul.quantized import FORMATS, Matrices, QuantizedStack, as_matrices
 
 # A backend is a module with the two functions of this file, less the checks: gate and up arrive as one stack

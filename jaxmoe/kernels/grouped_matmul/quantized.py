@@ -14,8 +14,8 @@ import jax.numpy as jnp
 from jax import lax
 from jax.typing import DTypeLike
 
-from jaxmoe.kernels.dtypes import int32
 from jaxmoe.kernels.grouped_matmul.loop_arrays import take_group, tied
+from jaxmoe.numerics import int32
 
 
 class Format(NamedTuple):

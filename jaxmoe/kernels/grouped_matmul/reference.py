@@ -3,9 +3,9 @@
 import jax
 import jax.numpy as jnp
 
-from jaxmoe.kernels.dtypes import sum_dtype
-from jaxmoe.kernels.grouped_matmul.activations import Combine
+from jaxmoe.kernels.grouped_matmul.combine import Combine
 from jaxmoe.kernels.grouped_matmul.quantized import Matrices, QuantizedStack, dequantize
+from jaxmoe.numerics import sum_dtype
 
 
 def grouped_matmul(

@@ -15,7 +15,6 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jaxmoe.kernels.dtypes import int32, sum_dtype
 from jaxmoe.kernels.grouped_matmul.loop_arrays import take_group, tied
 from jaxmoe.kernels.grouped_matmul.quantized import (
     FORMATS,
@@ -28,6 +27,7 @@ from jaxmoe.kernels.grouped_matmul.quantized import (
     matrix_of,
     split_bytes,
 )
+from jaxmoe.numerics import int32, sum_dtype
 
 # float32 numbers in the widest vector register of current CPUs, and the narrowest worth using.
 LANES, MIN_LANES = 16, 8

@@ -26,7 +26,7 @@ from jax.experimental.pallas import triton as plgpu
 
 from jaxmoe.hardware import GPUS
 from jaxmoe.kernels.grouped_matmul import portable
-from jaxmoe.kernels.grouped_matmul.activations import KERNEL_ACTIVATIONS, Combine
+from jaxmoe.kernels.grouped_matmul.combine import KERNEL_ACTIVATIONS, Combine
 from jaxmoe.kernels.grouped_matmul.gradient import with_gradient_of
 from jaxmoe.kernels.grouped_matmul.tile_table import measured_tiles
 

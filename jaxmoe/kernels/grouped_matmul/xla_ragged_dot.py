@@ -12,10 +12,10 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jaxmoe.kernels.dtypes import sum_dtype
-from jaxmoe.kernels.grouped_matmul.activations import Combine
+from jaxmoe.kernels.grouped_matmul.combine import Combine
 from jaxmoe.kernels.grouped_matmul.gradient import with_gradient_of
 from jaxmoe.kernels.grouped_matmul.row_loops import filled_groups
+from jaxmoe.numerics import sum_dtype
 
 # Rows [R, K] in groups along dim 0, and a matrix [N, K] a group, both contracted over K.
 _ROWS_BY_MATRICES = lax.RaggedDotDimensionNumbers(

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxmoe.kernels.grouped_matmul import portable
-from jaxmoe.kernels.grouped_matmul.activations import KERNEL_ACTIVATIONS, Combine
+from jaxmoe.kernels.grouped_matmul.combine import KERNEL_ACTIVATIONS, Combine
 from jaxmoe.kernels.grouped_matmul.gradient import with_gradient_of
 from jaxmoe.kernels.grouped_matmul.group_tiles import ALIGNMENT, tile_groups
 from jaxmoe.kernels.grouped_matmul.mosaic_gpu import blackwell, kernel

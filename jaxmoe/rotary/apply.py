@@ -3,7 +3,7 @@
 import jax
 import jax.numpy as jnp
 
-from jaxmoe.rotary import RopeConfig
+from jaxmoe.rotary.frequencies import RopeConfig
 
 
 def apply_rope(x_BSHh: jax.Array, positions_BS: jax.Array, config: RopeConfig) -> jax.Array:
