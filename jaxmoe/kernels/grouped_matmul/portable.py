@@ -27,9 +27,14 @@ from jaxmoe.numerics import sum_dtype
 
 
 def grouped_matmul(
-    lhs_RK: jax.Array, rhs_GNK: Matrices, group_sizes_G: jax.Array, *, out_dtype: jnp.dtype
+    lhs_RK: jax.Array,
+    rhs_GNK: Matrices,
+    group_sizes_G: jax.Array,
+    *,
+    out_dtype: jnp.dtype,
+    device_kind: str | None = None,
 ) -> jax.Array:
-    """out[r] = rhs[g(r)] @ lhs[r]; see `api.grouped_matmul`."""
+    """out[r] = rhs[g(r)] @ lhs[r], as `Kernels` says; the same on all kinds of devices."""
     out = jax.ShapeDtypeStruct((lhs_RK.shape[0], rhs_GNK.shape[1]), out_dtype)
     return _map_groups(lambda x_mK, affine: affine(0, x_mK), lhs_RK, [(rhs_GNK, None)], group_sizes_G, out)
 
@@ -44,8 +49,9 @@ def expert_mlp(
     b_down_pD: jax.Array | None,
     combine: Combine,
     out_dtype: jnp.dtype,
+    device_kind: str | None = None,
 ) -> jax.Array:
-    """y = W_down[g] @ combine(W_up[g] @ x + b_up[g]) + b_down[g]; see `api.expert_mlp`.
+    """y = W_down[g] @ combine(W_up[g] @ x + b_up[g]) + b_down[g]; see `Kernels.expert_mlp`.
 
     Both products of a tile happen in one trip, so that h stays in cache and is never stored for all rows.
     """

@@ -111,7 +111,7 @@ def grouped_matmul(
     device_kind: str | None = None,
     interpret: bool = False,
 ) -> jax.Array:
-    """out[r] = rhs[g(r)] @ lhs[r]; see `api.grouped_matmul`. `tiles` are looked up or chosen unless given."""
+    """out[r] = rhs[g(r)] @ lhs[r]; see `Kernels.grouped_matmul`. `tiles` are looked up or chosen unless given."""
     tiles = tiles or measured_tiles(Tiles, device_kind, "triton", lhs_RK, rhs_GNK)
 
     def forward(arrays: Any, group_sizes_G: jax.Array) -> jax.Array:
@@ -141,7 +141,7 @@ def expert_mlp(
     device_kind: str | None = None,
     interpret: bool = False,
 ) -> jax.Array:
-    """y = W_down[g] @ combine(W_up[g] @ x + b_up[g]) + b_down[g]; see `api.expert_mlp`.
+    """y = W_down[g] @ combine(W_up[g] @ x + b_up[g]) + b_down[g]; see `Kernels.expert_mlp`.
 
     `tiles` are those of the first and of the second product, looked up or chosen unless given.
     """

@@ -24,9 +24,14 @@ _ROWS_BY_MATRICES = lax.RaggedDotDimensionNumbers(
 
 
 def grouped_matmul(
-    lhs_RK: jax.Array, rhs_GNK: jax.Array, group_sizes_G: jax.Array, *, out_dtype: jnp.dtype
+    lhs_RK: jax.Array,
+    rhs_GNK: jax.Array,
+    group_sizes_G: jax.Array,
+    *,
+    out_dtype: jnp.dtype,
+    device_kind: str | None = None,
 ) -> jax.Array:
-    """out[r] = rhs[g(r)] @ lhs[r]; see `api.grouped_matmul`."""
+    """out[r] = rhs[g(r)] @ lhs[r], as `Kernels` says; the same on all kinds of devices."""
     out = jax.ShapeDtypeStruct((lhs_RK.shape[0], rhs_GNK.shape[1]), out_dtype)
     return _map_rows(_affine, lhs_RK, [rhs_GNK, None], group_sizes_G, out)
 
@@ -41,8 +46,9 @@ def expert_mlp(
     b_down_pD: jax.Array | None,
     combine: Combine,
     out_dtype: jnp.dtype,
+    device_kind: str | None = None,
 ) -> jax.Array:
-    """y = W_down[g] @ combine(W_up[g] @ x + b_up[g]) + b_down[g]; see `api.expert_mlp`."""
+    """y = W_down[g] @ combine(W_up[g] @ x + b_up[g]) + b_down[g]; see `Kernels.expert_mlp`."""
 
     def mlp(sizes_p: jax.Array, x_RD: jax.Array, w_up: Any, b_up: Any, w_down: Any, b_down: Any) -> jax.Array:
         h_RF = combine(_affine(sizes_p, x_RD, w_up, b_up)).astype(x_RD.dtype)

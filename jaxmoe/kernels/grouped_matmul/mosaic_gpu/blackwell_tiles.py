@@ -15,7 +15,7 @@ _THREAD_SUMS = 64
 
 
 def is_blackwell(device_kind: str | None) -> bool:
-    """Whether a GPU of that `jax.Device.device_kind` is a Blackwell of data centres; other GPUs of that name are not.
+    """Whether a GPU of that `jax.Device.device_kind` is a Blackwell of data centers; other GPUs of that name are not.
 
     >>> [is_blackwell(kind) for kind in ("NVIDIA B200", "NVIDIA GB300", "NVIDIA H200", None)]
     [True, True, False, False]
