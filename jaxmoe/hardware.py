@@ -59,7 +59,7 @@ class Device:
     Attributes:
         name: name that its maker, or JAX, gives it.
         memory_bandwidth: bytes per second that it reads or writes of its own memory.
-        links: its ways to other devices.
+        links: ways from it to other devices.
 
     Raises:
         ValueError: the bandwidth is not finite and above 0.

@@ -1,8 +1,9 @@
-"""Who goes where: the index arithmetic of an exchange in bounded rounds.
+"""The index arithmetic of an exchange in bounded rounds: the rows of each destination in each round.
 
 Each (token, destination) pair is one row, however many of the token's experts live at that destination. A device's rows
-for a destination stand in a line; round i takes the places i·C up to (i + 1)·C of every line. Letters beyond
-those of `jaxmoe.dispatch.base`: J the most destinations a token can have, C rows a round for each destination.
+for a destination stand in a line; round i takes the places i·C up to (i + 1)·C of every line. Letters here, beside the
+common ones of docs/concepts/letters.md: J the most destinations that a token can have, C rows of a round for each
+destination, L places of a line.
 """
 
 import math
@@ -30,7 +31,7 @@ class ExchangePlan(NamedTuple):
 
     Attributes:
         destinations: int32 [T, J], the distinct destinations of each token; -1 where it has fewer than J.
-        ranks: int32 [T, J], the token's place in the line for that destination.
+        ranks: int32 [T, J], each token's place in the line for that destination.
         lines: int32 [n, a multiple of C], the tokens in line for each destination; 0 beyond the end of a line.
         need_n: int32 [n], the length of each line.
     """
@@ -65,7 +66,7 @@ def make_plan(slots_TK: jax.Array, num_devices: int, slots_per_device: int, C: i
 
 
 class Round(NamedTuple):
-    """What one round sends, and where its answers stand.
+    """Rows that one round sends, and places where its answers stand.
 
     Attributes:
         tokens: int32 [n, C], the token in each place of the send buffer.

@@ -73,7 +73,7 @@ def make_placement(
     """Resolve a strategy's name for one layer, or check that a given placement fits.
 
     Args:
-        placement: a name in `STRATEGIES`, or a placement.
+        placement: name in `STRATEGIES`, or a placement.
         num_experts: E.
         ep: devices that share them.
         counts: [E], the experts' loads, for a strategy made from counts.

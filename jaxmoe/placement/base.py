@@ -1,4 +1,4 @@
-"""`ExpertPlacement`: which physical slot of which device holds which logical expert."""
+"""`ExpertPlacement`: the map from the physical slots of each device to logical experts."""
 
 import dataclasses
 import json
@@ -27,7 +27,7 @@ class ExpertPlacement:
         slot_to_expert: int32 [P], the logical expert in each slot, -1 for padding.
 
     Raises:
-        ValueError: P is not a multiple of `ep`, an id is no whole number or outside -1..E-1, or an expert has no slot.
+        ValueError: P is not a multiple of `ep`, an id is no integer or outside -1..E-1, or an expert has no slot.
 
     Example:
         >>> ExpertPlacement.linear(num_experts=3, ep=2).slot_to_expert.tolist()
@@ -39,7 +39,7 @@ class ExpertPlacement:
     slot_to_expert: np.ndarray
 
     def __post_init__(self) -> None:
-        slots = _whole_numbers("slot_to_expert", self.slot_to_expert)
+        slots = _integers("slot_to_expert", self.slot_to_expert)
         slots.setflags(write=False)
         object.__setattr__(self, "slot_to_expert", slots)
         check_positive(self, "num_experts", "ep")
@@ -103,7 +103,7 @@ class ExpertPlacement:
         """Level the devices' loads by EPLB as published: replicate heavy experts, pack replicas.
 
         Args:
-            counts: how often each expert was chosen: [E] for one layer, [layers, E] for several.
+            counts: number of times that each expert was chosen: [E] for one layer, [layers, E] for several.
             ep: devices.
             num_slots: slots over all devices, a multiple of `ep`; None for the fewest that hold E experts.
             num_groups: groups of experts that the router limits tokens to.
@@ -131,9 +131,9 @@ class ExpertPlacement:
         """Build a placement from the experts of each device, padding the shorter lists.
 
         Raises:
-            ValueError: a number is no whole one, or the lists differ in length and `allow_padding` is False.
+            ValueError: a number is no integer, or the lists differ in length and `allow_padding` is False.
         """
-        device_experts = [_whole_numbers("the experts of a device", experts) for experts in device_experts]
+        device_experts = [_integers("the experts of a device", experts) for experts in device_experts]
         ep = len(device_experts)
         per_device = max(1, *(len(experts) for experts in device_experts)) if ep else 1
         padding = ep * per_device - sum(len(experts) for experts in device_experts)
@@ -243,7 +243,7 @@ class ExpertPlacement:
             )
         if not all(type(fields.get(name)) is int for name in ("num_experts", "ep")) or "slot_to_expert" not in fields:
             got = ", ".join(f"{name} {fields.get(name)!r:.40}" for name in ("num_experts", "ep", "slot_to_expert"))
-            raise ValueError(f"a placement file has num_experts, ep and slot_to_expert, all whole numbers; got {got}")
+            raise ValueError(f"a placement file has num_experts, ep and slot_to_expert, all integers; got {got}")
         return cls(fields["num_experts"], fields["ep"], fields["slot_to_expert"])
 
     def __eq__(self, other: object) -> bool:
@@ -278,15 +278,15 @@ def _initial_experts(num_experts: int, num_slots: int | None) -> np.ndarray:
     return np.arange(num_slots or num_experts, dtype=np.int32) % num_experts
 
 
-def _whole_numbers(name: str, values: Any) -> np.ndarray:
+def _integers(name: str, values: Any) -> np.ndarray:
     """An int32 copy, refused where a number would be rounded or wrapped round."""
     try:
         given = np.asarray(values)
     except ValueError as error:
-        raise ValueError(f"{name} is a list of whole numbers: {error}") from error
+        raise ValueError(f"{name} is a list of integers: {error}") from error
     limits = np.iinfo(np.int32)
     if given.size and (given.dtype.kind not in "iu" or given.min() < limits.min or given.max() > limits.max):
-        raise ValueError(f"{name} is a list of whole numbers, each an expert; got {given.dtype} {given.tolist()!r:.80}")
+        raise ValueError(f"{name} is a list of integers, each an expert; got {given.dtype} {given.tolist()!r:.80}")
     return given.astype(np.int32)
 
 

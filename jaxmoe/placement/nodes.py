@@ -9,13 +9,13 @@ def check_nodes(devices: int, number: int, *, name: str = "num_nodes") -> int:
     Args:
         devices: devices in all.
         number: nodes, or devices of a node; the one is the other's quotient.
-        name: the argument that `number` came in, for the message.
+        name: name of the argument that `number` came in, for the message.
 
     Returns:
         devices / number.
 
     Raises:
-        ValueError: `number` is no whole number of at least 1, or leaves a node with fewer devices than another.
+        ValueError: `number` is no integer of at least 1, or leaves a node with fewer devices than another.
 
     Example:
         >>> check_nodes(8, 2)

@@ -1,4 +1,4 @@
-"""`RoutingTrace`: which experts a model's tokens chose, over time."""
+"""`RoutingTrace`: the experts that a model's tokens chose, over time."""
 
 import dataclasses
 import os
@@ -40,7 +40,7 @@ class RoutingTrace:
     window_sizes: np.ndarray | None = None
 
     def __post_init__(self) -> None:
-        counts = _whole_numbers("counts", self.counts, np.int64, ndim=3)
+        counts = _integers("counts", self.counts, np.int64, ndim=3)
         if 0 in counts.shape:
             raise ValueError(f"a trace has at least one window, layer and expert; got counts of shape {counts.shape}")
         if counts.min() < 0:
@@ -49,8 +49,8 @@ class RoutingTrace:
         if (self.expert_ids is None) != (self.window_sizes is None):
             raise ValueError("expert_ids and window_sizes come together: give both or neither")
         if self.expert_ids is not None:
-            ids = _whole_numbers("expert_ids", self.expert_ids, np.int32, ndim=3)
-            sizes = _whole_numbers("window_sizes", self.window_sizes, np.int64, ndim=1)
+            ids = _integers("expert_ids", self.expert_ids, np.int32, ndim=3)
+            sizes = _integers("window_sizes", self.window_sizes, np.int64, ndim=1)
             object.__setattr__(self, "expert_ids", ids)
             object.__setattr__(self, "window_sizes", sizes)
             self._check_tokens(ids, sizes)
@@ -79,7 +79,7 @@ class RoutingTrace:
             num_experts: E.
             window: tokens per window (the last may hold fewer), or the size of each window.
         """
-        ids = _whole_numbers("expert_ids", expert_ids, np.int32, ndim=3)
+        ids = _integers("expert_ids", expert_ids, np.int32, ndim=3)
         num_experts = whole_number("num_experts", num_experts, least=1)
         _check_ids(ids, num_experts)
         if np.ndim(window) == 0:
@@ -87,7 +87,7 @@ class RoutingTrace:
             starts = np.arange(0, ids.shape[0], window)
             sizes = np.minimum(window, ids.shape[0] - starts)
         else:
-            sizes = _whole_numbers("window", np.asarray(window), np.int64, ndim=1)
+            sizes = _integers("window", np.asarray(window), np.int64, ndim=1)
             if (sizes.size and sizes.min() < 0) or sizes.sum() != ids.shape[0]:
                 raise ValueError(f"window sizes add up to the {ids.shape[0]} tokens of expert_ids; got {sizes.sum()}")
         return cls(counts=_count(ids, sizes, num_experts), expert_ids=ids, window_sizes=sizes)
@@ -290,11 +290,11 @@ def read_npz(path: str | os.PathLike[str]) -> dict[str, np.ndarray]:
 
 
 def is_trace_file(fields: Mapping[str, Any]) -> bool:
-    """Whether the arrays of an .npz file are those that `RoutingTrace.save` writes."""
+    """Tell whether the arrays of an .npz file are those that `RoutingTrace.save` writes."""
     return str(fields.get("format", "")) == _FORMAT
 
 
-def _whole_numbers(name: str, values: Any, dtype: type, ndim: int) -> np.ndarray:
+def _integers(name: str, values: Any, dtype: type, ndim: int) -> np.ndarray:
     """A read-only copy in `dtype`, refused unless it is an integer array of `ndim` dims that `dtype` can hold."""
     array = np.asarray(values)
     if array.ndim != ndim or array.dtype.kind not in "iu":

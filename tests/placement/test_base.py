@@ -88,10 +88,10 @@ def test_tables_follow_from_the_slots() -> None:
         ((0, 1, [0]), "num_experts is a whole number of at least 1; got 0"),
         ((1, 0, [0]), "ep is a whole number of at least 1; got 0"),
         ((1, 1, [[0]]), "has shape"),
-        ((2, 2, [0.0, 1.7]), r"whole numbers, each an expert; got float64 \[0.0, 1.7\]"),
-        ((2, 2, np.array([2**32, 1])), "whole numbers, each an expert; got int64"),
-        ((2, 2, np.array([0, 1 - 2**32])), "whole numbers, each an expert; got int64"),
-        ((2, 2, [[0], [1, 0]]), "slot_to_expert is a list of whole numbers"),
+        ((2, 2, [0.0, 1.7]), r"integers, each an expert; got float64 \[0.0, 1.7\]"),
+        ((2, 2, np.array([2**32, 1])), "integers, each an expert; got int64"),
+        ((2, 2, np.array([0, 1 - 2**32])), "integers, each an expert; got int64"),
+        ((2, 2, [[0], [1, 0]]), "slot_to_expert is a list of integers"),
     ],
 )
 def test_a_placement_that_does_not_fit_is_refused(fields, message) -> None:
@@ -115,7 +115,7 @@ def test_explicit_map() -> None:
         explicit([[2, 0]])
     with pytest.raises(ValueError, match="leave a device's list short"):
         explicit([[0, -1]])
-    with pytest.raises(ValueError, match=r"the experts of a device is a list of whole numbers.* got float64 \[1.5\]"):
+    with pytest.raises(ValueError, match=r"the experts of a device is a list of integers.* got float64 \[1.5\]"):
         explicit([[0], [1.5]])
 
 
@@ -154,8 +154,8 @@ def test_tables_agree(placement) -> None:
         ("{}", '"format": "jaxmoe.expert_placement"'),
         (json.dumps({"format": "jaxmoe.expert_placement", "version": 2}), "version 1 .* got 2; upgrade"),
         (json.dumps({"format": "jaxmoe.expert_placement", "version": 1, "ep": 1}), "num_experts"),
-        (LINEAR(2, 2).to_json().replace("[0, 1]", "[0, 1.5]"), "slot_to_expert is a list of whole numbers"),
-        (LINEAR(2, 2).to_json().replace('"ep": 2', '"ep": 2.5'), "all whole numbers; got num_experts 2, ep 2.5"),
+        (LINEAR(2, 2).to_json().replace("[0, 1]", "[0, 1.5]"), "slot_to_expert is a list of integers"),
+        (LINEAR(2, 2).to_json().replace('"ep": 2', '"ep": 2.5'), "all integers; got num_experts 2, ep 2.5"),
     ],
 )
 def test_a_file_that_is_no_placement_is_refused(text, message) -> None:

@@ -109,8 +109,8 @@ def test_a_new_strategy_is_one_entry(monkeypatch) -> None:
         ({"device_speeds": [1, 1]}, "one entry for each of 4 devices"),
         ({"device_speeds": [1, 0, 1, 1]}, r"finite and above 0; got \[1.0, 0.0"),
         ({"device_speeds": [1, np.nan, 1, 1]}, "finite and above 0"),
-        ({"device_slots": [2, -1, 2, 2]}, r"whole numbers, at least 0; got \[2, -1"),
-        ({"device_slots": [1.5, 1, 1, 1]}, r"whole numbers, at least 0; got \[1.5"),
+        ({"device_slots": [2, -1, 2, 2]}, r"integers, at least 0; got \[2, -1"),
+        ({"device_slots": [1.5, 1, 1, 1]}, r"integers, at least 0; got \[1.5"),
         ({"counts": np.ones((2, 4)), "trace": trace_of(4, 1)}, "same layers; got 2 and 3"),
     ],
 )

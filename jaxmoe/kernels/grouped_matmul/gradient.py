@@ -33,8 +33,8 @@ def group_gradients(
     empty. Of x: one row each; zeros where no group owns the row. What x and dy hold there is never used, NaN included.
 
     Args:
-        load: what is constant for a group, such as matrices that it decodes; called once for one that has rows.
-        tile_fn: from what `load` gives, one group's part of `stacks` and rows [m, K] to rows [m, N]; differentiable,
+        load: function from a group to constants of it, such as matrices that it decodes; called once for one with rows.
+        tile_fn: function from those constants, one group's part of `stacks` and rows [m, K] to rows [m, N]; differentiable,
             rows independent.
         stacks: arrays [G, ...].
         x_RK: rows sorted by group.
@@ -109,8 +109,8 @@ def with_gradient_of(
     Neither function may close over arrays that are being traced: JAX takes gradients after they are gone.
 
     Args:
-        same: what XLA can differentiate, and computes what `forward` does.
-        forward: what is called.
+        same: function that XLA can differentiate, and that computes what `forward` does.
+        forward: function that is called.
         arrays: a pytree of what may be differentiated.
         group_sizes_G: int32, rows of each group.
     """

@@ -26,7 +26,7 @@ def take_group(stack: jax.Array, group: jax.Array) -> jax.Array:
 
 
 def to_bits(array: jax.Array) -> jax.Array:
-    """What a loop carries in place of a bfloat16 array that it writes to: integers, which are never converted."""
+    """Turn a bfloat16 array into what a loop carries in its place: integers, which are never converted."""
     return lax.bitcast_convert_type(array, jnp.uint16) if array.dtype == jnp.bfloat16 else array
 
 

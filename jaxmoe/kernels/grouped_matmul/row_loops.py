@@ -39,7 +39,7 @@ def map_rows(
     matrix, and so copy it.
 
     Args:
-        row_fn: from a group and one of its rows to a row of the result.
+        row_fn: function from a group and one of its rows to a row of the result.
         x_RK: rows sorted by group.
         group_sizes_G: rows of each group.
         out: shape [R, N] and dtype of the result.
@@ -81,9 +81,10 @@ def map_tiles(
     nor G adds any.
 
     Args:
-        load: what a group's tiles share, such as its slice of a stack of matrices.
-        tile_fn: must treat rows independently, for a tile at a group's border also holds its neighbours' rows.
-        x_RK: as for `map_rows`, like the rest.
+        load: function from a group to what its tiles share, such as its slice of a stack of matrices.
+        tile_fn: function of those and rows. It must treat rows independently, for a tile at a group's border also holds its
+            neighbors' rows.
+        x_RK: rows sorted by group.
         group_sizes_G: rows of each group.
         out: shape [R, N] and dtype of the result.
         varying: mesh axes over which the result varies.

@@ -3,7 +3,7 @@
 XLA copies a slice of a stack before it enters a dot, but not before it enters an elementwise loop. The product is
 therefore written as `lanes` interleaved sums, out[n] = Σ_l (Σ_j w[n, j·lanes + l] · x[j·lanes + l]), with the inner sum over
 j written out as additions of slices: they become one loop over [N, lanes] that reads each matrix once, in order, a vector
-register at a time. A reduction over j would neither fuse nor vectorise.
+register at a time. A reduction over j would neither fuse nor vectorize.
 """
 
 from collections.abc import Callable, Iterable
@@ -118,7 +118,7 @@ def _sum_lanes(terms: Terms, slices: int) -> jax.Array:
         sum_NL = reduce(add, terms(0, BLOCK))  # not zeros: inside `shard_map` the carry has to vary from the start
         sum_NL = lax.fori_loop(1, blocks, lambda b, sum_NL: reduce(add, terms(b * BLOCK, BLOCK), sum_NL), sum_NL)
         sum_NL = reduce(add, terms(blocks * BLOCK, rest), sum_NL)
-    # As a dot, which XLA hands to a vectorised routine; HIGHEST, for it only adds up what is rounded already. The barrier
+    # As a dot, which XLA hands to a vectorized routine; HIGHEST, for it only adds up what is rounded already. The barrier
     # keeps this sum out of the first loop.
     ones_L = jnp.ones(sum_NL.shape[1], sum_NL.dtype)
     return jnp.matmul(lax.optimization_barrier(sum_NL), ones_L, precision=lax.Precision.HIGHEST)

@@ -38,14 +38,14 @@ PROGRAMS = 2 * GPUS["h100"].multiprocessors
 
 @dataclasses.dataclass(frozen=True)
 class Tiles:
-    """What one program multiplies; sizes are powers of two, as Triton wants them, and 16 at least.
+    """Sizes that one program multiplies: powers of two, as Triton wants them, and 16 at least.
 
     Attributes:
         m: rows.
         n: rows of the matrix, those of gate and up together; 32 at least.
-        k: numbers of the inner dimension at a time.
+        k: inner size of a step.
         stages: steps of k whose loads are under way at once.
-        warps: of a program.
+        warps: warps of a program.
         band: row tiles that are taken together through all columns, see `_place`.
     """
 
@@ -78,7 +78,7 @@ def choose_tiles(R: int, G: int, K: int, N: int, itemsize: int) -> Tiles:
 
 
 def candidate_tiles(R: int, G: int, K: int, N: int, itemsize: int) -> list[Tiles]:
-    """What is worth timing for those shapes, as of `choose_tiles`, which is one of them; some may not compile."""
+    """Tiles that are worth timing for shapes as of `choose_tiles`, which is one of them; some may not compile."""
     chosen = choose_tiles(R, G, K, N, itemsize)
     sizes = itertools.product(
         {max(16, chosen.m // 2), chosen.m, min(128, 2 * chosen.m)}, (32, 64, 128, 256), (128, 256), (3, 4, 5)
@@ -166,7 +166,7 @@ def expert_mlp(
 
 
 class RowTiles(NamedTuple):
-    """Which rows each tile of a call has.
+    """Rows of each tile of a call.
 
     Attributes:
         groups: int32 [I], the group; G for rows that no group owns.

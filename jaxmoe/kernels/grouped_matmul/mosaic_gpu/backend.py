@@ -88,7 +88,7 @@ def expert_mlp(
 def problem_of(
     rows: jax.Array, matrices: Matrices, halves: int, out_dtype: jnp.dtype, device_kind: str | None = None
 ) -> Problem:
-    """What tiles are chosen for, of rows [R, K] and matrices [G, halves·N, K]; on Hopper, unless `device_kind` is newer.
+    """Make the problem of rows [R, K] and matrices [G, halves·N, K]; on Hopper, unless `device_kind` is newer.
 
     Raises:
         NotImplementedError: the kernel does not multiply those dtypes, or matrices so packed.

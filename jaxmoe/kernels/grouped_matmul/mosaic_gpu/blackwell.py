@@ -39,13 +39,13 @@ _LOADING_WARP, _MULTIPLYING_WARP = 0, 1
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Call:
-    """What is known of a call when it is compiled.
+    """Facts of a call that are known when it is compiled.
 
     Attributes:
-        tiles: their sizes.
-        finish: from the sums of the halves, float32, to the result.
+        tiles: sizes of the tiles.
+        finish: function from the sums of the halves, float32, to the result.
         H: halves.
-        biased: whether biases are added before `finish`.
+        biased: flag that biases are added before `finish`.
     """
 
     tiles: Tiles
@@ -220,7 +220,7 @@ def _finish(
         if call.biased:
             halves = [y + lax.broadcast_in_dim(b, y.shape, (0,)) for y, b in zip(halves, values, strict=True)]
         result = call.finish(*halves).astype(out.dtype)
-        # Neighbours along the rows of a tile change hands, for registers are stored in pairs.
+        # Neighbors along the rows of a tile change hands, for registers are stored in pairs.
         transposed = plgpu.layout_cast(result, plgpu.Layout.TCGEN05_TRANSPOSED)
         shared = results.at[lax.rem(i * pieces + piece, SLOTS)]
         plgpu.wait_smem_to_gmem(SLOTS - 1, wait_read_only=True)
