@@ -5,6 +5,8 @@ in a round, whatever the routing. There the row meets all of its experts, and on
 the mesh-wide maximum of need / C: even routing takes one; skew takes more rounds, never more memory, and no row is ever
 left behind. Where tp splits the experts, its ranks hold different tokens: rows are gathered over tp when they arrive, and
 the partial sums are reduce-scattered over tp before they return, so nothing crosses the expert axes twice.
+
+Letters here, beside the common ones of docs/concepts/letters.md: C rows of a round for each destination.
 """
 
 from collections.abc import Callable

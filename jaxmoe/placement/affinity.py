@@ -1,4 +1,8 @@
-"""Co-activation affinity: experts that fire together live together."""
+"""Co-activation affinity: experts that fire together live together.
+
+Letters here, beside the common ones of docs/concepts/letters.md: X problems solved side by side, N items that are
+paired.
+"""
 
 import numpy as np
 

@@ -1,4 +1,7 @@
-"""Inter-layer affinity: experts that follow each other from layer to layer live together."""
+"""Inter-layer affinity: experts that follow each other from layer to layer live together.
+
+Letters here, beside the common ones of docs/concepts/letters.md: N replicas, D devices.
+"""
 
 import numpy as np
 

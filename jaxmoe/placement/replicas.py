@@ -3,6 +3,8 @@
 A choice is a table of the slots that each device may use for each expert, and whether tokens take turns over
 them or draw; a line in `REPLICA_CHOICES`. A running model reads the same tables (`jaxmoe.MoE.choose_replicas`).
 What each choice costs is judged by running a trace through it; the best that any could do is `optimal_split`.
+
+Letters here, beside the common ones of docs/concepts/letters.md: X the most replicas of an expert.
 """
 
 import dataclasses

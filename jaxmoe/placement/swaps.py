@@ -1,4 +1,7 @@
-"""Local search by swaps: more affinity within devices, at no more than a given load on any."""
+"""Local search by swaps: more affinity within devices, at no more than a given load on any.
+
+Letters here, beside the common ones of docs/concepts/letters.md: N replicas, D devices.
+"""
 
 import numpy as np
 

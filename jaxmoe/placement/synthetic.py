@@ -1,4 +1,7 @@
-"""Made-up routing traces that look like real ones, for plots, tests and lessons."""
+"""Made-up routing traces that look like real ones, for plots, tests and lessons.
+
+Letters here, beside the common ones of docs/concepts/letters.md: W windows, Z topics.
+"""
 
 import numpy as np
 

@@ -1,4 +1,8 @@
-"""Rotary position embedding."""
+"""Rotary position embedding.
+
+Letters here, beside the common ones of docs/concepts/letters.md: H heads, h dims of a head, r pairs of dims that
+rotate.
+"""
 
 import jax
 import jax.numpy as jnp

@@ -2,6 +2,9 @@
 
 Nothing but the inputs is kept from the forward pass: a tile's products are computed again, in the dtype of sums, where
 they are needed, so that training stores no activation of the experts.
+
+Letters here, beside the common ones of docs/concepts/letters.md: G groups, K and N inner and outer dim, m rows of a
+tile.
 """
 
 from collections.abc import Callable

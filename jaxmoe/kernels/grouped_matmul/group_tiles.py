@@ -2,7 +2,7 @@
 
 A tile begins at a multiple of 8 rows, for the tensor memory accelerator copies rows in blocks of 8, so a group's first tile
 may begin with up to 7 rows of the group before. `skip` and `size` say which of a tile's rows are its group's own.
-Letters here, beside the common ones of docs/concepts/letters.md: I tiles.
+Letters here, beside the common ones of docs/concepts/letters.md: G groups, I tiles.
 """
 
 from typing import NamedTuple

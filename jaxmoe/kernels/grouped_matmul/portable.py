@@ -7,6 +7,9 @@ Two products, chosen by the static number of rows a group:
 * few rows: the time is that of reading the matrices, which `row_product` does in place.
 
 Packed matrices are decoded to float32 in the same places, those of one group at a time.
+
+Letters here, beside the common ones of docs/concepts/letters.md: G groups, N and K of a matrix [N, K], m rows of a
+tile.
 """
 
 from collections.abc import Callable

@@ -2,6 +2,8 @@
 
 W = (decode(values) - zero_points) · scales. Matrices are (out, in) as in torch; two 4-bit numbers share a byte, the one
 of lower k in the low half. A loader brings a checkpoint's own packing into this form once; backends read it as it is.
+
+Letters here, beside the common ones of docs/concepts/letters.md: G groups, N and K of a matrix [N, K], B bytes.
 """
 
 import dataclasses

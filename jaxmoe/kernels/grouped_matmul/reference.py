@@ -1,4 +1,7 @@
-"""The oracle: a dense product with every group's matrix, and a mask. Obviously right, and as slow as that."""
+"""The oracle: a dense product with every group's matrix, and a mask. Obviously right, and as slow as that.
+
+Letters here, beside the common ones of docs/concepts/letters.md: G groups, N and K of a matrix [N, K].
+"""
 
 import jax
 import jax.numpy as jnp

@@ -1,4 +1,8 @@
-"""Cutting rows sorted by group into tiles, each within one group, and loops over the tiles that hold rows."""
+"""Cutting rows sorted by group into tiles, each within one group, and loops over the tiles that hold rows.
+
+Letters here, beside the common ones of docs/concepts/letters.md: G groups, K and N inner and outer dim, m rows of a
+tile.
+"""
 
 from collections.abc import Callable
 from typing import Any

@@ -4,6 +4,9 @@ XLA copies a slice of a stack before it enters a dot, but not before it enters a
 therefore written as `lanes` interleaved sums, out[n] = Σ_l (Σ_j w[n, j·lanes + l] · x[j·lanes + l]), with the inner sum over
 j written out as additions of slices: they become one loop over [N, lanes] that reads each matrix once, in order, a vector
 register at a time. A reduction over j would neither fuse nor vectorize.
+
+Letters here, beside the common ones of docs/concepts/letters.md: G groups, N and K of a matrix [N, K], m rows, L lanes,
+B bytes, j numbers of a byte.
 """
 
 from collections.abc import Callable, Iterable

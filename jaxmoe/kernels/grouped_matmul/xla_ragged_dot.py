@@ -3,6 +3,8 @@
 XLA (jax 0.10 to 0.12) expands it, on CPU as on GPU, to one dense product over G·K: time and memory grow with the number
 of groups. With matrices as they stand in torch, (out, in), it first copies the whole stack to (in, out). Never chosen by
 "auto".
+
+Letters here, beside the common ones of docs/concepts/letters.md: G groups, N and K of a matrix [N, K].
 """
 
 from collections.abc import Callable

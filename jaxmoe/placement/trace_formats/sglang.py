@@ -1,4 +1,7 @@
-"""SGLang's expert distribution recorder."""
+"""SGLang's expert distribution recorder.
+
+Letters here, beside the common ones of docs/concepts/letters.md: W windows.
+"""
 
 from collections import defaultdict
 from collections.abc import Mapping, Sequence

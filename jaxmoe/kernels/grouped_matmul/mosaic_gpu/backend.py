@@ -1,4 +1,7 @@
-"""The two public products in terms of the kernel, with the gradients of the portable backend."""
+"""The two public products in terms of the kernel, with the gradients of the portable backend.
+
+Letters here, beside the common ones of docs/concepts/letters.md: G groups, N and K of a matrix [N, K].
+"""
 
 import dataclasses
 from collections.abc import Callable

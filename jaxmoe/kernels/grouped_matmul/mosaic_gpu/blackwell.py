@@ -3,8 +3,8 @@
 Matrices are always the first operand and rows the second, for that one takes 128 and this one any multiple of 16; sums are
 in tensor memory. In each block one warp brings tiles to shared memory and one has them multiplied, and a warpgroup turns
 sums into results while those of the next tile are under way: there is room for two tiles of sums.
-It has not run on a GPU. Letters here, beside the common ones of docs/concepts/letters.md: H halves (gate and up, or
-one).
+It has not run on a GPU. Letters here, beside the common ones of docs/concepts/letters.md: G groups, H halves (gate
+and up, or one), N and K of a matrix [N, K].
 """
 
 import dataclasses

@@ -3,7 +3,8 @@
 A persistent grid over the multiprocessors, and in each block three warpgroups: one keeps bringing tiles of rows and of
 matrices to shared memory, by the tensor memory accelerator; two multiply them by wgmma. The loader runs ahead over the ends
 of tiles, so that the next is there when a result is written. Letters here, beside the common ones of
-docs/concepts/letters.md: H halves (gate and up, or one), I row tiles.
+docs/concepts/letters.md: G groups, H halves (gate and up, or one), N and K of a matrix [N, K], I row tiles, c chunks of a
+stage that share a scale.
 """
 
 import dataclasses
