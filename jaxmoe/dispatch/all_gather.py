@@ -10,8 +10,8 @@ import jax.numpy as jnp
 
 from jaxmoe.dispatch.base import Dispatch, DispatchLayout, DispatchShape, DispatchStats, Experts
 from jaxmoe.dispatch.collectives import Collective
-from jaxmoe.dispatch.exchange_plan import slots_at
 from jaxmoe.dispatch.local import local_sums, pairs_per_trip
+from jaxmoe.dispatch.queues import slots_at
 from jaxmoe.dispatch.wire import pack_choices, unpack_choices
 
 

@@ -18,8 +18,8 @@ import jax.numpy as jnp
 
 from jaxmoe.dispatch.base import DispatchLayout, DispatchShape, DispatchStats, Experts
 from jaxmoe.dispatch.collectives import Collective, CollectiveOp, distinct_destinations
-from jaxmoe.dispatch.exchange_plan import ExchangePlan, capacity, make_plan, plan_round, slots_at
 from jaxmoe.dispatch.local import local_sums, pairs_per_trip, weighted_sum
+from jaxmoe.dispatch.queues import SendQueues, capacity, fill_queues, slots_at, take_round
 from jaxmoe.dispatch.rounds import Bodies, sum_rounds
 from jaxmoe.dispatch.wire import pack_choices, pack_rows, unpack_choices, unpack_rows
 from jaxmoe.numerics import sum_dtype
@@ -49,16 +49,16 @@ def run_exchange(
     (T, K), n, p = slots_TK.shape, layout.num_devices, layout.slots_per_device
     C = capacity(T, K, layout)
     partial_axes = layout.partial_axes if layout.num_partial > 1 else ()
-    plan = make_plan(slots_TK, n, p, C)
+    queues = fill_queues(slots_TK, n, p, C)
 
     def one_round(
         wire_dtype: str | None,
         index: jax.Array,
         inputs: tuple[jax.Array, jax.Array, Any],
-        constants: tuple[jax.Array, ExchangePlan],
+        constants: tuple[jax.Array, SendQueues],
     ) -> jax.Array:
-        (x_TD, weights_TK, params), (slots_TK, plan) = inputs, constants
-        now = plan_round(plan, index, C)
+        (x_TD, weights_TK, params), (slots_TK, queues) = inputs, constants
+        now = take_round(queues, index, C)
         there, back = open_transfers(now.sizes_n, C, layout)
 
         sent_nCK = slots_at(slots_TK[now.tokens], jnp.arange(n, dtype=jnp.int32)[:, None, None], p)
@@ -82,11 +82,11 @@ def run_exchange(
         return weighted_sum(jnp.ones(now.places.shape, sum_dtype(x_TD.dtype)), out_RD, now.places)
 
     # The bound is the same on every device of the mesh: collectives in the loop meet their partners.
-    rounds = 1 if C == T else jax.lax.pmax(-(-jnp.max(plan.need_n) // C), layout.axes.all)
+    rounds = 1 if C == T else jax.lax.pmax(-(-jnp.max(queues.lengths_n) // C), layout.axes.all)
     # A rounded row is no differentiable function of the row: the gradient is that of rows sent as they are.
     bodies = Bodies(partial(one_round, layout.wire_dtype), partial(one_round, None), first_apart=True)
-    y_TD = sum_rounds(bodies, rounds, (x_TD, weights_TK, experts.params), (slots_TK, plan))
-    return y_TD, DispatchStats(rounds=jnp.int32(rounds), rows_sent_n=plan.need_n)
+    y_TD = sum_rounds(bodies, rounds, (x_TD, weights_TK, experts.params), (slots_TK, queues))
+    return y_TD, DispatchStats(rounds=jnp.int32(rounds), rows_sent_n=queues.lengths_n)
 
 
 def _deliver(

@@ -44,8 +44,8 @@ def test_even_routing_sends_each_token_once_to_each_destination(mesh_shape, expe
     run = Program(backend="all_to_all", mesh_shape=mesh_shape, expert_axes=expert_axes, T=4096, K=K)
     n, layout = run.layout.num_devices, run.layout
     ids_TK = np.argsort(np.random.default_rng(3).random((run.T, layout.num_slots)), axis=1)[:, :K]  # slots as experts
-    lines = run.line_lengths(ids_TK)
-    sent = lines.sum() - sum(lines[device, rank] for device, rank in enumerate(_ranks(run)))
+    lengths = run.queue_lengths(ids_TK)
+    sent = lengths.sum() - sum(lengths[device, rank] for device, rank in enumerate(_ranks(run)))
     bytes_sent = sent * D * 4 / 8
     expected = run.T / 8 * distinct_destinations(K, layout.num_slots, n) * (n - 1) / n * D * 4
     assert bytes_sent == pytest.approx(expected, rel=0.1, abs=1e-9)
@@ -82,8 +82,8 @@ def test_rows_reported_are_those_of_the_routing(backend, mesh_shape, expert_axes
     else:
         # Tokens lie on the devices in the order (dp, ep, tp); the report is by (dp, tp, ep).
         dp, tp, ep = mesh_shape
-        lines = run.line_lengths(slots_TK).reshape(dp, ep, tp, -1).transpose(0, 2, 1, 3)
-        np.testing.assert_array_equal(sent, lines)
+        lengths = run.queue_lengths(slots_TK).reshape(dp, ep, tp, -1).transpose(0, 2, 1, 3)
+        np.testing.assert_array_equal(sent, lengths)
 
 
 def test_payload_metadata_and_padding_add_up():

@@ -18,7 +18,7 @@ from jaxmoe.dispatch import (
     DispatchShape,
     DispatchStats,
     Experts,
-    exchange_plan,
+    queues,
 )
 from jaxmoe.kernels.grouped_matmul import expert_mlp
 from jaxmoe.mesh import AXES
@@ -183,17 +183,17 @@ class Program:
         turn = np.arange(ids_TK.size).reshape(ids_TK.shape) % self.placement.replica_counts[ids_TK]
         return np.where(ids_TK >= 0, self.placement.expert_to_slots[ids_TK, turn], -1)
 
-    def line_lengths(self, slots_TK: np.ndarray) -> np.ndarray:
+    def queue_lengths(self, slots_TK: np.ndarray) -> np.ndarray:
         """Distinct (token, destination) pairs, [sources, n]."""
         n, p = self.layout.num_devices, self.layout.slots_per_device
         goes_Tn = (np.where(slots_TK >= 0, slots_TK // p, -1)[:, :, None] == np.arange(n)).any(axis=1)
         return goes_Tn.reshape(self.sources, -1, n).sum(axis=1)
 
     def expected_rounds(self, slots_TK: np.ndarray) -> int:
-        """The longest line over C, counted on the host; one round where C holds any line."""
+        """The longest queue over C, counted on the host; one round where C holds any line."""
         own = self.T // self.sources
-        C = exchange_plan.capacity(own, self.K, self.layout)
-        return 1 if own == C else -(-int(self.line_lengths(slots_TK).max()) // C)
+        C = queues.capacity(own, self.K, self.layout)
+        return 1 if own == C else -(-int(self.queue_lengths(slots_TK).max()) // C)
 
 
 @cache
