@@ -15,8 +15,16 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jaxmoe.kernels.grouped_matmul.loop_arrays import from_bits, take_group, to_bits
-from jaxmoe.kernels.grouped_matmul.row_loops import MIN_TILE, filled_groups, mark_varying, rows_per_tile, varying_axes
+from jaxmoe.kernels.grouped_matmul.row_loops import (
+    MIN_TILE,
+    filled_groups,
+    from_bits,
+    mark_varying,
+    rows_per_tile,
+    take_group,
+    to_bits,
+    varying_axes,
+)
 from jaxmoe.numerics import sum_dtype
 
 

@@ -22,9 +22,15 @@ from jax import lax
 
 from jaxmoe.kernels.grouped_matmul.combine import Combine
 from jaxmoe.kernels.grouped_matmul.gradient import group_gradients
-from jaxmoe.kernels.grouped_matmul.loop_arrays import take_group
 from jaxmoe.kernels.grouped_matmul.quantized import Matrices, QuantizedStack, dequantize, matrix_of
-from jaxmoe.kernels.grouped_matmul.row_loops import map_rows, map_tiles, mark_varying, rows_per_tile, varying_axes
+from jaxmoe.kernels.grouped_matmul.row_loops import (
+    map_rows,
+    map_tiles,
+    mark_varying,
+    rows_per_tile,
+    take_group,
+    varying_axes,
+)
 from jaxmoe.kernels.grouped_matmul.row_product import matmul, matrix_first, row_product
 from jaxmoe.numerics import sum_dtype
 

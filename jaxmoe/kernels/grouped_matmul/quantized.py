@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.typing import DTypeLike
 
-from jaxmoe.kernels.grouped_matmul.loop_arrays import take_group, tied
+from jaxmoe.kernels.grouped_matmul.row_loops import take_group, tied
 from jaxmoe.numerics import int32
 
 

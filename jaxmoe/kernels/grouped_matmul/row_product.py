@@ -18,7 +18,6 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jaxmoe.kernels.grouped_matmul.loop_arrays import take_group, tied
 from jaxmoe.kernels.grouped_matmul.quantized import (
     FORMATS,
     Matrices,
@@ -30,6 +29,7 @@ from jaxmoe.kernels.grouped_matmul.quantized import (
     matrix_of,
     split_bytes,
 )
+from jaxmoe.kernels.grouped_matmul.row_loops import take_group, tied
 from jaxmoe.numerics import int32, sum_dtype
 
 # float32 numbers in the widest vector register of current CPUs, and the narrowest worth using.
