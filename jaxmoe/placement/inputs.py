@@ -9,11 +9,11 @@ def check_device_slots(device_slots: Sequence[int]) -> np.ndarray:
     """Slots of each device as int64 [ep].
 
     Raises:
-        ValueError: one is below 0 or no whole number.
+        ValueError: one is below 0 or no integer.
     """
     slots = np.asarray(device_slots)
     if slots.dtype.kind not in "iu" or slots.min() < 0:
-        raise ValueError(f"device_slots are whole numbers, at least 0; got {slots.tolist()}")
+        raise ValueError(f"device_slots are integers, at least 0; got {slots.tolist()}")
     return slots.astype(np.int64)
 
 
