@@ -44,7 +44,7 @@ class Links:
         Args:
             within: bytes sent, or received, within the node, by all messages together: a number, or an array of any shape.
             between: bytes sent, or received, between nodes, of the same shape.
-            messages: how often the latency is waited for.
+            messages: number of times that the latency is waited for.
 
         Returns:
             Seconds, of the shape of `within`.
@@ -57,9 +57,9 @@ class Device:
     """A kind of device as the models of time see it.
 
     Attributes:
-        name: as its maker, or JAX, calls it.
+        name: name that its maker, or JAX, gives it.
         memory_bandwidth: bytes per second that it reads or writes of its own memory.
-        links: its ways to other devices.
+        links: ways from it to other devices.
 
     Raises:
         ValueError: the bandwidth is not finite and above 0.
@@ -77,16 +77,23 @@ class Device:
 class GPU(Device):
     """A kind of NVIDIA GPU.
 
+    Memory, its bandwidth, multiprocessors, cache and clock are CUDA's device properties, as XLA has published most of them
+    in xla/backends/gpu/target_config/specs: they are what a program gets. A data sheet's GB of memory are of 2**30 bytes,
+    before error correction and the driver take their part. The bandwidth is that of the pins, clock times width. Limits of a
+    multiprocessor follow from the compute capability, by the table of technical specifications in NVIDIA's CUDA C++
+    Programming Guide. Arithmetic and links are by NVIDIA's data sheets.
+
     Attributes:
         memory: bytes of its memory that CUDA reports; the CUDA context takes some hundred MB of them.
         flops: additions and multiplications of bfloat16 numbers per second, of dense matrices.
-        compute_capability: as CUDA has it, major and minor.
-        multiprocessors: how many it has.
-        threads: that a multiprocessor holds at most.
-        shared_memory: bytes of each multiprocessor.
+        compute_capability: major and minor number, as CUDA has them.
+        multiprocessors: number of its multiprocessors (SMs).
+        fp32_units: float32 units of a multiprocessor.
+        threads: most threads that a multiprocessor holds.
+        shared_memory: bytes of shared memory of a multiprocessor.
         block_shared_memory: bytes of it that one block may have.
-        l2_cache: bytes.
-        clock_ghz: the highest clock of the multiprocessors, in GHz.
+        l2_cache: bytes of the second level of cache.
+        clock_ghz: highest clock of the multiprocessors, in GHz.
 
     Raises:
         ValueError: the bandwidth or `flops` are not finite and above 0.
@@ -96,6 +103,7 @@ class GPU(Device):
     flops: float
     compute_capability: tuple[int, int]
     multiprocessors: int
+    fp32_units: int = 128
     threads: int = 2048
     shared_memory: int
     block_shared_memory: int
@@ -109,9 +117,10 @@ class GPU(Device):
 
 # A small collective of NCCL over NVLink, in round numbers; nothing of it has been measured here.
 _LATENCY = 10e-6
-# By compute capability: the table of technical specifications in NVIDIA's CUDA C++ Programming Guide.
+# By compute capability, see `GPU`.
 _AMPERE: dict[str, Any] = {
     "compute_capability": (8, 0),
+    "fp32_units": 64,
     "shared_memory": 164 * 2**10,
     "block_shared_memory": 163 * 2**10,
 }
@@ -139,11 +148,8 @@ _NVLINK_5 = Links(within=900e9, between=50e9, latency=_LATENCY)
 # PCIe 4.0 x16 by L40S's data sheet, half of the 64 GB/s of both directions; 200 Gb/s a GPU in NVIDIA's reference designs.
 _PCIE_4 = Links(within=32e9, between=25e9, latency=_LATENCY)
 
-# Memory, its bandwidth, multiprocessors, cache and clock are CUDA's device properties, some as XLA has them in
-# xla/backends/gpu/target_config/specs. They are what a program gets; a data sheet's GB of memory are of 2**30 bytes, before
-# error correction and the driver take their part. Arithmetic is by data sheet, of dense matrices.
 GPUS = {
-    # XLA's a100_sxm_40; data sheet: 40 GB, 1,555 GB/s, 312 TFLOP/s.
+    # XLA's a100_sxm_40.txtpb; data sheet: 40 GB, 1,555 GB/s, 312 TFLOP/s.
     "a100-40gb": GPU(
         name="NVIDIA A100-SXM4-40GB",
         memory=42_331_013_120,
@@ -155,11 +161,11 @@ GPUS = {
         links=_NVLINK_3,
         **_AMPERE,
     ),
-    # CUDA; data sheet: 80 GB, 2,039 GB/s, 312 TFLOP/s.
+    # XLA's a100_sxm_80.txtpb; data sheet: 80 GB, 2,039 GB/s, 312 TFLOP/s.
     "a100": GPU(
         name="NVIDIA A100-SXM4-80GB",
-        memory=85_049_999_360,
-        memory_bandwidth=2_039_000_000_000,
+        memory=85_100_068_864,
+        memory_bandwidth=2_039_040_000_000,
         flops=312e12,
         multiprocessors=108,
         l2_cache=40 * 2**20,
@@ -167,7 +173,8 @@ GPUS = {
         links=_NVLINK_3,
         **_AMPERE,
     ),
-    # PyTorch prints 45589 MB of CUDA's; the rest from the data sheet (48 GB, 864 GB/s, 362 TFLOP/s) and the Ada white paper.
+    # PyTorch prints 45589 MB of CUDA's; the rest from the data sheet (48 GB, 864 GB/s, 362 TFLOP/s without sparsity, 18,176
+    # float32 units of 128 a multiprocessor) and from NVIDIA's white paper of the Ada architecture (cache, clock).
     "l40s": GPU(
         name="NVIDIA L40S",
         memory=45_589 * 2**20,
@@ -179,7 +186,7 @@ GPUS = {
         links=_PCIE_4,
         **_ADA,
     ),
-    # CUDA; data sheet: 80 GB, 3.35 TB/s, 989 TFLOP/s.
+    # XLA's h100_sxm.txtpb, with the memory of its older versions; data sheet: 80 GB, 3.35 TB/s, 989 TFLOP/s.
     "h100": GPU(
         name="NVIDIA H100 80GB HBM3",
         memory=84_978_434_048,
@@ -191,19 +198,20 @@ GPUS = {
         links=_NVLINK_4,
         **_HOPPER,
     ),
-    # CUDA; data sheet: 141 GB, 4.8 TB/s, 989 TFLOP/s.
+    # PyTorch prints 143156 MB of memory and 60 MB of cache, those of six stacks of HBM where an H100 has five; bandwidth is
+    # that of 6016 pins at 3,201 MHz. XLA's h200.txtpb has the data sheet's (141 GB, 4.8 TB/s, 989 TFLOP/s) and an H100's.
     "h200": GPU(
         name="NVIDIA H200",
         memory=150_110_011_392,
-        memory_bandwidth=4_814_000_000_000,
+        memory_bandwidth=4_814_304_000_000,
         flops=989e12,
         multiprocessors=132,
-        l2_cache=50 * 2**20,
+        l2_cache=60 * 2**20,
         clock_ghz=1.98,
         links=_NVLINK_4,
         **_HOPPER,
     ),
-    # XLA's b200; data sheets: 180 to 192 GB, 7.7 to 8 TB/s, 2.25 PFLOP/s.
+    # XLA's b200.txtpb; data sheets: 180 to 192 GB, 7.7 to 8 TB/s, 2.25 PFLOP/s.
     "b200": GPU(
         name="NVIDIA B200",
         memory=191_514_411_008,

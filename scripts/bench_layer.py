@@ -39,7 +39,7 @@ from jaxmoe.cli.options import count
 from jaxmoe.config import MoEConfig
 from jaxmoe.dispatch import DISPATCHES
 from jaxmoe.kernels.grouped_matmul import BACKENDS, check_backend
-from jaxmoe.kernels.grouped_matmul.api import GPU_BACKENDS
+from jaxmoe.kernels.grouped_matmul.backends import GPU_BACKENDS
 from jaxmoe.layers import MoE
 from jaxmoe.mesh import batch_axes, named, padded_batch, parse_mesh
 from scripts._bench.cases import Shape

@@ -25,7 +25,7 @@ import jax
 
 from jaxmoe.cli.options import count
 from jaxmoe.kernels.grouped_matmul import check_backend, combine_halves
-from jaxmoe.kernels.grouped_matmul.api import GPU_BACKENDS
+from jaxmoe.kernels.grouped_matmul.backends import GPU_BACKENDS
 from jaxmoe.kernels.grouped_matmul.tile_table import TILE_TABLES, row_class, write_table
 from scripts._bench.cases import TOKENS, Case
 from scripts._bench.inputs import Layer, Variant, make_layers, make_variants

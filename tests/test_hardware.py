@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 from jaxmoe.hardware import GPUS, SIMULATED_CPU, Device, Links, get_gpu
+from jaxmoe.plan import topology
 
 # GB of the data sheet, which are of 2**30 bytes.
 DATA_SHEET = {"a100-40gb": 40, "a100": 80, "l40s": 48, "h100": 80, "h200": 141, "b200": 180}
@@ -12,6 +13,13 @@ DATA_SHEET = {"a100-40gb": 40, "a100": 80, "l40s": 48, "h100": 80, "h200": 141, 
 @pytest.mark.parametrize("name", GPUS)
 def test_a_program_can_use_a_little_less_than_the_data_sheet_says(name) -> None:
     assert 0.92 < GPUS[name].memory / (DATA_SHEET[name] * 2**30) < 1
+
+
+# XLA's specs have float32 units and threads of a multiprocessor by compute capability.
+@pytest.mark.parametrize(("name", "units", "threads"), [("a100", 64, 2048), ("l40s", 128, 1536), ("h100", 128, 2048)])
+def test_a_multiprocessor_is_as_xla_has_it(name, units, threads) -> None:
+    assert (GPUS[name].fp32_units, GPUS[name].threads) == (units, threads)
+    assert f"fpus_per_core: {units}\n" in topology._target_config(GPUS[name])
 
 
 def test_one_tile_fits_hopper_and_blackwell() -> None:

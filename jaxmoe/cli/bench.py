@@ -100,16 +100,22 @@ def _layout(experts: int, mesh: dict[str, int], args: argparse.Namespace) -> "Di
 def _rows(model: str, tokens: int, layout: "DispatchLayout", args: argparse.Namespace) -> list[dict[str, Any]]:
     import jax.numpy as jnp
 
-    from jaxmoe.dispatch import DISPATCHES, RATES, dispatch_cost, expected_bytes, explain_dispatch
+    from jaxmoe.dispatch import DISPATCHES, RATES, DispatchShape, dispatch_cost, expected_bytes, explain_dispatch
 
-    sizes = (tokens, SHAPES[model].experts_per_token, SHAPES[model].hidden_size, jnp.dtype(args.dtype).itemsize, layout)
-    chosen = explain_dispatch(*sizes, args.platform).name
+    shape = DispatchShape(
+        tokens=tokens,
+        choices=SHAPES[model].experts_per_token,
+        width=SHAPES[model].hidden_size,
+        itemsize=jnp.dtype(args.dtype).itemsize,
+        layout=layout,
+    )
+    chosen = explain_dispatch(shape, args.platform).name
     rows = []
     for name, backend in DISPATCHES.items():
         if args.platform in backend.cannot_run:
             continue
-        sent = expected_bytes(backend.collectives(*sizes))
-        cost = dispatch_cost(backend, *sizes)
+        sent = expected_bytes(backend.collectives(shape))
+        cost = dispatch_cost(backend, shape)
         rows.append(
             {
                 "model": model,

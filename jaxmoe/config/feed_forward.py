@@ -13,7 +13,7 @@ class MLPConfig:
     Attributes:
         hidden_size: model width D.
         intermediate_size: width between the products.
-        activation: name in `jaxmoe.kernels.grouped_matmul.ACTIVATIONS`.
+        activation: name in `jaxmoe.numerics.ACTIVATIONS`.
         bias: whether every projection has a bias.
         gated: whether there is a gate; without one the MLP is down(act(up x)).
     """
@@ -38,7 +38,7 @@ class MoEConfig:
         num_experts_per_tok: number of experts that each token goes to, K.
         hidden_size: model width D.
         moe_intermediate_size: expert width F.
-        activation: name in `jaxmoe.kernels.grouped_matmul.ACTIVATIONS`.
+        activation: name in `jaxmoe.numerics.ACTIVATIONS`.
         activation_limit: bound of a clamped activation; None for those that have none.
         bias: whether every expert's projections have a bias.
         gated: whether experts have a gate; without one they are down(act(up x)).

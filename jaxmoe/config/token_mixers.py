@@ -69,7 +69,7 @@ class GatedDeltaNetConfig(TokenMixerConfig):
         key_head_dim: width of a query and of a key.
         value_head_dim: width of a value.
         conv_kernel_size: number of taps of the convolution.
-        activation: name in `jaxmoe.kernels.grouped_matmul.ACTIVATIONS` of the function after the convolution.
+        activation: name in `jaxmoe.numerics.ACTIVATIONS` of the function after the convolution.
         fused_projections: whether queries, keys, values and gates come from one projection, and decays and strengths from
             another, in which the rows of a key head and of its value heads are together; otherwise from one each.
     """
@@ -111,7 +111,7 @@ class MambaConfig(TokenMixerConfig):
         state_size: number of values of a channel's state.
         dt_rank: width of the projection that step sizes are made from.
         conv_kernel_size: number of taps of the convolution.
-        activation: name in `jaxmoe.kernels.grouped_matmul.ACTIVATIONS` of the function after the convolution.
+        activation: name in `jaxmoe.numerics.ACTIVATIONS` of the function after the convolution.
         conv_bias: whether the convolution has a bias.
         bias: whether the projections in and out have one.
     """
@@ -145,7 +145,7 @@ class Mamba2Config(TokenMixerConfig):
             Outputs are normalized over the heads of each.
         state_size: width of a state, [head_dim, state_size].
         conv_kernel_size: number of taps of the convolution.
-        activation: name in `jaxmoe.kernels.grouped_matmul.ACTIVATIONS` of the function after the convolution.
+        activation: name in `jaxmoe.numerics.ACTIVATIONS` of the function after the convolution.
         conv_bias: whether the convolution has a bias.
         bias: whether the projections in and out have one.
         min_step: least step size.

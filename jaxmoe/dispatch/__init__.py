@@ -5,12 +5,12 @@ A backend is one file with a `Dispatch` and a line in `DISPATCHES`.
 
 from jaxmoe.dispatch.all_gather import ALL_GATHER
 from jaxmoe.dispatch.all_to_all import ALL_TO_ALL
-from jaxmoe.dispatch.base import Buffers, Dispatch, DispatchLayout, DispatchStats, Experts
+from jaxmoe.dispatch.base import Buffers, Dispatch, DispatchLayout, DispatchShape, DispatchStats, Experts, RunDispatch
 from jaxmoe.dispatch.choose import RATES, DispatchChoice, DispatchCost, choose, dispatch_cost
+from jaxmoe.dispatch.collectives import Collective, DispatchBytes, expected_bytes
 from jaxmoe.dispatch.phases import PhaseDispatch
 from jaxmoe.dispatch.ragged_all_to_all import RAGGED_ALL_TO_ALL
 from jaxmoe.dispatch.replicated import REPLICATED
-from jaxmoe.dispatch.traffic import Collective, DispatchBytes, expected_bytes
 from jaxmoe.dispatch.wire import check_wire_dtype
 
 __all__ = [
@@ -23,9 +23,11 @@ __all__ = [
     "DispatchChoice",
     "DispatchCost",
     "DispatchLayout",
+    "DispatchShape",
     "DispatchStats",
     "Experts",
     "PhaseDispatch",
+    "RunDispatch",
     "check_wire_dtype",
     "dispatch_cost",
     "expected_bytes",
@@ -52,20 +54,16 @@ def get_dispatch(name: str, platform: str) -> Dispatch:
     return DISPATCHES[name]
 
 
-def explain_dispatch(T: int, K: int, D: int, itemsize: int, layout: DispatchLayout, platform: str) -> DispatchChoice:
-    """What "auto" chooses, and the modelled time of every backend; see `jaxmoe.dispatch.choose`.
+def explain_dispatch(shape: DispatchShape, platform: str) -> DispatchChoice:
+    """Tell what "auto" chooses, and the modeled time of every backend; see `jaxmoe.dispatch.choose`.
 
     Args:
-        T: tokens of all devices together.
-        K: experts per token.
-        D: model width.
-        itemsize: bytes of an activation.
-        layout: how experts lie on the mesh.
-        platform: "gpu" or "cpu", what the mesh is made of.
+        shape: sizes of the call.
+        platform: platform of the mesh's devices, "gpu" or "cpu".
 
     >>> mesh_shape = (("dp", 1), ("tp", 1), ("ep", 8))
     >>> layout = DispatchLayout(mesh_shape=mesh_shape, expert_axes=("ep",), partial_axes=("tp",), num_slots=64)
-    >>> explain_dispatch(1, 8, 4096, 2, layout, "gpu").name
+    >>> explain_dispatch(DispatchShape(tokens=1, choices=8, width=4096, itemsize=2, layout=layout), "gpu").name
     'replicated'
     """
-    return choose(list(DISPATCHES.values()), T, K, D, itemsize, layout, platform)
+    return choose(list(DISPATCHES.values()), shape, platform)

@@ -8,11 +8,11 @@ tokens, where there are fewer collectives to wait for.
 import jax
 import jax.numpy as jnp
 
-from jaxmoe.dispatch.base import Dispatch, DispatchLayout, DispatchStats, Experts
-from jaxmoe.dispatch.choices import pack_choices, unpack_choices
-from jaxmoe.dispatch.exchange_plan import slots_at
+from jaxmoe.dispatch.base import Dispatch, DispatchLayout, DispatchShape, DispatchStats, Experts
+from jaxmoe.dispatch.collectives import Collective
 from jaxmoe.dispatch.local import local_sums, pairs_per_trip
-from jaxmoe.dispatch.traffic import Collective
+from jaxmoe.dispatch.queues import slots_at
+from jaxmoe.dispatch.wire import pack_choices, unpack_choices
 
 
 def token_axes(layout: DispatchLayout) -> tuple[str, ...]:
@@ -50,23 +50,24 @@ def run(
     return y_RD, DispatchStats(rounds=jnp.int32(0), rows_sent_n=jnp.full(n, T, jnp.int32))
 
 
-def collectives(T: int, K: int, D: int, itemsize: int, layout: DispatchLayout) -> tuple[Collective, ...]:
+def collectives(shape: DispatchShape) -> tuple[Collective, ...]:
     """Tokens and choices gathered, float32 sums scattered."""
-    own, axes = layout.tokens_per_device(T, layout.axes.tokens), layout.serving_axes
-    g = layout.size(axes)
-    payload = T / layout.size(layout.axes.tokens) / own
+    layout, K, D = shape.layout, shape.choices, shape.width
+    own, axes = shape.tokens_per_device(layout.axes.tokens), layout.serving_axes
+    g, payload = layout.size(axes), shape.fill(layout.axes.tokens)
     return (
-        Collective(op="all-gather", axes=axes, devices=g, bytes=g * own * D * itemsize, payload=payload),
+        Collective(op="all-gather", axes=axes, devices=g, bytes=g * own * D * shape.itemsize, payload=payload),
         Collective(op="all-gather", axes=axes, devices=g, bytes=g * own * 2 * K * 4, payload=None),
         Collective(op="reduce-scatter", axes=axes, devices=g, bytes=g * own * D * 4, payload=payload),
     )
 
 
-def memory_bytes(T: int, K: int, D: int, itemsize: int, layout: DispatchLayout) -> float:
+def memory_bytes(shape: DispatchShape) -> float:
     """Gathered tokens, the rows of all local pairs in and out, and a float32 sum a token."""
-    rows = layout.tokens_per_device(T, layout.axes.tokens) * layout.size(layout.serving_axes)
+    layout, K = shape.layout, shape.choices
+    rows = shape.tokens_per_device(layout.axes.tokens) * layout.size(layout.serving_axes)
     pairs = pairs_per_trip(rows, K, rows * K / layout.num_devices, layout.buffers)
-    return D * (rows * (itemsize + 4) + pairs * (itemsize + 4))
+    return shape.width * (rows * (shape.itemsize + 4) + pairs * (shape.itemsize + 4))
 
 
 ALL_GATHER = Dispatch(

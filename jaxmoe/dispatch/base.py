@@ -1,9 +1,7 @@
-"""What every dispatch backend is given and gives back.
+"""The contract of a dispatch backend: its entry in `DISPATCHES`, arguments and results, and the sizes of a call.
 
-A backend runs inside ``shard_map`` on one device's tokens. It brings each token to the
-devices that hold its experts, has the experts applied there, and returns the weighted sum
-at the token's home. Letters: T tokens on this device, K experts per token, D model width, P physical slots over the mesh,
-p on this device, R rows received by this device, n devices that share the experts.
+A backend runs inside ``shard_map`` on one device's tokens. It brings each token to the devices that hold its experts, has
+the experts applied there, and returns the weighted sum at the token's home. Letters are those of docs/concepts/letters.md.
 """
 
 import dataclasses
@@ -14,7 +12,7 @@ from typing import Any, NamedTuple, Protocol
 import jax
 from jax.typing import DTypeLike
 
-from jaxmoe.dispatch.traffic import Collective
+from jaxmoe.dispatch.collectives import Collective
 from jaxmoe.mesh import MODEL_AXES, MeshAxes
 
 
@@ -36,11 +34,11 @@ class Buffers:
     """Sizes of the buffers of a dispatch. Rows that do not fit one take more rounds or trips; none is dropped.
 
     Attributes:
-        row_headroom: rows of an exchange's round over those that even routing sends, for experts that are chosen more often.
-        row_deviations: standard deviations of their number to be had besides, for chance.
-        min_rows: rows a round for each destination, at least.
-        pair_headroom: (row, choice) pairs of a trip through the experts over the even share of a device.
-        min_pairs: pairs of a trip, at least: fewer are not worth a loop.
+        row_headroom: rows of a round over those that even routing sends, as a factor, for experts chosen more often.
+        row_deviations: standard deviations of that number that there is room for besides, for chance.
+        min_rows: least number of rows of a round for each destination.
+        pair_headroom: (row, choice) pairs of a trip through the experts over the even share of a device, as a factor.
+        min_pairs: least number of pairs of a trip: fewer are not worth a loop.
     """
 
     row_headroom: float = 1.25
@@ -52,17 +50,17 @@ class Buffers:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class DispatchLayout:
-    """How experts lie on the mesh and rows travel to them; all of it known at compile time.
+    """Layout of the experts on the mesh, and the form in which rows travel to them; all of it known at compile time.
 
     Attributes:
         mesh_shape: ((axis, size), ...) of the whole mesh.
         expert_axes: mesh axes that the slot dim is sharded over.
         partial_axes: mesh axes over which expert outputs are partial sums (tp where it splits F).
         num_slots: physical slots P.
-        wire_dtype: what rows are rounded to on their way to experts, see `jaxmoe.dispatch.wire`; None for not at all.
+        wire_dtype: dtype that rows are rounded to on their way to experts, see `jaxmoe.dispatch.wire`; None for no rounding.
             Backends that exchange rows heed it.
-        buffers: their sizes.
-        axes: the mesh axes that play dp, tp and ep.
+        buffers: sizes of the buffers.
+        axes: mesh axes that play dp, tp and ep.
     """
 
     mesh_shape: tuple[tuple[str, int], ...]
@@ -102,8 +100,35 @@ class DispatchLayout:
         return max(1, -(-T // self.size(token_axes)))
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DispatchShape:
+    """Sizes of one call of a dispatch, known at compile time: traffic, memory and modeled time follow from them alone.
+
+    Attributes:
+        tokens: tokens T of all devices together.
+        choices: experts K of a token.
+        width: width D that the experts see.
+        itemsize: bytes of a number of an activation.
+        layout: layout of the experts on the mesh.
+    """
+
+    tokens: int
+    choices: int
+    width: int
+    itemsize: int
+    layout: DispatchLayout
+
+    def tokens_per_device(self, token_axes: tuple[str, ...]) -> int:
+        """Rows of tokens on each device, padding included, where tokens are split over `token_axes`."""
+        return self.layout.tokens_per_device(self.tokens, token_axes)
+
+    def fill(self, token_axes: tuple[str, ...]) -> float:
+        """The share of those rows that are tokens."""
+        return self.tokens / self.layout.size(token_axes) / self.tokens_per_device(token_axes)
+
+
 class DispatchStats(NamedTuple):
-    """What an exchange did.
+    """Report of one dispatch.
 
     Attributes:
         rounds: int32, exchanges made, the same on every device; 0 where the backend exchanges in one fixed step.
@@ -116,7 +141,19 @@ class DispatchStats(NamedTuple):
 
 
 class RunDispatch(Protocol):
-    """Bring tokens to their experts and back; the body of a backend."""
+    """Bring tokens to their experts and back; the body of a backend.
+
+    It is called inside ``shard_map`` on every device of the mesh, with arguments of the same shapes. These rules hold:
+
+    * No token is dropped: any routing gives Σ_k weights[t, k] · expert_{slots[t, k]}(x[t]), with a gradient in tokens,
+      weights and the parameters of the experts.
+    * Buffers do not grow: their sizes come from the shapes and `layout.buffers` alone, and rows that do not fit take another
+      round. Collectives are the same on all devices, whatever their tokens.
+    * A choice of -1 adds nothing to a sum, and neither do values of rows without an expert, NaN included.
+    * It exchanges the collectives that `Dispatch.collectives` lists, and no more.
+
+    Arguments are not checked again here; what a layer cannot do is refused before, see `Dispatch.cannot_run`.
+    """
 
     def __call__(
         self,
@@ -130,39 +167,38 @@ class RunDispatch(Protocol):
         """Serve this device's tokens.
 
         Args:
-            x_TD: this device's tokens.
+            x_TD: tokens of this device, floating.
             slots_TK: int32, the physical slot of each choice; -1 for no expert.
-            weights_TK: float32, or float64 where the tokens are.
-            experts: this device's.
-            layout: how experts lie on the mesh.
-            weights_on_input: whether a weight multiplies what goes into an expert, instead of what comes out.
+            weights_TK: weights of the choices, float32, or float64 where the tokens are.
+            experts: experts of this device.
+            layout: layout of the experts on the mesh.
+            weights_on_input: flag that a weight multiplies what goes into an expert, instead of what comes out.
 
         Returns:
-            [T, D] in the weights' dtype, and what was exchanged.
+            Sums [T, D] in the weights' dtype, and the report of what was exchanged.
         """
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Dispatch:
-    """One backend.
+    """One backend: an entry of `DISPATCHES`.
 
     Attributes:
-        name: its key in `DISPATCHES`.
-        token_axes: mesh axes the token dim is split over when `run` is called; over all other
-            axes each device is given the same tokens and returns the same sums.
-        run: see `RunDispatch`.
-        collectives: ``(T, K, D, itemsize, layout)`` to what the devices exchange in one round for T tokens of all
-            devices together; `jaxmoe.dispatch.traffic` makes bytes of it.
-        memory_bytes: with the same arguments, bytes a device copies from place to place in its own memory with even
+        name: key in `DISPATCHES`.
+        token_axes: mesh axes that the token dim is split over when `run` is called; over all other axes each device is given
+            the same tokens and returns the same sums.
+        run: body of the backend, see `RunDispatch`.
+        collectives: function from sizes to the collectives of one round; `jaxmoe.dispatch.collectives` makes bytes of them.
+        memory_bytes: function from sizes to the bytes that a device copies from place to place in its own memory with even
             routing; the experts' own work is the same with every backend and left out.
-        cannot_run: why not, by platform.
-        by_name: whether it is used only where it is named, and never what "auto" chooses.
+        cannot_run: reason why it does not run, for each platform where it does not. Named there, it is refused with that.
+        auto: flag that "auto" may choose it; without it, it runs only where it is named.
     """
 
     name: str
     token_axes: Callable[[DispatchLayout], tuple[str, ...]]
     run: RunDispatch
-    collectives: Callable[[int, int, int, int, DispatchLayout], tuple[Collective, ...]]
-    memory_bytes: Callable[[int, int, int, int, DispatchLayout], float]
+    collectives: Callable[[DispatchShape], tuple[Collective, ...]]
+    memory_bytes: Callable[[DispatchShape], float]
     cannot_run: Mapping[str, str] = dataclasses.field(default_factory=dict, hash=False)
-    by_name: bool = False
+    auto: bool = True

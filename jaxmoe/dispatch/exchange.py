@@ -5,6 +5,8 @@ in a round, whatever the routing. There the row meets all of its experts, and on
 the mesh-wide maximum of need / C: even routing takes one; skew takes more rounds, never more memory, and no row is ever
 left behind. Where tp splits the experts, its ranks hold different tokens: rows are gathered over tp when they arrive, and
 the partial sums are reduce-scattered over tp before they return, so nothing crosses the expert axes twice.
+
+Letters here, beside the common ones of docs/concepts/letters.md: C rows of a round for each destination.
 """
 
 from collections.abc import Callable
@@ -14,14 +16,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jaxmoe.dispatch.base import DispatchLayout, DispatchStats, Experts
-from jaxmoe.dispatch.choices import pack_choices, unpack_choices
-from jaxmoe.dispatch.exchange_plan import ExchangePlan, capacity, make_plan, plan_round, slots_at
+from jaxmoe.dispatch.base import DispatchLayout, DispatchShape, DispatchStats, Experts
+from jaxmoe.dispatch.collectives import Collective, CollectiveOp, distinct_destinations
 from jaxmoe.dispatch.local import local_sums, pairs_per_trip, weighted_sum
+from jaxmoe.dispatch.queues import SendQueues, capacity, fill_queues, slots_at, take_round
 from jaxmoe.dispatch.rounds import Bodies, sum_rounds
-from jaxmoe.dispatch.traffic import Collective, CollectiveOp, distinct_destinations
-from jaxmoe.dispatch.wire import pack_rows, unpack_rows
-from jaxmoe.kernels.dtypes import sum_dtype
+from jaxmoe.dispatch.wire import pack_choices, pack_rows, unpack_choices, unpack_rows
+from jaxmoe.numerics import sum_dtype
 
 # Rows [n·C, ...], C for each device, to the rows of all devices for this one.
 Transfer = Callable[[jax.Array], jax.Array]
@@ -48,16 +49,16 @@ def run_exchange(
     (T, K), n, p = slots_TK.shape, layout.num_devices, layout.slots_per_device
     C = capacity(T, K, layout)
     partial_axes = layout.partial_axes if layout.num_partial > 1 else ()
-    plan = make_plan(slots_TK, n, p, C)
+    queues = fill_queues(slots_TK, n, p, C)
 
     def one_round(
         wire_dtype: str | None,
         index: jax.Array,
         inputs: tuple[jax.Array, jax.Array, Any],
-        constants: tuple[jax.Array, ExchangePlan],
+        constants: tuple[jax.Array, SendQueues],
     ) -> jax.Array:
-        (x_TD, weights_TK, params), (slots_TK, plan) = inputs, constants
-        now = plan_round(plan, index, C)
+        (x_TD, weights_TK, params), (slots_TK, queues) = inputs, constants
+        now = take_round(queues, index, C)
         there, back = open_transfers(now.sizes_n, C, layout)
 
         sent_nCK = slots_at(slots_TK[now.tokens], jnp.arange(n, dtype=jnp.int32)[:, None, None], p)
@@ -81,11 +82,11 @@ def run_exchange(
         return weighted_sum(jnp.ones(now.places.shape, sum_dtype(x_TD.dtype)), out_RD, now.places)
 
     # The bound is the same on every device of the mesh: collectives in the loop meet their partners.
-    rounds = 1 if C == T else jax.lax.pmax(-(-jnp.max(plan.need_n) // C), layout.axes.all)
+    rounds = 1 if C == T else jax.lax.pmax(-(-jnp.max(queues.lengths_n) // C), layout.axes.all)
     # A rounded row is no differentiable function of the row: the gradient is that of rows sent as they are.
     bodies = Bodies(partial(one_round, layout.wire_dtype), partial(one_round, None), first_apart=True)
-    y_TD = sum_rounds(bodies, rounds, (x_TD, weights_TK, experts.params), (slots_TK, plan))
-    return y_TD, DispatchStats(rounds=jnp.int32(rounds), rows_sent_n=plan.need_n)
+    y_TD = sum_rounds(bodies, rounds, (x_TD, weights_TK, experts.params), (slots_TK, queues))
+    return y_TD, DispatchStats(rounds=jnp.int32(rounds), rows_sent_n=queues.lengths_n)
 
 
 def _deliver(
@@ -110,18 +111,17 @@ def _deliver(
     return unpack_rows(bits_RD, metadata[:, 2 * K :], wire_dtype, x_RD.dtype), *unpack_choices(metadata[:, : 2 * K])
 
 
-def exchange_collectives(
-    op: CollectiveOp, T: int, K: int, D: int, itemsize: int, layout: DispatchLayout
-) -> tuple[Collective, ...]:
+def exchange_collectives(op: CollectiveOp, shape: DispatchShape) -> tuple[Collective, ...]:
     """Rows and choices there, sums back; between them what tp ranks exchange; see `Dispatch.collectives`."""
+    layout, K, D = shape.layout, shape.choices, shape.width
     n, axes = layout.num_devices, layout.expert_axes
     t, partial_axes = layout.num_partial, layout.partial_axes
-    own = layout.tokens_per_device(T, layout.axes.tokens)
+    own = shape.tokens_per_device(layout.axes.tokens)
     C = capacity(own, K, layout)
     rows = n * C
-    payload = T / layout.size(layout.axes.tokens) * distinct_destinations(K, layout.num_slots, n) / rows
+    payload = shape.tokens / layout.size(layout.axes.tokens) * distinct_destinations(K, layout.num_slots, n) / rows
     width = 2 * K * 4
-    wire_itemsize = itemsize
+    wire_itemsize = shape.itemsize
     if layout.wire_dtype is not None:
         wire_itemsize, width = 1, width + 4
     found = [
@@ -130,7 +130,7 @@ def exchange_collectives(
         Collective(op="all-gather", axes=partial_axes, devices=t, bytes=t * rows * D * wire_itemsize, payload=payload),
         Collective(op="all-gather", axes=partial_axes, devices=t, bytes=t * rows * width, payload=None),
         Collective(op="reduce-scatter", axes=partial_axes, devices=t, bytes=t * rows * D * 4, payload=payload),
-        Collective(op=op, axes=axes, devices=n, bytes=rows * D * itemsize, payload=payload),
+        Collective(op=op, axes=axes, devices=n, bytes=rows * D * shape.itemsize, payload=payload),
     ]
     if own > C:
         found.append(
@@ -141,10 +141,11 @@ def exchange_collectives(
     return tuple(found)
 
 
-def exchange_memory_bytes(T: int, K: int, D: int, itemsize: int, layout: DispatchLayout) -> float:
+def exchange_memory_bytes(shape: DispatchShape) -> float:
     """Send and receive buffers, the rows of all local pairs, and a float32 sum a row, each written once."""
-    own = layout.tokens_per_device(T, layout.axes.tokens)
+    layout, K, itemsize = shape.layout, shape.choices, shape.itemsize
+    own = shape.tokens_per_device(layout.axes.tokens)
     rows = layout.num_devices * capacity(own, K, layout)
     received = layout.num_partial * rows
     pairs = pairs_per_trip(received, K, layout.num_partial * own * K, layout.buffers)
-    return D * (4 * rows * itemsize + received * (itemsize + 4) + pairs * (itemsize + 4) + own * 4)
+    return shape.width * (4 * rows * itemsize + received * (itemsize + 4) + pairs * (itemsize + 4) + own * 4)

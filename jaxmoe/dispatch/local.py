@@ -1,4 +1,7 @@
-"""A device's own experts applied to rows that each chose several of them; one sum a row comes back."""
+"""A device's own experts applied to rows that each chose several of them; one sum a row comes back.
+
+Letters here, beside the common ones of docs/concepts/letters.md: N rows times choices, Q pairs of a trip.
+"""
 
 from typing import Any, NamedTuple
 
@@ -7,7 +10,7 @@ import jax.numpy as jnp
 
 from jaxmoe.dispatch.base import Buffers, DispatchLayout, Experts
 from jaxmoe.dispatch.rounds import Bodies, sum_rounds
-from jaxmoe.kernels.dtypes import sum_dtype
+from jaxmoe.numerics import sum_dtype
 
 
 class _Pairs(NamedTuple):
@@ -46,13 +49,13 @@ def local_sums(
     with more of them takes more trips.
 
     Args:
-        x_RD: rows; one without an expert here is never used.
+        x_RD: rows of tokens; one without an expert here is never used.
         slots_RK: int32, local slots; anything outside 0..p-1 is no expert of this device.
-        weights_RK: float32, or float64 as x is.
-        experts: this device's.
-        layout: how experts lie on the mesh.
+        weights_RK: weights of the choices, float32, or float64 as x is.
+        experts: experts of this device.
+        layout: layout of the experts on the mesh.
         expected_pairs: pairs with an expert here under even routing.
-        weights_on_input: see `RunDispatch`.
+        weights_on_input: flag of `RunDispatch`.
     """
     R, K = slots_RK.shape
     Q = pairs_per_trip(R, K, expected_pairs, layout.buffers)
@@ -85,7 +88,7 @@ def _group_pairs(slots_RK: jax.Array, p: int, Q: int) -> _Pairs:
     key_N = jnp.where((slots_N >= 0) & (slots_N < p), slots_N, p).astype(jnp.int32)
     order_N = jnp.argsort(key_N, stable=True).astype(jnp.int32)
     place_N = jnp.zeros(N, jnp.int32).at[order_N].set(jnp.arange(N, dtype=jnp.int32), unique_indices=True)
-    # A comparison with every slot vectorises everywhere, where a scatter-add is a serial loop on CPU.
+    # A comparison with every slot vectorizes everywhere, where a scatter-add is a serial loop on CPU.
     sizes_p = jnp.sum(key_N[:, None] == jnp.arange(p, dtype=jnp.int32)[None], axis=0, dtype=jnp.int32)
     return _Pairs(jnp.pad(order_N, (0, -N % Q)), sizes_p, place_N.reshape(slots_RK.shape))
 

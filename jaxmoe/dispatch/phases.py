@@ -10,8 +10,8 @@ class PhaseDispatch:
     """The backend of each phase, by name or "auto".
 
     Attributes:
-        prefill: for prompts, and for whole sequences without a cache.
-        decode: for one more token of each sequence.
+        prefill: backend for prompts, and for whole sequences without a cache.
+        decode: backend for one more token of each sequence.
     """
 
     prefill: str = "auto"
@@ -19,7 +19,7 @@ class PhaseDispatch:
 
     @classmethod
     def of(cls, dispatch: "str | Mapping[str, str] | PhaseDispatch") -> "PhaseDispatch":
-        """One name for both phases, or {"prefill": ..., "decode": ...}, of which one may be left out for "auto".
+        """Make one of one name for both phases, or {"prefill": ..., "decode": ...}, of which one may be left out for "auto".
 
         Raises:
             ValueError: another phase is named.

@@ -3,8 +3,8 @@
 `jax.lax.ragged_all_to_all` sends the used places of a buffer alone. Buffers have the sizes that `all_to_all` gives
 them, so the workspace is fixed at compile time here too, and device i writes to place i·C of every receiver.
 
-Only by name: how XLA carries it out differs with the number of ranks (one kernel up to 8, NCCL beyond), and what is
-modelled of `all_to_all` is not known of it.
+"auto" does not choose it: XLA carries it out differently by the number of ranks (one kernel up to 8, NCCL beyond), and what
+is modeled of `all_to_all` is not known of it.
 """
 
 from functools import partial
@@ -12,7 +12,8 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 
-from jaxmoe.dispatch.base import Dispatch, DispatchLayout
+from jaxmoe.dispatch.base import Dispatch, DispatchLayout, DispatchShape
+from jaxmoe.dispatch.collectives import Collective
 from jaxmoe.dispatch.exchange import (
     Transfer,
     exchange_collectives,
@@ -20,7 +21,6 @@ from jaxmoe.dispatch.exchange import (
     run_exchange,
     token_axes,
 )
-from jaxmoe.dispatch.traffic import Collective
 
 
 def open_transfers(sizes_n: jax.Array, C: int, layout: DispatchLayout) -> tuple[Transfer, Transfer]:
@@ -42,11 +42,11 @@ def open_transfers(sizes_n: jax.Array, C: int, layout: DispatchLayout) -> tuple[
     return transfer(sizes_n, received_n), transfer(received_n, sizes_n)
 
 
-def collectives(T: int, K: int, D: int, itemsize: int, layout: DispatchLayout) -> tuple[Collective, ...]:
-    """Those of the exchange, and how many rows each device is about to send."""
-    n, axes = layout.num_devices, layout.expert_axes
+def collectives(shape: DispatchShape) -> tuple[Collective, ...]:
+    """Those of the exchange, and the number of rows that each device is about to send."""
+    n, axes = shape.layout.num_devices, shape.layout.expert_axes
     sizes = Collective(op="all-to-all", axes=axes, devices=n, bytes=4 * n, payload=None)
-    return (sizes, *exchange_collectives("ragged-all-to-all", T, K, D, itemsize, layout))
+    return (sizes, *exchange_collectives("ragged-all-to-all", shape))
 
 
 RAGGED_ALL_TO_ALL = Dispatch(
@@ -56,5 +56,5 @@ RAGGED_ALL_TO_ALL = Dispatch(
     collectives=collectives,
     memory_bytes=exchange_memory_bytes,
     cannot_run={"cpu": "XLA has no ragged_all_to_all for CPU devices; all_to_all runs everywhere"},
-    by_name=True,
+    auto=False,
 )

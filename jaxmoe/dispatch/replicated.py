@@ -6,9 +6,9 @@ No row is exchanged; one psum adds up what the devices computed. Best for few to
 import jax
 import jax.numpy as jnp
 
-from jaxmoe.dispatch.base import Dispatch, DispatchLayout, DispatchStats, Experts
+from jaxmoe.dispatch.base import Dispatch, DispatchLayout, DispatchShape, DispatchStats, Experts
+from jaxmoe.dispatch.collectives import Collective
 from jaxmoe.dispatch.local import local_sums, pairs_per_trip
-from jaxmoe.dispatch.traffic import Collective
 
 
 def token_axes(layout: DispatchLayout) -> tuple[str, ...]:
@@ -35,17 +35,20 @@ def run(
     return jax.lax.psum(y_TD, layout.serving_axes), stats
 
 
-def collectives(T: int, K: int, D: int, itemsize: int, layout: DispatchLayout) -> tuple[Collective, ...]:
+def collectives(shape: DispatchShape) -> tuple[Collective, ...]:
     """The sum of the shares; float32."""
-    own, axes = layout.tokens_per_device(T, token_axes(layout)), layout.serving_axes
-    payload = T / layout.size(token_axes(layout)) / own
-    return (Collective(op="all-reduce", axes=axes, devices=layout.size(axes), bytes=own * D * 4, payload=payload),)
+    own_axes, axes = token_axes(shape.layout), shape.layout.serving_axes
+    size = shape.tokens_per_device(own_axes) * shape.width * 4
+    devices, payload = shape.layout.size(axes), shape.fill(own_axes)
+    return (Collective(op="all-reduce", axes=axes, devices=devices, bytes=size, payload=payload),)
 
 
-def memory_bytes(T: int, K: int, D: int, itemsize: int, layout: DispatchLayout) -> float:
+def memory_bytes(shape: DispatchShape) -> float:
     """The rows of all local pairs in and out, and a float32 sum a token."""
-    own = layout.tokens_per_device(T, token_axes(layout))
-    return D * (pairs_per_trip(own, K, own * K / layout.num_devices, layout.buffers) * (itemsize + 4) + own * 4)
+    layout, K = shape.layout, shape.choices
+    own = shape.tokens_per_device(token_axes(layout))
+    pairs = pairs_per_trip(own, K, own * K / layout.num_devices, layout.buffers)
+    return shape.width * (pairs * (shape.itemsize + 4) + own * 4)
 
 
 REPLICATED = Dispatch(

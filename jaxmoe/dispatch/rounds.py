@@ -7,20 +7,20 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from jaxmoe.kernels.dtypes import sum_dtype
+from jaxmoe.numerics import sum_dtype
 
 # (index of the round, what a gradient is taken of, everything else that is traced) -> what the round adds to the sum.
 Body = Callable[[jax.Array, Any, Any], jax.Array]
 
 
 class Bodies(NamedTuple):
-    """A body, and how it is run.
+    """A body, and the way in which it is run.
 
     Attributes:
-        forward: what is summed.
-        for_gradient: what stands for it where a gradient is taken.
-        first_apart: do round 0 before the loop: work around the loop can then overlap the collectives of the round that
-            is mostly the only one. The program holds the body twice.
+        forward: function that is summed.
+        for_gradient: function that stands for it where a gradient is taken.
+        first_apart: flag that round 0 is done before the loop: work around the loop can then overlap the collectives of the
+            round that is mostly the only one. The program holds the body twice.
     """
 
     forward: Body
@@ -35,10 +35,10 @@ def sum_rounds(bodies: Bodies, rounds: int | jax.Array, inputs: Any, constants: 
     keeps nothing but the inputs, whatever the number of rounds. It adds up in float32 (float64 for float64).
 
     Args:
-        bodies: close over no traced value; collectives are welcome.
-        rounds: the same on all devices that meet in a collective of a body. A Python number of 1 needs no loop.
-        inputs: a pytree of floating-point arrays.
-        constants: a pytree of arrays that no gradient is taken of.
+        bodies: functions that close over no traced value; collectives are welcome.
+        rounds: number of rounds, the same on all devices that share a collective of a body. A Python 1 needs no loop.
+        inputs: pytree of floating-point arrays.
+        constants: pytree of arrays that no gradient is taken of.
     """
     once = isinstance(rounds, int) and rounds == 1
     return _sum_rounds(bodies, once, jnp.int32(rounds), inputs, constants)

@@ -1,8 +1,9 @@
-"""Rows in eight bits on the wire: half the bytes of bfloat16, at a relative error of 2⁻⁴ a number.
+"""Tokens as they travel: rows in eight bits, and the choices of a token beside them.
 
-Each row is divided by a scale of its own, so that its largest number is the largest that the format holds, and rounded
-(as DeepSeek-V3 sends tokens to experts, arXiv:2412.19437, section 3.3.3, there a scale for every 128 numbers). What comes
-back from experts is a sum already and keeps the activations' dtype.
+Eight bits are half the bytes of bfloat16, at a relative error of 2⁻⁴ a number. Each row is divided by a scale of its own, so
+that its largest number is the largest that the format holds, and rounded (as DeepSeek-V3 sends tokens to experts,
+arXiv:2412.19437, section 3.3.3, there a scale for every 128 numbers). The sums that come back from experts keep the
+activations' dtype.
 """
 
 import jax
@@ -41,3 +42,18 @@ def unpack_rows(bits_TD: jax.Array, scale_T1: jax.Array, wire_dtype: str, dtype:
     """Undo `pack_rows`, but for the rounding: rows in `dtype`."""
     rows_TD = jax.lax.bitcast_convert_type(bits_TD, jnp.dtype(wire_dtype)).astype(scale_T1.dtype)
     return (rows_TD * scale_T1).astype(dtype)
+
+
+def pack_choices(slots_TK: jax.Array, weights_TK: jax.Array) -> jax.Array:
+    """Put slots and weights into one array, so that one collective carries both.
+
+    The array is [T, 2K] in the weights' dtype: slots plus one, so that zeros mean no expert, then weights. A slot is exact
+    as float32 up to 2²⁴, and the weights stay differentiable.
+    """
+    return jnp.concatenate([(slots_TK + 1).astype(weights_TK.dtype), weights_TK], axis=1)
+
+
+def unpack_choices(choices_T2K: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Undo `pack_choices`: int32 slots and the weights, both [T, K]."""
+    slots_TK, weights_TK = jnp.split(choices_T2K, 2, axis=1)
+    return slots_TK.astype(jnp.int32) - 1, weights_TK

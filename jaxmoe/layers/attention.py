@@ -15,9 +15,9 @@ from jaxmoe.config import AttentionConfig, AttentionMask, QueryKeyNorm
 from jaxmoe.layers.cache import CacheArray, cache_specs, write_prompt, write_token
 from jaxmoe.layers.norm import rms_norm, zero_centered_rms_norm
 from jaxmoe.layers.param import ParamFactory, RowMap, ones, zeros
-from jaxmoe.layers.rope import apply_rope
 from jaxmoe.layers.weights import WeightSpecs
 from jaxmoe.mesh import TP
+from jaxmoe.rotary.apply import apply_rope
 
 # Queries of a long prompt are taken this many at a time, which bounds the score matrix.
 _QUERY_BLOCK = 512

@@ -6,7 +6,7 @@ from typing import Any
 import jax
 from jax.sharding import PartitionSpec as P
 
-from jaxmoe.kernels.dtypes import int32
+from jaxmoe.numerics import int32
 
 
 @dataclasses.dataclass(frozen=True)

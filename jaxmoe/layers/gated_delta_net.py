@@ -11,7 +11,6 @@ import jax
 import jax.numpy as jnp
 
 from jaxmoe.config import GatedDeltaNetConfig
-from jaxmoe.kernels.grouped_matmul import ACTIVATIONS
 from jaxmoe.layers.cache import CacheArray
 from jaxmoe.layers.conv import causal_conv
 from jaxmoe.layers.delta_rule import chunked_delta_rule, delta_rule_step
@@ -20,6 +19,7 @@ from jaxmoe.layers.param import ParamFactory, ones
 from jaxmoe.layers.recurrent import RecurrentCache, RecurrentMixer, is_token
 from jaxmoe.layers.weights import WeightSpecs
 from jaxmoe.mesh import TP
+from jaxmoe.numerics import ACTIVATIONS
 
 _UNIT_EPS = 1e-6
 

@@ -3,7 +3,7 @@
 import jax
 import jax.numpy as jnp
 
-from jaxmoe.kernels.dtypes import int32
+from jaxmoe.numerics import int32
 
 _BITS = {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32, 8: jnp.uint64}
 

@@ -10,7 +10,6 @@ import jax
 import jax.numpy as jnp
 
 from jaxmoe.config import MambaConfig
-from jaxmoe.kernels.grouped_matmul import ACTIVATIONS
 from jaxmoe.layers.cache import CacheArray
 from jaxmoe.layers.conv import causal_conv
 from jaxmoe.layers.norm import rms_norm
@@ -19,6 +18,7 @@ from jaxmoe.layers.recurrent import RecurrentCache, RecurrentMixer, is_token
 from jaxmoe.layers.selective_scan import selective_scan, selective_step
 from jaxmoe.layers.weights import WeightSpecs
 from jaxmoe.mesh import TP
+from jaxmoe.numerics import ACTIVATIONS
 
 
 class Mamba(RecurrentMixer):

@@ -11,7 +11,6 @@ import jax
 import jax.numpy as jnp
 
 from jaxmoe.config import Mamba2Config
-from jaxmoe.kernels.grouped_matmul import ACTIVATIONS
 from jaxmoe.layers.cache import CacheArray
 from jaxmoe.layers.conv import causal_conv
 from jaxmoe.layers.param import ParamFactory, RowMap, ones, zeros
@@ -19,6 +18,7 @@ from jaxmoe.layers.recurrent import RecurrentCache, RecurrentMixer, is_token
 from jaxmoe.layers.ssd import chunked_ssd, ssd_step
 from jaxmoe.layers.weights import WeightSpecs
 from jaxmoe.mesh import TP
+from jaxmoe.numerics import ACTIVATIONS
 
 
 class Mamba2(RecurrentMixer):

@@ -17,9 +17,9 @@ from jaxmoe.layers.attention import attend
 from jaxmoe.layers.cache import CacheArray, cache_specs, write_prompt, write_token
 from jaxmoe.layers.norm import rms_norm
 from jaxmoe.layers.param import ParamFactory, ones, zeros
-from jaxmoe.layers.rope import apply_rope
 from jaxmoe.layers.weights import WeightSpecs
 from jaxmoe.mesh import TP
+from jaxmoe.rotary.apply import apply_rope
 
 
 class LatentCache(NamedTuple):

@@ -6,11 +6,10 @@ from flax import nnx
 from jax.sharding import PartitionSpec as P
 
 from jaxmoe.config import MLPConfig
-from jaxmoe.kernels.dtypes import sum_dtype
-from jaxmoe.kernels.grouped_matmul import ACTIVATIONS
 from jaxmoe.layers.param import ParamFactory, zeros
 from jaxmoe.layers.weights import WeightSpecs
 from jaxmoe.mesh import auto_mesh
+from jaxmoe.numerics import ACTIVATIONS, sum_dtype
 
 
 class MLP(nnx.Module):

@@ -10,7 +10,14 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from jaxmoe.config import MoEConfig
-from jaxmoe.dispatch import DispatchChoice, DispatchLayout, check_wire_dtype, explain_dispatch, get_dispatch
+from jaxmoe.dispatch import (
+    DispatchChoice,
+    DispatchLayout,
+    DispatchShape,
+    check_wire_dtype,
+    explain_dispatch,
+    get_dispatch,
+)
 from jaxmoe.kernels.grouped_matmul import check_backend
 from jaxmoe.layers.expert_stack import ExpertStack
 from jaxmoe.layers.experts import ExpertStacks, make_expert_stacks
@@ -283,7 +290,8 @@ class MoE(nnx.Module):
     def _explain_dispatch(self, tokens: int, dtype: Any) -> DispatchChoice:
         K, D = self.config.num_experts_per_tok, self.config.expert_input_size
         itemsize = jnp.dtype(self.w_gate_up.dtype if dtype is None else dtype).itemsize
-        return explain_dispatch(tokens, K, D, itemsize, self._layout, self._platform)
+        shape = DispatchShape(tokens=tokens, choices=K, width=D, itemsize=itemsize, layout=self._layout)
+        return explain_dispatch(shape, self._platform)
 
     def check_dispatch(self, name: str) -> None:
         """Refuse a dispatch that is not known or cannot run on this mesh.

@@ -7,8 +7,8 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from jaxmoe.kernels.dtypes import sum_dtype
 from jaxmoe.layers.param import ParamFactory, ones, zeros
+from jaxmoe.numerics import sum_dtype
 
 
 def rms_norm(x: jax.Array, weight: jax.Array, eps: float, *, float32_weight: bool = False) -> jax.Array:

@@ -10,9 +10,9 @@ import jax
 import jax.numpy as jnp
 
 from jaxmoe.config import MoEConfig, RouterConfig
-from jaxmoe.kernels.dtypes import sum_dtype
 from jaxmoe.layers.norm import rms_norm
 from jaxmoe.layers.param import ParamFactory, ones, zeros
+from jaxmoe.numerics import sum_dtype
 
 
 class RouterWeights(NamedTuple):

@@ -15,13 +15,14 @@ from jaxmoe.placement.explicit import EXPLICIT
 from jaxmoe.placement.layer_affinity import LAYER_AFFINITY
 from jaxmoe.placement.linear import LINEAR
 from jaxmoe.placement.round_robin import ROUND_ROBIN
-from jaxmoe.placement.strategy import PlacementTask, Strategy
+from jaxmoe.placement.strategy import PlaceExperts, PlacementTask, Strategy
 from jaxmoe.placement.trace import RoutingTrace
 from jaxmoe.placement.weighted import WEIGHTED
 
 __all__ = [
     "STRATEGIES",
     "ExpertPlacement",
+    "PlaceExperts",
     "PlacementTask",
     "RoutingTrace",
     "Strategy",
@@ -72,7 +73,7 @@ def make_placement(
     """Resolve a strategy's name for one layer, or check that a given placement fits.
 
     Args:
-        placement: a name in `STRATEGIES`, or a placement.
+        placement: name in `STRATEGIES`, or a placement.
         num_experts: E.
         ep: devices that share them.
         counts: [E], the experts' loads, for a strategy made from counts.
@@ -125,7 +126,7 @@ def make_placements(
     """One placement per MoE layer from a name, a placement for all layers, or one for each.
 
     Args:
-        placement: what the caller asked for.
+        placement: name, placement for all layers, or one of them for each.
         experts_per_layer: logical experts of each MoE layer, first to last.
         ep: expert-parallel devices.
 

@@ -1,4 +1,8 @@
-"""Co-activation affinity: experts that fire together live together."""
+"""Co-activation affinity: experts that fire together live together.
+
+Letters here, beside the common ones of docs/concepts/letters.md: X problems solved side by side, N items that are
+paired.
+"""
 
 import numpy as np
 
@@ -17,7 +21,7 @@ def affinity(
     """Place experts so that a token's K choices are on few devices, without overloading one.
 
     A token that finds two of its experts on one device is sent there once. Counting the pairs of
-    experts that tokens chose together, A[e, f], this maximises Σ A[e, f] over pairs on one device, by swaps from
+    experts that tokens chose together, A[e, f], this maximizes Σ A[e, f] over pairs on one device, by swaps from
     a load-levelled start. Replicas share their expert's pairs evenly and stay on different devices.
 
     Args:

@@ -1,4 +1,4 @@
-"""How level the devices' loads are, by the three published definitions.
+"""Balance of the devices' loads, by the three published definitions.
 
 Each takes loads [..., layers, devices]; leading dims are windows. A layer of a window in which
 nothing was routed counts as level.

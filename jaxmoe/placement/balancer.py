@@ -17,13 +17,13 @@ from jaxmoe.placement.traffic import device_loads
 
 
 class Decision(NamedTuple):
-    """What a balancer found when it looked.
+    """Findings of a balancer at one of its looks.
 
     Attributes:
         step: steps observed until then.
         before: busiest device's load over the mean, mean over layers, as the experts were placed.
-        after: the same for the placement it found.
-        moved: whether the placement was proposed.
+        after: that figure for the placement it found.
+        moved: flag that the placement was proposed.
     """
 
     step: int
@@ -34,19 +34,19 @@ class Decision(NamedTuple):
 
 @dataclasses.dataclass(kw_only=True)
 class Balancer:
-    """Watches expert counts step by step and proposes a placement where the devices' loads have become uneven.
+    """A watch over expert counts, which proposes a placement where the devices' loads have become uneven.
 
     Every `interval` steps it looks at the counts of the last `window` steps. Where the busiest device has more than
     `threshold` times the mean load (mean over layers), it makes a placement from those counts, and proposes
     it if that would be more even.
 
     Attributes:
-        strategy: a name in `STRATEGIES` that is made from counts.
+        strategy: name in `STRATEGIES` of one that is made from counts.
         window: steps that count.
         interval: steps between two looks.
         threshold: load of the busiest device over the mean, at least 1.
-        num_groups, num_nodes: as for the strategy.
-        history: one `Decision` for each look that found more than `threshold`.
+        num_groups, num_nodes: groups and nodes, as `PlacementTask` has them.
+        history: decisions, one for each look that found more than `threshold`.
 
     Raises:
         ValueError: a number out of range, or a strategy that needs more than counts.
@@ -88,7 +88,7 @@ class Balancer:
         """A better placement of every layer, with as many slots; None while there is no need of one.
 
         Args:
-            placements: how each layer's experts lie now.
+            placements: placement of each layer's experts now.
         """
         if not self._counts or self._steps % self.interval:
             return None

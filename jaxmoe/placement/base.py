@@ -1,4 +1,4 @@
-"""`ExpertPlacement`: which physical slot of which device holds which logical expert."""
+"""`ExpertPlacement`: the map from the physical slots of each device to logical experts."""
 
 import dataclasses
 import json
@@ -103,7 +103,7 @@ class ExpertPlacement:
         """Level the devices' loads by EPLB as published: replicate heavy experts, pack replicas.
 
         Args:
-            counts: how often each expert was chosen: [E] for one layer, [layers, E] for several.
+            counts: number of times that each expert was chosen: [E] for one layer, [layers, E] for several.
             ep: devices.
             num_slots: slots over all devices, a multiple of `ep`; None for the fewest that hold E experts.
             num_groups: groups of experts that the router limits tokens to.
@@ -131,7 +131,7 @@ class ExpertPlacement:
         """Build a placement from the experts of each device, padding the shorter lists.
 
         Raises:
-            ValueError: a number is no whole one, or the lists differ in length and `allow_padding` is False.
+            ValueError: a number is no integer, or the lists differ in length and `allow_padding` is False.
         """
         device_experts = [_integers("the experts of a device", experts) for experts in device_experts]
         ep = len(device_experts)

@@ -1,4 +1,4 @@
-"""Which experts fire together: within a layer for a token, and from one layer to the next."""
+"""Counts of experts that fire together: within a layer for a token, and from one layer to the next."""
 
 import numpy as np
 

@@ -48,7 +48,7 @@ class Comparison:
         seconds: strategy name to the time it took to place all layers.
         skipped: strategy name to why it is not among them.
         replica_bound: strategy name to the lowest `max_over_mean` that any replica choice can reach, by linear
-            programme; empty where that was not asked for.
+            program; empty where that was not asked for.
     """
 
     placements: Mapping[str, list[ExpertPlacement]]
@@ -131,21 +131,21 @@ def compare(
     """Place a model by several strategies and judge each on routing it has not seen.
 
     Args:
-        trace: its first half makes the placements, its second half judges them.
+        trace: routing trace, whose first half makes the placements and whose second half judges them.
         ep: devices.
         cost: prices of rows, copies and experts.
         strategies: names in `STRATEGIES`; None for all that the trace suffices for.
         num_slots: slots to fill, replicas included.
         num_groups: groups of experts that the router limits tokens to.
         num_nodes: nodes that the devices are on.
-        replica_choice: a name in `REPLICA_CHOICES`.
-        deduplicate: how tokens are sent, see `route_trace`.
+        replica_choice: name in `REPLICA_CHOICES`.
+        deduplicate: way in which tokens are sent, see `route_trace`.
         before: placements that the devices hold now, for the bytes to migrate.
         given: placements made elsewhere, by name, judged along with the strategies'.
         device_slots: [ep], slots that each device has room for; for the strategy "weighted".
         device_speeds: [ep], relative speed of each device.
-        bound: whether to solve the linear programme of replica choice too (needs SciPy).
-        seed: of random replica choices.
+        bound: flag that the linear program of replica choice is solved too (needs SciPy).
+        seed: seed of random replica choices.
 
     Raises:
         ValueError: a name is unknown, no strategy can place, or the trace cannot be halved.

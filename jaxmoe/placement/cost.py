@@ -22,8 +22,8 @@ class CostModel:
     placements is what it is for.
 
     Attributes:
-        token_bytes: of one token's activations on the wire (D · bytes per number).
-        expert_bytes: of one expert's weights.
+        token_bytes: bytes of one token's activations on the wire (D · bytes per number).
+        expert_bytes: bytes of one expert's weights.
         flops_per_row: arithmetic of one expert on one token (6·D·F, 4·D·F without a gate).
         device: every device's arithmetic (`flops`), memory and links, at full speed; an H100 by default.
 
@@ -56,7 +56,7 @@ class CostModel:
         Args:
             hidden_size: D.
             moe_intermediate_size: F.
-            gated: whether experts have a gate.
+            gated: flag that experts have a gate.
             weight_bytes: bytes per weight.
             activation_bytes: bytes per activation on the wire.
             device: the kind of every device, such as `jaxmoe.hardware.GPUS["b200"]`.
@@ -77,7 +77,7 @@ class CostModel:
         """Seconds of each layer of each window, [W, L].
 
         Args:
-            traffic: from `route_trace`.
+            traffic: result of `route_trace`.
             device_speeds: [n], relative speed of each device at computing experts; None for equal ones.
         """
         arithmetic = traffic.rows * self.flops_per_row / self.device.flops

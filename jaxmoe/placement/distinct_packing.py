@@ -3,6 +3,8 @@
 Where EPLB's own packing asks for equally many slots everywhere and may put two replicas of
 an expert side by side (which spreads no load), this one takes any number of slots for each
 device, any speed, and keeps replicas apart.
+
+Letters here, beside the common ones of docs/concepts/letters.md: N replicas.
 """
 
 from collections import deque

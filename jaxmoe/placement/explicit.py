@@ -12,7 +12,7 @@ def explicit(device_experts: Sequence[Sequence[int]], *, num_experts: int | None
     """Place experts as listed, padding the shorter lists.
 
     Args:
-        device_experts: for each device, the experts it holds; one may be on several (replicas).
+        device_experts: experts of each device; one may be on several (replicas).
         num_experts: E; None for the largest expert listed, plus one.
 
     Raises:

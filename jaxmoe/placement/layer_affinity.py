@@ -1,4 +1,7 @@
-"""Inter-layer affinity: experts that follow each other from layer to layer live together."""
+"""Inter-layer affinity: experts that follow each other from layer to layer live together.
+
+Letters here, beside the common ones of docs/concepts/letters.md: N replicas, D devices.
+"""
 
 import numpy as np
 
@@ -16,10 +19,10 @@ def layer_affinity(
 ) -> list[ExpertPlacement]:
     """Place each layer so that tokens find their next experts on the device of their last ones.
 
-    Counting the tokens that chose expert e in one layer and f in the next, M[e, f], this maximises
+    Counting the tokens that chose expert e in one layer and f in the next, M[e, f], this maximizes
     Σ M[e, f] over pairs on one device: the first layer is placed by co-activation, each further
     one against the layer before it, and then all but the first once more against both
-    neighbours. What it saves depends on the dispatch: one that leaves tokens where their experts
+    neighbors. What it saves depends on the dispatch: one that leaves tokens where their experts
     are saves the moves; jaxmoe's brings every token home after each layer, so there the gain is
     only that experts of one kind of text gather (`layer_crossings` in metrics shows it).
 
@@ -36,7 +39,7 @@ def layer_affinity(
     Raises:
         ValueError: there are fewer slots than experts, or more than E on every device.
 
-    Source: ExFlow (arXiv 2401.08383), with swaps in place of its integer programme.
+    Source: ExFlow (arXiv 2401.08383), with swaps in place of its integer program.
     """
     num_slots = num_experts if num_slots is None else num_slots
     device_slots = even_shares(num_experts, ep, num_slots)

@@ -1,4 +1,4 @@
-"""What a placement costs on a trace, in one record: `evaluate`."""
+"""`evaluate`: the costs of a placement on a trace, in one record."""
 
 import dataclasses
 import math
@@ -28,13 +28,13 @@ class PlacementMetrics:
         layer_max_over_mean: float64 [L], the busiest device's load over the whole trace, as a multiple of the mean.
         distinct_destinations: mean number of devices that a token's experts are on, its own included; None for a
             trace of counts.
-        layer_crossings: the part of (choice, next layer's choice) pairs that lie on different devices; None for
+        layer_crossings: part of (choice, next layer's choice) pairs that lie on different devices; None for
             a trace of counts or a single layer.
-        within_node_bytes: sent per step between devices of a node, there and back.
-        between_node_bytes: sent per step between nodes, there and back.
-        extra_memory_bytes: of slots beyond one per expert, replicas and padding, over all devices.
-        migration_bytes: to come from another placement: "same_device", "same_node", "other_node"; None without one.
-        step_seconds: predicted by the cost model, mean over steps.
+        within_node_bytes: bytes sent per step between devices of a node, there and back.
+        between_node_bytes: bytes sent per step between nodes, there and back.
+        extra_memory_bytes: bytes of slots beyond one per expert, replicas and padding, over all devices.
+        migration_bytes: bytes to copy from another placement, by "same_device", "same_node", "other_node"; None without it.
+        step_seconds: time of a step that the cost model predicts, mean over steps.
     """
 
     vllm_balancedness: float
@@ -86,15 +86,15 @@ def evaluate(
     """Judge placements by running a trace through them.
 
     Args:
-        placements: one per layer of the trace.
-        trace: what was chosen; best not the part that the placements were made on.
+        placements: placement of each layer of the trace.
+        trace: routing trace, best not the part that the placements were made on.
         cost: prices of rows, copies and experts.
         num_nodes: nodes that the devices are on.
-        replica_choice: a name in `REPLICA_CHOICES`.
-        deduplicate: how tokens are sent, see `route_trace`.
+        replica_choice: name in `REPLICA_CHOICES`.
+        deduplicate: way in which tokens are sent, see `route_trace`.
         before: placements to migrate from.
         device_speeds: [n], relative speed of each device; None for equal ones.
-        seed: of random replica choices.
+        seed: seed of random replica choices.
 
     Raises:
         ValueError: the placements do not fit the trace or each other, or a name is unknown.

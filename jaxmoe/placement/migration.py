@@ -36,7 +36,7 @@ class Migration:
     so whoever carries them out reads first or orders them.
 
     Attributes:
-        moves: one for each slot that is to hold another expert than now; slots that become padding are none.
+        moves: moves of all slots that are to hold another expert than now; a slot that becomes padding needs none.
     """
 
     moves: tuple[Move, ...]
@@ -56,8 +56,8 @@ def plan_migration(before: ExpertPlacement, after: ExpertPlacement, *, num_nodes
     copies to send so far.
 
     Args:
-        before: what the devices hold.
-        after: what they are to hold, on as many devices; the number of slots may differ, and slots are then
+        before: placement that the devices hold.
+        after: placement that they are to hold, on as many devices; the number of slots may differ, and slots are then
             matched by their place on the device.
         num_nodes: nodes of ep / num_nodes devices.
 
@@ -122,8 +122,8 @@ def align(before: ExpertPlacement, after: ExpertPlacement, *, num_nodes: int = 1
     a node are equal in speed and memory.
 
     Args:
-        before: what the devices hold.
-        after: what they are to hold, with as many slots.
+        before: placement that the devices hold.
+        after: placement that they are to hold, with as many slots.
         num_nodes: nodes of ep / num_nodes devices.
 
     Raises:

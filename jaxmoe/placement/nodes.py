@@ -9,7 +9,7 @@ def check_nodes(devices: int, number: int, *, name: str = "num_nodes") -> int:
     Args:
         devices: devices in all.
         number: nodes, or devices of a node; the one is the other's quotient.
-        name: the argument that `number` came in, for the message.
+        name: name of the argument that `number` came in, for the message.
 
     Returns:
         devices / number.

@@ -22,13 +22,13 @@ class Split(NamedTuple):
 def optimal_split(counts: np.ndarray, placement: ExpertPlacement, *, device_speeds: np.ndarray | None = None) -> Split:
     """Split each expert's load over its replicas so that the busiest device has as little as possible.
 
-    The linear programme: minimise z over slot loads x ≥ 0 with Σ over an expert's slots of x = its
+    The linear program: minimize z over slot loads x ≥ 0 with Σ over an expert's slots of x = its
     count, and Σ over a device's slots of x ≤ z · speed. Tokens cannot be split and a dispatch does
     not know the counts beforehand, so this is a bound to hold replica choices against.
 
     Args:
         counts: [E], the load of each expert.
-        placement: of the layer.
+        placement: placement of the layer.
         device_speeds: [ep], relative speed of each device; None for equal ones.
 
     Returns:
@@ -47,7 +47,7 @@ def optimal_split(counts: np.ndarray, placement: ExpertPlacement, *, device_spee
         from scipy import sparse
         from scipy.optimize import linprog
     except ImportError as error:
-        raise ImportError("the optimal split is a linear programme solved by SciPy: pip install scipy") from error
+        raise ImportError("the optimal split is a linear program solved by SciPy: pip install scipy") from error
 
     counts = np.asarray(counts, np.float64)
     if counts.shape != (placement.num_experts,):

@@ -2,6 +2,8 @@
 
 All functions here work on X independent problems at once (layers, or layers times nodes): one NumPy
 operation then does a step of all of them, which is what makes a whole model fast.
+
+Letters here, beside the common ones of docs/concepts/letters.md: X problems, N items, M packs.
 """
 
 import numpy as np

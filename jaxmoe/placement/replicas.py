@@ -1,13 +1,14 @@
-"""Replica choice: which slot a token goes to where its expert has several.
+"""Replica choice: the choice of a token's slot where its expert has several.
 
 A choice is a table of the slots that each device may use for each expert, and whether tokens take turns over
 them or draw; a line in `REPLICA_CHOICES`. A running model reads the same tables (`jaxmoe.MoE.choose_replicas`).
 What each choice costs is judged by running a trace through it; the best that any could do is `optimal_split`.
+
+Letters here, beside the common ones of docs/concepts/letters.md: X the most replicas of an expert.
 """
 
 import dataclasses
-from collections.abc import Callable
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import numpy as np
 
@@ -16,14 +17,14 @@ from jaxmoe.placement.base import ExpertPlacement
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ReplicaContext:
-    """What a replica choice may look at besides the placement.
+    """Facts that a replica choice may look at besides the placement.
 
     Attributes:
         home: int [T], the device each token lives on.
         turn: int [T], the number of each token among those of its device.
         devices_per_node: devices of a node, numbered one node after the other.
         last_load: float [ep], rows that each device received in the window before; zeros in the first.
-        seed: of random choices.
+        seed: seed of random choices.
     """
 
     home: np.ndarray
@@ -38,11 +39,24 @@ class ReplicaTable(NamedTuple):
 
     Attributes:
         slots: int32 [n, E, X], for device and expert, padded with -1.
-        counts: int32 [n, E], how many there are, at least 1.
+        counts: int32 [n, E], number of those that are no padding, at least 1; they come first.
     """
 
     slots: np.ndarray
     counts: np.ndarray
+
+
+class MakeTable(Protocol):
+    """Make the table of a placement; the body of a replica choice. A slot holds the expert that it is listed for."""
+
+    def __call__(self, placement: ExpertPlacement, devices_per_node: int, last_load: np.ndarray, /) -> ReplicaTable:
+        """Make the table.
+
+        Args:
+            placement: placement of one layer.
+            devices_per_node: devices of a node, a divisor of the placement's.
+            last_load: float [ep], rows that each device received in the window before.
+        """
 
 
 def any_replica(placement: ExpertPlacement, devices_per_node: int, last_load: np.ndarray) -> ReplicaTable:
@@ -85,11 +99,11 @@ class ReplicaChoice:
     """A way to choose among the slots of an expert: an entry of `REPLICA_CHOICES`.
 
     Attributes:
-        table: (placement, devices per node, [ep] rows that each device received last) -> the slots to choose from.
-        random: draw one of them; otherwise tokens take turns, those of device d beginning with the d-th.
+        table: function from a placement to the slots to choose from.
+        random: flag that one of them is drawn; otherwise tokens take turns, those of device d beginning with the d-th.
     """
 
-    table: Callable[[ExpertPlacement, int, np.ndarray], ReplicaTable]
+    table: MakeTable
     random: bool = False
 
     def __call__(self, ids_TK: np.ndarray, placement: ExpertPlacement, context: ReplicaContext) -> np.ndarray:

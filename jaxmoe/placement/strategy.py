@@ -1,8 +1,8 @@
-"""The task that every placement strategy is given, and a strategy's entry in `STRATEGIES`."""
+"""The contract of a placement strategy: its task, the function that it is, and its entry in `STRATEGIES`."""
 
 import dataclasses
-from collections.abc import Callable, Sequence
-from typing import Any, Literal
+from collections.abc import Sequence
+from typing import Any, Literal, Protocol
 
 import numpy as np
 
@@ -21,7 +21,7 @@ _MISSING = {
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class PlacementTask:
-    """A placement problem: how many experts for how many devices, and what is known of both.
+    """A placement problem: numbers of experts and devices, and what is known of both.
 
     Attributes:
         num_experts: logical experts E of every layer.
@@ -94,15 +94,40 @@ class PlacementTask:
         return cls(num_experts=trace.num_experts, ep=ep, trace=trace, **fields)
 
 
+class PlaceExperts(Protocol):
+    """Place the experts of every layer; the body of a strategy.
+
+    These rules hold:
+
+    * Every expert of every layer has a slot, on one of the task's devices.
+    * Where `task.num_slots` is given, as many slots hold an expert, replicas included, and all others are padding; a
+      strategy that needs equal shares says in its docstring that it rounds up.
+    * Equal tasks give equal placements: what is drawn is drawn from a fixed seed.
+    """
+
+    def __call__(self, task: PlacementTask, /) -> list[ExpertPlacement]:
+        """Make the placements.
+
+        Args:
+            task: problem, with what `Strategy.needs` names among the rest.
+
+        Returns:
+            One placement for each of `task.num_layers` layers, of `task.num_experts` experts on `task.ep` devices.
+
+        Raises:
+            ValueError: numbers of the task do not fit together, such as fewer slots than experts.
+        """
+
+
 @dataclasses.dataclass(frozen=True)
 class Strategy:
     """A way to place experts: an entry of `STRATEGIES`, called with a task.
 
     Attributes:
-        name: its key.
-        needs: what the task must hold beyond sizes: "nothing", "counts", "trace" (token-level) or
-            "map" (an explicit one).
-        make: ``(task) -> one placement per layer``.
+        name: key in `STRATEGIES`.
+        needs: part of the task that must be given beyond sizes: "nothing", "counts", "trace" (token-level) or
+            "map" (an explicit one). A task without it is refused before `make` is called.
+        make: body of the strategy.
 
     Example:
         >>> def first_device_idles(task):
@@ -114,10 +139,10 @@ class Strategy:
 
     name: str
     needs: Literal["nothing", "counts", "trace", "map"]
-    make: Callable[[PlacementTask], list[ExpertPlacement]]
+    make: PlaceExperts
 
     def can_place(self, task: PlacementTask) -> bool:
-        """Whether `task` holds what this strategy needs."""
+        """Tell whether `task` holds what this strategy needs."""
         if self.needs == "counts":
             return task.counts is not None
         if self.needs == "trace":
@@ -127,7 +152,7 @@ class Strategy:
         return True
 
     def __call__(self, task: PlacementTask) -> list[ExpertPlacement]:
-        """One placement per layer.
+        """Make one placement per layer, see `PlaceExperts`.
 
         Raises:
             ValueError: the task lacks what the strategy needs, or its numbers do not fit.

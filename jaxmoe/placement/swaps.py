@@ -1,4 +1,7 @@
-"""Local search by swaps: more affinity within devices, at no more than a given load on any."""
+"""Local search by swaps: more affinity within devices, at no more than a given load on any.
+
+Letters here, beside the common ones of docs/concepts/letters.md: N replicas, D devices.
+"""
 
 import numpy as np
 
@@ -16,7 +19,7 @@ def gather_by_swaps(
 ) -> np.ndarray:
     """Swap replicas between devices while that raises affinity.
 
-    Maximises Σ pair_affinity[x, y] over pairs on one device + Σ device_affinity[x, device of x]. A swap
+    Maximizes Σ pair_affinity[x, y] over pairs on one device + Σ device_affinity[x, device of x]. A swap
     may not lift a device above `load_limit`, nor lift one that is above it already, nor bring two
     replicas of an expert together. Every device keeps its number of replicas.
 

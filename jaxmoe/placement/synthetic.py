@@ -1,4 +1,7 @@
-"""Made-up routing traces that look like real ones, for plots, tests and lessons."""
+"""Made-up routing traces that look like real ones, for plots, tests and lessons.
+
+Letters here, beside the common ones of docs/concepts/letters.md: W windows, Z topics.
+"""
 
 import numpy as np
 
@@ -34,9 +37,9 @@ def synthetic_trace(
         tokens_per_window: tokens of each window.
         num_topics: kinds of text, each with experts of its own.
         popularity: spread of the experts' general popularity; 0 for none.
-        topicality: how strongly a topic prefers its experts; 0 for no co-activation.
+        topicality: strength with which a topic prefers its experts; 0 for no co-activation.
         drift: spread of the topics' shares between windows; 0 for a stationary mix.
-        seed: of the random numbers; equal seeds give equal traces.
+        seed: seed of the random numbers; equal seeds give equal traces.
 
     Returns:
         A trace with token-level ids.

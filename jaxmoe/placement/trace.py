@@ -1,4 +1,4 @@
-"""`RoutingTrace`: which experts a model's tokens chose, over time."""
+"""`RoutingTrace`: the experts that a model's tokens chose, over time."""
 
 import dataclasses
 import os
@@ -290,7 +290,7 @@ def read_npz(path: str | os.PathLike[str]) -> dict[str, np.ndarray]:
 
 
 def is_trace_file(fields: Mapping[str, Any]) -> bool:
-    """Whether the arrays of an .npz file are those that `RoutingTrace.save` writes."""
+    """Tell whether the arrays of an .npz file are those that `RoutingTrace.save` writes."""
     return str(fields.get("format", "")) == _FORMAT
 
 

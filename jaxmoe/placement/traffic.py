@@ -19,13 +19,13 @@ DEDUPLICATIONS = ("none", "device", "node")
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Traffic:
-    """What a trace asks of the devices.
+    """Work and messages that a trace makes for the devices.
 
     Attributes:
         rows: float64 [W, L, n], (token, choice) rows that each device computes.
         active_slots: int64 [W, L, n], slots of each device that received any.
         sent: float64 [W, L, 2, n], token copies each device sends, within its node and between nodes.
-        received: float64 [W, L, 2, n], copies it receives.
+        received: float64 [W, L, 2, n], copies each device receives.
         copies: float64 [L, n, n], copies from each device (rows) to each (columns) over all windows;
             the diagonal, tokens that stay at home, crosses no wire.
         distinct_destinations: float64 [L], mean number of different devices that a token's experts are
@@ -56,14 +56,14 @@ def route_trace(
     counts as a copy from any device with equal chance, which is an upper bound.
 
     Args:
-        trace: what was chosen.
-        placements: one per layer of the trace, all for the same number of devices n.
+        trace: routing trace.
+        placements: placement of each layer of the trace, all for the same number of devices n.
         num_nodes: nodes of n / num_nodes devices.
-        replica_choice: a name in `REPLICA_CHOICES`.
+        replica_choice: name in `REPLICA_CHOICES`.
         deduplicate: "device": a token is sent once to each device that has experts for it, jaxmoe's
             dispatch. "node": once to each other node, to the device there with the sender's number, which
             passes it on within the node. "none": once per choice.
-        seed: of random replica choices.
+        seed: seed of random replica choices.
 
     Raises:
         ValueError: the placements do not fit the trace or each other, or a name is unknown.
@@ -106,7 +106,7 @@ def device_loads(counts: np.ndarray, placements: Sequence[ExpertPlacement]) -> n
 
     Args:
         counts: [..., L, E].
-        placements: one per layer.
+        placements: placement of each layer.
 
     Returns:
         float64 [..., L, n].
@@ -214,7 +214,7 @@ def _copies(
 
 
 def _changes(sorted_TK: np.ndarray) -> np.ndarray:
-    """Whether each entry differs from the one before it in its row."""
+    """Tell whether each entry differs from the one before it in its row."""
     changes_TK = np.ones(sorted_TK.shape, bool)
     changes_TK[:, 1:] = sorted_TK[:, 1:] != sorted_TK[:, :-1]
     return changes_TK

@@ -20,7 +20,7 @@ def weighted(
 ) -> list[ExpertPlacement]:
     """Give each device as many experts as fit its memory, and load in proportion to its speed.
 
-    Minimises max over devices of load / speed, greedily. Decoding is bound by memory bandwidth and
+    Minimizes max over devices of load / speed, greedily. Decoding is bound by memory bandwidth and
     prefill by arithmetic: pass as speed the ratio of whichever limits the workload.
 
     Args:

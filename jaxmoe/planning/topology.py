@@ -70,7 +70,7 @@ gpu_device_info {{
   shared_memory_per_core: {gpu.shared_memory}
   threads_per_core_limit: {gpu.threads}
   core_count: {gpu.multiprocessors}
-  fpus_per_core: 128
+  fpus_per_core: {gpu.fp32_units}
   block_dim_limit_x: 2147483647
   block_dim_limit_y: 65535
   block_dim_limit_z: 65535

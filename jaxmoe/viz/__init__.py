@@ -1,6 +1,6 @@
 """Plots of placements, routing and what they cost. One call each, which returns the matplotlib Axes.
 
-Colours are readable by the colour-blind and keep their order when printed in grey; where colour
+Colors are readable by the color-blind and keep their order when printed in gray; where color
 tells things apart, hatches or markers do too.
 """
 

@@ -6,7 +6,7 @@ import numpy as np
 from matplotlib.axes import Axes
 
 from jaxmoe.placement.balance import max_over_mean
-from jaxmoe.viz.style import COLORS, LINES, MARKERS, axes_or_new, plain, whole_ticks
+from jaxmoe.viz.style import COLORS, LINES, MARKERS, axes_or_new, integer_ticks, plain
 
 
 def balance_over_time(
@@ -17,7 +17,7 @@ def balance_over_time(
     Args:
         loads: label to [W, L, n] loads (`Traffic.rows`, or `device_loads` of a trace's counts).
         changes: window to a word, for events such as a rebalance; each is a vertical line before its window.
-        ax: where to draw; None for a new figure.
+        ax: axes to draw in; None for a new figure.
 
     Returns:
         The axes.
@@ -58,6 +58,6 @@ def balance_over_time(
         )
     ax.axhline(1.0, color="black", linewidth=0.8, linestyle=(0, (1, 3)))
     ax.set(xlabel="window", ylabel="max / mean device load")
-    whole_ticks(ax.xaxis, 9)
+    integer_ticks(ax.xaxis, 9)
     ax.legend(frameon=False, ncols=min(4, max(1, len(loads))), loc="lower left", bbox_to_anchor=(0, 1))
     return plain(ax)

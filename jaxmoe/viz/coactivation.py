@@ -1,10 +1,10 @@
-"""Which experts fire together."""
+"""A matrix of the experts that fire together."""
 
 import numpy as np
 from matplotlib.axes import Axes
 
 from jaxmoe.placement import ExpertPlacement
-from jaxmoe.viz.style import SEQUENTIAL, axes_or_new, cased_line, colorbar, whole_ticks
+from jaxmoe.viz.style import SEQUENTIAL, axes_or_new, cased_line, colorbar, integer_ticks
 
 
 def coactivation_matrix(pairs: np.ndarray, *, placement: ExpertPlacement | None = None, ax: Axes | None = None) -> Axes:
@@ -16,8 +16,8 @@ def coactivation_matrix(pairs: np.ndarray, *, placement: ExpertPlacement | None 
 
     Args:
         pairs: [E, E], from `jaxmoe.placement.coactivation.coactivation`.
-        placement: of the same layer, to order the experts by; replicas are drawn where their expert is first.
-        ax: where to draw; None for a new figure.
+        placement: placement of the same layer, to order the experts by; replicas are drawn where their expert is first.
+        ax: axes to draw in; None for a new figure.
 
     Returns:
         The axes.
@@ -45,7 +45,7 @@ def coactivation_matrix(pairs: np.ndarray, *, placement: ExpertPlacement | None 
     ax.set(xlabel=label, ylabel=label, xlim=(-0.5, E - 0.5), ylim=(E - 0.5, -0.5))
     if placement is None:
         for axis in (ax.xaxis, ax.yaxis):
-            whole_ticks(axis, min(8, E))
+            integer_ticks(axis, min(8, E))
     else:
         # Positions are no expert numbers here.
         ax.set(xticks=[], yticks=[])

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 import numpy as np
 from matplotlib.axes import Axes
 
-from jaxmoe.viz.style import COLORS, HATCHES, axes_or_new, plain, whole_ticks
+from jaxmoe.viz.style import COLORS, HATCHES, axes_or_new, integer_ticks, plain
 
 
 def device_loads(loads: Mapping[str, np.ndarray], *, ax: Axes | None = None) -> Axes:
@@ -14,7 +14,7 @@ def device_loads(loads: Mapping[str, np.ndarray], *, ax: Axes | None = None) -> 
     Args:
         loads: label to [n] loads, such as ``{"linear": ..., "eplb": ...}``. A [..., n] array is summed
             over its leading dims first.
-        ax: where to draw; None for a new figure.
+        ax: axes to draw in; None for a new figure.
 
     Returns:
         The axes. The legend gives each placement's max / mean.
@@ -50,7 +50,7 @@ def device_loads(loads: Mapping[str, np.ndarray], *, ax: Axes | None = None) -> 
         )
     ax.axhline(1.0, color="black", linewidth=1, linestyle="--", label="mean")
     ax.set(xlabel="device", ylabel="load / mean", xlim=(-0.6, n - 0.4))
-    whole_ticks(ax.xaxis, min(16, n + 1))
+    integer_ticks(ax.xaxis, min(16, n + 1))
     ax.set_ylim(0, ax.get_ylim()[1] * 1.25)  # Room for the legend above the bars.
     handles, labels = ax.get_legend_handles_labels()
     order = [*range(1, len(handles)), 0]

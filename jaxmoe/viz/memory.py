@@ -6,7 +6,7 @@ import numpy as np
 from matplotlib.axes import Axes
 
 from jaxmoe.placement import ExpertPlacement
-from jaxmoe.viz.style import COLORS, HATCHES, axes_or_new, plain, whole_ticks
+from jaxmoe.viz.style import COLORS, HATCHES, axes_or_new, integer_ticks, plain
 
 
 def device_memory(parts: Mapping[str, np.ndarray], *, capacity: float | None = None, ax: Axes | None = None) -> Axes:
@@ -15,7 +15,7 @@ def device_memory(parts: Mapping[str, np.ndarray], *, capacity: float | None = N
     Args:
         parts: label to [n] bytes, from the bottom up; `expert_memory` gives those of the experts.
         capacity: bytes of a device's memory, drawn as a line; None for no line.
-        ax: where to draw; None for a new figure.
+        ax: axes to draw in; None for a new figure.
 
     Returns:
         The axes.
@@ -49,7 +49,7 @@ def device_memory(parts: Mapping[str, np.ndarray], *, capacity: float | None = N
     if capacity is not None:
         ax.axhline(capacity / 1e9, color="black", linewidth=1.2, linestyle="--", label="capacity")
     ax.set(xlabel="device", ylabel="GB", xlim=(-0.6, n - 0.4))
-    whole_ticks(ax.xaxis, min(16, n + 1))
+    integer_ticks(ax.xaxis, min(16, n + 1))
     ax.set_ylim(0, ax.get_ylim()[1] * 1.05)
     # At the right, as the parts are stacked: above the bars a legend of many parts would be wider than a few bars.
     handles, labels = ax.get_legend_handles_labels()
@@ -69,8 +69,8 @@ def expert_memory(placements: Sequence[ExpertPlacement], expert_bytes: float) ->
     """Bytes of each device's slots over all layers: experts, the replicas beyond one of each, and padding.
 
     Args:
-        placements: one per layer.
-        expert_bytes: of one expert.
+        placements: placement of each layer.
+        expert_bytes: bytes of one expert.
 
     Returns:
         "experts", "replicas" and "padding", each float64 [n].

@@ -1,4 +1,4 @@
-"""Who owns what: the slots of every device and the experts in them."""
+"""Ownership: the slots of every device and the experts in them."""
 
 from typing import Any
 
@@ -21,9 +21,9 @@ def ownership_map(placement: ExpertPlacement, *, num_nodes: int = 1, ax: Axes | 
     A device with more than 24 slots takes several lines; many devices stand in several columns.
 
     Args:
-        placement: of one layer.
+        placement: placement of one layer.
         num_nodes: nodes that the devices are on; a line parts them.
-        ax: where to draw; None for a new figure.
+        ax: axes to draw in; None for a new figure.
 
     Returns:
         The axes.

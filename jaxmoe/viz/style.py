@@ -1,4 +1,4 @@
-"""What the plots share: colours, hatches, a figure where none is given."""
+"""Colors, hatches and axes that the plots share."""
 
 import numpy as np
 from matplotlib import pyplot as plt
@@ -9,13 +9,13 @@ from matplotlib.image import AxesImage
 from matplotlib.ticker import MaxNLocator
 from numpy.typing import ArrayLike
 
-# Okabe and Ito's palette (2008), ordered so that neighbours differ in lightness as well.
+# Okabe and Ito's palette (2008), ordered so that neighbors differ in lightness as well.
 COLORS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#F0E442", "#000000")
 HATCHES = ("", "///", "...", "xxx", "\\\\\\", "+++", "ooo", "---")
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
 LINES = ("-", "--", "-.", ":")
 
-# Lightness rises evenly, also to the colour-blind: it prints in grey as it looks.
+# Lightness rises evenly, also to the color-blind: it prints in gray as it looks.
 SEQUENTIAL = "cividis"
 
 
@@ -35,7 +35,7 @@ def plain(ax: Axes) -> Axes:
 
 
 def colorbar(ax: Axes, image: AxesImage, label: str) -> Colorbar:
-    """A colour scale at the right of `ax`; it ends in an arrow where values are beyond it."""
+    """A color scale at the right of `ax`; it ends in an arrow where values are beyond it."""
     figure = ax.get_figure(root=True)
     assert figure is not None
     values = image.get_array()
@@ -49,13 +49,13 @@ def colorbar(ax: Axes, image: AxesImage, label: str) -> Colorbar:
 
 
 def text_color(image: AxesImage, value: float) -> str:
-    """Black or white, whichever reads better on the colour that `image` gives to `value`."""
+    """Black or white, whichever reads better on the color that `image` gives to `value`."""
     red, green, blue, _ = image.to_rgba(np.array([value]))[0]
     return "black" if 0.299 * red + 0.587 * green + 0.114 * blue > 0.5 else "white"
 
 
 def cased_line(ax: Axes, xs: ArrayLike, ys: ArrayLike, *, cells: int) -> None:
-    """A thin black line in a white casing, which shows on any colour under it, in print too.
+    """A thin black line in a white casing, which shows on any color under it, in print too.
 
     Over a matrix of many `cells` a side it is thinner, so that it hides none.
     """
@@ -64,6 +64,6 @@ def cased_line(ax: Axes, xs: ArrayLike, ys: ArrayLike, *, cells: int) -> None:
     ax.plot(xs, ys, color="black", linewidth=1.2 * scale, solid_joinstyle="miter", scalex=False, scaley=False)
 
 
-def whole_ticks(axis: Axis, most: int) -> None:
+def integer_ticks(axis: Axis, most: int) -> None:
     """Ticks at integers, a few more than `most` of them at most; a single one where there is a single number."""
     axis.set_major_locator(MaxNLocator(nbins=most, integer=True, min_n_ticks=1))

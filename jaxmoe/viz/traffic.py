@@ -1,10 +1,10 @@
-"""Who sends how much to whom."""
+"""A matrix of the bytes that devices send each other."""
 
 import numpy as np
 from matplotlib.axes import Axes
 
 from jaxmoe.placement.nodes import check_nodes
-from jaxmoe.viz.style import SEQUENTIAL, axes_or_new, cased_line, colorbar, text_color, whole_ticks
+from jaxmoe.viz.style import SEQUENTIAL, axes_or_new, cased_line, colorbar, integer_ticks, text_color
 
 _UNITS = ((1e12, "TB"), (1e9, "GB"), (1e6, "MB"), (1e3, "kB"), (1.0, "bytes"))
 
@@ -15,9 +15,9 @@ def traffic_matrix(copies: np.ndarray, token_bytes: float, *, num_nodes: int = 1
     Args:
         copies: [n, n] token copies, or [L, n, n] to be summed (`Traffic.copies`); the diagonal, tokens
             that stay at home, is left blank.
-        token_bytes: of one copy.
+        token_bytes: bytes of one copy.
         num_nodes: nodes that the devices are on; lines part them.
-        ax: where to draw; None for a new figure.
+        ax: axes to draw in; None for a new figure.
 
     Returns:
         The axes.
@@ -53,5 +53,5 @@ def traffic_matrix(copies: np.ndarray, token_bytes: float, *, num_nodes: int = 1
     colorbar(ax, image, f"{unit} sent")
     ax.set(xlabel="to device", ylabel="from device")
     for axis in (ax.xaxis, ax.yaxis):
-        whole_ticks(axis, min(12, n))
+        integer_ticks(axis, min(12, n))
     return ax

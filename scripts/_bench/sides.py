@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxmoe.kernels.grouped_matmul import BACKENDS, check_backend, expert_mlp, grouped_matmul
-from jaxmoe.kernels.grouped_matmul.api import GPU_BACKENDS
+from jaxmoe.kernels.grouped_matmul.backends import GPU_BACKENDS
 from scripts._bench.cases import Case
 from scripts._bench.inputs import Variant, free_memory
 

@@ -20,7 +20,7 @@ def test_a_row_for_every_model_mesh_number_of_tokens_and_backend(capsys):
         compared = found[i : i + len(DISPATCHES)]
         assert [row["dispatch"] for row in compared] == list(DISPATCHES)
         (chosen,) = (row for row in compared if row["auto"])
-        able = [row["modelled_seconds"] for row in compared if not DISPATCHES[row["dispatch"]].by_name]
+        able = [row["modelled_seconds"] for row in compared if DISPATCHES[row["dispatch"]].auto]
         assert chosen["modelled_seconds"] == min(able)
 
 

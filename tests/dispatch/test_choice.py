@@ -4,7 +4,7 @@ import dataclasses
 
 import pytest
 
-from jaxmoe.dispatch import DISPATCHES, DispatchLayout, dispatch_cost, explain_dispatch, get_dispatch
+from jaxmoe.dispatch import DISPATCHES, DispatchLayout, DispatchShape, dispatch_cost, explain_dispatch, get_dispatch
 from jaxmoe.dispatch.choose import RATES
 
 
@@ -15,6 +15,11 @@ def layout_of(tp: int, ep: int, expert_axes: tuple[str, ...] = ("ep",)) -> Dispa
         partial_axes=() if "tp" in expert_axes else ("tp",),
         num_slots=64,
     )
+
+
+def shape_of(tokens: int, choices: int, layout: DispatchLayout, width: int = 4096) -> DispatchShape:
+    """A call in bfloat16."""
+    return DispatchShape(tokens=tokens, choices=choices, width=width, itemsize=2, layout=layout)
 
 
 def test_names():
@@ -32,32 +37,32 @@ def test_a_backend_for_gpus_is_refused_elsewhere_and_never_chosen(platform):
         get_dispatch("ragged_all_to_all", "cpu")
     for T in (1, 64, 4096, 2**20):
         for layout in (layout_of(1, 8), layout_of(2, 4), layout_of(8, 1), layout_of(2, 4, ("ep", "tp"))):
-            assert explain_dispatch(T, 2, 4096, 2, layout, platform).name != "ragged_all_to_all"
+            assert explain_dispatch(shape_of(T, 2, layout), platform).name != "ragged_all_to_all"
 
 
 @pytest.mark.parametrize("platform", ["gpu", "cpu"])
 @pytest.mark.parametrize("layout", [layout_of(1, 8), layout_of(2, 4), layout_of(2, 4, ("ep", "tp"))])
 def test_few_tokens_are_replicated_and_many_exchanged(platform, layout):
-    assert explain_dispatch(1, 8, 4096, 2, layout, platform).name == "replicated"
-    assert explain_dispatch(2**18, 1, 4096, 2, layout, platform).name == "all_to_all"
+    assert explain_dispatch(shape_of(1, 8, layout), platform).name == "replicated"
+    assert explain_dispatch(shape_of(2**18, 1, layout), platform).name == "all_to_all"
 
 
 def test_nothing_is_exchanged_where_one_device_holds_every_expert():
-    assert explain_dispatch(16384, 2, 4096, 2, layout_of(1, 1), "gpu").name == "replicated"
+    assert explain_dispatch(shape_of(16384, 2, layout_of(1, 1)), "gpu").name == "replicated"
 
 
 @pytest.mark.parametrize("T", [1, 8, 64, 512, 4096, 32768])
-def test_choice_is_the_least_modelled_time_and_says_so(T):
-    layout = layout_of(2, 4)
-    choice = explain_dispatch(T, 8, 2048, 2, layout, "gpu")
+def test_choice_is_the_least_modeled_time_and_says_so(T):
+    shape = shape_of(T, 8, layout_of(2, 4), width=2048)
+    choice = explain_dispatch(shape, "gpu")
     assert choice.seconds == {
-        name: dispatch_cost(backend, T, 8, 2048, 2, layout).seconds(RATES["gpu"])
+        name: dispatch_cost(backend, shape).seconds(RATES["gpu"])
         for name, backend in DISPATCHES.items()
-        if not backend.by_name
+        if backend.auto
     }
     assert choice.name == min(choice.seconds, key=choice.seconds.get)
     assert str(choice).startswith(
-        f"{choice.name} for {T} tokens, by time modelled for gpu: {choice.name} {choice.seconds[choice.name] * 1e6:.0f} µs"
+        f"{choice.name} for {T} tokens, by time modeled for gpu: {choice.name} {choice.seconds[choice.name] * 1e6:.0f} µs"
     )
     assert str(choice).endswith("ragged_all_to_all left out: used only where it is named")
 
@@ -65,7 +70,7 @@ def test_choice_is_the_least_modelled_time_and_says_so(T):
 def test_rows_in_eight_bits_make_an_exchange_cheaper():
     layout = layout_of(1, 8)
     plain, rounded = (
-        dispatch_cost(DISPATCHES["all_to_all"], 4096, 2, 4096, 2, dataclasses.replace(layout, wire_dtype=wire_dtype))
+        dispatch_cost(DISPATCHES["all_to_all"], shape_of(4096, 2, dataclasses.replace(layout, wire_dtype=wire_dtype)))
         for wire_dtype in (None, "float8_e4m3fn")
     )
     assert rounded.wire_bytes == pytest.approx(0.75 * plain.wire_bytes, rel=0.01)

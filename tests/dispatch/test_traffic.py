@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 
-from jaxmoe.dispatch import DISPATCHES, DispatchLayout, expected_bytes
-from jaxmoe.dispatch.traffic import distinct_destinations
+from jaxmoe.dispatch import DISPATCHES, DispatchLayout, DispatchShape, expected_bytes
+from jaxmoe.dispatch.collectives import distinct_destinations
 from jaxmoe.mesh import AXES
 from tests.support.dispatch_programs import LAYOUTS, D, Program, program, promised
 from tests.support.hlo import collectives
@@ -44,14 +44,14 @@ def test_even_routing_sends_each_token_once_to_each_destination(mesh_shape, expe
     run = Program(backend="all_to_all", mesh_shape=mesh_shape, expert_axes=expert_axes, T=4096, K=K)
     n, layout = run.layout.num_devices, run.layout
     ids_TK = np.argsort(np.random.default_rng(3).random((run.T, layout.num_slots)), axis=1)[:, :K]  # slots as experts
-    lines = run.line_lengths(ids_TK)
-    sent = lines.sum() - sum(lines[device, rank] for device, rank in enumerate(_ranks(run)))
+    lengths = run.queue_lengths(ids_TK)
+    sent = lengths.sum() - sum(lengths[device, rank] for device, rank in enumerate(_ranks(run)))
     bytes_sent = sent * D * 4 / 8
     expected = run.T / 8 * distinct_destinations(K, layout.num_slots, n) * (n - 1) / n * D * 4
     assert bytes_sent == pytest.approx(expected, rel=0.1, abs=1e-9)
 
     there, *_, back = [
-        each for each in run.dispatch.collectives(run.T, K, D, 4, layout) if each.payload and each.axes == expert_axes
+        each for each in run.dispatch.collectives(run.shape) if each.payload and each.axes == expert_axes
     ]
     assert there == back
     assert expected_bytes((there,)).payload == pytest.approx(expected)
@@ -82,17 +82,16 @@ def test_rows_reported_are_those_of_the_routing(backend, mesh_shape, expert_axes
     else:
         # Tokens lie on the devices in the order (dp, ep, tp); the report is by (dp, tp, ep).
         dp, tp, ep = mesh_shape
-        lines = run.line_lengths(slots_TK).reshape(dp, ep, tp, -1).transpose(0, 2, 1, 3)
-        np.testing.assert_array_equal(sent, lines)
+        lengths = run.queue_lengths(slots_TK).reshape(dp, ep, tp, -1).transpose(0, 2, 1, 3)
+        np.testing.assert_array_equal(sent, lengths)
 
 
 def test_payload_metadata_and_padding_add_up():
     layout = DispatchLayout(
         mesh_shape=(("dp", 1), ("tp", 2), ("ep", 4)), expert_axes=("ep",), partial_axes=("tp",), num_slots=128
     )
-    padded, ragged = (
-        DISPATCHES[name].collectives(4096, 8, 2048, 2, layout) for name in ("all_to_all", "ragged_all_to_all")
-    )
+    shape = DispatchShape(tokens=4096, choices=8, width=2048, itemsize=2, layout=layout)
+    padded, ragged = (DISPATCHES[name].collectives(shape) for name in ("all_to_all", "ragged_all_to_all"))
     total = sum(each.wire_bytes for each in padded)
     assert expected_bytes(padded).total == pytest.approx(total)
     assert expected_bytes(padded).padding > 0

@@ -1,5 +1,7 @@
 """Rows in eight bits on the wire: how far off, how many bytes, and what gradient."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,9 +9,9 @@ import pytest
 from flax import nnx
 
 import jaxmoe
-from jaxmoe.dispatch import DISPATCHES, expected_bytes
+from jaxmoe.dispatch import expected_bytes
 from jaxmoe.dispatch.wire import pack_rows, unpack_rows
-from tests.support.dispatch_programs import D, Program, program, promised
+from tests.support.dispatch_programs import Program, program, promised
 from tests.support.hlo import collectives
 from tests.support.meshes import mesh_of
 from tests.support.routings import draw_ids
@@ -65,11 +67,12 @@ def test_experts_see_rounded_rows_and_nothing_else_changes(backend, mesh_shape):
 def test_bytes_on_the_wire():
     run = program(backend="all_to_all", mesh_shape=(2, 2, 2), expert_axes=("ep",), wire_dtype=FP8)
     assert collectives(run.compiled.as_text()) == promised(run)
-    there, _, gathered, *_, back = run.dispatch.collectives(run.T, run.K, D, 2, run.layout)
+    shape = dataclasses.replace(run.shape, itemsize=2)
+    there, _, gathered, *_, back = run.dispatch.collectives(shape)
+    plain = run.dispatch.collectives(
+        dataclasses.replace(shape, layout=dataclasses.replace(run.layout, wire_dtype=None))
+    )
     for each in (there, gathered):
-        plain = DISPATCHES["all_to_all"].collectives(
-            run.T, run.K, D, 2, program(backend="all_to_all", mesh_shape=(2, 2, 2), expert_axes=("ep",)).layout
-        )
         assert each.bytes * 2 in [other.bytes for other in plain]
     assert back.bytes == 2 * there.bytes
     assert expected_bytes((there,)).payload * 2 == pytest.approx(expected_bytes((back,)).payload)

@@ -2,7 +2,7 @@
 
 import pytest
 
-from jaxmoe.dispatch.traffic import Collective
+from jaxmoe.dispatch.collectives import Collective
 
 
 def sent(op, devices: int, payload: float | None = 1.0) -> float:

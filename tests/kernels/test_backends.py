@@ -4,13 +4,14 @@ What is particular to a backend, and other tiles, have files of their own.
 """
 
 import dataclasses
-import importlib
+import inspect
 
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxmoe.kernels.grouped_matmul import api
+from jaxmoe.kernels.grouped_matmul import Kernels
+from jaxmoe.kernels.grouped_matmul import backends as tables
 from jaxmoe.kernels.grouped_matmul.quantized import as_matrices, dequantize
 from tests.support.kernels import (
     FLOAT32,
@@ -57,11 +58,24 @@ def backends(*left_out):
 
 
 def backend_of(module):
-    return importlib.import_module(f"jaxmoe.kernels.grouped_matmul.{module}")
+    return {**tables.BACKENDS, **tables.GPU_BACKENDS}[module].load()
 
 
 def test_all_backends_are_here() -> None:
-    assert {module for module, _ in BACKENDS.values()} == {*api.BACKENDS, *api.GPU_BACKENDS}
+    assert {module for module, _ in BACKENDS.values()} == {*tables.BACKENDS, *tables.GPU_BACKENDS}
+
+
+@pytest.mark.parametrize("product", ["grouped_matmul", "expert_mlp"])
+@backends()
+def test_arguments_are_those_of_the_contract(module, options, product) -> None:
+    """Arguments of the same names and kinds; more of them have defaults."""
+    wanted = list(inspect.signature(getattr(Kernels, product)).parameters.values())[1:]
+    given = inspect.signature(getattr(backend_of(module), product)).parameters
+    for each in wanted:
+        assert (given[each.name].kind, given[each.name].default) == (each.kind, each.default)
+    more = given.keys() - {each.name for each in wanted}
+    assert options.keys() - {"device_kind"} <= more
+    assert all(given[name].default is not inspect.Parameter.empty for name in more)
 
 
 @backends()

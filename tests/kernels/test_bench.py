@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxmoe.kernels.grouped_matmul import expert_mlp, grouped_matmul
+from jaxmoe.kernels.grouped_matmul import GPU_BACKENDS, expert_mlp, grouped_matmul
 from jaxmoe.kernels.grouped_matmul.tile_table import lookup
 from scripts import bench_kernels, bench_layer, tune_kernels
 from scripts._bench import inputs
@@ -404,7 +404,7 @@ def test_tuning_notes_nothing_that_is_no_faster(fake_times, monkeypatch):
 def test_tune_kernels_writes_the_table(fake_times, monkeypatch, tmp_path, capsys):
     """The whole script, with the fake kernel in place of one that needs a GPU."""
     monkeypatch.setattr(tune_kernels, "check_backend", lambda name, device: None)
-    monkeypatch.setattr(tune_kernels.importlib, "import_module", lambda name: FakeKernel())
+    monkeypatch.setitem(sys.modules, GPU_BACKENDS["triton"].module, FakeKernel())
     # 5 and 6 tokens are of the same class of rows a group.
     options = ["--shapes", "6,2,32,16", "--tokens", "5", "6", "--tables", str(tmp_path), "--rounds", "1"]
     tune_kernels.main(["--kernel", "triton", *options])

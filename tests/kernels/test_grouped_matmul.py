@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from jax.sharding import PartitionSpec as P
 
 from jaxmoe.kernels.grouped_matmul import ACTIVATIONS, BACKENDS, expert_mlp, grouped_matmul
-from jaxmoe.kernels.grouped_matmul.tiles import map_rows, map_tiles, rows_per_tile
+from jaxmoe.kernels.grouped_matmul.row_loops import map_rows, map_tiles, rows_per_tile
 from tests.support.kernels import REGIMES, D, F, G, arrays, each_regime, int32, mlp_arrays, poison
 from tests.support.meshes import mesh_of
 

@@ -16,7 +16,7 @@ import pytest
 
 from jaxmoe.config import MoEConfig
 from jaxmoe.kernels.grouped_matmul import check_backend, expert_mlp, grouped_matmul
-from jaxmoe.kernels.grouped_matmul.activations import combine_halves
+from jaxmoe.kernels.grouped_matmul.combine import combine_halves
 from jaxmoe.kernels.grouped_matmul.quantized import as_matrices, dequantize
 from jaxmoe.layers import MoE
 from tests.support.kernels import (

@@ -13,7 +13,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from jaxmoe.kernels.grouped_matmul import BACKENDS, QuantizedStack, expert_mlp, grouped_matmul
-from jaxmoe.kernels.grouped_matmul.api import GPU_BACKENDS, PACKED_FORMATS
+from jaxmoe.kernels.grouped_matmul.backends import GPU_BACKENDS
 from jaxmoe.kernels.grouped_matmul.quantized import FORMATS
 from tests.support.kernels import REGIMES, each_regime, int32, poison
 from tests.support.meshes import mesh_of
@@ -23,7 +23,7 @@ pytestmark = pytest.mark.covering(most=3)
 
 one_case_a_format = pytest.mark.parametrize("case", [CASES[0], CASES[5], CASES[9]], ids=str)
 # These take every format; what a GPU takes is tested with its kernel.
-each_backend = pytest.mark.parametrize("backend", [name for name in PACKED_FORMATS if name in BACKENDS])
+each_backend = pytest.mark.parametrize("backend", [name for name, backend in BACKENDS.items() if backend.formats])
 
 
 def normal(seed, *shape, dtype=np.float32):
@@ -339,7 +339,9 @@ def test_no_decoded_stack_of_an_mlp(case, R):
     assert memory.temp_size_in_bytes < 2 * 3 * F * D * 4 + rows
 
 
-@pytest.mark.parametrize("backend", sorted({*BACKENDS, *GPU_BACKENDS} - PACKED_FORMATS.keys()))
+@pytest.mark.parametrize(
+    "backend", [name for name, backend in {**BACKENDS, **GPU_BACKENDS}.items() if not backend.formats]
+)
 @pytest.mark.parametrize("format", FORMATS)
 def test_backends_that_cannot_take_it_say_which_can(backend, format):
     stack, _ = pack(Case(format, (1, 32)), 0, 1, 2, 32)

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import pytest
 
 from jaxmoe.kernels.grouped_matmul import expert_mlp, tile_table
-from jaxmoe.kernels.grouped_matmul.api import GPU_BACKENDS
+from jaxmoe.kernels.grouped_matmul.backends import GPU_BACKENDS
 from jaxmoe.kernels.grouped_matmul.tile_table import TILE_TABLES, lookup, read_table, row_class, table_file, write_table
 
 DEVICE = "NVIDIA H100 80GB HBM3"

@@ -21,9 +21,10 @@ from jaxmoe.config import MoEConfig
 from jaxmoe.kernels.grouped_matmul import check_backend, portable, reference, triton
 from jaxmoe.kernels.grouped_matmul import expert_mlp as checked_expert_mlp
 from jaxmoe.kernels.grouped_matmul import grouped_matmul as checked_grouped_matmul
-from jaxmoe.kernels.grouped_matmul.activations import ACTIVATIONS, combine_halves, gelu_without_erf
+from jaxmoe.kernels.grouped_matmul.combine import combine_halves, gelu_without_erf
 from jaxmoe.kernels.grouped_matmul.quantized import QuantizedStack
 from jaxmoe.layers import MoE
+from jaxmoe.numerics import ACTIVATIONS
 from tests.support.kernels import FLOAT32, arrays, exact, int32, poison, rows_and_matrices
 from tests.support.meshes import mesh_of
 

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from jaxmoe.kernels.grouped_matmul import mosaic_gpu, triton
-from jaxmoe.kernels.grouped_matmul.activations import combine_halves
+from jaxmoe.kernels.grouped_matmul.combine import combine_halves
 from tests.support.kernels import FLOAT32, needs_mosaic, rows_and_matrices
 
 SIZES, R, D, F = [3, 0, 20], 30, 64, 64

@@ -6,8 +6,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxmoe.layers.rope import apply_rope
 from jaxmoe.rotary import RopeConfig
+from jaxmoe.rotary.apply import apply_rope
 
 FREQUENCIES = (1.0, 0.3, 0.01)
 WIDTH = 2 * len(FREQUENCIES) + 2  # the last two dims stay

@@ -110,7 +110,7 @@ def test_random_is_seeded() -> None:
 
 @pytest.mark.full
 @pytest.mark.parametrize("name", REPLICA_CHOICES)
-def test_no_choice_beats_the_linear_programme(name) -> None:
+def test_no_choice_beats_the_linear_program(name) -> None:
     rows = route_trace(TRACE, REPLICATED, replica_choice=name).rows.sum(axis=0)
     for layer, placement in enumerate(REPLICATED):
         bound = optimal_max_load(TRACE.total_counts[layer], placement)

@@ -10,7 +10,16 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import PartitionSpec as P
 
-from jaxmoe.dispatch import DISPATCHES, Buffers, Dispatch, DispatchLayout, DispatchStats, Experts, exchange_plan
+from jaxmoe.dispatch import (
+    DISPATCHES,
+    Buffers,
+    Dispatch,
+    DispatchLayout,
+    DispatchShape,
+    DispatchStats,
+    Experts,
+    queues,
+)
 from jaxmoe.kernels.grouped_matmul import expert_mlp
 from jaxmoe.mesh import AXES
 from jaxmoe.placement import ExpertPlacement
@@ -80,6 +89,11 @@ class Program:
             wire_dtype=self.wire_dtype,
             buffers=SMALL if self.tight else Buffers(),
         )
+
+    @cached_property
+    def shape(self) -> DispatchShape:
+        itemsize = jnp.dtype(self.dtype).itemsize
+        return DispatchShape(tokens=self.T, choices=self.K, width=D, itemsize=itemsize, layout=self.layout)
 
     @cached_property
     def sources(self) -> int:
@@ -169,17 +183,17 @@ class Program:
         turn = np.arange(ids_TK.size).reshape(ids_TK.shape) % self.placement.replica_counts[ids_TK]
         return np.where(ids_TK >= 0, self.placement.expert_to_slots[ids_TK, turn], -1)
 
-    def line_lengths(self, slots_TK: np.ndarray) -> np.ndarray:
+    def queue_lengths(self, slots_TK: np.ndarray) -> np.ndarray:
         """Distinct (token, destination) pairs, [sources, n]."""
         n, p = self.layout.num_devices, self.layout.slots_per_device
         goes_Tn = (np.where(slots_TK >= 0, slots_TK // p, -1)[:, :, None] == np.arange(n)).any(axis=1)
         return goes_Tn.reshape(self.sources, -1, n).sum(axis=1)
 
     def expected_rounds(self, slots_TK: np.ndarray) -> int:
-        """The longest line over C, counted on the host; one round where C holds any line."""
+        """The longest queue over C, counted on the host; one round where C holds any line."""
         own = self.T // self.sources
-        C = exchange_plan.capacity(own, self.K, self.layout)
-        return 1 if own == C else -(-int(self.line_lengths(slots_TK).max()) // C)
+        C = queues.capacity(own, self.K, self.layout)
+        return 1 if own == C else -(-int(self.queue_lengths(slots_TK).max()) // C)
 
 
 @cache
@@ -195,8 +209,7 @@ def promised(run: Program) -> Counter:
     round twice: those of the first, and those of the loop over the others.
     """
     found: Counter = Counter()
-    itemsize = jnp.dtype(run.dtype).itemsize
-    listed = run.dispatch.collectives(run.T, run.K, D, itemsize, run.layout)
+    listed = run.dispatch.collectives(run.shape)
     loops = run.dispatch.name == "all_to_all" and any(each.op == "all-reduce" for each in listed)
     for each in listed:
         if each.devices > 1:

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from jaxmoe.kernels.grouped_matmul import QuantizedStack, reference
-from jaxmoe.kernels.grouped_matmul.activations import combine_halves
+from jaxmoe.kernels.grouped_matmul.combine import combine_halves
 
 OLD = jax.__version_info__ < (0, 11, 2)
 needs_mosaic = pytest.mark.skipif(OLD, reason="the kernel is written for jax 0.11.2 and newer")

@@ -1,16 +1,20 @@
 """Matrix products over rows sorted by group: the arithmetic of a Mixture-of-Experts layer.
 
-`api` checks the arguments and chooses a backend; `reference` is the oracle of the tests; every other file is one
-backend or what backends share.
+`api` checks the arguments; `backends` has the contract of a backend and the tables of them; `reference` is the oracle of
+the tests; every other file is one backend or what backends share.
 """
 
-from jaxmoe.kernels.grouped_matmul.activations import ACTIVATIONS, combine_halves
-from jaxmoe.kernels.grouped_matmul.api import BACKENDS, check_backend, expert_mlp, grouped_matmul
+from jaxmoe.kernels.grouped_matmul.api import expert_mlp, grouped_matmul
+from jaxmoe.kernels.grouped_matmul.backends import BACKENDS, GPU_BACKENDS, Kernels, check_backend
+from jaxmoe.kernels.grouped_matmul.combine import combine_halves
 from jaxmoe.kernels.grouped_matmul.quantized import QuantizedStack, dequantize
+from jaxmoe.numerics import ACTIVATIONS
 
 __all__ = [
     "ACTIVATIONS",
     "BACKENDS",
+    "GPU_BACKENDS",
+    "Kernels",
     "QuantizedStack",
     "check_backend",
     "combine_halves",

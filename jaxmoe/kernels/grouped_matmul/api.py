@@ -1,70 +1,18 @@
-"""The public grouped products: argument checks and the choice of a backend.
+"""The public grouped products: they check arguments and call a backend.
 
 Letters here, beside the common ones of docs/concepts/letters.md: G groups, K inner dimension, N output dimension.
 Groups are the p physical slots of the experts here, or anything else that owns a run of consecutive rows.
 """
 
-import importlib
 import math
-import re
-from types import ModuleType
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
-from jaxmoe.hardware import GPUS
-from jaxmoe.kernels.grouped_matmul import portable, reference, xla_ragged_dot
-from jaxmoe.kernels.grouped_matmul.activations import combine_halves
-from jaxmoe.kernels.grouped_matmul.quantized import FORMATS, Matrices, QuantizedStack, as_matrices
-
-# A backend is a module with the two functions of this file, less the checks: gate and up arrive as one stack
-# [p, N, D] with a function that combines the halves, `out_dtype` as a dtype. A stack may be a `QuantizedStack`, of a
-# format that is listed for the backend in `PACKED_FORMATS` and with a block that divides its matrices.
-BACKENDS: dict[str, ModuleType] = {
-    "portable": portable,
-    "reference": reference,
-    "xla_ragged_dot": xla_ragged_dot,
-}
-
-
-class GPUBackend(NamedTuple):
-    """A backend that is imported when it is named: what it is written in is not there in every jax.
-
-    Attributes:
-        module: its name.
-        since: the first version of jax.
-        capabilities: first numbers of the compute capabilities of the NVIDIA GPUs that it runs on.
-        generations: those GPUs, in words.
-    """
-
-    module: str
-    since: tuple[int, ...]
-    capabilities: range
-    generations: str
-
-    @property
-    def devices(self) -> str:
-        """The GPUs in words, and by name those that `jaxmoe.hardware` knows."""
-        known = [name.upper() for name, gpu in GPUS.items() if gpu.compute_capability[0] in self.capabilities]
-        return f"{self.generations} ({', '.join(known)})"
-
-
-GPU_BACKENDS = {
-    "mosaic_gpu": GPUBackend(
-        "jaxmoe.kernels.grouped_matmul.mosaic_gpu",
-        (0, 11, 2),
-        range(9, 11),
-        "Hopper and Blackwell GPUs of data centres",
-    ),
-    "triton": GPUBackend("jaxmoe.kernels.grouped_matmul.triton", (0, 10, 2), range(8, 100), "NVIDIA GPUs since Ampere"),
-}
-PACKED_FORMATS: dict[str, frozenset[str]] = {
-    "portable": frozenset(FORMATS),
-    "reference": frozenset(FORMATS),
-    "mosaic_gpu": frozenset(FORMATS),
-}
+from jaxmoe.kernels.grouped_matmul.backends import load_backend
+from jaxmoe.kernels.grouped_matmul.combine import combine_halves
+from jaxmoe.kernels.grouped_matmul.quantized import Matrices, QuantizedStack, as_matrices
 
 
 def grouped_matmul(
@@ -84,13 +32,13 @@ def grouped_matmul(
 
     Args:
         lhs_RK: rows, sorted by group. There may be more of them than the groups own: time follows the rows owned.
-        rhs_GNK: one matrix a group, (out, in) as in torch; of lhs_RK's dtype, or a `QuantizedStack`.
+        rhs_GNK: matrices, one for each group, (out, in) as in torch; of lhs_RK's dtype, or a `QuantizedStack`.
         group_sizes_G: int32, rows of each group; zeros are welcome.
         out_dtype: dtype of the result, lhs_RK's by default. Sums are float32 (float64 for float64 rows) whatever it is.
-        backend: a name in `BACKENDS` or `GPU_BACKENDS`, or "auto".
-        device_kind: `jax.Device.device_kind` of where it will run. A GPU backend takes the tiles that were measured to
-            be fastest there; without it, or where nothing was measured, its own choice. "mosaic_gpu" has a kernel of
-            its own for Blackwell, which it takes only where this says so.
+        backend: name in `BACKENDS` or `GPU_BACKENDS`, or "auto".
+        device_kind: `jax.Device.device_kind` of the devices that it will run on. A GPU backend takes the tiles that were
+            measured to be fastest there; without it, or where nothing was measured, its own choice. "mosaic_gpu" has a
+            kernel of its own for Blackwell, which it takes only where this says so.
 
     Returns:
         out_RN. Rows at or beyond sum(group_sizes) are zeros, whatever lhs_RK holds there.
@@ -108,12 +56,12 @@ def grouped_matmul(
     _check_ranks(lhs=(lhs_RK, "RK"), rhs=(rhs_GNK, "GNK"), group_sizes=(group_sizes_G, "G"))
     _check_rows(lhs_RK, group_sizes_G)
     _check_matrix("rhs", rhs_GNK, (rhs_GNK.shape[1], lhs_RK.shape[1]), lhs_RK, group_sizes_G)
-    return _backend(backend, rhs_GNK).grouped_matmul(
+    return load_backend(backend, rhs_GNK).grouped_matmul(
         lhs_RK,
         _flatten(rhs_GNK),
         group_sizes_G,
         out_dtype=jnp.dtype(out_dtype or lhs_RK.dtype),
-        **_device(backend, device_kind),
+        device_kind=device_kind,
     )
 
 
@@ -145,17 +93,17 @@ def expert_mlp(
     Args:
         x_RD: rows sorted by physical slot, possibly followed by unused ones.
         w_gate_up_p2FD: gate at [:, 0], up at [:, 1]; or up alone at [:, 0]. Of x_RD's dtype, or a `QuantizedStack`.
-        w_down_pDF: of x_RD's dtype, or a `QuantizedStack`, whatever the other is.
+        w_down_pDF: matrices of the second product, of x_RD's dtype, or a `QuantizedStack`, whatever the first are.
         group_sizes_p: int32, rows of each slot; zeros are welcome.
         b_gate_up_p2F: biases of the first product.
         b_down_pD: biases of the second.
-        activation: a name in `ACTIVATIONS` or `CLAMPED`, computed in the sums' dtype.
-        limit: of a clamped activation.
+        activation: name in `ACTIVATIONS` or `CLAMPED`, computed in the sums' dtype.
+        limit: limit of a clamped activation.
         out_dtype: dtype of the result, x_RD's by default. Sums are float32 (float64 for float64 rows) whatever it is.
-        backend: a name in `BACKENDS` or `GPU_BACKENDS`, or "auto".
-        device_kind: `jax.Device.device_kind` of where it will run. A GPU backend takes the tiles that were measured to
-            be fastest there; without it, or where nothing was measured, its own choice. "mosaic_gpu" has a kernel of
-            its own for Blackwell, which it takes only where this says so.
+        backend: name in `BACKENDS` or `GPU_BACKENDS`, or "auto".
+        device_kind: `jax.Device.device_kind` of the devices that it will run on. A GPU backend takes the tiles that were
+            measured to be fastest there; without it, or where nothing was measured, its own choice. "mosaic_gpu" has a
+            kernel of its own for Blackwell, which it takes only where this says so.
 
     Returns:
         y_RD. Rows at or beyond sum(group_sizes) are zeros, whatever x_RD holds there.
@@ -186,7 +134,7 @@ def expert_mlp(
     for name, bias, shape in (("b_gate_up", b_gate_up_p2F, (p, halves, F)), ("b_down", b_down_pD, (p, D))):
         if bias is not None and bias.shape != shape:
             raise ValueError(f"{name} must have shape {shape} to fit the matrices; got {bias.shape}.")
-    return _backend(backend, w_gate_up_p2FD, w_down_pDF).expert_mlp(
+    return load_backend(backend, w_gate_up_p2FD, w_down_pDF).expert_mlp(
         x_RD,
         _flatten(w_gate_up_p2FD),
         _flatten(w_down_pDF),
@@ -195,59 +143,8 @@ def expert_mlp(
         b_down_pD=b_down_pD,
         combine=combine_halves(activation, limit, gated=halves == 2),
         out_dtype=jnp.dtype(out_dtype or x_RD.dtype),
-        **_device(backend, device_kind),
+        device_kind=device_kind,
     )
-
-
-def check_backend(name: str, device: jax.Device) -> None:
-    """Refuse a backend that is not known, or that cannot run on a kind of device.
-
-    Raises:
-        ValueError: there is no backend of that name.
-        NotImplementedError: it cannot run there, or not with the installed jax.
-    """
-    _backend(name)
-    if name in GPU_BACKENDS and _capability(device) not in GPU_BACKENDS[name].capabilities:
-        raise NotImplementedError(
-            f"kernels {name!r} run on {GPU_BACKENDS[name].devices}; these devices are {device.device_kind} "
-            f"({device.platform}): use 'portable' or 'auto'"
-        )
-
-
-def _capability(device: jax.Device) -> int:
-    """The first number of an NVIDIA GPU's compute capability; 0 of any other device, such as "gfx942" of AMD's."""
-    number = re.match(r"(\d+)\.\d", str(getattr(device, "compute_capability", "")))
-    return int(number[1]) if number else 0
-
-
-def _backend(name: str, *stacks: Matrices) -> ModuleType:
-    """The backend of that name, if it takes these stacks."""
-    if name == "auto":
-        name = "portable"
-    if name not in BACKENDS and name not in GPU_BACKENDS:
-        names = sorted([*BACKENDS, *GPU_BACKENDS])
-        raise ValueError(f"backend must be 'auto' or one of {names}; got {name!r}. Name one of these.")
-    formats = {stack.format for stack in stacks if isinstance(stack, QuantizedStack)}
-    if refused := formats - PACKED_FORMATS.get(name, frozenset()):
-        raise NotImplementedError(
-            f"kernels {name!r} do not take matrices packed as {' or '.join(sorted(refused))}: use 'portable', which does, "
-            "or `dequantize` them first"
-        )
-    if name in BACKENDS:
-        return BACKENDS[name]
-    backend = GPU_BACKENDS[name]
-    if jax.__version_info__ < backend.since:
-        since = ".".join(map(str, backend.since))
-        raise NotImplementedError(
-            f"kernels {name!r} need jax {since} or newer, and this is jax {jax.__version__}: install a newer one (it "
-            "needs Python 3.12), or use 'portable'"
-        )
-    return importlib.import_module(backend.module)
-
-
-def _device(name: str, device_kind: str | None) -> dict[str, str | None]:
-    """What only backends with measured tiles take."""
-    return {"device_kind": device_kind} if name in GPU_BACKENDS else {}
 
 
 def _flatten(stack: Matrices) -> Matrices:

@@ -1,7 +1,10 @@
-"""The backward pass of a function that is applied to the rows of each group with that group's matrices.
+"""Gradients: the backward pass of a function of each group's rows and matrices, and its loan to kernels that have none.
 
 Nothing but the inputs is kept from the forward pass: a tile's products are computed again, in the dtype of sums, where
 they are needed, so that training stores no activation of the experts.
+
+Letters here, beside the common ones of docs/concepts/letters.md: G groups, K and N inner and outer dim, m rows of a
+tile.
 """
 
 from collections.abc import Callable
@@ -12,9 +15,17 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jaxmoe.kernels.dtypes import sum_dtype
-from jaxmoe.kernels.grouped_matmul.loop_arrays import from_bits, take_group, to_bits
-from jaxmoe.kernels.grouped_matmul.tiles import MIN_TILE, filled_groups, mark_varying, rows_per_tile
+from jaxmoe.kernels.grouped_matmul.row_loops import (
+    MIN_TILE,
+    filled_groups,
+    from_bits,
+    mark_varying,
+    rows_per_tile,
+    take_group,
+    to_bits,
+    varying_axes,
+)
+from jaxmoe.numerics import sum_dtype
 
 
 def group_gradients(
@@ -33,14 +44,14 @@ def group_gradients(
     empty. Of x: one row each; zeros where no group owns the row. What x and dy hold there is never used, NaN included.
 
     Args:
-        load: what is constant for a group, such as matrices that it decodes; called once for one that has rows.
-        tile_fn: from what `load` gives, one group's part of `stacks` and rows [m, K] to rows [m, N]; differentiable,
+        load: function from a group to constants of it, such as matrices that it decodes; called once for one with rows.
+        tile_fn: function from those constants, one group's part of `stacks` and rows [m, K] to rows [m, N]; differentiable,
             rows independent.
         stacks: arrays [G, ...].
         x_RK: rows sorted by group.
         group_sizes_G: int32, rows of each group.
         dy_RN: the cotangent of y.
-        varying: mesh axes over which all of these vary, see `tiles.varying_axes`.
+        varying: mesh axes over which all of these vary, see `row_loops.varying_axes`.
 
     Returns:
         The gradients, in the shapes and dtypes of `stacks` and x_RK.
@@ -66,7 +77,7 @@ def group_gradients(
         def one_tile(t: jax.Array, grads: tuple[Any, jax.Array]) -> tuple[Any, jax.Array]:
             dmatrices, dx_RK = grads
             row = start + t * m
-            first = jnp.minimum(row, R - m)  # as in `tiles.map_tiles`
+            first = jnp.minimum(row, R - m)  # as in `row_loops.map_tiles`
             row_m = first + jnp.arange(m, dtype=jnp.int32)
             own_m1 = ((row_m >= row) & (row_m < end))[:, None]
 
@@ -96,3 +107,33 @@ def group_gradients(
     inputs = stacks, x_RK
     gradients = lax.fori_loop(0, filled, one_group, jax.tree.map(zeros, inputs))
     return jax.tree.map(lambda gradient, array: from_bits(gradient, array.dtype), gradients, inputs)
+
+
+def with_gradient_of(
+    same: Callable[[Any, jax.Array], jax.Array],
+    forward: Callable[[Any, jax.Array], jax.Array],
+    arrays: Any,
+    group_sizes_G: jax.Array,
+) -> jax.Array:
+    """`forward(arrays, group_sizes)`, with the gradient of `same(arrays, group_sizes)` in `arrays`.
+
+    Neither function may close over arrays that are being traced: JAX takes gradients after they are gone.
+
+    Args:
+        same: function that XLA can differentiate, and that computes what `forward` does.
+        forward: function that is called.
+        arrays: a pytree of what may be differentiated.
+        group_sizes_G: int32, rows of each group.
+    """
+    varying = varying_axes(*jax.tree.leaves(arrays), group_sizes_G)
+    # All of one type inside `shard_map`, as a custom rule needs it; the transpose of this sums gradients over the mesh.
+    arrays = jax.tree.map(lambda array: mark_varying(array, varying - varying_axes(array)), arrays)
+
+    def pullback(inputs: tuple[Any, jax.Array], dy: jax.Array) -> tuple[Any, None]:
+        arrays, group_sizes_G = inputs
+        _, pull = jax.vjp(lambda arrays: same(arrays, group_sizes_G), arrays)
+        return *pull(dy), None
+
+    function = jax.custom_vjp(forward)
+    function.defvjp(lambda *inputs: (forward(*inputs), inputs), pullback)
+    return function(arrays, group_sizes_G)

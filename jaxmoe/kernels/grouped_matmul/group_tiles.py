@@ -1,8 +1,8 @@
-"""Which rows each tile of a kernel covers, where rows are sorted by group and stay where they are.
+"""Rows that each tile of a kernel covers, where rows are sorted by group and stay where they are.
 
 A tile begins at a multiple of 8 rows, for the tensor memory accelerator copies rows in blocks of 8, so a group's first tile
 may begin with up to 7 rows of the group before. `skip` and `size` say which of a tile's rows are its group's own.
-Letters here, beside the common ones of docs/concepts/letters.md: I tiles.
+Letters here, beside the common ones of docs/concepts/letters.md: G groups, I tiles.
 """
 
 from typing import NamedTuple
@@ -18,10 +18,10 @@ class GroupTiles(NamedTuple):
 
     Attributes:
         groups: int32 [I], the group of each tile.
-        blocks: int32 [I], the row it begins at, in units of `ALIGNMENT`.
-        skips: int32 [I], its rows that belong to groups before.
-        sizes: int32 [I], its group's own rows, which follow those.
-        used: int32 [1], tiles with rows of their own.
+        blocks: int32 [I], the row that each tile begins at, in units of `ALIGNMENT`.
+        skips: int32 [I], rows of each tile that belong to groups before.
+        sizes: int32 [I], rows of each tile that are its group's own; they follow those.
+        used: int32 [1], number of tiles with rows of their own.
     """
 
     groups: jax.Array

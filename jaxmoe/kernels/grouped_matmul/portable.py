@@ -7,6 +7,9 @@ Two products, chosen by the static number of rows a group:
 * few rows: the time is that of reading the matrices, which `row_product` does in place.
 
 Packed matrices are decoded to float32 in the same places, those of one group at a time.
+
+Letters here, beside the common ones of docs/concepts/letters.md: G groups, N and K of a matrix [N, K], m rows of a
+tile.
 """
 
 from collections.abc import Callable
@@ -17,19 +20,30 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jaxmoe.kernels.dtypes import sum_dtype
-from jaxmoe.kernels.grouped_matmul.activations import Combine
+from jaxmoe.kernels.grouped_matmul.combine import Combine
 from jaxmoe.kernels.grouped_matmul.gradient import group_gradients
-from jaxmoe.kernels.grouped_matmul.loop_arrays import take_group
 from jaxmoe.kernels.grouped_matmul.quantized import Matrices, QuantizedStack, dequantize, matrix_of
+from jaxmoe.kernels.grouped_matmul.row_loops import (
+    map_rows,
+    map_tiles,
+    mark_varying,
+    rows_per_tile,
+    take_group,
+    varying_axes,
+)
 from jaxmoe.kernels.grouped_matmul.row_product import matmul, matrix_first, row_product
-from jaxmoe.kernels.grouped_matmul.tiles import map_rows, map_tiles, mark_varying, rows_per_tile, varying_axes
+from jaxmoe.numerics import sum_dtype
 
 
 def grouped_matmul(
-    lhs_RK: jax.Array, rhs_GNK: Matrices, group_sizes_G: jax.Array, *, out_dtype: jnp.dtype
+    lhs_RK: jax.Array,
+    rhs_GNK: Matrices,
+    group_sizes_G: jax.Array,
+    *,
+    out_dtype: jnp.dtype,
+    device_kind: str | None = None,
 ) -> jax.Array:
-    """out[r] = rhs[g(r)] @ lhs[r]; see `api.grouped_matmul`."""
+    """out[r] = rhs[g(r)] @ lhs[r], as `Kernels` says; the same on all kinds of devices."""
     out = jax.ShapeDtypeStruct((lhs_RK.shape[0], rhs_GNK.shape[1]), out_dtype)
     return _map_groups(lambda x_mK, affine: affine(0, x_mK), lhs_RK, [(rhs_GNK, None)], group_sizes_G, out)
 
@@ -44,8 +58,9 @@ def expert_mlp(
     b_down_pD: jax.Array | None,
     combine: Combine,
     out_dtype: jnp.dtype,
+    device_kind: str | None = None,
 ) -> jax.Array:
-    """y = W_down[g] @ combine(W_up[g] @ x + b_up[g]) + b_down[g]; see `api.expert_mlp`.
+    """y = W_down[g] @ combine(W_up[g] @ x + b_up[g]) + b_down[g]; see `Kernels.expert_mlp`.
 
     Both products of a tile happen in one trip, so that h stays in cache and is never stored for all rows.
     """

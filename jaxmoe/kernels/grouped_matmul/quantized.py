@@ -2,6 +2,8 @@
 
 W = (decode(values) - zero_points) · scales. Matrices are (out, in) as in torch; two 4-bit numbers share a byte, the one
 of lower k in the low half. A loader brings a checkpoint's own packing into this form once; backends read it as it is.
+
+Letters here, beside the common ones of docs/concepts/letters.md: G groups, N and K of a matrix [N, K], B bytes.
 """
 
 import dataclasses
@@ -14,18 +16,18 @@ import jax.numpy as jnp
 from jax import lax
 from jax.typing import DTypeLike
 
-from jaxmoe.kernels.dtypes import int32
-from jaxmoe.kernels.grouped_matmul.loop_arrays import take_group, tied
+from jaxmoe.kernels.grouped_matmul.row_loops import take_group, tied
+from jaxmoe.numerics import int32
 
 
 class Format(NamedTuple):
-    """How the numbers of a stack are stored.
+    """Form in which the numbers of a stack are stored.
 
     Attributes:
-        dtype: of `values`.
+        dtype: dtype of `values`.
         per_byte: numbers in each byte.
-        decode: from codes, one a number, uint8, to float32.
-        zero: the code that stands for zero where a stack has no zero points; None if codes have a sign of their own.
+        decode: function from codes, uint8, one for each number, to float32.
+        zero: code that stands for zero where a stack has no zero points; None if codes have a sign of their own.
         scales: dtype of `scales`; None for any floating one.
     """
 
@@ -86,7 +88,7 @@ class QuantizedStack:
         values: float8_e4m3fn [..., N, K], or uint8 [..., N, K/2] with the number of the even k in the low four bits.
         scales: [..., N/bn, K/bk], floating; of "mxfp4" uint8 exponents s (E8M0), for 2^(s - 127), and 255 for NaN.
         zero_points: codes that stand for zero, uint8 of the shape of `scales`; of "int4" only, where None is 8.
-        format: a name in `FORMATS`. Of "int4", codes are unsigned, 0 to 15.
+        format: name in `FORMATS`. Of "int4", codes are unsigned, 0 to 15.
         block: (bn, bk), outputs and inputs that share a scale: (128, 128), or (1, K) for a scale a channel, (N, K)
             for a scale a tensor, (1, 32) for groups of 32. bn divides N, and bk divides K.
 
@@ -106,7 +108,7 @@ class QuantizedStack:
 
     def __post_init__(self) -> None:
         if self.format not in FORMATS:
-            raise ValueError(f"format must be one of {sorted(FORMATS)}; got {self.format!r}. Dequantise other formats.")
+            raise ValueError(f"format must be one of {sorted(FORMATS)}; got {self.format!r}. Dequantize other formats.")
         if not (isinstance(self.block, tuple) and len(self.block) == 2 and min(self.block) > 0):
             raise ValueError(
                 f"block must be a tuple of two positive sizes, outputs and inputs a scale; got {self.block!r}. Of a scale "
@@ -128,7 +130,7 @@ class QuantizedStack:
         """See that the arrays fit together.
 
         Args:
-            name: what to call the stack in a message.
+            name: name of the stack in a message.
 
         Raises:
             ValueError: a dtype or shape is not what format and block ask for.
@@ -224,7 +226,7 @@ def decode_scales(stack: QuantizedStack) -> jax.Array:
 
 
 def decode_zeros(stack: QuantizedStack) -> jax.Array | None:
-    """What to take from decoded codes, float32 of the shape of `scales`; None where codes have signs."""
+    """Numbers to subtract from decoded codes, float32 of the shape of `scales`; None where codes have signs."""
     if stack.zero_points is not None:
         return stack.zero_points.astype(jnp.float32)
     zero = FORMATS[stack.format].zero

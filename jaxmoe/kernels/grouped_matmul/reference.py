@@ -1,17 +1,25 @@
-"""The oracle: a dense product with every group's matrix, and a mask. Obviously right, and as slow as that."""
+"""The oracle: a dense product with every group's matrix, and a mask. Obviously right, and as slow as that.
+
+Letters here, beside the common ones of docs/concepts/letters.md: G groups, N and K of a matrix [N, K].
+"""
 
 import jax
 import jax.numpy as jnp
 
-from jaxmoe.kernels.dtypes import sum_dtype
-from jaxmoe.kernels.grouped_matmul.activations import Combine
+from jaxmoe.kernels.grouped_matmul.combine import Combine
 from jaxmoe.kernels.grouped_matmul.quantized import Matrices, QuantizedStack, dequantize
+from jaxmoe.numerics import sum_dtype
 
 
 def grouped_matmul(
-    lhs_RK: jax.Array, rhs_GNK: Matrices, group_sizes_G: jax.Array, *, out_dtype: jnp.dtype
+    lhs_RK: jax.Array,
+    rhs_GNK: Matrices,
+    group_sizes_G: jax.Array,
+    *,
+    out_dtype: jnp.dtype,
+    device_kind: str | None = None,
 ) -> jax.Array:
-    """out[r] = rhs[g(r)] @ lhs[r]; see `api.grouped_matmul`."""
+    """out[r] = rhs[g(r)] @ lhs[r], as `Kernels` says; the same on all kinds of devices."""
     if isinstance(rhs_GNK, QuantizedStack):
         lhs_RK, rhs_GNK = lhs_RK.astype(jnp.float32), dequantize(rhs_GNK)
     R, (G, N, _) = lhs_RK.shape[0], rhs_GNK.shape
@@ -40,8 +48,9 @@ def expert_mlp(
     b_down_pD: jax.Array | None,
     combine: Combine,
     out_dtype: jnp.dtype,
+    device_kind: str | None = None,
 ) -> jax.Array:
-    """y = W_down[g] @ combine(W_up[g] @ x + b_up[g]) + b_down[g]; see `api.expert_mlp`."""
+    """y = W_down[g] @ combine(W_up[g] @ x + b_up[g]) + b_down[g]; see `Kernels.expert_mlp`."""
     slot_R = jnp.repeat(jnp.arange(len(group_sizes_p), dtype=jnp.int32), group_sizes_p, total_repeat_length=len(x_RD))
     owned_R1 = (jnp.arange(len(x_RD), dtype=jnp.int32) < jnp.sum(group_sizes_p, dtype=jnp.int32))[:, None]
     wide = sum_dtype(x_RD.dtype)

@@ -3,7 +3,10 @@
 XLA copies a slice of a stack before it enters a dot, but not before it enters an elementwise loop. The product is
 therefore written as `lanes` interleaved sums, out[n] = Σ_l (Σ_j w[n, j·lanes + l] · x[j·lanes + l]), with the inner sum over
 j written out as additions of slices: they become one loop over [N, lanes] that reads each matrix once, in order, a vector
-register at a time. A reduction over j would neither fuse nor vectorise.
+register at a time. A reduction over j would neither fuse nor vectorize.
+
+Letters here, beside the common ones of docs/concepts/letters.md: G groups, N and K of a matrix [N, K], m rows, L lanes,
+B bytes, j numbers of a byte.
 """
 
 from collections.abc import Callable, Iterable
@@ -15,8 +18,6 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jaxmoe.kernels.dtypes import int32, sum_dtype
-from jaxmoe.kernels.grouped_matmul.loop_arrays import take_group, tied
 from jaxmoe.kernels.grouped_matmul.quantized import (
     FORMATS,
     Matrices,
@@ -28,6 +29,8 @@ from jaxmoe.kernels.grouped_matmul.quantized import (
     matrix_of,
     split_bytes,
 )
+from jaxmoe.kernels.grouped_matmul.row_loops import take_group, tied
+from jaxmoe.numerics import int32, sum_dtype
 
 # float32 numbers in the widest vector register of current CPUs, and the narrowest worth using.
 LANES, MIN_LANES = 16, 8
@@ -118,7 +121,7 @@ def _sum_lanes(terms: Terms, slices: int) -> jax.Array:
         sum_NL = reduce(add, terms(0, BLOCK))  # not zeros: inside `shard_map` the carry has to vary from the start
         sum_NL = lax.fori_loop(1, blocks, lambda b, sum_NL: reduce(add, terms(b * BLOCK, BLOCK), sum_NL), sum_NL)
         sum_NL = reduce(add, terms(blocks * BLOCK, rest), sum_NL)
-    # As a dot, which XLA hands to a vectorised routine; HIGHEST, for it only adds up what is rounded already. The barrier
+    # As a dot, which XLA hands to a vectorized routine; HIGHEST, for it only adds up what is rounded already. The barrier
     # keeps this sum out of the first loop.
     ones_L = jnp.ones(sum_NL.shape[1], sum_NL.dtype)
     return jnp.matmul(lax.optimization_barrier(sum_NL), ones_L, precision=lax.Precision.HIGHEST)

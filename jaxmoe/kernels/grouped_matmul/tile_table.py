@@ -22,7 +22,7 @@ from jaxmoe.kernels.grouped_matmul.quantized import Matrices, QuantizedStack
 
 TILE_TABLES = Path(__file__).with_name("tile_tables")
 
-# What an entry is found by.
+# Names by whose values an entry is found.
 KEY = ("kernel", "dtype", "K", "N", "row_class")
 
 
@@ -36,7 +36,7 @@ def row_class(rows_per_group: float) -> int:
 
 
 def table_file(device_kind: str, folder: Path = TILE_TABLES) -> Path:
-    """Where the tiles of a kind of device stand.
+    """The file that has the tiles of a kind of device.
 
     >>> table_file("NVIDIA H100 80GB HBM3").name
     'nvidia_h100_80gb_hbm3.json'
@@ -57,16 +57,16 @@ def lookup(
     """The tiles measured for matrices [N, K] with so many rows a group on average.
 
     Args:
-        device_kind: as `jax.Device.device_kind` has it.
+        device_kind: kind of device, as `jax.Device.device_kind` has it.
         kernel: a backend, such as "triton"; or "triton.gate_up" for gate and up in one, with the activation.
-        dtype: of rows and matrices, such as "bfloat16".
+        dtype: dtype of rows and matrices, such as "bfloat16".
         K: inner dimension.
         N: output dimension, of gate and up together.
         rows_per_group: allocated rows by groups, which shapes alone tell.
-        folder: of the tables.
+        folder: folder of the tables.
 
     Returns:
-        What the kernel's own type of tiles is made of, or None where nothing was measured: use the kernel's defaults.
+        Arguments of the kernel's own type of tiles, or None where nothing was measured: use the kernel's defaults.
 
     Raises:
         ValueError: the device's file is no table, or one of another device.
@@ -81,11 +81,11 @@ def measured_tiles(
     """`lookup` for rows [R, K] and matrices [G, N, K], as what `make` makes of it; None for packed matrices.
 
     Args:
-        make: the kernel's type of tiles.
-        device_kind: None if nobody knows, and then nothing is measured.
-        kernel: as for `lookup`.
-        rows: what is multiplied, like `matrices`; only shapes and dtypes matter.
-        matrices: see `rows`.
+        make: type of the kernel's tiles.
+        device_kind: kind of device; None if it is not known, and then nothing is measured.
+        kernel: name of the kernel, as for `lookup`.
+        rows: rows that are multiplied; only shape and dtype matter.
+        matrices: matrices that they are multiplied with; only shape and dtype matter.
     """
     if device_kind is None or isinstance(matrices, QuantizedStack):
         return None
@@ -129,7 +129,7 @@ def write_table(table: dict[str, Any], folder: Path = TILE_TABLES) -> Path:
 
     Args:
         table: "device" and "entries", each with the names of `KEY`, "tiles", and how they were found.
-        folder: of the tables; made if it is not there.
+        folder: folder of the tables; made if it is not there.
 
     Returns:
         The file.

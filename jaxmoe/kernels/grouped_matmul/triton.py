@@ -26,8 +26,8 @@ from jax.experimental.pallas import triton as plgpu
 
 from jaxmoe.hardware import GPUS
 from jaxmoe.kernels.grouped_matmul import portable
-from jaxmoe.kernels.grouped_matmul.activations import KERNEL_ACTIVATIONS, Combine
-from jaxmoe.kernels.grouped_matmul.borrowed_gradient import with_gradient_of
+from jaxmoe.kernels.grouped_matmul.combine import KERNEL_ACTIVATIONS, Combine
+from jaxmoe.kernels.grouped_matmul.gradient import with_gradient_of
 from jaxmoe.kernels.grouped_matmul.tile_table import measured_tiles
 
 # Rows a group on average, up to which the time is that of reading the matrices.
@@ -38,14 +38,14 @@ PROGRAMS = 2 * GPUS["h100"].multiprocessors
 
 @dataclasses.dataclass(frozen=True)
 class Tiles:
-    """What one program multiplies; sizes are powers of two, as Triton wants them, and 16 at least.
+    """Sizes that one program multiplies: powers of two, as Triton wants them, and 16 at least.
 
     Attributes:
         m: rows.
         n: rows of the matrix, those of gate and up together; 32 at least.
-        k: numbers of the inner dimension at a time.
+        k: inner size of a step.
         stages: steps of k whose loads are under way at once.
-        warps: of a program.
+        warps: warps of a program.
         band: row tiles that are taken together through all columns, see `_place`.
     """
 
@@ -78,7 +78,7 @@ def choose_tiles(R: int, G: int, K: int, N: int, itemsize: int) -> Tiles:
 
 
 def candidate_tiles(R: int, G: int, K: int, N: int, itemsize: int) -> list[Tiles]:
-    """What is worth timing for those shapes, as of `choose_tiles`, which is one of them; some may not compile."""
+    """Tiles that are worth timing for shapes as of `choose_tiles`, which is one of them; some may not compile."""
     chosen = choose_tiles(R, G, K, N, itemsize)
     sizes = itertools.product(
         {max(16, chosen.m // 2), chosen.m, min(128, 2 * chosen.m)}, (32, 64, 128, 256), (128, 256), (3, 4, 5)
@@ -111,7 +111,7 @@ def grouped_matmul(
     device_kind: str | None = None,
     interpret: bool = False,
 ) -> jax.Array:
-    """out[r] = rhs[g(r)] @ lhs[r]; see `api.grouped_matmul`. `tiles` are looked up or chosen unless given."""
+    """out[r] = rhs[g(r)] @ lhs[r]; see `Kernels.grouped_matmul`. `tiles` are looked up or chosen unless given."""
     tiles = tiles or measured_tiles(Tiles, device_kind, "triton", lhs_RK, rhs_GNK)
 
     def forward(arrays: Any, group_sizes_G: jax.Array) -> jax.Array:
@@ -141,7 +141,7 @@ def expert_mlp(
     device_kind: str | None = None,
     interpret: bool = False,
 ) -> jax.Array:
-    """y = W_down[g] @ combine(W_up[g] @ x + b_up[g]) + b_down[g]; see `api.expert_mlp`.
+    """y = W_down[g] @ combine(W_up[g] @ x + b_up[g]) + b_down[g]; see `Kernels.expert_mlp`.
 
     `tiles` are those of the first and of the second product, looked up or chosen unless given.
     """
@@ -166,7 +166,7 @@ def expert_mlp(
 
 
 class RowTiles(NamedTuple):
-    """Which rows each tile of a call has.
+    """Rows of each tile of a call.
 
     Attributes:
         groups: int32 [I], the group; G for rows that no group owns.

@@ -3,6 +3,8 @@
 XLA (jax 0.10 to 0.12) expands it, on CPU as on GPU, to one dense product over G·K: time and memory grow with the number
 of groups. With matrices as they stand in torch, (out, in), it first copies the whole stack to (in, out). Never chosen by
 "auto".
+
+Letters here, beside the common ones of docs/concepts/letters.md: G groups, N and K of a matrix [N, K].
 """
 
 from collections.abc import Callable
@@ -12,10 +14,10 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jaxmoe.kernels.dtypes import sum_dtype
-from jaxmoe.kernels.grouped_matmul.activations import Combine
-from jaxmoe.kernels.grouped_matmul.borrowed_gradient import with_gradient_of
-from jaxmoe.kernels.grouped_matmul.tiles import filled_groups
+from jaxmoe.kernels.grouped_matmul.combine import Combine
+from jaxmoe.kernels.grouped_matmul.gradient import with_gradient_of
+from jaxmoe.kernels.grouped_matmul.row_loops import filled_groups
+from jaxmoe.numerics import sum_dtype
 
 # Rows [R, K] in groups along dim 0, and a matrix [N, K] a group, both contracted over K.
 _ROWS_BY_MATRICES = lax.RaggedDotDimensionNumbers(
@@ -24,9 +26,14 @@ _ROWS_BY_MATRICES = lax.RaggedDotDimensionNumbers(
 
 
 def grouped_matmul(
-    lhs_RK: jax.Array, rhs_GNK: jax.Array, group_sizes_G: jax.Array, *, out_dtype: jnp.dtype
+    lhs_RK: jax.Array,
+    rhs_GNK: jax.Array,
+    group_sizes_G: jax.Array,
+    *,
+    out_dtype: jnp.dtype,
+    device_kind: str | None = None,
 ) -> jax.Array:
-    """out[r] = rhs[g(r)] @ lhs[r]; see `api.grouped_matmul`."""
+    """out[r] = rhs[g(r)] @ lhs[r], as `Kernels` says; the same on all kinds of devices."""
     out = jax.ShapeDtypeStruct((lhs_RK.shape[0], rhs_GNK.shape[1]), out_dtype)
     return _map_rows(_affine, lhs_RK, [rhs_GNK, None], group_sizes_G, out)
 
@@ -41,8 +48,9 @@ def expert_mlp(
     b_down_pD: jax.Array | None,
     combine: Combine,
     out_dtype: jnp.dtype,
+    device_kind: str | None = None,
 ) -> jax.Array:
-    """y = W_down[g] @ combine(W_up[g] @ x + b_up[g]) + b_down[g]; see `api.expert_mlp`."""
+    """y = W_down[g] @ combine(W_up[g] @ x + b_up[g]) + b_down[g]; see `Kernels.expert_mlp`."""
 
     def mlp(sizes_p: jax.Array, x_RD: jax.Array, w_up: Any, b_up: Any, w_down: Any, b_down: Any) -> jax.Array:
         h_RF = combine(_affine(sizes_p, x_RD, w_up, b_up)).astype(x_RD.dtype)

@@ -36,7 +36,7 @@ def read_trace(
         paths: a file, or the files of one recording (same suffix).
         num_experts: E, which vLLM's and Megatron-LM's files do not say.
         window: tokens per window where the format has no steps (vLLM).
-        read_torch: how to read a .pt file into nested dicts, lists and arrays.
+        read_torch: function that reads a .pt file into nested dicts, lists and arrays.
 
     Raises:
         ValueError: the suffix is unknown, the files do not belong together, or one does not fit its format.

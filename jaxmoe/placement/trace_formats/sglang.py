@@ -1,4 +1,7 @@
-"""SGLang's expert distribution recorder."""
+"""SGLang's expert distribution recorder.
+
+Letters here, beside the common ones of docs/concepts/letters.md: W windows.
+"""
 
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
@@ -18,7 +21,7 @@ def from_sglang(dumps: Mapping[str, Any] | Sequence[Mapping[str, Any]]) -> Routi
     never routed a token are dense and left out, and so are passes of an unfilled buffer.
 
     Args:
-        dumps: one dump, or those of all ranks, as nested dicts, lists and arrays.
+        dumps: dump of one rank, or those of all, as nested dicts, lists and arrays.
 
     Raises:
         ValueError: a dump is none of the recorder's, or nothing was recorded.

@@ -1,4 +1,4 @@
-"""The backend for Hopper and Blackwell GPUs of data centres: tensor cores through Pallas Mosaic GPU.
+"""The backend for Hopper and Blackwell GPUs of data centers: tensor cores through Pallas Mosaic GPU.
 
 Gate, up, their biases and the activation are one kernel, the second product with its bias another. Matrices stay
 (out, in) and rows where they are: nothing is copied, transposed or padded first. `tiles` has the two regimes, for many and

@@ -1,4 +1,7 @@
-"""The two public products in terms of the kernel, with the gradients of the portable backend."""
+"""The two public products in terms of the kernel, with the gradients of the portable backend.
+
+Letters here, beside the common ones of docs/concepts/letters.md: G groups, N and K of a matrix [N, K].
+"""
 
 import dataclasses
 from collections.abc import Callable
@@ -8,8 +11,8 @@ import jax
 import jax.numpy as jnp
 
 from jaxmoe.kernels.grouped_matmul import portable
-from jaxmoe.kernels.grouped_matmul.activations import KERNEL_ACTIVATIONS, Combine
-from jaxmoe.kernels.grouped_matmul.borrowed_gradient import with_gradient_of
+from jaxmoe.kernels.grouped_matmul.combine import KERNEL_ACTIVATIONS, Combine
+from jaxmoe.kernels.grouped_matmul.gradient import with_gradient_of
 from jaxmoe.kernels.grouped_matmul.group_tiles import ALIGNMENT, tile_groups
 from jaxmoe.kernels.grouped_matmul.mosaic_gpu import blackwell, kernel
 from jaxmoe.kernels.grouped_matmul.mosaic_gpu.blackwell_tiles import BlackwellProblem, is_blackwell
@@ -28,7 +31,7 @@ def grouped_matmul(
     device_kind: str | None = None,
     interpret: bool = False,
 ) -> jax.Array:
-    """out[r] = rhs[g(r)] @ lhs[r]; see `api.grouped_matmul`. `tiles` are looked up or chosen unless given."""
+    """out[r] = rhs[g(r)] @ lhs[r]; see `Kernels.grouped_matmul`. `tiles` are looked up or chosen unless given."""
     measured = measured_tiles(Tiles, device_kind, "mosaic_gpu", lhs_RK, rhs_GNK)
 
     def forward(arrays: Any, group_sizes_G: jax.Array) -> jax.Array:
@@ -57,7 +60,7 @@ def expert_mlp(
     device_kind: str | None = None,
     interpret: bool = False,
 ) -> jax.Array:
-    """y = W_down[g] @ combine(W_up[g] @ x + b_up[g]) + b_down[g]; see `api.expert_mlp`.
+    """y = W_down[g] @ combine(W_up[g] @ x + b_up[g]) + b_down[g]; see `Kernels.expert_mlp`.
 
     `tiles` are those of the first and of the second product, looked up or chosen unless given.
     """
@@ -88,7 +91,7 @@ def expert_mlp(
 def problem_of(
     rows: jax.Array, matrices: Matrices, halves: int, out_dtype: jnp.dtype, device_kind: str | None = None
 ) -> Problem:
-    """What tiles are chosen for, of rows [R, K] and matrices [G, halves·N, K]; on Hopper, unless `device_kind` is newer.
+    """Make the problem of rows [R, K] and matrices [G, halves·N, K]; on Hopper, unless `device_kind` is newer.
 
     Raises:
         NotImplementedError: the kernel does not multiply those dtypes, or matrices so packed.

@@ -3,8 +3,8 @@
 Matrices are always the first operand and rows the second, for that one takes 128 and this one any multiple of 16; sums are
 in tensor memory. In each block one warp brings tiles to shared memory and one has them multiplied, and a warpgroup turns
 sums into results while those of the next tile are under way: there is room for two tiles of sums.
-It has not run on a GPU. Letters here, beside the common ones of docs/concepts/letters.md: H halves (gate and up, or
-one).
+It has not run on a GPU. Letters here, beside the common ones of docs/concepts/letters.md: G groups, H halves (gate
+and up, or one), N and K of a matrix [N, K].
 """
 
 import dataclasses
@@ -39,13 +39,13 @@ _LOADING_WARP, _MULTIPLYING_WARP = 0, 1
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Call:
-    """What is known of a call when it is compiled.
+    """Facts of a call that are known when it is compiled.
 
     Attributes:
-        tiles: their sizes.
-        finish: from the sums of the halves, float32, to the result.
+        tiles: sizes of the tiles.
+        finish: function from the sums of the halves, float32, to the result.
         H: halves.
-        biased: whether biases are added before `finish`.
+        biased: flag that biases are added before `finish`.
     """
 
     tiles: Tiles
@@ -220,7 +220,7 @@ def _finish(
         if call.biased:
             halves = [y + lax.broadcast_in_dim(b, y.shape, (0,)) for y, b in zip(halves, values, strict=True)]
         result = call.finish(*halves).astype(out.dtype)
-        # Neighbours along the rows of a tile change hands, for registers are stored in pairs.
+        # Neighbors along the rows of a tile change hands, for registers are stored in pairs.
         transposed = plgpu.layout_cast(result, plgpu.Layout.TCGEN05_TRANSPOSED)
         shared = results.at[lax.rem(i * pieces + piece, SLOTS)]
         plgpu.wait_smem_to_gmem(SLOTS - 1, wait_read_only=True)

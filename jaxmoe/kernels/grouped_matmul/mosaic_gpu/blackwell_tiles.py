@@ -1,4 +1,4 @@
-"""What is different of tiles on Blackwell, and which GPUs that is."""
+"""Tiles on Blackwell, where they differ from Hopper's, and the GPUs that are Blackwells."""
 
 import re
 
@@ -15,7 +15,7 @@ _THREAD_SUMS = 64
 
 
 def is_blackwell(device_kind: str | None) -> bool:
-    """Whether a GPU of that `jax.Device.device_kind` is a Blackwell of data centres; other GPUs of that name are not.
+    """Tell whether a GPU of that `jax.Device.device_kind` is a Blackwell of data centers; consumers' GPUs are not.
 
     >>> [is_blackwell(kind) for kind in ("NVIDIA B200", "NVIDIA GB300", "NVIDIA H200", None)]
     [True, True, False, False]
@@ -29,7 +29,7 @@ def piece_rows(m: int, halves: int) -> int:
 
 
 class BlackwellProblem(Problem):
-    """What tiles are chosen for on Blackwell, where they are all `swapped`."""
+    """A problem on Blackwell, where all tiles are `swapped`."""
 
     @property
     def rows_may_lead(self) -> bool:
@@ -52,7 +52,7 @@ class BlackwellProblem(Problem):
         return tiles.stages * stage + results + RESERVED_BYTES
 
     def fits(self, tiles: Tiles) -> bool:
-        """Whether a block has the shared memory and the tensor memory."""
+        """Tell whether a block has the shared memory and the tensor memory."""
         columns = SLOTS * self.halves * tiles.m
         return tiles.n == OUTPUTS and columns <= TENSOR_COLUMNS and self.shared_bytes(tiles) <= SHARED_BYTES
 

@@ -3,7 +3,8 @@
 A persistent grid over the multiprocessors, and in each block three warpgroups: one keeps bringing tiles of rows and of
 matrices to shared memory, by the tensor memory accelerator; two multiply them by wgmma. The loader runs ahead over the ends
 of tiles, so that the next is there when a result is written. Letters here, beside the common ones of
-docs/concepts/letters.md: H halves (gate and up, or one), I row tiles.
+docs/concepts/letters.md: G groups, H halves (gate and up, or one), N and K of a matrix [N, K], I row tiles, c chunks of a
+stage that share a scale.
 """
 
 import dataclasses
@@ -40,16 +41,16 @@ _LOADER_REGISTERS, _COMPUTE_REGISTERS = 40, 232
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Call:
-    """What is known of a call when it is compiled.
+    """Facts of a call that are known when it is compiled.
 
     Attributes:
-        tiles: their sizes.
-        finish: from the sums of the halves, float32, to the result; differentiable or not.
-        format: of packed matrices, see `QuantizedStack`; None of others.
+        tiles: sizes of the tiles.
+        finish: function from the sums of the halves, float32, to the result; differentiable or not.
+        format: format of packed matrices, see `QuantizedStack`; None of others.
         block: outputs and inputs that share a scale, of packed matrices.
-        zeros: whether packed matrices have zero points of their own.
-        biased: whether biases are added before `finish`.
-        interpret: run in the interpreter, which multiplies from shared memory only.
+        zeros: flag that packed matrices have zero points of their own.
+        biased: flag that biases are added before `finish`.
+        interpret: flag that it runs in the interpreter, which multiplies from shared memory only.
     """
 
     tiles: Tiles
@@ -304,7 +305,7 @@ def _store(call: Call, result: jax.Array, results: Any, out: Any, row: Any, firs
     warpgroup, height = lax.axis_index("warpgroup"), call.own_shape[0]
     plgpu.wait_smem_to_gmem(0, wait_read_only=True)
     if call.tiles.swapped:
-        # Neighbours along the rows of a tile change hands, for registers are stored in pairs.
+        # Neighbors along the rows of a tile change hands, for registers are stored in pairs.
         transposed = plgpu.layout_cast(result, plgpu.Layout.WGMMA_TRANSPOSED)
         write(results.at[warpgroup].T, transposed)
         above, column = jnp.int32(0), column + warpgroup * height

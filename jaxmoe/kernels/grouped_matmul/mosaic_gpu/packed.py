@@ -1,6 +1,6 @@
 """Packed matrices as the kernel expands them: exactly, in registers, to bfloat16.
 
-A byte of 4-bit numbers is not taken apart into neighbouring columns, which would move numbers between threads: its low
+A byte of 4-bit numbers is not taken apart into neighboring columns, which would move numbers between threads: its low
 halves make one matrix, of the even inputs, and its high halves another, of the odd ones. Rows are split in the same way
 before the kernel, and the two products are added up.
 """
@@ -51,5 +51,5 @@ def scale_number(scale: jax.Array) -> jax.Array:
 
 
 def zero_number(zero: jax.Array) -> jax.Array:
-    """What is still to be taken off an expanded code of int4 where `zero` stands for zero, as bfloat16, exact."""
+    """The number still to be subtracted from an expanded code of int4 where `zero` stands for zero; bfloat16, exact."""
     return zero.astype(jnp.int32).astype(jnp.float32).astype(jnp.bfloat16) - 8

@@ -1,4 +1,4 @@
-"""What the kernels of both generations do alike: which tiles a block has, how they come to shared memory, how results leave.
+"""Steps that the kernels of both generations share: a block's tiles, their way to shared memory, and that of results out.
 
 Letters here, beside the common ones of docs/concepts/letters.md: H halves (gate and up, or one), I row tiles.
 """
@@ -60,12 +60,12 @@ def load(
 
     Args:
         steps: stages of the tile.
-        first_stage: its first one, counted from the block's first.
-        rows: of the tile, [parts, m, inner numbers of a part]; see `packed` for more than one.
-        matrix: of its group, [H, N, inner numbers of a part].
+        first_stage: first stage of the tile, counted from the block's first.
+        rows: rows of the tile, [parts, m, inner numbers of a part]; see `packed` for more than one part.
+        matrix: matrix of its group, [H, N, inner numbers of a part].
         column: first output of the tile.
-        row_tiles: where they go, [stages, parts, m, k of a part].
-        matrix_tiles: [stages, H, n, k of a part].
+        row_tiles: place of the rows in shared memory, [stages, parts, m, k of a part].
+        matrix_tiles: place of the matrices there, [stages, H, n, k of a part].
         filled: barriers of the stages, which the copies arrive at.
         emptied: barriers of the stages, which whoever multiplies arrives at.
         others: scratch that loading has nothing to do with.

@@ -1,4 +1,4 @@
-"""Sizes of the tiles that a block of a kernel works on, and which are chosen where nobody has measured any; on Hopper."""
+"""Sizes of the tiles that a block of a kernel works on, and the choice of them where none were measured; on Hopper."""
 
 import dataclasses
 import itertools
@@ -15,16 +15,16 @@ WGMMA_ROWS = 64
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Tiles:
-    """What one block multiplies at a time.
+    """Sizes that one block multiplies at a time.
 
     Attributes:
         m: rows, a multiple of 8; of 128 unless `swapped`.
         n: outputs of each of gate and up, or of a single matrix; a multiple of 128 if `swapped`, else of 64, and 128 where
             matrices are packed.
-        k: numbers of the inner dimension in a stage of the pipeline.
+        k: inner size of a stage of the pipeline.
         stages: stages that are under way at once.
-        swapped: matrices are wgmma's first operand and rows its second, for it takes 64 of the first at least, but any
-            multiple of 8 of the second: what few rows a group need. The two warpgroups share the outputs then, and else
+        swapped: flag that matrices are wgmma's first operand and rows its second, for it takes 64 of the first at least, but
+            any multiple of 8 of the second, as few rows a group need. The two warpgroups share the outputs then, and else
             the rows.
         band: row tiles that run together over the same outputs, so that the second level of cache serves them.
     """
@@ -39,7 +39,7 @@ class Tiles:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Problem:
-    """What tiles are chosen for.
+    """A product that tiles are chosen for.
 
     Attributes:
         R: rows.
@@ -47,9 +47,9 @@ class Problem:
         halves: 2 where gate and up are multiplied together, else 1.
         N: outputs, of each half.
         K: inner dimension.
-        row_bytes: of a number of a row.
-        out_bytes: of a number of the result.
-        weight_bits: of a number of a matrix.
+        row_bytes: bytes of a number of a row.
+        out_bytes: bytes of a number of the result.
+        weight_bits: bits of a number of a matrix.
         block: outputs and inputs that share a scale, of packed matrices.
     """
 
@@ -96,14 +96,14 @@ class Problem:
         return tiles.stages * stage + tiles.m * tiles.n * self.out_bytes + RESERVED_BYTES
 
     def fits(self, tiles: Tiles) -> bool:
-        """Whether a block has the shared memory, and each of its threads the registers (ptxas spills at more)."""
+        """Tell whether a block has the shared memory, and each of its threads the registers (ptxas spills at more)."""
         sums = self.halves * tiles.m * tiles.n // (WARPGROUPS * 128)
         # Packed: sums of a block of inputs, the sum of those, and the expanded numbers.
         registers = 2 * sums + tiles.k // 2 if self.packed else sums
         return self.shared_bytes(tiles) <= SHARED_BYTES and registers <= 128 + 32 * self.packed
 
     def works(self, tiles: Tiles) -> bool:
-        """Whether tiles fit, and have the stages that are needed to go on."""
+        """Tell whether tiles fit, and have the stages that are needed to go on."""
         return tiles.stages >= self.least_stages(tiles) and self.fits(tiles)
 
     def check(self, tiles: Tiles) -> None:
@@ -155,7 +155,7 @@ def choose_tiles(problem: Problem) -> Tiles:
 
 
 def candidate_tiles(problem: Problem) -> list[Tiles]:
-    """What is worth timing for a problem; `choose_tiles` is one of them.
+    """Tiles that are worth timing for a problem; `choose_tiles` is one of them.
 
     Raises:
         NotImplementedError: as of `choose_tiles`.

@@ -1,4 +1,13 @@
-"""Cutting rows sorted by group into tiles, each within one group, and loops over the tiles that hold rows."""
+"""Loops over rows sorted by group, which are cut into tiles, each within one group; tiles without rows are left out.
+
+A trip costs the part of a large array that it reads or writes, and not the whole. XLA for CPU (jax 0.10) does in float32
+what it has no bfloat16 instruction for, slices and updates among it. Left to itself it converts a stack of matrices as a
+whole ahead of the loop, in twice its memory, and an array of results as a whole in every trip; the functions at the end of
+this file keep it from that.
+
+Letters here, beside the common ones of docs/concepts/letters.md: G groups, K and N inner and outer dim, m rows of a
+tile.
+"""
 
 from collections.abc import Callable
 from typing import Any
@@ -6,8 +15,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import lax
-
-from jaxmoe.kernels.grouped_matmul.loop_arrays import from_bits, to_bits
 
 # Up to this many rows a group on average, a tile is a single row: padding tiles would cost more than reading the
 # matrix again, out of cache, for the few groups that have several rows.
@@ -39,7 +46,7 @@ def map_rows(
     matrix, and so copy it.
 
     Args:
-        row_fn: from a group and one of its rows to a row of the result.
+        row_fn: function from a group and one of its rows to a row of the result.
         x_RK: rows sorted by group.
         group_sizes_G: rows of each group.
         out: shape [R, N] and dtype of the result.
@@ -81,9 +88,10 @@ def map_tiles(
     nor G adds any.
 
     Args:
-        load: what a group's tiles share, such as its slice of a stack of matrices.
-        tile_fn: must treat rows independently, for a tile at a group's border also holds its neighbours' rows.
-        x_RK: as for `map_rows`, like the rest.
+        load: function from a group to what its tiles share, such as its slice of a stack of matrices.
+        tile_fn: function of those and rows. It must treat rows independently, for a tile at a group's border also holds its
+            neighbors' rows.
+        x_RK: rows sorted by group.
         group_sizes_G: rows of each group.
         out: shape [R, N] and dtype of the result.
         varying: mesh axes over which the result varies.
@@ -133,3 +141,26 @@ def varying_axes(*arrays: jax.Array) -> frozenset[str]:
 def mark_varying(array: jax.Array, axes: frozenset[str]) -> jax.Array:
     """Type a constant as varying: `shard_map` wants a loop's carry to have one type from start to end."""
     return lax.pcast(array, tuple(axes), to="varying") if axes else array
+
+
+def tied(stack: jax.Array, index: Any) -> jax.Array:
+    """`stack`, for XLA another one in each trip of the loop that `index` changes in.
+
+    A conversion has to wait for the slice then, and enters its fusion.
+    """
+    return lax.optimization_barrier((stack, index))[0]
+
+
+def take_group(stack: jax.Array, group: jax.Array) -> jax.Array:
+    """One group's part of a stack, inside a loop over groups."""
+    return lax.dynamic_index_in_dim(tied(stack, group), group, keepdims=False)
+
+
+def to_bits(array: jax.Array) -> jax.Array:
+    """Turn a bfloat16 array into what a loop carries in its place: integers, which are never converted."""
+    return lax.bitcast_convert_type(array, jnp.uint16) if array.dtype == jnp.bfloat16 else array
+
+
+def from_bits(array: jax.Array, dtype: Any) -> jax.Array:
+    """The array of `dtype` behind `to_bits`."""
+    return lax.bitcast_convert_type(array, dtype) if array.dtype != dtype else array

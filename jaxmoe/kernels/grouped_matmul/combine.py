@@ -1,29 +1,12 @@
-"""What stands between an expert's two products, by the names that checkpoints use."""
+"""The step between an expert's two products: from gate and up to h, by the names that checkpoints use."""
 
 import dataclasses
 from collections.abc import Callable, Mapping
-from functools import partial
 
 import jax
 import jax.numpy as jnp
 
-Activation = Callable[[jax.Array], jax.Array]
-
-
-def relu2(x: jax.Array) -> jax.Array:
-    """Squared rectifier, max(x, 0)² (So et al., 2021, "Primer")."""
-    return jnp.square(jax.nn.relu(x))
-
-
-# Elementwise; backends call them on float32, before the product with `up`.
-ACTIVATIONS: dict[str, Activation] = {
-    "silu": jax.nn.silu,
-    "gelu": partial(jax.nn.gelu, approximate=False),
-    "gelu_tanh": partial(jax.nn.gelu, approximate=True),
-    "gelu_pytorch_tanh": partial(jax.nn.gelu, approximate=True),
-    "relu": jax.nn.relu,
-    "relu2": relu2,
-}
+from jaxmoe.numerics import ACTIVATIONS, Activation
 
 
 def gelu_without_erf(x: jax.Array) -> jax.Array:
@@ -35,7 +18,7 @@ def gelu_without_erf(x: jax.Array) -> jax.Array:
     return x * jnp.where(x < 0, tail, 1 - tail)
 
 
-# The same inside of kernels: Pallas has no error function on GPUs.
+# Activations inside of kernels: Pallas has no error function on GPUs.
 KERNEL_ACTIVATIONS = ACTIVATIONS | {"gelu": gelu_without_erf}
 
 
@@ -55,12 +38,12 @@ CLAMPED: dict[str, Callable[[jax.Array, jax.Array, float], jax.Array]] = {"clamp
 
 @dataclasses.dataclass(frozen=True)
 class Combine:
-    """From the product with gate and up (with up alone, where there is no gate) to what goes into the second product.
+    """From the product with gate and up (with up alone, where there is no gate) to h, which goes into the second product.
 
     Attributes:
-        activation: a name in `ACTIVATIONS` or `CLAMPED`.
-        limit: of a clamped activation.
-        gated: whether there is a gate.
+        activation: name in `ACTIVATIONS` or `CLAMPED`, computed in the sums' dtype, before the product with up.
+        limit: limit of a clamped activation.
+        gated: flag that there is a gate.
     """
 
     activation: str
@@ -72,7 +55,12 @@ class Combine:
         return self.halves(*jnp.split(both, 2, axis=-1)) if self.gated else self.halves(both)
 
     def halves(self, *halves: jax.Array, activations: Mapping[str, Activation] = ACTIVATIONS) -> jax.Array:
-        """The same from gate and up (or up alone) as arrays of their own, with a choice of what the names stand for."""
+        """The same from gate and up (or up alone) as arrays of their own.
+
+        Args:
+            halves: gate and up, or up alone, each [..., F].
+            activations: functions that the names stand for, `KERNEL_ACTIVATIONS` inside of a GPU kernel.
+        """
         if self.activation in CLAMPED:
             assert self.limit is not None
             gate, up = halves

@@ -1,9 +1,13 @@
-"""Rotary position embedding."""
+"""Rotary position embedding.
+
+Letters here, beside the common ones of docs/concepts/letters.md: H heads, h dims of a head, r pairs of dims that
+rotate.
+"""
 
 import jax
 import jax.numpy as jnp
 
-from jaxmoe.rotary import RopeConfig
+from jaxmoe.rotary.frequencies import RopeConfig
 
 
 def apply_rope(x_BSHh: jax.Array, positions_BS: jax.Array, config: RopeConfig) -> jax.Array:

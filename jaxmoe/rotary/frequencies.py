@@ -1,4 +1,4 @@
-"""Rotary frequencies: how config.json's rope settings become numbers. NumPy only.
+"""Rotary frequencies from config.json's rope settings. NumPy only.
 
 A scaling kind is one function and a line in `SCALINGS`.
 """
@@ -18,10 +18,10 @@ class RopeConfig:
     Attributes:
         frequencies: radians per position of each rotated pair of dims; the leading
             ``2 * len(frequencies)`` dims of a head rotate.
-        scale: cosines and sines are multiplied by it.
-        interleaved: pairs are neighbouring dims (2i, 2i + 1) instead of (i, i + r).
+        scale: factor of cosines and sines.
+        interleaved: flag that pairs are neighboring dims (2i, 2i + 1) instead of (i, i + r).
         long: frequencies and scale of sequences longer than `long_above`; None where length makes no difference.
-        long_above: see `long`.
+        long_above: length of a sequence above which `long` holds.
     """
 
     frequencies: tuple[float, ...]
@@ -42,7 +42,7 @@ class RopeConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class _Settings:
-    """What a scaling is computed from: the rope dictionary, and what stands beside it in config.json."""
+    """Settings that a scaling is computed from: the rope dictionary, and those beside it in config.json."""
 
     rope: Mapping[str, Any]
     base: np.ndarray
@@ -130,16 +130,16 @@ def _longrope(settings: _Settings, kind: str = "short") -> tuple[np.ndarray, flo
 
 
 def _dynamic(settings: _Settings) -> tuple[np.ndarray, float]:
-    """NTK-aware scaling with a fixed alpha: theta is stretched so that the slowest pair turns alpha times slower."""
+    """NTK-aware scaling with a fixed alpha: theta is stretched so that the slowest pair rotates alpha times slower."""
     dim = 2 * len(settings.base)
     return _base_frequencies(settings.theta * settings.rope["alpha"] ** (dim / (dim - 2)), dim), 1.0
 
 
 def _proportional(settings: _Settings) -> tuple[np.ndarray, float]:
     """The fast ones of a whole head's frequencies; its other pairs stand still, and remain pairs of (i, i + h/2)."""
-    turning = int(_rotating_part(settings.rope) * settings.head_dim // 2)
+    rotating = int(_rotating_part(settings.rope) * settings.head_dim // 2)
     frequencies = _base_frequencies(settings.theta, settings.head_dim) / np.float32(settings.rope.get("factor") or 1.0)
-    return np.where(np.arange(len(frequencies)) < turning, frequencies, np.float32(0)), 1.0
+    return np.where(np.arange(len(frequencies)) < rotating, frequencies, np.float32(0)), 1.0
 
 
 SCALINGS: dict[str, Callable[[_Settings], tuple[np.ndarray, float]]] = {
@@ -215,8 +215,8 @@ def read_rope(
         config: the dictionary of config.json.
         head_dim: dims of a head that may rotate.
         default_theta: the family's theta where the config gives none.
-        interleaved: see `RopeConfig`.
-        partial: whether ``partial_rotary_factor`` counts in the family. Where it does not, transformers passes it over
+        interleaved: flag of `RopeConfig`.
+        partial: flag that ``partial_rotary_factor`` counts in the family. Where it does not, transformers passes it over
             or fails at it, and other engines look at it.
         rope: the rope dictionary where a family keeps several; `rope_settings` of `config` by default.
 

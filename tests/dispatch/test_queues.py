@@ -1,4 +1,4 @@
-"""Who goes where, against loops."""
+"""Queues and rounds, against loops."""
 
 from functools import partial
 
@@ -9,11 +9,11 @@ import numpy as np
 from hypothesis import example, given, settings
 
 from jaxmoe.dispatch import DispatchLayout
-from jaxmoe.dispatch.exchange_plan import capacity, make_plan, plan_round, slots_at
+from jaxmoe.dispatch.queues import capacity, fill_queues, slots_at, take_round
 
 
-def lines_of(slots_TK: np.ndarray, n: int, p: int) -> list[list[int]]:
-    """The tokens in line for each device."""
+def queues_of(slots_TK: np.ndarray, n: int, p: int) -> list[list[int]]:
+    """The tokens in the queue for each device."""
     return [
         [t for t, slots in enumerate(slots_TK) if any(slot // p == d for slot in slots if slot >= 0)] for d in range(n)
     ]
@@ -21,29 +21,29 @@ def lines_of(slots_TK: np.ndarray, n: int, p: int) -> list[list[int]]:
 
 @partial(jax.jit, static_argnums=(1, 2, 3))
 def all_rounds(slots_TK, n: int, p: int, C: int):
-    """The plan, and the plan of every round that any routing could need."""
-    plan = make_plan(slots_TK, n, p, C)
-    return plan, [plan_round(plan, jnp.int32(index), C) for index in range(-(-len(slots_TK) // C))]
+    """The queues, and every round that any routing could need."""
+    queues = fill_queues(slots_TK, n, p, C)
+    return queues, [take_round(queues, jnp.int32(index), C) for index in range(-(-len(slots_TK) // C))]
 
 
-# T, K, n, p, C: a destination a choice or fewer, one choice, one device, one token, lines longer and shorter than C.
+# T, K, n, p, C: a destination a choice or fewer, one choice, one device, one token, queues longer and shorter than C.
 SHAPES = [(12, 3, 5, 2, 5), (12, 5, 3, 4, 4), (7, 1, 8, 1, 1), (7, 2, 1, 4, 3), (1, 4, 4, 1, 1), (12, 2, 3, 2, 12)]
 
 
 @settings(max_examples=100)
 @given(shape=st.sampled_from(SHAPES), masked=st.floats(0, 1), seed=st.integers(0, 2**16))
-def test_rounds_walk_every_line_once(shape, masked, seed):
+def test_rounds_walk_every_queue_once(shape, masked, seed):
     T, K, n, p, C = shape
     rng = np.random.default_rng(seed)
     slots_TK = rng.integers(0, rng.integers(1, n * p + 1), size=(T, K))
     slots_TK[rng.random((T, K)) < masked] = -1
-    lines = lines_of(slots_TK, n, p)
-    plan, rounds = jax.device_get(all_rounds(slots_TK.astype(np.int32), n, p, C))
-    assert plan.need_n.tolist() == [len(line) for line in lines]
+    expected = queues_of(slots_TK, n, p)
+    queues, rounds = jax.device_get(all_rounds(slots_TK.astype(np.int32), n, p, C))
+    assert queues.lengths_n.tolist() == [len(queue) for queue in expected]
     answered = np.zeros((T, n), int)
     for index, now in enumerate(rounds):
-        for d, line in enumerate(lines):
-            part = line[index * C : (index + 1) * C]
+        for d, queue in enumerate(expected):
+            part = queue[index * C : (index + 1) * C]
             assert now.sizes_n[d] == len(part)
             assert now.tokens[d, : len(part)].tolist() == part
         # The answer for a token comes back from where the token was put.
@@ -52,7 +52,7 @@ def test_rounds_walk_every_line_once(shape, masked, seed):
             assert place < now.sizes_n[d]
             assert now.tokens[d, place] == t
             answered[t, d] += 1
-    np.testing.assert_array_equal(answered, [[t in line for line in lines] for t in range(T)])
+    np.testing.assert_array_equal(answered, [[t in queue for queue in expected] for t in range(T)])
 
 
 def test_slots_of_one_device():
@@ -79,5 +79,5 @@ def test_one_round_is_usual_for_random_routing():
     rng = np.random.default_rng(0)
     for K in (1, 2, 4, 8):
         slots_TK = np.argsort(rng.random((512, 64)), axis=1)[:, :K]
-        need = max(len(line) for line in lines_of(slots_TK, 8, 8))
+        need = max(len(queue) for queue in queues_of(slots_TK, 8, 8))
         assert need <= capacity(512, K, layout(8, 8)) < 1.7 * need

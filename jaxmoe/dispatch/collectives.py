@@ -1,7 +1,7 @@
 """Bytes that a dispatch moves, from shapes alone.
 
 Each backend lists the collectives of one round; everything that is said about its traffic, from the bytes a user asks
-for to the modelled time that "auto" compares, is computed from that list.
+for to the modeled time that "auto" compares, is computed from that list.
 """
 
 import dataclasses
@@ -18,14 +18,14 @@ _TIMES = {"all-to-all": 1, "ragged-all-to-all": 1, "all-gather": 1, "reduce-scat
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Collective:
-    """One operation in which all devices along some axes meet.
+    """One collective operation of the devices along some mesh axes.
 
     Attributes:
-        op: XLA's name of it.
-        axes: mesh axes along which devices meet, in the order in which they are numbered.
-        devices: how many that are, g.
-        bytes: of its operand or its result on one device, whichever is larger.
-        payload: the share of `bytes` that are activations of tokens with even routing; the rest is padding.
+        op: name that XLA gives it.
+        axes: mesh axes that it runs along, in the order in which devices are numbered.
+        devices: number g of devices that take part.
+        bytes: bytes of its operand or its result on one device, whichever is larger.
+        payload: share of `bytes` that are activations of tokens with even routing; the rest is padding.
             None for metadata: slots, weights, sizes.
     """
 
@@ -48,7 +48,7 @@ class DispatchBytes(NamedTuple):
     Attributes:
         payload: activations of tokens, there and back.
         metadata: slots, weights and sizes.
-        padding: what is sent because a buffer's size is fixed at compile time.
+        padding: unused places of buffers, whose sizes are fixed at compile time.
     """
 
     payload: float

@@ -1,0 +1,36 @@
+"""Numerics that kernels, dispatches and layers share: activations, and dtypes that follow from what is computed."""
+
+from collections.abc import Callable
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+from jax.typing import DTypeLike
+
+Activation = Callable[[jax.Array], jax.Array]
+
+
+def relu2(x: jax.Array) -> jax.Array:
+    """Squared rectifier, max(x, 0)² (So et al., 2021, "Primer")."""
+    return jnp.square(jax.nn.relu(x))
+
+
+# Elementwise, by the names that checkpoints use.
+ACTIVATIONS: dict[str, Activation] = {
+    "silu": jax.nn.silu,
+    "gelu": partial(jax.nn.gelu, approximate=False),
+    "gelu_tanh": partial(jax.nn.gelu, approximate=True),
+    "gelu_pytorch_tanh": partial(jax.nn.gelu, approximate=True),
+    "relu": jax.nn.relu,
+    "relu2": relu2,
+}
+
+
+def sum_dtype(dtype: DTypeLike) -> jnp.dtype:
+    """The dtype of sums over numbers of `dtype`: float64 for float64, else float32, however JAX is set up."""
+    return jnp.dtype(jnp.float64 if jnp.dtype(dtype) == jnp.float64 else jnp.float32)
+
+
+def int32(*starts: jax.Array | int) -> tuple[jax.Array, ...]:
+    """Starts of a slice in one dtype, as JAX wants them: a Python number would be int64 where JAX has 64 bits."""
+    return tuple(jnp.asarray(start, jnp.int32) for start in starts)
