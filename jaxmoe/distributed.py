@@ -212,7 +212,7 @@ class Watchdog:
         process_id: number of this process.
         num_processes: number of processes.
         timeout: seconds without a sign of life after which a process counts as dead.
-        explain_abort: see `initialize`.
+        explain_abort: function that explains the end of the process, given to `initialize`.
     """
 
     def __init__(

@@ -258,7 +258,7 @@ def prompts(batch: int, length: int) -> list[list[int]]:
 
 
 def make_checkpoint(folder: str) -> None:
-    """Random weights as transformers initialises and saves them."""
+    """Random weights as transformers initializes and saves them."""
     import torch
     from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 

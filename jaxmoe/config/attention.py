@@ -79,7 +79,7 @@ class QueryTemperature:
 
     Attributes:
         floor: positions over which the factor stays the same.
-        slope: see above.
+        slope: growth of the factor, as in the formula.
     """
 
     floor: float

@@ -215,7 +215,7 @@ def _copied(value: jax.Array, *, rows: RowMap) -> jax.Array:
 
 
 class _Over(NamedTuple):
-    """How an expert stack lies on the mesh in both orders."""
+    """Partition specs of an expert stack in both orders."""
 
     mesh: Mesh | AbstractMesh
     physical: PartitionSpec

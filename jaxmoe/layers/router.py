@@ -100,7 +100,7 @@ def choose_experts(
 
     Args:
         logits_TE: logits from `router_logits`.
-        weights, num_experts_per_tok, config: as for `route`.
+        weights, num_experts_per_tok, config: arguments of `route`.
         expert_ids_TK: choices to take instead of the router's own, the first choice first, and all -1 for a token whose
             experts the router chooses. The router weights them all; gradients reach it through the weights alone.
 

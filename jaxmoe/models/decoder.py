@@ -52,11 +52,11 @@ class Decoder(nnx.Module):
 
     Args:
         config: sizes and kinds of its parts.
-        mesh: from `jaxmoe.make_mesh`.
+        mesh: mesh from `jaxmoe.make_mesh`.
         placement: one strategy name or `ExpertPlacement` for all MoE layers, or one for each.
-        expert_axes, kernels: as for `jaxmoe.MoE`.
-        dispatch: a name or "auto" for all, or for each phase, {"prefill": ..., "decode": ...}.
-        dtype: of weights and activations.
+        expert_axes, kernels: arguments of `jaxmoe.MoE`.
+        dispatch: name or "auto" for all, or for each phase, {"prefill": ..., "decode": ...}.
+        dtype: dtype of weights and activations.
         rngs: random streams for the weights; None leaves them abstract, for a loader to fill.
         origin: the checkpoint it comes from; None for random weights.
 
@@ -122,7 +122,7 @@ class Decoder(nnx.Module):
 
     @property
     def load_report(self) -> Any:
-        """What `jaxmoe.load` read for this very model (a `jaxmoe.checkpoint.LoadReport`).
+        """The `jaxmoe.LoadReport` of the load that made this very model.
 
         None for one with random weights, and for copies (`nnx.clone`, `nnx.merge`): nothing was read for them.
         """
@@ -139,7 +139,7 @@ class Decoder(nnx.Module):
 
     @property
     def placements(self) -> list[ExpertPlacement]:
-        """Which slot holds which expert, for every MoE layer."""
+        """The placement of every MoE layer."""
         return [moe.placement for moe in self.moe_layers]
 
     @property
@@ -377,7 +377,7 @@ class Decoder(nnx.Module):
         Args:
             tokens_BS: int32, padded on the right.
             lengths_B: int32, tokens of each prompt; 0 for a padding row.
-            cache: from `init_cache`, of at least S positions.
+            cache: cache from `init_cache`, of at least S positions.
 
         Returns:
             float32 [B, vocab_size], the logits after each prompt's last token, and the cache.
@@ -402,7 +402,7 @@ class Decoder(nnx.Module):
         Args:
             tokens_B: int32.
             positions_B: int32, where each token stands; the cache holds all positions before.
-            cache: as `prefill` left it.
+            cache: cache that `prefill` gave.
             active_B: bool, False for rows that go to no routed expert; all are active by default.
 
         Returns:

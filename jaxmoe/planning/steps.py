@@ -71,8 +71,8 @@ def compile_steps(
     Args:
         config: config of the model.
         mesh: mesh over devices from `gpu_topology`, or any others.
-        placement, expert_axes, dispatch, kernels, dtype: as for `jaxmoe.load`. In one process "mosaic_gpu" compiles for
-            one generation of GPUs, the first that it was asked for.
+        placement, expert_axes, dispatch, kernels, dtype: arguments of `jaxmoe.load`. In one process "mosaic_gpu"
+            compiles for one generation of GPUs, the first that it was asked for.
         batch_size: number of sequences.
         prompt_length: number of tokens of each in the prefill.
         max_length: number of tokens of each that the cache holds.

@@ -9,12 +9,12 @@ import numpy as np
 from tokenizers import Tokenizer
 
 from scripts._train.corpus import HELD_OUT_SHARE, SKIPPED_FILES, SKIPPED_FOLDERS, Corpus, Document
-from scripts._train.result import Measured, favourite_tokens, text_bytes
+from scripts._train.result import Measured, favorite_tokens, text_bytes
 from scripts._train.run import EVALUATION_BATCHES, LOG_EVERY
 from scripts._train.step import Recipe
 
 # Tokens shown for each expert.
-FAVOURITES = 8
+FAVORITES = 8
 PACKAGES = ("jax", "flax", "optax", "orbax-checkpoint", "tokenizers", "numpy")
 
 
@@ -119,7 +119,7 @@ What the experts of layer {layer} read more than the others do:
 
 | expert | tokens |
 |---|---|
-{_favourites(measured, layer, held_out_stream, tokenizer)}
+{_favorites(measured, layer, held_out_stream, tokenizer)}
 
 `traces/` holds the routing of the held-out text for work on placements, as files of `jaxmoe.placement.RoutingTrace`:
 `first_half.npz` and `second_half.npz` have the expert counts of {windows} windows, in the order of the text, so that a
@@ -130,7 +130,7 @@ token's experts for the first windows of each half.
 
 It knows the look of Python and no more: names, indentation, docstrings and common idioms come out right, meaning does
 not, and code that it writes rarely runs. It was trained on rows of {recipe.length} tokens and gets worse beyond them. It
-has seen no other language, no questions and no chat, and has learnt parts of the standard library by heart.
+has seen no other language, no questions and no chat, and has learned parts of the standard library by heart.
 """
 
 
@@ -147,10 +147,10 @@ def _load(counts_LE: np.ndarray) -> str:
     return "\n".join(f"| {layer} | {load.max():.2f} | {load.min():.2f} |" for layer, load in enumerate(relative))
 
 
-def _favourites(measured: Measured, layer: int, held_out_stream: np.ndarray, tokenizer: Tokenizer) -> str:
+def _favorites(measured: Measured, layer: int, held_out_stream: np.ndarray, tokenizer: Tokenizer) -> str:
     """A row for each expert; the trace has a token for each of the stream but the last, which predicts nothing."""
     ids_TLK = measured.trace.expert_ids
-    best = favourite_tokens(ids_TLK[:, layer], held_out_stream[:-1], measured.trace.num_experts, FAVOURITES)
+    best = favorite_tokens(ids_TLK[:, layer], held_out_stream[:-1], measured.trace.num_experts, FAVORITES)
 
     def shown(token: int) -> str:
         # A code span in a table: no bar, and backticks only inside longer ones.

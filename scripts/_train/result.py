@@ -78,7 +78,7 @@ def save_traces(trace: RoutingTrace, directory: Path) -> None:
         tokens.save(directory / f"{name}_tokens.npz")
 
 
-def favourite_tokens(ids_TK: np.ndarray, tokens_T: np.ndarray, num_experts: int, count: int) -> np.ndarray:
+def favorite_tokens(ids_TK: np.ndarray, tokens_T: np.ndarray, num_experts: int, count: int) -> np.ndarray:
     """The tokens that are most each expert's own: int64 [E, count], best first.
 
     A token counts by the share of its occurrences that go to the expert, times the logarithm of how many there are, so

@@ -113,12 +113,12 @@ def test_shared_experts_are_computed_while_tokens_travel(gpu_compiler) -> None:
     entry = text[text.index("\nENTRY ") :]
     weights = set(re.findall(rf"%(\S+) = bf16\[(?:{F},{D}|{D},{F})\]\S* parameter\(", entry))
     assert len(weights) == 3
-    travelling, seen = set(), set()
+    traveling, seen = set(), set()
     for line in entry.splitlines():
         if start := re.search(r"%(all-to-all-start\S*) = .* all-to-all-start\(", line):
-            travelling.add(start[1])
+            traveling.add(start[1])
         elif done := re.search(r" all-to-all-done\(%([\w.-]+)\)", line):
-            travelling.discard(done[1])
-        elif travelling and " fusion(" in line:
+            traveling.discard(done[1])
+        elif traveling and " fusion(" in line:
             seen |= weights & set(re.findall(r"%([\w.-]+)", line))
     assert seen == weights

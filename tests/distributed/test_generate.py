@@ -29,7 +29,7 @@ def test_tokens_and_bytes(count, alone) -> None:
     found = [json.loads(line.removeprefix("RESULT ")) for line in lines]
     assert [process["process"] for process in found] == list(range(count))
     for process in found:
-        assert process["neighbours"] == [1, 1, 1, 1], "devices along ep are of one process"
+        assert process["neighbors"] == [1, 1, 1, 1], "devices along ep are of one process"
         for own, one in zip(process["results"], alone, strict=True):
             assert own["greedy"] == one["greedy"]
             assert own["sampled"] == one["sampled"]

@@ -155,7 +155,7 @@ def test_bfloat16_is_within_its_rounding():
 
 @pytest.mark.full
 @pytest.mark.parametrize("score", ["softmax", "sigmoid"])
-def test_a_router_that_does_not_renormalise(score):
+def test_a_router_that_does_not_renormalize(score):
     config = MoEConfig(
         num_experts=11,
         num_experts_per_tok=3,

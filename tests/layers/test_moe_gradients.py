@@ -16,7 +16,7 @@ CONFIG = MoEConfig(num_experts=11, num_experts_per_tok=3, hidden_size=16, moe_in
 
 
 def dense(x_TD, w_router, w_gate_up, w_down):
-    """Softmax, the three largest renormalised, every expert applied to every token."""
+    """Softmax, the three largest renormalized, every expert applied to every token."""
     scores_TE = jax.nn.softmax(x_TD @ w_router.T)
     top_TK, ids_TK = jax.lax.top_k(scores_TE, 3)
     weights_TE = jnp.zeros_like(scores_TE)

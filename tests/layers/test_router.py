@@ -288,7 +288,7 @@ def test_projection_and_its_bias_are_float32(dtype):
         np.testing.assert_allclose(weights, softmax(logits[ids]), rtol=1e-5)
 
 
-def test_the_input_is_normalised_for_the_router_alone():
+def test_the_input_is_normalized_for_the_router_alone():
     rng = np.random.default_rng(3)
     x_TD, w_ED, scale_D = rng.normal(size=(T, 7)), rng.normal(size=(E, 7)), rng.normal(size=7)
     weights = RouterWeights(jnp.asarray(w_ED, jnp.float32), router_norm=jnp.asarray(scale_D, jnp.float32))

@@ -44,7 +44,7 @@ def main() -> None:
     found = {
         "process": args.process_id,
         "local_devices": [device.id for device in jax.local_devices()],
-        "neighbours": [
+        "neighbors": [
             len({device.process_index for device in row})
             for row in jaxmoe.make_mesh(**args.mesh).devices.reshape(-1, 2)
         ],

@@ -12,7 +12,7 @@ from jaxmoe.placement import RoutingTrace
 from scripts._train.card import model_card
 from scripts._train.corpus import Corpus, encode, train_tokenizer
 from scripts._train.plot import loss_curve
-from scripts._train.result import export, favourite_tokens, measure, save_traces, text_bytes
+from scripts._train.result import export, favorite_tokens, measure, save_traces, text_bytes
 from scripts._train.run import evaluate
 from scripts._train.step import Trainer
 from tests.support.meshes import mesh_of
@@ -97,10 +97,10 @@ def test_the_picture_is_one(tmp_path, log):
     assert (tmp_path / "loss.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_favourites_are_what_an_expert_gets_often_and_others_do_not():
+def test_favorites_are_what_an_expert_gets_often_and_others_do_not():
     tokens_T = np.array([3] * 10 + [4] * 10 + [5])
     ids_TK = np.array([[0, 1]] * 10 + [[2, 1]] * 5 + [[2, 0]] * 5 + [[3, 0]])
-    best = favourite_tokens(ids_TK, tokens_T, 4, 2)
+    best = favorite_tokens(ids_TK, tokens_T, 4, 2)
     assert best[:, 0].tolist() == [3, 3, 4, 5]
     assert best[0].tolist() == [3, 4]  # half of ten outweighs the only one
 

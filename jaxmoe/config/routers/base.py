@@ -31,7 +31,7 @@ class ExpertChoice(abc.ABC):
             logits_TE: logits of all experts.
             K: experts for each token.
             bias_E: correction bias, which counts for the choice and not for the weight; None for none.
-            scale_E: see `weigh`.
+            scale_E: factors that experts' weights are multiplied by; None for none.
 
         Returns:
             int32 [T, K] experts and [T, K] weights in the logits' dtype, first choice first.

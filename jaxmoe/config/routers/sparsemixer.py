@@ -17,7 +17,7 @@ class SparseMixer(ExpertChoice):
     (GRIN-MoE, arXiv:2409.12136) leaves of itself at inference. It looks at no correction bias and no experts' factors.
 
     Attributes:
-        jitter: see above.
+        jitter: half of the relative distance within which experts share a weight.
         normalization: division of the K weights; None for the weights as they are.
         scale: factor of the weights.
     """
