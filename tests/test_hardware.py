@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from jaxmoe.hardware import GPUS, SIMULATED_CPU, Device, Links, get_gpu
-from jaxmoe.plan import topology
+from jaxmoe.planning import topology
 
 # GB of the data sheet, which are of 2**30 bytes.
 DATA_SHEET = {"a100-40gb": 40, "a100": 80, "l40s": 48, "h100": 80, "h200": 141, "b200": 180}
