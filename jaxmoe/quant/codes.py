@@ -1,0 +1,245 @@
+"""Codes of a few bits and numbers of a few bits: unpacking, tables of values, and grids of scales. NumPy alone.
+
+Tables whose entries are several float32 values turn a byte into all the numbers in it by one look-up, which is what makes
+decoding fast: `np.take` moves entries of 8 and 16 bytes as fast as those of 4.
+"""
+
+from collections.abc import Callable
+from functools import lru_cache
+
+import ml_dtypes
+import numpy as np
+
+from jaxmoe.quant.base import Box, ceil_div
+from jaxmoe.quant.errors import QuantizationError
+
+# Dtypes whose 256 codes are looked up: a cast of theirs takes five times as long.
+_BYTE_FLOATS = frozenset(
+    np.dtype(scalar) for scalar in (ml_dtypes.float8_e4m3fn, ml_dtypes.float8_e5m2, ml_dtypes.float8_e8m0fnu)
+)
+# Codes that are looked up at a time: NumPy makes wider numbers of them, in memory that is not to be mapped for each.
+_AT_ONCE = 1 << 13
+FLOAT4 = np.arange(16, dtype=np.uint8).view(ml_dtypes.float4_e2m1fn).astype(np.float32)
+"""Values of OCP e2m1 by code: 0, 0.5, 1, 1.5, 2, 3, 4, 6, and the same below zero."""
+
+
+@lru_cache
+def _byte_table(dtype: np.dtype) -> np.ndarray:
+    return np.arange(256, dtype=np.uint8).view(dtype).astype(np.float32)
+
+
+@lru_cache
+def _table(values: tuple[float, ...], bits: int, together: int, *, high_first: bool = False) -> np.ndarray:
+    """For each way to put `together` codes side by side their values, as one number of as many bytes.
+
+    Args:
+        values: of each code.
+        bits: of a code.
+        together: codes of an entry, 2 or 4.
+        high_first: whether the code in the highest bits is the first; else that in the lowest is.
+    """
+    fields = np.arange(together)[:: -1 if high_first else 1] * bits
+    codes = np.arange(2 ** (bits * together))[:, None] >> fields & (2**bits - 1)
+    return np.array(values, np.float32)[codes].view(np.uint64 if together == 2 else np.complex128)[:, 0]
+
+
+def to_float32(array: np.ndarray, out: np.ndarray | None = None) -> np.ndarray:
+    """Numbers of any stored type as float32, exactly; in `out`, contiguous and of the same shape, where it is given."""
+    found = np.empty(array.shape, np.float32) if out is None else out
+    if array.dtype in _BYTE_FLOATS:
+        _look_up(_byte_table(array.dtype), array.view(np.uint8), found)
+    else:
+        np.copyto(found, array)
+    return found
+
+
+def exponents_to_float32(array: np.ndarray) -> np.ndarray:
+    """Scales as float32; bytes stand for powers of two, OCP's E8M0: 2^(b - 127), and 255 for NaN."""
+    return to_float32(array.view(ml_dtypes.float8_e8m0fnu) if array.dtype == np.uint8 else array)
+
+
+def nibbles_to_float32(
+    packed: np.ndarray, values: np.ndarray, out: np.ndarray | None = None, *, high_first: bool = False
+) -> np.ndarray:
+    """Two codes a byte as float32 [..., 2·bytes].
+
+    Args:
+        packed: uint8 or int8 [..., bytes].
+        values: of each of 16 codes.
+        out: contiguous float32 array that is used where it has the result's shape.
+        high_first: whether the high half of a byte is the first number; else the low half is.
+    """
+    pairs = _table(tuple(values.tolist()), 4, 2, high_first=high_first)
+    found = _result((*packed.shape[:-1], 2 * packed.shape[-1]), out)
+    _look_up(pairs, packed.view(np.uint8), found)
+    return found
+
+
+def words_to_float32(
+    words: np.ndarray, bits: int, less: float, out: np.ndarray | None = None, *, straddling: bool = True
+) -> np.ndarray:
+    """Codes of words, less a number, as float32 [..., as many as there are]; see `unpack_words`, `nibbles_to_float32`."""
+    values = np.arange(2**bits, dtype=np.float32) - np.float32(less)
+    stream = np.ascontiguousarray(words).view(np.uint8)
+    if bits == 8 or not (straddling or 32 % bits == 0):
+        codes = unpack_words(words, bits, straddling=straddling)
+        numbers = to_float32(codes, _result(codes.shape, out))
+        numbers -= np.float32(less)
+        return numbers
+    if bits == 4:
+        return nibbles_to_float32(stream, values, out)
+    # As many codes at a time as a table of them stays in a core's cache for.
+    together = 4 if bits < 4 else 2
+    table = _table(tuple(values.tolist()), bits, together)
+    if bits == 2:
+        index = stream
+    else:
+        eights, width = _eights(stream, bits), np.uint64(bits * together)
+        index = np.empty((*eights.shape, 8 // together), np.uint16)
+        for place in range(8 // together):
+            index[..., place] = (eights >> np.uint64(place) * width) & ((np.uint64(1) << width) - np.uint64(1))
+    index = index.reshape(*words.shape[:-1], -1)
+    numbers = _result((*index.shape[:-1], index.shape[-1] * together), out)
+    _look_up(table, index, numbers)
+    return numbers[..., : words.shape[-1] * 32 // bits]
+
+
+def _result(shape: tuple[int, ...], out: np.ndarray | None) -> np.ndarray:
+    return out if out is not None and out.shape == shape else np.empty(shape, np.float32)
+
+
+def _look_up(table: np.ndarray, codes: np.ndarray, out: np.ndarray) -> None:
+    """Put the entries of codes in `out`, contiguous float32 of one entry's numbers for each code."""
+    flat, entries = np.ascontiguousarray(codes).reshape(-1), out.reshape(-1).view(table.dtype)
+    for first in range(0, len(flat), _AT_ONCE):
+        # With this mode and an output it writes there at once; no code is outside of the table.
+        part = slice(first, first + _AT_ONCE)
+        np.take(table, flat[part], out=entries[part], mode="clip")
+
+
+def unpack_words(words: np.ndarray, bits: int, *, straddling: bool = True) -> np.ndarray:
+    """Codes of words, lowest bits first: uint8 [..., as many as there are].
+
+    Args:
+        words: int32 [..., words].
+        bits: of a code, 1 to 8.
+        straddling: whether a code may lie in two words; else each word holds 32 // bits codes and unused bits.
+    """
+    words = np.ascontiguousarray(words).view(np.uint32)
+    lead, count = words.shape[:-1], words.shape[-1]
+    if bits == 8:
+        return words.view(np.uint8)
+    if not straddling or 32 % bits == 0:
+        fields = 32 // bits
+        codes = np.empty((*words.shape, fields), np.uint8)
+        for field in range(fields):
+            codes[..., field] = (words >> np.uint32(bits * field)) & np.uint32(2**bits - 1)
+        return codes.reshape(*lead, count * fields)
+    eights = _eights(words.view(np.uint8), bits)
+    codes = np.empty((*eights.shape, 8), np.uint8)
+    for field in range(8):
+        codes[..., field] = (eights >> np.uint64(bits * field)) & np.uint64(2**bits - 1)
+    return codes.reshape(*lead, -1)[..., : count * 32 // bits]
+
+
+def _eights(stream: np.ndarray, bits: int) -> np.ndarray:
+    """Bytes in which codes follow one another as numbers of eight codes each, uint64 [..., groups]."""
+    groups = ceil_div(stream.shape[-1], bits)
+    if stream.shape[-1] != groups * bits:
+        padded = np.zeros((*stream.shape[:-1], groups * bits), np.uint8)
+        padded[..., : stream.shape[-1]] = stream
+        stream = padded
+    eights = np.zeros((*stream.shape[:-1], groups), np.uint64)
+    for byte in range(bits):
+        eights |= stream[..., byte::bits].astype(np.uint64) << np.uint64(8 * byte)
+    return eights
+
+
+def transpose_nibbles(words: np.ndarray) -> np.ndarray:
+    """Swap which of eight words a code of four bits is in and which place it has there.
+
+    Args:
+        words: uint32 [8, ...].
+
+    Returns:
+        uint32 [8, ...]: place j of word i is what place i of word j was.
+    """
+    words = words.copy()
+    for step, shift, mask in ((4, 16, 0x0000FFFF), (2, 8, 0x00FF00FF), (1, 4, 0x0F0F0F0F)):
+        pairs = words.reshape(8 // (2 * step), 2, step, *words.shape[1:])
+        first, second = pairs[:, 0], pairs[:, 1]
+        differ = ((first >> np.uint32(shift)) ^ second) & np.uint32(mask)
+        second ^= differ
+        first ^= differ << np.uint32(shift)
+    return words
+
+
+def block_box(box: Box, blocks: tuple[int, int]) -> Box:
+    """The box of a grid, one entry for each block, that the last two dims of `box` lie in; leading dims stay."""
+    last = zip(box[-2:], blocks, strict=True)
+    return (*box[:-2], *((start // size, max(ceil_div(stop, size), start // size)) for (start, stop), size in last))
+
+
+def apply_grid(
+    operation: Callable[..., np.ndarray], values: np.ndarray, grid: np.ndarray, box: Box, blocks: tuple[int, int]
+) -> None:
+    """Combine values with a grid that has one number for each block of them, in place.
+
+    Args:
+        operation: NumPy's `multiply` or `subtract`.
+        values: float32 [..., n, k], what is in `box`.
+        grid: float32 [..., blocks of rows, blocks of columns] that `box` touches; its leading dims may be 1.
+        box: of `values` in the whole array; it may start and end inside a block.
+        blocks: rows and columns of a block.
+    """
+    (row, row_end), (column, column_end) = box[-2:]
+    rows, columns = blocks
+    if rows != 1:
+        grid = np.take(grid, np.arange(row, row_end) // rows - row // rows, axis=-2)
+    if grid.shape[-1] == 1 or columns == 1:
+        operation(values, grid, out=values)
+    elif column % columns == 0 and column_end % columns == 0:
+        blocked = values.reshape(*values.shape[:-1], -1, columns)
+        operation(blocked, grid[..., None], out=blocked)
+        if not np.shares_memory(blocked, values):
+            values[...] = blocked.reshape(values.shape)
+    else:
+        each = np.take(grid, np.arange(column, column_end) // columns - column // columns, axis=-1)
+        operation(values, each, out=values)
+
+
+def apply_groups(
+    operation: Callable[..., np.ndarray], values: np.ndarray, grid: np.ndarray, groups: np.ndarray, size: int
+) -> None:
+    """Combine values [n, k] with a grid [n, groups] by the group of each column, in place.
+
+    Args:
+        operation: NumPy's `multiply` or `subtract`.
+        values: float32 [n, k].
+        grid: float32 [n, groups].
+        groups: int [k], of each column, all of them there.
+        size: columns of a group where groups follow one another; these need no look-up.
+    """
+    first = int(groups[0]) if len(groups) else 0
+    last = first + ceil_div(len(groups), size)
+    if np.array_equal(groups, first + np.arange(len(groups)) // size):
+        box = ((0, values.shape[-2]), (0, len(groups)))
+        apply_grid(operation, values, grid[..., first:last], box, (1, size))
+    else:
+        step, index = max(1, 4 * _AT_ONCE // max(len(groups), 1)), groups.astype(np.intp)
+        taken = np.empty((step, len(groups)), np.float32)
+        for row in range(0, values.shape[-2], step):
+            rows = values[row : row + step]
+            found = taken[: len(rows)]
+            np.take(grid[row : row + step], index, axis=-1, out=found, mode="clip")
+            operation(rows, found, out=rows)
+
+
+def check_groups(groups: np.ndarray, count: int, name: str) -> None:
+    """Refuse groups of columns that are not there.
+
+    Raises:
+        QuantizationError: an entry is none of 0 to `count` - 1.
+    """
+    if len(groups) and not (groups.min() >= 0 and groups.max() < count):
+        raise QuantizationError(f"{name} must name groups 0 to {count - 1}; it has {groups.min()} to {groups.max()}")

@@ -1,0 +1,67 @@
+"""4-bit floats, two a byte, with a scale for each group of inputs: what NVFP4 and MXFP4 have in common."""
+
+import numpy as np
+
+from jaxmoe.quant.base import Arrays, Box, Shape, Shapes, ceil_div
+from jaxmoe.quant.codes import FLOAT4, exponents_to_float32, nibbles_to_float32, to_float32
+from jaxmoe.quant.grid import GridFormat, check_group_size, grid_shape
+
+
+class Float4Groups(GridFormat):
+    """Two e2m1 numbers a byte along K, the even one in the low half, and a scale for each group of inputs."""
+
+    group_size: int
+
+    def shapes(self, role: str, shape: Shape) -> tuple[Shape, ...]:
+        *lead, K = shape
+        return ((*lead, K // 2),) if role == "values" else ((*lead, K // self.group_size),)
+
+    def shape_of(self, stored: Shapes) -> Shape:
+        *lead, width = stored["values"]
+        return (*lead, 2 * width)
+
+    def check_shape(self, shape: Shape) -> str | None:
+        return super().check_shape(shape) or check_group_size(self.group_size, shape)
+
+    def value_box(self, box: Box, shape: Shape, stored: Shapes) -> Box:
+        *lead, (start, stop) = box
+        return (*lead, (start // 2, ceil_div(stop, 2)))
+
+    def codes(self, array: np.ndarray, box: Box, shape: Shape, stored: Shapes, out: np.ndarray) -> np.ndarray:
+        start, stop = box[-1]
+        return nibbles_to_float32(array, FLOAT4, out)[..., start % 2 : start % 2 + stop - start]
+
+
+class Nvfp4Groups(Float4Groups):
+    """W[n, k] = e2m1[n, k] · (scale[n, k // 16] · factor), the product in brackets rounded to float32."""
+
+    grids = ("scale", "global_scale")
+
+    def shapes(self, role: str, shape: Shape) -> tuple[Shape, ...]:
+        if role != "global_scale":
+            return super().shapes(role, shape)
+        lead = shape[:-2]
+        return ((), (1,), *([lead, (*lead, 1), (*lead, 1, 1)] if lead else []))
+
+    def scale(self, arrays: Arrays, shape: Shape) -> np.ndarray:
+        scale, factor = to_float32(arrays["scale"]), arrays["global_scale"].astype(np.float32)
+        return self.rescale(scale, factor.reshape(grid_shape(factor.shape, shape)))
+
+    def rescale(self, scale: np.ndarray, global_scale: np.ndarray) -> np.ndarray:
+        """Scales of groups with that of the tensor applied."""
+        return scale * global_scale
+
+    def scales(self, arrays: Arrays) -> dict[str, np.ndarray]:
+        # A group's own scale is rounded to zero where its numbers are far below the tensor's largest.
+        scale = to_float32(arrays["scale"])
+        return {"scale": np.where(scale == 0, np.float32(1), scale), "global_scale": arrays["global_scale"]}
+
+
+class Mxfp4Groups(Float4Groups):
+    """W[n, k] = e2m1[n, k] · 2^(scale[n, k // 32] - 127)."""
+
+    def scale(self, arrays: Arrays, shape: Shape) -> np.ndarray:
+        return exponents_to_float32(arrays["scale"])
+
+    def scales(self, arrays: Arrays) -> dict[str, np.ndarray]:
+        return {"scale": exponents_to_float32(arrays["scale"])}

@@ -1,0 +1,87 @@
+"""AWQ in its GEMM layout: 4-bit integers packed along the outputs in an order of their own."""
+
+import dataclasses
+
+import numpy as np
+
+from jaxmoe.quant.base import Arrays, Box, Part, QuantFormat, Shape, Shapes, ceil_div
+from jaxmoe.quant.codes import apply_groups, nibbles_to_float32, to_float32, transpose_nibbles, unpack_words
+from jaxmoe.quant.grid import check_group_size
+
+# The output, of eight, whose code is at place i of a word; and where each of them is.
+_OUTPUTS = (0, 2, 4, 6, 1, 3, 5, 7)
+_PLACES = (0, 4, 1, 5, 2, 6, 3, 7)
+_FOUR_BITS = np.arange(16, dtype=np.float32)
+
+
+@dataclasses.dataclass(frozen=True)
+class AwqGemm(QuantFormat):
+    """W[n, k] = scales[g, n] · (code[k, n] - zero[g, n]), g = k // group_size.
+
+    A word holds the codes of eight outputs: 0, 2, 4, 6, 1, 3, 5 and 7, from the lowest bits on.
+
+    Attributes:
+        group_size: inputs that share a scale; None where all of an output do.
+    """
+
+    group_size: int | None = 128
+
+    name = "awq"
+    parts = (
+        Part("values", (".qweight",), ("I32",)),
+        Part("zero_point", (".qzeros",), ("I32",)),
+        Part("scale", (".scales",), ("F16", "BF16", "F32")),
+    )
+
+    def shapes(self, role: str, shape: Shape) -> tuple[Shape, ...]:
+        N, K = shape
+        groups = 1 if self.group_size is None else K // self.group_size
+        return {"values": ((K, N // 8),), "zero_point": ((groups, N // 8),), "scale": ((groups, N),)}[role]
+
+    def shape_of(self, stored: Shapes) -> Shape:
+        K, words = stored["values"]
+        return 8 * words, K
+
+    def check_shape(self, shape: Shape) -> str | None:
+        if len(shape) != 2:
+            return f"{self.name} holds a matrix; this weight has shape {shape}"
+        if shape[0] % 8:
+            return f"{self.name} packs outputs by 8; these matrices have {shape[0]}"
+        return check_group_size(self.group_size, shape)
+
+    def boxes(self, box: Box, shape: Shape, stored: Shapes) -> dict[str, Box]:
+        rows, columns = box
+        size = self.group_size or shape[1]
+        groups = (columns[0] // size, ceil_div(columns[1], size))
+        words = (rows[0] // 8, ceil_div(rows[1], 8))
+        return {"values": (columns, words), "zero_point": (groups, words), "scale": (groups, rows)}
+
+    def values(self, arrays: Arrays, box: Box, shape: Shape, stored: Shapes, out: np.ndarray) -> np.ndarray:
+        (row, row_end), (column, column_end) = box
+        size = self.group_size or shape[1]
+        wanted = slice(row % 8, row % 8 + row_end - row)
+        numbers = _codes(arrays["values"], out)[wanted]
+        zeros = unpack_words(arrays["zero_point"], 4)
+        zeros = zeros.reshape(len(zeros), -1, 8)[..., _PLACES].reshape(zeros.shape)[:, wanted]
+        groups = np.arange(column, column_end) // size - column // size
+        apply_groups(np.subtract, numbers, np.ascontiguousarray(to_float32(zeros).T), groups, size)
+        apply_groups(np.multiply, numbers, np.ascontiguousarray(to_float32(arrays["scale"]).T), groups, size)
+        return numbers
+
+
+def _codes(words_KN: np.ndarray, out: np.ndarray) -> np.ndarray:
+    """Codes as float32 [N, K], from words [K, N / 8].
+
+    Words of eight outputs and one input become words of one output and eight inputs, which are then moved as wholes.
+    """
+    K, words = words_KN.shape
+    padded = words_KN
+    if K % 8:
+        padded = np.zeros((ceil_div(K, 8) * 8, words), np.int32)
+        padded[:K] = words_KN
+    eights = np.moveaxis(padded.reshape(-1, 8, words), 1, 0).view(np.uint32)
+    by_place = transpose_nibbles(eights)
+    by_output = np.empty((words, 8, eights.shape[1]), np.uint32)
+    for place, output in enumerate(_OUTPUTS):
+        by_output[:, output] = by_place[place].T
+    return nibbles_to_float32(by_output.reshape(8 * words, -1).view(np.uint8), _FOUR_BITS, out)[:, :K]

@@ -1,0 +1,107 @@
+"""GPTQ: integers of 2, 3, 4 or 8 bits packed along the inputs, with a zero point and a scale for each group of inputs."""
+
+import dataclasses
+
+import numpy as np
+
+from jaxmoe.quant.base import Arrays, Box, Part, QuantFormat, Shape, Shapes, ceil_div
+from jaxmoe.quant.codes import apply_groups, check_groups, to_float32, unpack_words, words_to_float32
+from jaxmoe.quant.grid import check_group_size
+
+BITS = (2, 3, 4, 8)
+
+
+@dataclasses.dataclass(frozen=True)
+class Gptq(QuantFormat):
+    """W[n, k] = scales[g, n] · (code[k, n] - zero[g, n]), g = g_idx[k] or k // group_size.
+
+    Codes follow one another along k, lowest bits first, and zero points along n. The first version stores a zero point
+    less one, in as many bits: what is stored as 2^bits - 1 is zero.
+
+    Attributes:
+        bits: of a code.
+        group_size: inputs that share a scale; None where all of an output do.
+        version: of the format, 1 or 2.
+    """
+
+    bits: int = 4
+    group_size: int | None = None
+    version: int = 1
+
+    name = "gptq"
+    parts = (
+        Part("values", (".qweight",), ("I32",)),
+        Part("zero_point", (".qzeros",), ("I32",)),
+        Part("scale", (".scales",), ("F16", "BF16", "F32")),
+        Part("g_idx", (".g_idx",), ("I32", "I64"), required=False),
+    )
+
+    def shapes(self, role: str, shape: Shape) -> tuple[Shape, ...]:
+        N, K = shape
+        groups = 1 if self.group_size is None else K // self.group_size
+        return {
+            "values": ((K * self.bits // 32, N),),
+            "zero_point": ((groups, N * self.bits // 32),),
+            "scale": ((groups, N),),
+            "g_idx": ((K,),),
+        }[role]
+
+    def shape_of(self, stored: Shapes) -> Shape:
+        words, N = stored["values"]
+        return N, words * 32 // self.bits
+
+    def check_shape(self, shape: Shape) -> str | None:
+        if len(shape) != 2:
+            return f"{self.name} holds a matrix; this weight has shape {shape}"
+        if any(size * self.bits % 32 for size in shape):
+            return f"codes of {self.bits} bits do not fill words of 32 bits along both dims of {shape}"
+        return check_group_size(self.group_size, shape)
+
+    def _unit(self) -> tuple[int, int]:
+        """Codes that fill whole words, and how many words that is."""
+        return (32, 3) if self.bits == 3 else (32 // self.bits, 1)
+
+    def _word_range(self, start: int, stop: int) -> tuple[int, int]:
+        codes, words = self._unit()
+        return start // codes * words, ceil_div(stop, codes) * words
+
+    def boxes(self, box: Box, shape: Shape, stored: Shapes) -> dict[str, Box]:
+        rows, columns = box
+        size = self.group_size or shape[1]
+        groups = (columns[0] // size, ceil_div(columns[1], size))
+        found: dict[str, Box] = {}
+        if "g_idx" in stored:
+            # An input may be of any group.
+            found["g_idx"], groups = (columns,), (0, stored["scale"][0])
+        return found | {
+            "values": (self._word_range(*columns), rows),
+            "zero_point": (groups, self._word_range(*rows)),
+            "scale": (groups, rows),
+        }
+
+    def values(self, arrays: Arrays, box: Box, shape: Shape, stored: Shapes, out: np.ndarray) -> np.ndarray:
+        (row, row_end), (column, column_end) = box
+        size = self.group_size or shape[1]
+        if "g_idx" in arrays:
+            groups = arrays["g_idx"]
+            check_groups(groups, stored["scale"][0], "g_idx")
+        else:
+            groups = np.arange(column, column_end) // size - column // size
+        numbers = self._codes(np.ascontiguousarray(arrays["values"].T), column, column_end, out)
+        zeros = self._zeros(arrays["zero_point"], row, row_end)
+        apply_groups(np.subtract, numbers, np.ascontiguousarray(zeros.T), groups, size)
+        apply_groups(np.multiply, numbers, np.ascontiguousarray(to_float32(arrays["scale"]).T), groups, size)
+        return numbers
+
+    def _codes(self, words: np.ndarray, start: int, stop: int, out: np.ndarray) -> np.ndarray:
+        # Words transposed have the codes of an output in order.
+        numbers = words_to_float32(words, self.bits, 0, out)
+        first = start % self._unit()[0]
+        return numbers[:, first : first + stop - start]
+
+    def _zeros(self, words: np.ndarray, start: int, stop: int) -> np.ndarray:
+        codes = unpack_words(words, self.bits)
+        if self.version == 1:
+            codes = (codes + np.uint8(1)) & np.uint8(2**self.bits - 1)
+        first = start % self._unit()[0]
+        return to_float32(codes[:, first : first + stop - start])

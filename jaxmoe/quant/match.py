@@ -1,0 +1,209 @@
+"""Match the tensors of a checkpoint with the formats that its settings declare, by headers alone."""
+
+import dataclasses
+import re
+from collections.abc import Callable, Iterator, Mapping
+
+from jaxmoe.quant.base import Part, QuantFormat, Shape, swap_last
+from jaxmoe.quant.errors import QuantizationError, raise_problems
+from jaxmoe.quant.formats import FORMATS
+from jaxmoe.quant.infer import PLAIN, infer_format
+from jaxmoe.quant.names import may_be_absent
+from jaxmoe.quant.rules import Quantization
+from jaxmoe.quant.weights import Header, QuantizedWeight
+
+_CACHE_SCALE = re.compile(r".*[._](k|v|q|kv|prob)_scale")
+# Ends of names of tensors with values, longest first, with what the plain tensor's name has in their place.
+_ENDS = (
+    (".weight_packed", ".weight"),
+    (".qweight", ".weight"),
+    (".weight", ".weight"),
+    ("_blocks", ""),
+    (".blocks", ""),
+)
+# Ends of names of parts that no plain tensor has.
+_PARTS = tuple(
+    sorted(
+        {
+            suffix
+            for form in FORMATS.values()
+            for part in form.parts
+            if part.role != "values"
+            for suffix in part.suffixes
+        }
+        - {".scale", ".scales"}
+    )
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class MatchedTensors:
+    """What the tensors of a checkpoint are.
+
+    Attributes:
+        weights: quantized weights, by the name of the plain tensor that each stands for.
+        parts: for each stored tensor that is part of a weight, that weight's name.
+        unused: tensors that belong to the quantization and no value depends on, such as scales of activations and of
+            the cache, with the reason.
+        notes: sentences for a report.
+    """
+
+    weights: Mapping[str, QuantizedWeight]
+    parts: Mapping[str, str]
+    unused: Mapping[str, str]
+    notes: tuple[str, ...]
+
+
+def match_tensors(
+    headers: Mapping[str, Header],
+    quantization: Quantization | None,
+    *,
+    wanted: Callable[[str], bool] | None = None,
+) -> MatchedTensors:
+    """Find every quantized weight among a checkpoint's tensors, and check it against the settings.
+
+    Weights that settings would have quantized and that are plain stay so: these name classes of modules, which a
+    checkpoint does not. A weight that is quantized otherwise than the settings say is an error.
+
+    Args:
+        headers: of all tensors, by name.
+        quantization: what the checkpoint's files declare; None to tell formats by the tensors.
+        wanted: of the name of a plain tensor, whether it is to be loaded; others are not checked. All are by default.
+
+    Raises:
+        QuantizationError: tensors contradict the settings or one another: all problems in one message.
+    """
+    weights: dict[str, QuantizedWeight] = {}
+    parts: dict[str, str] = {}
+    unused: dict[str, str] = {}
+    problems: list[str] = []
+    for weight, header in _candidates(headers):
+        if weight in weights or (wanted is not None and not wanted(weight)):
+            continue
+        form, problem = _format_of(weight, header, headers, quantization)
+        if form is not None:
+            stored, problem = _gather(weight, form, headers)
+            if problem is None:
+                weights[weight], problem = _checked(weight, form, stored)
+            for role, one in stored.items():
+                parts[one.name] = weight
+                if not next(part for part in form.parts if part.role == role).decoded:
+                    unused[one.name] = f"no value of {weight} depends on it"
+        if problem is not None:
+            problems.append(problem)
+    for name in headers:
+        if name not in parts and _CACHE_SCALE.fullmatch(name):
+            unused[name] = "it scales a cache of keys and values, which is not quantized"
+        elif name not in parts and name.endswith(_PARTS):
+            problem = _orphan(name, headers, wanted)
+            problems += [problem] if problem else []
+    problems += _ignored_problems(headers, quantization)
+    source = f"quantization {quantization.method} of {quantization.source}" if quantization else "quantization by names"
+    raise_problems(source, problems)
+    return MatchedTensors(weights, parts, unused, _notes(headers, quantization))
+
+
+def _candidates(headers: Mapping[str, Header]) -> Iterator[tuple[str, Header]]:
+    """Names of plain tensors that may be stored quantized, each with the header of the tensor with its values."""
+    for name, header in headers.items():
+        for end, plain in _ENDS:
+            if name.endswith(end):
+                if end != plain or header.dtype_name not in PLAIN or f"{name}.absmax" in headers:
+                    yield name.removesuffix(end) + plain, header
+                break
+        else:
+            # A stack of experts is a parameter of its own name.
+            if header.dtype_name.startswith("F8_E") and len(header.shape) > 2 and "_scale" not in name:
+                yield name, header
+
+
+def _format_of(
+    weight: str, header: Header, headers: Mapping[str, Header], quantization: Quantization | None
+) -> tuple[QuantFormat | None, str | None]:
+    """The format of a weight, or why it has none."""
+    if quantization is None:
+        form = infer_format(weight, headers)
+        return (
+            form,
+            None if form else f"{header.name!r} ({header.dtype_name}) is in no format that is known by its tensors",
+        )
+    named, form = quantization.rules.named(weight.removesuffix(".weight"))
+    if form is not None and header.name in form.parts[0].names(weight):
+        return form, None
+    seen = infer_format(weight, headers)
+    if not named and form is None and seen is not None:
+        # Settings that name the experts alone do not speak of the rest.
+        return seen, None
+    seen_as = f"they look like {seen.describe()}" if seen else f"they are {header.dtype_name}"
+    said = f"in {form.describe()}" if form else "not quantized"
+    return None, f"the settings say that {weight!r} is {said}; its tensors say otherwise: {seen_as} ({header.name!r})"
+
+
+def _gather(weight: str, form: QuantFormat, headers: Mapping[str, Header]) -> tuple[dict[str, Header], str | None]:
+    """The stored parts of a weight, and what is missing among them."""
+    stored: dict[str, Header] = {}
+    missing: list[Part] = []
+    for part in form.parts:
+        found = [headers[name] for name in part.names(weight) if name in headers]
+        if found:
+            stored[part.role] = found[0]
+        elif part.required:
+            missing.append(part)
+    if not missing:
+        return stored, None
+    expected = [part.names(weight)[0] for part in missing]
+    return stored, f"{weight!r} is in {form.describe()}, and {', '.join(map(repr, expected))} is missing"
+
+
+def _checked(weight: str, form: QuantFormat, stored: dict[str, Header]) -> tuple[QuantizedWeight, str | None]:
+    shapes = {role: header.shape for role, header in stored.items()}
+    whole = QuantizedWeight(weight, form, stored, None)
+    ranks = {part.role: {len(one) for one in form.shapes(part.role, (1,) * 2)} for part in form.parts[:1]}
+    if len(shapes["values"]) < min(ranks["values"]):
+        return whole, f"{stored['values'].name!r} has shape {shapes['values']}, which is none of {form.describe()}"
+    matrices = form.shape_of(shapes)
+    if matrices is None:
+        return whole, None
+    shape: Shape = swap_last(matrices) if form.transposed else matrices
+    problems = whole.problems(shape)
+    return dataclasses.replace(whole, shape=shape), problems[0] if problems else None
+
+
+def _orphan(name: str, headers: Mapping[str, Header], wanted: Callable[[str], bool] | None) -> str | None:
+    """Why a scale or another part that belongs to no quantized weight is wrong; None if it is not."""
+    base = name.removesuffix(next(end for end in sorted(_PARTS, key=len, reverse=True) if name.endswith(end)))
+    weight = base + ".weight"
+    if any(other in headers for other in (weight, base)) or (wanted is not None and not wanted(weight)):
+        return None
+    return f"{name!r} is part of a quantized weight, and {weight!r} is not there"
+
+
+def _ignored_problems(headers: Mapping[str, Header], quantization: Quantization | None) -> list[str]:
+    if quantization is None or not quantization.rules.ignored:
+        return []
+    entries = quantization.rules.ignored.entries
+    unused = quantization.rules.ignored.unused(_modules(headers))
+    if len(unused) < len(entries) or all(may_be_absent(entry) for entry in entries):
+        return []
+    return [
+        f"none of the {len(entries)} entries of the ignore list names a module of this checkpoint; the first is "
+        f"{entries[0]!r:.80}"
+    ]
+
+
+def _modules(headers: Mapping[str, Header]) -> list[str]:
+    return [name.removesuffix(".weight") for name in headers]
+
+
+def _notes(headers: Mapping[str, Header], quantization: Quantization | None) -> tuple[str, ...]:
+    if quantization is None:
+        return ("formats are told by names, dtypes and shapes: no file declares them",)
+    unused = quantization.rules.ignored.unused(_modules(headers))
+    absent = [entry for entry in unused if not may_be_absent(entry)]
+    more = (
+        [f"{len(absent)} entries of the ignore list name no module, the first is {absent[0]!r:.80}"] if absent else []
+    )
+    return (*quantization.notes, *more)
+
+
+__all__ = ["MatchedTensors", "QuantizationError", "match_tensors"]

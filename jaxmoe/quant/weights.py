@@ -1,0 +1,150 @@
+"""A quantized weight of a checkpoint: its format, its stored tensors, and the reading of any box of it."""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import DTypeLike
+
+from jaxmoe.quant.base import Arrays, Box, QuantFormat, Shape, bytes_of, extent, swap_last
+from jaxmoe.quant.errors import QuantizationError
+
+
+class Header(Protocol):
+    """A tensor of a checkpoint as its file's header describes it."""
+
+    @property
+    def name(self) -> str:
+        """Its name in the checkpoint."""
+
+    @property
+    def dtype_name(self) -> str:
+        """Its element type, as safetensors spells it."""
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Its shape, as stored."""
+
+
+@dataclasses.dataclass(frozen=True)
+class QuantizedWeight:
+    """One weight in its format, addressed as the plain tensor that it stands for.
+
+    Attributes:
+        name: of the plain tensor, such as "model.layers.0.mlp.experts.0.up_proj.weight".
+        format: how it is stored.
+        stored: header of each part that is there, by role.
+        shape: of the plain tensor; None where headers do not tell, until `bind`.
+    """
+
+    name: str
+    format: QuantFormat
+    stored: Mapping[str, Header]
+    shape: Shape | None
+
+    def bind(self, shape: Shape) -> "QuantizedWeight":
+        """This weight as one of a known shape.
+
+        Args:
+            shape: of the plain tensor, as the model has it.
+
+        Raises:
+            QuantizationError: the stored tensors are of another shape.
+        """
+        if shape == self.shape:
+            return self
+        if self.shape is not None and not self.problems(shape):
+            # Widths that are padded to whole words or bytes may be those of several shapes.
+            return dataclasses.replace(self, shape=shape)
+        problems = self.problems(shape)
+        if problems:
+            raise QuantizationError(f"{self.name!r} must have shape {shape}: {problems[0]}")
+        return dataclasses.replace(self, shape=shape)
+
+    def problems(self, shape: Shape) -> list[str]:
+        """The stored tensors that are not what the format asks for at a shape of the plain tensor, a sentence each."""
+        matrices = swap_last(shape) if self.format.transposed else shape
+        wrong = self.format.check_shape(matrices)
+        if wrong:
+            return [f"{wrong} ({self.format.describe()})"]
+        found = []
+        for part in self.format.parts:
+            header = self.stored.get(part.role)
+            if header is None or not part.decoded:
+                continue
+            expected = self.format.shapes(part.role, matrices)
+            if header.dtype_name not in part.dtypes:
+                found.append(
+                    f"{header.name!r} is {header.dtype_name}, and {self.format.name} has {' or '.join(part.dtypes)}"
+                )
+            elif expected and header.shape not in expected:
+                found.append(
+                    f"{header.name!r} has shape {header.shape}; of a weight {shape} in {self.format.describe()} it is "
+                    f"{' or '.join(str(one) for one in expected[:2])}"
+                )
+        return found
+
+    @property
+    def stored_bytes(self) -> int:
+        """Bytes of the tensors that values are decoded from."""
+        decoded = [part.role for part in self.format.parts if part.decoded and part.role in self.stored]
+        return sum(bytes_of(self.stored[role].dtype_name, self.stored[role].shape) for role in decoded)
+
+    def boxes(self, box: Box) -> dict[str, Box]:
+        """The box of each stored tensor to read for a box of the plain tensor, by role.
+
+        Args:
+            box: of the plain tensor, not empty.
+        """
+        return self.format.boxes(self._matrices(box), self._matrices(self._known()), self._shapes())
+
+    def decode(
+        self, arrays: Arrays, box: Box, *, out: np.ndarray | None = None, dtype: DTypeLike = np.float32
+    ) -> np.ndarray:
+        """The plain tensor's values in a box, computed in float32.
+
+        Args:
+            arrays: of each role in `boxes(box)` what that box holds, of the stored dtype.
+            box: of the plain tensor.
+            out: array of the box's shape to write to, of any floating dtype; a new one by default.
+            dtype: of a new array.
+
+        Raises:
+            QuantizationError: a scale is zero or not finite, or what is stored contradicts itself.
+        """
+        result = np.empty(extent(box), dtype) if out is None else out
+        self.check_scales(arrays)
+        target = np.swapaxes(result, -1, -2) if self.format.transposed else result
+        try:
+            # A product beyond float32 is infinite, which is the loader's to see.
+            with np.errstate(over="ignore", invalid="ignore"):
+                self.format.decode(arrays, self._matrices(box), self._matrices(self._known()), self._shapes(), target)
+        except QuantizationError as error:
+            raise QuantizationError(f"{self.name!r}: {error}") from error
+        return result
+
+    def check_scales(self, arrays: Arrays) -> None:
+        """Refuse scales with which no value can be right.
+
+        Raises:
+            QuantizationError: one is zero or not finite.
+        """
+        for role, scales in self.format.scales(arrays).items():
+            numbers = scales.astype(np.float32)
+            if not np.all(np.isfinite(numbers)):
+                raise QuantizationError(f"{self.stored[role].name!r} must hold finite scales; it has NaN or infinity")
+            if not np.all(numbers):
+                raise QuantizationError(f"{self.stored[role].name!r} must hold scales other than zero; it has zeros")
+
+    def _known(self) -> Shape:
+        assert self.shape is not None, f"{self.name} is bound to a shape first"
+        return self.shape
+
+    def _matrices(self, items: Any) -> Any:
+        """A shape or box of the plain tensor as that of the format's matrices."""
+        return swap_last(items) if self.format.transposed else items
+
+    def _shapes(self) -> dict[str, Shape]:
+        decoded = {part.role for part in self.format.parts if part.decoded}
+        return {role: header.shape for role, header in self.stored.items() if role in decoded}
