@@ -51,11 +51,12 @@ def infer_format(weight: str, headers: Mapping[str, Header]) -> QuantFormat | No
     if find(".blocks") is not None and scales is not None:
         return Mxfp4Blocks()
     values = find(".weight")
-    if values is None or values.dtype_name in PLAIN:
-        return None
     for kind in ("nf4", "fp4"):
+        # Its bytes may be those of a plain dtype.
         if find(f".weight.quant_state.bitsandbytes__{kind}") is not None:
             return Bnb4Bit(kind)
+    if values is None or values.dtype_name in PLAIN:
+        return None
     if values.dtype_name == "U8" and find(".weight_scale_2") is not None:
         return Nvfp4()
     if values.dtype_name == "I8" and find(".SCB") is not None:
@@ -92,6 +93,8 @@ def _words(words: Shape, scales: Shape) -> QuantFormat | None:
 
 def _float8(shape: Shape, grid: Header) -> QuantFormat | None:
     *lead, N, K = shape if len(shape) > 1 else (1, *shape)
+    if grid.name.endswith("_inv") and len(grid.shape) > 1:
+        return Fp8Block()
     if math.prod(grid.shape) == 1 or grid.shape in (tuple(lead), (*lead, 1, 1)):
         return Fp8Tensor()
     if grid.shape in ((*lead, N), (*lead, N, 1)):

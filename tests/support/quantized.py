@@ -178,7 +178,8 @@ def _fp8_scaled(form, shape, scale_shape, name=NAME, dtype=np.float32):
             seen = seen.reshape(*shape[:-2], 1, 1)
         # A static scale of activations, which values do not depend on.
         static = name + "_input_scale" if name == STACK else BASE + ".input_scale"
-        arrays = {name: values, name + "_scale": scale, static: np.asarray(3, dtype)}
+        arrays = {name: values, name + "_scale": scale}
+        arrays |= {} if isinstance(form, FbgemmFp8) else {static: np.asarray(3, dtype)}
         return Example(form, arrays, values.astype(np.float32) * seen, name)
 
     return make
