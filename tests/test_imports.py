@@ -181,9 +181,9 @@ def test_what_is_imported_is_installed_with_the_package() -> None:
                 assert root in allowed, f"jaxmoe/{module}:{line} imports {root}, which is no dependency"
 
 
-def test_placement_needs_no_jax() -> None:
+def test_placement_and_quantized_formats_need_no_jax() -> None:
     for module in MODULES:
-        if top(module) == "placement":
+        if top(module) in ("placement", "quant"):
             roots = {name.split(".")[0] for _, name in imported_names(module)}
             assert not roots & {"jax", "jaxlib", "flax"}, f"jaxmoe/{module} is NumPy only"
 
