@@ -4,7 +4,7 @@ import numpy as np
 
 from jaxmoe.quant.base import Arrays, Box, Shape, Shapes, ceil_div
 from jaxmoe.quant.codes import FLOAT4, exponents_to_float32, nibbles_to_float32, to_float32
-from jaxmoe.quant.grid import GridFormat, check_group_size, grid_shape
+from jaxmoe.quant.grid import GridFormat, check_group_size, grid_shape, groups_of
 
 
 class Float4Groups(GridFormat):
@@ -14,7 +14,7 @@ class Float4Groups(GridFormat):
 
     def shapes(self, role: str, shape: Shape) -> tuple[Shape, ...]:
         *lead, K = shape
-        return ((*lead, K // 2),) if role == "values" else ((*lead, K // self.group_size),)
+        return ((*lead, K // 2),) if role == "values" else ((*lead, groups_of(self.group_size, K)),)
 
     def shape_of(self, stored: Shapes) -> Shape:
         *lead, width = stored["values"]

@@ -89,8 +89,13 @@ def _dims(stored: Shape, shape: Shape) -> tuple[int | None, ...]:
     return tuple(range(len(stored)))
 
 
+def groups_of(group_size: int | None, inputs: int) -> int:
+    """Groups of so many inputs: one where their size is None, or more than there are inputs."""
+    return 1 if group_size is None else max(inputs // group_size, 1)
+
+
 def check_group_size(group_size: int | None, shape: Shape) -> str | None:
     """Why groups do not fill the inputs of matrices; None if they do."""
-    if group_size is None or shape[-1] % group_size == 0:
+    if group_size is None or shape[-1] < group_size or shape[-1] % group_size == 0:
         return None
     return f"a group size of {group_size} does not divide the {shape[-1]} inputs of its matrices"

@@ -3,9 +3,11 @@
 import dataclasses
 import re
 from collections.abc import Callable, Iterator, Mapping
+from functools import lru_cache
+from typing import NamedTuple
 
 from jaxmoe.quant.base import Part, QuantFormat, Shape, swap_last
-from jaxmoe.quant.errors import QuantizationError, raise_problems
+from jaxmoe.quant.errors import raise_problems
 from jaxmoe.quant.formats import FORMATS
 from jaxmoe.quant.infer import PLAIN, infer_format
 from jaxmoe.quant.names import may_be_absent
@@ -85,10 +87,9 @@ def match_tensors(
             stored, problem = _gather(weight, form, headers)
             if problem is None:
                 weights[weight], problem = _checked(weight, form, stored)
-            for role, one in stored.items():
-                parts[one.name] = weight
-                if not next(part for part in form.parts if part.role == role).decoded:
-                    unused[one.name] = f"no value of {weight} depends on it"
+            parts.update((one.name, weight) for one in stored.values())
+            idle = [part.role for part in form.parts if not part.decoded and part.role in stored]
+            unused.update((stored[role].name, f"no value of {weight} depends on it") for role in idle)
         if problem is not None:
             problems.append(problem)
     for name in headers:
@@ -97,10 +98,11 @@ def match_tensors(
         elif name not in parts and name.endswith(_PARTS):
             problem = _orphan(name, headers, wanted)
             problems += [problem] if problem else []
-    problems += _ignored_problems(headers, quantization)
+    absent = quantization.rules.ignored.unused(headers) if quantization else []
+    problems += _ignored_problems(quantization, absent)
     source = f"quantization {quantization.method} of {quantization.source}" if quantization else "quantization by names"
     raise_problems(source, problems)
-    return MatchedTensors(weights, parts, unused, _notes(headers, quantization))
+    return MatchedTensors(weights, parts, unused, _notes(quantization, absent))
 
 
 def _candidates(headers: Mapping[str, Header]) -> Iterator[tuple[str, Header]]:
@@ -156,17 +158,32 @@ def _gather(weight: str, form: QuantFormat, headers: Mapping[str, Header]) -> tu
 
 
 def _checked(weight: str, form: QuantFormat, stored: dict[str, Header]) -> tuple[QuantizedWeight, str | None]:
-    shapes = {role: header.shape for role, header in stored.items()}
     whole = QuantizedWeight(weight, form, stored, None)
-    ranks = {part.role: {len(one) for one in form.shapes(part.role, (1,) * 2)} for part in form.parts[:1]}
-    if len(shapes["values"]) < min(ranks["values"]):
-        return whole, f"{stored['values'].name!r} has shape {shapes['values']}, which is none of {form.describe()}"
-    matrices = form.shape_of(shapes)
+    values = stored["values"]
+    if len(values.shape) < 2:
+        return whole, f"{values.name!r} has shape {values.shape}, which is none of {form.describe()}"
+    told = _told(form, tuple((role, header.dtype_name, header.shape) for role, header in stored.items()))
+    if told is None or not told[1]:
+        return dataclasses.replace(whole, shape=told and told[0]), None
+    return whole, whole.problems(told[0])[0]
+
+
+# The experts of a checkpoint repeat the same few shapes thousands of times.
+@lru_cache(maxsize=4096)
+def _told(form: QuantFormat, stored: tuple[tuple[str, str, Shape], ...]) -> tuple[Shape, bool] | None:
+    """The shape of the plain tensor by its parts, and whether one of them is wrong; None where they do not tell it."""
+    matrices = form.shape_of({role: shape for role, _, shape in stored})
     if matrices is None:
-        return whole, None
+        return None
     shape: Shape = swap_last(matrices) if form.transposed else matrices
-    problems = whole.problems(shape)
-    return dataclasses.replace(whole, shape=shape), problems[0] if problems else None
+    headers = {role: _Stored(role, dtype, size) for role, dtype, size in stored}
+    return shape, bool(QuantizedWeight("", form, headers, None).problems(shape))
+
+
+class _Stored(NamedTuple):
+    name: str
+    dtype_name: str
+    shape: Shape
 
 
 def _orphan(name: str, headers: Mapping[str, Header], wanted: Callable[[str], bool] | None) -> str | None:
@@ -178,12 +195,10 @@ def _orphan(name: str, headers: Mapping[str, Header], wanted: Callable[[str], bo
     return f"{name!r} is part of a quantized weight, and {weight!r} is not there"
 
 
-def _ignored_problems(headers: Mapping[str, Header], quantization: Quantization | None) -> list[str]:
-    if quantization is None or not quantization.rules.ignored:
-        return []
-    entries = quantization.rules.ignored.entries
-    unused = quantization.rules.ignored.unused(_modules(headers))
-    if len(unused) < len(entries) or all(may_be_absent(entry) for entry in entries):
+def _ignored_problems(quantization: Quantization | None, absent: list[str]) -> list[str]:
+    """The problem of an ignore list none of whose entries names a tensor or what it is in."""
+    entries = quantization.rules.ignored.entries if quantization else ()
+    if len(absent) < len(entries) or all(may_be_absent(entry) for entry in entries):
         return []
     return [
         f"none of the {len(entries)} entries of the ignore list names a module of this checkpoint; the first is "
@@ -191,19 +206,13 @@ def _ignored_problems(headers: Mapping[str, Header], quantization: Quantization 
     ]
 
 
-def _modules(headers: Mapping[str, Header]) -> list[str]:
-    return [name.removesuffix(".weight") for name in headers]
-
-
-def _notes(headers: Mapping[str, Header], quantization: Quantization | None) -> tuple[str, ...]:
+def _notes(quantization: Quantization | None, absent: list[str]) -> tuple[str, ...]:
     if quantization is None:
         return ("formats are told by names, dtypes and shapes: no file declares them",)
-    unused = quantization.rules.ignored.unused(_modules(headers))
-    absent = [entry for entry in unused if not may_be_absent(entry)]
+    strange = [entry for entry in absent if not may_be_absent(entry)]
     more = (
-        [f"{len(absent)} entries of the ignore list name no module, the first is {absent[0]!r:.80}"] if absent else []
+        f"{len(strange)} entries of the ignore list name no module, the first is {strange[0]!r:.80}"
+        if strange
+        else None
     )
-    return (*quantization.notes, *more)
-
-
-__all__ = ["MatchedTensors", "QuantizationError", "match_tensors"]
+    return (*quantization.notes, *([more] if more else []))

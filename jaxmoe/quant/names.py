@@ -42,26 +42,36 @@ class Names:
             if not isinstance(entry, str):
                 raise QuantizationError(f"a list of modules must hold names; one is {entry!r:.80}")
         self._whole = frozenset(entry for entry in self.entries if not _is_pattern(entry))
-        self._patterns = [(entry, _compile(entry)) for entry in self.entries if _is_pattern(entry)]
+        self._lengths = {entry.count(".") + 1 for entry in self._whole}
+        self._patterns = {entry: _compile(entry) for entry in self.entries if _is_pattern(entry)}
 
     def __bool__(self) -> bool:
         return bool(self.entries)
 
     def matches(self, module: str) -> bool:
         """Whether an entry names this module or one that it is in."""
-        return next(self._matching(module), None) is not None
+        return any(run in self._whole for run in self._runs(module)) or any(
+            pattern.match(module) for pattern in self._patterns.values()
+        )
 
     def unused(self, modules: Iterable[str]) -> list[str]:
         """The entries that name none of these modules."""
-        used: set[str] = set()
+        left, patterns = set(self._whole), dict(self._patterns)
         for module in modules:
-            used.update(self._matching(module))
-        return [entry for entry in self.entries if entry not in used]
+            if left:
+                left.difference_update(self._runs(module))
+            for entry in [entry for entry, pattern in patterns.items() if pattern.match(module)]:
+                del patterns[entry]
+            if not left and not patterns:
+                break
+        return [entry for entry in self.entries if entry in left or entry in patterns]
 
-    def _matching(self, module: str) -> Iterator[str]:
-        if self._whole:
-            yield from (run for run in _runs(module) if run in self._whole)
-        yield from (entry for entry, pattern in self._patterns if pattern.match(module))
+    def _runs(self, module: str) -> Iterator[str]:
+        """The runs of whole parts of a name that are as long as an entry: of "a.b.c" and 2, a.b and b.c."""
+        parts = module.split(".")
+        for length in self._lengths:
+            for first in range(len(parts) - length + 1):
+                yield ".".join(parts[first : first + length])
 
 
 def may_be_absent(entry: str) -> bool:
@@ -105,11 +115,3 @@ def _compile(entry: str) -> re.Pattern[str]:
         return re.compile(expression)
     except (re.error, OverflowError, RecursionError) as error:
         raise QuantizationError(f"{entry!r:.80} must be a regular expression: {error}") from error
-
-
-def _runs(module: str) -> Iterator[str]:
-    """Every run of whole parts of a name: "a.b.c" has a, a.b, a.b.c, b, b.c and c."""
-    parts = module.split(".")
-    for first in range(len(parts)):
-        for last in range(first + 1, len(parts) + 1):
-            yield ".".join(parts[first:last])

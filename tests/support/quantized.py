@@ -272,7 +272,7 @@ def _gpt_oss(separator, flat=False):
 
 def _gptq(bits=4, group=32, version=1, order=None, shape=(32, 96)):
     def make(rng):
-        (N, K), groups = shape, 1 if group is None else shape[1] // group
+        (N, K), groups = shape, 1 if group is None else max(1, shape[1] // group)
         codes, zeros = rng.integers(0, 2**bits, (K, N)), rng.integers(0, 2**bits, (groups, N))
         scale = _scales(rng, (groups, N), np.float16)
         index = np.arange(K) // (group or K)
@@ -292,7 +292,7 @@ def _gptq(bits=4, group=32, version=1, order=None, shape=(32, 96)):
 
 def _awq(group=32, shape=(32, 96)):
     def make(rng):
-        (N, K), groups = shape, 1 if group is None else shape[1] // group
+        (N, K), groups = shape, 1 if group is None else max(1, shape[1] // group)
         codes, zeros = rng.integers(0, 16, (K, N)), rng.integers(0, 16, (groups, N))
         scale, index = _scales(rng, (groups, N), np.float16), np.arange(K) // (group or K)
         arrays = {BASE + ".qweight": pack_awq(codes), BASE + ".qzeros": pack_awq(zeros), BASE + ".scales": scale}
@@ -373,6 +373,7 @@ EXAMPLES: dict[str, Callable[[np.random.Generator], Example]] = {
     "mxfp4_pack": _float4(Mxfp4Pack(), (".weight_packed", ".weight_scale"), 32),
     "gptq": _gptq(),
     "gptq, channel": _gptq(group=None),
+    "gptq, less than a group": _gptq(group=128),
     "gptq, v2": _gptq(version=2),
     "gptq, order": _gptq(order="shuffled"),
     "gptq, g_idx in order": _gptq(order="kept"),

@@ -35,7 +35,7 @@ def read(block: Block, config: Mapping[str, Any]) -> tuple[Rules, list[str]]:
         if not isinstance(group, dict):
             raise QuantizationError(f"config_groups must say an object for {name!r}; it says {group!r:.40}")
         form = _format_of(group, block)
-        targets = settings.names(group, "targets")
+        targets = settings.names(group, "targets") or ["Linear"]
         if "Linear" in targets:
             default = default or form
         classes = [target for target in targets if _is_class(target) and target != "Linear"]

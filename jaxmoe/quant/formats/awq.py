@@ -6,7 +6,7 @@ import numpy as np
 
 from jaxmoe.quant.base import Arrays, Box, Part, QuantFormat, Shape, Shapes, ceil_div
 from jaxmoe.quant.codes import apply_groups, nibbles_to_float32, to_float32, transpose_nibbles, unpack_words
-from jaxmoe.quant.grid import check_group_size
+from jaxmoe.quant.grid import check_group_size, groups_of
 
 # The output, of eight, whose code is at place i of a word; and where each of them is.
 _OUTPUTS = (0, 2, 4, 6, 1, 3, 5, 7)
@@ -35,7 +35,7 @@ class AwqGemm(QuantFormat):
 
     def shapes(self, role: str, shape: Shape) -> tuple[Shape, ...]:
         N, K = shape
-        groups = 1 if self.group_size is None else K // self.group_size
+        groups = groups_of(self.group_size, K)
         return {"values": ((K, N // 8),), "zero_point": ((groups, N // 8),), "scale": ((groups, N),)}[role]
 
     def shape_of(self, stored: Shapes) -> Shape:

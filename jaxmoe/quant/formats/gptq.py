@@ -6,7 +6,7 @@ import numpy as np
 
 from jaxmoe.quant.base import Arrays, Box, Part, QuantFormat, Shape, Shapes, ceil_div
 from jaxmoe.quant.codes import apply_groups, check_groups, to_float32, unpack_words, words_to_float32
-from jaxmoe.quant.grid import check_group_size
+from jaxmoe.quant.grid import check_group_size, groups_of
 
 BITS = (2, 3, 4, 8)
 
@@ -38,7 +38,7 @@ class Gptq(QuantFormat):
 
     def shapes(self, role: str, shape: Shape) -> tuple[Shape, ...]:
         N, K = shape
-        groups = 1 if self.group_size is None else K // self.group_size
+        groups = groups_of(self.group_size, K)
         return {
             "values": ((K * self.bits // 32, N),),
             "zero_point": ((groups, N * self.bits // 32),),

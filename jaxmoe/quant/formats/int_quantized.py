@@ -6,7 +6,7 @@ import numpy as np
 
 from jaxmoe.quant.base import Arrays, Box, Part, Shape, Shapes, scale_of_activations
 from jaxmoe.quant.codes import to_float32
-from jaxmoe.quant.grid import GridFormat, check_group_size, grid_shape
+from jaxmoe.quant.grid import GridFormat, check_group_size, grid_shape, groups_of
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,7 +34,7 @@ class IntQuantized(GridFormat):
             return (shape,)
         *lead, K = shape
         if self.group_size is not None:
-            return ((*lead, K // self.group_size),)
+            return ((*lead, groups_of(self.group_size, K)),)
         return ((*lead, 1), tuple(lead), (), (1,))
 
     def shape_of(self, stored: Shapes) -> Shape:

@@ -8,7 +8,7 @@ import numpy as np
 from jaxmoe.quant.base import Arrays, Box, Part, Shape, Shapes, ceil_div, scale_of_activations
 from jaxmoe.quant.codes import apply_groups, check_groups, words_to_float32
 from jaxmoe.quant.errors import QuantizationError
-from jaxmoe.quant.grid import GridFormat, check_group_size
+from jaxmoe.quant.grid import GridFormat, check_group_size, groups_of
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,7 +40,7 @@ class PackQuantized(GridFormat):
 
     def shapes(self, role: str, shape: Shape) -> tuple[Shape, ...]:
         *lead, N, K = shape
-        groups = 1 if self.group_size is None else K // self.group_size
+        groups = groups_of(self.group_size, K)
         if role == "g_idx":
             return ((K,),)
         if role == "scale":
@@ -57,7 +57,10 @@ class PackQuantized(GridFormat):
     def shape_of(self, stored: Shapes) -> Shape | None:
         *lead, N, words = stored["values"]
         if self.group_size is not None and len(stored["scale"]) == len(stored["values"]):
-            return (*lead, N, stored["scale"][-1] * self.group_size)
+            # Groups tell the inputs exactly, where words may have room for more.
+            inputs = stored["scale"][-1] * self.group_size
+            if words in self._words(inputs):
+                return (*lead, N, inputs)
         return (*lead, N, words * (32 // self.bits)) if 32 % self.bits == 0 else None
 
     def check_shape(self, shape: Shape) -> str | None:
