@@ -124,9 +124,10 @@ class QuantFormat(abc.ABC):
         return None if len(shape) >= 2 else f"{self.name} holds matrices; this weight has shape {shape}"
 
     def stored_bytes(self, shape: Shape) -> int:
-        """Bytes of matrices [..., N, K] as they are usually stored: with the parts that a weight needs."""
-        required = [part for part in self.parts if part.required]
-        return sum(bytes_of(part.dtypes[0], self.shapes(part.role, shape)[0]) for part in required)
+        """Bytes of a plain tensor of this shape as it is usually stored: those of the parts that every weight has."""
+        matrices = swap_last(shape) if self.transposed else shape
+        found = [(part.dtypes[0], self.shapes(part.role, matrices)) for part in self.parts if part.required]
+        return sum(bytes_of(dtype, shapes[0]) for dtype, shapes in found if shapes)
 
     def describe(self) -> str:
         """The format and its settings in a few words."""

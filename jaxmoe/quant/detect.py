@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from jaxmoe.config import read_json
-from jaxmoe.quant.configs import READERS, settings
+from jaxmoe.quant.configs import READERS, Reader, settings
 from jaxmoe.quant.errors import QuantizationError
 from jaxmoe.quant.rules import Quantization
 
@@ -98,7 +98,8 @@ def _read(
         notes += [] if settings.cache_note(block) else settings.cache_note(other)
         notes.append(f"{name} is not read: {source} has the quantization")
     if method not in READERS:
-        known = ", ".join(READERS)
+        # A method has several spellings; its first is its name.
+        known = ", ".join(name for name, read in READERS.items() if name == _first_name(read))
         more = f" ({_OTHERS[method]})" if method in _OTHERS else ""
         raise QuantizationError(
             f"{source} says quantization {method!r:.60}{more}, which is none that jaxmoe decodes: it decodes {known}. Take "
@@ -109,6 +110,10 @@ def _read(
     except QuantizationError as error:
         raise QuantizationError(f"{source}, quantization {method}: {error}") from error
     return Quantization(method, source, rules, (*told, *notes))
+
+
+def _first_name(reader: Reader) -> str:
+    return next(name for name, read in READERS.items() if read is reader)
 
 
 def _method(block: Mapping[str, Any]) -> str:

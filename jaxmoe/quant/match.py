@@ -99,7 +99,7 @@ def match_tensors(
             problem = _orphan(name, headers, wanted)
             problems += [problem] if problem else []
     absent = quantization.rules.ignored.unused(headers) if quantization else []
-    problems += _ignored_problems(quantization, absent)
+    problems += _ignored_problems(quantization, absent) if weights else []
     source = f"quantization {quantization.method} of {quantization.source}" if quantization else "quantization by names"
     raise_problems(source, problems)
     return MatchedTensors(weights, parts, unused, _notes(quantization, absent))

@@ -50,6 +50,9 @@ class Bnb4Bit(QuantFormat):
     def shape_of(self, stored: Shapes) -> Shape | None:
         return None
 
+    def check_shape(self, shape: Shape) -> str | None:
+        return None if len(shape) == 2 else f"{self.name} holds a matrix; this weight has shape {shape}"
+
     def scales(self, arrays: Arrays) -> dict[str, np.ndarray]:
         # A block of zeros has absmax zero.
         found = {role: arrays[role] for role in ("scale", "nested_scale") if role in arrays}
