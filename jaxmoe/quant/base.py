@@ -78,11 +78,13 @@ class QuantFormat(abc.ABC):
         name: of the format, for reports and messages.
         parts: stored tensors; the first is the one with the values.
         transposed: whether the plain tensor is the transposed of the matrices.
+        ranks: numbers of dims that the tensor with the values may have.
     """
 
     name: ClassVar[str]
     parts: ClassVar[tuple[Part, ...]]
     transposed: ClassVar[bool] = False
+    ranks: ClassVar[range] = range(2, 9)
 
     @abc.abstractmethod
     def shapes(self, role: str, shape: Shape) -> tuple[Shape, ...]:

@@ -16,7 +16,7 @@ class Float4Groups(GridFormat):
         *lead, K = shape
         return ((*lead, K // 2),) if role == "values" else ((*lead, groups_of(self.group_size, K)),)
 
-    def shape_of(self, stored: Shapes) -> Shape:
+    def shape_of(self, stored: Shapes) -> Shape | None:
         *lead, width = stored["values"]
         return (*lead, 2 * width)
 

@@ -43,7 +43,7 @@ def infer_format(weight: str, headers: Mapping[str, Header]) -> QuantFormat | No
         return next((headers[name] for name in names if name in headers), None)
 
     packed, scale = find(".weight_packed"), find(".weight_scale")
-    if packed is not None and scale is not None:
+    if packed is not None and scale is not None and len(packed.shape) > 1:
         return _packed(packed, scale, find(".weight_global_scale") is not None)
     words, scales = find(".qweight"), find(".scales")
     if words is not None and scales is not None and len(words.shape) == len(scales.shape) == 2:
@@ -55,7 +55,7 @@ def infer_format(weight: str, headers: Mapping[str, Header]) -> QuantFormat | No
         # Its bytes may be those of a plain dtype.
         if find(f".weight.quant_state.bitsandbytes__{kind}") is not None:
             return Bnb4Bit(kind)
-    if values is None or values.dtype_name in PLAIN:
+    if values is None or values.dtype_name in PLAIN or len(values.shape) < 2:
         return None
     if values.dtype_name == "U8" and find(".weight_scale_2") is not None:
         return Nvfp4()
@@ -80,7 +80,7 @@ def _packed(packed: Header, scale: Header, global_scale: bool) -> QuantFormat:
 def _group(inputs: int, grid: Shape) -> int | None:
     """The size of a group of inputs by the shape of their scales; None for one of all."""
     groups = grid[-1] if len(grid) > 1 else 1
-    return None if groups in (0, 1) else inputs // groups
+    return None if groups in (0, 1) else max(inputs // groups, 1)
 
 
 def _words(words: Shape, scales: Shape) -> QuantFormat | None:
@@ -92,7 +92,7 @@ def _words(words: Shape, scales: Shape) -> QuantFormat | None:
 
 
 def _float8(shape: Shape, grid: Header) -> QuantFormat | None:
-    *lead, N, K = shape if len(shape) > 1 else (1, *shape)
+    *lead, N, K = shape
     if grid.name.endswith("_inv") and len(grid.shape) > 1:
         return Fp8Block()
     if math.prod(grid.shape) == 1 or grid.shape in (tuple(lead), (*lead, 1, 1)):

@@ -160,7 +160,7 @@ def _gather(weight: str, form: QuantFormat, headers: Mapping[str, Header]) -> tu
 def _checked(weight: str, form: QuantFormat, stored: dict[str, Header]) -> tuple[QuantizedWeight, str | None]:
     whole = QuantizedWeight(weight, form, stored, None)
     values = stored["values"]
-    if len(values.shape) < 2:
+    if len(values.shape) not in form.ranks:
         return whole, f"{values.name!r} has shape {values.shape}, which is none of {form.describe()}"
     told = _told(form, tuple((role, header.dtype_name, header.shape) for role, header in stored.items()))
     if told is None or not told[1]:

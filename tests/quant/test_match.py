@@ -1,8 +1,11 @@
 """Tensors of a checkpoint against its settings: what agrees is found, and what does not is an error of its own."""
 
+import contextlib
 import dataclasses
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from jaxmoe.quant import Quantization, QuantizationError, Rules, find_quantization, match_tensors
 from jaxmoe.quant.formats import Fp8Block, Gptq, Mxfp4Blocks, PackQuantized
@@ -271,6 +274,25 @@ def test_bytes_of_published_experts() -> None:
     assert sum(24 * Mxfp4Blocks().stored_bytes(shape) for shape in shapes) == 24 * 32 * 3 * 2880**2 * 17 // 32
     # DeepSeek-V3: a float32 for 16384 bytes.
     assert Fp8Block().stored_bytes((2048, 7168)) == 2048 * 7168 + 16 * 56 * 4
+
+
+@pytest.mark.parametrize("declares", [True, False])
+@pytest.mark.parametrize("name", EXAMPLES)
+@settings(max_examples=5)
+@given(data=st.data())
+def test_headers_of_any_kind_are_matched_or_refused(name: str, declares: bool, data) -> None:
+    one = example(name)
+    headers = one.headers()
+    for tensor in data.draw(st.lists(st.sampled_from(sorted(headers)), min_size=1, unique=True)):
+        shape = data.draw(st.lists(st.sampled_from([0, 1, 3, 24, 96, 2**40]), max_size=4))
+        dtype = data.draw(st.sampled_from([headers[tensor].dtype_name, "BF16", "I32", "F8_E4M3", "U8", "F4", "BOOL"]))
+        headers[tensor] = Tensor(tensor, dtype, tuple(shape))
+    with contextlib.suppress(QuantizationError):
+        found = match_tensors(headers, declared(one.format) if declares else None)
+        for weight in found.weights.values():
+            assert weight.shape is None or weight.bind(weight.shape) is not None
+            with contextlib.suppress(QuantizationError):
+                weight.bind(one.values.shape)
 
 
 def test_weights_that_are_plain_again_are_no_problem() -> None:

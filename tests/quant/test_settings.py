@@ -1,6 +1,8 @@
 """Settings of every method: what they name, and what is refused with a way out."""
 
+import contextlib
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -210,6 +212,27 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
 def test_what_is_not_known_is_refused(block: dict[str, Any], message: str) -> None:
     with pytest.raises(QuantizationError, match=message):
         found(block)
+
+
+JUNK = [None, True, 5, -3, 1.5, "x", [], [1], ["re:("], {}, {"a": 1}, {"re:x": None}]
+
+
+def spoiled(block: Any) -> Iterator[Any]:
+    """A block with each of its values, those inside of it too, replaced by what it should not be."""
+    yield from JUNK
+    if isinstance(block, dict):
+        for key, value in block.items():
+            yield from ({**block, key: other} for other in spoiled(value))
+
+
+@pytest.mark.parametrize("block", [block for block, _ in BLOCKS], ids=[form.describe() for _, form in BLOCKS])
+def test_settings_of_any_type_are_read_or_refused(block: dict[str, Any]) -> None:
+    more = {"ignore": ["a"], "kv_cache_scheme": {}, "dynamic": {}, "quantized_layers": {"a": {"quant_algo": "FP8"}}}
+    more |= {"sparsity_config": {}, "transform_config": {}, "moe_quant_algo": None, "modules_to_not_convert": None}
+    for other in spoiled(block | more):
+        with contextlib.suppress(QuantizationError):
+            quantization = found(other)
+            assert quantization is None or quantization.format_of(EXPERT) is None or quantization.method
 
 
 def test_two_files_that_disagree_are_refused() -> None:

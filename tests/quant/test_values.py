@@ -38,7 +38,7 @@ def test_values_are_the_formula_s(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", EXAMPLES)
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=8)
 @given(data=st.data())
 def test_a_box_is_that_part_of_the_whole(name: str, data) -> None:
     one = example(name)

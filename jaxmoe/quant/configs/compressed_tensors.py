@@ -70,12 +70,10 @@ def _format_of(group: Block, block: Block) -> QuantFormat | None:
     if not weights:
         return None
     named = group.get("format") or block.get("format")
-    bits, kind, strategy = (
-        settings.whole(weights, "num_bits", default=8),
-        weights.get("type", "int"),
-        _strategy(weights),
-    )
+    bits, kind = settings.whole(weights, "num_bits", default=8), weights.get("type", "int")
     size = settings.group_size(weights, "group_size")
+    # Older files leave it out where the group's size tells it.
+    strategy = weights.get("strategy") or ("tensor" if size is None else "group")
     if named in (None, "mixed-precision"):
         named = _usual_format(bits, kind, size)
     if named == "dense":
@@ -93,12 +91,6 @@ def _format_of(group: Block, block: Block) -> QuantFormat | None:
     if named in ("float-quantized", "naive-quantized", "int-quantized") and bits == 8:
         return _eight_bits(kind, strategy, size, weights)
     raise settings.refuse("format", named, f"{_KNOWN} of compressed-tensors")
-
-
-def _strategy(weights: Block) -> str:
-    """The strategy, which older files leave out where the group's size tells it."""
-    default = "group" if (weights.get("group_size") or -1) > 0 else "tensor"
-    return weights.get("strategy") or default
 
 
 def _eight_bits(kind: str, strategy: str, size: int | None, weights: Block) -> QuantFormat:

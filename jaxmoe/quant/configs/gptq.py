@@ -18,7 +18,7 @@ _VERSIONS = {"gptq": 1, "gptq_v2": 2}
 def read(block: Block, config: Mapping[str, Any]) -> tuple[Rules, list[str]]:
     """The rules of a block of this method, and notes."""
     layout = block.get("checkpoint_format") or block.get("format") or "gptq"
-    if layout not in _VERSIONS:
+    if not isinstance(layout, str) or layout not in _VERSIONS:
         raise settings.refuse("checkpoint_format", layout, " and ".join(_VERSIONS))
     if block.get("pack_dtype", "int32") not in ("int32", None):
         raise settings.refuse("pack_dtype", block["pack_dtype"], "int32")

@@ -93,6 +93,8 @@ def cache_note(block: Block) -> list[str]:
     for key in ("kv_cache_scheme", "kv_cache_quant_algo"):
         scheme = block.get(key)
         if scheme:
-            told = scheme if isinstance(scheme, str) else f"{scheme.get('num_bits', '?')}-bit {scheme.get('type', '')}"
+            told = str(scheme)[:60]
+            if isinstance(scheme, dict):
+                told = f"{scheme.get('num_bits', '?')}-bit {scheme.get('type', '')}"
             return [f"{key} ({told.strip()}) is not followed: the cache of keys and values stays in the model's dtype"]
     return []

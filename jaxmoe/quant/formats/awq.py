@@ -27,6 +27,7 @@ class AwqGemm(QuantFormat):
     group_size: int | None = 128
 
     name = "awq"
+    ranks = range(2, 3)
     parts = (
         Part("values", (".qweight",), ("I32",)),
         Part("zero_point", (".qzeros",), ("I32",)),

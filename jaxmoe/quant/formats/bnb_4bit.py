@@ -29,6 +29,7 @@ class Bnb4Bit(QuantFormat):
     kind: str = "nf4"
 
     name = "bnb_4bit"
+    ranks = range(2, 3)
     parts = (
         Part("values", (".weight",), ("U8", "I8", "BF16", "F16", "F32")),
         Part("scale", (".weight.absmax",), ("F32", "U8")),

@@ -17,6 +17,7 @@ class BnbInt8(GridFormat):
     """W[n, k] = (weight[n, k] · SCB[n]) / 127."""
 
     name = "bnb_int8"
+    ranks = range(2, 3)
     parts = (
         Part("values", (".weight",), ("I8",)),
         Part("scale", (".SCB",), ("F32", "F16", "BF16")),

@@ -29,6 +29,7 @@ class Gptq(QuantFormat):
     version: int = 1
 
     name = "gptq"
+    ranks = range(2, 3)
     parts = (
         Part("values", (".qweight",), ("I32",)),
         Part("zero_point", (".qzeros",), ("I32",)),

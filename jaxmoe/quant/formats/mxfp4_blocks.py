@@ -29,7 +29,9 @@ class Mxfp4Blocks(Mxfp4Groups):
         groups = (*lead, K // _BLOCK)
         return (groups,) if role == "scale" else ((*groups, _BLOCK // 2), (*lead, K // 2))
 
-    def shape_of(self, stored: Shapes) -> Shape:
+    def shape_of(self, stored: Shapes) -> Shape | None:
+        if len(stored["scale"]) < 2:
+            return None
         *lead, groups = stored["scale"]
         return (*lead, groups * _BLOCK)
 
