@@ -64,8 +64,8 @@ def match_tensors(
 ) -> MatchedTensors:
     """Find every quantized weight among a checkpoint's tensors, and check it against the settings.
 
-    Weights that settings would have quantized and that are plain stay so: these name classes of modules, which a
-    checkpoint does not. A weight that is quantized otherwise than the settings say is an error.
+    Weights that settings would have quantized and that are plain stay so, where settings speak of classes or groups of
+    modules: a checkpoint does not tell what is of a class. Everything else that settings say otherwise is an error.
 
     Args:
         headers: of all tensors, by name.
@@ -98,6 +98,7 @@ def match_tensors(
         elif name not in parts and name.endswith(_PARTS):
             problem = _orphan(name, headers, wanted)
             problems += [problem] if problem else []
+    problems += _plain_problems(headers, quantization, wanted)
     absent = quantization.rules.ignored.unused(headers) if quantization else []
     problems += _ignored_problems(quantization, absent) if weights else []
     source = f"quantization {quantization.method} of {quantization.source}" if quantization else "quantization by names"
@@ -193,6 +194,21 @@ def _orphan(name: str, headers: Mapping[str, Header], wanted: Callable[[str], bo
     if any(other in headers for other in (weight, base)) or (wanted is not None and not wanted(weight)):
         return None
     return f"{name!r} is part of a quantized weight, and {weight!r} is not there"
+
+
+def _plain_problems(
+    headers: Mapping[str, Header], quantization: Quantization | None, wanted: Callable[[str], bool] | None
+) -> list[str]:
+    """The problems of weights that settings name one by one as quantized, and that are plain."""
+    found = []
+    for module, form in (quantization.rules.modules if quantization else {}).items():
+        header = headers.get(f"{module}.weight")
+        if header is not None and header.dtype_name in PLAIN and (wanted is None or wanted(header.name)):
+            found.append(
+                f"the settings say that {header.name!r} is in {form.describe()}; its tensor says otherwise: it is "
+                f"{header.dtype_name}"
+            )
+    return found
 
 
 def _ignored_problems(quantization: Quantization | None, absent: list[str]) -> list[str]:

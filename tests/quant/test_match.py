@@ -148,6 +148,12 @@ WRONG: list[tuple[str, dict[str, Tensor], Quantization, str]] = [
         "fp8_block",
     ),
     (
+        "a module that is named as quantized and plain",
+        {},
+        declared(None, modules={"model.layers.0.mlp.gate": Fp8Block()}),
+        "gate.weight' is in fp8_block; its tensor says otherwise: it is BF16",
+    ),
+    (
         "a module that is ignored and quantized",
         example("fp8_block").headers(),
         declared(Fp8Block(), ignored=Names([BASE])),
