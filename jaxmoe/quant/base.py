@@ -65,7 +65,7 @@ def scale_of_activations(*suffixes: str) -> Part:
 
 
 class QuantFormat(abc.ABC):
-    """How a weight is stored in several tensors, and what its values are.
+    """A way to store one weight in several tensors: their names, dtypes and shapes, and its values.
 
     A format is a frozen dataclass whose fields are a checkpoint's settings (block sizes, bits), so that formats compare
     by value. It describes matrices [..., N, K] as torch has them, outputs first. Where `transposed`, the tensor that a
@@ -75,7 +75,7 @@ class QuantFormat(abc.ABC):
     line in `jaxmoe.quant.formats.FORMATS`.
 
     Attributes:
-        name: of the format, for reports and messages.
+        name: name of the format in reports and messages.
         parts: stored tensors; the first is the one with the values.
         transposed: whether the plain tensor is the transposed of the matrices.
         ranks: numbers of dims that the tensor with the values may have.
@@ -99,8 +99,8 @@ class QuantFormat(abc.ABC):
         """The box of each decoded part that holds what `box` of the matrices is made of.
 
         Args:
-            box: of the matrices.
-            shape: of the matrices, [..., N, K].
+            box: range of the matrices along each dim.
+            shape: shape of the matrices, [..., N, K].
             stored: shape of every part that is there.
         """
 
@@ -109,9 +109,9 @@ class QuantFormat(abc.ABC):
         """The matrices' values in `box`, float32.
 
         Args:
-            arrays: of every decoded part that is there, what `boxes` says of it.
-            box: of the matrices.
-            shape: of the matrices, [..., N, K].
+            arrays: contents of the boxes that `boxes` names, by role.
+            box: range of the matrices along each dim.
+            shape: shape of the matrices, [..., N, K].
             stored: shape of every part that is there.
             out: contiguous float32 array of the box's shape, in which the result may be put: an array that is not made
                 anew for each tile need not be mapped anew.
@@ -122,7 +122,7 @@ class QuantFormat(abc.ABC):
         return {role: array for role, array in arrays.items() if "scale" in role}
 
     def check_shape(self, shape: Shape) -> str | None:
-        """Why no matrices [..., N, K] of this shape can be in this format; None if they can."""
+        """The reason why no matrices [..., N, K] of this shape can be in this format; None if they can."""
         return None if len(shape) >= 2 else f"{self.name} holds matrices; this weight has shape {shape}"
 
     def stored_bytes(self, shape: Shape) -> int:

@@ -33,8 +33,8 @@ def _table(values: tuple[float, ...], bits: int, together: int, *, high_first: b
     """For each way to put `together` codes side by side their values, as one number of as many bytes.
 
     Args:
-        values: of each code.
-        bits: of a code.
+        values: value of each code.
+        bits: bits of a code.
         together: codes of an entry, 2 or 4.
         high_first: whether the code in the highest bits is the first; else that in the lowest is.
     """
@@ -65,7 +65,7 @@ def nibbles_to_float32(
 
     Args:
         packed: uint8 or int8 [..., bytes].
-        values: of each of 16 codes.
+        values: value of each of 16 codes.
         out: contiguous float32 array that is used where it has the result's shape.
         high_first: whether the high half of a byte is the first number; else the low half is.
     """
@@ -122,7 +122,7 @@ def unpack_words(words: np.ndarray, bits: int, *, straddling: bool = True) -> np
 
     Args:
         words: int32 [..., words].
-        bits: of a code, 1 to 8.
+        bits: bits of a code, 1 to 8.
         straddling: whether a code may lie in two words; else each word holds 32 // bits codes and unused bits.
     """
     words = np.ascontiguousarray(words).view(np.uint32)
@@ -153,6 +153,12 @@ def _eights(stream: np.ndarray, bits: int) -> np.ndarray:
     for byte in range(bits):
         eights |= stream[..., byte::bits].astype(np.uint64) << np.uint64(8 * byte)
     return eights
+
+
+def transpose_words(words: np.ndarray) -> np.ndarray:
+    """Words [a, b] as [b, a], both steps of it along rows."""
+    # Read as a part of a wide array whose rows are a power of two apart, they would fall on the same lines of a cache.
+    return np.ascontiguousarray(np.ascontiguousarray(words).T)
 
 
 def transpose_nibbles(words: np.ndarray) -> np.ndarray:
@@ -189,7 +195,7 @@ def apply_grid(
         operation: NumPy's `multiply` or `subtract`.
         values: float32 [..., n, k], what is in `box`.
         grid: float32 [..., blocks of rows, blocks of columns] that `box` touches; its leading dims may be 1.
-        box: of `values` in the whole array; it may start and end inside a block.
+        box: place of `values` in the whole array; it may start and end inside a block.
         blocks: rows and columns of a block.
     """
     (row, row_end), (column, column_end) = box[-2:]

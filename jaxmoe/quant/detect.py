@@ -27,8 +27,8 @@ def read_quantization(directory: Path, config: Mapping[str, Any] | None = None) 
     """The quantization that the files of a checkpoint declare, None where they declare none.
 
     Args:
-        directory: with the checkpoint's files.
-        config: of config.json, where it was read before.
+        directory: folder with the checkpoint's files.
+        config: contents of config.json, where they were read before.
 
     Raises:
         QuantizationError: it is of a kind that jaxmoe does not decode, or its settings are wrong.
@@ -43,7 +43,7 @@ def find_quantization(
     """The quantization that settings declare: that of config.json, else of the first file beside it that has one.
 
     Args:
-        config: of config.json.
+        config: contents of config.json.
         side_files: contents of `SIDE_FILES` by name; those that are empty count as absent.
 
     Raises:

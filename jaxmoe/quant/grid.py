@@ -95,7 +95,7 @@ def groups_of(group_size: int | None, inputs: int) -> int:
 
 
 def check_group_size(group_size: int | None, shape: Shape) -> str | None:
-    """Why groups do not fill the inputs of matrices; None if they do."""
+    """The reason why groups do not fill the inputs of matrices; None if they do."""
     if group_size is None or shape[-1] < group_size or shape[-1] % group_size == 0:
         return None
     return f"a group size of {group_size} does not divide the {shape[-1]} inputs of its matrices"

@@ -35,7 +35,7 @@ def infer_format(weight: str, headers: Mapping[str, Header]) -> QuantFormat | No
 
     Args:
         weight: name of the plain tensor.
-        headers: of all tensors, by name.
+        headers: headers of all tensors, by name.
     """
 
     def find(*suffixes: str) -> Header | None:

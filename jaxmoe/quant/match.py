@@ -40,11 +40,11 @@ _PARTS = tuple(
 
 @dataclasses.dataclass(frozen=True)
 class MatchedTensors:
-    """What the tensors of a checkpoint are.
+    """The quantized weights among the tensors of a checkpoint.
 
     Attributes:
         weights: quantized weights, by the name of the plain tensor that each stands for.
-        parts: for each stored tensor that is part of a weight, that weight's name.
+        parts: name of the weight that a stored tensor is part of, by the tensor's name.
         unused: tensors that belong to the quantization and no value depends on, such as scales of activations and of
             the cache, with the reason.
         notes: sentences for a report.
@@ -68,9 +68,9 @@ def match_tensors(
     modules: a checkpoint does not tell what is of a class. Everything else that settings say otherwise is an error.
 
     Args:
-        headers: of all tensors, by name.
-        quantization: what the checkpoint's files declare; None to tell formats by the tensors.
-        wanted: of the name of a plain tensor, whether it is to be loaded; others are not checked. All are by default.
+        headers: headers of all tensors, by name.
+        quantization: declaration of the checkpoint's files; None to tell formats by the tensors.
+        wanted: test of the name of a plain tensor that is to be loaded; others are not checked. All are by default.
 
     Raises:
         QuantizationError: tensors contradict the settings or one another: all problems in one message.
@@ -188,7 +188,7 @@ class _Stored(NamedTuple):
 
 
 def _orphan(name: str, headers: Mapping[str, Header], wanted: Callable[[str], bool] | None) -> str | None:
-    """Why a scale or another part that belongs to no quantized weight is wrong; None if it is not."""
+    """The problem of a scale or another part that belongs to no quantized weight; None if it is none."""
     base = name.removesuffix(next(end for end in sorted(_PARTS, key=len, reverse=True) if name.endswith(end)))
     weight = base + ".weight"
     if any(other in headers for other in (weight, base)) or (wanted is not None and not wanted(weight)):

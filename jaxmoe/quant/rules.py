@@ -1,4 +1,4 @@
-"""Which module of a checkpoint has which format, as its settings say."""
+"""The format of each module of a checkpoint, as its settings say."""
 
 import dataclasses
 from collections.abc import Mapping

@@ -32,10 +32,10 @@ class QuantizedWeight:
     """One weight in its format, addressed as the plain tensor that it stands for.
 
     Attributes:
-        name: of the plain tensor, such as "model.layers.0.mlp.experts.0.up_proj.weight".
-        format: how it is stored.
+        name: name of the plain tensor, such as "model.layers.0.mlp.experts.0.up_proj.weight".
+        format: format that it is stored in.
         stored: header of each part that is there, by role.
-        shape: of the plain tensor; None where headers do not tell, until `bind`.
+        shape: shape of the plain tensor; None where headers do not tell, until `bind`.
     """
 
     name: str
@@ -47,7 +47,7 @@ class QuantizedWeight:
         """This weight as one of a known shape.
 
         Args:
-            shape: of the plain tensor, as the model has it.
+            shape: shape of the plain tensor, as the model has it.
 
         Raises:
             QuantizationError: the stored tensors are of another shape.
@@ -91,7 +91,7 @@ class QuantizedWeight:
         """The box of each stored tensor to read for a box of the plain tensor, by role.
 
         Args:
-            box: of the plain tensor, not empty.
+            box: range of the plain tensor along each dim, none of them empty.
         """
         return self.format.boxes(self._matrices(box), self._matrices(self._known()), self._shapes())
 
@@ -101,10 +101,10 @@ class QuantizedWeight:
         """The plain tensor's values in a box, computed in float32.
 
         Args:
-            arrays: of each role in `boxes(box)` what that box holds, of the stored dtype.
-            box: of the plain tensor.
+            arrays: contents of the boxes that `boxes(box)` names, by role, of the stored dtypes.
+            box: range of the plain tensor along each dim.
             out: array of the box's shape to write to, of any floating dtype; a new one by default.
-            dtype: of a new array.
+            dtype: dtype of a new array.
 
         Raises:
             QuantizationError: a scale is zero or not finite, or what is stored contradicts itself.

@@ -106,7 +106,7 @@ def _eight_bits(kind: str, strategy: str, size: int | None, weights: Block) -> Q
 
 
 def _usual_format(bits: int | None, kind: str, size: int | None) -> str:
-    """What the library writes for a group that names no format."""
+    """The format that the library writes for a group that names none."""
     if kind == "float" and bits == 4:
         return "nvfp4-pack-quantized" if size == 16 else "mxfp4-pack-quantized"
     if bits == 8:

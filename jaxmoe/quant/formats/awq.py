@@ -5,7 +5,14 @@ import dataclasses
 import numpy as np
 
 from jaxmoe.quant.base import Arrays, Box, Part, QuantFormat, Shape, Shapes, ceil_div
-from jaxmoe.quant.codes import apply_groups, nibbles_to_float32, to_float32, transpose_nibbles, unpack_words
+from jaxmoe.quant.codes import (
+    apply_groups,
+    nibbles_to_float32,
+    to_float32,
+    transpose_nibbles,
+    transpose_words,
+    unpack_words,
+)
 from jaxmoe.quant.grid import check_group_size, groups_of
 
 # The output, of eight, whose code is at place i of a word; and where each of them is.
@@ -80,9 +87,9 @@ def _codes(words_KN: np.ndarray, out: np.ndarray) -> np.ndarray:
     if K % 8:
         padded = np.zeros((ceil_div(K, 8) * 8, words), np.int32)
         padded[:K] = words_KN
-    eights = np.moveaxis(padded.reshape(-1, 8, words), 1, 0).view(np.uint32)
-    by_place = transpose_nibbles(eights)
-    by_output = np.empty((words, 8, eights.shape[1]), np.uint32)
+    eights = transpose_words(padded).view(np.uint32).reshape(words, -1, 8)
+    by_place = transpose_nibbles(np.moveaxis(eights, -1, 0))
+    by_output = np.empty((words, 8, by_place.shape[-1]), np.uint32)
     for place, output in enumerate(_OUTPUTS):
-        by_output[:, output] = by_place[place].T
+        by_output[:, output] = by_place[place]
     return nibbles_to_float32(by_output.reshape(8 * words, -1).view(np.uint8), _FOUR_BITS, out)[:, :K]

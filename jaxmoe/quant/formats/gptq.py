@@ -5,7 +5,7 @@ import dataclasses
 import numpy as np
 
 from jaxmoe.quant.base import Arrays, Box, Part, QuantFormat, Shape, Shapes, ceil_div
-from jaxmoe.quant.codes import apply_groups, check_groups, to_float32, unpack_words, words_to_float32
+from jaxmoe.quant.codes import apply_groups, check_groups, to_float32, transpose_words, unpack_words, words_to_float32
 from jaxmoe.quant.grid import check_group_size, groups_of
 
 BITS = (2, 3, 4, 8)
@@ -19,9 +19,9 @@ class Gptq(QuantFormat):
     less one, in as many bits: what is stored as 2^bits - 1 is zero.
 
     Attributes:
-        bits: of a code.
+        bits: bits of a code.
         group_size: inputs that share a scale; None where all of an output do.
-        version: of the format, 1 or 2.
+        version: version of the format, 1 or 2.
     """
 
     bits: int = 4
@@ -88,7 +88,7 @@ class Gptq(QuantFormat):
             check_groups(groups, stored["scale"][0], "g_idx")
         else:
             groups = np.arange(column, column_end) // size - column // size
-        numbers = self._codes(np.ascontiguousarray(arrays["values"].T), column, column_end, out)
+        numbers = self._codes(transpose_words(arrays["values"]), column, column_end, out)
         zeros = self._zeros(arrays["zero_point"], row, row_end)
         apply_groups(np.subtract, numbers, np.ascontiguousarray(zeros.T), groups, size)
         apply_groups(np.multiply, numbers, np.ascontiguousarray(to_float32(arrays["scale"]).T), groups, size)

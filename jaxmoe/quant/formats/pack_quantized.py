@@ -20,7 +20,7 @@ class PackQuantized(GridFormat):
     newer ones let a code straddle two: the width of the tensor tells which.
 
     Attributes:
-        bits: of a code.
+        bits: bits of a code.
         group_size: inputs that share a scale; None where the scale is of a channel.
     """
 
