@@ -15,7 +15,7 @@ from jaxmoe.quant.rules import Quantization
 from jaxmoe.quant.weights import Header, QuantizedWeight
 
 _CACHE_SCALE = re.compile(r".*[._](k|v|q|kv|prob)_scale")
-# Ends of names of tensors with values, longest first, with what the plain tensor's name has in their place.
+# Ends of names of tensors with values, with what the plain tensor's name has in their place.
 _ENDS = (
     (".weight_packed", ".weight"),
     (".qweight", ".weight"),

@@ -1,5 +1,7 @@
 """Values of every format, whole and in boxes, and the parts that a box of them needs."""
 
+import dataclasses
+
 import ml_dtypes
 import numpy as np
 import pytest
@@ -160,4 +162,26 @@ def test_a_quant_state_that_contradicts_the_tensors_is_refused(text: bytes, mess
     arrays = one.read(weight, whole(one.values.shape))
     arrays["state"] = np.frombuffer(text, np.uint8)
     with pytest.raises(QuantizationError, match=message):
+        weight.decode(arrays, whole(one.values.shape))
+
+
+@pytest.mark.parametrize("role", ["nested_scale", "nested_map"])
+def test_codes_of_factors_need_what_decodes_them(role: str) -> None:
+    one = example("bnb_4bit, nested")
+    whole_weight = one.bound()
+    stored = {key: header for key, header in whole_weight.stored.items() if key != role}
+    weight = dataclasses.replace(whole_weight, stored=stored)
+    with pytest.raises(
+        QuantizationError, match="absmax is uint8, and 1 of nested_absmax and nested_quant_map are there"
+    ):
+        weight.decode(one.read(weight, whole(one.values.shape)), whole(one.values.shape))
+
+
+def test_an_offset_of_factors_is_a_number() -> None:
+    one = example("bnb_4bit, nested")
+    weight = one.bound()
+    arrays = one.read(weight, whole(one.values.shape))
+    text = bytes(arrays["state"]).replace(b"0.0123", b'"none"')
+    arrays["state"] = np.frombuffer(text, np.uint8)
+    with pytest.raises(QuantizationError, match="nested_offset must be a number; it is 'none'"):
         weight.decode(arrays, whole(one.values.shape))

@@ -97,14 +97,23 @@ class Bnb4Bit(QuantFormat):
 
     def _absmax(self, arrays: Arrays, first: int, stored: Shapes, state: dict[str, Any]) -> np.ndarray:
         absmax = arrays["scale"]
-        if "nested_scale" not in arrays:
+        coded, nested_parts = absmax.dtype == np.uint8, {"nested_scale", "nested_map"} & arrays.keys()
+        if len(nested_parts) != (2 if coded else 0):
+            raise QuantizationError(
+                f"absmax is {absmax.dtype}, and {len(nested_parts)} of nested_absmax and nested_quant_map are there: codes "
+                "need both, and factors none"
+            )
+        if not coded:
             return absmax
         nested = _block_size(math.prod(stored["scale"]), math.prod(stored["nested_scale"]))
         said = state.get("nested_blocksize", nested)
         if stored["nested_scale"] != (1,) and said != nested:
             raise QuantizationError(f"quant_state says nested blocks of {said!r:.20}; shapes say {nested}")
         factors = np.repeat(arrays["nested_scale"], nested)[first % nested :][: len(absmax)]
-        return arrays["nested_map"][absmax] * factors + np.float32(state.get("nested_offset", 0))
+        offset = state.get("nested_offset", 0)
+        if isinstance(offset, bool) or not isinstance(offset, int | float):
+            raise QuantizationError(f"quant_state's nested_offset must be a number; it is {offset!r:.40}")
+        return arrays["nested_map"][absmax] * factors + np.float32(offset)
 
 
 def _block_size(count: int, blocks: int) -> int:
