@@ -8,9 +8,10 @@ import pytest
 
 from jaxmoe.checkpoint import CheckpointError
 from jaxmoe.checkpoint.errors import Problems
-from jaxmoe.checkpoint.formats import open_checkpoint
+from jaxmoe.checkpoint.formats import decode_checkpoint, open_checkpoint
 from jaxmoe.checkpoint.mapping import FamilyCheckpoint, MappedCheckpoint, abstract_specs
 from jaxmoe.models import read_model_config
+from jaxmoe.quant import QuantizationError
 from tests.support.goldens import GOLDENS
 from tests.support.saved import SOURCES, read_all
 from tests.support.writing import write_checkpoint
@@ -26,11 +27,11 @@ def found_problems(mapped: MappedCheckpoint) -> list[str]:
 
 
 def qwen(directory, tensors: dict[str, np.ndarray], **config) -> FamilyCheckpoint:
-    """The checkpoint with other tensors, without what refuses quantized ones."""
+    """The checkpoint with other tensors and settings."""
     shutil.copytree(QWEN, directory, ignore=shutil.ignore_patterns("*.safetensors"))
     write_checkpoint(directory, tensors)
     (directory / "config.json").write_text(json.dumps(json.loads((QWEN / "config.json").read_text()) | config))
-    return FamilyCheckpoint.of(open_checkpoint(directory), *read_model_config(directory))
+    return FamilyCheckpoint.of(decode_checkpoint(open_checkpoint(directory)), *read_model_config(directory))
 
 
 @pytest.mark.parametrize("source", SOURCES, ids=lambda path: f"{path.parent.name}-{path.name}")
@@ -59,22 +60,6 @@ def test_a_part_may_leave_tensors_over_and_needs_its_own(tmp_path) -> None:
     assert found_problems(mapped.part({path: specs[path] for path in ["layers.0.moe.w_gate_up"]})) == [missing]
 
 
-def test_weights_of_a_format_that_is_not_decoded_are_taken_as_they_are(tmp_path) -> None:
-    tensors = read_all(QWEN)
-    base = GATE.removesuffix(".weight")
-    parts = {f"{base}.qweight": np.zeros((1, 3), np.int32), f"{base}.scales": np.zeros(3, np.float32)}
-    del tensors[GATE]
-    found = qwen(tmp_path / "c", tensors | parts)
-    specs = abstract_specs(found.config)
-    assert len(found_problems(found.onto(specs))) == 3  # one is missing, two are left over
-    coded = dict.fromkeys(parts, (GATE,))
-    mapped = found.onto(specs, coded=coded)
-    assert found_problems(mapped) == []
-    assert mapped.unused() == ({}, ())
-    # What is coded excuses itself and nothing else.
-    assert len(found_problems(found.onto(specs, coded=dict.fromkeys(parts, ("another",))))) == 3
-
-
 def test_a_form_that_is_not_there_is_mapped_when_it_is_asked_for(tmp_path) -> None:
     found = qwen(tmp_path / "c", {name: value for name, value in read_all(QWEN).items() if ".experts." not in name})
     specs = abstract_specs(found.config)
@@ -88,11 +73,11 @@ def test_a_form_that_is_not_there_is_mapped_when_it_is_asked_for(tmp_path) -> No
     assert len(found_problems(found.onto(specs, form="per_expert"))) == layers * experts * 3
 
 
-def test_a_quantized_checkpoint_is_not_opened_to_be_read(tmp_path) -> None:
+def test_settings_beside_plain_weights_are_left_over_and_others_must_fit(tmp_path) -> None:
     tensors = read_all(QWEN)
-    settings = {"quantization_config": {"quant_method": "bitsandbytes"}}
-    qwen(tmp_path / "plain", tensors, **settings)
-    FamilyCheckpoint.open(tmp_path / "plain")
-    qwen(tmp_path / "coded", tensors | {GATE: tensors[GATE].astype(np.uint8)}, **settings)
-    with pytest.raises(CheckpointError, match=r"is quantized \(bitsandbytes, says config.json\): 1 of its"):
-        FamilyCheckpoint.open(tmp_path / "coded")
+    settings = {"quantization_config": {"quant_method": "bitsandbytes", "load_in_4bit": True}}
+    assert not qwen(tmp_path / "plain", tensors, **settings).formats
+    with pytest.raises(
+        QuantizationError, match=r"quantization bitsandbytes of config.json has 1 problem: .*3.gate_proj"
+    ):
+        qwen(tmp_path / "coded", tensors | {GATE: tensors[GATE].astype(np.uint8)}, **settings)

@@ -180,17 +180,17 @@ def test_quantized_experts(known, kind, tmp_path, capsys) -> None:
     for name, value in read_all(source).items():
         tensors |= quantize(name, value, kind) if ".experts." in name else {name: value}
     config = json.loads((source / "config.json").read_text())
-    settings = {"quant_method": kind, "bits": 4, "modules": ["a"] * 99}
+    settings = {"quant_method": kind, "bits": 4, "group_size": -1, "modules": ["a"] * 99}
     config |= {"quantization_config": settings, "model_type": "qwen3_moe" if known else "novel"}
     found = inspect(make(tmp_path, config, tensors), capsys)
-    assert found["quantization"] == {"method": kind, "from": "config.json", "quant_method": kind, "bits": 4}
+    assert (found["quantization"]["method"], found["quantization"]["from"]) == (kind, "config.json")
     assert found["layouts"] == {"per_expert": [0, 1]}
     if known:
         assert (found["uncovered"], found["problems"]) == ([], [])
     # Packed values tell nothing of a family that is not known.
     assert found["parameters"] == (68032 if known or kind == "fp8" else None)
     assert main(["inspect", str(tmp_path)]) == 0
-    assert f"{kind}, says config.json: bits 4" in capsys.readouterr().out
+    assert f"{kind}, says config.json: bits 4, group_size -1" in capsys.readouterr().out
 
 
 def test_quantization_that_a_side_file_or_names_tell(tmp_path, capsys) -> None:

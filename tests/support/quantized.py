@@ -234,11 +234,11 @@ def _packed(shape, bits=4, group=32, zero=False, order=None, apart=False):
     return make
 
 
-def _float4(form, suffixes, group, *, factor=None, dtype=np.uint8):
+def _float4(form, suffixes, group, *, shape=(24, 96), factor=None, dtype=np.uint8):
     """A packed tensor, scales of groups, and what a tensor's own scale makes of these."""
 
     def make(rng):
-        N, K = 24, 96
+        N, K = shape
         codes = rng.integers(0, 16, (N, K))
         arrays = {BASE + suffixes[0]: pack_nibbles(codes).view(dtype)}
         if factor is None:
@@ -255,9 +255,9 @@ def _float4(form, suffixes, group, *, factor=None, dtype=np.uint8):
     return make
 
 
-def _gpt_oss(separator, flat=False):
+def _gpt_oss(separator, flat=False, shape=(3, 24, 96)):
     def make(rng):
-        E, N, K = 3, 24, 96
+        E, N, K = shape
         codes, exponents = rng.integers(0, 16, (E, N, K)), _exponents(rng, (E, N, K // 32))
         packed = pack_nibbles(codes)
         arrays = {
@@ -329,11 +329,14 @@ def _nf4(shape, block=64, nested=None, storage=np.uint8):
     return make
 
 
-def _llm_int8(rng):
-    values, scale = rng.integers(-127, 128, (24, 40)).astype(np.int8), _scales(rng, (24,))
-    arrays = {NAME: values, BASE + ".SCB": scale, BASE + ".weight_format": np.zeros((), np.uint8)}
-    expected = values.astype(np.float32) * scale[:, None] * np.float32(7.874015718698502e-3)
-    return Example(BnbInt8(), arrays, expected, NAME)
+def _llm_int8(shape):
+    def make(rng):
+        values, scale = rng.integers(-127, 128, shape).astype(np.int8), _scales(rng, shape[:1])
+        arrays = {NAME: values, BASE + ".SCB": scale, BASE + ".weight_format": np.zeros((), np.uint8)}
+        expected = values.astype(np.float32) * scale[:, None] * np.float32(7.874015718698502e-3)
+        return Example(BnbInt8(), arrays, expected, NAME)
+
+    return make
 
 
 EXAMPLES: dict[str, Callable[[np.random.Generator], Example]] = {
@@ -392,9 +395,42 @@ EXAMPLES: dict[str, Callable[[np.random.Generator], Example]] = {
     "bnb_4bit, odd": _nf4((5, 13)),
     "bnb_4bit, nested": _nf4((96, 200), nested=32),
     "bnb_4bit, in bfloat16": _nf4((24, 40), storage=ml_dtypes.bfloat16),
-    "bnb_int8": _llm_int8,
+    "bnb_int8": _llm_int8((24, 40)),
 }
 
 
 def example(name: str, seed: int = 0) -> Example:
     return EXAMPLES[name](np.random.default_rng(seed))
+
+
+# Weights of a shape of one's own, [N, K] and for stacks of experts [E, K, N]; the blocks end inside of small shards.
+OF_SHAPE: dict[str, Callable[[tuple[int, ...]], Callable[[np.random.Generator], Example]]] = {
+    "fp8_block": lambda shape: _fp8_block(shape, (24, 40)),
+    "fp8_block, 32": lambda shape: _fp8_block(shape, (32, 32)),
+    "fp8_tensor": lambda shape: _fp8_scaled(Fp8Tensor(), shape, ()),
+    "fp8_channel": lambda shape: _fp8_scaled(Fp8Channel(), shape, (shape[0], 1)),
+    "int_quantized": lambda shape: _int8(shape, (shape[0], 1)),
+    "pack_quantized": lambda shape: _packed(shape, zero=True),
+    "pack_quantized, order": lambda shape: _packed(shape, zero=True, order="shuffled"),
+    "nvfp4_pack": lambda shape: _float4(
+        Nvfp4Pack(), (".weight_packed", ".weight_scale", ".weight_global_scale"), 16, shape=shape, factor=np.divide
+    ),
+    "mxfp4_pack": lambda shape: _float4(Mxfp4Pack(), (".weight_packed", ".weight_scale"), 32, shape=shape),
+    "gptq": lambda shape: _gptq(shape=shape),
+    "gptq, order": lambda shape: _gptq(order="shuffled", shape=shape),
+    "awq": lambda shape: _awq(shape=shape),
+    "mxfp4": lambda shape: _gpt_oss("_", shape=(shape[0], shape[2], shape[1])),
+    "nvfp4": lambda shape: _float4(
+        Nvfp4(), (".weight", ".weight_scale", ".weight_scale_2"), 16, shape=shape, factor=np.multiply
+    ),
+    "bnb_4bit": lambda shape: _nf4(shape, nested=32),
+    "bnb_int8": _llm_int8,
+}
+
+
+def example_of(name: str, weight: str, shape: tuple[int, ...], rng: np.random.Generator) -> Example:
+    """A weight of that format, name and shape, with random values."""
+    made = OF_SHAPE[name](shape)(rng)
+    base, own = weight.removesuffix(".weight"), STACK if made.weight == STACK else BASE
+    arrays = {base + key.removeprefix(own): array for key, array in made.arrays.items()}
+    return dataclasses.replace(made, arrays=arrays, weight=weight)

@@ -6,7 +6,7 @@ import numpy as np
 
 from jaxmoe.checkpoint import open_checkpoint
 from jaxmoe.checkpoint.boxes import whole
-from jaxmoe.checkpoint.saving.values import read_tensor
+from jaxmoe.checkpoint.formats import open_files, read_tensor
 from jaxmoe.layers import params_by_path
 from jaxmoe.models import Decoder
 from tests.support.families import FAMILIES
@@ -18,11 +18,12 @@ SOURCES = [path for path in sorted(GOLDENS.glob("*/*")) if path.parent.name in F
 
 def read_all(directory: Path) -> dict[str, np.ndarray]:
     """Every tensor of a checkpoint."""
-    result = {}
-    for name, tensor in open_checkpoint(directory).tensors.items():
-        with open(tensor.file, "rb") as file:
-            result[name] = read_tensor(file.fileno(), tensor, whole(tensor.shape))
-    return result
+    checkpoint = open_checkpoint(directory)
+    with open_files(checkpoint.files) as descriptors:
+        return {
+            name: read_tensor(descriptors, tensor, whole(tensor.shape))[0]
+            for name, tensor in checkpoint.tensors.items()
+        }
 
 
 def assert_same_tensors(ours: Path, theirs: Path) -> None:

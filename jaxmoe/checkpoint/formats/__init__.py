@@ -4,9 +4,10 @@ Nothing here knows what a tensor is for.
 """
 
 from jaxmoe.checkpoint.formats.config_facts import find_quantization, find_size
+from jaxmoe.checkpoint.formats.decoded import DecodedCheckpoint, DecodedTensor, decode_checkpoint
 from jaxmoe.checkpoint.formats.dtypes import ELEMENT_TYPES, can_cast, is_float
 from jaxmoe.checkpoint.formats.files import SAFETENSORS, Checkpoint, open_checkpoint
-from jaxmoe.checkpoint.formats.reading import open_files, read_box
+from jaxmoe.checkpoint.formats.reading import open_files, read_box, read_tensor
 from jaxmoe.checkpoint.formats.safetensors import (
     SafetensorsFile,
     Split,
@@ -21,11 +22,14 @@ __all__ = [
     "ELEMENT_TYPES",
     "SAFETENSORS",
     "Checkpoint",
+    "DecodedCheckpoint",
+    "DecodedTensor",
     "SafetensorsFile",
     "Split",
     "TensorInfo",
     "TorchFile",
     "can_cast",
+    "decode_checkpoint",
     "find_quantization",
     "find_size",
     "is_float",
@@ -34,6 +38,7 @@ __all__ = [
     "read_box",
     "read_json",
     "read_safetensors",
+    "read_tensor",
     "read_torch_file",
     "read_torch_object",
 ]

@@ -3,7 +3,7 @@
 import itertools
 import math
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -11,6 +11,7 @@ import numpy as np
 
 from jaxmoe.checkpoint.boxes import Box, box_shape, contiguous_suffix
 from jaxmoe.checkpoint.errors import CheckpointError
+from jaxmoe.checkpoint.formats.decoded import DecodedTensor
 from jaxmoe.checkpoint.formats.safetensors import SafetensorsFile, TensorInfo
 from jaxmoe.checkpoint.formats.torch_file import TorchFile
 
@@ -39,21 +40,42 @@ def open_files(files: Iterable[SafetensorsFile | TorchFile]) -> Iterator[dict[Pa
             os.close(descriptor)
 
 
-def read_box(descriptor: int, tensor: TensorInfo, box: Box, into: np.ndarray) -> int:
+def read_tensor(descriptors: Mapping[Path, int], tensor: TensorInfo, box: Box) -> tuple[np.ndarray, int]:
+    """Read a region of a tensor, in the order of its dims however it is stored; the values, and the bytes read."""
+    assert tensor.dtype is not None
+    order = range(len(box)) if tensor.dim_order is None else tensor.dim_order
+    stored = tuple([box[dim] for dim in order])
+    values = np.empty(box_shape(stored), tensor.dtype)
+    count = read_box(descriptors, tensor.as_stored(), stored, values)
+    return values.transpose(np.argsort(order)), count
+
+
+def read_box(descriptors: Mapping[Path, int], tensor: TensorInfo, box: Box, into: np.ndarray) -> int:
     """Read a box of a tensor, one positioned read per run of neighboring bytes and nothing between the runs.
 
+    Of a `DecodedTensor` the boxes of its parts are read so, and decoded.
+
     Args:
-        descriptor: file descriptor of the tensor's file.
-        tensor: the tensor.
-        box: the part of it.
-        into: contiguous memory of the box's size, of any dtype; receives the elements in row-major order.
+        descriptors: file descriptors by path, from `open_files`.
+        tensor: tensor to read, its dims in the order of the file.
+        box: box of it.
+        into: contiguous memory of the box's size, of any dtype, that receives the elements in row-major order; for a
+            `DecodedTensor` of the floating dtype that its values are to have.
 
     Returns:
         Bytes that the system said it read.
 
     Raises:
         CheckpointError: the file ends before the tensor does, or cannot be read.
+        QuantizationError: a scale is zero or not finite.
     """
+    if isinstance(tensor, DecodedTensor):
+        parts = {
+            role: read_tensor(descriptors, tensor.parts[role], part) for role, part in tensor.stored_boxes(box).items()
+        }
+        tensor.decode({role: values for role, (values, _) in parts.items()}, box, into.reshape(box_shape(box)))
+        return sum(count for _, count in parts.values())
+    descriptor = descriptors[tensor.file]
     memory = memoryview(into.reshape(-1).view(np.uint8).data)
     run_bytes, offsets = _runs(tensor, box)
     read = 0

@@ -10,18 +10,14 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from jaxmoe.checkpoint.errors import CheckpointError, Problems
-from jaxmoe.checkpoint.formats import Checkpoint, can_cast, find_quantization, find_size, open_checkpoint
+from jaxmoe.checkpoint.formats import Checkpoint, decode_checkpoint, find_quantization, find_size, open_checkpoint
 from jaxmoe.checkpoint.inspection.grouping import GROUPS, group_of, quantized_base
 from jaxmoe.checkpoint.mapping import FamilyCheckpoint, Unused, abstract_specs, detect_expert_layout
 from jaxmoe.config import DecoderConfig, MoEConfig, read_json
 from jaxmoe.models import FAMILIES, WRAPPERS, Family, find_family
 
 Shapes = dict[str, tuple[int, ...]]
-
-_FLOAT32 = np.dtype(np.float32)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -88,7 +84,7 @@ def summarize(path: str | os.PathLike[str]) -> CheckpointSummary:
         FileNotFoundError: there is no checkpoint there.
     """
     path = Path(path)
-    checkpoint = open_checkpoint(path)
+    checkpoint = stored = open_checkpoint(path)
     directory = path if path.is_dir() else path.parent
     config = read_json(directory / "config.json")
     model_type = config.get("model_type")
@@ -102,9 +98,10 @@ def summarize(path: str | os.PathLike[str]) -> CheckpointSummary:
         problems.append(unknown)
     else:
         try:
-            found = FamilyCheckpoint.of(checkpoint, family, family.read_config(text_config))
+            decoded = decode_checkpoint(checkpoint)
+            found = FamilyCheckpoint.of(decoded, family, family.read_config(text_config))
             checkpoint = found.checkpoint
-            mapped = _map(found, quantized=quantization is not None)
+            mapped = _map(found)
             problems += mapped.problems
         except ValueError as error:
             problems.append(str(error))
@@ -123,11 +120,11 @@ def summarize(path: str | os.PathLike[str]) -> CheckpointSummary:
         experts=moe.experts,
         experts_per_token=moe.per_token,
         layouts=layouts,
-        dtypes=_bytes_by_dtype(checkpoint),
+        dtypes=_bytes_by_dtype(stored),
         quantization=quantization,
         parameters=None if shapes is None else sum(map(math.prod, shapes.values())),
         active_parameters=None if shapes is None else _active(shapes, moe),
-        bytes=checkpoint.nbytes,
+        bytes=stored.nbytes,
         groups=_groups(checkpoint, shapes, ignored),
         ignored=ignored,
         uncovered=list(mapped.unused.uncovered) if mapped else None,
@@ -183,32 +180,16 @@ class _MoESizes:
         return cls(experts, per_token, lambda _: per_token / experts if experts and per_token else None)
 
 
-def _map(found: FamilyCheckpoint, *, quantized: bool) -> _Findings:
+def _map(found: FamilyCheckpoint) -> _Findings:
     problems, specs = Problems(str(found.checkpoint.path)), abstract_specs(found.config)
-    coded = _coded(found.checkpoint) if quantized else {}
     try:
-        mapped = found.onto(specs, coded=coded)
+        mapped = found.onto(specs)
     except CheckpointError as error:
         problems.add(str(error))
-        mapped = found.onto(specs, coded=coded, form="per_expert")
+        mapped = found.onto(specs, form="per_expert")
     unused = mapped.check(problems)
     needed = {name: block.tensor_shape for name, block in mapped.used_blocks()}
     return _Findings(found.config, needed, unused, problems.found)
-
-
-def _coded(checkpoint: Checkpoint) -> dict[str, list[str]]:
-    """{tensor: weights that it may be a part of}, for the tensors of a quantized checkpoint that are no plain numbers.
-
-    Whether their format has a reader is not for headers to say.
-    """
-    coded: dict[str, list[str]] = {}
-    for name, tensor in checkpoint.tensors.items():
-        part = quantized_base(name)
-        if part is not None:
-            coded[name] = [part[0], f"{part[0]}.weight"]
-        elif tensor.dtype is None or not can_cast(tensor.dtype, _FLOAT32):
-            coded[name] = [name]
-    return coded
 
 
 def _stored_shapes(checkpoint: Checkpoint) -> Shapes | None:

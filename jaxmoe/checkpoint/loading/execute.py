@@ -163,7 +163,7 @@ class _Tally:
         with self._lock:
             self.done += count
             if self._progress is not None:
-                self._progress(self.done, self._total)
+                self._progress(min(self.done, self._total), self._total)  # scales may be read twice
 
 
 class _Worker:
@@ -203,7 +203,7 @@ class _Worker:
                     break
         if values is None:
             values = self._own.read.array(box_shape(box), dtype)
-        count = read_box(self._descriptors[tensor.file], tensor, box, values)
+        count = read_box(self._descriptors, tensor, box, values)
         if self._check_finite and is_float(dtype) and not np.isfinite(values).all():
             raise CheckpointError(
                 f"{tensor.file}: check_finite refuses infinities and NaNs, and tensor {tensor.name!r} holds some; "

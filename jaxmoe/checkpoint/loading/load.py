@@ -1,5 +1,6 @@
 """`jaxmoe.load`: from a checkpoint directory to a model on the mesh."""
 
+import dataclasses
 import hashlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -46,7 +47,8 @@ def load(
     Nothing is read until the whole plan holds: every tensor of the checkpoint is used or ignored
     by a named rule, and every parameter is filled exactly once. So it is with an adapter: every tensor of it is
     merged, or the load is refused. Of a multimodal checkpoint the text part is loaded; its other tensors are ignored by
-    rules that `load_report` lists.
+    rules that `load_report` lists. Quantized weights are decoded as they are read, in float32, and held in `dtype`;
+    `load_report` names their formats.
 
     Args:
         path: a directory as transformers' ``save_pretrained`` writes it.
@@ -105,7 +107,8 @@ def load(
         settings = (dtype, getattr(router, "__qualname__", type(router).__qualname__), expert_axes, dispatch, kernels)
         _check_same_input(model, found, opened, settings)
     with byte_progress(f"loading {path.name}", progress) as report_bytes:
-        arrays, model.load_report = load_arrays(plan, check_finite=check_finite, progress=report_bytes)
+        arrays, report = load_arrays(plan, check_finite=check_finite, progress=report_bytes)
+    model.load_report = dataclasses.replace(report, decoded=dict(found.formats), notes=found.notes)
     model.origin = Origin(path, tuple(model.load_report.ignored.items()), adapted=adapter is not None)
     if mesh.is_multi_process:
         check_same({"weights": _fingerprint(arrays)})

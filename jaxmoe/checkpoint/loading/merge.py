@@ -118,7 +118,7 @@ def _read_factors(file: SafetensorsFile | TorchFile, names: Collection[str]) -> 
             tensor = file.tensors[name].as_stored()
             assert tensor.dtype is not None
             values = np.empty(tensor.shape, tensor.dtype)
-            count += read_box(descriptors[file.path], tensor, whole(tensor.shape), values)
+            count += read_box(descriptors, tensor, whole(tensor.shape), values)
             order = file.tensors[name].dim_order
             factors[name] = values if order is None else values.transpose(np.argsort(order))
     return factors, count

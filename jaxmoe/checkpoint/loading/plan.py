@@ -10,7 +10,7 @@ import jax
 
 from jaxmoe.checkpoint.boxes import Box, box_of, box_shape, disjoint_union, intersect, union_volume, volume
 from jaxmoe.checkpoint.errors import Problems
-from jaxmoe.checkpoint.formats import Checkpoint, SafetensorsFile, Split, TensorInfo, TorchFile
+from jaxmoe.checkpoint.formats import Checkpoint, DecodedTensor, SafetensorsFile, Split, TensorInfo, TorchFile
 from jaxmoe.checkpoint.loading.report import AdapterReport
 from jaxmoe.checkpoint.lora import TensorDelta
 from jaxmoe.checkpoint.mapping import Block, IgnoreRule, MappedCheckpoint
@@ -72,7 +72,7 @@ class Read(NamedTuple):
 
     @property
     def nbytes(self) -> int:
-        """Bytes read."""
+        """Bytes of the values."""
         dtype = self.tensor.dtype
         assert dtype is not None
         return volume(self.box) * dtype.itemsize
@@ -243,6 +243,13 @@ def _reads_of(tensor: TensorInfo, copies: Sequence[Copy]) -> list[Read]:
 
 def _bytes_needed(tensor: TensorInfo, copies: Sequence[Copy]) -> int:
     # Counted on its own and not from the reads, so that comparing it with what was read means something.
+    if isinstance(tensor, DecodedTensor):
+        boxes: dict[str, dict[Box, None]] = defaultdict(dict)
+        for copy in copies:
+            for role, box in tensor.stored_boxes(copy.tensor_box).items():
+                boxes[role][box] = None
+        parts = ((tensor.parts[role], tuple(found)) for role, found in boxes.items())
+        return sum(union_volume(part.shape, found) * part.dtype.itemsize for part, found in parts if part.dtype)
     assert tensor.dtype is not None
     return union_volume(tensor.shape, tuple(copy.tensor_box for copy in copies)) * tensor.dtype.itemsize
 

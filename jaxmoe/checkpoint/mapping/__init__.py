@@ -8,12 +8,13 @@ from jaxmoe.checkpoint.mapping.blocks import Block, whole_tensor_blocks
 from jaxmoe.checkpoint.mapping.experts import expert_blocks, find_expert_layout, fused_expert_blocks, per_expert_blocks
 from jaxmoe.checkpoint.mapping.ignore import IgnoreRule
 from jaxmoe.checkpoint.mapping.layouts import detect_expert_layout
-from jaxmoe.checkpoint.mapping.mapped import FamilyCheckpoint, MappedCheckpoint, Unused
+from jaxmoe.checkpoint.mapping.mapped import UNREAD_RULE, FamilyCheckpoint, MappedCheckpoint, Unused
 from jaxmoe.checkpoint.mapping.names import is_expert_stack, layer_index, written_blocks, written_form
 from jaxmoe.checkpoint.mapping.tied import TIED_RULE
 
 __all__ = [
     "TIED_RULE",
+    "UNREAD_RULE",
     "Block",
     "FamilyCheckpoint",
     "IgnoreRule",

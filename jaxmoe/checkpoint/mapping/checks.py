@@ -4,36 +4,12 @@ import itertools
 from collections.abc import Mapping, Sequence
 
 import jax
-import numpy as np
 
 from jaxmoe.checkpoint.boxes import Box, Cover, contains, intersect, join_dims, whole
-from jaxmoe.checkpoint.errors import CheckpointError, Problems
-from jaxmoe.checkpoint.formats import Checkpoint, Split, TensorInfo, can_cast, find_quantization
+from jaxmoe.checkpoint.errors import Problems
+from jaxmoe.checkpoint.formats import Split, TensorInfo, can_cast
 from jaxmoe.checkpoint.mapping.blocks import Block
-from jaxmoe.config import read_json
 from jaxmoe.layers.param import ParamSpec
-
-
-def check_not_quantized(checkpoint: Checkpoint) -> None:
-    """Refuse a quantized checkpoint in one sentence, instead of one for each of its tensors.
-
-    A config.json that still names a format beside weights which are plain again is none.
-
-    Raises:
-        CheckpointError: the files of its directory declare a format, and tensors are there in it.
-    """
-    declared = find_quantization(checkpoint.path, read_json(checkpoint.path / "config.json"))
-    if declared is None:
-        return
-    float32 = np.dtype(np.float32)
-    coded = [one for one in checkpoint.tensors.values() if one.dtype is None or not can_cast(one.dtype, float32)]
-    if coded:
-        raise CheckpointError(
-            f"{checkpoint.path}: jaxmoe loads weights in BF16, F16, F32 and F64; this checkpoint is quantized "
-            f"({declared['method']}, says {declared['from']}): {len(coded)} of its {len(checkpoint.tensors)} tensors "
-            f"are in that format, the first is {coded[0].name!r} in {coded[0].dtype_name}; take the model's bfloat16 "
-            "release, or dequantize this one with transformers (from_pretrained, dequantize, save_pretrained)"
-        )
 
 
 def check_tensors(

@@ -10,7 +10,8 @@ class IgnoreRule:
 
     Attributes:
         name: name of the rule; the load report lists the tensors under it.
-        pattern: regular expression that the whole tensor name matches.
+        pattern: regular expression that the whole tensor name matches; "" where the rule lists names instead.
+        names: names of tensors.
 
     Example:
         >>> rule = IgnoreRule(name="rotary tables", pattern=r".*\.rotary_emb\.inv_freq")
@@ -19,8 +20,9 @@ class IgnoreRule:
     """
 
     name: str
-    pattern: str
+    pattern: str = ""
+    names: frozenset[str] = frozenset()
 
     def matches(self, tensor: str) -> bool:
         """Whether the rule is about `tensor`."""
-        return re.fullmatch(self.pattern, tensor) is not None
+        return tensor in self.names or (self.pattern != "" and re.fullmatch(self.pattern, tensor) is not None)

@@ -2,7 +2,8 @@
 
 Loading, saving, converting, moving and inspecting all start here. No value is read. A tensor passes five stations:
 
-1. `open_checkpoint` finds it in the header of a file: its dtype, its shape, the place of its bytes.
+1. `open_checkpoint` finds it in the header of a file: its dtype, its shape, the place of its bytes. Those that are the
+   parts of one quantized weight become one tensor with the shape of that weight (`decode_checkpoint`).
 2. `Family.text_name` gives it the name that it has in a text model, where it comes from a multimodal one.
 3. `settle_tied` decides, where it is one end of a tied model, whether both ends are one tensor.
 4. `FamilyCheckpoint.onto` finds the regions of parameters that it fills (`Block`).
@@ -13,23 +14,34 @@ After that a load plan turns blocks into reads, a conversion into the values of 
 """
 
 import dataclasses
-import itertools
 from collections import defaultdict
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
+
 from jaxmoe.checkpoint.boxes import Box
 from jaxmoe.checkpoint.errors import Problems
-from jaxmoe.checkpoint.formats import Checkpoint, Split, open_checkpoint
+from jaxmoe.checkpoint.formats import (
+    Checkpoint,
+    DecodedCheckpoint,
+    DecodedTensor,
+    Split,
+    decode_checkpoint,
+    open_checkpoint,
+)
 from jaxmoe.checkpoint.mapping.blocks import Block
-from jaxmoe.checkpoint.mapping.checks import check_filled_once, check_not_quantized, check_tensors, check_used_whole
+from jaxmoe.checkpoint.mapping.checks import check_filled_once, check_tensors, check_used_whole
 from jaxmoe.checkpoint.mapping.ignore import IgnoreRule
 from jaxmoe.checkpoint.mapping.names import model_blocks, wanted_names
 from jaxmoe.checkpoint.mapping.tied import settle_tied
 from jaxmoe.config import DecoderConfig
 from jaxmoe.layers import ParamSpec
 from jaxmoe.models import Family, Form, read_model_config
+from jaxmoe.quant import QuantizationError
+
+UNREAD_RULE = "scales that no weight depends on"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -42,6 +54,8 @@ class FamilyCheckpoint:
         config: config of the model, tied where the checkpoint is.
         rules: rules for tensors that the model does not need.
         untied: whether config.json ties the embedding and the output projection, and the checkpoint has bytes for each.
+        formats: {quantized format and its settings: weights that have it}.
+        notes: sentences about the quantization, for a report.
     """
 
     checkpoint: Checkpoint
@@ -49,6 +63,8 @@ class FamilyCheckpoint:
     config: DecoderConfig
     rules: tuple[IgnoreRule, ...]
     untied: bool
+    formats: Mapping[str, int]
+    notes: tuple[str, ...]
 
     @classmethod
     def open(cls, path: Path) -> "FamilyCheckpoint":
@@ -56,58 +72,77 @@ class FamilyCheckpoint:
 
         Raises:
             FileNotFoundError: there is no checkpoint, or a part of it is missing.
-            ValueError: config.json is of no known family, or a file breaks a rule, or the checkpoint is quantized.
+            ValueError: config.json is of no known family, or a file breaks a rule, or the checkpoint is quantized in a way
+                that is not decoded.
         """
         family, config = read_model_config(path)
-        found = cls.of(open_checkpoint(path), family, config)
-        check_not_quantized(found.checkpoint)
-        return found
+        return cls.of(decode_checkpoint(open_checkpoint(path)), family, config)
 
     @classmethod
-    def of(cls, checkpoint: Checkpoint, family: Family, config: DecoderConfig) -> "FamilyCheckpoint":
+    def of(cls, decoded: DecodedCheckpoint, family: Family, config: DecoderConfig) -> "FamilyCheckpoint":
         """Bring an opened checkpoint under the names of a family.
 
         Args:
-            checkpoint: checkpoint from `open_checkpoint`.
+            decoded: checkpoint from `decode_checkpoint`.
             family: family of its model.
             config: config of its model, as config.json has it.
 
         Raises:
             CheckpointError: two tensors would have one name.
         """
-        settled = settle_tied(checkpoint.renamed(family.text_name), family, config)
+        settled = settle_tied(decoded.checkpoint.renamed(family.text_name), family, config)
         own = [IgnoreRule(name=name, pattern=pattern) for name, pattern in family.ignored_in(settled.config).items()]
+        unread = [IgnoreRule(name=UNREAD_RULE, names=frozenset(map(family.text_name, decoded.unread)))]
         return cls(
             checkpoint=settled.checkpoint,
             family=family,
             config=settled.config,
-            rules=(*own, *settled.rules),
+            rules=(*own, *settled.rules, *(unread if decoded.unread else ())),
             untied=settled.config.tie_word_embeddings != config.tie_word_embeddings,
+            formats=decoded.formats,
+            notes=decoded.notes,
         )
 
-    def onto(
-        self,
-        specs: Mapping[str, ParamSpec],
-        *,
-        form: Form | None = None,
-        coded: Mapping[str, Collection[str]] | None = None,
-    ) -> "MappedCheckpoint":
+    def decoding_to(self, dtype: np.dtype) -> "FamilyCheckpoint":
+        """The same with quantized weights whose values are given in `dtype`, and not in float32 as they are computed."""
+        tensors = {
+            name: dataclasses.replace(tensor, dtype=dtype) if isinstance(tensor, DecodedTensor) else tensor
+            for name, tensor in self.checkpoint.tensors.items()
+        }
+        return dataclasses.replace(self, checkpoint=dataclasses.replace(self.checkpoint, tensors=tensors))
+
+    def onto(self, specs: Mapping[str, ParamSpec], *, form: Form | None = None) -> "MappedCheckpoint":
         """Map the tensors to the parameters of a model, on whichever mesh.
 
         Args:
             specs: parameters of a model of `config`, by path.
             form: form that experts are taken to have; None for the one that is there.
-            coded: weights of a format that is not decoded here; see `MappedCheckpoint`.
 
         Raises:
-            CheckpointError: the experts of a layer are there in both forms, or in none.
+            CheckpointError: the experts of a layer are there in both forms, or in none; or a quantized weight has parts of
+                another shape.
         """
-        coded = coded or {}
-        weights = dict.fromkeys(itertools.chain.from_iterable(coded.values()))
-        names = {**self.checkpoint.tensors, **weights} if form is None else wanted_names(specs, self.family, form)
-        blocks = model_blocks(specs, self.family, names)
-        mapped = MappedCheckpoint.of(self.checkpoint, specs.values(), blocks, self.rules)
-        return dataclasses.replace(mapped, coded=coded)
+        names = self.checkpoint.tensors if form is None else wanted_names(specs, self.family, form)
+        blocks = list(model_blocks(specs, self.family, names))
+        return MappedCheckpoint.of(_bound(self.checkpoint, blocks), specs.values(), blocks, self.rules)
+
+
+def _bound(checkpoint: Checkpoint, blocks: Sequence[Block]) -> Checkpoint:
+    """The same with quantized weights of the shapes that a model's blocks expect, which headers may leave open.
+
+    Raises:
+        CheckpointError: the parts of one are of another shape.
+    """
+    shapes = {block.tensor: block.tensor_shape for block in blocks if block.tensor is not None}
+    problems, tensors = Problems(str(checkpoint.path)), dict(checkpoint.tensors)
+    for name, tensor in checkpoint.tensors.items():
+        if isinstance(tensor, DecodedTensor) and shapes.get(name, tensor.shape) != tensor.shape:
+            try:
+                tensors[name] = tensor.bound(shapes[name])
+            except QuantizationError as error:
+                problems.add(str(error))
+    problems.raise_if_any()
+    return dataclasses.replace(checkpoint, tensors=tensors)
 
 
 class Unused(NamedTuple):
@@ -133,8 +168,6 @@ class MappedCheckpoint:
         rules: rules for tensors that are not needed; the first that matches counts, and a tensor that a block names is
             never ignored.
         complete: whether all of a model is filled; a part of one may leave tensors over.
-        coded: {tensor: weights that it may be a part of}, in a checkpoint of a format that is not decoded here. Such a
-            weight is taken to be there and to be right.
     """
 
     checkpoint: Checkpoint
@@ -142,7 +175,6 @@ class MappedCheckpoint:
     blocks: Mapping[str, Sequence[Block]]
     rules: tuple[IgnoreRule, ...] = ()
     complete: bool = True
-    coded: Mapping[str, Collection[str]] = dataclasses.field(default_factory=dict)
 
     @classmethod
     def of(
@@ -187,7 +219,7 @@ class MappedCheckpoint:
         ignored: dict[str, list[str]] = defaultdict(list)
         uncovered = []
         for name in self.checkpoint.tensors:
-            if name in used or not used.isdisjoint(self.coded.get(name, ())):
+            if name in used:
                 continue
             rule = next((rule.name for rule in self.rules if rule.matches(name)), None)
             if rule is None:
@@ -212,11 +244,9 @@ class MappedCheckpoint:
         for path in self.blocks.keys() - self.specs.keys():
             names = sorted({str(block.tensor) for block in self.blocks[path]})
             problems.add(f"tensor {names[0]!r} is to fill {path!r}, which the model does not have")
-        tensors, weights = self.checkpoint.tensors, set(itertools.chain.from_iterable(self.coded.values()))
+        tensors = self.checkpoint.tensors
         for path, spec in self.specs.items():
-            check_tensors(
-                tensors, spec, [block for block in self.blocks[path] if block.tensor not in weights], problems
-            )
+            check_tensors(tensors, spec, self.blocks[path], problems)
         unused = self.unused() if self.complete else Unused({}, ())
         for name in unused.uncovered:
             problems.add(f"tensor {name!r} {tensors[name].shape} fills no parameter and no rule ignores it")
@@ -226,7 +256,7 @@ class MappedCheckpoint:
                 used[name][block.tensor_box] = None
             splits = self.splits()
             for name, boxes in used.items():
-                if name in tensors and name not in weights:
+                if name in tensors:
                     check_used_whole(tensors[name], tuple(boxes), splits.get(name, ()), problems)
         for path, spec in self.specs.items():
             check_filled_once(spec, self.blocks[path], problems)

@@ -10,9 +10,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxmoe.checkpoint.boxes import Box, box_shape, union_volume, volume, whole
-from jaxmoe.checkpoint.formats import ELEMENT_TYPES, TensorInfo, can_cast, read_box
+from jaxmoe.checkpoint.formats import ELEMENT_TYPES, DecodedTensor, TensorInfo, can_cast, read_box, read_tensor
 from jaxmoe.checkpoint.mapping import Block
-from jaxmoe.checkpoint.saving.values import Values, read_tensor
+from jaxmoe.checkpoint.saving.values import Values
 from jaxmoe.layers import ParamSpec
 
 _DTYPE_NAMES = {element.dtype: name for name, element in ELEMENT_TYPES.items() if element.dtype is not None}
@@ -69,21 +69,23 @@ def output_tensors(
 
 
 def copied_tensor(tensor: TensorInfo, descriptors: Mapping[Path, int]) -> OutputTensor:
-    """A tensor of a checkpoint as it is, whatever is in it."""
+    """A tensor of a checkpoint as it is, whatever is in it; a quantized weight is decoded."""
+    decoded = isinstance(tensor, DecodedTensor)
 
     def read() -> np.ndarray:
-        descriptor = descriptors[tensor.file]
-        if tensor.dim_order is not None:
-            return read_tensor(descriptor, tensor, whole(tensor.shape))
+        if decoded or tensor.dim_order is not None:
+            return read_tensor(descriptors, tensor, whole(tensor.shape))[0]
         # As bytes: the elements may be smaller than that.
         raw = dataclasses.replace(tensor, dtype=np.dtype(np.uint8), shape=(tensor.nbytes,))
         values = np.empty(tensor.nbytes, np.uint8)
-        read_box(descriptor, raw, whole(raw.shape), values)
+        read_box(descriptors, raw, whole(raw.shape), values)
         return values
 
-    return OutputTensor(
-        name=tensor.name, dtype_name=tensor.dtype_name, shape=tensor.shape, nbytes=tensor.nbytes, values=read
-    )
+    dtype_name, nbytes = tensor.dtype_name, tensor.nbytes
+    if decoded:
+        assert tensor.dtype is not None
+        dtype_name, nbytes = _DTYPE_NAMES[tensor.dtype], volume(whole(tensor.shape)) * tensor.dtype.itemsize
+    return OutputTensor(name=tensor.name, dtype_name=dtype_name, shape=tensor.shape, nbytes=nbytes, values=read)
 
 
 def _output(

@@ -12,9 +12,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxmoe.checkpoint.errors import Problems
-from jaxmoe.checkpoint.formats import Checkpoint, can_cast, open_checkpoint, open_files
+from jaxmoe.checkpoint.formats import Checkpoint, can_cast, decode_checkpoint, open_checkpoint, open_files
 from jaxmoe.checkpoint.mapping import (
     TIED_RULE,
+    UNREAD_RULE,
     FamilyCheckpoint,
     abstract_specs,
     written_blocks,
@@ -161,7 +162,7 @@ def convert(
         directory: directory to make.
         form: "per_expert" for one tensor each, "fused" for one tensor of all experts of a layer. Families that transformers
             writes in one form only are written in that one; the report says which.
-        dtype: type of the weights; None leaves each tensor its own.
+        dtype: type of the weights; None leaves each tensor its own, and gives quantized ones that of config.json.
         max_shard_size: bytes of one file, as for `save`.
         overwrite: whether a checkpoint that is there is replaced, as by `save`; `source` itself may be.
         progress: bar or callable, as for `save`.
@@ -179,6 +180,7 @@ def convert(
     options = _check_options(form, max_shard_size, overwrite, progress)
     target, source = _plain_dtype(dtype), Path(source)
     found = FamilyCheckpoint.open(source)
+    found = found.decoding_to(target or np.dtype(jnp.dtype(found.config.dtype or "float32")))
     checkpoint, family = found.checkpoint, found.family
     model_dtype = target or np.dtype(np.float32)
     specs = abstract_specs(found.config, model_dtype)
@@ -253,14 +255,14 @@ def _plain_dtype(name: str | None) -> np.dtype | None:
 
 def _carried(ignored: Mapping[str, Sequence[str]], family: Family) -> list[str]:
     """The ignored tensors that are copied: all but those beside a multimodal model's text part, and the embedding again."""
-    left_out = {TIED_RULE, *(family.wrapper.ignored if family.wrapper else ())}
+    left_out = {TIED_RULE, UNREAD_RULE, *(family.wrapper.ignored if family.wrapper else ())}
     return [name for rule, names in ignored.items() if rule not in left_out for name in names]
 
 
 def _open_source(source: Path, family: Family, config: DecoderConfig, *, needed: bool) -> Checkpoint | None:
     """The checkpoint a model came from; one that is gone by now is missed only if something is to be copied."""
     try:
-        return FamilyCheckpoint.of(open_checkpoint(source), family, config).checkpoint
+        return FamilyCheckpoint.of(decode_checkpoint(open_checkpoint(source)), family, config).checkpoint
     except FileNotFoundError:
         if needed:
             raise

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxmoe.checkpoint.boxes import Box, box_of, box_shape, intersect
-from jaxmoe.checkpoint.formats import TensorInfo, read_box
+from jaxmoe.checkpoint.formats import read_tensor
 from jaxmoe.checkpoint.mapping import Block, MappedCheckpoint
 
 
@@ -90,20 +90,10 @@ class CheckpointValues:
             first, stop = (0, 1) if dim is None else _shifted(part, block.param_box)[dim]
             tensor_box.append((start + first, start + stop))
         tensor = self._tensors[block.tensor].split(block.tensor_split)
-        values = read_tensor(self._descriptors[tensor.file], tensor, tuple(tensor_box))
+        values, _ = read_tensor(self._descriptors, tensor, tuple(tensor_box))
         kept = [dim for dim in block.dims if dim is not None]
         squeezed = values.reshape([size for size, dim in zip(values.shape, block.dims, strict=True) if dim is not None])
         return squeezed.transpose(np.argsort(kept)).reshape(box_shape(part))
-
-
-def read_tensor(descriptor: int, tensor: TensorInfo, box: Box) -> np.ndarray:
-    """Read a region of a tensor, in the order of its dims however it is stored."""
-    assert tensor.dtype is not None
-    order = range(len(box)) if tensor.dim_order is None else tensor.dim_order
-    stored = tuple([box[dim] for dim in order])
-    values = np.empty(box_shape(stored), tensor.dtype)
-    read_box(descriptor, tensor.as_stored(), stored, values)
-    return values.transpose(np.argsort(order))
 
 
 class _Sorted:

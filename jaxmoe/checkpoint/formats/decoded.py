@@ -1,0 +1,150 @@
+"""Quantized weights as the plain tensors that they stand for, so that all that follows sees plain tensors."""
+
+import dataclasses
+import itertools
+import math
+from collections.abc import Iterator, Mapping
+from typing import NamedTuple
+
+import numpy as np
+
+from jaxmoe.checkpoint.boxes import Box
+from jaxmoe.checkpoint.formats.dtypes import can_cast
+from jaxmoe.checkpoint.formats.files import Checkpoint
+from jaxmoe.checkpoint.formats.safetensors import Split, TensorInfo
+from jaxmoe.config import read_json
+from jaxmoe.quant import QuantizedWeight, match_tensors, read_quantization
+
+_FLOAT32 = np.dtype(np.float32)
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class DecodedTensor(TensorInfo):
+    """A quantized weight, addressed as the plain tensor that it stands for.
+
+    `dtype` is that of the values that are given, `dtype_name` the name of the format, `nbytes` the stored bytes that
+    values are decoded from, `file` and `offset` those of the first part.
+
+    Attributes:
+        weight: format of the weight, and the boxes of its parts.
+        parts: stored tensors by role.
+        splits: dims that each dim of the weight is split in; () where none is.
+    """
+
+    weight: QuantizedWeight
+    parts: Mapping[str, TensorInfo]
+    splits: Split = ()
+
+    def split(self, split: Split) -> "DecodedTensor":
+        """The same with each dim as the dims that it is split in; () leaves it as it is."""
+        return dataclasses.replace(self, shape=tuple(itertools.chain(*split)), splits=split) if split else self
+
+    def bound(self, shape: tuple[int, ...]) -> "DecodedTensor":
+        """The same as a tensor of that shape, which headers may leave open.
+
+        Raises:
+            QuantizationError: the stored parts are of another shape.
+        """
+        return dataclasses.replace(self, weight=self.weight.bind(shape), shape=shape)
+
+    def whole_box(self, box: Box) -> Box:
+        """The box of the weight with its dims together that has all of `box`; more than that where a dim is cut inside."""
+        if not self.splits:
+            return box
+        outer = []
+        for sizes, ranges in self._grouped(box):
+            inner = math.prod(sizes[1:])
+            outer.append((ranges[0][0] * inner, ranges[0][1] * inner))
+        return tuple(outer)
+
+    def stored_boxes(self, box: Box) -> dict[str, Box]:
+        """The box of each part, by role, that the values in `box` are decoded from."""
+        return self.weight.boxes(self.whole_box(box))
+
+    def decode(self, arrays: Mapping[str, np.ndarray], box: Box, into: np.ndarray) -> None:
+        """Decode the values of `box` into an array of its shape.
+
+        Args:
+            arrays: values of the parts, by role, in `stored_boxes(box)`.
+            box: box of this tensor, its dims split.
+            into: array that gets the values, of any floating dtype.
+
+        Raises:
+            QuantizationError: a scale is zero or not finite.
+        """
+        outer = self.whole_box(box)
+        if not self.splits:
+            self.weight.decode(arrays, outer, out=into)
+            return
+        values = self.weight.decode(arrays, outer, dtype=into.dtype)
+        shape: list[int] = []
+        index: list[slice] = []
+        for sizes, ranges in self._grouped(box):
+            shape += [ranges[0][1] - ranges[0][0], *sizes[1:]]
+            index += [slice(None), *[slice(*each) for each in ranges[1:]]]
+        into[...] = values.reshape(shape)[tuple(index)]
+
+    def _grouped(self, box: Box) -> Iterator[tuple[tuple[int, ...], Box]]:
+        """For each dim of the weight the sizes that it is split in, and the ranges of `box` along these."""
+        start = 0
+        for sizes in self.splits:
+            yield sizes, box[start : start + len(sizes)]
+            start += len(sizes)
+
+
+class DecodedCheckpoint(NamedTuple):
+    """A checkpoint whose quantized weights are `DecodedTensor`s.
+
+    Attributes:
+        checkpoint: tensors, each quantized weight under the name of the plain one.
+        unread: stored tensors that belong to the quantization and no value depends on, such as scales of activations.
+        formats: {format and its settings: weights that have it}.
+        notes: sentences for a report.
+    """
+
+    checkpoint: Checkpoint
+    unread: frozenset[str] = frozenset()
+    formats: Mapping[str, int] = {}
+    notes: tuple[str, ...] = ()
+
+
+def decode_checkpoint(checkpoint: Checkpoint) -> DecodedCheckpoint:
+    """Find the quantized weights of a checkpoint, by its settings and its headers; no value is read.
+
+    A config.json that still names a format beside weights which are plain again is no error.
+
+    Raises:
+        QuantizationError: it is quantized in a way that jaxmoe does not decode, or settings and tensors disagree.
+    """
+    directory = checkpoint.path if checkpoint.path.is_dir() else checkpoint.path.parent
+    tensors = checkpoint.tensors
+    if all(tensor.dtype is not None and can_cast(tensor.dtype, _FLOAT32) for tensor in tensors.values()):
+        return DecodedCheckpoint(checkpoint)
+    quantization = read_quantization(directory, read_json(directory / "config.json"))
+    matched = match_tensors(tensors, quantization)
+    plain = {name: tensor for name, tensor in tensors.items() if name not in matched.parts or name in matched.unused}
+    formats: dict[str, int] = {}
+    for name, weight in matched.weights.items():
+        plain[name] = _decoded(weight, tensors)
+        described = weight.format.describe()
+        formats[described] = formats.get(described, 0) + 1
+    return DecodedCheckpoint(
+        dataclasses.replace(checkpoint, tensors=plain), frozenset(matched.unused), formats, matched.notes
+    )
+
+
+def _decoded(weight: QuantizedWeight, tensors: Mapping[str, TensorInfo]) -> DecodedTensor:
+    roles = {part.role for part in weight.format.parts if part.decoded}
+    parts = {role: tensors[header.name] for role, header in weight.stored.items() if role in roles}
+    first = parts[weight.format.parts[0].role]
+    return DecodedTensor(
+        name=weight.name,
+        dtype_name=weight.format.name,
+        dtype=_FLOAT32,
+        shape=weight.shape or (),
+        file=first.file,
+        offset=first.offset,
+        nbytes=sum(part.nbytes for part in parts.values()),
+        weight=weight,
+        parts=parts,
+    )
