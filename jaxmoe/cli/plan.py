@@ -65,6 +65,8 @@ def _print(report: "Plan") -> None:
         f"cache for {report.batch_size} x {report.max_length} tokens",
         highlight=False,
     )
+    if report.stored is not None:
+        console.print(_describe_stored(report), highlight=False)
     table = Table()
     table.add_column("on a device")
     table.add_column("least", justify="right")
@@ -77,3 +79,14 @@ def _print(report: "Plan") -> None:
     if report.capacity is not None:
         verdict = "fits" if report.fits else "does not fit"
         console.print(f"{verdict} in the {show_bytes(report.capacity)} of {report.device}, activations not counted")
+
+
+def _describe_stored(report: "Plan") -> str:
+    """A sentence on the files: their bytes, and the formats of quantized parts."""
+    assert report.stored is not None
+    text = f"{show_bytes(report.stored.nbytes)} of weights in the checkpoint"
+    if report.stored.method is None:
+        return text
+    quantized = {part: [*sizes.keys() - {"plain"}] for part, sizes in report.stored.formats.items()}
+    parts = [f"{part} in {' and '.join(sorted(formats))}" for part, formats in quantized.items() if formats]
+    return f"{text}, {', '.join(parts)} ({report.stored.method}); they are held decoded, in {report.dtype}"

@@ -127,6 +127,10 @@ class Family:
         """Give the name that `tensors` has for a tensor of a checkpoint; see `Wrapper.text_name`."""
         return self.wrapper.text_name(name) if self.wrapper else name
 
+    def stored_names(self, name: str) -> list[str]:
+        """Give the names that a tensor of `tensors` may have in a checkpoint, the usual one first."""
+        return [*(self.wrapper.stored_names(name) if self.wrapper else ()), name]
+
 
 def llama_tensors(feed_forward: Mapping[str, tuple[str, ...]]) -> dict[str, tuple[str, ...]]:
     """Make the names that most families share, which Llama set, with the family's own for the feed-forward part."""

@@ -49,6 +49,15 @@ class Wrapper:
                 return own + name.removeprefix(prefix)
         return name
 
+    def stored_names(self, name: str) -> list[str]:
+        """Give the names that a tensor of the text part may have behind a prefix.
+
+        Example:
+            >>> WRAPPERS["llama4"].stored_names("model.norm.weight")
+            ['language_model.model.norm.weight']
+        """
+        return [prefix + name.removeprefix(own) for prefix, own in self.prefixes if name.startswith(own)]
+
     def text_config(self, config: Mapping[str, Any]) -> dict[str, Any]:
         """Make the config.json that the text part would have on its own.
 

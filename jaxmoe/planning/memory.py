@@ -18,6 +18,8 @@ from jaxmoe.layers import CacheArray, param_specs
 from jaxmoe.mesh import AXES, EP, batch_axes, named, padded_batch
 from jaxmoe.models import Decoder, read_model_config
 from jaxmoe.placement import ExpertPlacement
+from jaxmoe.planning.stored import StoredWeights, part_of, stored_weights
+from jaxmoe.quant import read_quantization
 
 _DTYPES = ("float32", "bfloat16", "float16")
 # What a plan calls the slots of `ExpertPlacement.slot_uses`.
@@ -41,6 +43,8 @@ class Plan:
         device: kind of device, None where none was named.
         capacity: bytes of its memory; None without a kind.
         parameters: number of the parameters, each counted once.
+        stored: formats and bytes of the weights in the checkpoint's files. Quantized ones are decoded as they are loaded,
+            and `parts` counts them in `dtype`. None for a config without a checkpoint.
     """
 
     model_type: str
@@ -52,6 +56,7 @@ class Plan:
     device: str | None
     capacity: float | None
     parameters: int
+    stored: StoredWeights | None = None
 
     @property
     def bytes_per_device(self) -> dict[int, int]:
@@ -66,7 +71,8 @@ class Plan:
     def to_dict(self) -> dict[str, Any]:
         """The plan as plain types, for JSON."""
         fields = dataclasses.asdict(self) | {"parts": {name: part.tolist() for name, part in self.parts.items()}}
-        return fields | {"bytes_per_device": self.bytes_per_device, "fits": self.fits}
+        stored = None if self.stored is None else self.stored.to_dict()
+        return fields | {"bytes_per_device": self.bytes_per_device, "fits": self.fits, "stored": stored}
 
 
 def plan(
@@ -85,7 +91,8 @@ def plan(
     """Tell what each device would hold of a model, without devices and without weights.
 
     Args:
-        path: checkpoint directory; its config.json is all that is read.
+        path: checkpoint directory; its config.json is all that is read, and the file beside it that may have the
+            settings of a quantization.
         dp, tp, ep: sizes of the mesh.
         placement: strategy's name or an `ExpertPlacement` for all MoE layers, or one for each.
         expert_axes: mesh axes that share the experts, see `jaxmoe.MoE`.
@@ -96,7 +103,8 @@ def plan(
 
     Raises:
         FileNotFoundError: there is no config.json.
-        ValueError: a size, name or placement does not fit; the family is not known.
+        ValueError: a size, name or placement does not fit; the family is not known, or the checkpoint is quantized in a way
+            that jaxmoe does not decode.
 
     Example:
         >>> report = jaxmoe.plan("docs/configs/Qwen3-30B-A3B", tp=2, ep=4, device="h100")
@@ -104,8 +112,9 @@ def plan(
         (9028136960, True)
     """
     path_like("path", path)
-    _, config = read_model_config(path)
-    return plan_config(
+    family, config = read_model_config(path)
+    quantization = read_quantization(Path(path))
+    report = plan_config(
         config,
         dp=dp,
         tp=tp,
@@ -117,6 +126,7 @@ def plan(
         max_length=max_length,
         device=device,
     )
+    return dataclasses.replace(report, stored=stored_weights(family, config, quantization))
 
 
 def plan_config(
@@ -170,7 +180,7 @@ def _weights(model: Decoder) -> dict[str, np.ndarray]:
     for spec in param_specs(model):
         on_device = math.prod(spec.sharding.shard_shape(spec.shape)) * spec.dtype.itemsize
         if not is_expert_stack(spec.path):
-            parts[_part_of(spec.path)] += on_device
+            parts[part_of(spec.path)] += on_device
             continue
         index = layer_index(spec.path)
         assert index is not None
@@ -179,14 +189,6 @@ def _weights(model: Decoder) -> dict[str, np.ndarray]:
         for use, slots_n in moe.placement.slot_uses.items():
             parts[_PART_OF_USE[use]] += slots_n[_expert_rank(model, moe.expert_axes)] * per_slot
     return {name: part for name, part in parts.items() if part.any()}
-
-
-def _part_of(path: str) -> str:
-    if ".moe.shared." in path or path.endswith("w_shared_gate"):
-        return "shared experts"
-    if ".attention." in path:
-        return "attention"
-    return "embedding and head" if path.startswith(("embed.", "lm_head.")) else "other"
 
 
 def _expert_rank(model: Decoder, expert_axes: tuple[str, ...]) -> np.ndarray:

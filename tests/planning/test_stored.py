@@ -1,0 +1,67 @@
+"""Bytes of weights as a checkpoint's files hold them, by its settings alone."""
+
+import json
+
+import pytest
+
+import jaxmoe
+from jaxmoe.checkpoint import open_checkpoint
+from jaxmoe.cli import main
+from jaxmoe.quant import QuantizationError
+from tests.support.goldens import GOLDENS
+from tests.support.published import GPT_OSS_120B
+from tests.support.quantized_checkpoints import write_pair
+
+MXFP4 = {
+    "quant_method": "mxfp4",
+    "modules_to_not_convert": [
+        "model.layers.*.self_attn",
+        "model.layers.*.mlp.router",
+        "model.embed_tokens",
+        "lm_head",
+    ],
+}
+FP8 = {"quant_method": "fp8", "weight_block_size": [128, 128], "activation_scheme": "dynamic"}
+TINY = json.loads((GOLDENS / "deepseek_v3" / "original" / "config.json").read_text())
+
+
+def directory(path, config, **more):
+    path.mkdir(exist_ok=True)
+    (path / "config.json").write_text(json.dumps({**config, **more}))
+    return path
+
+
+def test_they_are_the_bytes_of_the_files(tmp_path) -> None:
+    quantized, plain, _ = write_pair(tmp_path, "gpt_oss", "mxfp4", MXFP4)
+    for path, formats in ((quantized, {"mxfp4", "plain"}), (plain, {"plain"})):
+        stored = jaxmoe.plan(path).stored
+        assert stored.nbytes == open_checkpoint(path).nbytes
+        assert set(stored.formats["routed experts"]) == formats
+
+
+def test_gpt_oss_120b_has_its_published_size(tmp_path, capsys) -> None:
+    config = {**GPT_OSS_120B, "num_hidden_layers": 36, "torch_dtype": "bfloat16", "quantization_config": MXFP4}
+    report = jaxmoe.plan(directory(tmp_path / "c", config), ep=8, device="h100")
+    assert report.stored.nbytes == pytest.approx(65.25e9, rel=2e-3)  # of its files on the hub
+    assert sum(report.bytes_per_device.values()) > 3 * report.stored.nbytes
+    assert main(["plan", str(tmp_path / "c")]) == 0
+    text = " ".join(capsys.readouterr().out.split())
+    assert (
+        "65.2 GB of weights in the checkpoint, routed experts in mxfp4 (mxfp4); they are held decoded, in bfloat16"
+        in text
+    )
+
+
+def test_modules_of_a_wrapper_are_called_as_in_its_files(tmp_path) -> None:
+    text = {key: value for key, value in TINY.items() if key not in ("model_type", "dtype")}
+    config = {"model_type": "kimi_k25", "dtype": "bfloat16", "text_config": {**text, "model_type": "deepseek_v3"}}
+    settings = {**FP8, "modules_to_not_convert": ["language_model.model.layers.0.self_attn", "lm_head"]}
+    stored = jaxmoe.plan(directory(tmp_path / "c", config, quantization_config=settings)).stored
+    assert set(stored.formats["attention"]) == {"plain", "fp8_block"}
+    assert set(stored.formats["routed experts"]) == {"fp8_block"}
+
+
+def test_what_cannot_be_loaded_is_not_planned(tmp_path) -> None:
+    settings = {"group_size": 64, "bits": 4}
+    with pytest.raises(QuantizationError, match="is none that jaxmoe decodes"):
+        jaxmoe.plan(directory(tmp_path / "c", TINY, quantization=settings))
