@@ -53,7 +53,17 @@ def folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
 
 
-@pytest.mark.parametrize("name", WITH_EXAMPLES)
+# Examples that run a model, which takes seconds.
+COSTLY = {
+    "jaxmoe.models.decoder",
+    "jaxmoe.generation.api",
+    "jaxmoe.elastic.rebalance",
+    "jaxmoe.checkpoint.loading.load",
+}
+CASES = [pytest.param(name, marks=pytest.mark.full) if name in COSTLY else name for name in WITH_EXAMPLES]
+
+
+@pytest.mark.parametrize("name", CASES)
 def test_examples(name, folder) -> None:
     if name == "jaxmoe.distributed":
         pytest.skip("its example starts several processes, and so does tests/distributed")

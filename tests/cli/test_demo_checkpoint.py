@@ -29,11 +29,12 @@ def test_from_prompt_to_text_on_simulated_devices() -> None:
     assert done.stderr.startswith("mesh dp=2,tp=2,ep=2 on 8 cpu devices: ")
 
 
-@pytest.mark.covering(most=1)
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
-        ((str(DEMO), "--mesh", "ep=3", "--simulate", "2"), "is 3 devices, but there are 2"),
+        pytest.param(
+            (str(DEMO), "--mesh", "ep=3", "--simulate", "2"), "is 3 devices, but there are 2", marks=pytest.mark.full
+        ),
         pytest.param((str(DEMO), "--mesh", "tp=7", "--simulate", "7"), "tp can be", marks=pytest.mark.full),
         pytest.param((str(DEMO), "--placement", "nowhere"), "got 'nowhere'", marks=pytest.mark.full),
         pytest.param((str(DEMO), "--max-new-tokens", "10000000"), "max_position_embeddings", marks=pytest.mark.full),

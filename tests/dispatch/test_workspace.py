@@ -14,6 +14,7 @@ pytestmark = pytest.mark.covering(most=3)
 RUNS_HERE = [name for name, backend in DISPATCHES.items() if "cpu" not in backend.cannot_run]
 
 
+@pytest.mark.covering(most=1)
 @pytest.mark.parametrize(("mesh_shape", "K"), [((1, 1, 8), 1), ((2, 2, 2), 8)])
 @pytest.mark.parametrize("backend", RUNS_HERE)
 def test_workspace_is_the_one_modeled(backend, mesh_shape, K):
@@ -36,6 +37,7 @@ def test_all_to_one_takes_rounds_and_no_memory():
     assert int(many.rounds) == 2
 
 
+@pytest.mark.covering(most=1)
 @pytest.mark.parametrize("backend", list(DISPATCHES))
 def test_one_token_that_is_not_finite_spoils_no_other(backend):
     run = Program(backend=backend, mesh_shape=(2, 2, 2), expert_axes=("ep",), T=72, tight=True)

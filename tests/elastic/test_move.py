@@ -79,6 +79,7 @@ def test_a_family_with_copied_key_heads_and_biases() -> None:
     check_logits(moved, read_expected("gpt_oss"))
 
 
+@pytest.mark.full
 def test_lost_experts_alone_are_read() -> None:
     placement = ExpertPlacement.linear(EXPERTS, 8)
     model = jaxmoe.load(QWEN, mesh=on((1, 1, 8)), placement=placement)
@@ -88,6 +89,7 @@ def test_lost_experts_alone_are_read() -> None:
     check_greedy(moved, read_expected("qwen3_moe"))
 
 
+@pytest.mark.full
 def test_experts_with_a_replica_elsewhere_are_not_read() -> None:
     twice = ExpertPlacement(EXPERTS, 4, [*range(EXPERTS), *np.roll(np.arange(EXPERTS), 6), -1, -1])
     model = jaxmoe.load(QWEN, mesh=on((1, 1, 4)), placement=twice)

@@ -114,6 +114,7 @@ def test_every_side_has_a_turn_a_round_until_its_budget_is_used_up():
 # --- inputs and sides
 
 
+@pytest.mark.covering(most=3)
 @pytest.mark.parametrize("operation", ["up", "down", "mlp"])
 @pytest.mark.parametrize("routing", ROUTINGS)
 def test_sample_is_the_operation_in_float64(operation, routing):

@@ -47,7 +47,7 @@ def test_product(sizes, R, m, N, dtype) -> None:
     check_product(mosaic_gpu, sizes, R, N, dtype, tiles=tiles_of(m), device_kind=DEVICE, interpret=True)
 
 
-@pytest.mark.covering(most=1)
+@pytest.mark.full
 @pytest.mark.parametrize("m", [16, 64])
 @pytest.mark.parametrize(("activation", "limit", "gated"), MLPS)
 def test_mlp_with_biases(activation, limit, gated, m) -> None:

@@ -72,7 +72,7 @@ def test_every_expert_function(backend, R, activation, limit, gated):
     )
 
 
-@pytest.mark.covering(most=1)
+@pytest.mark.full
 @each_backend
 @each_regime
 def test_all_patterns_of_empty_groups(backend, R):

@@ -246,7 +246,7 @@ def mlp_gradients(x_RD, stacks, biases, sizes, dy_RD, *, backend, options):
     return pullback(dy_RD)
 
 
-@pytest.mark.covering(most=2)
+@pytest.mark.covering(most=1)
 @each_regime
 @each_variant
 @pytest.mark.parametrize(

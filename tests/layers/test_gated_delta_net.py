@@ -80,6 +80,7 @@ def test_decode_after_prefill_is_one_long_prefill(shape):
         np.testing.assert_allclose(cache.conv[i], after.conv[0], rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.full
 def test_cache_has_the_layers_own_dtypes_and_shardings():
     mesh = mesh_of(2, 2, 2)
     layer = make_layer(mesh, dtype=jnp.bfloat16)
@@ -97,6 +98,7 @@ def test_cache_has_the_layers_own_dtypes_and_shardings():
     assert cache.conv.sharding.is_equivalent_to(named(mesh, BATCH, None, "tp"), 3)
 
 
+@pytest.mark.full
 def test_fused_projections_are_the_same_layer():
     """Rows of a key head and of its value heads together: [q | k | v | z] and [b | a] of one head after the other."""
     mesh = mesh_of(2, 2, 2)
@@ -115,6 +117,7 @@ def test_fused_projections_are_the_same_layer():
     np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.full
 def test_every_tp_rank_has_whole_heads():
     layers = [make_layer(mesh) for mesh in (mesh_of(1, 1, 1), mesh_of(1, 2, 1))]
     one, two = (params_by_path(layer) for layer in layers)

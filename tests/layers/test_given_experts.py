@@ -154,6 +154,7 @@ def test_equals_its_own_choice_and_the_dense_layer(name) -> None:
         np.testing.assert_allclose(found[path], theirs, atol=2e-5 * max(1, np.abs(theirs).max()), err_msg=path)
 
 
+@pytest.mark.covering(most=5)
 @pytest.mark.parametrize("name", LAYERS)
 def test_a_router_weights_its_own_choice_as_when_it_chose(name) -> None:
     """Bit for bit, with ties as well, and for tokens without a given choice among others that have one."""

@@ -65,7 +65,7 @@ def saved(tmp_path_factory):
     return save
 
 
-@pytest.mark.covering(most=1)
+@pytest.mark.full
 @pytest.mark.parametrize(
     ("before", "after"),
     [
@@ -129,6 +129,7 @@ def test_no_device_holds_a_whole_stack_on_the_way(config, part) -> None:
         assert "f32[12,2,4,16]" not in text
 
 
+@pytest.mark.full
 def test_misfits_are_refused_and_change_nothing() -> None:
     layer = MoE(EVEN, mesh=mesh_of(1, 1, 4), placement="round_robin", rngs=nnx.Rngs(0))
     state, want = jaxmoe.logical_state(layer), np.asarray(layer(X)[0])

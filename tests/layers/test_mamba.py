@@ -86,7 +86,7 @@ def test_decoding_continues_prompts_of_different_lengths(kind, mesh_shape):
             np.testing.assert_allclose(np.asarray(cache.state)[row], state[row], rtol=2e-4, atol=2e-5)
 
 
-@pytest.mark.covering(most=1)
+@pytest.mark.full
 @pytest.mark.parametrize(("kind", "tp"), [("mamba", 8), ("mamba2", 2), ("mamba2", 4), ("without biases", 4)])
 def test_every_tp_gives_the_same(kind, tp):
     alone, split = make_layer(mesh_of(1, 1, 1), CONFIGS[kind]), make_layer(mesh_of(1, tp, 1), CONFIGS[kind])
@@ -97,6 +97,7 @@ def test_every_tp_gives_the_same(kind, tp):
     assert state.sharding.shard_shape(state.shape)[1] == array.shape[1] // tp
 
 
+@pytest.mark.full
 def test_steps_are_at_least_the_smallest():
     """With one far above what softplus gives, every decay is the same."""
     config = Mamba2Config(num_heads=2, head_dim=3, num_groups=1, state_size=5, conv_kernel_size=2, min_step=50.0)

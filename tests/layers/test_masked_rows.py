@@ -59,7 +59,7 @@ def gradients_of(name, dispatch):
     return program
 
 
-@pytest.mark.covering(most=2)
+@pytest.mark.covering(most=1)
 @pytest.mark.parametrize("dispatch", DISPATCHES)
 @pytest.mark.parametrize("name", CONFIGS)
 def test_they_change_no_gradient(name, dispatch):

@@ -129,6 +129,7 @@ def test_output_keeps_tokens_on_their_devices():
     assert y.sharding.is_equivalent_to(jax.sharding.NamedSharding(mesh, P(("dp", "ep", "tp"))), 2)
 
 
+@pytest.mark.full
 def test_workspace_does_not_depend_on_routing_or_duplicate_weights():
     mesh = mesh_of(1, 1, 8)
     config = MoEConfig(num_experts=64, num_experts_per_tok=4, hidden_size=64, moe_intermediate_size=64)

@@ -92,7 +92,7 @@ def same_weights(layer):
     return layer
 
 
-@pytest.mark.covering(most=1)
+@pytest.mark.full
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("name", MESHES)
 def test_values_and_gradients(name, kind):

@@ -33,6 +33,10 @@ CASES = [
 ]
 
 
+# Of these the short run generates as well: windows and sinks, a latent cache, and two kinds of recurrent state.
+GREEDY = ("gpt_oss", "deepseek_v3", "qwen3_next", "nemotron_h")
+
+
 @pytest.mark.parametrize(("family", "placement", "mesh_shape"), CASES, ids=mesh_id)
 def test_logits_and_greedy_tokens(family, placement, mesh_shape):
     expected = read_expected(family)
@@ -42,7 +46,7 @@ def test_logits_and_greedy_tokens(family, placement, mesh_shape):
     assert report.bytes_read == report.bytes_needed
     assert len(set(report.expert_bytes_per_device.values())) == 1
     check_logits(model, expected)
-    if runs.full or (family in EVERY_KIND and mesh_shape == (1, 1, 1)):
+    if runs.full or (family in GREEDY and mesh_shape == (1, 1, 1)):
         check_greedy(model, expected)
     assert len(expected["greedy"][0]) == NEW_TOKENS
 

@@ -105,6 +105,7 @@ def test_favorites_are_what_an_expert_gets_often_and_others_do_not():
     assert best[0].tolist() == [3, 4]  # half of ten outweighs the only one
 
 
+@pytest.mark.full
 @pytest.mark.parametrize(("done", "sentence"), [(30, "30 steps, each of"), (12, "12 steps of 30 planned ones")])
 def test_the_card_has_the_figures(measured, done, sentence):
     result, _, tokenizer, (stream, held_out_stream) = measured

@@ -168,6 +168,7 @@ def poisoned(state):
     return state._replace(params={path: param * np.nan for path, param in state.params.items()})
 
 
+@pytest.mark.full
 def test_every_line_of_the_log_is_a_record(tmp_path, trainer):
     batches, _ = tiny_text()
     run = start(tmp_path, trainer, batches, checkpoint_minutes=60)
