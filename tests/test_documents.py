@@ -11,6 +11,10 @@ import pytest
 
 import jaxmoe
 from jaxmoe.cli import main
+from jaxmoe.dispatch import DISPATCHES
+from jaxmoe.kernels.grouped_matmul.backends import BACKENDS, GPU_BACKENDS
+from jaxmoe.models import FAMILIES, WRAPPERS
+from jaxmoe.placement import STRATEGIES
 from tests.support.processes import environment
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -74,6 +78,20 @@ def test_every_public_name_has_a_line_and_a_place_in_the_reference() -> None:
     places = re.findall(r"^::: jaxmoe\.(\w+)$", page, re.MULTILINE)
     assert lines == places
     assert sorted(lines) == sorted(set(jaxmoe.__all__) - {"__version__"})
+
+
+@pytest.mark.parametrize(
+    ("document", "names"),
+    [
+        ("docs/reference/families.md", [*FAMILIES, *WRAPPERS]),
+        ("docs/concepts/placement.md", STRATEGIES),
+        ("docs/concepts/dispatch.md", DISPATCHES),
+        ("docs/reference/versions.md", (BACKENDS.keys() | GPU_BACKENDS) - {"reference"}),
+    ],
+)
+def test_every_entry_of_a_table_is_on_its_page(document, names) -> None:
+    words = set(re.findall(r"\w+", (ROOT / document).read_text(encoding="utf-8")))
+    assert sorted(set(names) - words) == []
 
 
 def test_every_page_is_in_the_navigation() -> None:

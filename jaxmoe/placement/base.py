@@ -126,7 +126,7 @@ class ExpertPlacement:
 
     @classmethod
     def from_device_experts(
-        cls, num_experts: int, device_experts: list[np.ndarray], *, allow_padding: bool = True
+        cls, num_experts: int, device_experts: Sequence[Sequence[int] | np.ndarray], *, allow_padding: bool = True
     ) -> "ExpertPlacement":
         """Build a placement from the experts of each device, padding the shorter lists.
 

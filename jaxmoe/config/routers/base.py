@@ -13,7 +13,21 @@ from jaxmoe.checks import real_number
 class ExpertChoice(abc.ABC):
     """A choice of K experts for each token, by float32 or float64 logits [T, E], and the weights of chosen experts.
 
-    `weigh` gives experts that `choose` chose the weights that `choose` gave them.
+    `weigh` gives experts that `choose` chose the weights that `choose` gave them. A subclass is a frozen dataclass, for
+    configs are compared and hashed.
+
+    Example:
+        Experts by their logits, all with the same weight:
+
+        >>> @dataclasses.dataclass(frozen=True)
+        ... class Alike(ExpertChoice):
+        ...     def choose(self, logits_TE, K, bias_E, scale_E):
+        ...         ids_TK = jax.lax.top_k(logits_TE, K)[1]
+        ...         return ids_TK, self.weigh(logits_TE, ids_TK, scale_E)
+        ...     def weigh(self, logits_TE, ids_TK, scale_E):
+        ...         return jnp.full(ids_TK.shape, 1 / ids_TK.shape[1], logits_TE.dtype)
+        >>> Alike().choose(jnp.array([[0.0, 2.0, 1.0]]), 2, None, None)[0].tolist()
+        [[1, 2]]
     """
 
     @property
