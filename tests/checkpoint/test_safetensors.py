@@ -13,7 +13,7 @@ import safetensors.numpy
 from jaxmoe.checkpoint import CheckpointError, read_safetensors
 from jaxmoe.checkpoint.formats.safetensors import MAX_JSON_VALUES, MAX_TENSORS
 from jaxmoe.checkpoint.saving.outputs import OutputTensor
-from jaxmoe.checkpoint.saving.write import divide_into_files, write_files
+from jaxmoe.checkpoint.saving.write import check_written, divide_into_files, write_files
 from tests.support.saved import SOURCES
 from tests.support.writing import write_file, write_raw
 
@@ -214,6 +214,22 @@ def test_the_reference_writes_the_same_file(tmp_path):
     write_files(tmp_path, divide_into_files(tensors, 10**9))
     safetensors.numpy.save_file(values, tmp_path / "theirs", metadata={"format": "pt"})
     assert (tmp_path / "model.safetensors").read_bytes() == (tmp_path / "theirs").read_bytes()
+
+
+def test_the_library_reads_what_was_written_before_it_counts(tmp_path):
+    def tensor(name, shape):
+        values = np.ones(shape, np.float32)
+        return OutputTensor(name=name, dtype_name="F32", shape=shape, nbytes=values.nbytes, values=lambda: values)
+
+    path, tensors = tmp_path / "model.safetensors", [tensor("a", (2, 3)), tensor("b", (4,))]
+    write_files(tmp_path, {path.name: tensors})
+    check_written(path, tensors)
+    for others in (tensors[:1], [tensor("a", (3, 2)), tensors[1]]):
+        with pytest.raises(CheckpointError, match="it finds 2 tensors of"):
+            check_written(path, others)
+    path.write_bytes(path.read_bytes()[:-1])
+    with pytest.raises(CheckpointError, match="does not find what was written: .*; is the disk full or failing"):
+        check_written(path, tensors)
 
 
 def test_only_regular_files_are_read(tmp_path):

@@ -1,7 +1,8 @@
 """Writing safetensors files and their index: one tensor in memory at a time.
 
 The safetensors library writes a file of tensors that are all in host memory: 1024 MiB for a file of 1 GiB, where this
-takes the 32 MiB of its largest tensor. The tests hold that both write the same bytes.
+takes the 32 MiB of its largest tensor. The tests hold that both write the same bytes, and the library reads the header of
+every file before the checkpoint gets its name.
 """
 
 import json
@@ -12,7 +13,9 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
+from safetensors import SafetensorError, safe_open
 
+from jaxmoe.checkpoint.errors import CheckpointError
 from jaxmoe.checkpoint.formats import ELEMENT_TYPES, SAFETENSORS
 from jaxmoe.checkpoint.saving.outputs import OutputTensor
 
@@ -68,6 +71,9 @@ def write_files(
         directory: directory for them, which exists.
         files: files from `divide_into_files`.
         on_bytes: function that is called with (bytes done, bytes in all).
+
+    Raises:
+        CheckpointError: the safetensors library does not find in a file what was written to it.
     """
     everything = [tensor for part in files.values() for tensor in part]
     total, done = sum(tensor.nbytes for tensor in everything), 0
@@ -76,6 +82,7 @@ def write_files(
             done += count
             if on_bytes is not None:
                 on_bytes(done, total)
+        check_written(directory / name, part)
     if len(files) > 1:
         index = {
             "metadata": {
@@ -85,6 +92,25 @@ def write_files(
             "weight_map": {tensor.name: name for name, part in sorted(files.items()) for tensor in part},
         }
         (directory / SAFETENSORS.index).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+
+
+def check_written(path: Path, tensors: Sequence[OutputTensor]) -> None:
+    """Let the safetensors library read the header of a file, which knows nothing of how it was written.
+
+    Raises:
+        CheckpointError: it does not find the tensors.
+    """
+    expected = {tensor.name: list(tensor.shape) for tensor in tensors}
+    try:
+        with safe_open(path, framework="numpy") as file:
+            found = {name: file.get_slice(name).get_shape() for name in file.keys()}  # noqa: SIM118
+        problem = "" if found == expected else f"it finds {len(found)} tensors of {len(expected)}, or other shapes"
+    except (SafetensorError, OSError) as error:
+        problem = str(error)
+    if problem:
+        raise CheckpointError(
+            f"{path}: the safetensors library does not find what was written: {problem}; is the disk full or failing?"
+        )
 
 
 def _write_file(path: Path, tensors: Sequence[OutputTensor]) -> Iterable[int]:
