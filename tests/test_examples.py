@@ -38,11 +38,11 @@ def prepared(source: str) -> dict[str, object]:
     return names | ({"model": demo_model()} if re.search(r"\bmodel\b", source) else {})
 
 
-def written(path: Path) -> int:
-    """The number of examples in a file's docstrings."""
+def docstrings(path: Path) -> list[tuple[str, str]]:
+    """(name, text) of a file's docstrings; doctest's own finder passes over cached properties in Python 3.11."""
     kinds = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
     nodes = [node for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))) if isinstance(node, kinds)]
-    return sum(len(PROMPT.findall(ast.get_docstring(node) or "")) for node in nodes)
+    return [(getattr(node, "name", path.name), ast.get_docstring(node) or "") for node in nodes]
 
 
 @pytest.fixture
@@ -74,12 +74,12 @@ def test_examples(name, folder) -> None:
             pytest.skip(f"its example is for tests/aot: {error}")
     module = importlib.import_module(name)
     attempted, said = 0, []
-    for test in doctest.DocTestFinder(exclude_empty=True).find(module):
-        test.globs |= prepared("".join(example.source for example in test.examples)) | vars(module)
-        result = doctest.DocTestRunner().run(test, out=said.append)
-        attempted += result.attempted
+    for owner, text in docstrings(MODULES[name]):
+        names = prepared(text) | vars(module)
+        test = doctest.DocTestParser().get_doctest(text, names, owner, str(MODULES[name]), 0)
+        attempted += doctest.DocTestRunner().run(test, out=said.append).attempted
     assert not said, "".join(said)
-    assert attempted == written(MODULES[name]), "doctest does not find some of the examples in the file"
+    assert attempted
 
 
 def test_no_example_is_left_out() -> None:

@@ -29,7 +29,9 @@ from tests.support.meshes import mesh_of
 pytestmark = pytest.mark.covering(most=3)
 
 ROOT = Path(__file__).resolve().parent.parent
-GOLDENS = sorted(path.name for path in (ROOT / "tests" / "goldens").iterdir())
+GOLDENS = sorted(
+    {path.relative_to(ROOT / "tests/goldens").parts[0] for path in ROOT.glob("tests/goldens/**/config.json")}
+)
 PLAIN = MoEConfig(num_experts=6, num_experts_per_tok=2, hidden_size=16, moe_intermediate_size=8)
 ROUTERS = [
     *(RouterConfig(score=score) for score in SCORES),
