@@ -525,6 +525,7 @@ def test_every_truncation_is_refused(tmp_path: Path) -> None:
     refuse(path, "must")
 
 
+@pytest.mark.full
 def test_every_changed_byte_is_harmless(tmp_path: Path) -> None:
     """Whatever a byte is changed to, the answer is a `CheckpointError` or tensors inside the file."""
     data = (DATA / "torch_training.pt").read_bytes()

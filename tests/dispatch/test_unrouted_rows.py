@@ -12,6 +12,7 @@ pytestmark = pytest.mark.covering(most=3)
 VARIANTS = [{}, {"tight": True, "replicas": True}, {"tight": True, "weights_on_input": True}]
 
 
+@pytest.mark.covering(most=1)
 @pytest.mark.parametrize("variant", VARIANTS, ids=lambda v: "-".join(v) or "plain")
 @pytest.mark.parametrize("backend", DISPATCHES)
 def test_they_are_never_multiplied(backend, variant):

@@ -43,7 +43,7 @@ def test_each_process_gets_the_command_and_its_place(launcher, address, dashes, 
     assert sorted(done.stdout.splitlines()) == [str([SHOW[-1], *join, index]) for index in "01"]
 
 
-@pytest.mark.covering(most=1)
+@pytest.mark.full
 @pytest.mark.parametrize("launcher", LAUNCHERS)
 def test_one_failure_ends_the_others_and_gives_the_status(launcher, tmp_path) -> None:
     done = subprocess.run(command(launcher, tmp_path, FAIL), capture_output=True, text=True, timeout=60)

@@ -179,6 +179,7 @@ def test_gradient_is_that_of_the_portable_backend(biases, jitted_inside) -> None
     jax.tree.map(np.testing.assert_array_equal, got, expected)
 
 
+@pytest.mark.full
 def test_inside_shard_map() -> None:
     """Experts over ep, F over tp; each ep rank has its own rows, its own sizes and a poisoned tail. Gradients too."""
     tp, ep, R, D, F = 2, 4, 20, 24, 16
@@ -260,6 +261,7 @@ def test_tiles_of_two_regimes() -> None:
     assert triton.choose_tiles(8192, 8, 2880, 2880, 2).n == 128
 
 
+@pytest.mark.full
 def test_given_tiles_are_used() -> None:
     sizes = [3, 0, 30, 7]
     rows, matrices = arrays((50, 90), (4, 90, 90))
@@ -287,6 +289,7 @@ def test_given_tiles_are_used() -> None:
 row_tiles = jax.jit(triton.row_tiles, static_argnums=(1, 2))
 
 
+@pytest.mark.full
 @settings(max_examples=50)
 @given(data=st.data())
 def test_every_row_is_in_one_tile(data) -> None:

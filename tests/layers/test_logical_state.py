@@ -112,6 +112,7 @@ def test_a_state_is_the_experts_in_order_on_their_share_of_the_devices() -> None
         assert {shard.data.nbytes for shard in array.addressable_shards} == {array.nbytes // 8}
 
 
+@pytest.mark.covering(most=1)
 @pytest.mark.parametrize(("config", "part"), [(EVEN, "8,2,4,16"), (UNEVEN, "5,2,4,16")])
 def test_no_device_holds_a_whole_stack_on_the_way(config, part) -> None:
     placement = ExpertPlacement(

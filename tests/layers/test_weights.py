@@ -57,6 +57,7 @@ def test_weights_by_name_and_in_tuples() -> None:
     assert weights.keys() == of_shared.keys() == {"w_gate", "w_up", "w_down"}
 
 
+@pytest.mark.full
 def test_a_state_from_a_mesh_of_other_names_goes_in() -> None:
     """`nnx.update` brings the metadata of the other layer's parameters along, and the axes there are not this layer's."""
     layer = MoE(CONFIG, mesh=mesh_of(1, 2, 2), rngs=nnx.Rngs(0))

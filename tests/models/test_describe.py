@@ -110,6 +110,7 @@ def test_the_command_records_routing_for_place(tmp_path, capsys) -> None:
     assert main([*command, "--max-new-tokens", "8", "--placement", str(placement)]) == 0
 
 
+@pytest.mark.full
 def test_a_record_that_cannot_be_written_leaves_nothing(tmp_path, capsys) -> None:
     trace = tmp_path / "missing" / "routing.npz"
     command = ["generate", str(QWEN), "--mesh", "tp=2,ep=4", "--prompt-ids", "5", "--max-new-tokens", "2"]

@@ -36,7 +36,7 @@ def check(model: Decoder, want: np.ndarray) -> None:
     np.testing.assert_allclose(model(TOKENS), want, atol=1e-5)
 
 
-@pytest.mark.covering(most=1)
+@pytest.mark.full
 @pytest.mark.parametrize("arrays", [False, True])
 def test_a_copy_and_its_original_are_rebalanced_one_by_one(model, want, arrays) -> None:
     reference, policy = nnx.clone(model), nnx.clone(model, arrays=arrays)
