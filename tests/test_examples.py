@@ -57,8 +57,10 @@ def folder(tmp_path, monkeypatch):
 COSTLY = {
     "jaxmoe.models.decoder",
     "jaxmoe.generation.api",
+    "jaxmoe.generation.engine",
     "jaxmoe.elastic.rebalance",
     "jaxmoe.checkpoint.loading.load",
+    "jaxmoe.layers.logical",
 }
 CASES = [pytest.param(name, marks=pytest.mark.full) if name in COSTLY else name for name in WITH_EXAMPLES]
 

@@ -118,7 +118,7 @@ def test_every_kind_of_layer(config, careful):
     trace_layer(config)
 
 
-@pytest.mark.covering(most=2)
+@pytest.mark.covering(most=1)
 @pytest.mark.parametrize("kernels", BACKENDS)
 @pytest.mark.parametrize("dispatch", HERE)
 def test_every_dispatch_and_kernel(dispatch, kernels, careful):

@@ -38,7 +38,7 @@ def test_from_prompt_to_text_on_simulated_devices() -> None:
         pytest.param((str(DEMO), "--mesh", "tp=7", "--simulate", "7"), "tp can be", marks=pytest.mark.full),
         pytest.param((str(DEMO), "--placement", "nowhere"), "got 'nowhere'", marks=pytest.mark.full),
         pytest.param((str(DEMO), "--max-new-tokens", "10000000"), "max_position_embeddings", marks=pytest.mark.full),
-        ((str(DEMO.parent / "tests"),), "config.json does not exist"),
+        pytest.param((str(DEMO.parent / "tests"),), "config.json does not exist", marks=pytest.mark.full),
     ],
 )
 def test_errors_are_one_line(argv, message) -> None:

@@ -88,7 +88,7 @@ def test_product(module, options, sizes, R, dtype) -> None:
     check_product(backend_of(module), sizes, R, 136, dtype, **options)
 
 
-@pytest.mark.covering(most=1)
+@pytest.mark.full
 @backends("reference")
 @pytest.mark.parametrize(("activation", "limit", "gated"), MLPS)
 def test_mlp_with_biases(module, options, activation, limit, gated) -> None:

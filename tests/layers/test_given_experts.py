@@ -104,7 +104,7 @@ def dense(config: MoEConfig, x_TD, ids_TK, weights: dict) -> jax.Array:
     return jnp.einsum("te,ted->td", chosen_TE if config.weights_on_input else w_TE, out_TED)
 
 
-@pytest.mark.covering(most=1)
+@pytest.mark.full
 @pytest.mark.parametrize("name", LAYERS)
 def test_equals_its_own_choice_and_the_dense_layer(name) -> None:
     config = LAYERS[name]

@@ -57,6 +57,7 @@ def test_a_prompt_alone(family):
     check_alone(jaxmoe.load(GOLDENS / family / "original", mesh=mesh_of(2, 2, 2)), read_expected(family))
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("dispatch", ["replicated", "all_gather", "all_to_all"])
 @pytest.mark.parametrize("expert_axes", [("ep",), ("ep", "tp"), ("dp", "ep")])
 def test_every_dispatch_and_expert_axes(dispatch, expert_axes):

@@ -60,6 +60,7 @@ def assert_same(first: RoutingTrace, second: RoutingTrace) -> None:
     np.testing.assert_array_equal(first.expert_ids, second.expert_ids)
 
 
+@pytest.mark.full
 def test_a_call_takes_the_choices_on_every_mesh(models) -> None:
     own, trace = trace_of(models[0], call)
     logits, again = replayed(models[0], trace, call)

@@ -12,6 +12,7 @@ from tests.support.meshes import mesh_of
 from tests.support.tiny_training import RECIPE, TINY, tiny_model, tiny_text
 
 
+@pytest.mark.full
 def test_a_step_equals_the_dense_step_on_one_device(tmp_path):
     """Losses, gradient norm, counts, and every parameter after two steps, over a (2, 2, 2) mesh."""
     dense = Trainer(make_dense(tiny_model(tmp_path, mesh_of(1, 1, 1))), RECIPE)
