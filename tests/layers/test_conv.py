@@ -15,7 +15,6 @@ def expected_conv(x_SA, weight_AW, bias_A):
     return np.stack(channels, axis=1) + bias_A
 
 
-@pytest.mark.covering(most=1)
 @pytest.mark.parametrize("taps", [1, 2, 4])
 @pytest.mark.parametrize("with_bias", [False, True])
 def test_rows_of_every_length_and_what_follows_them(taps, with_bias):
