@@ -180,12 +180,6 @@ def transpose_nibbles(words: np.ndarray) -> np.ndarray:
     return words
 
 
-def block_box(box: Box, blocks: tuple[int, int]) -> Box:
-    """The box of a grid, one entry for each block, that the last two dims of `box` lie in; leading dims stay."""
-    last = zip(box[-2:], blocks, strict=True)
-    return (*box[:-2], *((start // size, max(ceil_div(stop, size), start // size)) for (start, stop), size in last))
-
-
 def apply_grid(
     operation: Callable[..., np.ndarray], values: np.ndarray, grid: np.ndarray, box: Box, blocks: tuple[int, int]
 ) -> None:

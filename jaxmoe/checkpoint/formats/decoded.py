@@ -3,6 +3,7 @@
 import dataclasses
 import itertools
 import math
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from typing import NamedTuple
 
@@ -12,7 +13,6 @@ from jaxmoe.checkpoint.boxes import Box
 from jaxmoe.checkpoint.formats.dtypes import can_cast
 from jaxmoe.checkpoint.formats.files import Checkpoint
 from jaxmoe.checkpoint.formats.safetensors import Split, TensorInfo
-from jaxmoe.config import read_json
 from jaxmoe.quant import QuantizedWeight, match_tensors, read_quantization
 
 _FLOAT32 = np.dtype(np.float32)
@@ -120,14 +120,10 @@ def decode_checkpoint(checkpoint: Checkpoint) -> DecodedCheckpoint:
     tensors = checkpoint.tensors
     if all(tensor.dtype is not None and can_cast(tensor.dtype, _FLOAT32) for tensor in tensors.values()):
         return DecodedCheckpoint(checkpoint)
-    quantization = read_quantization(directory, read_json(directory / "config.json"))
-    matched = match_tensors(tensors, quantization)
+    matched = match_tensors(tensors, read_quantization(directory))
     plain = {name: tensor for name, tensor in tensors.items() if name not in matched.parts or name in matched.unused}
-    formats: dict[str, int] = {}
-    for name, weight in matched.weights.items():
-        plain[name] = _decoded(weight, tensors)
-        described = weight.format.describe()
-        formats[described] = formats.get(described, 0) + 1
+    plain |= {name: _decoded(weight, tensors) for name, weight in matched.weights.items()}
+    formats = Counter(weight.format.describe() for weight in matched.weights.values())
     return DecodedCheckpoint(
         dataclasses.replace(checkpoint, tensors=plain), frozenset(matched.unused), formats, matched.notes
     )
