@@ -13,6 +13,7 @@ from jax.sharding import PartitionSpec as P
 
 from jaxmoe.config import AttentionConfig, AttentionMask, QueryKeyNorm
 from jaxmoe.layers.cache import CacheArray, cache_specs, write_prompt, write_token
+from jaxmoe.layers.linear import linear
 from jaxmoe.layers.norm import rms_norm, zero_centered_rms_norm
 from jaxmoe.layers.param import ParamFactory, RowMap, ones, zeros
 from jaxmoe.layers.weights import WeightSpecs
@@ -91,6 +92,8 @@ class Attention(nnx.Module):
     With fewer key/value heads than tp ranks, each rank holds a copy of the one it uses.
     """
 
+    packable = ("w_q", "w_k", "w_v", "w_o")
+
     def __init__(self, config: AttentionConfig, hidden_size: int, eps: float, *, param: ParamFactory):
         h, tp = config.head_dim, param.mesh.shape[TP]
         self.config, self.eps, self.mesh = config, eps, param.mesh
@@ -154,7 +157,7 @@ class Attention(nnx.Module):
         cache_spec = None if cache is None else cache_specs(self.cache_arrays(1, 1), batch)
 
         def local(
-            w: dict[str, jax.Array], x_BSD: jax.Array, positions_BS: jax.Array, cache: KVCache | None
+            w: dict[str, Any], x_BSD: jax.Array, positions_BS: jax.Array, cache: KVCache | None
         ) -> tuple[jax.Array, KVCache | None]:
             q_BSHh, k_BSGh, v_BSGh, gate_BSHh = self._project(w, x_BSD, positions_BS)
             k_BGSh, v_BGSh = k_BSGh.swapaxes(1, 2), v_BSGh.swapaxes(1, 2)
@@ -177,7 +180,7 @@ class Attention(nnx.Module):
             if gate_BSHh is not None:
                 o_BSHh = o_BSHh * jax.nn.sigmoid(gate_BSHh)
             o_BSA = o_BSHh.reshape(*o_BSHh.shape[:2], -1)
-            y_BSD = jnp.einsum("bsa,da->bsd", o_BSA, w["w_o"], preferred_element_type=jnp.float32)
+            y_BSD = linear(o_BSA, w["w_o"], jnp.float32)
             y_BSD = jax.lax.psum(y_BSD, TP).astype(x_BSD.dtype)
             return y_BSD + w["b_o"][None, None] if "b_o" in w else y_BSD, cache
 
@@ -190,14 +193,14 @@ class Attention(nnx.Module):
         )(weights, x_BSD, positions_BS, cache)
 
     def _project(
-        self, w: dict[str, jax.Array], x_BSD: jax.Array, positions_BS: jax.Array
+        self, w: dict[str, Any], x_BSD: jax.Array, positions_BS: jax.Array
     ) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array | None]:
         """This rank's queries [B, S, H, h], keys and values [B, S, G, h], normed and rotated, and gates [B, S, H, h]."""
         config = self.config
         shape = (*x_BSD.shape[:2], -1, config.head_dim)
 
         def project(name: str) -> jax.Array:
-            y_BSA = jnp.einsum("bsd,ad->bsa", x_BSD, w[f"w_{name}"])
+            y_BSA = linear(x_BSD, w[f"w_{name}"])
             return y_BSA + w[f"b_{name}"][None, None] if config.biases is not None else y_BSA
 
         def norm(y_BSA: jax.Array, name: str, kind: QueryKeyNorm) -> jax.Array:

@@ -15,6 +15,7 @@ from jax.sharding import PartitionSpec as P
 from jaxmoe.config import MLAConfig
 from jaxmoe.layers.attention import attend
 from jaxmoe.layers.cache import CacheArray, cache_specs, write_prompt, write_token
+from jaxmoe.layers.linear import linear
 from jaxmoe.layers.norm import rms_norm
 from jaxmoe.layers.param import ParamFactory, ones, zeros
 from jaxmoe.layers.weights import WeightSpecs
@@ -99,6 +100,9 @@ class LatentAttention(nnx.Module):
     together: a rank's share of the heads' own keys and values, (H / tp) · (n + r + v), is more up to a wide tp.
     """
 
+    # The keys' and values' own matrix is taken apart by heads.
+    packable = ("w_q", "w_q_a", "w_q_b", "w_kv_a", "w_o")
+
     def __init__(self, config: MLAConfig, hidden_size: int, eps: float, *, param: ParamFactory):
         # The latents' norms have an epsilon of their own, and the layer has no other norm.
         del eps
@@ -153,7 +157,7 @@ class LatentAttention(nnx.Module):
         cache_spec = None if cache is None else cache_specs(self.cache_arrays(1, 1), batch)
 
         def local(
-            w: dict[str, jax.Array], x_BSD: jax.Array, positions_BS: jax.Array, cache: LatentCache | None
+            w: dict[str, Any], x_BSD: jax.Array, positions_BS: jax.Array, cache: LatentCache | None
         ) -> tuple[jax.Array, LatentCache | None]:
             config = self.config
             q_nope_BSHn, q_rope_BSHr = self._queries(w, x_BSD, positions_BS)
@@ -167,7 +171,7 @@ class LatentAttention(nnx.Module):
             seen, attend_to = (cache, attend_absorbed) if cache is not None and decode else (new, attend_expanded)
             o_BSHv = attend_to(q_nope_BSHn, q_rope_BSHr, seen, w_kv_HaL, positions_BS, scale=config.scale)
             o_BSA = o_BSHv.reshape(*o_BSHv.shape[:2], -1)
-            y_BSD = jnp.einsum("bsa,da->bsd", o_BSA, w["w_o"], preferred_element_type=jnp.float32)
+            y_BSD = linear(o_BSA, w["w_o"], jnp.float32)
             y_BSD = jax.lax.psum(y_BSD, TP).astype(x_BSD.dtype)
             return y_BSD + w["b_o"][None, None] if config.bias else y_BSD, cache
 
@@ -179,26 +183,24 @@ class LatentAttention(nnx.Module):
             check_vma=False,
         )(weights, x_BSD, positions_BS, cache)
 
-    def _queries(
-        self, w: dict[str, jax.Array], x_BSD: jax.Array, positions_BS: jax.Array
-    ) -> tuple[jax.Array, jax.Array]:
+    def _queries(self, w: dict[str, Any], x_BSD: jax.Array, positions_BS: jax.Array) -> tuple[jax.Array, jax.Array]:
         """This rank's queries [B, S, H, n], and [B, S, H, r] rotated."""
         config = self.config
         if config.q_rank is None:
-            q_BSA = jnp.einsum("bsd,ad->bsa", x_BSD, w["w_q"])
+            q_BSA = linear(x_BSD, w["w_q"])
         else:
-            latent_BSQ = jnp.einsum("bsd,qd->bsq", x_BSD, w["w_q_a"])
+            latent_BSQ = linear(x_BSD, w["w_q_a"])
             latent_BSQ = latent_BSQ + w["b_q_a"][None, None] if config.bias else latent_BSQ
             latent_BSQ = rms_norm(latent_BSQ, w["q_a_norm"], config.latent_norm_eps)
-            q_BSA = jnp.einsum("bsq,aq->bsa", latent_BSQ, w["w_q_b"])
+            q_BSA = linear(latent_BSQ, w["w_q_b"])
         q_BSHh = q_BSA.reshape(*q_BSA.shape[:2], -1, config.nope_head_dim + config.rope_head_dim)
         q_nope_BSHn, q_rope_BSHr = jnp.split(q_BSHh, [config.nope_head_dim], axis=-1)
         return q_nope_BSHn, apply_rope(q_rope_BSHr, positions_BS, config.rope)
 
-    def _latents(self, w: dict[str, jax.Array], x_BSD: jax.Array, positions_BS: jax.Array) -> LatentCache:
+    def _latents(self, w: dict[str, Any], x_BSD: jax.Array, positions_BS: jax.Array) -> LatentCache:
         """The entries of the cache for these tokens."""
         config = self.config
-        both_BSA = jnp.einsum("bsd,ad->bsa", x_BSD, w["w_kv_a"])
+        both_BSA = linear(x_BSD, w["w_kv_a"])
         both_BSA = both_BSA + w["b_kv_a"][None, None] if config.bias else both_BSA
         latent_BSL, rope_key_BSr = jnp.split(both_BSA, [config.kv_rank], axis=-1)
         # One key for all heads: as a single head to the rotation.

@@ -113,7 +113,9 @@ class Decoder(nnx.Module):
         )
         self.norm = NORMS[config.norm](config.hidden_size, config.norm_eps, param=param)
         if not config.tie_word_embeddings:
-            self.lm_head = VocabTable(config.vocab_size, config.hidden_size, param=param, bias=config.lm_head_bias)
+            self.lm_head = VocabTable(
+                config.vocab_size, config.hidden_size, param=param, bias=config.lm_head_bias, embeds=False
+            )
 
     @property
     def source(self) -> Path | None:

@@ -1,6 +1,7 @@
 """The forms in which quantized weights stay packed on devices."""
 
 import dataclasses
+import math
 from typing import NamedTuple
 
 import ml_dtypes
@@ -98,6 +99,15 @@ class Packing:
             N, K = self.units(role, shape)
             bits += 8 * self.dtype(role).itemsize / (N * K)
         return bits
+
+    def cut(self, sizes: tuple[int, int]) -> "Packing":
+        """The same in blocks that divide outputs and inputs of these sizes; a scale for all of a dim stays one.
+
+        >>> Packing("float8_e4m3fn", (128, None)).cut((192, 64)).block
+        (64, None)
+        """
+        block = [None if of is None else math.gcd(of, size) for of, size in zip(self.block, sizes, strict=True)]
+        return dataclasses.replace(self, block=(block[0], block[1]))
 
     def describe(self) -> str:
         """The form in a few words.

@@ -69,7 +69,8 @@ def pair(request, tmp_path_factory):
 def test_it_loads_as_its_values_do(pair, shape, placement) -> None:
     quantized, plain, count, form = pair
     models = [
-        jaxmoe.load(path, mesh=mesh_of(*shape), placement=placement, dtype="float32") for path in (quantized, plain)
+        jaxmoe.load(path, mesh=mesh_of(*shape), placement=placement, dtype="float32", quantized="dequantize")
+        for path in (quantized, plain)
     ]
     assert_same_parameters(*models)
     report = models[0].load_report

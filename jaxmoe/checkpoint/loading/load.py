@@ -13,13 +13,13 @@ from jax.sharding import Mesh
 
 from jaxmoe.checkpoint.loading.execute import load_arrays
 from jaxmoe.checkpoint.loading.merge import merge_adapter
-from jaxmoe.checkpoint.loading.plan import LoadPlan, plan_load
+from jaxmoe.checkpoint.loading.plan import LoadPlan, plan_packed
 from jaxmoe.checkpoint.lora import Adapter, open_adapter
-from jaxmoe.checkpoint.mapping import FamilyCheckpoint, is_expert_stack
+from jaxmoe.checkpoint.mapping import FamilyCheckpoint, PackingChoice, choose_packings
 from jaxmoe.checks import flag, path_like
 from jaxmoe.config import RouterFunction
 from jaxmoe.distributed import check_same
-from jaxmoe.layers import param_specs, params_by_path
+from jaxmoe.layers import pack_params, packable_params, param_specs, params_by_path
 from jaxmoe.mesh import EP, check_mesh
 from jaxmoe.models import Decoder, Family, Origin
 from jaxmoe.placement import ExpertPlacement
@@ -34,6 +34,7 @@ def load(
     mesh: Mesh,
     placement: str | ExpertPlacement | Sequence[str | ExpertPlacement] = "linear",
     dtype: str | None = None,
+    quantized: str | None = None,
     adapter: str | Path | None = None,
     router: RouterFunction | None = None,
     expert_axes: tuple[str, ...] = (EP,),
@@ -47,14 +48,17 @@ def load(
     Nothing is read until the whole plan holds: every tensor of the checkpoint is used or ignored
     by a named rule, and every parameter is filled exactly once. So it is with an adapter: every tensor of it is
     merged, or the load is refused. Of a multimodal checkpoint the text part is loaded; its other tensors are ignored by
-    rules that `load_report` lists. Quantized weights are decoded as they are read, in float32, and held in `dtype`;
-    `load_report` names their formats.
+    rules that `load_report` lists. Quantized weights stay packed on the devices where a kernel multiplies with their
+    format, scales beside their values; others are decoded as they are read, in float32, and held in `dtype`.
+    `load_report` says which.
 
     Args:
         path: a directory as transformers' ``save_pretrained`` writes it.
         mesh: mesh from `jaxmoe.make_mesh`.
         placement: a strategy's name or an `ExpertPlacement` for all MoE layers, or one for each.
         dtype: type of weights and activations, "float32", "bfloat16" or "float16"; None for the checkpoint's own.
+        quantized: "keep" holds quantized weights packed, those that can be; "dequantize" decodes all, which training
+            wants. None is "keep", and "dequantize" with an adapter.
         adapter: directory of a LoRA adapter, as PEFT's ``save_pretrained`` writes it, to add to the weights.
         router: a function that chooses the experts in every layer instead of the family's router, see
             `jaxmoe.config.ChosenByFunction`.
@@ -84,6 +88,7 @@ def load(
         path_like("adapter", adapter)
     check_finite = flag("check_finite", check_finite)
     check_progress(progress)
+    _check_quantized(quantized, adapter)
     path = Path(path)
     found = FamilyCheckpoint.open(path)
     checkpoint, family = found.checkpoint, found.family
@@ -97,24 +102,49 @@ def load(
         dtype=jnp.dtype(_choose_dtype(dtype, found)),
     )
     specs = {spec.path: spec for spec in param_specs(model)}
-    plan = plan_load(found.onto(specs), expert_params=[path for path in specs if is_expert_stack(path)])
+    mapped = found.onto(specs)
+    choice = PackingChoice({}, {})
+    if quantized != "dequantize" and adapter is None:
+        choice = choose_packings(mapped, packable_params(model), model.dtype)
+        pack_params(model, specs.values(), choice.packings)
+    plan = plan_packed(mapped, choice.packings)
     opened = None if adapter is None else open_adapter(adapter)
     if opened is not None:
         plan = merge_adapter(plan, checkpoint, opened, spellings=family.spellings, text_name=family.text_name)
         if found.untied:
             _refuse_untied_ends(plan, family)
     if mesh.is_multi_process:
-        settings = (dtype, getattr(router, "__qualname__", type(router).__qualname__), expert_axes, dispatch, kernels)
+        settings = (
+            dtype,
+            quantized,
+            getattr(router, "__qualname__", type(router).__qualname__),
+            expert_axes,
+            dispatch,
+            kernels,
+        )
         _check_same_input(model, found, opened, settings)
     with byte_progress(f"loading {path.name}", progress) as report_bytes:
         arrays, report = load_arrays(plan, check_finite=check_finite, progress=report_bytes)
-    model.load_report = dataclasses.replace(report, decoded=dict(found.formats), notes=found.notes)
+    packed, decoded = mapped.formats(choice.packings)
+    model.load_report = dataclasses.replace(
+        report, packed=packed, decoded=decoded, notes=(*found.notes, *choice.notes())
+    )
     model.origin = Origin(path, tuple(model.load_report.ignored.items()), adapted=adapter is not None)
     if mesh.is_multi_process:
         check_same({"weights": _fingerprint(arrays)})
     for name, param in params_by_path(model).items():
         param.set_value(arrays[name])
     return model
+
+
+def _check_quantized(quantized: Any, adapter: Any) -> None:
+    if quantized not in (None, "keep", "dequantize"):
+        raise ValueError(f'quantized is "keep", "dequantize" or None; got {quantized!r}')
+    if quantized == "keep" and adapter is not None:
+        raise ValueError(
+            'an adapter is added to plain numbers, and quantized="keep" holds packed ones; leave one of the two out, or '
+            'decode the weights with quantized="dequantize"'
+        )
 
 
 def _check_same_input(model: Decoder, found: FamilyCheckpoint, adapter: Adapter | None, settings: Any) -> None:

@@ -34,9 +34,9 @@ class LoadReport:
         expert_bytes_per_device: {device id: bytes of expert stacks on it, padding slots included}.
         ignored: {rule name: tensors of the checkpoint that were not needed}.
         adapter: adapter that was merged, None where none was.
-        decoded: {quantized format and its settings: weights of the checkpoint in it}; their values are held as plain
-            numbers. A scale that counts for two pieces of a weight is read for each, so `bytes_read` may be above
-            `bytes_needed`.
+        packed: {quantized format and its settings: weights of the checkpoint in it that are held packed}.
+        decoded: the same for those whose values are held as plain numbers. A scale that counts for two pieces of a weight
+            is read for each, so `bytes_read` may be above `bytes_needed`.
         notes: sentences about the quantization.
     """
 
@@ -48,6 +48,7 @@ class LoadReport:
     expert_bytes_per_device: dict[int, int]
     ignored: dict[str, tuple[str, ...]]
     adapter: AdapterReport | None = None
+    packed: dict[str, int] = dataclasses.field(default_factory=dict)
     decoded: dict[str, int] = dataclasses.field(default_factory=dict)
     notes: tuple[str, ...] = ()
 

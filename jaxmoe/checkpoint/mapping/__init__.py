@@ -10,6 +10,7 @@ from jaxmoe.checkpoint.mapping.ignore import IgnoreRule
 from jaxmoe.checkpoint.mapping.layouts import detect_expert_layout
 from jaxmoe.checkpoint.mapping.mapped import UNREAD_RULE, FamilyCheckpoint, MappedCheckpoint, Unused
 from jaxmoe.checkpoint.mapping.names import is_expert_stack, layer_index, written_blocks, written_form
+from jaxmoe.checkpoint.mapping.packed import PackingChoice, choose_packings, hold_packed
 from jaxmoe.checkpoint.mapping.tied import TIED_RULE
 
 __all__ = [
@@ -19,13 +20,16 @@ __all__ = [
     "FamilyCheckpoint",
     "IgnoreRule",
     "MappedCheckpoint",
+    "PackingChoice",
     "Unused",
     "abstract_model",
     "abstract_specs",
+    "choose_packings",
     "detect_expert_layout",
     "expert_blocks",
     "find_expert_layout",
     "fused_expert_blocks",
+    "hold_packed",
     "is_expert_stack",
     "layer_index",
     "per_expert_blocks",

@@ -36,7 +36,7 @@ def _tensor_problem(tensor: TensorInfo | None, spec: ParamSpec, block: Block) ->
         return _shape_problem(tensor, block)
     if not contains(whole(block.split_shape), block.tensor_box):
         return f"{spec.path} needs {_region(block.tensor_box)} of tensor {tensor.name!r} {block.split_shape}, outside of it"
-    if tensor.dtype is None or not can_cast(tensor.dtype, spec.dtype):
+    if tensor.dtype is None or not (tensor.dtype == spec.dtype or can_cast(tensor.dtype, spec.dtype)):
         return (
             f"tensor {tensor.name!r} is {tensor.dtype_name}, and {spec.path} is {spec.dtype}: only BF16, F16, F32 and "
             "F64 are cast to one another; a quantized checkpoint needs the reader of its format"

@@ -14,8 +14,8 @@ After that a load plan turns blocks into reads, a conversion into the values of 
 """
 
 import dataclasses
-from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections import Counter, defaultdict
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -212,6 +212,19 @@ class MappedCheckpoint:
             split = splits.setdefault(name, block.tensor_split)
             assert split == block.tensor_split, f"{name!r} is split as {split} and {block.tensor_split}"
         return {name: split for name, split in splits.items() if split}
+
+    def formats(self, packings: Collection[str]) -> tuple[dict[str, int], dict[str, int]]:
+        """Count the quantized weights by format: those that only fill parameters of `packings`, and the others."""
+        kept: dict[str, bool] = {}
+        for name, block in self.used_blocks():
+            if isinstance(self.checkpoint.tensors.get(name), DecodedTensor):
+                kept[name] = kept.get(name, True) and block.param in packings
+        counts: tuple[Counter[str], Counter[str]] = (Counter(), Counter())
+        for name, packed in kept.items():
+            tensor = self.checkpoint.tensors[name]
+            assert isinstance(tensor, DecodedTensor)
+            counts[not packed][tensor.weight.format.describe()] += 1
+        return dict(counts[0]), dict(counts[1])
 
     def unused(self) -> Unused:
         """Find the tensors that fill no parameter, and the rules that ignore them."""

@@ -15,7 +15,10 @@ from jaxmoe.checkpoint.mapping.blocks import Block, rows_on_disk, whole_tensor_b
 from jaxmoe.checkpoint.mapping.experts import expert_blocks
 from jaxmoe.checkpoint.mapping.layouts import PATTERNS, shape_of
 from jaxmoe.layers import ParamSpec
+from jaxmoe.layers.weights import PART_ENDINGS
 from jaxmoe.models import ExpertTensors, Family, Form
+
+_EXPERT_STACK = re.compile(rf"\.moe\.[wb]_(gate_up|down)({'|'.join(PART_ENDINGS.values())})$")
 
 
 def model_blocks(
@@ -108,7 +111,7 @@ def written_form(family: Family, form: Form) -> Form:
 
 def is_expert_stack(path: str) -> bool:
     """Whether a parameter is a stack of routed experts."""
-    return path.endswith((".moe.w_gate_up", ".moe.w_down", ".moe.b_gate_up", ".moe.b_down"))
+    return _EXPERT_STACK.search(path) is not None
 
 
 def tensor_names(family: Family, path: str) -> list[str]:
