@@ -4,7 +4,7 @@ import json
 import os
 import shutil
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -65,7 +65,14 @@ def new_directory(path: str | os.PathLike[str], *, overwrite: bool) -> Iterator[
         shutil.rmtree(partial, ignore_errors=True)
 
 
-def copy_side_files(source: Path, directory: Path, *, dtype: str | None, wrapper: Wrapper | None = None) -> None:
+def copy_side_files(
+    source: Path,
+    directory: Path,
+    *,
+    dtype: str | None,
+    wrapper: Wrapper | None = None,
+    quantization: Mapping[str, Any] | None = None,
+) -> None:
     """Copy ``config.json``, the tokenizer and the like.
 
     Args:
@@ -73,11 +80,13 @@ def copy_side_files(source: Path, directory: Path, *, dtype: str | None, wrapper
         directory: directory that gets the copies.
         dtype: type of the weights beside the copy, by name; None where it is that of the source.
         wrapper: the multimodal model of which the copy is to be the text part; None where it is to be all of it.
+        quantization: block of settings of quantized weights; None where the weights are plain.
     """
     raw = (source / "config.json").read_text(encoding="utf-8")
     config = json.loads(raw)
     text_part = config if wrapper is None else wrapper.text_config(config)
     changed = _without_quantization(_with_dtype(text_part, dtype))
+    changed |= {} if quantization is None else {"quantization_config": quantization}
     # Byte for byte where nothing is different: numbers and key order are the author's.
     text = raw if changed == config else json.dumps(changed, indent=2, ensure_ascii=False) + "\n"
     (directory / "config.json").write_text(text, encoding="utf-8")

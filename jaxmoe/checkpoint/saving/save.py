@@ -23,6 +23,7 @@ from jaxmoe.checkpoint.mapping import (
 )
 from jaxmoe.checkpoint.saving.directory import copy_side_files, new_directory
 from jaxmoe.checkpoint.saving.outputs import OutputTensor, copied_tensor, output_tensors
+from jaxmoe.checkpoint.saving.quantize import QuantizationLoss, QuantizedOutputs, Quantizing
 from jaxmoe.checkpoint.saving.values import CheckpointValues, ModelValues
 from jaxmoe.checkpoint.saving.write import divide_into_files, parse_size, write_files
 from jaxmoe.checks import flag, instance_of, path_like
@@ -44,6 +45,8 @@ class SaveReport:
         dtypes: {element type: bytes}, as safetensors names them.
         carried: tensors that the model does not use, copied as they were.
         seconds: wall-clock time.
+        quantized: name of the format that linear layers are quantized to; None where weights are plain.
+        losses: differences that quantizing made, by layer and kind of weights.
     """
 
     path: str
@@ -53,6 +56,8 @@ class SaveReport:
     dtypes: dict[str, int]
     carried: int
     seconds: float
+    quantized: str | None = None
+    losses: tuple[QuantizationLoss, ...] = ()
 
     @property
     def bytes_written(self) -> int:
@@ -72,6 +77,7 @@ class _Options:
     max_bytes: int
     overwrite: bool
     progress: bool | ProgressCallback
+    quantizing: Quantizing | None
 
 
 def save(
@@ -83,6 +89,8 @@ def save(
     max_shard_size: int | str = "5GB",
     overwrite: bool = False,
     progress: bool | ProgressCallback = False,
+    quantize: str | None = None,
+    ignore: Sequence[str] = (),
 ) -> SaveReport:
     """Write a model as a checkpoint that transformers and `jaxmoe.load` load, whatever mesh and placement it is on.
 
@@ -101,13 +109,17 @@ def save(
         max_shard_size: bytes of tensors in one file, a number or as "5GB"; more become several files with an index.
         overwrite: whether a checkpoint that is there is replaced, with all that is in its directory.
         progress: True draws a bar on stderr; a callable is given (bytes done, bytes in all).
+        quantize: format of the linear layers of attention, MLPs and experts, a name of `jaxmoe.quant.encode.TARGETS`; None
+            leaves them plain.
+        ignore: modules that `quantize` leaves plain, by name, or "re:" and an expression.
 
     Returns:
         A report of what was written.
 
     Raises:
         FileExistsError: there is something in the way.
-        ValueError: an argument is none of those above, or the model does not come from a checkpoint.
+        ValueError: an argument is none of those above, or the model does not come from a checkpoint, or a weight cannot be
+            quantized so.
         NotImplementedError: a part of the model is on devices of another process.
 
     Example:
@@ -116,7 +128,7 @@ def save(
     """
     path_like("directory", directory)
     instance_of("model", model, Decoder, "a model from jaxmoe.load")
-    options = _check_options(form, max_shard_size, overwrite, progress)
+    options = _check_options(form, max_shard_size, overwrite, progress, quantize, ignore)
     target = _plain_dtype(dtype) or np.dtype(model.dtype)
     if model.origin is None:
         raise ValueError(
@@ -152,6 +164,8 @@ def convert(
     max_shard_size: int | str = "5GB",
     overwrite: bool = False,
     progress: bool | ProgressCallback = False,
+    quantize: str | None = None,
+    ignore: Sequence[str] = (),
 ) -> SaveReport:
     """Write a checkpoint in another form, without a model or a device: each tensor is read when it is written.
 
@@ -166,6 +180,8 @@ def convert(
         max_shard_size: bytes of one file, as for `save`.
         overwrite: whether a checkpoint that is there is replaced, as by `save`; `source` itself may be.
         progress: bar or callable, as for `save`.
+        quantize: format of the linear layers, as for `save`.
+        ignore: modules that are left plain, as for `save`.
 
     Returns:
         A report of what was written.
@@ -173,11 +189,17 @@ def convert(
     Raises:
         FileExistsError: there is something in the way.
         FileNotFoundError: `source` or a part of it is missing.
-        ValueError: the checkpoint cannot be loaded as it is, or an argument is none of those above.
+        ValueError: the checkpoint cannot be loaded as it is, or an argument is none of those above, or a weight cannot be
+            quantized so.
+
+    Example:
+        >>> report = jaxmoe.convert("demo", "demo-fp8", quantize="fp8_block", ignore=["self_attn"])
+        >>> report.losses[0].kind, round(report.losses[0].rms, 2)
+        ('routed experts', 0.03)
     """
     path_like("source", source)
     path_like("directory", directory)
-    options = _check_options(form, max_shard_size, overwrite, progress)
+    options = _check_options(form, max_shard_size, overwrite, progress, quantize, ignore)
     target, source = _plain_dtype(dtype), Path(source)
     found = FamilyCheckpoint.open(source)
     found = found.decoding_to(target or np.dtype(jnp.dtype(found.config.dtype or "float32")))
@@ -210,34 +232,52 @@ def _write(
             f"a checkpoint is not written over a directory that its source is in; {source} is in {directory}; name a "
             "directory beside it"
         )
+    form, quantized = written_form(family, options.form), None
+    if options.quantizing is not None:
+        quantized = QuantizedOutputs(tensors, carried, options.quantizing, family, form)
+        tensors = quantized.tensors
     files = divide_into_files([*tensors, *carried], options.max_bytes)
     with (
         new_directory(directory, overwrite=options.overwrite) as partial,
         byte_progress(f"writing {directory.name}", options.progress) as on_bytes,
     ):
-        copy_side_files(source, partial, dtype=None if dtype is None else dtype.name, wrapper=family.wrapper)
+        copy_side_files(
+            source,
+            partial,
+            dtype=None if dtype is None else dtype.name,
+            wrapper=family.wrapper,
+            quantization=None if quantized is None else quantized.settings,
+        )
         write_files(partial, files, on_bytes)
     dtypes: Counter[str] = Counter()
     for tensor in (*tensors, *carried):
         dtypes[tensor.dtype_name] += tensor.nbytes
     return SaveReport(
         path=str(directory),
-        form=written_form(family, options.form),
+        form=form,
         files={name: sum(tensor.nbytes for tensor in part) for name, part in files.items()},
         tensors=len(tensors) + len(carried),
         dtypes=dict(dtypes),
         carried=len(carried),
         seconds=time.perf_counter() - start,
+        quantized=None if options.quantizing is None else options.quantizing.target,
+        losses=quantized.losses() if quantized else (),
     )
 
 
 def _check_options(
-    form: str, max_shard_size: int | str, overwrite: bool, progress: bool | ProgressCallback
+    form: str,
+    max_shard_size: int | str,
+    overwrite: bool,
+    progress: bool | ProgressCallback,
+    quantize: str | None,
+    ignore: Sequence[str],
 ) -> _Options:
     check_progress(progress)
+    quantizing = Quantizing.checked(quantize, ignore)
     for known in get_args(Form):
         if form == known:
-            return _Options(known, parse_size(max_shard_size), flag("overwrite", overwrite), progress)
+            return _Options(known, parse_size(max_shard_size), flag("overwrite", overwrite), progress, quantizing)
     raise ValueError(f"form is one of {', '.join(get_args(Form))}; got {form!r}")
 
 
