@@ -28,7 +28,7 @@ from jaxmoe.checkpoint.saving.values import CheckpointValues, ModelValues
 from jaxmoe.checkpoint.saving.write import divide_into_files, parse_size, write_files
 from jaxmoe.checks import flag, instance_of, path_like
 from jaxmoe.config import DecoderConfig
-from jaxmoe.layers import check_usable, param_specs, params_by_path
+from jaxmoe.layers import check_usable, packings_of, param_specs, params_by_path, unpacked_specs
 from jaxmoe.models import Decoder, Family, Form, read_model_config
 from jaxmoe.progress import ProgressCallback, byte_progress, check_progress
 
@@ -97,7 +97,8 @@ def save(
     Expert slots become logical experts again; padding and replicas are left out. One tensor at a time is in host
     memory. config.json, tokenizer and the like are copied from the checkpoint that the model was loaded from, and so
     are the tensors that were ignored by rule. Of a multimodal checkpoint the text model alone is written, under its own
-    names and with its own config.json. The directory appears when all of it is written.
+    names and with its own config.json. Weights that are held packed are decoded, or quantized again where `quantize` says
+    so. The directory appears when all of it is written.
 
     Args:
         model: model from `jaxmoe.load`, with all its devices in this process.
@@ -143,14 +144,15 @@ def save(
             f"save writes what the devices of one process hold; {elsewhere[0]} is on others too; convert the "
             "checkpoint's files instead (jaxmoe.convert), or load the model in one process"
         )
-    specs = {spec.path: spec for spec in param_specs(model)}
+    packings = packings_of(model)
+    specs = {spec.path: spec for spec in unpacked_specs(param_specs(model), packings, model.dtype)}
     source = model.origin.directory
     family, config = read_model_config(source)
     ignored = _carried(dict(model.origin.ignored), family)
     checkpoint = _open_source(source, family, config, needed=bool(ignored))
     with open_files(checkpoint.files if ignored and checkpoint else ()) as descriptors:
         blocks = written_blocks(specs, family, form, checkpoint.tensors if checkpoint else None)
-        tensors = output_tensors(specs, blocks, ModelValues(arrays), target, np.dtype(model.dtype))
+        tensors = output_tensors(specs, blocks, ModelValues(arrays, packings), target, np.dtype(model.dtype))
         carried = [copied_tensor(checkpoint.tensors[name], descriptors) for name in ignored] if checkpoint else []
         return _write(source, Path(directory), tensors, carried, target, family, options)
 
