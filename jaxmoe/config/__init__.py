@@ -4,6 +4,7 @@ One config per component, each checked when it is made. A family's file turns th
 dictionary that `read_config_json` returns into a `DecoderConfig`.
 """
 
+from jaxmoe.config.agreement import SPELLINGS, check_agreement, check_equal
 from jaxmoe.config.attention import (
     AttentionConfig,
     AttentionMask,
@@ -38,6 +39,7 @@ from jaxmoe.config.token_mixers import (
 
 __all__ = [
     "SCORES",
+    "SPELLINGS",
     "AttentionConfig",
     "AttentionMask",
     "ChosenByFunction",
@@ -63,6 +65,8 @@ __all__ = [
     "SumNormalization",
     "TokenMixerConfig",
     "TopK",
+    "check_agreement",
+    "check_equal",
     "pick",
     "pick_layer_types",
     "read_common",
