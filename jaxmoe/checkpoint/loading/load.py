@@ -108,7 +108,9 @@ def load(
         _check_same_input(model, found, opened, settings)
     with byte_progress(f"loading {path.name}", progress) as report_bytes:
         arrays, report = load_arrays(plan, check_finite=check_finite, progress=report_bytes)
-    model.load_report = dataclasses.replace(report, decoded=dict(found.formats), notes=found.notes)
+    model.load_report = dataclasses.replace(
+        report, decoded=dict(found.formats), notes=found.notes, renamed=dict(found.renamed)
+    )
     model.origin = Origin(path, tuple(model.load_report.ignored.items()), adapted=adapter is not None)
     if mesh.is_multi_process:
         check_same({"weights": _fingerprint(arrays)})

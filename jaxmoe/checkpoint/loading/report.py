@@ -38,6 +38,7 @@ class LoadReport:
             numbers. A scale that counts for two pieces of a weight is read for each, so `bytes_read` may be above
             `bytes_needed`.
         notes: sentences about the quantization.
+        renamed: {rule: tensors of the checkpoint that had other names than the family gives them}.
     """
 
     bytes_read: int
@@ -50,6 +51,7 @@ class LoadReport:
     adapter: AdapterReport | None = None
     decoded: dict[str, int] = dataclasses.field(default_factory=dict)
     notes: tuple[str, ...] = ()
+    renamed: dict[str, int] = dataclasses.field(default_factory=dict)
 
     @property
     def bytes_per_second(self) -> float:
