@@ -15,6 +15,7 @@ from jaxmoe.config.attention import (
 )
 from jaxmoe.config.decoder import DecoderConfig, LayerConfig
 from jaxmoe.config.feed_forward import MLPConfig, MoEConfig
+from jaxmoe.config.places import directory_of, find_checkpoint, shard_of
 from jaxmoe.config.reading import pick, pick_layer_types, read_common, read_config_json, read_dtype, read_json
 from jaxmoe.config.routers import (
     SCORES,
@@ -67,10 +68,13 @@ __all__ = [
     "TopK",
     "check_agreement",
     "check_equal",
+    "directory_of",
+    "find_checkpoint",
     "pick",
     "pick_layer_types",
     "read_common",
     "read_config_json",
     "read_dtype",
     "read_json",
+    "shard_of",
 ]

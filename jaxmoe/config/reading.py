@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from jaxmoe.config.agreement import check_equal
+from jaxmoe.config.places import directory_of, find_checkpoint
 
 _REQUIRED = object()
 _PERIODS = re.compile(r".*_(step|interval|period|freq)|n_heads")  # what layers are counted, or widths divided, by
@@ -14,13 +15,13 @@ _MOST = {"num_hidden_layers": 10_000, "n_layers": 10_000}  # a layer is an objec
 
 
 def read_config_json(directory: str | Path) -> dict[str, Any]:
-    """Read ``config.json`` of a checkpoint directory.
+    """Read ``config.json`` of a checkpoint, which is given as for `find_checkpoint`.
 
     Raises:
         FileNotFoundError: the directory or its config.json is not there.
         ValueError: it is no JSON object, or names no model_type.
     """
-    path = Path(directory) / "config.json"
+    path = directory_of(find_checkpoint(directory)) / "config.json"
     if not path.is_file():
         raise FileNotFoundError(
             f"a checkpoint is a directory with config.json, as transformers' save_pretrained writes it: "

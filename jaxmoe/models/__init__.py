@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from jaxmoe.config import DecoderConfig, check_agreement, read_config_json
+from jaxmoe.config import DecoderConfig, check_agreement, directory_of, find_checkpoint, read_config_json
 from jaxmoe.models.dbrx import DBRX
 from jaxmoe.models.decoder import Decoder
 from jaxmoe.models.deepseek_v2 import DEEPSEEK_V2
@@ -115,15 +115,16 @@ def _check(config: Mapping[str, Any], text: Mapping[str, Any] | None) -> None:
 
 
 def read_model_config(directory: str | Path) -> tuple[Family, DecoderConfig]:
-    """Read the family and the config of a checkpoint directory, from its config.json alone.
+    """Read the family and the config of a checkpoint, given as for `find_checkpoint`, from its config.json alone.
 
     Raises:
         FileNotFoundError: there is none.
         ValueError: it is not readable, of no known family, or lacks what the family needs.
     """
+    directory = directory_of(find_checkpoint(directory))
     raw_config = read_config_json(directory)
     try:
         family, text_config = find_family(raw_config)
         return family, family.read_config(text_config)
     except ValueError as error:
-        raise ValueError(f"{Path(directory) / 'config.json'}: {error}") from error
+        raise ValueError(f"{directory / 'config.json'}: {error}") from error

@@ -17,7 +17,7 @@ from jaxmoe.checkpoint.loading.plan import LoadPlan, plan_load
 from jaxmoe.checkpoint.lora import Adapter, open_adapter
 from jaxmoe.checkpoint.mapping import FamilyCheckpoint, is_expert_stack
 from jaxmoe.checks import flag, path_like
-from jaxmoe.config import RouterFunction
+from jaxmoe.config import RouterFunction, find_checkpoint
 from jaxmoe.distributed import check_same
 from jaxmoe.layers import param_specs, params_by_path
 from jaxmoe.mesh import EP, check_mesh
@@ -51,7 +51,8 @@ def load(
     `load_report` names their formats.
 
     Args:
-        path: a directory as transformers' ``save_pretrained`` writes it.
+        path: a directory as transformers' ``save_pretrained`` writes it, a file of weights in one, or the name of a model in
+            the Hugging Face hub's local cache, such as "Qwen/Qwen3-30B-A3B". Nothing is downloaded.
         mesh: mesh from `jaxmoe.make_mesh`.
         placement: a strategy's name or an `ExpertPlacement` for all MoE layers, or one for each.
         dtype: type of weights and activations, "float32", "bfloat16" or "float16"; None for the checkpoint's own.
@@ -84,7 +85,7 @@ def load(
         path_like("adapter", adapter)
     check_finite = flag("check_finite", check_finite)
     check_progress(progress)
-    path = Path(path)
+    path = find_checkpoint(path)
     found = FamilyCheckpoint.open(path)
     checkpoint, family = found.checkpoint, found.family
     model = Decoder(

@@ -75,7 +75,7 @@ class FamilyCheckpoint:
 
     @classmethod
     def open(cls, path: Path) -> "FamilyCheckpoint":
-        """Open a checkpoint directory to read weights from.
+        """Open a checkpoint to read weights from, a directory or one file with its directory's config.json.
 
         Raises:
             FileNotFoundError: there is no checkpoint, or a part of it is missing.
