@@ -16,7 +16,9 @@ HELP = "tell what each device would hold of a model, from its config.json alone"
 def add_options(parser: argparse.ArgumentParser) -> None:
     """Add the options of ``jaxmoe plan``."""
     parser.add_argument(
-        "checkpoint", metavar="PATH", help="a checkpoint directory; its config.json is all that is read"
+        "checkpoint",
+        metavar="PATH",
+        help="a checkpoint directory, or a name in the hub's cache; its config.json is all that is read",
     )
     parser.add_argument(
         "--mesh",

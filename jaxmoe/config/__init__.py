@@ -4,6 +4,7 @@ One config per component, each checked when it is made. A family's file turns th
 dictionary that `read_config_json` returns into a `DecoderConfig`.
 """
 
+from jaxmoe.config.agreement import SPELLINGS, check_agreement, check_equal
 from jaxmoe.config.attention import (
     AttentionConfig,
     AttentionMask,
@@ -14,6 +15,7 @@ from jaxmoe.config.attention import (
 )
 from jaxmoe.config.decoder import DecoderConfig, LayerConfig
 from jaxmoe.config.feed_forward import MLPConfig, MoEConfig
+from jaxmoe.config.places import directory_of, find_checkpoint, shard_of
 from jaxmoe.config.reading import pick, pick_layer_types, read_common, read_config_json, read_dtype, read_json
 from jaxmoe.config.routers import (
     SCORES,
@@ -38,6 +40,7 @@ from jaxmoe.config.token_mixers import (
 
 __all__ = [
     "SCORES",
+    "SPELLINGS",
     "AttentionConfig",
     "AttentionMask",
     "ChosenByFunction",
@@ -63,10 +66,15 @@ __all__ = [
     "SumNormalization",
     "TokenMixerConfig",
     "TopK",
+    "check_agreement",
+    "check_equal",
+    "directory_of",
+    "find_checkpoint",
     "pick",
     "pick_layer_types",
     "read_common",
     "read_config_json",
     "read_dtype",
     "read_json",
+    "shard_of",
 ]

@@ -31,7 +31,7 @@ from jaxmoe.layers import (
 )
 from jaxmoe.mesh import EP, TP, axes_size, batch_axes, check_mesh, named, padded_batch
 from jaxmoe.models.belongings import Belongings
-from jaxmoe.models.checks import check_token_ids, check_tp
+from jaxmoe.models.checks import check_length, check_token_ids, check_tp
 from jaxmoe.models.decoder_layer import DecoderLayer
 from jaxmoe.models.describe import describe
 from jaxmoe.models.origin import Origin
@@ -341,7 +341,8 @@ class Decoder(nnx.Module):
             float32 [B, S, vocab_size].
 
         Raises:
-            ValueError: not two dims, no token, or an id outside the vocabulary, or a replayed trace of another size.
+            ValueError: not two dims, no token, an id outside the vocabulary, a replayed trace of another size, or a
+                sequence that the model's rotary frequencies do not hold for.
             RuntimeError: see `record_routing` and `replay_routing`.
         """
         check_usable(self)
@@ -349,6 +350,7 @@ class Decoder(nnx.Module):
             token_ids = np.asarray(token_ids)
             check_token_ids(token_ids, self.config.vocab_size)
         B, S = token_ids.shape
+        check_length(self.config, S)
         # Padded to a few sizes, so that a series of calls compiles a few programs.
         rows, length = padded_batch(self.mesh, B), bucket_length(S)
         tokens_BS = jnp.pad(jnp.asarray(token_ids, jnp.int32), ((0, rows - B), (0, length - S)))
@@ -366,6 +368,7 @@ class Decoder(nnx.Module):
 
     def init_cache(self, batch_size: int, max_length: int) -> Cache:
         """An empty cache for `batch_size` sequences (see `padded_batch`) of up to `max_length` tokens."""
+        check_length(self.config, max_length)
         arrays = tuple(layer.cache_arrays(batch_size, max_length) for layer in self.layers)
         return _empty(arrays, self.dtype, self.mesh, batch_axes(self.mesh, batch_size))
 

@@ -26,9 +26,15 @@ def read_config(config: Mapping[str, Any]) -> DecoderConfig:
             "minimax_m2 is known with softmax attention alone (1); config.json gives attn_type_list with 0"
         )
     rope = rope_settings(config)
-    if rope.get("partial_rotary_factor") is None:
-        head_dim = read_heads(config)["head_dim"]
-        rope["partial_rotary_factor"] = pick(config, "rotary_dim", default=head_dim) / head_dim
+    head_dim = read_heads(config)["head_dim"]
+    part, rotating = rope.get("partial_rotary_factor"), pick(config, "rotary_dim", default=None)
+    if part is None:
+        rope["partial_rotary_factor"] = (head_dim if rotating is None else pick(config, "rotary_dim")) / head_dim
+    elif rotating is not None and isinstance(part, int | float) and rotating != part * head_dim:
+        raise ValueError(
+            f"config.json says one thing once; it has partial_rotary_factor={part} of heads of {head_dim} dims and "
+            f"rotary_dim={rotating}, which differ; remove the one that is not meant"
+        )
     layer = LayerConfig(
         attention=read_attention(config, default_theta=5e6, partial=True, rope=rope, qk_norm=QueryKeyNorm(over="full")),
         feed_forward=read_moe(

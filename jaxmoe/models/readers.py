@@ -29,11 +29,13 @@ def read_heads(config: Mapping[str, Any], *head_dim_names: str) -> dict[str, Any
         head_dim_names: spellings of a head's width, "head_dim" where none are given.
     """
     heads = pick(config, "num_attention_heads")
-    return {
-        "num_heads": heads,
-        "num_kv_heads": pick(config, "num_key_value_heads", default=heads),
-        "head_dim": pick(config, *(head_dim_names or ("head_dim",)), default=pick(config, "hidden_size") // heads),
-    }
+    names = head_dim_names or ("head_dim",)
+    width = pick(config, *names, default=pick(config, "hidden_size") // heads)
+    if width < 1:
+        raise ValueError(
+            f"the width of a head ({' or '.join(names)}, or hidden_size / heads) is at least 1; it is {width}"
+        )
+    return {"num_heads": heads, "num_kv_heads": pick(config, "num_key_value_heads", default=heads), "head_dim": width}
 
 
 def read_attention(
@@ -69,6 +71,26 @@ def read_attention(
 def read_biases(config: Mapping[str, Any], *, default: bool = False) -> Literal["all"] | None:
     """Read ``attention_bias`` where it is of all four projections."""
     return "all" if pick(config, "attention_bias", default=default) else None
+
+
+def read_window(config: Mapping[str, Any], *, default: int | None) -> SlidingWindow | None:
+    """Read ``sliding_window``: absent is the family's `default`, and null is no window."""
+    return window_of(pick(config, "sliding_window", default=default if "sliding_window" not in config else None))
+
+
+def need_window(config: Mapping[str, Any], *, default: int) -> SlidingWindow:
+    """Read ``sliding_window`` of a layer whose kind has one.
+
+    Raises:
+        ValueError: it is null, which no kind of layer says.
+    """
+    window = read_window(config, default=default)
+    if window is None:
+        raise ValueError(
+            "layers of sliding_attention need a sliding_window; config.json gives null; give its size, or make the layers "
+            "full_attention in layer_types"
+        )
+    return window
 
 
 def window_of(size: int | None) -> SlidingWindow | None:

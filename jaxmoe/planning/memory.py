@@ -12,7 +12,7 @@ import numpy as np
 
 from jaxmoe.checkpoint.mapping import abstract_model, abstract_specs, is_expert_stack, layer_index
 from jaxmoe.checks import integer, path_like
-from jaxmoe.config import DecoderConfig
+from jaxmoe.config import DecoderConfig, directory_of, find_checkpoint
 from jaxmoe.hardware import get_gpu
 from jaxmoe.layers import CacheArray, param_specs
 from jaxmoe.mesh import AXES, EP, batch_axes, named, padded_batch
@@ -91,8 +91,8 @@ def plan(
     """Tell what each device would hold of a model, without devices and without weights.
 
     Args:
-        path: checkpoint directory; its config.json is all that is read, and the file beside it that may have the
-            settings of a quantization.
+        path: checkpoint, given as for `jaxmoe.load`; its config.json is all that is read, and the file beside it that may have
+            the settings of a quantization.
         dp, tp, ep: sizes of the mesh.
         placement: strategy's name or an `ExpertPlacement` for all MoE layers, or one for each.
         expert_axes: mesh axes that share the experts, see `jaxmoe.MoE`.
@@ -112,8 +112,9 @@ def plan(
         (9028136960, True)
     """
     path_like("path", path)
-    family, config = read_model_config(path)
-    quantization = read_quantization(Path(path))
+    directory = directory_of(find_checkpoint(path))
+    family, config = read_model_config(directory)
+    quantization = read_quantization(directory)
     report = plan_config(
         config,
         dp=dp,

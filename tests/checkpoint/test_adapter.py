@@ -14,9 +14,9 @@ from jaxmoe.checkpoint import CheckpointError, load_arrays, make_load_plan, open
 from jaxmoe.checkpoint.loading.merge import merge_adapter
 from jaxmoe.checkpoint.loading.targets import HostTarget
 from jaxmoe.checkpoint.lora.adapter import open_adapter
-from jaxmoe.checkpoint.lora.nearest import nearest_name
 from jaxmoe.checkpoint.lora.update import LowRankUpdate, TensorDelta, delta_weight
 from jaxmoe.checkpoint.mapping.ignore import IgnoreRule
+from jaxmoe.checkpoint.nearest import nearest_name
 from jaxmoe.cli import main
 from tests.support.adapters import Arrays, R, check_equal, factors, params, write_adapter
 from tests.support.goldens import GOLDENS

@@ -78,6 +78,15 @@ def test_no_value_of_a_setting_is_a_crash(name):
         ("hunyuan_v1_moe", {"moe_topk": [3]}, "has a value for each layer; got {'moe_topk': ..*"),
         ("mixtral", {"rope_parameters": "yarn"}, "rope_scaling and rope_parameters in config.json are objects"),
         ("mixtral", {"rope_parameters": {"rope_theta": "x"}}, "rope_theta of the rope settings is a number above 0"),
+        (
+            "gpt_oss",
+            {"sliding_window": None},
+            "layers of sliding_attention need a sliding_window; config.json gives null",
+        ),
+        ("mixtral", {"head_dim": 0}, "width of a head .*head_dim.* is at least 1; it is 0"),
+        ("mixtral", {"rope_parameters": {"rope_type": "yarn", "factor": 2.0, "rope_theta": 1}}, "a rope_theta above 1"),
+        ("minimax_m2", {"rotary_dim": 2}, "partial_rotary_factor=0.5 of .* and rotary_dim=2, which differ"),
+        ("mixtral", {"rope_parameters": {"rope_type": "dynamic"}}, "'dynamic' needs 'factor' in config.json's rope"),
         ("phimoe", {"lm_head_bias": True, "tie_word_embeddings": True}, "a tied output projection has no bias"),
         ("ernie4_5_moe", {"use_bias": True, "tie_word_embeddings": True}, "a tied output projection has no bias"),
     ],
@@ -102,9 +111,12 @@ def test_a_single_expert_needs_no_number_of_experts_per_token():
     assert FAMILIES["jamba"].read_config(config).moe_layers == ()
 
 
-def test_a_window_without_a_size_has_the_usual_one():
-    config = {**CONFIGS["qwen3_moe"], "use_sliding_window": True, "sliding_window": None}
-    assert FAMILIES["qwen3_moe"].read_config(config).layers[0].attention.mask == SlidingWindow(size=4096)
+def test_a_window_without_a_size_has_the_usual_one_and_null_is_no_window():
+    config = {**CONFIGS["qwen3_moe"], "use_sliding_window": True}
+    config.pop("sliding_window", None)
+    read = FAMILIES["qwen3_moe"].read_config
+    assert read(config).layers[0].attention.mask == SlidingWindow(size=4096)
+    assert read({**config, "sliding_window": None}).layers[0].attention.mask is None
 
 
 def test_every_family_with_a_golden_is_tried():

@@ -17,7 +17,7 @@ from jaxmoe.checkpoint.loading.plan import LoadPlan, plan_packed
 from jaxmoe.checkpoint.lora import Adapter, open_adapter
 from jaxmoe.checkpoint.mapping import FamilyCheckpoint, PackingChoice, choose_packings
 from jaxmoe.checks import flag, path_like
-from jaxmoe.config import RouterFunction
+from jaxmoe.config import RouterFunction, find_checkpoint
 from jaxmoe.distributed import check_same
 from jaxmoe.layers import pack_params, packable_params, param_specs, params_by_path
 from jaxmoe.mesh import EP, check_mesh
@@ -53,7 +53,8 @@ def load(
     `load_report` says which.
 
     Args:
-        path: a directory as transformers' ``save_pretrained`` writes it.
+        path: a directory as transformers' ``save_pretrained`` writes it, a file of weights in one, or the name of a model in
+            the Hugging Face hub's local cache, such as "Qwen/Qwen3-30B-A3B". Nothing is downloaded.
         mesh: mesh from `jaxmoe.make_mesh`.
         placement: a strategy's name or an `ExpertPlacement` for all MoE layers, or one for each.
         dtype: type of weights and activations, "float32", "bfloat16" or "float16"; None for the checkpoint's own.
@@ -89,7 +90,7 @@ def load(
     check_finite = flag("check_finite", check_finite)
     check_progress(progress)
     _check_quantized(quantized, adapter)
-    path = Path(path)
+    path = find_checkpoint(path)
     found = FamilyCheckpoint.open(path)
     checkpoint, family = found.checkpoint, found.family
     model = Decoder(
@@ -127,7 +128,11 @@ def load(
         arrays, report = load_arrays(plan, check_finite=check_finite, progress=report_bytes)
     packed, decoded = mapped.formats(choice.packings)
     model.load_report = dataclasses.replace(
-        report, packed=packed, decoded=decoded, notes=(*found.notes, *choice.notes())
+        report,
+        packed=packed,
+        decoded=decoded,
+        notes=(*found.notes, *choice.notes()),
+        renamed=dict(found.renamed),
     )
     model.origin = Origin(path, tuple(model.load_report.ignored.items()), adapted=adapter is not None)
     if mesh.is_multi_process:

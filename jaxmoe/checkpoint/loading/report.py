@@ -38,6 +38,7 @@ class LoadReport:
         decoded: the same for those whose values are held as plain numbers. A scale that counts for two pieces of a weight
             is read for each, so `bytes_read` may be above `bytes_needed`.
         notes: sentences about the quantization.
+        renamed: {rule: tensors of the checkpoint that had other names than the family gives them}.
     """
 
     bytes_read: int
@@ -51,6 +52,7 @@ class LoadReport:
     packed: dict[str, int] = dataclasses.field(default_factory=dict)
     decoded: dict[str, int] = dataclasses.field(default_factory=dict)
     notes: tuple[str, ...] = ()
+    renamed: dict[str, int] = dataclasses.field(default_factory=dict)
 
     @property
     def bytes_per_second(self) -> float:

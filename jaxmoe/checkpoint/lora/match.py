@@ -18,9 +18,9 @@ from collections.abc import Callable, Mapping
 from jaxmoe.checkpoint.boxes import Box, whole
 from jaxmoe.checkpoint.errors import CheckpointError, Problems
 from jaxmoe.checkpoint.lora.config import LoraConfig
-from jaxmoe.checkpoint.lora.nearest import nearest_name
 from jaxmoe.checkpoint.lora.update import LowRankUpdate
 from jaxmoe.checkpoint.mapping import detect_expert_layout
+from jaxmoe.checkpoint.nearest import nearest_name
 
 Shape = tuple[int, ...]
 

@@ -43,7 +43,7 @@ def model_blocks(
         if path.endswith(".moe.w_gate_up"):
             layer = path.removesuffix("w_gate_up")
             names_here = _expert_tensors(family, path, tensors)
-            if family.wrapper and family.wrapper.fused_either_way:
+            if names_here.either_way or (family.wrapper and family.wrapper.fused_either_way):
                 names_here = _oriented(names_here, specs[f"{layer}w_down"], tensors)
             yield from expert_blocks(
                 spec,
@@ -152,7 +152,7 @@ def _expert_tensors(family: Family, path: str, tensors: Collection[str] = ()) ->
     assert index is not None, f"{path}: experts outside a layer"
     if family.renamed_experts is not None:
         renamed = family.renamed_experts.for_layer(index)
-        if any(name in tensors for name in renamed.fused):
+        if renamed.are_in(tensors):
             return renamed
     return family.experts.for_layer(index)
 

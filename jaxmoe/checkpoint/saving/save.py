@@ -27,7 +27,7 @@ from jaxmoe.checkpoint.saving.quantize import QuantizationLoss, QuantizedOutputs
 from jaxmoe.checkpoint.saving.values import CheckpointValues, ModelValues
 from jaxmoe.checkpoint.saving.write import divide_into_files, parse_size, write_files
 from jaxmoe.checks import flag, instance_of, path_like
-from jaxmoe.config import DecoderConfig
+from jaxmoe.config import DecoderConfig, directory_of, find_checkpoint
 from jaxmoe.layers import check_usable, packings_of, param_specs, params_by_path, unpacked_specs
 from jaxmoe.models import Decoder, Family, Form, read_model_config
 from jaxmoe.progress import ProgressCallback, byte_progress, check_progress
@@ -146,7 +146,7 @@ def save(
         )
     packings = packings_of(model)
     specs = {spec.path: spec for spec in unpacked_specs(param_specs(model), packings, model.dtype)}
-    source = model.origin.directory
+    source = model.origin.path
     family, config = read_model_config(source)
     ignored = _carried(dict(model.origin.ignored), family)
     checkpoint = _open_source(source, family, config, needed=bool(ignored))
@@ -174,7 +174,7 @@ def convert(
     Of a multimodal checkpoint the text model alone is written, as by `save`.
 
     Args:
-        source: a checkpoint directory, of safetensors or ``.bin`` files.
+        source: a checkpoint of safetensors or ``.bin`` files, given as for `jaxmoe.load`.
         directory: directory to make.
         form: "per_expert" for one tensor each, "fused" for one tensor of all experts of a layer. Families that transformers
             writes in one form only are written in that one; the report says which.
@@ -202,7 +202,7 @@ def convert(
     path_like("source", source)
     path_like("directory", directory)
     options = _check_options(form, max_shard_size, overwrite, progress, quantize, ignore)
-    target, source = _plain_dtype(dtype), Path(source)
+    target, source = _plain_dtype(dtype), find_checkpoint(source)
     found = FamilyCheckpoint.open(source)
     found = found.decoding_to(target or np.dtype(jnp.dtype(found.config.dtype or "float32")))
     checkpoint, family = found.checkpoint, found.family
@@ -229,6 +229,7 @@ def _write(
     options: _Options,
 ) -> SaveReport:
     start = time.perf_counter()
+    source = directory_of(source)
     if source.resolve() != directory.resolve() and source.resolve().is_relative_to(directory.resolve()):
         raise ValueError(
             f"a checkpoint is not written over a directory that its source is in; {source} is in {directory}; name a "
