@@ -14,6 +14,7 @@ from jaxmoe.models.ernie4_5_moe import ERNIE4_5_MOE
 from jaxmoe.models.family import ExpertLayout, ExpertTensors, Family, Form
 from jaxmoe.models.gemma4 import GEMMA4_TEXT
 from jaxmoe.models.glm4_moe import GLM4_MOE
+from jaxmoe.models.glm4_moe_lite import GLM4_MOE_LITE
 from jaxmoe.models.gpt_oss import GPT_OSS
 from jaxmoe.models.granitemoe import GRANITEMOE
 from jaxmoe.models.hunyuan_v1_moe import HUNYUAN_V1_MOE
@@ -55,6 +56,7 @@ FAMILIES: dict[str, Family] = {
         ERNIE4_5_MOE,
         GEMMA4_TEXT,
         GLM4_MOE,
+        GLM4_MOE_LITE,
         GPT_OSS,
         GRANITEMOE,
         HUNYUAN_V1_MOE,

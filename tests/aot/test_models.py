@@ -17,7 +17,7 @@ from jaxmoe.models import Decoder, get_family
 from jaxmoe.planning.memory import Plan, plan_config
 from jaxmoe.planning.steps import CompiledStep, compile_steps
 from jaxmoe.planning.topology import gpu_topology
-from tests.support.published import DEEPSEEK_V3, GPT_OSS_120B, MIXTRAL_8X7B, QWEN3_30B
+from tests.support.published import DEEPSEEK_V3, GLM_4_7_FLASH, GPT_OSS_120B, MIXTRAL_8X7B, QWEN3_30B
 
 MB = 2**20
 BATCH, PROMPT, LENGTH = 8, 1024, 2048
@@ -39,6 +39,14 @@ CASES = {
         4,
         {"tp": 4, "ep": 8},
         {"prefill": 1130, "decode": 4},
+    ),
+    "glm-4.7-flash, tp 2 ep 4": (
+        GLM_4_7_FLASH | {"num_hidden_layers": 2},
+        "h100",
+        8,
+        1,
+        {"tp": 2, "ep": 4},
+        {"prefill": 351, "decode": 2},
     ),
 }
 

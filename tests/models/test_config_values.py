@@ -22,10 +22,24 @@ def test_granite_has_four_multipliers():
     assert {layer.attention.scale for layer in config.layers} == {7.0}
 
 
-@pytest.mark.parametrize("model_type", ["nemotron_h", "deepseek_v2", "deepseek_v3", "glm4_moe"])
+@pytest.mark.parametrize("model_type", ["nemotron_h", "deepseek_v2", "deepseek_v3", "glm4_moe", "glm4_moe_lite"])
 def test_routed_experts_are_scaled(model_type):
     moes = [layer.feed_forward for layer in read(model_type, routed_scaling_factor=2.5).layers]
     assert {moe.router.choice.scale for moe in moes if isinstance(moe, MoEConfig)} == {2.5}
+
+
+@pytest.mark.parametrize(
+    ("changes", "sparse"),
+    [
+        ({"first_k_dense_replace": 2}, (2, 3)),
+        ({}, (1, 2, 3)),
+        ({"first_k_dense_replace": 2, "mlp_layer_types": ["sparse", "dense", "dense", "sparse"]}, (0, 3)),
+    ],
+    ids=["counted", "usual", "listed"],
+)
+def test_layers_have_routed_experts_as_listed_or_from_the_first_on(changes, sparse):
+    usual = {"num_hidden_layers": 4, "mlp_layer_types": None}
+    assert read("glm4_moe_lite", **{**usual, **changes}).moe_layers == sparse
 
 
 def test_every_fourth_layer_of_llama4_has_no_rotation():

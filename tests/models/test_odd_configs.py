@@ -74,6 +74,13 @@ def test_no_value_of_a_setting_is_a_crash(name):
             {"layer_types": ["chunked_attention"] * 2},
             "layer_types of gpt_oss are .* has 'chunked_attention'",
         ),
+        (
+            "glm4_moe_lite",
+            {"mlp_layer_types": ["sparse"]},
+            "has dense or sparse for each of the 2 layers; config.json has",
+        ),
+        ("glm4_moe_lite", {"mlp_layer_types": ["sparse", "moe"]}, r"config.json has \['sparse', 'moe'\]"),
+        ("glm4_moe_lite", {"topk_method": "greedy"}, "topk_method of glm4_moe_lite can be noaux_tc; .*'greedy'"),
         ("llama4_text", {"no_rope_layers": [1]}, "no_rope_layers has a number for each of the 3 layers; it has 1"),
         ("hunyuan_v1_moe", {"moe_topk": [3]}, "has a value for each layer; got {'moe_topk': ..*"),
         ("mixtral", {"rope_parameters": "yarn"}, "rope_scaling and rope_parameters in config.json are objects"),
