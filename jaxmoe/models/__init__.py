@@ -30,6 +30,7 @@ from jaxmoe.models.qwen2_moe import QWEN2_MOE
 from jaxmoe.models.qwen3_5_moe import QWEN3_5_MOE_TEXT
 from jaxmoe.models.qwen3_moe import QWEN3_MOE
 from jaxmoe.models.qwen3_next import QWEN3_NEXT
+from jaxmoe.models.solar_open import SOLAR_OPEN
 from jaxmoe.models.wrappers import WRAPPERS, Wrapper
 
 __all__ = [
@@ -72,6 +73,7 @@ FAMILIES: dict[str, Family] = {
         QWEN3_5_MOE_TEXT,
         QWEN3_MOE,
         QWEN3_NEXT,
+        SOLAR_OPEN,
     )
 }
 

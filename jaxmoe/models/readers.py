@@ -19,6 +19,23 @@ from jaxmoe.config import (
 from jaxmoe.rotary import read_rope
 
 
+def check_known(config: Mapping[str, Any], **known: Any) -> None:
+    """Refuse settings with other values than the only ones that the family is known with.
+
+    Args:
+        config: dictionary of config.json.
+        known: values by the settings' names; a setting that config.json does not give has it.
+
+    Raises:
+        ValueError: a setting has another value.
+    """
+    for name, only in known.items():
+        if pick(config, name, default=only) != only:
+            raise ValueError(
+                f"{config['model_type']} is known with {name}={only!r} alone; config.json gives {config[name]!r}"
+            )
+
+
 def read_heads(config: Mapping[str, Any], *head_dim_names: str) -> dict[str, Any]:
     """Read the number of heads and their width, as fields of an `AttentionConfig`.
 

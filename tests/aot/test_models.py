@@ -17,7 +17,7 @@ from jaxmoe.models import Decoder, get_family
 from jaxmoe.planning.memory import Plan, plan_config
 from jaxmoe.planning.steps import CompiledStep, compile_steps
 from jaxmoe.planning.topology import gpu_topology
-from tests.support.published import DEEPSEEK_V3, GLM_4_7_FLASH, GPT_OSS_120B, MIXTRAL_8X7B, QWEN3_30B
+from tests.support.published import DEEPSEEK_V3, GLM_4_7_FLASH, GPT_OSS_120B, MIXTRAL_8X7B, QWEN3_30B, SOLAR_OPEN_100B
 
 MB = 2**20
 BATCH, PROMPT, LENGTH = 8, 1024, 2048
@@ -47,6 +47,14 @@ CASES = {
         1,
         {"tp": 2, "ep": 4},
         {"prefill": 351, "decode": 2},
+    ),
+    "solar-open-100b, ep 8": (
+        SOLAR_OPEN_100B | {"num_hidden_layers": 1},
+        "h100",
+        8,
+        1,
+        {"ep": 8},
+        {"prefill": 714, "decode": 40},
     ),
 }
 

@@ -22,7 +22,9 @@ def test_granite_has_four_multipliers():
     assert {layer.attention.scale for layer in config.layers} == {7.0}
 
 
-@pytest.mark.parametrize("model_type", ["nemotron_h", "deepseek_v2", "deepseek_v3", "glm4_moe", "glm4_moe_lite"])
+@pytest.mark.parametrize(
+    "model_type", ["nemotron_h", "deepseek_v2", "deepseek_v3", "glm4_moe", "glm4_moe_lite", "solar_open"]
+)
 def test_routed_experts_are_scaled(model_type):
     moes = [layer.feed_forward for layer in read(model_type, routed_scaling_factor=2.5).layers]
     assert {moe.router.choice.scale for moe in moes if isinstance(moe, MoEConfig)} == {2.5}

@@ -81,6 +81,16 @@ def test_no_value_of_a_setting_is_a_crash(name):
         ),
         ("glm4_moe_lite", {"mlp_layer_types": ["sparse", "moe"]}, r"config.json has \['sparse', 'moe'\]"),
         ("glm4_moe_lite", {"topk_method": "greedy"}, "topk_method of glm4_moe_lite can be noaux_tc; .*'greedy'"),
+        (
+            "solar_open",
+            {"first_k_dense_replace": 1},
+            "solar_open is known with first_k_dense_replace=0 alone; .* gives 1",
+        ),
+        (
+            "minimax_m2",
+            {"use_qk_norm": False},
+            "minimax_m2 is known with use_qk_norm=True alone; config.json gives False",
+        ),
         ("llama4_text", {"no_rope_layers": [1]}, "no_rope_layers has a number for each of the 3 layers; it has 1"),
         ("hunyuan_v1_moe", {"moe_topk": [3]}, "has a value for each layer; got {'moe_topk': ..*"),
         ("mixtral", {"rope_parameters": "yarn"}, "rope_scaling and rope_parameters in config.json are objects"),

@@ -105,6 +105,8 @@ def test_logits_and_greedy_tokens(case, mesh_shape, placement, form):
         ("deepseek_v2", {"topk_group": 1, "num_experts_per_tok": 7, "first_k_dense_replace": 0}),
         ("glm4_moe_lite", {"q_lora_rank": None, "rope_interleave": False, "attention_bias": True}),
         ("glm4_moe_lite", {"mlp_layer_types": None, "norm_topk_prob": False, "n_routed_experts": 12, "n_group": 3}),
+        ("solar_open", {"n_group": 1, "topk_group": 1, "norm_topk_prob": False, "attention_bias": False}),
+        ("solar_open", {"rope_parameters": None, "tie_word_embeddings": True}),
         ("qwen3_next", {"attention_bias": True, "norm_topk_prob": False, "mlp_only_layers": []}),
         ("gemma4_text", {"attention_bias": True, "attention_k_eq_v": False, "final_logit_softcapping": None}),
         ("gemma4_text", {"enable_moe_block": False, "tie_word_embeddings": False, "rope_parameters": None}),

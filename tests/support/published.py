@@ -112,9 +112,32 @@ GLM_4_7_FLASH = {
     "tie_word_embeddings": False,
     "dtype": "bfloat16",
 }
+SOLAR_OPEN_100B = {
+    "model_type": "solar_open",
+    "vocab_size": 196608,
+    "hidden_size": 4096,
+    "num_hidden_layers": 48,
+    "num_attention_heads": 64,
+    "num_key_value_heads": 8,
+    "head_dim": 128,
+    "attention_bias": False,
+    "moe_intermediate_size": 1280,
+    "n_routed_experts": 128,
+    "n_shared_experts": 1,
+    "num_experts_per_tok": 8,
+    "first_k_dense_replace": 0,
+    "norm_topk_prob": True,
+    "routed_scaling_factor": 1.0,
+    "max_position_embeddings": 131072,
+    "rope_scaling": {"type": "yarn", "factor": 2.0, "original_max_position_embeddings": 65536},
+    "rope_theta": 1000000,
+    "rms_norm_eps": 1e-5,
+    "dtype": "bfloat16",
+}
 
 # Whole models with their numbers of parameters, as transformers counts them on its "meta" device with the routers'
 # correction biases, which it holds as buffers.
 WHOLE: dict[str, tuple[dict[str, Any], int]] = {
     "GLM-4.7-Flash": (GLM_4_7_FLASH, 29_943_393_920),
+    "Solar-Open-100B": (SOLAR_OPEN_100B, 102_651_799_552),
 }
