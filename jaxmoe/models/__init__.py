@@ -11,6 +11,7 @@ from jaxmoe.models.decoder import Decoder
 from jaxmoe.models.deepseek_v2 import DEEPSEEK_V2
 from jaxmoe.models.deepseek_v3 import DEEPSEEK_V3, KIMI_K2
 from jaxmoe.models.ernie4_5_moe import ERNIE4_5_MOE
+from jaxmoe.models.exaone_moe import EXAONE_MOE
 from jaxmoe.models.family import ExpertLayout, ExpertTensors, Family, Form
 from jaxmoe.models.gemma4 import GEMMA4_TEXT
 from jaxmoe.models.glm4_moe import GLM4_MOE
@@ -55,6 +56,7 @@ FAMILIES: dict[str, Family] = {
         DEEPSEEK_V2,
         DEEPSEEK_V3,
         ERNIE4_5_MOE,
+        EXAONE_MOE,
         GEMMA4_TEXT,
         GLM4_MOE,
         GLM4_MOE_LITE,

@@ -91,6 +91,17 @@ def test_no_value_of_a_setting_is_a_crash(name):
             {"use_qk_norm": False},
             "minimax_m2 is known with use_qk_norm=True alone; config.json gives False",
         ),
+        (
+            "exaone_moe",
+            {"is_moe_layer": [False, True, True]},
+            r"say the same of every layer; .* has \[False, True, True\] and \['sparse', 'dense', 'dense'\]",
+        ),
+        (
+            "exaone_moe",
+            {"layer_types": None, "sliding_window_pattern": "LXG"},
+            "integer of at least 1, or letters L and G as in 'LLLG'; it is 'LXG'",
+        ),
+        ("exaone_moe", {"sliding_window": None}, "has layers with a window, of sliding_window positions; .* has null"),
         ("llama4_text", {"no_rope_layers": [1]}, "no_rope_layers has a number for each of the 3 layers; it has 1"),
         ("hunyuan_v1_moe", {"moe_topk": [3]}, "has a value for each layer; got {'moe_topk': ..*"),
         ("mixtral", {"rope_parameters": "yarn"}, "rope_scaling and rope_parameters in config.json are objects"),

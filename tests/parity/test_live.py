@@ -107,6 +107,8 @@ def test_logits_and_greedy_tokens(case, mesh_shape, placement, form):
         ("glm4_moe_lite", {"mlp_layer_types": None, "norm_topk_prob": False, "n_routed_experts": 12, "n_group": 3}),
         ("solar_open", {"n_group": 1, "topk_group": 1, "norm_topk_prob": False, "attention_bias": False}),
         ("solar_open", {"rope_parameters": None, "tie_word_embeddings": True}),
+        ("exaone_moe", {"layer_types": None, "mlp_layer_types": None, "sliding_window_pattern": 3}),
+        ("exaone_moe", {"layer_types": ["full_attention"] * 3, "norm_topk_prob": False, "first_k_dense_replace": 2}),
         ("qwen3_next", {"attention_bias": True, "norm_topk_prob": False, "mlp_only_layers": []}),
         ("gemma4_text", {"attention_bias": True, "attention_k_eq_v": False, "final_logit_softcapping": None}),
         ("gemma4_text", {"enable_moe_block": False, "tie_word_embeddings": False, "rope_parameters": None}),

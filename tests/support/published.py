@@ -134,10 +134,38 @@ SOLAR_OPEN_100B = {
     "rms_norm_eps": 1e-5,
     "dtype": "bfloat16",
 }
+K_EXAONE = {
+    "model_type": "exaone_moe",
+    "vocab_size": 153600,
+    "hidden_size": 6144,
+    "num_hidden_layers": 48,
+    "num_attention_heads": 64,
+    "num_key_value_heads": 8,
+    "head_dim": 128,
+    "sliding_window": 128,
+    "sliding_window_pattern": "LLLG",
+    "intermediate_size": 18432,
+    "moe_intermediate_size": 2048,
+    "num_experts": 128,
+    "num_shared_experts": 1,
+    "num_experts_per_tok": 8,
+    "first_k_dense_replace": 1,
+    "norm_topk_prob": True,
+    "routed_scaling_factor": 2.5,
+    "scoring_func": "sigmoid",
+    "topk_method": "noaux_tc",
+    "n_group": 1,
+    "topk_group": 1,
+    "max_position_embeddings": 262144,
+    "rope_theta": 1000000,
+    "rms_norm_eps": 1e-5,
+    "dtype": "bfloat16",
+}
 
 # Whole models with their numbers of parameters, as transformers counts them on its "meta" device with the routers'
 # correction biases, which it holds as buffers.
 WHOLE: dict[str, tuple[dict[str, Any], int]] = {
     "GLM-4.7-Flash": (GLM_4_7_FLASH, 29_943_393_920),
     "Solar-Open-100B": (SOLAR_OPEN_100B, 102_651_799_552),
+    "K-EXAONE-236B-A23B": (K_EXAONE, 236_571_156_352),
 }
