@@ -11,9 +11,11 @@ from jaxmoe.models.decoder import Decoder
 from jaxmoe.models.deepseek_v2 import DEEPSEEK_V2
 from jaxmoe.models.deepseek_v3 import DEEPSEEK_V3, KIMI_K2
 from jaxmoe.models.ernie4_5_moe import ERNIE4_5_MOE
+from jaxmoe.models.exaone_moe import EXAONE_MOE
 from jaxmoe.models.family import ExpertLayout, ExpertTensors, Family, Form
 from jaxmoe.models.gemma4 import GEMMA4_TEXT
 from jaxmoe.models.glm4_moe import GLM4_MOE
+from jaxmoe.models.glm4_moe_lite import GLM4_MOE_LITE
 from jaxmoe.models.gpt_oss import GPT_OSS
 from jaxmoe.models.granitemoe import GRANITEMOE
 from jaxmoe.models.hunyuan_v1_moe import HUNYUAN_V1_MOE
@@ -29,6 +31,7 @@ from jaxmoe.models.qwen2_moe import QWEN2_MOE
 from jaxmoe.models.qwen3_5_moe import QWEN3_5_MOE_TEXT
 from jaxmoe.models.qwen3_moe import QWEN3_MOE
 from jaxmoe.models.qwen3_next import QWEN3_NEXT
+from jaxmoe.models.solar_open import SOLAR_OPEN
 from jaxmoe.models.wrappers import WRAPPERS, Wrapper
 from jaxmoe.rotary import check_rope_agreement
 
@@ -54,8 +57,10 @@ FAMILIES: dict[str, Family] = {
         DEEPSEEK_V2,
         DEEPSEEK_V3,
         ERNIE4_5_MOE,
+        EXAONE_MOE,
         GEMMA4_TEXT,
         GLM4_MOE,
+        GLM4_MOE_LITE,
         GPT_OSS,
         GRANITEMOE,
         HUNYUAN_V1_MOE,
@@ -71,6 +76,7 @@ FAMILIES: dict[str, Family] = {
         QWEN3_5_MOE_TEXT,
         QWEN3_MOE,
         QWEN3_NEXT,
+        SOLAR_OPEN,
     )
 }
 

@@ -5,7 +5,7 @@ from typing import Any
 
 from jaxmoe.config import DecoderConfig, LayerConfig, QueryKeyNorm, RouterConfig, pick, read_common
 from jaxmoe.models.family import BLOCK_SPARSE_EXPERTS, ROTARY_BUFFERS, Family, llama_tensors
-from jaxmoe.models.readers import read_attention, read_heads, read_moe
+from jaxmoe.models.readers import check_known, read_attention, read_heads, read_moe
 from jaxmoe.rotary import rope_settings
 
 
@@ -16,9 +16,7 @@ def read_config(config: Mapping[str, Any]) -> DecoderConfig:
         ValueError: a setting that the family's released models do not use.
     """
     # The released files carry these; transformers reads none of them and so writes none.
-    for name, only in (("scoring_func", "sigmoid"), ("use_qk_norm", True), ("qk_norm_type", "per_layer")):
-        if pick(config, name, default=only) != only:
-            raise ValueError(f"minimax_m2 is known with {name}={only!r} alone; config.json gives {config[name]!r}")
+    check_known(config, scoring_func="sigmoid", use_qk_norm=True, qk_norm_type="per_layer")
     if pick(config, "shared_intermediate_size", default=0):
         raise ValueError("minimax_m2 is known without shared experts; config.json gives shared_intermediate_size")
     if any(kind != 1 for kind in pick(config, "attn_type_list", default=[])):

@@ -17,7 +17,15 @@ from jaxmoe.models import Decoder, get_family
 from jaxmoe.planning.memory import Plan, plan_config
 from jaxmoe.planning.steps import CompiledStep, compile_steps
 from jaxmoe.planning.topology import gpu_topology
-from tests.support.published import DEEPSEEK_V3, GPT_OSS_120B, MIXTRAL_8X7B, QWEN3_30B
+from tests.support.published import (
+    DEEPSEEK_V3,
+    GLM_4_7_FLASH,
+    GPT_OSS_120B,
+    K_EXAONE,
+    MIXTRAL_8X7B,
+    QWEN3_30B,
+    SOLAR_OPEN_100B,
+)
 
 MB = 2**20
 BATCH, PROMPT, LENGTH = 8, 1024, 2048
@@ -39,6 +47,30 @@ CASES = {
         4,
         {"tp": 4, "ep": 8},
         {"prefill": 1130, "decode": 4},
+    ),
+    "glm-4.7-flash, tp 2 ep 4": (
+        GLM_4_7_FLASH | {"num_hidden_layers": 2},
+        "h100",
+        8,
+        1,
+        {"tp": 2, "ep": 4},
+        {"prefill": 351, "decode": 2},
+    ),
+    "solar-open-100b, ep 8": (
+        SOLAR_OPEN_100B | {"num_hidden_layers": 1},
+        "h100",
+        8,
+        1,
+        {"ep": 8},
+        {"prefill": 714, "decode": 40},
+    ),
+    "k-exaone-236b, tp 2 ep 8 on 2 hosts": (
+        K_EXAONE | {"num_hidden_layers": 2},
+        "h100",
+        16,
+        2,
+        {"tp": 2, "ep": 8},
+        {"prefill": 1018, "decode": 49},
     ),
 }
 

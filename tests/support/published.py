@@ -1,4 +1,6 @@
-"""Published sizes of well-known models, with as many layers as have one of every kind."""
+"""Published sizes of well-known models: for the compiler with as many layers as have one of every kind, and whole."""
+
+from typing import Any
 
 MIXTRAL_8X7B = {
     "model_type": "mixtral",
@@ -76,4 +78,94 @@ DEEPSEEK_V3 = {
     "routed_scaling_factor": 2.5,
     "max_position_embeddings": 163840,
     "rope_theta": 10000,
+}
+
+GLM_4_7_FLASH = {
+    "model_type": "glm4_moe_lite",
+    "vocab_size": 154880,
+    "hidden_size": 2048,
+    "num_hidden_layers": 47,
+    "first_k_dense_replace": 1,
+    "num_attention_heads": 20,
+    "num_key_value_heads": 20,
+    "q_lora_rank": 768,
+    "kv_lora_rank": 512,
+    "qk_nope_head_dim": 192,
+    "qk_rope_head_dim": 64,
+    "v_head_dim": 256,
+    "intermediate_size": 10240,
+    "moe_intermediate_size": 1536,
+    "n_routed_experts": 64,
+    "n_shared_experts": 1,
+    "num_experts_per_tok": 4,
+    "n_group": 1,
+    "topk_group": 1,
+    "topk_method": "noaux_tc",
+    "norm_topk_prob": True,
+    "routed_scaling_factor": 1.8,
+    "num_nextn_predict_layers": 1,
+    "max_position_embeddings": 202752,
+    "partial_rotary_factor": 1.0,
+    "rope_scaling": None,
+    "rope_theta": 1000000,
+    "rms_norm_eps": 1e-5,
+    "tie_word_embeddings": False,
+    "dtype": "bfloat16",
+}
+SOLAR_OPEN_100B = {
+    "model_type": "solar_open",
+    "vocab_size": 196608,
+    "hidden_size": 4096,
+    "num_hidden_layers": 48,
+    "num_attention_heads": 64,
+    "num_key_value_heads": 8,
+    "head_dim": 128,
+    "attention_bias": False,
+    "moe_intermediate_size": 1280,
+    "n_routed_experts": 128,
+    "n_shared_experts": 1,
+    "num_experts_per_tok": 8,
+    "first_k_dense_replace": 0,
+    "norm_topk_prob": True,
+    "routed_scaling_factor": 1.0,
+    "max_position_embeddings": 131072,
+    "rope_scaling": {"type": "yarn", "factor": 2.0, "original_max_position_embeddings": 65536},
+    "rope_theta": 1000000,
+    "rms_norm_eps": 1e-5,
+    "dtype": "bfloat16",
+}
+K_EXAONE = {
+    "model_type": "exaone_moe",
+    "vocab_size": 153600,
+    "hidden_size": 6144,
+    "num_hidden_layers": 48,
+    "num_attention_heads": 64,
+    "num_key_value_heads": 8,
+    "head_dim": 128,
+    "sliding_window": 128,
+    "sliding_window_pattern": "LLLG",
+    "intermediate_size": 18432,
+    "moe_intermediate_size": 2048,
+    "num_experts": 128,
+    "num_shared_experts": 1,
+    "num_experts_per_tok": 8,
+    "first_k_dense_replace": 1,
+    "norm_topk_prob": True,
+    "routed_scaling_factor": 2.5,
+    "scoring_func": "sigmoid",
+    "topk_method": "noaux_tc",
+    "n_group": 1,
+    "topk_group": 1,
+    "max_position_embeddings": 262144,
+    "rope_theta": 1000000,
+    "rms_norm_eps": 1e-5,
+    "dtype": "bfloat16",
+}
+
+# Whole models with their numbers of parameters, as transformers counts them on its "meta" device with the routers'
+# correction biases, which it holds as buffers.
+WHOLE: dict[str, tuple[dict[str, Any], int]] = {
+    "GLM-4.7-Flash": (GLM_4_7_FLASH, 29_943_393_920),
+    "Solar-Open-100B": (SOLAR_OPEN_100B, 102_651_799_552),
+    "K-EXAONE-236B-A23B": (K_EXAONE, 236_571_156_352),
 }
