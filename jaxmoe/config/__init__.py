@@ -30,6 +30,7 @@ from jaxmoe.config.routers import (
 )
 from jaxmoe.config.token_mixers import (
     GatedDeltaNetConfig,
+    IndexerConfig,
     Mamba2Config,
     MambaConfig,
     MLAConfig,
@@ -46,6 +47,7 @@ __all__ = [
     "ExpertChoice",
     "GatedDeltaNetConfig",
     "GroupedTopK",
+    "IndexerConfig",
     "LayerConfig",
     "MLAConfig",
     "MLPConfig",

@@ -150,13 +150,28 @@ def read_grouped_sigmoid_router(
 def sparse_from(config: Mapping[str, Any], *, first: int, step: int = 1) -> list[bool]:
     """Tell for each layer whether it has routed experts, where the first ones are dense.
 
+    ``mlp_layer_types``, which transformers 5 writes, wins over ``first_k_dense_replace``, of which it then writes the
+    family's usual value.
+
     Args:
         config: dictionary of config.json.
-        first: first sparse layer of the family, where ``first_k_dense_replace`` is not given.
+        first: first sparse layer of the family, where config.json gives neither.
         step: number that divides the indices of sparse layers.
+
+    Raises:
+        ValueError: ``mlp_layer_types`` has another number of layers, or another kind than "dense" and "sparse".
     """
-    first = pick(config, "first_k_dense_replace", default=first)
-    return [i >= first and i % step == 0 for i in range(pick(config, "num_hidden_layers"))]
+    count = pick(config, "num_hidden_layers")
+    kinds: list[Any] = pick(config, "mlp_layer_types", default=[])
+    if not kinds:
+        first = pick(config, "first_k_dense_replace", default=first)
+        return [i >= first and i % step == 0 for i in range(count)]
+    if len(kinds) != count or any(kind not in ("dense", "sparse") for kind in kinds):
+        raise ValueError(
+            f"mlp_layer_types of {config['model_type']} has dense or sparse for each of the {count} layers; config.json "
+            f"has {kinds!r:.80}"
+        )
+    return [kind == "sparse" for kind in kinds]
 
 
 def sparse_by_step(config: Mapping[str, Any]) -> list[bool]:

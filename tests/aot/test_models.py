@@ -17,7 +17,7 @@ from jaxmoe.models import Decoder, get_family
 from jaxmoe.planning.memory import Plan, plan_config
 from jaxmoe.planning.steps import CompiledStep, compile_steps
 from jaxmoe.planning.topology import gpu_topology
-from tests.support.published import DEEPSEEK_V3, GPT_OSS_120B, MIXTRAL_8X7B, QWEN3_30B
+from tests.support.published import DEEPSEEK_V3, DEEPSEEK_V32, GLM_5, GPT_OSS_120B, MIXTRAL_8X7B, QWEN3_30B
 
 MB = 2**20
 BATCH, PROMPT, LENGTH = 8, 1024, 2048
@@ -40,6 +40,8 @@ CASES = {
         {"tp": 4, "ep": 8},
         {"prefill": 1130, "decode": 4},
     ),
+    "deepseek-v3.2, ep 8": (DEEPSEEK_V32, "h200", 8, 1, {"ep": 8}, {"prefill": 1, "decode": 1}),
+    "glm-5, tp 4 ep 8 on 4 hosts": (GLM_5, "h100", 32, 4, {"tp": 4, "ep": 8}, {"prefill": 1, "decode": 1}),
 }
 
 

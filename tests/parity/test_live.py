@@ -103,6 +103,8 @@ def test_logits_and_greedy_tokens(case, mesh_shape, placement, form):
         ("deepseek_v3", {"rope_parameters": None, "norm_topk_prob": False, "n_group": 1, "topk_group": 1}),
         ("deepseek_v2", {"topk_method": "greedy", "q_lora_rank": 20, "mlp_bias": True}),
         ("deepseek_v2", {"topk_group": 1, "num_experts_per_tok": 7, "first_k_dense_replace": 0}),
+        ("deepseek_v32", {"attention_bias": True, "rope_parameters": None, "index_topk": 1}),
+        ("glm_moe_dsa", {"indexer_types": None, "index_topk_freq": 2, "index_skip_topk_offset": 1, "index_topk": 30}),
         ("qwen3_next", {"attention_bias": True, "norm_topk_prob": False, "mlp_only_layers": []}),
         ("gemma4_text", {"attention_bias": True, "attention_k_eq_v": False, "final_logit_softcapping": None}),
         ("gemma4_text", {"enable_moe_block": False, "tie_word_embeddings": False, "rope_parameters": None}),
