@@ -32,6 +32,7 @@ from jaxmoe.config.routers import (
 )
 from jaxmoe.config.token_mixers import (
     GatedDeltaNetConfig,
+    IndexerConfig,
     Mamba2Config,
     MambaConfig,
     MLAConfig,
@@ -49,6 +50,7 @@ __all__ = [
     "ExpertChoice",
     "GatedDeltaNetConfig",
     "GroupedTopK",
+    "IndexerConfig",
     "LayerConfig",
     "MLAConfig",
     "MLPConfig",

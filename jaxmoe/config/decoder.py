@@ -6,7 +6,7 @@ from typing import Literal
 from jaxmoe.checks import check_positive
 from jaxmoe.config.feed_forward import MLPConfig, MoEConfig
 from jaxmoe.config.routers import ChosenByFunction, RouterFunction
-from jaxmoe.config.token_mixers import TokenMixerConfig
+from jaxmoe.config.token_mixers import MLAConfig, TokenMixerConfig
 
 MAX_EXPERTS = 1_000_000  # each has names and blocks, before a file is asked whether it is there
 
@@ -91,6 +91,15 @@ class DecoderConfig:
             raise ValueError(
                 f"the layers of a decoder have at most {MAX_EXPERTS} experts together; config.json: {experts}"
             )
+        for layer in self.layers:
+            indexer = layer.attention.indexer if isinstance(layer.attention, MLAConfig) else None
+            if indexer is not None and not indexer.reuses:
+                break
+            if indexer is not None:
+                raise ValueError(
+                    "a layer reuses positions that a layer before it has chosen: the first layer with an indexer has one "
+                    "of its own (indexer_types)"
+                )
         if self.tie_word_embeddings and self.lm_head_bias:
             raise ValueError(
                 "a tied output projection has no bias; config.json has tie_word_embeddings and a bias (lm_head_bias, or "

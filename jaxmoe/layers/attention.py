@@ -4,6 +4,7 @@ Letters here, beside the common ones of docs/concepts/letters.md: H query heads,
 key/value head, h head_dim, C positions of the cache. On a device H and G are its own.
 """
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -43,29 +44,42 @@ def attend(
     scale: float,
     mask: AttentionMask | None = None,
     sinks_H: jax.Array | None = None,
+    among_BSC: jax.Array | None = None,
 ) -> jax.Array:
     """softmax(scale · q kᵀ + causal mask) v, the softmax in float32; returns [B, S, H, h].
 
-    A query at position t sees the keys at indices 0..t, or with a mask those from `mask.first_seen(t)` on. Indices beyond
-    t may hold anything finite. A head's sink is one more logit that takes its share of the softmax and adds nothing
-    (Xiao et al. 2023, arXiv:2309.17453).
+    A query at position t sees the keys at indices 0..t, or with a mask those from `mask.first_seen(t)` on, and of them only
+    those where `among_BSC` is true, if that is given. Indices beyond t may hold anything finite. A head's sink is one more
+    logit that takes its share of the softmax and adds nothing (Xiao et al. 2023, arXiv:2309.17453).
     """
-    B, S, H, h = q_BSHh.shape
+    B, _, H, h = q_BSHh.shape
     G, C = k_BGCh.shape[1:3]
     index_11C = jnp.arange(C, dtype=jnp.int32)[None, None]
 
-    def block(q_BsHh: jax.Array, positions_Bs: jax.Array) -> jax.Array:
+    def block(q_BsHh: jax.Array, positions_Bs: jax.Array, among_BsC: jax.Array | None = None) -> jax.Array:
         q_BsGqh = q_BsHh.reshape(B, -1, G, H // G, h)
         scores = jnp.einsum("bsgqh,bgch->bgqsc", q_BsGqh, k_BGCh, preferred_element_type=jnp.float32) * scale
         seen_BsC = index_11C <= positions_Bs[..., None]
         if mask is not None:
             seen_BsC &= index_11C >= mask.first_seen(positions_Bs[..., None])
+        if among_BsC is not None:
+            seen_BsC &= among_BsC
         scores = jnp.where(seen_BsC[:, None, None], scores, -jnp.inf)
         probabilities = _softmax(scores, sinks_H).astype(v_BGCh.dtype)
         return jnp.einsum("bgqsc,bgch->bsgqh", probabilities, v_BGCh).reshape(B, -1, H, v_BGCh.shape[-1])
 
+    queries = (q_BSHh, positions_BS) if among_BSC is None else (q_BSHh, positions_BS, among_BSC)
+    return by_query_blocks(block, *queries)
+
+
+def by_query_blocks(block: Callable[..., jax.Array], *queries: jax.Array) -> jax.Array:
+    """Apply a function of queries [B, S, ...] to some of them at a time, which bounds what it makes of each.
+
+    It gives [B, s, ...] for s of the S queries, each of which counts for itself.
+    """
+    B, S = queries[0].shape[:2]
     if S <= _QUERY_BLOCK:
-        return block(q_BSHh, positions_BS)
+        return block(*queries)
     blocks = -(-S // _QUERY_BLOCK)
     padding = blocks * _QUERY_BLOCK - S
 
@@ -73,8 +87,8 @@ def attend(
         padded = jnp.pad(x, [(0, 0), (0, padding)] + [(0, 0)] * (x.ndim - 2))
         return jnp.moveaxis(padded.reshape(B, blocks, _QUERY_BLOCK, *x.shape[2:]), 1, 0)
 
-    out = jax.lax.map(lambda args: block(*args), (split(q_BSHh), split(positions_BS)))
-    return jnp.moveaxis(out, 0, 1).reshape(B, -1, H, v_BGCh.shape[-1])[:, :S]
+    out = jnp.moveaxis(jax.lax.map(lambda args: block(*args), tuple(map(split, queries))), 0, 1)
+    return out.reshape(B, -1, *out.shape[3:])[:, :S]
 
 
 def _softmax(scores_BGqSC: jax.Array, sinks_H: jax.Array | None) -> jax.Array:

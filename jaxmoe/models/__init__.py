@@ -10,6 +10,7 @@ from jaxmoe.models.dbrx import DBRX
 from jaxmoe.models.decoder import Decoder
 from jaxmoe.models.deepseek_v2 import DEEPSEEK_V2
 from jaxmoe.models.deepseek_v3 import DEEPSEEK_V3, KIMI_K2
+from jaxmoe.models.deepseek_v32 import DEEPSEEK_V32, GLM_MOE_DSA
 from jaxmoe.models.ernie4_5_moe import ERNIE4_5_MOE
 from jaxmoe.models.exaone_moe import EXAONE_MOE
 from jaxmoe.models.family import ExpertLayout, ExpertTensors, Family, Form
@@ -56,11 +57,13 @@ FAMILIES: dict[str, Family] = {
         DBRX,
         DEEPSEEK_V2,
         DEEPSEEK_V3,
+        DEEPSEEK_V32,
         ERNIE4_5_MOE,
         EXAONE_MOE,
         GEMMA4_TEXT,
         GLM4_MOE,
         GLM4_MOE_LITE,
+        GLM_MOE_DSA,
         GPT_OSS,
         GRANITEMOE,
         HUNYUAN_V1_MOE,

@@ -463,12 +463,12 @@ class Decoder(nnx.Module):
         batch = batch_axes(self.mesh, tokens_BS.shape[0])
         x_BSD = self.embed.embed(tokens_BS, batch) * self.config.embedding_multiplier
         choices = iter(of_layers(expert_ids_BSLK, [moe.config for moe in self.moe_layers], tokens_BS.shape))
-        caches, stats = [], []
+        caches, stats, chosen = [], [], None
         for i, layer in enumerate(self.layers):
             layer_cache = None if cache is None else cache[i]
             ids_BSK = next(choices) if hasattr(layer, "moe") else None
-            x_BSD, layer_cache, layer_stats = layer(
-                x_BSD, positions_BS, mask_BS, layer_cache, batch, expert_ids_BSK=ids_BSK, decode=decode
+            x_BSD, layer_cache, layer_stats, chosen = layer(
+                x_BSD, positions_BS, mask_BS, layer_cache, batch, expert_ids_BSK=ids_BSK, decode=decode, chosen=chosen
             )
             caches.append(layer_cache)
             if layer_stats is not None:

@@ -77,17 +77,23 @@ class DecoderLayer(nnx.Module):
         *,
         expert_ids_BSK: jax.Array | None = None,
         decode: bool = False,
-    ) -> tuple[jax.Array, Any, MoEStats | None]:
+        chosen: jax.Array | None = None,
+    ) -> tuple[jax.Array, Any, MoEStats | None, jax.Array | None]:
         """Apply the layer; tokens where `mask_BS` is False reach no routed expert.
 
-        `expert_ids_BSK` are choices to take instead of the router's own, see `jaxmoe.MoE`.
+        `expert_ids_BSK` are choices to take instead of the router's own, see `jaxmoe.MoE`; `chosen` are the positions that
+        the layers before have chosen to attend to, see `jaxmoe.layers.mixers.TokenMixer`.
 
         Returns:
-            [B, S, D], the layer's cache, and what its routed experts did (None where it has none).
+            [B, S, D], the layer's cache, what its routed experts did (None where it has none), and the chosen positions.
         """
         stats = None
         if self.config.attention is not None:
-            y_BSD, cache = self.attention(self.attention_norm(x_BSD), positions_BS, cache, batch, decode=decode)
+            mix: Any = partial(self.attention, self.attention_norm(x_BSD), positions_BS, cache, batch, decode=decode)
+            if self.config.attention.chooses_positions:
+                y_BSD, cache, chosen = mix(chosen=chosen)
+            else:
+                y_BSD, cache = mix()
             if self.config.post_norms:
                 y_BSD = self.attention_post_norm(y_BSD)
             x_BSD = x_BSD + y_BSD * self.residual_multiplier
@@ -99,7 +105,7 @@ class DecoderLayer(nnx.Module):
             x_BSD = x_BSD + y_BSD * self.residual_multiplier
         if self.config.output_scale:
             x_BSD = x_BSD * jax.lax.broadcast_to_rank(self.output_scale[...], x_BSD.ndim)
-        return x_BSD, cache, stats
+        return x_BSD, cache, stats, chosen
 
     def _feed_forward(
         self,

@@ -1,6 +1,6 @@
 """Readers that the DeepSeek families share: latent attention, experts that serve every token, dense layers first."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from jaxmoe.config import DecoderConfig, MLAConfig, RouterConfig, pick, read_common
@@ -40,7 +40,7 @@ def read_mla(config: Mapping[str, Any], *, interleaved: bool) -> MLAConfig:
 def read_deepseek(
     config: Mapping[str, Any],
     *,
-    attention: MLAConfig,
+    attention: MLAConfig | Sequence[MLAConfig],
     router: RouterConfig,
     shared_experts: int,
     first_sparse: int,
@@ -52,7 +52,7 @@ def read_deepseek(
 
     Args:
         config: dictionary of config.json.
-        attention: attention of every layer.
+        attention: attention of every layer, or of each.
         router: router of every layer with routed experts.
         shared_experts: number of shared experts where config.json gives none.
         first_sparse: first layer with routed experts, likewise.

@@ -19,7 +19,9 @@ from jaxmoe.planning.steps import CompiledStep, compile_steps
 from jaxmoe.planning.topology import gpu_topology
 from tests.support.published import (
     DEEPSEEK_V3,
+    DEEPSEEK_V32,
     GLM_4_7_FLASH,
+    GLM_5,
     GPT_OSS_120B,
     K_EXAONE,
     MIXTRAL_8X7B,
@@ -72,6 +74,8 @@ CASES = {
         {"tp": 2, "ep": 8},
         {"prefill": 1018, "decode": 49},
     ),
+    "deepseek-v3.2, ep 8": (DEEPSEEK_V32, "h200", 8, 1, {"ep": 8}, {"prefill": 1, "decode": 1}),
+    "glm-5, tp 4 ep 8 on 4 hosts": (GLM_5, "h100", 32, 4, {"tp": 4, "ep": 8}, {"prefill": 1, "decode": 1}),
 }
 
 

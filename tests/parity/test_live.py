@@ -109,6 +109,8 @@ def test_logits_and_greedy_tokens(case, mesh_shape, placement, form):
         ("solar_open", {"rope_parameters": None, "tie_word_embeddings": True}),
         ("exaone_moe", {"layer_types": None, "mlp_layer_types": None, "sliding_window_pattern": 3}),
         ("exaone_moe", {"layer_types": ["full_attention"] * 3, "norm_topk_prob": False, "first_k_dense_replace": 2}),
+        ("deepseek_v32", {"attention_bias": True, "rope_parameters": None, "index_topk": 1}),
+        ("glm_moe_dsa", {"indexer_types": None, "index_topk_freq": 2, "index_skip_topk_offset": 1, "index_topk": 30}),
         ("qwen3_next", {"attention_bias": True, "norm_topk_prob": False, "mlp_only_layers": []}),
         ("gemma4_text", {"attention_bias": True, "attention_k_eq_v": False, "final_logit_softcapping": None}),
         ("gemma4_text", {"enable_moe_block": False, "tie_word_embeddings": False, "rope_parameters": None}),

@@ -89,6 +89,22 @@ GLM_4_7_FLASH = {
     "num_attention_heads": 20,
     "num_key_value_heads": 20,
     "q_lora_rank": 768,
+# Fewer positions are chosen than the published 2048, so that a program of a few thousand tokens has to choose.
+DEEPSEEK_V32 = DEEPSEEK_V3 | {
+    "model_type": "deepseek_v32",
+    "index_n_heads": 64,
+    "index_head_dim": 128,
+    "index_topk": 512,
+}
+GLM_5 = {
+    "model_type": "glm_moe_dsa",
+    "vocab_size": 154880,
+    "hidden_size": 6144,
+    "num_hidden_layers": 3,
+    "first_k_dense_replace": 1,
+    "num_attention_heads": 64,
+    "num_key_value_heads": 64,
+    "q_lora_rank": 2048,
     "kv_lora_rank": 512,
     "qk_nope_head_dim": 192,
     "qk_rope_head_dim": 64,
@@ -168,4 +184,14 @@ WHOLE: dict[str, tuple[dict[str, Any], int]] = {
     "GLM-4.7-Flash": (GLM_4_7_FLASH, 29_943_393_920),
     "Solar-Open-100B": (SOLAR_OPEN_100B, 102_651_799_552),
     "K-EXAONE-236B-A23B": (K_EXAONE, 236_571_156_352),
+    "index_n_heads": 32,
+    "index_head_dim": 128,
+    "index_topk": 512,
+    "indexer_types": ["full", "shared", "full"],
+    "intermediate_size": 12288,
+    "moe_intermediate_size": 2048,
+    "n_routed_experts": 256,
+    "num_experts_per_tok": 8,
+    "max_position_embeddings": 1048576,
+    "rope_parameters": {"rope_theta": 8000000, "rope_type": "default"},
 }
