@@ -91,8 +91,8 @@ def plan(
     """Tell what each device would hold of a model, without devices and without weights.
 
     Args:
-        path: checkpoint, given as for `jaxmoe.load`; its config.json is all that is read, and the file beside it that may have
-            the settings of a quantization.
+        path: checkpoint, given as for `jaxmoe.load`; its config.json is all that is read, and the file beside it that may
+            have the settings of a quantization.
         dp, tp, ep: sizes of the mesh.
         placement: strategy's name or an `ExpertPlacement` for all MoE layers, or one for each.
         expert_axes: mesh axes that share the experts, see `jaxmoe.MoE`.

@@ -1,4 +1,4 @@
-"""A checkpoint is found by its directory, by a file in it, by its shards without an index, and by its name in the hub's cache."""
+"""A checkpoint is found by its directory, a file in it, shards without an index, and its name in the hub's cache."""
 
 import json
 import shutil
