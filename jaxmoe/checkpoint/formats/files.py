@@ -85,9 +85,9 @@ def open_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
 
     Args:
         path: a directory with ``model.safetensors`` or ``model.safetensors.index.json`` and the files that names, or the
-            same with ``pytorch_model.bin``, or one ``.safetensors``, ``.bin`` or ``.pt`` file; see `find_checkpoint`. Shards that
-            are numbered and all there need no index. Files may be symbolic links, as they are in the Hugging Face hub's
-            cache; the names in an index may not lead out of the directory.
+            same with ``pytorch_model.bin``, or one ``.safetensors``, ``.bin`` or ``.pt`` file; see `find_checkpoint`. Shards
+            that are numbered and all there need no index. Files may be symbolic links, as they are in the Hugging Face
+            hub's cache; the names in an index may not lead out of the directory.
 
     Returns:
         Every tensor that is there, whether or not an index lists it.

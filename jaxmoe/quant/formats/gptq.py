@@ -35,7 +35,7 @@ class Gptq(QuantFormat):
 
     name = "gptq"
     ranks = range(2, 3)
-    packed_from = QuantFormat.packed_from | {"scale": ("scale", "g_idx"), "zero_point": ("zero_point",)}
+    packed_from = {**QuantFormat.packed_from, "scale": ("scale", "g_idx")}
     parts = (
         Part("values", (".qweight",), ("I32",)),
         Part("zero_point", (".qzeros",), ("I32",)),
