@@ -110,7 +110,8 @@ def load_both(made):
     _, out, *_ = made
     plain = out.parent / "decoded"
     jaxmoe.convert(out, plain, dtype="float32", overwrite=True)
-    return [jaxmoe.load(path, mesh=mesh_of(2, 2, 2), placement="round_robin", dtype="float32") for path in (out, plain)]
+    settings = {"mesh": mesh_of(2, 2, 2), "placement": "round_robin", "dtype": "float32", "quantized": "dequantize"}
+    return [jaxmoe.load(path, **settings) for path in (out, plain)]
 
 
 def test_save_writes_what_convert_does(tmp_path) -> None:

@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Mapping
+from typing import ClassVar
 
 import numpy as np
 
@@ -35,7 +36,7 @@ class Gptq(QuantFormat):
 
     name = "gptq"
     ranks = range(2, 3)
-    packed_from = {**QuantFormat.packed_from, "scale": ("scale", "g_idx")}
+    packed_from: ClassVar[Mapping[str, tuple[str, ...]]] = {**QuantFormat.packed_from, "scale": ("scale", "g_idx")}
     parts = (
         Part("values", (".qweight",), ("I32",)),
         Part("zero_point", (".qzeros",), ("I32",)),
