@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 
 import jax
 import numpy as np
@@ -54,7 +55,7 @@ def bytes_on(model) -> dict[int, int]:
 @pytest.mark.covering
 @pytest.mark.parametrize("shape", [(1, 1, 1), (2, 2, 2), (1, 4, 2)], ids=mesh_id)
 @pytest.mark.parametrize("placement", ["linear", "round_robin"])
-def test_what_is_held_stands_for_the_decoded_values(case, shape, placement) -> None:
+def test_what_is_held_stands_for_the_decoded_values(case, shape, placement, tmp_path) -> None:
     quantized, _, count = case
     load = {"mesh": mesh_of(*shape), "placement": placement, "dtype": "float32"}
     kept, decoded = (jaxmoe.load(quantized, **load, quantized=how) for how in ("keep", "dequantize"))
@@ -66,6 +67,20 @@ def test_what_is_held_stands_for_the_decoded_values(case, shape, placement) -> N
     assert report.bytes_needed <= report.bytes_read < 2 * report.bytes_needed
     for device, held in report.bytes_per_device.items():
         assert held < decoded.load_report.bytes_per_device[device]
+
+    # What a plan says, from the headers and from config.json alone.
+    shutil.copy(quantized / "config.json", tmp_path)
+    sizes = dict(zip(("dp", "tp", "ep"), shape, strict=True))
+    plan, told = (
+        jaxmoe.plan(path, **sizes, placement=placement, dtype="float32").parts for path in (quantized, tmp_path)
+    )
+    weights = [part for name, part in plan.items() if name != "key/value cache and state"]
+    assert sum(weights).tolist() == list(bytes_on(kept).values())
+    # That some of its attention is plain, and that there are zero points, config.json does not say.
+    packing = packings_of(kept)[f"layers.{len(kept.layers) - 1}.moe.w_down"]
+    if not packing.zero_points:
+        for part in ("routed experts", "padding slots"):
+            np.testing.assert_array_equal(told.get(part, 0), plan.get(part, 0))
 
 
 @pytest.mark.covering(most=3)
@@ -117,7 +132,10 @@ def test_what_no_kernel_takes_is_decoded_and_said(form, tmp_path) -> None:
     assert not packings_of(model)
     assert not model.load_report.packed
     assert sum(model.load_report.decoded.values()) == count
-    assert any(note.startswith("decoded, ") and "does not stay packed" in note for note in model.load_report.notes)
+    assert any(
+        "quantized parameters are decoded" in note and "does not stay packed" in note
+        for note in model.load_report.notes
+    )
 
 
 @pytest.mark.parametrize("width", [64, 96])

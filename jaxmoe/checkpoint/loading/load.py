@@ -15,11 +15,11 @@ from jaxmoe.checkpoint.loading.execute import load_arrays
 from jaxmoe.checkpoint.loading.merge import merge_adapter
 from jaxmoe.checkpoint.loading.plan import LoadPlan, plan_packed
 from jaxmoe.checkpoint.lora import Adapter, open_adapter
-from jaxmoe.checkpoint.mapping import FamilyCheckpoint, PackingChoice, choose_packings
+from jaxmoe.checkpoint.mapping import FamilyCheckpoint, PackingChoice, pack_model
 from jaxmoe.checks import flag, path_like
 from jaxmoe.config import RouterFunction, find_checkpoint
 from jaxmoe.distributed import check_same
-from jaxmoe.layers import pack_params, packable_params, param_specs, params_by_path
+from jaxmoe.layers import param_specs, params_by_path
 from jaxmoe.mesh import EP, check_mesh
 from jaxmoe.models import Decoder, Family, Origin
 from jaxmoe.placement import ExpertPlacement
@@ -106,8 +106,7 @@ def load(
     mapped = found.onto(specs)
     choice = PackingChoice({}, {})
     if quantized != "dequantize" and adapter is None:
-        choice = choose_packings(mapped, packable_params(model), model.dtype)
-        pack_params(model, specs.values(), choice.packings)
+        choice = pack_model(model, mapped)
     plan = plan_packed(mapped, choice.packings)
     opened = None if adapter is None else open_adapter(adapter)
     if opened is not None:

@@ -19,8 +19,9 @@ from jaxmoe.checkpoint.boxes import Box
 from jaxmoe.checkpoint.formats import DecodedTensor, PackedTensor, TensorInfo
 from jaxmoe.checkpoint.mapping.blocks import Block
 from jaxmoe.checkpoint.mapping.mapped import MappedCheckpoint
-from jaxmoe.layers.packed import part_specs
+from jaxmoe.layers.packed import pack_params, packable_params, part_specs
 from jaxmoe.layers.param import ParamSpec
+from jaxmoe.models import Decoder
 from jaxmoe.quant.packing import Packing
 
 
@@ -38,7 +39,7 @@ class PackingChoice(NamedTuple):
     def notes(self) -> tuple[str, ...]:
         """The reasons, each once and with the parameters that it is of counted, for a report."""
         counts = Counter(self.decoded.values())
-        return tuple(f"decoded, {count} parameters: {reason}" for reason, count in counts.items())
+        return tuple(f"{count} quantized parameters are decoded: {reason}" for reason, count in counts.items())
 
 
 class _Cut(NamedTuple):
@@ -55,6 +56,18 @@ class _Cut(NamedTuple):
     innermost: bool
 
 
+def pack_model(model: Decoder, mapped: MappedCheckpoint) -> PackingChoice:
+    """Make the parameters of an abstract model packed ones, all that can stay so.
+
+    Args:
+        model: model without values, all of its parameters plain.
+        mapped: checkpoint mapped to them.
+    """
+    choice = choose_packings(mapped, packable_params(model), model.dtype)
+    pack_params(model, mapped.specs.values(), choice.packings)
+    return choice
+
+
 def choose_packings(mapped: MappedCheckpoint, packable: Collection[str], dtype: np.dtype) -> PackingChoice:
     """Choose the parameters that stay packed: all that can, where that takes less memory than plain numbers.
 
@@ -69,7 +82,9 @@ def choose_packings(mapped: MappedCheckpoint, packable: Collection[str], dtype: 
         tensors = [mapped.checkpoint.tensors.get(block.tensor) for block in mapped.blocks[path] if block.tensor]
         if not any(isinstance(tensor, DecodedTensor) for tensor in tensors):
             continue
-        found = "it is used in other ways than by a product" if path not in packable else _packing(mapped, spec, dtype)
+        found = (
+            "they are used in other ways than by a product" if path not in packable else _packing(mapped, spec, dtype)
+        )
         if isinstance(found, Packing):
             packings[path] = found
         else:
@@ -86,13 +101,13 @@ def _packing(mapped: MappedCheckpoint, spec: ParamSpec, dtype: np.dtype) -> Pack
     for block in filled:
         tensor = mapped.checkpoint.tensors.get(block.tensor or "")
         if not isinstance(tensor, DecodedTensor):
-            return "a part of it is not quantized"
+            return "a part of them is not quantized"
         packing = tensor.weight.packing
         if packing is None:
             return f"{tensor.weight.format.describe()} does not stay packed"
         axes = _axes(block, len(spec.shape))
         if axes is None:
-            return "its inputs and outputs are not dims of their own in the checkpoint"
+            return "their inputs and outputs are not dims of their own in the checkpoint"
         turned = _turned(axes, tensor)
         if turned and packing.per_byte > 1:
             return "two numbers of a byte are of two outputs"
@@ -107,12 +122,12 @@ def _packing(mapped: MappedCheckpoint, spec: ParamSpec, dtype: np.dtype) -> Pack
             together = not block.tensor_split or len(block.tensor_split[cut.tensor_dim]) == 1
             whole[side] &= together and (block.param_start[dim], block.shape[dim]) == (0, spec.shape[dim])
     if len(found) != 1:
-        return "its parts are quantized in different ways"
+        return "their parts are quantized in different ways"
     (packing,) = found
     try:
         local = spec.sharding.shard_shape(spec.shape)
     except ValueError:
-        return "it does not divide over the mesh"
+        return "they do not divide over the mesh"
     cuts[0].append(local[-2])
     cuts[1].append(local[-1])
     if spec.rows is not None and len(spec.shape) == 2:
@@ -127,7 +142,7 @@ def _packing(mapped: MappedCheckpoint, spec: ParamSpec, dtype: np.dtype) -> Pack
     packing = dataclasses.replace(packing, block=(block_size[0], inputs))
     bits = packing.bits_per_number(spec.shape)
     if bits >= 8 * dtype.itemsize:
-        return f"in blocks of {packing.block} it would take {bits:.0f} bits a number"
+        return f"in blocks of {packing.block} they would take {bits:.0f} bits a number"
     return packing
 
 
