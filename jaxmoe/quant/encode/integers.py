@@ -38,7 +38,7 @@ class IntEncoder(Encoder):
         return {"values": np.dtype(np.int32), "scale": brief if dtype == brief else np.dtype(np.float32)}
 
     def check_shape(self, shape: Shape) -> str | None:
-        # Readers take one group for inputs that are fewer than that; whoever packed them would have to fill it.
+        # The format has room for fewer inputs than a group, and for words that are not full; not every reader does.
         unit = self.group_size or 32 // self.bits
         if len(shape) >= 2 and shape[-1] % unit:
             what = "groups" if self.group_size else "words"
