@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from jaxmoe.config import DecoderConfig, check_agreement, directory_of, find_checkpoint, read_config_json
+from jaxmoe.models.afmoe import AFMOE
 from jaxmoe.models.dbrx import DBRX
 from jaxmoe.models.decoder import Decoder
 from jaxmoe.models.deepseek_v2 import DEEPSEEK_V2
@@ -54,6 +55,7 @@ __all__ = [
 FAMILIES: dict[str, Family] = {
     family.model_type: family
     for family in (
+        AFMOE,
         DBRX,
         DEEPSEEK_V2,
         DEEPSEEK_V3,
