@@ -15,6 +15,7 @@ from jaxmoe.models.deepseek_v32 import DEEPSEEK_V32, GLM_MOE_DSA
 from jaxmoe.models.ernie4_5_moe import ERNIE4_5_MOE
 from jaxmoe.models.exaone_moe import EXAONE_MOE
 from jaxmoe.models.family import ExpertLayout, ExpertTensors, Family, Form
+from jaxmoe.models.flex_olmo import FLEX_OLMO
 from jaxmoe.models.gemma4 import GEMMA4_TEXT
 from jaxmoe.models.glm4_moe import GLM4_MOE
 from jaxmoe.models.glm4_moe_lite import GLM4_MOE_LITE
@@ -62,6 +63,7 @@ FAMILIES: dict[str, Family] = {
         DEEPSEEK_V32,
         ERNIE4_5_MOE,
         EXAONE_MOE,
+        FLEX_OLMO,
         GEMMA4_TEXT,
         GLM4_MOE,
         GLM4_MOE_LITE,

@@ -20,6 +20,7 @@ from jaxmoe.planning.topology import gpu_topology
 from tests.support.published import (
     DEEPSEEK_V3,
     DEEPSEEK_V32,
+    FLEX_OLMO_7X7B,
     GLM_4_7_FLASH,
     GLM_5,
     GPT_OSS_120B,
@@ -83,7 +84,15 @@ CASES = {
         8,
         1,
         {"ep": 8},
-        {"prefill": 1, "decode": 1},
+        {"prefill": 378, "decode": 17},
+    ),
+    "flex-olmo-7x7b, tp 2 ep 4": (
+        FLEX_OLMO_7X7B | {"num_hidden_layers": 1},
+        "h100",
+        8,
+        1,
+        {"tp": 2, "ep": 4},
+        {"prefill": 908, "decode": 164},
     ),
 }
 

@@ -113,6 +113,7 @@ def test_logits_and_greedy_tokens(case, mesh_shape, placement, form):
         ("glm_moe_dsa", {"indexer_types": None, "index_topk_freq": 2, "index_skip_topk_offset": 1, "index_topk": 30}),
         ("afmoe", {"attention_bias": True, "mup_enabled": False, "layer_types": None, "global_attn_every_n_layers": 2}),
         ("afmoe", {"tie_word_embeddings": True, "num_shared_experts": 2, "num_dense_layers": 0}),
+        ("flex_olmo", {"attention_bias": True, "norm_topk_prob": True, "tie_word_embeddings": True}),
         ("qwen3_next", {"attention_bias": True, "norm_topk_prob": False, "mlp_only_layers": []}),
         ("gemma4_text", {"attention_bias": True, "attention_k_eq_v": False, "final_logit_softcapping": None}),
         ("gemma4_text", {"enable_moe_block": False, "tie_word_embeddings": False, "rope_parameters": None}),

@@ -109,6 +109,13 @@ FAMILIES: dict[str, dict[str, Any]] = {
         "route_scale": 2.5,
         "mup_enabled": True,
     },
+    "flex_olmo": {
+        **SMALL,
+        "intermediate_size": 24,
+        "num_experts": 11,
+        "num_experts_per_tok": 3,
+        "pad_token_id": 0,
+    },
     "qwen2_moe": {
         **SMALL,
         "num_hidden_layers": 3,

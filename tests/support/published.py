@@ -216,6 +216,22 @@ TRINITY_MINI = {
     "rms_norm_eps": 1e-5,
     "dtype": "bfloat16",
 }
+FLEX_OLMO_7X7B = {
+    "model_type": "flex_olmo",
+    "vocab_size": 100352,
+    "hidden_size": 4096,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 32,
+    "intermediate_size": 11008,
+    "num_experts": 7,
+    "num_experts_per_tok": 5,
+    "norm_topk_prob": False,
+    "max_position_embeddings": 4096,
+    "rope_theta": 500000,
+    "rms_norm_eps": 1e-6,
+    "dtype": "bfloat16",
+}
 
 # Whole models with their numbers of parameters, as transformers counts them on its "meta" device with the routers'
 # correction biases, which it holds as buffers.
@@ -224,4 +240,5 @@ WHOLE: dict[str, tuple[dict[str, Any], int]] = {
     "Solar-Open-100B": (SOLAR_OPEN_100B, 102_651_799_552),
     "K-EXAONE-236B-A23B": (K_EXAONE, 236_571_156_352),
     "Trinity-Mini": (TRINITY_MINI, 26_123_974_400),
+    "FlexOlmo-7x7B": (FLEX_OLMO_7X7B, 33_270_665_216),
 }
