@@ -106,8 +106,9 @@ class AttentionConfig(TokenMixerConfig):
         temperature: factor of queries far from the start; None for none.
         values_are_keys: whether the keys, before their norm and rotation, are the values too.
         v_norm: whether values are RMS-normalized, each head on its own and without a weight.
-        output_gate: whether each query head has a gate beside it in the query projection, whose sigmoid multiplies the
-            head's output.
+        output_gate: whether each query head has a gate, whose sigmoid multiplies the head's output.
+        gate_projection: whether the gates come from a projection of their own; without one each stands beside its head in
+            the query projection.
     """
 
     num_heads: int
@@ -124,9 +125,12 @@ class AttentionConfig(TokenMixerConfig):
     values_are_keys: bool = False
     v_norm: bool = False
     output_gate: bool = False
+    gate_projection: bool = False
 
     def __post_init__(self) -> None:
         check_positive(self, "num_heads", "num_kv_heads", "head_dim")
+        if self.gate_projection and not self.output_gate:
+            raise ValueError("gate_projection is of the gates that output_gate=True gives; got output_gate=False")
         if self.num_heads % self.num_kv_heads:
             raise ValueError(
                 f"each key/value head serves the same number of query heads: num_heads={self.num_heads} is no "

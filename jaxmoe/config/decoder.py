@@ -20,6 +20,7 @@ class LayerConfig:
     Attributes:
         attention: token mixer, through which a token sees those before it; None for none.
         feed_forward: dense MLP or routed experts behind it; None for neither.
+        pre_norms: whether what goes into a half is normalized.
         post_norms: whether the result of a half is normalized before it is added to the residual stream.
         parallel_mlp: dense MLP beside the routed experts, on the same residual stream, which the router sees without
             the layer's norms; their results are normalized, each on its own, and added. None for none.
@@ -28,6 +29,7 @@ class LayerConfig:
 
     attention: TokenMixerConfig | None
     feed_forward: MLPConfig | MoEConfig | None
+    pre_norms: bool = True
     post_norms: bool = False
     parallel_mlp: MLPConfig | None = None
     output_scale: bool = False
@@ -37,6 +39,8 @@ class LayerConfig:
             raise ValueError("a layer has attention, a feed-forward part or both; got neither")
         if self.parallel_mlp is not None and not isinstance(self.feed_forward, MoEConfig):
             raise ValueError("a parallel MLP stands beside routed experts; the layer has none")
+        if self.parallel_mlp is not None and not self.pre_norms:
+            raise ValueError("a parallel MLP has a norm before it; got pre_norms=False")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

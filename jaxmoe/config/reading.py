@@ -10,7 +10,9 @@ from jaxmoe.config.agreement import check_equal
 from jaxmoe.config.places import directory_of, find_checkpoint
 
 _REQUIRED = object()
-_PERIODS = re.compile(r".*_(step|interval|period|freq)|n_heads")  # what layers are counted, or widths divided, by
+_PERIODS = re.compile(
+    r".*_(step|interval|period|freq)|.*_every_n_layers|n_heads"
+)  # what layers are counted, or widths divided, by
 _MOST = {"num_hidden_layers": 10_000, "n_layers": 10_000}  # a layer is an object, before there is a tensor to ask for
 
 

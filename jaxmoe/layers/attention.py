@@ -106,7 +106,7 @@ class Attention(nnx.Module):
     With fewer key/value heads than tp ranks, each rank holds a copy of the one it uses.
     """
 
-    packable = ("w_q", "w_k", "w_v", "w_o")
+    packable = ("w_q", "w_k", "w_v", "w_gate", "w_o")
 
     def __init__(self, config: AttentionConfig, hidden_size: int, eps: float, *, param: ParamFactory):
         h, tp = config.head_dim, param.mesh.shape[TP]
@@ -116,11 +116,13 @@ class Attention(nnx.Module):
         if self.kv_heads != config.num_kv_heads:
             kv_rows = RowMap(config.num_kv_heads, copies=self.kv_heads // config.num_kv_heads)
 
-        q_rows = config.num_heads * h * (2 if config.output_gate else 1)
+        q_rows = config.num_heads * h * (2 if config.output_gate and not config.gate_projection else 1)
         self.w_q = param((q_rows, hidden_size), TP, None)
         self.w_k = param((self.kv_heads * h, hidden_size), TP, None, rows=kv_rows)
         if not config.values_are_keys:
             self.w_v = param((self.kv_heads * h, hidden_size), TP, None, rows=kv_rows)
+        if config.gate_projection:
+            self.w_gate = param((config.num_heads * h, hidden_size), TP, None)
         self.w_o = param((hidden_size, config.num_heads * h), None, TP)
         if config.biases is not None:
             self.b_q = param((q_rows,), TP, init=zeros)
@@ -215,7 +217,7 @@ class Attention(nnx.Module):
 
         def project(name: str) -> jax.Array:
             y_BSA = linear(x_BSD, w[f"w_{name}"])
-            return y_BSA + w[f"b_{name}"][None, None] if config.biases is not None else y_BSA
+            return y_BSA + w[f"b_{name}"][None, None] if f"b_{name}" in w else y_BSA
 
         def norm(y_BSA: jax.Array, name: str, kind: QueryKeyNorm) -> jax.Array:
             if kind.over == "full":
@@ -233,7 +235,9 @@ class Attention(nnx.Module):
             return apply_rope(y_BSHh, positions_BS, config.rope).reshape(y_BSA.shape)
 
         q, k, gate_BSHh = project("q"), project("k"), None
-        if config.output_gate:
+        if config.gate_projection:
+            gate_BSHh = project("gate").reshape(shape)
+        elif config.output_gate:
             q_and_gate = q.reshape(*x_BSD.shape[:2], -1, 2, config.head_dim)
             q, gate_BSHh = q_and_gate[..., 0, :].reshape(*x_BSD.shape[:2], -1), q_and_gate[..., 1, :]
         v = k if config.values_are_keys else project("v")

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from jaxmoe.config import DecoderConfig, check_agreement, directory_of, find_checkpoint, read_config_json
+from jaxmoe.models.afmoe import AFMOE
 from jaxmoe.models.dbrx import DBRX
 from jaxmoe.models.decoder import Decoder
 from jaxmoe.models.deepseek_v2 import DEEPSEEK_V2
@@ -14,6 +15,7 @@ from jaxmoe.models.deepseek_v32 import DEEPSEEK_V32, GLM_MOE_DSA
 from jaxmoe.models.ernie4_5_moe import ERNIE4_5_MOE
 from jaxmoe.models.exaone_moe import EXAONE_MOE
 from jaxmoe.models.family import ExpertLayout, ExpertTensors, Family, Form
+from jaxmoe.models.flex_olmo import FLEX_OLMO
 from jaxmoe.models.gemma4 import GEMMA4_TEXT
 from jaxmoe.models.glm4_moe import GLM4_MOE
 from jaxmoe.models.glm4_moe_lite import GLM4_MOE_LITE
@@ -54,12 +56,14 @@ __all__ = [
 FAMILIES: dict[str, Family] = {
     family.model_type: family
     for family in (
+        AFMOE,
         DBRX,
         DEEPSEEK_V2,
         DEEPSEEK_V3,
         DEEPSEEK_V32,
         ERNIE4_5_MOE,
         EXAONE_MOE,
+        FLEX_OLMO,
         GEMMA4_TEXT,
         GLM4_MOE,
         GLM4_MOE_LITE,

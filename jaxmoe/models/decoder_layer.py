@@ -17,8 +17,9 @@ from jaxmoe.placement import ExpertPlacement
 class DecoderLayer(nnx.Module):
     """x + attention(norm(x)), then x + feed_forward(norm(x)); a layer may have one of the two only.
 
-    With `LayerConfig.post_norms` a half's result is normalized before it is added. With `LayerConfig.parallel_mlp` the
-    second half is norm(mlp(norm(x))) + norm(moe(norm(x))), and the router sees x itself.
+    With `LayerConfig.post_norms` a half's result is normalized before it is added, and without `LayerConfig.pre_norms`
+    what goes into it is not. With `LayerConfig.parallel_mlp` the second half is norm(mlp(norm(x))) + norm(moe(norm(x))),
+    and the router sees x itself.
     """
 
     def __init__(
@@ -37,9 +38,10 @@ class DecoderLayer(nnx.Module):
         self.residual_multiplier = decoder.residual_multiplier
         self.config, self.dispatch = config, dispatch
         if config.attention is not None:
-            self.attention_norm = norm(hidden_size, eps, param=param)
+            if config.pre_norms:
+                self.attention_norm = norm(hidden_size, eps, param=param)
             self.attention = make_token_mixer(config.attention, hidden_size, eps, param=param)
-        if config.feed_forward is not None:
+        if config.pre_norms and config.feed_forward is not None:
             self.feed_forward_norm = norm(hidden_size, eps, param=param)
         if isinstance(config.feed_forward, MoEConfig):
             assert placement is not None
@@ -89,7 +91,8 @@ class DecoderLayer(nnx.Module):
         """
         stats = None
         if self.config.attention is not None:
-            mix: Any = partial(self.attention, self.attention_norm(x_BSD), positions_BS, cache, batch, decode=decode)
+            normed_BSD = self.attention_norm(x_BSD) if self.config.pre_norms else x_BSD
+            mix: Any = partial(self.attention, normed_BSD, positions_BS, cache, batch, decode=decode)
             if self.config.attention.chooses_positions:
                 y_BSD, cache, chosen = mix(chosen=chosen)
             else:
@@ -116,7 +119,7 @@ class DecoderLayer(nnx.Module):
         dispatch: str,
     ) -> tuple[jax.Array, MoEStats | None]:
         """The second half without what it is added to."""
-        normed_BSD = self.feed_forward_norm(x_BSD)
+        normed_BSD = self.feed_forward_norm(x_BSD) if self.config.pre_norms else x_BSD
         if not isinstance(self.config.feed_forward, MoEConfig):
             return self.mlp(normed_BSD, batch), None
         moe = partial(self.moe, token_mask=mask_BS, expert_ids=expert_ids_BSK, dispatch=dispatch)

@@ -1,6 +1,5 @@
 """K-EXAONE: DeepSeek-V3's router, and layers with a window and positions between layers with neither."""
 
-import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
@@ -8,9 +7,7 @@ from jaxmoe.config import (
     AttentionConfig,
     DecoderConfig,
     QueryKeyNorm,
-    SlidingWindow,
     pick,
-    pick_layer_types,
     read_common,
 )
 from jaxmoe.models.family import MLP_EXPERTS, ROTARY_BUFFERS, Family, llama_tensors, mlp_tensors
@@ -21,6 +18,7 @@ from jaxmoe.models.readers import (
     read_grouped_sigmoid_router,
     read_mlp,
     read_moe,
+    rotate_in_windows,
     sparse_from,
 )
 
@@ -64,17 +62,16 @@ def _sparse_layers(config: Mapping[str, Any]) -> list[bool]:
 
 def _read_attention(config: Mapping[str, Any]) -> list[AttentionConfig]:
     """The attention of each layer."""
-    full = read_attention(config, default_theta=10000.0, qk_norm=QueryKeyNorm())
-    count = pick(config, "num_hidden_layers")
     if config.get("sliding_window", 4096) is None:
         raise ValueError(
             "exaone_moe has layers with a window, of sliding_window positions; config.json has null for it"
         )
-    kinds = {
-        _SLIDING: dataclasses.replace(full, mask=SlidingWindow(size=pick(config, "sliding_window", default=4096))),
-        _FULL: dataclasses.replace(full, rope=None),
-    }
-    return [kinds[kind] for kind in pick_layer_types(config, _usual_types(config, count), *kinds)]
+    return rotate_in_windows(
+        config,
+        read_attention(config, default_theta=10000.0, qk_norm=QueryKeyNorm()),
+        window=4096,
+        usual=_usual_types(config, pick(config, "num_hidden_layers")),
+    )
 
 
 def _usual_types(config: Mapping[str, Any], count: int) -> list[str]:

@@ -3,6 +3,7 @@
 Each takes the dictionary of config.json. A family's own file has what it does besides, or differently.
 """
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
@@ -15,6 +16,7 @@ from jaxmoe.config import (
     SlidingWindow,
     TokenMixerConfig,
     pick,
+    pick_layer_types,
 )
 from jaxmoe.rotary import read_rope
 
@@ -108,6 +110,24 @@ def need_window(config: Mapping[str, Any], *, default: int) -> SlidingWindow:
             "full_attention in layer_types"
         )
     return window
+
+
+def rotate_in_windows(
+    config: Mapping[str, Any], attention: AttentionConfig, *, window: int, usual: list[str]
+) -> list[AttentionConfig]:
+    """Make the attention of each layer where those with a window have positions, and full ones have none.
+
+    Args:
+        config: dictionary of config.json.
+        attention: attention of all layers, with the positions of those that have a window.
+        window: size of the windows where ``sliding_window`` is not given.
+        usual: kinds of the layers where ``layer_types`` is not given.
+    """
+    types = pick_layer_types(config, usual, "sliding_attention", "full_attention")
+    kinds = {"full_attention": dataclasses.replace(attention, rope=None)}
+    if "sliding_attention" in types:
+        kinds["sliding_attention"] = dataclasses.replace(attention, mask=need_window(config, default=window))
+    return [kinds[kind] for kind in types]
 
 
 def window_of(size: int | None) -> SlidingWindow | None:

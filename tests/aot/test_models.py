@@ -20,6 +20,7 @@ from jaxmoe.planning.topology import gpu_topology
 from tests.support.published import (
     DEEPSEEK_V3,
     DEEPSEEK_V32,
+    FLEX_OLMO_7X7B,
     GLM_4_7_FLASH,
     GLM_5,
     GPT_OSS_120B,
@@ -27,6 +28,7 @@ from tests.support.published import (
     MIXTRAL_8X7B,
     QWEN3_30B,
     SOLAR_OPEN_100B,
+    TRINITY_MINI,
 )
 
 MB = 2**20
@@ -76,6 +78,22 @@ CASES = {
     ),
     "deepseek-v3.2, ep 8": (DEEPSEEK_V32, "h200", 8, 1, {"ep": 8}, {"prefill": 1, "decode": 1}),
     "glm-5, tp 4 ep 8 on 4 hosts": (GLM_5, "h100", 32, 4, {"tp": 4, "ep": 8}, {"prefill": 1, "decode": 1}),
+    "trinity-mini, ep 8": (
+        TRINITY_MINI | {"num_hidden_layers": 2, "num_dense_layers": 1, "global_attn_every_n_layers": 2},
+        "h100",
+        8,
+        1,
+        {"ep": 8},
+        {"prefill": 378, "decode": 17},
+    ),
+    "flex-olmo-7x7b, tp 2 ep 4": (
+        FLEX_OLMO_7X7B | {"num_hidden_layers": 1},
+        "h100",
+        8,
+        1,
+        {"tp": 2, "ep": 4},
+        {"prefill": 908, "decode": 164},
+    ),
 }
 
 

@@ -94,6 +94,32 @@ def test_a_norm_over_all_heads_is_the_same_on_every_tp(kv_heads):
     np.testing.assert_allclose(run(2), run(1), atol=1e-4)
 
 
+def test_gates_of_a_projection_of_their_own_are_those_beside_the_queries():
+    sizes: dict[str, Any] = {"num_heads": 4, "num_kv_heads": 2, "head_dim": 4, "rope": None, "output_gate": True}
+    x, positions = np.random.default_rng(5).normal(size=(1, 5, 8)).astype(np.float32), np.arange(5)[None]
+
+    def make(tp: int, **own: Any) -> Attention:
+        attention = Attention(
+            AttentionConfig(**sizes, **own), 8, 1e-6, param=ParamFactory(mesh_of(1, tp, 1), jnp.float32, None)
+        )
+        fill(attention)
+        return attention
+
+    apart = make(2, gate_projection=True)
+    beside = make(1)
+    for name, param in params_by_path(apart).items():
+        if name not in ("w_q", "w_gate"):
+            getattr(beside, name).set_value(jax.device_put(np.asarray(param[...]), beside.mesh.devices.item()))
+    both = np.stack([np.asarray(w[...]).reshape(4, 1, 4, 8) for w in (apart.w_q, apart.w_gate)], axis=1)
+    beside.w_q.set_value(jax.device_put(both.reshape(32, 8), beside.mesh.devices.item()))
+    found, expected = (
+        np.asarray(jax.jit(lambda x, layer=layer: layer(x, positions, None, ())[0])(x)) for layer in (apart, beside)
+    )
+    np.testing.assert_allclose(found, expected, atol=1e-4)
+    with pytest.raises(ValueError, match="gate_projection is of the gates that output_gate=True gives"):
+        AttentionConfig(**{**sizes, "output_gate": False}, gate_projection=True)
+
+
 def test_rows_are_written_to_the_cache_where_each_of_them_stands():
     rng = np.random.default_rng(4)
     prompt, token = rng.normal(size=(B, G, 3, 5)).astype(np.float32), rng.normal(size=(B, G, 1, 5)).astype(np.float32)

@@ -191,6 +191,47 @@ K_EXAONE = {
     "rms_norm_eps": 1e-5,
     "dtype": "bfloat16",
 }
+TRINITY_MINI = {
+    "model_type": "afmoe",
+    "vocab_size": 200192,
+    "hidden_size": 2048,
+    "num_hidden_layers": 32,
+    "num_dense_layers": 2,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 4,
+    "head_dim": 128,
+    "global_attn_every_n_layers": 4,
+    "sliding_window": 2048,
+    "intermediate_size": 6144,
+    "moe_intermediate_size": 1024,
+    "num_experts": 128,
+    "num_shared_experts": 1,
+    "num_experts_per_tok": 8,
+    "score_func": "sigmoid",
+    "route_norm": True,
+    "route_scale": 2.826,
+    "mup_enabled": True,
+    "max_position_embeddings": 131072,
+    "rope_theta": 10000.0,
+    "rms_norm_eps": 1e-5,
+    "dtype": "bfloat16",
+}
+FLEX_OLMO_7X7B = {
+    "model_type": "flex_olmo",
+    "vocab_size": 100352,
+    "hidden_size": 4096,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 32,
+    "intermediate_size": 11008,
+    "num_experts": 7,
+    "num_experts_per_tok": 5,
+    "norm_topk_prob": False,
+    "max_position_embeddings": 4096,
+    "rope_theta": 500000,
+    "rms_norm_eps": 1e-6,
+    "dtype": "bfloat16",
+}
 
 # Whole models with their numbers of parameters, as transformers counts them on its "meta" device with the routers'
 # correction biases, which it holds as buffers.
@@ -198,4 +239,6 @@ WHOLE: dict[str, tuple[dict[str, Any], int]] = {
     "GLM-4.7-Flash": (GLM_4_7_FLASH, 29_943_393_920),
     "Solar-Open-100B": (SOLAR_OPEN_100B, 102_651_799_552),
     "K-EXAONE-236B-A23B": (K_EXAONE, 236_571_156_352),
+    "Trinity-Mini": (TRINITY_MINI, 26_123_974_400),
+    "FlexOlmo-7x7B": (FLEX_OLMO_7X7B, 33_270_665_216),
 }
