@@ -78,6 +78,7 @@ def copy_side_files(
     wrapper: Wrapper | None = None,
     quantization: Mapping[str, Any] | None = None,
     weights: Collection[str] = (),
+    vocab_size: int | None = None,
 ) -> list[str]:
     """Copy ``config.json``, the tokenizer and the like.
 
@@ -88,6 +89,7 @@ def copy_side_files(
         wrapper: the multimodal model of which the copy is to be the text part; None where it is to be all of it.
         quantization: block of settings of quantized weights; None where the weights are plain.
         weights: names of the files of weights, which are written anew.
+        vocab_size: size of the vocabulary; None where it is that of the source.
 
     Returns:
         Names of what is left out: other files and folders that are not hidden, such as a README or weights of another kind.
@@ -97,6 +99,7 @@ def copy_side_files(
     text_part = config if wrapper is None else wrapper.text_config(config)
     changed = _without_quantization(_with_dtype(text_part, dtype))
     changed |= {} if quantization is None else {"quantization_config": quantization}
+    changed |= {} if vocab_size is None else {"vocab_size": vocab_size}
     # Byte for byte where nothing is different: numbers and key order are the author's.
     text = raw if changed == config else json.dumps(changed, indent=2, ensure_ascii=False) + "\n"
     (directory / "config.json").write_text(text, encoding="utf-8")

@@ -156,7 +156,10 @@ def save(
         blocks = written_blocks(specs, family, form, checkpoint.tensors if checkpoint else None)
         tensors = output_tensors(specs, blocks, ModelValues(arrays, packings), target, np.dtype(model.dtype))
         carried = [copied_tensor(checkpoint.tensors[name], descriptors) for name in ignored] if checkpoint else []
-        return _write(source, Path(directory), tensors, carried, target, family, options, _file_names(checkpoint))
+        # An adapter may have made the vocabulary another one.
+        vocab_size = None if model.config.vocab_size == config.vocab_size else model.config.vocab_size
+        names = _file_names(checkpoint)
+        return _write(source, Path(directory), tensors, carried, target, family, options, names, vocab_size)
 
 
 def convert(
@@ -234,6 +237,7 @@ def _write(
     family: Family,
     options: _Options,
     weights: Collection[str],
+    vocab_size: int | None = None,
 ) -> SaveReport:
     start = time.perf_counter()
     source = directory_of(source)
@@ -258,6 +262,7 @@ def _write(
             wrapper=family.wrapper,
             quantization=None if quantized is None else quantized.settings,
             weights=weights,
+            vocab_size=vocab_size,
         )
         write_files(partial, files, on_bytes)
     dtypes: Counter[str] = Counter()
