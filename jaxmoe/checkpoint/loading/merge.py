@@ -50,8 +50,8 @@ def merge_adapter(
     replaced = sorted(name for name, tensor in checkpoint.tensors.items() if tensor.file == adapter.file.path)
     if adapter.whole and not replaced:
         raise CheckpointError(
-            f"{adapter.path}: the adapter has whole tensors, such as {next(iter(adapter.whole))!r}, which take the place of the "
-            "checkpoint's before a plan is made; load it with jaxmoe.load"
+            f"{adapter.path}: the adapter has whole tensors, such as {next(iter(adapter.whole))!r}, which take the place of "
+            "the checkpoint's before a plan is made; load it with jaxmoe.load"
         )
     try:
         updates = find_updates(

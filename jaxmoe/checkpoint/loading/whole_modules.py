@@ -26,8 +26,8 @@ def put_in_whole_modules(found: FamilyCheckpoint, adapter: Adapter) -> FamilyChe
         adapter: adapter from `open_adapter`.
 
     Returns:
-        The checkpoint and the config of the model that the adapter was trained for; as it was, where the adapter has low-rank
-        updates alone.
+        The checkpoint and the config of the model that the adapter was trained for; as it was, where the adapter has
+        low-rank updates alone.
 
     Raises:
         CheckpointError: a tensor of the adapter is none of the checkpoint's, or of another shape; or the embedding and the
