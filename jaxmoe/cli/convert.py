@@ -101,7 +101,8 @@ def _sentence(report: "SaveReport") -> str:
         f"{report.path}: {report.tensors} tensors ({report.form}), {show_bytes(report.bytes_written)} "
         f"in {count} {files}, {report.seconds:.1f} s"
     )
-    return f"{text}; {report.carried} of them copied as they were" if report.carried else text
+    text += f"; {report.carried} of them copied as they were" if report.carried else ""
+    return f"{text}; left out: {', '.join(report.left_out)}" if report.left_out else text
 
 
 def _print_losses(report: "SaveReport") -> None:

@@ -14,6 +14,7 @@ from jax.sharding import Mesh
 from jaxmoe.checkpoint.loading.execute import load_arrays
 from jaxmoe.checkpoint.loading.merge import merge_adapter
 from jaxmoe.checkpoint.loading.plan import LoadPlan, plan_packed
+from jaxmoe.checkpoint.loading.whole_modules import put_in_whole_modules
 from jaxmoe.checkpoint.lora import Adapter, open_adapter
 from jaxmoe.checkpoint.mapping import FamilyCheckpoint, PackingChoice, pack_model
 from jaxmoe.checks import flag, path_like
@@ -60,7 +61,8 @@ def load(
         dtype: type of weights and activations, "float32", "bfloat16" or "float16"; None for the checkpoint's own.
         quantized: "keep" holds quantized weights packed, those that can be; "dequantize" decodes all, which training
             wants. None is "keep", and "dequantize" with an adapter.
-        adapter: directory of a LoRA adapter, as PEFT's ``save_pretrained`` writes it, to add to the weights.
+        adapter: directory of a LoRA adapter, as PEFT's ``save_pretrained`` writes it, to add to the weights. Tensors that it
+            has whole (``modules_to_save``, the ends of a grown vocabulary) take the place of the checkpoint's.
         router: a function that chooses the experts in every layer instead of the family's router, see
             `jaxmoe.config.ChosenByFunction`.
         expert_axes: mesh axes that share the experts, see `jaxmoe.MoE`.
@@ -92,6 +94,9 @@ def load(
     _check_quantized(quantized, adapter)
     path = find_checkpoint(path)
     found = FamilyCheckpoint.open(path)
+    opened = None if adapter is None else open_adapter(adapter)
+    if opened is not None:
+        found = put_in_whole_modules(found, opened)
     checkpoint, family = found.checkpoint, found.family
     model = Decoder(
         found.config if router is None else found.config.with_router(router),
@@ -108,7 +113,6 @@ def load(
     if quantized != "dequantize" and adapter is None:
         choice = pack_model(model, mapped)
     plan = plan_packed(mapped, choice.packings)
-    opened = None if adapter is None else open_adapter(adapter)
     if opened is not None:
         plan = merge_adapter(plan, checkpoint, opened, spellings=family.spellings, text_name=family.text_name)
         if found.untied:

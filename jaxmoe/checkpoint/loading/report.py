@@ -10,15 +10,17 @@ class AdapterReport:
 
     Attributes:
         path: the adapter's directory.
-        factors: tensors of the adapter; every one of them is merged.
+        factors: tensors of low-rank updates in the adapter; every one of them is merged.
         bytes_read: bytes of those that this process read.
         merged: {name of a tensor, with * for the numbers of layers and experts: count of that name that were changed}.
+        replaced: tensors of the model that the adapter has whole, and that were read from its file.
     """
 
     path: str
     factors: int
     bytes_read: int
     merged: dict[str, int]
+    replaced: tuple[str, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -4,7 +4,7 @@ import dataclasses
 import os
 import time
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, get_args
 
@@ -44,6 +44,7 @@ class SaveReport:
         tensors: number of tensors.
         dtypes: {element type: bytes}, as safetensors names them.
         carried: tensors that the model does not use, copied as they were.
+        left_out: files and folders of the source that are not in the copy. The tokenizer and chat templates always are.
         seconds: wall-clock time.
         quantized: name of the format that linear layers are quantized to; None where weights are plain.
         losses: differences that quantizing made, by layer and kind of weights.
@@ -55,6 +56,7 @@ class SaveReport:
     tensors: int
     dtypes: dict[str, int]
     carried: int
+    left_out: tuple[str, ...]
     seconds: float
     quantized: str | None = None
     losses: tuple[QuantizationLoss, ...] = ()
@@ -154,7 +156,10 @@ def save(
         blocks = written_blocks(specs, family, form, checkpoint.tensors if checkpoint else None)
         tensors = output_tensors(specs, blocks, ModelValues(arrays, packings), target, np.dtype(model.dtype))
         carried = [copied_tensor(checkpoint.tensors[name], descriptors) for name in ignored] if checkpoint else []
-        return _write(source, Path(directory), tensors, carried, target, family, options)
+        # An adapter may have made the vocabulary another one.
+        vocab_size = None if model.config.vocab_size == config.vocab_size else model.config.vocab_size
+        names = _file_names(checkpoint)
+        return _write(source, Path(directory), tensors, carried, target, family, options, names, vocab_size)
 
 
 def convert(
@@ -216,7 +221,11 @@ def convert(
         blocks = written_blocks(specs, family, form, checkpoint.tensors)
         tensors = output_tensors(specs, blocks, CheckpointValues(mapped, descriptors), target, model_dtype)
         carried = [copied_tensor(checkpoint.tensors[name], descriptors) for name in ignored]
-        return _write(source, Path(directory), tensors, carried, target, family, options)
+        return _write(source, Path(directory), tensors, carried, target, family, options, _file_names(checkpoint))
+
+
+def _file_names(checkpoint: Checkpoint | None) -> set[str]:
+    return {file.path.name for file in checkpoint.files} if checkpoint else set()
 
 
 def _write(
@@ -227,6 +236,8 @@ def _write(
     dtype: np.dtype | None,
     family: Family,
     options: _Options,
+    weights: Collection[str],
+    vocab_size: int | None = None,
 ) -> SaveReport:
     start = time.perf_counter()
     source = directory_of(source)
@@ -244,12 +255,14 @@ def _write(
         new_directory(directory, overwrite=options.overwrite) as partial,
         byte_progress(f"writing {directory.name}", options.progress) as on_bytes,
     ):
-        copy_side_files(
+        left_out = copy_side_files(
             source,
             partial,
             dtype=None if dtype is None else dtype.name,
             wrapper=family.wrapper,
             quantization=None if quantized is None else quantized.settings,
+            weights=weights,
+            vocab_size=vocab_size,
         )
         write_files(partial, files, on_bytes)
     dtypes: Counter[str] = Counter()
@@ -262,6 +275,7 @@ def _write(
         tensors=len(tensors) + len(carried),
         dtypes=dict(dtypes),
         carried=len(carried),
+        left_out=tuple(left_out),
         seconds=time.perf_counter() - start,
         quantized=None if options.quantizing is None else options.quantizing.target,
         losses=quantized.losses() if quantized else (),
