@@ -92,7 +92,11 @@ def test_a_file_beside_the_weights_stands_for_its_directory(name, tmp_path):
     shutil.copy(SOURCE / "config.json", tmp_path)
     assert open_checkpoint(tmp_path / name).tensors.keys() == TENSORS.keys()
     assert read_model_config(tmp_path / name)[1].model_type == "olmoe"
-    assert jaxmoe.plan(tmp_path / name).parameters == jaxmoe.plan(SOURCE).parameters
+
+
+def test_a_bare_config_is_planned(tmp_path):
+    shutil.copy(SOURCE / "config.json", tmp_path)
+    assert jaxmoe.plan(tmp_path / "config.json").parameters == jaxmoe.plan(SOURCE).parameters
 
 
 def test_a_name_on_the_hub_is_its_snapshot_in_the_cache(home):

@@ -157,7 +157,7 @@ def test_problems_of_a_known_family(tmp_path, capsys) -> None:
     assert "uncovered stray" in text
     config = json.loads((tmp_path / "c" / "config.json").read_text())
     (tmp_path / "c" / "config.json").write_text(json.dumps({**config, "hidden_size": None}))
-    assert inspect(tmp_path / "c", capsys)["problems"] == ["config.json needs one of hidden_size; none is there"]
+    assert inspect(tmp_path / "c", capsys)["problems"] == ["config.json needs hidden_size; it is not there"]
 
 
 def quantize(name: str, value: np.ndarray, kind: str) -> dict[str, np.ndarray]:
