@@ -180,8 +180,9 @@ def _read_lost(
     """
     if not lost:
         return {}, _NOTHING_READ
-    if model.origin is None or model.origin.adapted:
-        why = "it came from no checkpoint" if model.origin is None else "an adapter was merged when it was loaded"
+    if model.origin is None or model.origin.adapted or model.origin.quantized:
+        done = "quantized" if model.origin is not None and model.origin.quantized else "merged with an adapter"
+        why = "it came from no checkpoint" if model.origin is None else f"its weights were {done} when they were loaded"
         raise ValueError(
             f"the lost devices alone had {len(lost)} parameters or parts of them, {min(lost)} the first, and the model "
             f"cannot read them again: {why}; load it anew"

@@ -3,6 +3,8 @@
 import dataclasses
 from typing import Any
 
+from jaxmoe.quant.encode import QuantizationLoss
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class AdapterReport:
@@ -40,6 +42,8 @@ class LoadReport:
         decoded: the same for those whose values are held as plain numbers. A scale that counts for two pieces of a weight
             is read for each, so `bytes_read` may be above `bytes_needed`.
         notes: sentences about the quantization.
+        quantized: format that linear layers were quantized to while they were loaded, None where none were.
+        losses: differences that this made, by layer and kind; replicas of an expert count each.
         renamed: {rule: tensors of the checkpoint that had other names than the family gives them}.
     """
 
@@ -54,6 +58,8 @@ class LoadReport:
     packed: dict[str, int] = dataclasses.field(default_factory=dict)
     decoded: dict[str, int] = dataclasses.field(default_factory=dict)
     notes: tuple[str, ...] = ()
+    quantized: str | None = None
+    losses: tuple[QuantizationLoss, ...] = ()
     renamed: dict[str, int] = dataclasses.field(default_factory=dict)
 
     @property

@@ -9,6 +9,7 @@ from jaxmoe.checkpoint.mapping.expected import expected_checkpoint
 from jaxmoe.checkpoint.mapping.experts import expert_blocks, find_expert_layout, fused_expert_blocks, per_expert_blocks
 from jaxmoe.checkpoint.mapping.ignore import IgnoreRule
 from jaxmoe.checkpoint.mapping.layouts import detect_expert_layout
+from jaxmoe.checkpoint.mapping.linear import linear_kind
 from jaxmoe.checkpoint.mapping.mapped import UNREAD_RULE, FamilyCheckpoint, MappedCheckpoint, Unused
 from jaxmoe.checkpoint.mapping.names import is_expert_stack, layer_index, written_blocks, written_form
 from jaxmoe.checkpoint.mapping.packed import PackingChoice, hold_packed, pack_model
@@ -33,6 +34,7 @@ __all__ = [
     "hold_packed",
     "is_expert_stack",
     "layer_index",
+    "linear_kind",
     "pack_model",
     "per_expert_blocks",
     "whole_tensor_blocks",
