@@ -150,7 +150,9 @@ def test_floats_of_8_bits_go_as_bytes() -> None:
         logical._to_logical.lower(stack, jnp.arange(5), over=over),
         logical._to_physical.lower(experts, jnp.arange(8), over=over),
     ):
-        sent = re.findall(r"stablehlo.(?:all_reduce|all_gather).*?: \(tensor<[0-9x]*(\w+)>", lowered.as_text(), re.DOTALL)
+        sent = re.findall(
+            r"stablehlo.(?:all_reduce|all_gather).*?: \(tensor<[0-9x]*(\w+)>", lowered.as_text(), re.DOTALL
+        )
         assert set(sent) == {"ui8"}
 
 
