@@ -29,6 +29,7 @@ from jaxmoe.layers.swap import by_rank, fill_slots
 from jaxmoe.layers.usable import mark_moved
 from jaxmoe.mesh import EP, check_mesh
 from jaxmoe.models import Decoder
+from jaxmoe.models.parts import held_forms
 from jaxmoe.placement import ExpertPlacement
 from jaxmoe.quant.packing import Packing
 
@@ -112,6 +113,7 @@ def move(
     moved.load_report = dataclasses.replace(
         report,
         seconds=time.perf_counter() - start,
+        held=held_forms(moved, moved.dtype),
         bytes_per_device=_bytes_per_device(new.values()),
         expert_bytes_per_device=_bytes_per_device([spec for path, spec in new.items() if is_expert_stack(path)]),
     )

@@ -36,6 +36,7 @@ from jaxmoe.models.decoder_layer import DecoderLayer
 from jaxmoe.models.describe import describe
 from jaxmoe.models.origin import Origin
 from jaxmoe.models.padding import bucket_length, prompt_positions
+from jaxmoe.models.parts import describe_packed
 from jaxmoe.models.replay import ReplayedRouting, RoutingReplay, of_layers
 from jaxmoe.models.routing import Routing, RoutingRecorder, routing_of
 from jaxmoe.placement import ExpertPlacement, RoutingTrace, make_placements
@@ -151,7 +152,7 @@ class Decoder(nnx.Module):
         return recorder if recorder is not None and recorder.records(self, self.embed.weight.get_value()) else None
 
     def describe(self, *, batch_size: int = 1, prompt_length: int = 512) -> str:
-        """The model on its mesh in a few lines: where its experts are, and how tokens will travel to them and why.
+        """The model on its mesh in a few lines: its packed weights, where its experts are, and how tokens travel to them.
 
         Args:
             batch_size: sequences, for the choice of a dispatch.
@@ -164,6 +165,7 @@ class Decoder(nnx.Module):
             self.dtype,
             self.moe_layers,
             self.dispatch,
+            describe_packed(self, self.dtype),
             batch_size=batch_size,
             prompt_length=prompt_length,
         )

@@ -5,7 +5,8 @@ from collections import Counter, defaultdict
 from typing import Any
 
 from jaxmoe.checkpoint.formats import DecodedTensor
-from jaxmoe.checkpoint.mapping import MappedCheckpoint, is_expert_stack
+from jaxmoe.checkpoint.mapping import MappedCheckpoint
+from jaxmoe.models.parts import part_of
 
 PLAIN = "plain"
 
@@ -46,14 +47,3 @@ def stored_weights(mapped: MappedCheckpoint, method: str | None) -> StoredWeight
         form = tensor.weight.format.describe() if isinstance(tensor, DecodedTensor) else PLAIN
         formats[part][form] += tensor.nbytes
     return StoredWeights(formats={part: dict(sizes) for part, sizes in formats.items()}, method=method)
-
-
-def part_of(path: str) -> str:
-    """The part of a plan that a parameter belongs to; an expert stack to "routed experts", whatever its slots hold."""
-    if is_expert_stack(path):
-        return "routed experts"
-    if ".moe.shared." in path or path.endswith("w_shared_gate"):
-        return "shared experts"
-    if ".attention." in path:
-        return "attention"
-    return "embedding and head" if path.startswith(("embed.", "lm_head.")) else "other"

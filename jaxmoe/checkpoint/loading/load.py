@@ -24,6 +24,7 @@ from jaxmoe.distributed import check_same
 from jaxmoe.layers import param_specs, params_by_path
 from jaxmoe.mesh import EP, check_mesh
 from jaxmoe.models import Decoder, Family, Origin
+from jaxmoe.models.parts import held_forms
 from jaxmoe.placement import ExpertPlacement
 from jaxmoe.progress import ProgressCallback, byte_progress, check_progress
 from jaxmoe.quant.encode import TARGETS
@@ -144,6 +145,7 @@ def load(
         report,
         packed=packed,
         decoded=decoded,
+        held=held_forms(model, model.dtype),
         notes=(*found.notes, *choice.notes()),
         renamed=dict(found.renamed),
     )
