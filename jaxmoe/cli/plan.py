@@ -66,6 +66,7 @@ def _print(report: "Plan") -> None:
     sizes = ",".join(f"{axis}={size}" for axis, size in report.mesh.items())
     console.print(
         f"{report.model_type}, {show_count(report.parameters)} parameters in {report.dtype} on {sizes}; "
+        f"{show_count(report.active_parameters)} active per token; "
         f"cache for {report.batch_size} x {report.max_length} tokens",
         highlight=False,
     )

@@ -14,7 +14,7 @@ from jaxmoe.checkpoint.mapping import (
     FamilyCheckpoint,
     MappedCheckpoint,
     abstract_model,
-    abstract_specs,
+    count_parameters,
     expected_checkpoint,
     is_expert_stack,
     layer_index,
@@ -53,6 +53,7 @@ class Plan:
         device: kind of device, None where none was named.
         capacity: bytes of its memory; None without a kind.
         parameters: number of the parameters, each counted once.
+        active_parameters: those that one token meets: all but the routed experts that it does not go to.
         stored: formats and bytes of the weights in the checkpoint's files; None for a config without a checkpoint.
         held: {part: {packed form, or a dtype: arrays on the devices}}, as `jaxmoe.load` would hold them.
         notes: reasons why quantized weights are decoded.
@@ -67,6 +68,7 @@ class Plan:
     device: str | None
     capacity: float | None
     parameters: int
+    active_parameters: int
     stored: StoredWeights | None = None
     held: dict[str, dict[str, int]] = dataclasses.field(default_factory=dict)
     notes: tuple[str, ...] = ()
@@ -210,6 +212,7 @@ def _plan(
         raise ValueError(f"dtype is one of {', '.join(_DTYPES)}; got {name!r}: pass the one the model is to run in")
 
     model = abstract_model(config, sizes=sizes, placement=placement, expert_axes=expert_axes, dtype=jnp.dtype(name))
+    parameters, active = count_parameters(config)
     stored, notes = None, tuple[str, ...]()
     if mapped is not None:
         checkpoint = mapped({spec.path: spec for spec in param_specs(model)})
@@ -224,7 +227,8 @@ def _plan(
         parts={**_weights(model), "key/value cache and state": _cache(model, batch_size, max_length)},
         device=device,
         capacity=None if gpu is None else gpu.memory,
-        parameters=sum(math.prod(spec.shape) for spec in abstract_specs(config).values()),
+        parameters=parameters,
+        active_parameters=active,
         stored=stored,
         held=held_forms(model, model.dtype),
         notes=notes,

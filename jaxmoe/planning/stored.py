@@ -16,7 +16,8 @@ class StoredWeights:
     """Formats and bytes of a checkpoint's weights, of the layers that a model needs.
 
     Attributes:
-        formats: {part of the model: {format, or "plain": bytes}}; parts are those of `Plan.parts`.
+        formats: {part of the model: {format, or "plain": bytes}}; parts are those of `Plan.parts`, and the embedding and the
+            head are two.
         method: method of quantization, None where no file declares one.
     """
 
@@ -41,8 +42,10 @@ def stored_weights(mapped: MappedCheckpoint, method: str | None) -> StoredWeight
         method: method of its quantization.
     """
     formats: dict[str, Counter[str]] = defaultdict(Counter)
-    parts = {name: part_of(block.param) for name, block in mapped.used_blocks()}
-    for name, part in parts.items():
+    ends = {"embed.weight": "embedding", "lm_head.weight": "head"}
+    params = {name: block.param for name, block in mapped.used_blocks()}
+    for name, param in params.items():
+        part = ends.get(param, part_of(param))
         tensor = mapped.checkpoint.tensors[name]
         form = tensor.weight.format.describe() if isinstance(tensor, DecodedTensor) else PLAIN
         formats[part][form] += tensor.nbytes

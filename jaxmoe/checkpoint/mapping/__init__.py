@@ -3,7 +3,7 @@
 No weight byte is read here. `jaxmoe.checkpoint.mapping.mapped` has the way that a tensor takes.
 """
 
-from jaxmoe.checkpoint.mapping.abstract import abstract_model, abstract_specs
+from jaxmoe.checkpoint.mapping.abstract import abstract_model, abstract_specs, count_parameters
 from jaxmoe.checkpoint.mapping.blocks import Block, whole_tensor_blocks
 from jaxmoe.checkpoint.mapping.expected import expected_checkpoint
 from jaxmoe.checkpoint.mapping.experts import expert_blocks, find_expert_layout, fused_expert_blocks, per_expert_blocks
@@ -27,6 +27,7 @@ __all__ = [
     "Unused",
     "abstract_model",
     "abstract_specs",
+    "count_parameters",
     "detect_expert_layout",
     "expected_checkpoint",
     "expert_blocks",
