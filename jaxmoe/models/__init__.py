@@ -22,6 +22,7 @@ from jaxmoe.models.glm4_moe_lite import GLM4_MOE_LITE
 from jaxmoe.models.gpt_oss import GPT_OSS
 from jaxmoe.models.granitemoe import GRANITEMOE
 from jaxmoe.models.hunyuan_v1_moe import HUNYUAN_V1_MOE
+from jaxmoe.models.hy_v3 import HY_V3
 from jaxmoe.models.jamba import JAMBA
 from jaxmoe.models.llama4 import LLAMA4_TEXT
 from jaxmoe.models.minimax_m2 import MINIMAX_M2
@@ -71,6 +72,7 @@ FAMILIES: dict[str, Family] = {
         GPT_OSS,
         GRANITEMOE,
         HUNYUAN_V1_MOE,
+        HY_V3,
         JAMBA,
         KIMI_K2,
         MINIMAX_M2,

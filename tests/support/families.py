@@ -116,6 +116,16 @@ FAMILIES: dict[str, dict[str, Any]] = {
         "num_experts_per_tok": 3,
         "pad_token_id": 0,
     },
+    "hy_v3": {
+        **SMALL,
+        "head_dim": 8,
+        "intermediate_size": 40,
+        "moe_intermediate_size": 24,
+        "num_experts": 11,
+        "num_shared_experts": 2,
+        "num_experts_per_tok": 3,
+        "mlp_bias": True,
+    },
     "qwen2_moe": {
         **SMALL,
         "num_hidden_layers": 3,
