@@ -113,14 +113,13 @@ def find_family(config: Mapping[str, Any]) -> tuple[Family, Mapping[str, Any]]:
         ValueError: no family is known for it, or two settings of one thing differ.
     """
     wrapper = WRAPPERS.get(config["model_type"])
-    inner = config.get("text_config")
-    inner = inner if isinstance(inner, dict) else None
     if wrapper is None:
         family = get_family(config["model_type"])
-        _check(config, inner)
+        inner = config.get("text_config")
+        _check(config, inner if isinstance(inner, dict) else None)
         return family, config
+    _check(*wrapper.parts(config))
     text = wrapper.text_config(config)
-    _check(config, inner)
     return dataclasses.replace(get_family(text["model_type"]), wrapper=wrapper), text
 
 

@@ -101,7 +101,7 @@ CASES = {
         32,
         4,
         {"tp": 4, "ep": 8},
-        {"prefill": 1, "decode": 1},
+        {"prefill": 650, "decode": 14},
     ),
 }
 

@@ -512,6 +512,53 @@ WRAPPERS: dict[str, dict[str, Any]] = {
         "vision_start_token_id": 99,
         "vision_end_token_id": 100,
     },
+    "qwen3_omni_moe": {
+        "thinker_config": {
+            "text_config": {
+                **{name: size for name, size in SMALL.items() if name != "tie_word_embeddings"},
+                "head_dim": 8,
+                "intermediate_size": 40,
+                "moe_intermediate_size": 24,
+                "num_experts": 5,
+                "num_experts_per_tok": 3,
+                "mlp_only_layers": [1],
+                "rope_parameters": {
+                    "rope_type": "default",
+                    "rope_theta": 10000.0,
+                    "mrope_section": [2, 1, 1],
+                    "mrope_interleaved": True,
+                },
+            },
+            "vision_config": {
+                "depth": 1,
+                "hidden_size": 16,
+                "intermediate_size": 16,
+                "num_heads": 2,
+                "out_hidden_size": 32,
+                "deepstack_visual_indexes": [0],
+                "num_position_embeddings": 16,
+                "patch_size": 4,
+            },
+            "audio_config": {
+                "d_model": 16,
+                "encoder_layers": 1,
+                "encoder_attention_heads": 2,
+                "encoder_ffn_dim": 16,
+                "output_dim": 32,
+                "num_mel_bins": 8,
+                "n_window": 2,
+                "downsample_hidden_size": 8,
+            },
+            "image_token_id": 97,
+            "video_token_id": 98,
+            "vision_start_token_id": 99,
+            "vision_end_token_id": 100,
+            "audio_end_token_id": 101,
+            "audio_token_id": 102,
+            "audio_start_token_id": 103,
+        },
+        "enable_audio_output": False,
+    },
 }
 
 PROMPT_LENGTHS = (21, 3, 17, 1, 9)

@@ -256,6 +256,22 @@ HY3_PREVIEW = {
     "rms_norm_eps": 1e-5,
     "dtype": "bfloat16",
 }
+QWEN3_OMNI_30B = {
+    "model_type": "qwen3_omni_moe",
+    "thinker_config": {
+        "model_type": "qwen3_omni_moe_thinker",
+        "text_config": {
+            **QWEN3_30B,
+            "model_type": "qwen3_omni_moe_text",
+            "vocab_size": 152064,
+            "num_hidden_layers": 48,
+            "intermediate_size": 768,
+            "max_position_embeddings": 65536,
+            "rope_scaling": {"rope_type": "default", "mrope_section": [24, 20, 20], "interleaved": True},
+        },
+        "dtype": "bfloat16",
+    },
+}
 
 # Whole models with their numbers of parameters, as transformers counts them on its "meta" device with the routers'
 # correction biases, which it holds as buffers.
@@ -266,4 +282,5 @@ WHOLE: dict[str, tuple[dict[str, Any], int]] = {
     "Trinity-Mini": (TRINITY_MINI, 26_123_974_400),
     "FlexOlmo-7x7B": (FLEX_OLMO_7X7B, 33_270_665_216),
     "Hy3-preview": (HY3_PREVIEW, 295_033_543_488),
+    "Qwen3-Omni-30B-A3B": (QWEN3_OMNI_30B, 30_532_646_912),
 }

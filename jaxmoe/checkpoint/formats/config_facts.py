@@ -20,7 +20,7 @@ _SPELLINGS = {
     "model_width": ("hidden_size", "d_model"),
     "expert_width": ("moe_intermediate_size", "intermediate_size", "ffn_hidden_size"),
 }
-_NESTED = ("text_config", "ffn_config")
+_NESTED = ("text_config", "ffn_config", "thinker_config")
 _QUANTIZATION_KEYS = ("quantization_config", "compression_config")
 _QUANTIZATION_FILES = ("hf_quant_config.json", "quantize_config.json")
 
@@ -32,7 +32,7 @@ def find_size(config: Mapping[str, Any], size: str) -> int | None:
         config: dictionary that config.json holds.
         size: "layers", "experts", "experts_per_token", "model_width" or "expert_width".
     """
-    for part in (config, *[config[key] for key in _NESTED if isinstance(config.get(key), dict)]):
+    for part in _parts(config):
         for name in _SPELLINGS[size]:
             value = part.get(name)
             if isinstance(value, list) and value and all(item == value[0] for item in value):
@@ -48,8 +48,7 @@ def find_quantization(directory: Path, config: Mapping[str, Any]) -> dict[str, A
     Returns:
         Its entries, with "method" and "from", the name of the file; None where none is declared.
     """
-    parts = [config, *[config[key] for key in _NESTED if isinstance(config.get(key), dict)]]
-    for part in parts:
+    for part in _parts(config):
         for key in _QUANTIZATION_KEYS:
             if isinstance(part.get(key), dict):
                 return _described(part[key], "config.json")
@@ -60,6 +59,12 @@ def find_quantization(directory: Path, config: Mapping[str, Any]) -> dict[str, A
             inner = document.get("quantization")
             return _described(inner if isinstance(inner, dict) else document, name)
     return None
+
+
+def _parts(config: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    """A config and the configs of parts of the model in it, at any depth."""
+    nested = [_parts(config[key]) for key in _NESTED if isinstance(config.get(key), dict)]
+    return [config, *[part for parts in nested for part in parts]]
 
 
 def _described(settings: Mapping[str, Any], file: str) -> dict[str, Any]:
