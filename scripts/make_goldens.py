@@ -30,7 +30,7 @@ def make_model(model_type: str, seed: int, **changes: Any) -> torch.nn.Module:
     config = transformers.AutoConfig.for_model(model_type, **{**sizes, **changes})
     config.dtype = torch.float32
     multimodal = config.get_text_config() is not config
-    auto_class = transformers.AutoModelForImageTextToText if multimodal else transformers.AutoModelForCausalLM
+    auto_class = transformers.AutoModelForMultimodalLM if multimodal else transformers.AutoModelForCausalLM
     model = auto_class.from_config(config).float().eval()
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
@@ -60,6 +60,8 @@ def reference(model: torch.nn.Module, prompts: list[list[int]], new_tokens: int 
     if model.config.model_type == "llama4":
         # As of transformers 5.24 the wrapper's forward fails without an image; its text part is a whole model.
         model = model.language_model
+    if model.config.model_type == "qwen3_omni_moe":
+        model = model.thinker  # The rest speaks.
     expected = {}
     for i, prompt in enumerate(prompts):
         ids = torch.tensor([prompt])

@@ -22,6 +22,7 @@ from jaxmoe.models.glm4_moe_lite import GLM4_MOE_LITE
 from jaxmoe.models.gpt_oss import GPT_OSS
 from jaxmoe.models.granitemoe import GRANITEMOE
 from jaxmoe.models.hunyuan_v1_moe import HUNYUAN_V1_MOE
+from jaxmoe.models.hy_v3 import HY_V3
 from jaxmoe.models.jamba import JAMBA
 from jaxmoe.models.llama4 import LLAMA4_TEXT
 from jaxmoe.models.minimax_m2 import MINIMAX_M2
@@ -71,6 +72,7 @@ FAMILIES: dict[str, Family] = {
         GPT_OSS,
         GRANITEMOE,
         HUNYUAN_V1_MOE,
+        HY_V3,
         JAMBA,
         KIMI_K2,
         MINIMAX_M2,
@@ -111,14 +113,13 @@ def find_family(config: Mapping[str, Any]) -> tuple[Family, Mapping[str, Any]]:
         ValueError: no family is known for it, or two settings of one thing differ.
     """
     wrapper = WRAPPERS.get(config["model_type"])
-    inner = config.get("text_config")
-    inner = inner if isinstance(inner, dict) else None
     if wrapper is None:
         family = get_family(config["model_type"])
-        _check(config, inner)
+        inner = config.get("text_config")
+        _check(config, inner if isinstance(inner, dict) else None)
         return family, config
+    _check(*wrapper.parts(config))
     text = wrapper.text_config(config)
-    _check(config, inner)
     return dataclasses.replace(get_family(text["model_type"]), wrapper=wrapper), text
 
 

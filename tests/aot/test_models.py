@@ -24,6 +24,7 @@ from tests.support.published import (
     GLM_4_7_FLASH,
     GLM_5,
     GPT_OSS_120B,
+    HY3_PREVIEW,
     K_EXAONE,
     MIXTRAL_8X7B,
     QWEN3_30B,
@@ -93,6 +94,14 @@ CASES = {
         1,
         {"tp": 2, "ep": 4},
         {"prefill": 908, "decode": 164},
+    ),
+    "hy3-preview, tp 4 ep 8 on 4 hosts": (
+        HY3_PREVIEW | {"num_hidden_layers": 2},
+        "h100",
+        32,
+        4,
+        {"tp": 4, "ep": 8},
+        {"prefill": 650, "decode": 14},
     ),
 }
 

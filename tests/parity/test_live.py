@@ -114,6 +114,7 @@ def test_logits_and_greedy_tokens(case, mesh_shape, placement, form):
         ("afmoe", {"attention_bias": True, "mup_enabled": False, "layer_types": None, "global_attn_every_n_layers": 2}),
         ("afmoe", {"tie_word_embeddings": True, "num_shared_experts": 2, "num_dense_layers": 0}),
         ("flex_olmo", {"attention_bias": True, "norm_topk_prob": True, "tie_word_embeddings": True}),
+        ("hy_v3", {"attention_bias": True, "mlp_bias": False, "mlp_layer_types": ["sparse", "dense"]}),
         ("qwen3_next", {"attention_bias": True, "norm_topk_prob": False, "mlp_only_layers": []}),
         ("gemma4_text", {"attention_bias": True, "attention_k_eq_v": False, "final_logit_softcapping": None}),
         ("gemma4_text", {"enable_moe_block": False, "tie_word_embeddings": False, "rope_parameters": None}),
