@@ -27,9 +27,16 @@ from jaxmoe.kernels.grouped_matmul.mosaic_gpu.pipeline import (
     swizzled,
     write,
 )
-from jaxmoe.kernels.grouped_matmul.mosaic_gpu.sums import Call, sum_packed, sum_tile
-from jaxmoe.kernels.grouped_matmul.mosaic_gpu.tiles import WARPGROUPS, WGMMA_ROWS, Tiles
+from jaxmoe.kernels.grouped_matmul.mosaic_gpu.sums import (
+    Call,
+    sum_packed,
+    sum_quantized_rows,
+    sum_scaled_numbers,
+    sum_tile,
+)
+from jaxmoe.kernels.grouped_matmul.mosaic_gpu.tiles import WARPGROUPS, WGMMA_ROWS, Tiles, scales_numbers
 from jaxmoe.kernels.grouped_matmul.quantized import QuantizedStack
+from jaxmoe.kernels.grouped_matmul.quantized_rows import QuantizedRows
 
 # Blocks of the grid: with fewer multiprocessors than an H100 or H200 has, some work longer.
 MULTIPROCESSORS = GPUS["h100"].multiprocessors
@@ -38,7 +45,7 @@ _LOADER_REGISTERS, _COMPUTE_REGISTERS = 40, 232
 
 
 def multiply(
-    rows_RK: jax.Array,
+    rows_RK: jax.Array | QuantizedRows,
     matrices_GHNK: jax.Array | QuantizedStack,
     biases_GHN: jax.Array | None,
     layout: GroupTiles,
@@ -52,6 +59,10 @@ def multiply(
 
     R is a multiple of 8 here.
     """
+    row_scales_bR = None
+    if isinstance(rows_RK, QuantizedRows):  # scales are read without bounds, unlike what the accelerator copies
+        row_scales_bR = jnp.pad(rows_RK.scales.T, ((0, 0), (0, tiles.m)))
+        rows_RK = rows_RK.values
     R, K = rows_RK.shape
     packed = matrices_GHNK if isinstance(matrices_GHNK, QuantizedStack) else None
     call = Call(
@@ -60,14 +71,19 @@ def multiply(
         format=packed.format if packed else None,
         block=packed.block if packed else None,
         zeros=packed is not None and packed.zero_points is not None,
+        matrix_scaled=packed is not None and packed.matrix_scales is not None,
+        scales_numbers=packed is not None and scales_numbers(packed.format, packed.block),
+        row_block=None if row_scales_bR is None else -(-K // len(row_scales_bR)),
         biased=biases_GHN is not None,
         interpret=interpret,
     )
     _, H, N, _ = matrices_GHNK.shape
-    # Values, scales and zero points of what is packed.
+    # Values, scales, zero points and matrix scales of what is packed.
     stored: list[Any] = jax.tree.leaves(matrices_GHNK)
     rows = jnp.moveaxis(rows_RK.reshape(R, K // call.parts, call.parts), -1, 0)
-    if biases_GHN is not None:  # read without bounds, unlike what the accelerator copies
+    if row_scales_bR is not None:
+        stored.append(row_scales_bR)
+    if biases_GHN is not None:  # read without bounds, too
         stored.append(jnp.pad(biases_GHN, ((0, 0), (0, 0), (0, -N % tiles.n))))
     kernel = plgpu.kernel(
         partial(_kernel, call=call),
@@ -87,7 +103,7 @@ def _scratch(call: Call, H: int, row_dtype: Any, matrix_dtype: Any, out_dtype: A
     tiles, parts = call.tiles, call.parts
     row_width = (call.chunk if call.format else tiles.k) // parts
     # The interpreter reads no swizzled tile into registers.
-    matrix_layout = () if call.interpret and call.format else swizzled(tiles.k // parts, matrix_dtype)
+    matrix_layout = () if call.interpret and call.expands else swizzled(tiles.k // parts, matrix_dtype)
     scratch = {
         "row_tiles": plgpu.SMEM(
             (tiles.stages, parts, tiles.m, tiles.k // parts), row_dtype, transforms=swizzled(row_width, row_dtype)
@@ -99,7 +115,7 @@ def _scratch(call: Call, H: int, row_dtype: Any, matrix_dtype: Any, out_dtype: A
         "filled": plgpu.Barrier(num_arrivals=parts + H, num_barriers=tiles.stages),
         "emptied": plgpu.Barrier(num_arrivals=WARPGROUPS, num_barriers=tiles.stages),
     }
-    if call.interpret and call.format:
+    if call.interpret and call.expands:
         scratch["expanded"] = plgpu.SMEM((WARPGROUPS, parts, WGMMA_ROWS, row_width), jnp.bfloat16)
     return scratch
 
@@ -138,9 +154,15 @@ def _kernel(*refs: Any, call: Call, **scratch: Any) -> None:
             first, last = skips[row_tile], skips[row_tile] + sizes[row_tile]
             if call.format:
                 of_blocks = [ref.at[group] for ref in others[: 1 + call.zeros]]
-                sums = sum_packed(call, H, steps, first_stage, of_blocks, column, **scratch)
+                own = (call, H, steps, first_stage, of_blocks, column)
+                if call.row_block:
+                    sums = sum_quantized_rows(*own, others[-1 - call.biased], row, **scratch)
+                else:
+                    sums = (sum_scaled_numbers if call.scales_numbers else sum_packed)(*own, **scratch)
             else:
                 sums = sum_tile(call, H, steps, first_stage, **scratch)
+            if call.matrix_scaled:
+                sums = [y * others[1 + call.zeros][group, h, 0] for h, y in enumerate(sums)]
             if call.biased:
                 sums = [_add_bias(call, y, others[-1].at[group, h], column) for h, y in enumerate(sums)]
             result = call.finish(*sums).astype(out.dtype)
