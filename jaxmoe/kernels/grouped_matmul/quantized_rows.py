@@ -51,16 +51,20 @@ ROW_FORMATS: dict[str, RowFormat | None] = {
 }
 
 
-class QuantizedRows(NamedTuple):
-    """Rows x ≈ values · scales.
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
+class QuantizedRows:
+    """Rows x ≈ values · scales; a pytree of its arrays.
 
     Attributes:
         values: float8_e4m3fn or int8 [R, K].
         scales: float32 [R, ceil(K / b)].
+        block: b, columns that share a scale; the last may be fewer.
     """
 
     values: jax.Array
     scales: jax.Array
+    block: int = dataclasses.field(metadata={"static": True})
 
 
 def quantize_rows(x_RK: jax.Array, format: str, *, scales_R: jax.Array | None = None) -> QuantizedRows:
@@ -77,8 +81,8 @@ def quantize_rows(x_RK: jax.Array, format: str, *, scales_R: jax.Array | None = 
     Raises:
         ValueError: no such format, or scales missing or not asked for.
 
-    >>> values, scales = quantize_rows(jnp.array([[1.0, -127.0, 3.4]]), "int8_token")
-    >>> values.tolist(), scales.tolist()
+    >>> rows = quantize_rows(jnp.array([[1.0, -127.0, 3.4]]), "int8_token")
+    >>> rows.values.tolist(), rows.scales.tolist()
     ([[1, -127, 3]], [[1.0]])
     """
     form = check_row_format(format, scales_R is not None)
@@ -94,7 +98,8 @@ def quantize_rows(x_RK: jax.Array, format: str, *, scales_R: jax.Array | None = 
     scaled = jnp.clip(blocks / scales[..., None], -form.largest, form.largest)
     if not jnp.issubdtype(form.dtype, jnp.floating):
         scaled = jnp.round(scaled)
-    return QuantizedRows(scaled.astype(form.dtype).reshape(R, -1)[:, :K], scales)
+    values = scaled.astype(form.dtype).reshape(R, blocks.shape[1] * block)[:, :K]
+    return QuantizedRows(values=values, scales=scales, block=block)
 
 
 def check_row_format(name: str, has_scales: bool) -> RowFormat | None:
@@ -139,10 +144,8 @@ def round_rows(
     x_RK: jax.Array, format: str, group_sizes_G: jax.Array, input_scales_G: jax.Array | None = None
 ) -> jax.Array:
     """values · scales of `quantize_rows`, float32 [R, K]; in a gradient as if nothing were rounded."""
-    form = ROW_FORMATS[format]
-    assert form is not None
     rows = quantize_rows(x_RK, format, scales_R=scales_of_rows(x_RK.shape[0], group_sizes_G, input_scales_G))
-    spread = rows.scales if form.block is None else jnp.repeat(rows.scales, form.block, axis=1)[:, : x_RK.shape[1]]
+    spread = jnp.repeat(rows.scales, rows.block, axis=1)[:, : x_RK.shape[1]]
     rounded = jax.lax.stop_gradient(rows.values.astype(jnp.float32) * spread)
     return _straight_through(x_RK.astype(jnp.float32), rounded)
 

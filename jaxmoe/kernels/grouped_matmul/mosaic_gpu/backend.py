@@ -132,8 +132,7 @@ def problem_of(
     packed = isinstance(matrices, QuantizedStack)
     row_block = None
     if isinstance(rows, QuantizedRows):
-        row_block = -(-K // rows.scales.shape[1])
-        rows = rows.values
+        row_block, rows = rows.block, rows.values
         if not isinstance(matrices, QuantizedStack) or matrices.values.dtype != rows.dtype:
             raise NotImplementedError(
                 f"the mosaic_gpu kernel multiplies quantized rows with matrices of their dtype, {rows.dtype}; got "

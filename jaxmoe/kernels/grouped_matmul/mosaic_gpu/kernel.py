@@ -59,9 +59,8 @@ def multiply(
 
     R is a multiple of 8 here.
     """
-    row_scales_bR = None
-    if isinstance(rows_RK, QuantizedRows):  # scales are read without bounds, unlike what the accelerator copies
-        row_scales_bR = jnp.pad(rows_RK.scales.T, ((0, 0), (0, tiles.m)))
+    quantized = rows_RK if isinstance(rows_RK, QuantizedRows) else None
+    if isinstance(rows_RK, QuantizedRows):
         rows_RK = rows_RK.values
     R, K = rows_RK.shape
     packed = matrices_GHNK if isinstance(matrices_GHNK, QuantizedStack) else None
@@ -73,7 +72,7 @@ def multiply(
         zeros=packed is not None and packed.zero_points is not None,
         matrix_scaled=packed is not None and packed.matrix_scales is not None,
         scales_numbers=packed is not None and scales_numbers(packed.format, packed.block),
-        row_block=None if row_scales_bR is None else -(-K // len(row_scales_bR)),
+        row_block=quantized.block if quantized else None,
         biased=biases_GHN is not None,
         interpret=interpret,
     )
@@ -81,9 +80,10 @@ def multiply(
     # Values, scales, zero points and matrix scales of what is packed.
     stored: list[Any] = jax.tree.leaves(matrices_GHNK)
     rows = jnp.moveaxis(rows_RK.reshape(R, K // call.parts, call.parts), -1, 0)
-    if row_scales_bR is not None:
-        stored.append(row_scales_bR)
-    if biases_GHN is not None:  # read without bounds, too
+    # Scales of rows and biases are read without bounds, unlike what the accelerator copies.
+    if quantized:
+        stored.append(jnp.pad(quantized.scales.T, ((0, 0), (0, tiles.m))))
+    if biases_GHN is not None:
         stored.append(jnp.pad(biases_GHN, ((0, 0), (0, 0), (0, -N % tiles.n))))
     kernel = plgpu.kernel(
         partial(_kernel, call=call),
