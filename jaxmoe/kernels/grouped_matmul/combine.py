@@ -18,8 +18,13 @@ def gelu_without_erf(x: jax.Array) -> jax.Array:
     return x * jnp.where(x < 0, tail, 1 - tail)
 
 
-# Activations inside of kernels: Pallas has no error function on GPUs.
-KERNEL_ACTIVATIONS = ACTIVATIONS | {"gelu": gelu_without_erf}
+# Activations inside of kernels: Pallas has no error function on GPUs, and Mosaic GPU no function with a gradient of its own,
+# as `jax.nn.relu` is.
+KERNEL_ACTIVATIONS = ACTIVATIONS | {
+    "gelu": gelu_without_erf,
+    "relu": lambda x: jnp.maximum(x, 0),
+    "relu2": lambda x: jnp.square(jnp.maximum(x, 0)),
+}
 
 
 def clamped_swiglu(gate: jax.Array, up: jax.Array, limit: float) -> jax.Array:
