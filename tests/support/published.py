@@ -110,6 +110,39 @@ GLM_5 = {
     "max_position_embeddings": 1048576,
     "rope_parameters": {"rope_theta": 8000000, "rope_type": "default"},
 }
+# One layer of each kind, the first with experts by a table; fewer entries are chosen, as above.
+DEEPSEEK_V4_FLASH = {
+    "model_type": "deepseek_v4",
+    "vocab_size": 129280,
+    "hidden_size": 4096,
+    "num_hidden_layers": 3,
+    "num_hash_layers": 1,
+    "compress_ratios": [0, 4, 128],
+    "num_attention_heads": 64,
+    "head_dim": 512,
+    "qk_rope_head_dim": 64,
+    "q_lora_rank": 1024,
+    "o_groups": 8,
+    "o_lora_rank": 1024,
+    "sliding_window": 128,
+    "index_n_heads": 64,
+    "index_head_dim": 128,
+    "index_topk": 128,
+    "hc_mult": 4,
+    "hc_sinkhorn_iters": 20,
+    "moe_intermediate_size": 2048,
+    "n_routed_experts": 256,
+    "num_experts_per_tok": 6,
+    "rope_theta": 10000,
+    "compress_rope_theta": 160000,
+    "rope_scaling": {
+        "type": "yarn",
+        "factor": 16,
+        "beta_fast": 32,
+        "beta_slow": 1,
+        "original_max_position_embeddings": 65536,
+    },
+}
 GLM_4_7_FLASH = {
     "model_type": "glm4_moe_lite",
     "vocab_size": 154880,
@@ -241,4 +274,3 @@ WHOLE: dict[str, tuple[dict[str, Any], int]] = {
     "K-EXAONE-236B-A23B": (K_EXAONE, 236_571_156_352),
     "Trinity-Mini": (TRINITY_MINI, 26_123_974_400),
     "FlexOlmo-7x7B": (FLEX_OLMO_7X7B, 33_270_665_216),
-}
