@@ -35,8 +35,15 @@ def make_model(model_type: str, seed: int, **changes: Any) -> torch.nn.Module:
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         # Some families hold these as buffers.
-        buffers = [one for one in model.named_buffers() if one[0].endswith(("correction_bias", "layer_scalar"))]
+        buffers = [
+            one for one in model.named_buffers() if one[0].endswith(("correction_bias", "layer_scalar", "tid2eid"))
+        ]
         for name, parameter in sorted([*model.named_parameters(), *buffers]):
+            if name.endswith("tid2eid"):
+                # The experts of each token, which differ from each other.
+                order = torch.rand(parameter.shape[0], model.config.num_local_experts, generator=generator).argsort(-1)
+                parameter.copy_(order[:, : parameter.shape[1]])
+                continue
             noise = torch.randn(parameter.shape, generator=generator)
             if name.endswith("A_log"):
                 # Slow enough that states remember a whole prompt.

@@ -13,7 +13,8 @@ from jaxmoe.config.attention import (
     QueryTemperature,
     SlidingWindow,
 )
-from jaxmoe.config.decoder import DecoderConfig, LayerConfig
+from jaxmoe.config.compressed_attention import CompressedAttentionConfig, CompressionConfig
+from jaxmoe.config.decoder import DecoderConfig, HyperConnectionConfig, LayerConfig
 from jaxmoe.config.feed_forward import MLPConfig, MoEConfig
 from jaxmoe.config.places import directory_of, find_checkpoint, shard_of
 from jaxmoe.config.reading import pick, pick_layer_types, read_common, read_config_json, read_dtype, read_json
@@ -46,10 +47,13 @@ __all__ = [
     "AttentionMask",
     "ChosenByFunction",
     "Chunks",
+    "CompressedAttentionConfig",
+    "CompressionConfig",
     "DecoderConfig",
     "ExpertChoice",
     "GatedDeltaNetConfig",
     "GroupedTopK",
+    "HyperConnectionConfig",
     "IndexerConfig",
     "LayerConfig",
     "MLAConfig",

@@ -16,6 +16,7 @@ class MLPConfig:
         activation: name in `jaxmoe.numerics.ACTIVATIONS`.
         bias: whether every projection has a bias.
         gated: whether there is a gate; without one the MLP is down(act(up x)).
+        activation_limit: bound of a clamped activation; None for those that have none.
     """
 
     hidden_size: int
@@ -23,10 +24,14 @@ class MLPConfig:
     activation: str = "silu"
     bias: bool = False
     gated: bool = True
+    activation_limit: float | None = None
 
     def __post_init__(self) -> None:
         check_positive(self, "hidden_size", "intermediate_size")
         check_flags(self, "bias", "gated")
+        if self.activation_limit is not None:
+            limit = real_number("MLPConfig.activation_limit", self.activation_limit, above=0)
+            object.__setattr__(self, "activation_limit", limit)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -110,6 +110,8 @@ def test_logits_and_greedy_tokens(case, mesh_shape, placement, form):
         ("exaone_moe", {"layer_types": None, "mlp_layer_types": None, "sliding_window_pattern": 3}),
         ("exaone_moe", {"layer_types": ["full_attention"] * 3, "norm_topk_prob": False, "first_k_dense_replace": 2}),
         ("deepseek_v32", {"attention_bias": True, "rope_parameters": None, "index_topk": 1}),
+        ("deepseek_v4", {"scoring_func": "sigmoid", "rope_parameters": None, "mlp_layer_types": ["moe"] * 4}),
+        ("deepseek_v4", {"layer_types": None, "mlp_layer_types": None, "num_hash_layers": 2, "index_topk": 1}),
         ("glm_moe_dsa", {"indexer_types": None, "index_topk_freq": 2, "index_skip_topk_offset": 1, "index_topk": 30}),
         ("afmoe", {"attention_bias": True, "mup_enabled": False, "layer_types": None, "global_attn_every_n_layers": 2}),
         ("afmoe", {"tie_word_embeddings": True, "num_shared_experts": 2, "num_dense_layers": 0}),

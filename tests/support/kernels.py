@@ -22,6 +22,7 @@ MLPS = [
     ("silu", None, True),
     pytest.param("gelu", None, True, marks=pytest.mark.full),
     ("clamped_swiglu", 1.5, True),
+    pytest.param("limited_swiglu", 1.5, True, marks=pytest.mark.full),
     ("relu2", None, False),
 ]
 

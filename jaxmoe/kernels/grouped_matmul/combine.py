@@ -37,8 +37,16 @@ def clamped_swiglu(gate: jax.Array, up: jax.Array, limit: float) -> jax.Array:
     return (up + 1) * gate * jax.nn.sigmoid(1.702 * gate)
 
 
+def limited_swiglu(gate: jax.Array, up: jax.Array, limit: float) -> jax.Array:
+    """silu(g) · u, with g the gate cut off above `limit` and u the other half within ±`limit`: that of DeepSeek-V4."""
+    return jax.nn.silu(jnp.minimum(gate, limit)) * jnp.clip(up, -limit, limit)
+
+
 # Functions of gate, up and a limit, where the two halves are not simply act(gate) · up.
-CLAMPED: dict[str, Callable[[jax.Array, jax.Array, float], jax.Array]] = {"clamped_swiglu": clamped_swiglu}
+CLAMPED: dict[str, Callable[[jax.Array, jax.Array, float], jax.Array]] = {
+    "clamped_swiglu": clamped_swiglu,
+    "limited_swiglu": limited_swiglu,
+}
 
 
 @dataclasses.dataclass(frozen=True)
