@@ -7,11 +7,12 @@ from typing import Any
 import jax.numpy as jnp
 from jax.sharding import AbstractMesh, AxisType
 
-from jaxmoe.checkpoint.mapping.names import is_expert_stack, layer_index
+from jaxmoe.checkpoint.mapping.names import layer_index
 from jaxmoe.config import DecoderConfig, MoEConfig
 from jaxmoe.layers import ParamSpec, param_specs
 from jaxmoe.mesh import AXES, EP
 from jaxmoe.models import Decoder
+from jaxmoe.models.parts import is_expert_stack
 from jaxmoe.placement import ExpertPlacement
 
 

@@ -58,7 +58,7 @@ def quantize(
         if format != "float8_e4m3fn":
             codes = jnp.clip(jnp.rint(codes), -_LARGEST[format], _LARGEST[format])
         if format == "int4":
-            codes = codes + FORMATS[format].zero
+            codes = codes + 8
     values = codes.reshape(matrices.shape).astype(FORMATS[format].dtype)
     if per_byte == 2:
         pairs = values.reshape(*lead, N, K // 2, 2)
