@@ -9,20 +9,31 @@ import pytest
 from tests.support import runs
 from tests.support.distributed_worker import results
 from tests.support.processes import ROOT, environment, finish, start
+from tests.support.quantized_checkpoints import CASES, write_pair
 
 MESH = {"dp": 2, "tp": 2, "ep": 2}
-CHECKPOINTS = [str(ROOT / "tests/goldens/mixtral/original"), *([str(ROOT / "demo")] if runs.full else [])]
+MIXTRAL = str(ROOT / "tests/goldens/mixtral/original")
 
 
 @pytest.fixture(scope="module")
-def alone() -> list[dict]:
+def checkpoints(tmp_path_factory) -> list[str]:
+    """A plain checkpoint; in the full run also one with a tokenizer, and one whose weights stay packed."""
+    if not runs.full:
+        return [MIXTRAL]
+    family, form, block = next(case for case in CASES if case[1] == "int_quantized")
+    packed, _, _ = write_pair(tmp_path_factory.mktemp("packed"), family, form, block)
+    return [MIXTRAL, str(ROOT / "demo"), str(packed)]
+
+
+@pytest.fixture(scope="module")
+def alone(checkpoints) -> list[dict]:
     """The results of this process, with its eight devices."""
-    return [results(checkpoint, **MESH) for checkpoint in CHECKPOINTS]
+    return [results(checkpoint, **MESH) for checkpoint in checkpoints]
 
 
 @pytest.mark.parametrize("count", [2, pytest.param(4, marks=pytest.mark.full)])
-def test_tokens_and_bytes(count, alone) -> None:
-    argv = [*CHECKPOINTS, "--mesh", json.dumps(MESH), "--simulate", str(8 // count)]
+def test_tokens_and_bytes(count, checkpoints, alone) -> None:
+    argv = [*checkpoints, "--mesh", json.dumps(MESH), "--simulate", str(8 // count)]
     ended = finish(start(count, "tests.support.distributed_worker", *argv))
     assert [process.returncode for process in ended] == [0] * count, "\n".join(process.stderr for process in ended)
     lines = [line for process in ended for line in process.stdout.splitlines() if line.startswith("RESULT ")]
@@ -49,7 +60,7 @@ def test_tokens_and_bytes(count, alone) -> None:
 @pytest.mark.full
 def test_the_launcher_of_one_node(alone) -> None:
     command = [sys.executable, ROOT / "scripts/launch_node", "2", sys.executable, "-m", "jaxmoe", "generate"]
-    argv = [CHECKPOINTS[0], "--simulate", "4", "--mesh", "dp=2,tp=2,ep=2", "--max-new-tokens", "6", "--json"]
+    argv = [MIXTRAL, "--simulate", "4", "--mesh", "dp=2,tp=2,ep=2", "--max-new-tokens", "6", "--json"]
     for prompt in ("5,6,7", "8,9", "3"):
         argv += ["--prompt-ids", prompt]
     done = subprocess.run([*command, *argv], env=environment(), capture_output=True, text=True, timeout=300)
