@@ -14,7 +14,15 @@ from jaxmoe.config.attention import (
 )
 from jaxmoe.config.decoder import DecoderConfig, LayerConfig
 from jaxmoe.config.feed_forward import MLPConfig, MoEConfig
-from jaxmoe.config.reading import pick, pick_layer_types, read_common, read_config_json, read_dtype, read_json
+from jaxmoe.config.reading import (
+    pick,
+    pick_layer_flags,
+    pick_layer_types,
+    read_common,
+    read_config_json,
+    read_dtype,
+    read_json,
+)
 from jaxmoe.config.routers import (
     SCORES,
     ChosenByFunction,
@@ -64,6 +72,7 @@ __all__ = [
     "TokenMixerConfig",
     "TopK",
     "pick",
+    "pick_layer_flags",
     "pick_layer_types",
     "read_common",
     "read_config_json",

@@ -94,6 +94,7 @@ class AttentionConfig(TokenMixerConfig):
         num_heads: number of query heads.
         num_kv_heads: number of key and value heads; divides `num_heads`.
         head_dim: width of a head.
+        v_head_dim: width of a head's values; that of its queries and keys where None.
         rope: rotary embedding of queries and keys; None for no position embedding.
         mask: bound on the positions that a token sees; None for all up to its own.
         qk_norm: norms of queries and keys; None for none.
@@ -105,6 +106,7 @@ class AttentionConfig(TokenMixerConfig):
         sinks: whether each head has one more logit, whose probability is dropped (attention sinks).
         temperature: factor of queries far from the start; None for none.
         values_are_keys: whether the keys, before their norm and rotation, are the values too.
+        value_scale: factor of the values; None for none.
         v_norm: whether values are RMS-normalized, each head on its own and without a weight.
         output_gate: whether each query head has a gate beside it in the query projection, whose sigmoid multiplies the
             head's output.
@@ -113,6 +115,7 @@ class AttentionConfig(TokenMixerConfig):
     num_heads: int
     num_kv_heads: int
     head_dim: int
+    v_head_dim: int | None = None
     rope: RopeConfig | None
     mask: AttentionMask | None = None
     qk_norm: QueryKeyNorm | None = None
@@ -122,16 +125,29 @@ class AttentionConfig(TokenMixerConfig):
     sinks: bool = False
     temperature: QueryTemperature | None = None
     values_are_keys: bool = False
+    value_scale: float | None = None
     v_norm: bool = False
     output_gate: bool = False
 
     def __post_init__(self) -> None:
         check_positive(self, "num_heads", "num_kv_heads", "head_dim")
+        if self.v_head_dim is not None:
+            check_positive(self, "v_head_dim")
+            if self.values_are_keys or self.v_norm or self.output_gate:
+                raise ValueError(
+                    "values of a width of their own have a projection of their own, no norm, and no gate behind them; got "
+                    f"v_head_dim={self.v_head_dim} beside values_are_keys, v_norm or output_gate"
+                )
         if self.num_heads % self.num_kv_heads:
             raise ValueError(
                 f"each key/value head serves the same number of query heads: num_heads={self.num_heads} is no "
                 f"multiple of num_kv_heads={self.num_kv_heads}"
             )
+
+    @property
+    def value_width(self) -> int:
+        """Width of a head's values and outputs."""
+        return self.head_dim if self.v_head_dim is None else self.v_head_dim
 
     def tp_faults(self, tp: int) -> list[str]:
         """List heads that do not split over tp; with fewer key/value heads than ranks, ranks share one."""

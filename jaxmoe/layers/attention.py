@@ -1,7 +1,7 @@
 """Grouped-query attention with a key/value cache, heads over tp and sequences over dp and ep.
 
 Letters here, beside the common ones of docs/concepts/letters.md: H query heads, G key/value heads, q query heads of one
-key/value head, h head_dim, C positions of the cache. On a device H and G are its own.
+key/value head, h head_dim, v width of a value, C positions of the cache. On a device H and G are its own.
 """
 
 from typing import Any, NamedTuple
@@ -24,7 +24,7 @@ _QUERY_BLOCK = 512
 
 
 class KVCache(NamedTuple):
-    """Keys and values of the positions seen so far, each [B, G, C, h]; position i lies at index i.
+    """Keys [B, G, C, h] and values [B, G, C, v] of the positions seen so far; position i lies at index i.
 
     Also holds what describes them: their shapes, or their partition specs.
     """
@@ -36,14 +36,14 @@ class KVCache(NamedTuple):
 def attend(
     q_BSHh: jax.Array,
     k_BGCh: jax.Array,
-    v_BGCh: jax.Array,
+    v_BGCv: jax.Array,
     positions_BS: jax.Array,
     *,
     scale: float,
     mask: AttentionMask | None = None,
     sinks_H: jax.Array | None = None,
 ) -> jax.Array:
-    """softmax(scale · q kᵀ + causal mask) v, the softmax in float32; returns [B, S, H, h].
+    """softmax(scale · q kᵀ + causal mask) v, the softmax in float32; returns [B, S, H, v].
 
     A query at position t sees the keys at indices 0..t, or with a mask those from `mask.first_seen(t)` on. Indices beyond
     t may hold anything finite. A head's sink is one more logit that takes its share of the softmax and adds nothing
@@ -60,8 +60,8 @@ def attend(
         if mask is not None:
             seen_BsC &= index_11C >= mask.first_seen(positions_Bs[..., None])
         scores = jnp.where(seen_BsC[:, None, None], scores, -jnp.inf)
-        probabilities = _softmax(scores, sinks_H).astype(v_BGCh.dtype)
-        return jnp.einsum("bgqsc,bgch->bsgqh", probabilities, v_BGCh).reshape(B, -1, H, v_BGCh.shape[-1])
+        probabilities = _softmax(scores, sinks_H).astype(v_BGCv.dtype)
+        return jnp.einsum("bgqsc,bgcv->bsgqv", probabilities, v_BGCv).reshape(B, -1, H, v_BGCv.shape[-1])
 
     if S <= _QUERY_BLOCK:
         return block(q_BSHh, positions_BS)
@@ -73,7 +73,7 @@ def attend(
         return jnp.moveaxis(padded.reshape(B, blocks, _QUERY_BLOCK, *x.shape[2:]), 1, 0)
 
     out = jax.lax.map(lambda args: block(*args), (split(q_BSHh), split(positions_BS)))
-    return jnp.moveaxis(out, 0, 1).reshape(B, -1, H, v_BGCh.shape[-1])[:, :S]
+    return jnp.moveaxis(out, 0, 1).reshape(B, -1, H, v_BGCv.shape[-1])[:, :S]
 
 
 def _softmax(scores_BGqSC: jax.Array, sinks_H: jax.Array | None) -> jax.Array:
@@ -92,7 +92,7 @@ class Attention(nnx.Module):
     """
 
     def __init__(self, config: AttentionConfig, hidden_size: int, eps: float, *, param: ParamFactory):
-        h, tp = config.head_dim, param.mesh.shape[TP]
+        h, v, tp = config.head_dim, config.value_width, param.mesh.shape[TP]
         self.config, self.eps, self.mesh = config, eps, param.mesh
         self.kv_heads = max(config.num_kv_heads, tp)
         kv_rows = None
@@ -103,13 +103,13 @@ class Attention(nnx.Module):
         self.w_q = param((q_rows, hidden_size), TP, None)
         self.w_k = param((self.kv_heads * h, hidden_size), TP, None, rows=kv_rows)
         if not config.values_are_keys:
-            self.w_v = param((self.kv_heads * h, hidden_size), TP, None, rows=kv_rows)
-        self.w_o = param((hidden_size, config.num_heads * h), None, TP)
+            self.w_v = param((self.kv_heads * v, hidden_size), TP, None, rows=kv_rows)
+        self.w_o = param((hidden_size, config.num_heads * v), None, TP)
         if config.biases is not None:
             self.b_q = param((q_rows,), TP, init=zeros)
             self.b_k = param((self.kv_heads * h,), TP, init=zeros, rows=kv_rows)
             if not config.values_are_keys:
-                self.b_v = param((self.kv_heads * h,), TP, init=zeros, rows=kv_rows)
+                self.b_v = param((self.kv_heads * v,), TP, init=zeros, rows=kv_rows)
         if config.biases == "all":
             self.b_o = param((hidden_size,), init=zeros)
         norm = config.qk_norm
@@ -126,8 +126,11 @@ class Attention(nnx.Module):
 
     def cache_arrays(self, batch_size: int, max_length: int) -> KVCache:
         """The layer's cache, as a `KVCache` of `CacheArray`."""
-        array = CacheArray((batch_size, self.kv_heads, max_length, self.config.head_dim), (TP,))
-        return KVCache(array, array)
+        keys, values = (
+            CacheArray((batch_size, self.kv_heads, max_length, width), (TP,))
+            for width in (self.config.head_dim, self.config.value_width)
+        )
+        return KVCache(keys, values)
 
     def __call__(
         self,
@@ -156,16 +159,16 @@ class Attention(nnx.Module):
         def local(
             w: dict[str, jax.Array], x_BSD: jax.Array, positions_BS: jax.Array, cache: KVCache | None
         ) -> tuple[jax.Array, KVCache | None]:
-            q_BSHh, k_BSGh, v_BSGh, gate_BSHh = self._project(w, x_BSD, positions_BS)
-            k_BGSh, v_BGSh = k_BSGh.swapaxes(1, 2), v_BSGh.swapaxes(1, 2)
+            q_BSHh, k_BSGh, v_BSGv, gate_BSHh = self._project(w, x_BSD, positions_BS)
+            k_BGSh, v_BGSv = k_BSGh.swapaxes(1, 2), v_BSGv.swapaxes(1, 2)
             if cache is not None and decode:
                 position_B = positions_BS[:, 0]
-                cache = KVCache(write_token(cache.k, k_BGSh, position_B), write_token(cache.v, v_BGSh, position_B))
+                cache = KVCache(write_token(cache.k, k_BGSh, position_B), write_token(cache.v, v_BGSv, position_B))
             elif cache is not None:
-                cache = KVCache(write_prompt(cache.k, k_BGSh), write_prompt(cache.v, v_BGSh))
-            keys, values = cache if cache is not None and decode else (k_BGSh, v_BGSh)
+                cache = KVCache(write_prompt(cache.k, k_BGSh), write_prompt(cache.v, v_BGSv))
+            keys, values = cache if cache is not None and decode else (k_BGSh, v_BGSv)
             config = self.config
-            o_BSHh = attend(
+            o_BSHv = attend(
                 q_BSHh,
                 keys,
                 values,
@@ -175,8 +178,8 @@ class Attention(nnx.Module):
                 sinks_H=w.get("sinks"),
             )
             if gate_BSHh is not None:
-                o_BSHh = o_BSHh * jax.nn.sigmoid(gate_BSHh)
-            o_BSA = o_BSHh.reshape(*o_BSHh.shape[:2], -1)
+                o_BSHv = o_BSHv * jax.nn.sigmoid(gate_BSHh)
+            o_BSA = o_BSHv.reshape(*o_BSHv.shape[:2], -1)
             y_BSD = jnp.einsum("bsa,da->bsd", o_BSA, w["w_o"], preferred_element_type=jnp.float32)
             y_BSD = jax.lax.psum(y_BSD, TP).astype(x_BSD.dtype)
             return y_BSD + w["b_o"][None, None] if "b_o" in w else y_BSD, cache
@@ -192,9 +195,8 @@ class Attention(nnx.Module):
     def _project(
         self, w: dict[str, jax.Array], x_BSD: jax.Array, positions_BS: jax.Array
     ) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array | None]:
-        """This rank's queries [B, S, H, h], keys and values [B, S, G, h], normed and rotated, and gates [B, S, H, h]."""
+        """This rank's queries [B, S, H, h], keys [B, S, G, h], values [B, S, G, v], and gates [B, S, H, h] of outputs."""
         config = self.config
-        shape = (*x_BSD.shape[:2], -1, config.head_dim)
 
         def project(name: str) -> jax.Array:
             y_BSA = jnp.einsum("bsd,ad->bsa", x_BSD, w[f"w_{name}"])
@@ -222,6 +224,8 @@ class Attention(nnx.Module):
         v = k if config.values_are_keys else project("v")
         if config.v_norm:
             v = norm(v, "v_norm", QueryKeyNorm(weight="none"))
+        if config.value_scale is not None:
+            v = (v.astype(jnp.float32) * config.value_scale).astype(v.dtype)
         if config.qk_norm is not None and not config.qk_norm.after_rope:
             q, k = norm(q, "q_norm", config.qk_norm), norm(k, "k_norm", config.qk_norm)
         if config.clip is not None:
@@ -233,7 +237,11 @@ class Attention(nnx.Module):
             steps_BS = jnp.floor((positions_BS.astype(jnp.float32) + 1) / config.temperature.floor)
             longer_BS = config.temperature.slope * jnp.log1p(steps_BS) + 1
             q = (q.astype(jnp.float32) * longer_BS[..., None]).astype(q.dtype)
-        return q.reshape(shape), k.reshape(shape), v.reshape(shape), gate_BSHh
+        q_BSHh, k_BSGh, v_BSGv = (
+            y_BSA.reshape(*x_BSD.shape[:2], -1, width)
+            for y_BSA, width in ((q, config.head_dim), (k, config.head_dim), (v, config.value_width))
+        )
+        return q_BSHh, k_BSGh, v_BSGv, gate_BSHh
 
 
 def _norm_over_tp(y_BSA: jax.Array, weight_A: jax.Array, eps: float) -> jax.Array:

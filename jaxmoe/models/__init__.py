@@ -19,6 +19,7 @@ from jaxmoe.models.granitemoe import GRANITEMOE
 from jaxmoe.models.hunyuan_v1_moe import HUNYUAN_V1_MOE
 from jaxmoe.models.jamba import JAMBA
 from jaxmoe.models.llama4 import LLAMA4_TEXT
+from jaxmoe.models.mimo_v2_flash import MIMO_V2_FLASH
 from jaxmoe.models.minimax_m2 import MINIMAX_M2
 from jaxmoe.models.mixtral import MIXTRAL
 from jaxmoe.models.nemotron_h import NEMOTRON_H
@@ -60,6 +61,7 @@ FAMILIES: dict[str, Family] = {
         HUNYUAN_V1_MOE,
         JAMBA,
         KIMI_K2,
+        MIMO_V2_FLASH,
         MINIMAX_M2,
         LLAMA4_TEXT,
         MIXTRAL,

@@ -15,6 +15,8 @@ from jaxmoe.config import (
     SlidingWindow,
     TokenMixerConfig,
     pick,
+    pick_layer_flags,
+    pick_layer_types,
 )
 from jaxmoe.rotary import read_rope
 
@@ -64,6 +66,25 @@ def read_attention(
         rope=rope,
     )
     return AttentionConfig(**heads, rope=rotary, **own)
+
+
+def rope_of_kind(config: Mapping[str, Any], kind: str, *kinds: str) -> dict[str, Any]:
+    """Read the rotary settings of one kind of layer, where a family has them for each; they are empty where none are given.
+
+    Raises:
+        ValueError: there are settings for something that is none of `kinds`.
+    """
+    settings = {
+        name: value
+        for part in ("rope_scaling", "rope_parameters")
+        for name, value in pick(config, part, default={}).items()
+    }
+    if unknown := settings.keys() - set(kinds):
+        raise ValueError(
+            f"rope settings of {config['model_type']} are given for each of {' and '.join(kinds)}; config.json has "
+            f"{', '.join(sorted(unknown))} beside them"
+        )
+    return dict(pick(settings, kind, default={}))
 
 
 def read_biases(config: Mapping[str, Any], *, default: bool = False) -> Literal["all"] | None:
@@ -164,6 +185,18 @@ def sparse_by_step(config: Mapping[str, Any]) -> list[bool]:
     dense = pick(config, "mlp_only_layers", default=[])
     step = pick(config, "decoder_sparse_step", default=1)
     return [i not in dense and (i + 1) % step == 0 for i in range(pick(config, "num_hidden_layers"))]
+
+
+def sparse_by_list(config: Mapping[str, Any], usual: Sequence[bool]) -> list[bool]:
+    """Tell for each layer whether it has routed experts, by its name in ``mlp_layer_types`` or its 1 in ``moe_layer_freq``.
+
+    Args:
+        config: dictionary of config.json.
+        usual: flags of the family, where config.json has neither list.
+    """
+    flags = pick_layer_flags(config, "moe_layer_freq", list(usual))
+    named = ["sparse" if flag else "dense" for flag in flags]
+    return [kind == "sparse" for kind in pick_layer_types(config, named, "sparse", "dense", name="mlp_layer_types")]
 
 
 def make_layers(

@@ -17,7 +17,7 @@ from jaxmoe.models import Decoder, get_family
 from jaxmoe.planning.memory import Plan, plan_config
 from jaxmoe.planning.steps import CompiledStep, compile_steps
 from jaxmoe.planning.topology import gpu_topology
-from tests.support.published import DEEPSEEK_V3, GPT_OSS_120B, MIXTRAL_8X7B, QWEN3_30B
+from tests.support.published import DEEPSEEK_V3, GPT_OSS_120B, MIMO_V2_FLASH, MIXTRAL_8X7B, QWEN3_30B, first_layers
 
 MB = 2**20
 BATCH, PROMPT, LENGTH = 8, 1024, 2048
@@ -39,6 +39,14 @@ CASES = {
         4,
         {"tp": 4, "ep": 8},
         {"prefill": 1130, "decode": 4},
+    ),
+    "mimo-v2-flash, tp 4 ep 8 on 4 hosts": (
+        first_layers(MIMO_V2_FLASH, 2),
+        "h100",
+        32,
+        4,
+        {"tp": 4, "ep": 8},
+        {"prefill": 640, "decode": 2},
     ),
 }
 

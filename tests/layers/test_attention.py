@@ -94,6 +94,23 @@ def test_a_norm_over_all_heads_is_the_same_on_every_tp(kv_heads):
     np.testing.assert_allclose(run(2), run(1), atol=1e-4)
 
 
+def test_values_may_be_narrower_than_keys():
+    config = AttentionConfig(num_heads=4, num_kv_heads=2, head_dim=6, v_head_dim=4, rope=None, value_scale=0.5)
+    attention = Attention(config, 8, 1e-6, param=ParamFactory(mesh_of(1, 2, 1), jnp.float32, None))
+    assert [array.shape for array in attention.cache_arrays(3, 7)] == [(3, 2, 7, 6), (3, 2, 7, 4)]
+    fill(attention)
+    x, positions = np.random.default_rng(5).normal(size=(1, 5, 8)).astype(np.float32), np.arange(5)[None]
+    found = jax.jit(lambda x: attention(x, positions, None, ())[0])(x)
+
+    w_q, w_k, w_v, w_o = (np.asarray(getattr(attention, f"w_{part}")[...], np.float64) for part in "qkvo")
+    q, k, v = ((x @ w.T).reshape(1, 5, -1, width) for w, width in ((w_q, 6), (w_k, 6), (0.5 * w_v, 4)))
+    out = expected(q, k.swapaxes(1, 2), v.swapaxes(1, 2), positions, 6**-0.5)
+    np.testing.assert_allclose(found, out.reshape(1, 5, -1) @ w_o.T, rtol=1e-4, atol=1e-4)
+    for beside in ({"values_are_keys": True}, {"v_norm": True}, {"output_gate": True}):
+        with pytest.raises(ValueError, match="values of a width of their own .* got v_head_dim=4"):
+            AttentionConfig(num_heads=4, num_kv_heads=2, head_dim=6, v_head_dim=4, rope=None, **beside)
+
+
 def test_rows_are_written_to_the_cache_where_each_of_them_stands():
     rng = np.random.default_rng(4)
     prompt, token = rng.normal(size=(B, G, 3, 5)).astype(np.float32), rng.normal(size=(B, G, 1, 5)).astype(np.float32)

@@ -106,6 +106,8 @@ def test_logits_and_greedy_tokens(case, mesh_shape, placement, form):
         ("qwen3_next", {"attention_bias": True, "norm_topk_prob": False, "mlp_only_layers": []}),
         ("gemma4_text", {"attention_bias": True, "attention_k_eq_v": False, "final_logit_softcapping": None}),
         ("gemma4_text", {"enable_moe_block": False, "tie_word_embeddings": False, "rope_parameters": None}),
+        ("mimo_v2_flash", {"attention_bias": False, "attention_value_scale": None, "sliding_window_size": 3}),
+        ("mimo_v2_flash", {"n_routed_experts": 12, "n_group": 3, "topk_group": 2, "rope_parameters": None}),
         ("jamba", {"mamba_proj_bias": False, "mamba_conv_bias": False, "mamba_dt_rank": "auto"}),
         ("nemotron_h", {"moe_latent_size": None, "use_bias": False, "mlp_bias": False, "use_conv_bias": False}),
         ("nemotron_h", {"n_groups": 1, "n_routed_experts": 12, "n_group": 3, "topk_group": 2, "norm_topk_prob": False}),

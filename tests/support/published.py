@@ -1,4 +1,6 @@
-"""Published sizes of well-known models, with as many layers as have one of every kind."""
+"""Published sizes of well-known models, the first ones with as few layers as have one of every kind."""
+
+from typing import Any
 
 MIXTRAL_8X7B = {
     "model_type": "mixtral",
@@ -77,3 +79,47 @@ DEEPSEEK_V3 = {
     "max_position_embeddings": 163840,
     "rope_theta": 10000,
 }
+MIMO_V2_FLASH = {
+    "model_type": "mimo_v2_flash",
+    "vocab_size": 152576,
+    "hidden_size": 4096,
+    "num_hidden_layers": 48,
+    "hybrid_layer_pattern": [int(i > 0 and i % 6 != 5) for i in range(48)],
+    "moe_layer_freq": [int(i > 0) for i in range(48)],
+    "num_attention_heads": 64,
+    "num_key_value_heads": 4,
+    "head_dim": 192,
+    "v_head_dim": 128,
+    "swa_num_attention_heads": 64,
+    "swa_num_key_value_heads": 8,
+    "swa_head_dim": 192,
+    "swa_v_head_dim": 128,
+    "rope_theta": 5000000,
+    "swa_rope_theta": 10000,
+    "partial_rotary_factor": 0.334,
+    "sliding_window": 128,
+    "sliding_window_size": 128,
+    "add_swa_attention_sink_bias": True,
+    "add_full_attention_sink_bias": False,
+    "attention_value_scale": 0.707,
+    "intermediate_size": 16384,
+    "moe_intermediate_size": 2048,
+    "n_routed_experts": 256,
+    "n_shared_experts": None,
+    "num_experts_per_tok": 8,
+    "n_group": 1,
+    "topk_group": 1,
+    "topk_method": "noaux_tc",
+    "scoring_func": "sigmoid",
+    "norm_topk_prob": True,
+    "routed_scaling_factor": None,
+    "layernorm_epsilon": 1e-05,
+    "max_position_embeddings": 262144,
+}
+
+
+def first_layers(config: dict[str, Any], count: int) -> dict[str, Any]:
+    """The same model with its first `count` layers only."""
+    layers = config["num_hidden_layers"]
+    cut = {name: value[:count] for name, value in config.items() if isinstance(value, list) and len(value) == layers}
+    return {**config, **cut, "num_hidden_layers": count}
