@@ -7,6 +7,7 @@ dictionary that `read_config_json` returns into a `DecoderConfig`.
 from jaxmoe.config.attention import (
     AttentionConfig,
     AttentionMask,
+    BlockSparseAttentionConfig,
     Chunks,
     QueryKeyNorm,
     QueryTemperature,
@@ -48,6 +49,7 @@ __all__ = [
     "SCORES",
     "AttentionConfig",
     "AttentionMask",
+    "BlockSparseAttentionConfig",
     "ChosenByFunction",
     "Chunks",
     "DecoderConfig",

@@ -155,3 +155,33 @@ class AttentionConfig(TokenMixerConfig):
         if self.num_kv_heads % tp and tp % self.num_kv_heads:
             faults.append(f"num_key_value_heads={self.num_kv_heads} (neither divides the other)")
         return faults
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class BlockSparseAttentionConfig(AttentionConfig):
+    """Grouped-query attention to the blocks of keys that an indexer chooses, for each key/value head its own.
+
+    Attributes:
+        index_head_dim: width of the indexer's queries, one for each key/value head, and of its one key.
+        block_size: number of positions of a block.
+        top_blocks: number of blocks that a token sees, those near it included.
+        local_blocks: number of blocks that a token sees anyway: its own and those before it.
+    """
+
+    index_head_dim: int
+    block_size: int
+    top_blocks: int
+    local_blocks: int = 1
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_positive(self, "index_head_dim", "block_size", "top_blocks")
+        if not 0 <= self.local_blocks <= self.top_blocks:
+            raise ValueError(
+                f"the blocks near a token are among the {self.top_blocks} that it sees; got local_blocks={self.local_blocks}"
+            )
+        if self.rope is not None and self.rope.rotary_dim > self.index_head_dim:
+            raise ValueError(
+                f"the indexer's queries and key rotate as heads do, in their first {self.rope.rotary_dim} dims; got "
+                f"index_head_dim={self.index_head_dim}"
+            )

@@ -1,9 +1,11 @@
 """Grouped-query attention with a key/value cache, heads over tp and sequences over dp and ep.
 
 Letters here, beside the common ones of docs/concepts/letters.md: H query heads, G key/value heads, q query heads of one
-key/value head, h head_dim, v width of a value, C positions of the cache. On a device H and G are its own.
+key/value head, h head_dim, v width of a value, C positions of the cache, s some of the S positions. On a device H and G are
+its own.
 """
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -21,6 +23,18 @@ from jaxmoe.rotary.apply import apply_rope
 
 # Queries of a long prompt are taken this many at a time, which bounds the score matrix.
 _QUERY_BLOCK = 512
+
+
+class ChosenKeys(NamedTuple):
+    """A choice of the keys that each token sees, computed for some tokens at a time.
+
+    Attributes:
+        by: [B, S, ...], what the choice is made by, for each token.
+        choose: function of `by` of s of the tokens, and of their positions [B, s], to bool [B, G, s, C].
+    """
+
+    by: jax.Array
+    choose: Callable[[jax.Array, jax.Array], jax.Array]
 
 
 class KVCache(NamedTuple):
@@ -42,29 +56,34 @@ def attend(
     scale: float,
     mask: AttentionMask | None = None,
     sinks_H: jax.Array | None = None,
+    chosen: ChosenKeys | None = None,
 ) -> jax.Array:
     """softmax(scale · q kᵀ + causal mask) v, the softmax in float32; returns [B, S, H, v].
 
-    A query at position t sees the keys at indices 0..t, or with a mask those from `mask.first_seen(t)` on. Indices beyond
-    t may hold anything finite. A head's sink is one more logit that takes its share of the softmax and adds nothing
-    (Xiao et al. 2023, arXiv:2309.17453).
+    A query at position t sees the keys at indices 0..t, or with a mask those from `mask.first_seen(t)` on, and of these
+    the chosen ones where there is a choice. Indices beyond t may hold anything finite. A head's sink is one more logit that
+    takes its share of the softmax and adds nothing (Xiao et al. 2023, arXiv:2309.17453).
     """
     B, S, H, h = q_BSHh.shape
     G, C = k_BGCh.shape[1:3]
     index_11C = jnp.arange(C, dtype=jnp.int32)[None, None]
 
-    def block(q_BsHh: jax.Array, positions_Bs: jax.Array) -> jax.Array:
+    def block(q_BsHh: jax.Array, positions_Bs: jax.Array, *by_Bs: jax.Array) -> jax.Array:
         q_BsGqh = q_BsHh.reshape(B, -1, G, H // G, h)
         scores = jnp.einsum("bsgqh,bgch->bgqsc", q_BsGqh, k_BGCh, preferred_element_type=jnp.float32) * scale
         seen_BsC = index_11C <= positions_Bs[..., None]
         if mask is not None:
             seen_BsC &= index_11C >= mask.first_seen(positions_Bs[..., None])
-        scores = jnp.where(seen_BsC[:, None, None], scores, -jnp.inf)
+        seen_BGsC = seen_BsC[:, None]
+        if chosen is not None:
+            seen_BGsC = seen_BGsC & chosen.choose(by_Bs[0], positions_Bs)
+        scores = jnp.where(seen_BGsC[:, :, None], scores, -jnp.inf)
         probabilities = _softmax(scores, sinks_H).astype(v_BGCv.dtype)
         return jnp.einsum("bgqsc,bgcv->bsgqv", probabilities, v_BGCv).reshape(B, -1, H, v_BGCv.shape[-1])
 
+    by = () if chosen is None else (chosen.by,)
     if S <= _QUERY_BLOCK:
-        return block(q_BSHh, positions_BS)
+        return block(q_BSHh, positions_BS, *by)
     blocks = -(-S // _QUERY_BLOCK)
     padding = blocks * _QUERY_BLOCK - S
 
@@ -72,7 +91,7 @@ def attend(
         padded = jnp.pad(x, [(0, 0), (0, padding)] + [(0, 0)] * (x.ndim - 2))
         return jnp.moveaxis(padded.reshape(B, blocks, _QUERY_BLOCK, *x.shape[2:]), 1, 0)
 
-    out = jax.lax.map(lambda args: block(*args), (split(q_BSHh), split(positions_BS)))
+    out = jax.lax.map(lambda args: block(*args), tuple([split(x) for x in (q_BSHh, positions_BS, *by)]))
     return jnp.moveaxis(out, 0, 1).reshape(B, -1, H, v_BGCv.shape[-1])[:, :S]
 
 
@@ -160,22 +179,23 @@ class Attention(nnx.Module):
             w: dict[str, jax.Array], x_BSD: jax.Array, positions_BS: jax.Array, cache: KVCache | None
         ) -> tuple[jax.Array, KVCache | None]:
             q_BSHh, k_BSGh, v_BSGv, gate_BSHh = self._project(w, x_BSD, positions_BS)
-            k_BGSh, v_BGSv = k_BSGh.swapaxes(1, 2), v_BSGv.swapaxes(1, 2)
+            new = self.entries(w, x_BSD, positions_BS, KVCache(k_BSGh.swapaxes(1, 2), v_BSGv.swapaxes(1, 2)))
             if cache is not None and decode:
                 position_B = positions_BS[:, 0]
-                cache = KVCache(write_token(cache.k, k_BGSh, position_B), write_token(cache.v, v_BGSv, position_B))
+                cache = jax.tree.map(lambda old, one: write_token(old, one, position_B), cache, new)
             elif cache is not None:
-                cache = KVCache(write_prompt(cache.k, k_BGSh), write_prompt(cache.v, v_BGSv))
-            keys, values = cache if cache is not None and decode else (k_BGSh, v_BGSv)
+                cache = jax.tree.map(write_prompt, cache, new)
+            seen = cache if cache is not None and decode else new
             config = self.config
             o_BSHv = attend(
                 q_BSHh,
-                keys,
-                values,
+                seen.k,
+                seen.v,
                 positions_BS,
                 scale=config.head_dim**-0.5 if config.scale is None else config.scale,
                 mask=config.mask,
                 sinks_H=w.get("sinks"),
+                chosen=self.chosen(w, x_BSD, positions_BS, seen),
             )
             if gate_BSHh is not None:
                 o_BSHv = o_BSHv * jax.nn.sigmoid(gate_BSHh)
@@ -191,6 +211,18 @@ class Attention(nnx.Module):
             out_specs=(P(batch), cache_spec),
             check_vma=False,
         )(weights, x_BSD, positions_BS, cache)
+
+    def entries(self, w: dict[str, jax.Array], x_BSD: jax.Array, positions_BS: jax.Array, new: KVCache) -> Any:
+        """The cache's entries for these tokens, from their keys and values; a subclass may keep more."""
+        del w, x_BSD, positions_BS
+        return new
+
+    def chosen(
+        self, w: dict[str, jax.Array], x_BSD: jax.Array, positions_BS: jax.Array, seen: Any
+    ) -> ChosenKeys | None:
+        """The choice of the keys in `seen`, entries of a cache, that these tokens see; None for all that the mask allows."""
+        del w, x_BSD, positions_BS, seen
+        return None
 
     def _project(
         self, w: dict[str, jax.Array], x_BSD: jax.Array, positions_BS: jax.Array

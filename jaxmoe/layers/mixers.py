@@ -8,8 +8,17 @@ from typing import Any, Protocol
 
 import jax
 
-from jaxmoe.config import AttentionConfig, GatedDeltaNetConfig, Mamba2Config, MambaConfig, MLAConfig, TokenMixerConfig
+from jaxmoe.config import (
+    AttentionConfig,
+    BlockSparseAttentionConfig,
+    GatedDeltaNetConfig,
+    Mamba2Config,
+    MambaConfig,
+    MLAConfig,
+    TokenMixerConfig,
+)
 from jaxmoe.layers.attention import Attention
+from jaxmoe.layers.block_sparse import BlockSparseAttention
 from jaxmoe.layers.gated_delta_net import GatedDeltaNet
 from jaxmoe.layers.mamba import Mamba
 from jaxmoe.layers.mamba2 import Mamba2
@@ -37,6 +46,7 @@ class TokenMixer(Protocol):
 
 TOKEN_MIXERS: dict[type[TokenMixerConfig], Callable[..., TokenMixer]] = {
     AttentionConfig: Attention,
+    BlockSparseAttentionConfig: BlockSparseAttention,
     GatedDeltaNetConfig: GatedDeltaNet,
     Mamba2Config: Mamba2,
     MambaConfig: Mamba,

@@ -6,10 +6,11 @@ from flax import nnx
 from jax.sharding import PartitionSpec as P
 
 from jaxmoe.config import MLPConfig
+from jaxmoe.kernels.grouped_matmul.combine import combine_halves
 from jaxmoe.layers.param import ParamFactory, zeros
 from jaxmoe.layers.weights import WeightSpecs
 from jaxmoe.mesh import auto_mesh
-from jaxmoe.numerics import ACTIVATIONS, sum_dtype
+from jaxmoe.numerics import sum_dtype
 
 
 class MLP(nnx.Module):
@@ -27,11 +28,11 @@ class MLP(nnx.Module):
             self.b_up = param((width,), tp, init=zeros)
             self.b_down = param((hidden,), init=zeros)
         self.config, self.specs = config, WeightSpecs.of(self)
+        self.combine = combine_halves(config.activation, config.activation_limit, gated=config.gated)
         self.mesh, self.tp_axes = auto_mesh(param.mesh), param.axes.tp
 
     def __call__(self, x_BSD: jax.Array, batch: tuple[str, ...]) -> jax.Array:
         """Map x [B, S, D], its batch dim sharded over the axes `batch`, to [B, S, D]."""
-        activation = ACTIVATIONS[self.config.activation]
         weights, specs = self.specs.weights(self)
 
         def local(w: dict[str, jax.Array], x_BSD: jax.Array) -> jax.Array:
@@ -39,7 +40,7 @@ class MLP(nnx.Module):
                 y_BSF = jnp.einsum("bsd,fd->bsf", x_BSD, w[f"w_{name}"])
                 return y_BSF + w[f"b_{name}"][None, None] if self.config.bias else y_BSF
 
-            h_BSF = activation(project("gate")) * project("up") if self.config.gated else activation(project("up"))
+            h_BSF = self.combine.halves(*(project(name) for name in (("gate", "up") if self.config.gated else ("up",))))
             y_BSD = jnp.einsum("bsf,df->bsd", h_BSF, w["w_down"], preferred_element_type=sum_dtype(x_BSD.dtype))
             y_BSD = jax.lax.psum(y_BSD, self.tp_axes).astype(x_BSD.dtype)
             return y_BSD + w["b_down"][None, None] if self.config.bias else y_BSD

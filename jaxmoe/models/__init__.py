@@ -21,6 +21,7 @@ from jaxmoe.models.jamba import JAMBA
 from jaxmoe.models.llama4 import LLAMA4_TEXT
 from jaxmoe.models.mimo_v2_flash import MIMO_V2_FLASH
 from jaxmoe.models.minimax_m2 import MINIMAX_M2
+from jaxmoe.models.minimax_m3 import MINIMAX_M3, MINIMAX_M3_TEXT
 from jaxmoe.models.mixtral import MIXTRAL
 from jaxmoe.models.nemotron_h import NEMOTRON_H
 from jaxmoe.models.olmoe import OLMOE
@@ -63,6 +64,8 @@ FAMILIES: dict[str, Family] = {
         KIMI_K2,
         MIMO_V2_FLASH,
         MINIMAX_M2,
+        MINIMAX_M3,
+        MINIMAX_M3_TEXT,
         LLAMA4_TEXT,
         MIXTRAL,
         NEMOTRON_H,

@@ -103,6 +103,8 @@ class Family:
             multi-token-prediction layers, 61|62.
         spellings: parts of names that mean the same, where transformers calls a module otherwise than files do: an
             adapter's names are looked for in each spelling.
+        written: form of the experts that is written whichever is asked for, where transformers reads one only; None for
+            either. Both are read here.
         wrapper: multimodal model that a checkpoint is of; None where it is of the text model alone.
     """
 
@@ -113,6 +115,7 @@ class Family:
     ignored: Mapping[str, str]
     spellings: tuple[tuple[str, ...], ...] = ()
     renamed_experts: ExpertTensors | None = None
+    written: Form | None = None
     wrapper: Wrapper | None = None
 
     def ignored_in(self, config: DecoderConfig) -> dict[str, str]:

@@ -20,6 +20,8 @@ from jaxmoe.config import (
 )
 from jaxmoe.rotary import read_rope
 
+_SWIGLU_ALPHA = 1.702
+
 
 def read_heads(config: Mapping[str, Any], *head_dim_names: str) -> dict[str, Any]:
     """Read the number of heads and their width, as fields of an `AttentionConfig`.
@@ -105,6 +107,20 @@ def read_mlp(config: Mapping[str, Any], width: int, *, bias: bool = False) -> ML
         activation=pick(config, "hidden_act", default="silu"),
         bias=bias,
     )
+
+
+def read_swiglu_limit(config: Mapping[str, Any]) -> float:
+    """Read the limit of a clamped activation, as gpt-oss has it.
+
+    Raises:
+        ValueError: the factor in its sigmoid, which is part of the activation here, is another than that of released models.
+    """
+    alpha = pick(config, "swiglu_alpha", default=_SWIGLU_ALPHA)
+    if alpha != _SWIGLU_ALPHA:
+        raise ValueError(
+            f"the experts of {config['model_type']} have the factor {_SWIGLU_ALPHA} in their sigmoid; swiglu_alpha={alpha}"
+        )
+    return float(pick(config, "swiglu_limit", default=7.0))
 
 
 def read_moe(

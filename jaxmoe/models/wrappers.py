@@ -121,6 +121,15 @@ WRAPPERS: dict[str, Wrapper] = {
             ignored={"vision part": r"(vision_model|multi_modal_projector)\..*"},
             tied_by="text",
         ),
+        # As released, and as transformers 5 holds it.
+        Wrapper(
+            model_type="minimax_m3_vl",
+            text="minimax_m3_vl_text",
+            aliases=("minimax_m3",),
+            architecture="MiniMaxM3VLForCausalLM",
+            prefixes=(("model.language_model.", "model."), ("language_model.", "")),
+            ignored={"vision part": r"(model\.)?(vision_tower|multi_modal_projector|patch_merge_mlp)\..*"},
+        ),
         Wrapper(
             model_type="qwen3_5_moe",
             text="qwen3_5_moe_text",

@@ -17,7 +17,23 @@ from jaxmoe.models import Decoder, get_family
 from jaxmoe.planning.memory import Plan, plan_config
 from jaxmoe.planning.steps import CompiledStep, compile_steps
 from jaxmoe.planning.topology import gpu_topology
-from tests.support.published import DEEPSEEK_V3, GPT_OSS_120B, MIMO_V2_FLASH, MIXTRAL_8X7B, QWEN3_30B, first_layers
+from tests.support.published import (
+    DEEPSEEK_V3,
+    GPT_OSS_120B,
+    MIMO_V2_FLASH,
+    MINIMAX_M3,
+    MIXTRAL_8X7B,
+    QWEN3_30B,
+    first_layers,
+)
+
+# One layer with an indexer and routed experts.
+M3_LAYER = {
+    **MINIMAX_M3,
+    "num_hidden_layers": 1,
+    "moe_layer_freq": [1],
+    "sparse_attention_config": {"sparse_attention_freq": [1]},
+}
 
 MB = 2**20
 BATCH, PROMPT, LENGTH = 8, 1024, 2048
@@ -48,6 +64,7 @@ CASES = {
         {"tp": 4, "ep": 8},
         {"prefill": 640, "decode": 2},
     ),
+    "minimax-m3, tp 4 ep 8 on 4 hosts": (M3_LAYER, "h100", 32, 4, {"tp": 4, "ep": 8}, {"prefill": 602, "decode": 3}),
 }
 
 

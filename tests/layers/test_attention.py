@@ -6,13 +6,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from flax import nnx
 
 from jaxmoe.config import AttentionConfig, Chunks, QueryKeyNorm, SlidingWindow
-from jaxmoe.layers import Attention, ParamFactory, param_specs, params_by_path
+from jaxmoe.layers import Attention, ParamFactory
 from jaxmoe.layers.attention import attend
 from jaxmoe.layers.cache import write_prompt, write_token
 from jaxmoe.rotary import RopeConfig
+from tests.support.layers import fill
 from tests.support.meshes import mesh_of
 
 B, H, G, C, WIDTH = 2, 4, 2, 9, 6
@@ -63,16 +63,6 @@ def test_more_queries_than_are_taken_at_a_time():
     positions = np.arange(515)[None]
     out = attend(*map(jnp.float32, (q, k, v)), jnp.asarray(positions), scale=1.0, mask=SlidingWindow(size=7))
     np.testing.assert_allclose(out, expected(q, k, v, positions, 1.0, mask=SlidingWindow(size=7)), atol=2e-6)
-
-
-def fill(module: nnx.Module) -> None:
-    """Give an abstract module the values that it would have from one checkpoint, whatever its mesh."""
-    rng = np.random.default_rng(2)
-    for spec, param in zip(param_specs(module), params_by_path(module).values(), strict=True):
-        rows = spec.rows or tuple(range(spec.shape[0]))
-        groups = spec.source_groups or spec.shape[0]
-        source = rng.normal(size=(groups, spec.shape[0] // len(rows), *spec.shape[1:])).astype(np.float32)
-        param.set_value(jax.device_put(source[list(rows)].reshape(spec.shape), spec.sharding))
 
 
 @pytest.mark.parametrize("kv_heads", [4, 1])

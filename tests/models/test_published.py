@@ -1,16 +1,21 @@
 """Whole published models: how many parameters they have, and what their layers are."""
 
+import dataclasses
 from typing import Any
 
 import pytest
 
-from jaxmoe.config import DecoderConfig, MoEConfig
+from jaxmoe.config import BlockSparseAttentionConfig, DecoderConfig, MoEConfig
 from jaxmoe.models import find_family
 from jaxmoe.planning.memory import plan_config
-from tests.support.published import MIMO_V2_FLASH
+from tests.support.published import MIMO_V2_FLASH, MINIMAX_M3
 
 # Config, and parameters in billions as its publisher gives them.
-MODELS = {"mimo-v2-flash": (MIMO_V2_FLASH, 309)}
+MODELS = {
+    "mimo-v2-flash": (MIMO_V2_FLASH, 309),
+    # 428 with its vision part.
+    "minimax-m3": (MINIMAX_M3, 426),
+}
 
 
 def read(raw: dict[str, Any]) -> DecoderConfig:
@@ -65,3 +70,71 @@ def test_mimo_is_the_same_in_the_spelling_of_transformers():
         if name not in of_their_own and not name.startswith(("swa_", "add_", "sliding_window"))
     }
     assert read({**rest, **theirs}) == read(MIMO_V2_FLASH)
+
+
+def test_layers_of_minimax_m3_choose_blocks_of_keys_behind_the_first_three():
+    layers = read(MINIMAX_M3).layers
+    for i, layer in enumerate(layers):
+        assert (
+            isinstance(layer.feed_forward, MoEConfig)
+            == isinstance(layer.attention, BlockSparseAttentionConfig)
+            == (i > 2)
+        )
+    indexer = layers[3].attention
+    assert (indexer.index_head_dim, indexer.block_size, indexer.top_blocks, indexer.local_blocks) == (128, 128, 16, 1)
+    assert indexer.rope.rotary_dim == 64
+    assert layers[0].feed_forward.activation_limit == layers[3].feed_forward.shared.activation_limit == 7.0
+
+
+def test_minimax_m3_is_the_same_in_the_spelling_of_transformers():
+    kinds = ["minimax_m3_sparse" if i > 2 else "full_attention" for i in range(60)]
+    theirs = {
+        "model_type": "minimax_m3_vl_text",
+        "hidden_act": "silu",
+        "layer_types": kinds,
+        "mlp_layer_types": ["sparse" if i > 2 else "dense" for i in range(60)],
+        "rope_parameters": {"rope_type": "default", "rope_theta": 5e6, "partial_rotary_factor": 0.5},
+        "index_n_heads": 4,
+        "index_head_dim": 128,
+        "index_block_size": 128,
+        "index_topk_blocks": 16,
+        "index_local_blocks": 1,
+    }
+    of_their_own = ("moe_layer_freq", "sparse_attention_config", "rope_theta", "partial_rotary_factor", "scoring_func")
+    rest = {name: value for name, value in MINIMAX_M3.items() if name not in of_their_own}
+    assert dataclasses.replace(read({**rest, **theirs}), model_type="minimax_m3") == read(MINIMAX_M3)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"attention_output_gate": True}, "known with attention_output_gate=False alone"),
+        ({"sparse_attention_config": {"sparse_num_index_heads": 8, "sparse_attention_freq": [1] * 60}}, "gives it 8"),
+        (
+            {"sparse_attention_config": {"sparse_disable_index_value": [0] * 60, "sparse_attention_freq": [1] * 60}},
+            "has no values",
+        ),
+        ({"sparse_attention_config": {"sparse_score_type": "mean"}}, "known with sparse_score_type='max' alone"),
+        ({"sparse_attention_config": {"sparse_attention_freq": [2] * 60}}, "has 0 or 1 for each of the 60 layers"),
+        ({"swiglu_alpha": 1.0}, "have the factor 1.702 in their sigmoid"),
+        ({"hidden_act": "gelu"}, "hidden_act='gelu'"),
+    ],
+)
+def test_what_minimax_m3_does_not_do_is_refused(changes, message):
+    with pytest.raises(ValueError, match=message):
+        read({**MINIMAX_M3, **changes})
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"sliding_window": 64}, "are of one window; they are 128 and 64"),
+        ({"n_shared_experts": 1}, "has no shared experts"),
+        ({"rope_parameters": {"rope_type": "yarn"}}, "are given for each of .* config.json has rope_type beside them"),
+        ({"hybrid_layer_pattern": [0]}, "hybrid_layer_pattern in config.json has 0 or 1 for each of the 48 layers"),
+        ({"mlp_layer_types": ["moe"] * 48}, "mlp_layer_types of mimo_v2_flash are sparse and dense"),
+    ],
+)
+def test_what_mimo_does_not_do_is_refused(changes, message):
+    with pytest.raises(ValueError, match=message):
+        read({**MIMO_V2_FLASH, **changes})

@@ -108,6 +108,11 @@ def test_logits_and_greedy_tokens(case, mesh_shape, placement, form):
         ("gemma4_text", {"enable_moe_block": False, "tie_word_embeddings": False, "rope_parameters": None}),
         ("mimo_v2_flash", {"attention_bias": False, "attention_value_scale": None, "sliding_window_size": 3}),
         ("mimo_v2_flash", {"n_routed_experts": 12, "n_group": 3, "topk_group": 2, "rope_parameters": None}),
+        ("minimax_m3_vl_text", {"index_topk_blocks": 2, "index_local_blocks": 2, "tie_word_embeddings": True}),
+        (
+            "minimax_m3_vl_text",
+            {"index_local_blocks": 0, "index_block_size": 3, "rope_parameters": None, "index_head_dim": 8},
+        ),
         ("jamba", {"mamba_proj_bias": False, "mamba_conv_bias": False, "mamba_dt_rank": "auto"}),
         ("nemotron_h", {"moe_latent_size": None, "use_bias": False, "mlp_bias": False, "use_conv_bias": False}),
         ("nemotron_h", {"n_groups": 1, "n_routed_experts": 12, "n_group": 3, "topk_group": 2, "norm_topk_prob": False}),

@@ -107,6 +107,8 @@ def _module(config: LoraConfig, module: str, pairs: list[_Pair], target: "_Check
         return [_one_expert(config, pairs[0], target, expert[1], int(expert[2]), expert[3])]
     if parameters:
         return _fused(config, pairs, target, parameters)
+    if len(pairs) == 1 and (updates := _gate_and_up(config, pairs[0], target)):
+        return updates
     hint = "is the adapter for this model, and does its configuration list all target_parameters?"
     raise target.missing("an adapted module", weight, hint)
 
@@ -276,6 +278,49 @@ def _one_expert(
         rank_b=slice(0, rank),
         scale=config.scale_of(pair.module),
     )
+
+
+def _gate_and_up(config: LoraConfig, pair: _Pair, target: _Checkpoint) -> list[LowRankUpdate]:
+    """The updates of a dense MLP's gate and up, one matrix in the adapter and two in the checkpoint, or the reverse.
+
+    Gate's rows come before up's. There are none where the checkpoint has neither.
+    """
+    mlp, _, part = pair.module.rpartition(".")
+    halves = [target.find(f"{mlp}.{half}_proj.weight") for half in ("gate", "up")]
+    joined = target.find(f"{mlp}.gate_up_proj.weight")
+    out, inputs = pair.shape_b[0], pair.shape_a[1]
+    places: list[tuple[str, Box, int]] = []  # of each target its name, the region, and the first row of B for it
+    if part == "gate_up_proj" and None not in halves:
+        start = 0
+        for name in filter(None, halves):
+            rows = target.tensors[name][0]
+            places.append((name, ((0, rows), (0, inputs)), start))
+            start += rows
+    elif part in ("gate_proj", "up_proj") and joined is not None:
+        start = out if part == "up_proj" else 0
+        places.append((joined, ((start, start + out), (0, inputs)), 0))
+    rows_of_both = sum(target.tensors[name][0] for name, _, _ in places)
+    fits = rows_of_both == (out if part == "gate_up_proj" else 2 * out)
+    if not (fits and all(target.tensors[name][1:] == (inputs,) for name, _, _ in places)) and places:
+        raise CheckpointError(
+            f"B·A must have the rows of gate, of up, or of both; that of {pair.module!r} has the shape {(out, inputs)}, and "
+            f"{places[0][0]!r} has {target.tensors[places[0][0]]}"
+        )
+    rank = _check_rank(config, pair, pair.module) if places else 0
+    return [
+        LowRankUpdate(
+            target=name,
+            box=box,
+            expert=None,
+            a=pair.a,
+            b=pair.b,
+            rank_a=slice(0, rank),
+            rank_b=slice(0, rank),
+            scale=config.scale_of(pair.module),
+            out_start=out_start,
+        )
+        for name, box, out_start in places
+    ]
 
 
 def _fused(config: LoraConfig, pairs: list[_Pair], target: _Checkpoint, parameters: list[str]) -> list[LowRankUpdate]:
