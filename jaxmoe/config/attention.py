@@ -110,6 +110,8 @@ class AttentionConfig(TokenMixerConfig):
         v_norm: whether values are RMS-normalized, each head on its own and without a weight.
         output_gate: whether each query head has a gate beside it in the query projection, whose sigmoid multiplies the
             head's output.
+        head_gates: whether each query head has one number from a projection of its own, whose sigmoid multiplies the
+            head's output.
     """
 
     num_heads: int
@@ -128,6 +130,7 @@ class AttentionConfig(TokenMixerConfig):
     value_scale: float | None = None
     v_norm: bool = False
     output_gate: bool = False
+    head_gates: bool = False
 
     def __post_init__(self) -> None:
         check_positive(self, "num_heads", "num_kv_heads", "head_dim")

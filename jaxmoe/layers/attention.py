@@ -139,6 +139,8 @@ class Attention(nnx.Module):
         elif norm is not None and norm.over == "full":
             self.q_norm = param((config.num_heads * h,), TP, init=ones)
             self.k_norm = param((self.kv_heads * h,), TP, init=ones, rows=kv_rows)
+        if config.head_gates:
+            self.w_head_gate = param((config.num_heads, hidden_size), TP, None)
         if config.sinks:
             self.sinks = param((config.num_heads,), TP, init=zeros)
         self.specs = WeightSpecs.of(self)
@@ -199,6 +201,8 @@ class Attention(nnx.Module):
             )
             if gate_BSHh is not None:
                 o_BSHv = o_BSHv * jax.nn.sigmoid(gate_BSHh)
+            if config.head_gates:
+                o_BSHv = o_BSHv * jax.nn.sigmoid(jnp.einsum("bsd,hd->bsh", x_BSD, w["w_head_gate"]))[..., None]
             o_BSA = o_BSHv.reshape(*o_BSHv.shape[:2], -1)
             y_BSD = jnp.einsum("bsa,da->bsd", o_BSA, w["w_o"], preferred_element_type=jnp.float32)
             y_BSD = jax.lax.psum(y_BSD, TP).astype(x_BSD.dtype)

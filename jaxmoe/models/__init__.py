@@ -31,6 +31,7 @@ from jaxmoe.models.qwen2_moe import QWEN2_MOE
 from jaxmoe.models.qwen3_5_moe import QWEN3_5_MOE_TEXT
 from jaxmoe.models.qwen3_moe import QWEN3_MOE
 from jaxmoe.models.qwen3_next import QWEN3_NEXT
+from jaxmoe.models.step3p5 import STEP3P5
 from jaxmoe.models.wrappers import WRAPPERS, Wrapper
 
 __all__ = [
@@ -75,6 +76,7 @@ FAMILIES: dict[str, Family] = {
         QWEN3_5_MOE_TEXT,
         QWEN3_MOE,
         QWEN3_NEXT,
+        STEP3P5,
     )
 }
 

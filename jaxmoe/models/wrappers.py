@@ -25,6 +25,7 @@ class Wrapper:
         ignored: rule name -> regular expression (of whole tensor names) for tensors outside of the text part.
         tied_by: config whose ``tie_word_embeddings`` counts, the one that the output projection belongs to.
         fused_either_way: whether fused experts may be (out, in) or (in, out); their shapes tell.
+        flat: whether config.json may have the text part's settings beside its own, without a ``text_config``.
     """
 
     model_type: str
@@ -36,6 +37,7 @@ class Wrapper:
     aliases: tuple[str, ...] = ()
     settings: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     fused_either_way: bool = False
+    flat: bool = False
 
     def text_name(self, name: str) -> str:
         """Give the family's name for a tensor of the text part; any other name stays as it is.
@@ -65,6 +67,8 @@ class Wrapper:
             ValueError: `config` has no ``text_config``.
         """
         text = config.get("text_config")
+        if text is None and self.flat:
+            text = {name: value for name, value in config.items() if name not in ("model_type", "vision_config")}
         if not isinstance(text, dict):
             raise ValueError(f"the config.json of {self.model_type} has a text_config, with the sizes; it is {text!r}")
         # Special tokens and the dtype stand on either level; transformers looks at the outer one first.
@@ -147,6 +151,18 @@ WRAPPERS: dict[str, Wrapper] = {
             prefixes=(("model.language_model.", "model."),),
             ignored={"vision part": r"model\.visual\..*"},
             fused_either_way=True,
+        ),
+        # Step-3.7-Flash. As released, where names of the text part have no prefix, and as transformers 5 holds it.
+        Wrapper(
+            model_type="step3p7",
+            text="step3p5",
+            architecture="Step3p5ForCausalLM",
+            prefixes=(("model.language_model.", "model."),),
+            ignored={
+                "vision part": r"(model\.)?vision_model\..*",
+                "projector": r"(model\.multi_modal_projector|vit_large_projector)\..*",
+            },
+            flat=True,
         ),
     )
 }

@@ -24,9 +24,22 @@ from tests.support.published import (
     MINIMAX_M3,
     MIXTRAL_8X7B,
     QWEN3_30B,
+    STEP_3_7_FLASH,
     first_layers,
 )
 
+# The last layers of Step, in which experts are clamped.
+STEP_LAYERS = {
+    **STEP_3_7_FLASH["text_config"],
+    "num_hidden_layers": 2,
+    "num_nextn_predict_layers": 0,
+    "layer_types": ["sliding_attention", "full_attention"],
+    "rope_theta": [10000.0, 5000000.0],
+    "partial_rotary_factors": [1.0, 0.5],
+    "moe_layers_enum": "0,1",
+    "swiglu_limits": [7.0, 7.0],
+    "swiglu_limits_shared": [16.0, 16.0],
+}
 # One layer with an indexer and routed experts.
 M3_LAYER = {
     **MINIMAX_M3,
@@ -64,6 +77,7 @@ CASES = {
         {"tp": 4, "ep": 8},
         {"prefill": 640, "decode": 2},
     ),
+    "step-3.7-flash, tp 4 ep 2": (STEP_LAYERS, "h100", 8, 1, {"tp": 4, "ep": 2}, {"prefill": 1952, "decode": 7}),
     "minimax-m3, tp 4 ep 8 on 4 hosts": (M3_LAYER, "h100", 32, 4, {"tp": 4, "ep": 8}, {"prefill": 602, "decode": 3}),
 }
 

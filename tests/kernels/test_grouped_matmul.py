@@ -57,7 +57,7 @@ def test_reference_is_a_loop_over_rows():
 @each_regime
 @pytest.mark.parametrize(
     ("activation", "limit", "gated"),
-    [*product(["silu", "relu2"], [None], [True, False]), ("clamped_swiglu", 0.7, True)],
+    [*product(["silu", "relu2"], [None], [True, False]), ("clamped_swiglu", 0.7, True), ("limited_swiglu", 0.3, True)],
 )
 def test_biases_and_other_expert_functions(backend, R, activation, limit, gated):
     sizes, halves = [R // 3, 0, 3, 1, 0, 3], 2 if gated else 1  # the last row is of no group
@@ -71,6 +71,8 @@ def test_biases_and_other_expert_functions(backend, R, activation, limit, gated)
         if activation == "clamped_swiglu":
             gate, up = np.minimum(halves_F[0], limit), np.clip(halves_F[1], -limit, limit)
             h_F = (up + 1) * gate / (1 + np.exp(-1.702 * gate))
+        elif activation == "limited_swiglu":
+            h_F = np.minimum(halves_F[0] / (1 + np.exp(-halves_F[0])), limit) * np.clip(halves_F[1], -limit, limit)
         else:
             first = halves_F[0]
             h_F = first / (1 + np.exp(-first)) if activation == "silu" else np.maximum(first, 0) ** 2

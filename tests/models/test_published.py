@@ -3,18 +3,21 @@
 import dataclasses
 from typing import Any
 
+import numpy as np
 import pytest
 
 from jaxmoe.config import BlockSparseAttentionConfig, DecoderConfig, MoEConfig
 from jaxmoe.models import find_family
 from jaxmoe.planning.memory import plan_config
-from tests.support.published import MIMO_V2_FLASH, MINIMAX_M3
+from tests.support.published import MIMO_V2_FLASH, MINIMAX_M3, STEP_3_7_FLASH
 
 # Config, and parameters in billions as its publisher gives them.
 MODELS = {
     "mimo-v2-flash": (MIMO_V2_FLASH, 309),
     # 428 with its vision part.
     "minimax-m3": (MINIMAX_M3, 426),
+    # Given as a backbone of 196 and a head of 0.8.
+    "step-3.7-flash": (STEP_3_7_FLASH, 197),
 }
 
 
@@ -138,3 +141,67 @@ def test_what_minimax_m3_does_not_do_is_refused(changes, message):
 def test_what_mimo_does_not_do_is_refused(changes, message):
     with pytest.raises(ValueError, match=message):
         read({**MIMO_V2_FLASH, **changes})
+
+
+def test_layers_of_step_have_heads_rotations_and_limits_of_their_own():
+    config = read(STEP_3_7_FLASH)
+    assert (len(config.layers), config.num_mtp_layers) == (45, 3)
+    for i, layer in enumerate(config.layers):
+        attention, moe = layer.attention, layer.feed_forward
+        assert (attention.num_heads, attention.num_kv_heads) == ((96, 8) if i % 4 else (64, 8))
+        assert (attention.mask is not None) == bool(i % 4)
+        assert attention.rope.rotary_dim == (128 if i % 4 else 64)
+        assert isinstance(moe, MoEConfig) == (i > 2)
+        if i > 2:
+            assert (moe.activation_limit, moe.shared.activation_limit) == ((7.0, 16.0) if i > 42 else (None, None))
+    # The scaling is of full layers: theirs are slower by half at the end.
+    slowest = [layer.attention.rope.frequencies[-1] for layer in config.layers[:2]]
+    np.testing.assert_allclose(slowest, [5e6 ** -(62 / 64) / 2, 1e4 ** -(126 / 128)], rtol=1e-6)
+
+
+def test_step_is_the_same_in_the_spelling_of_transformers():
+    released = STEP_3_7_FLASH["text_config"]
+    scaling = released["rope_scaling"]
+    same = (
+        "vocab_size hidden_size num_hidden_layers num_nextn_predict_layers num_attention_heads head_dim sliding_window "
+        "intermediate_size moe_intermediate_size moe_router_scaling_factor max_position_embeddings"
+    ).split()
+    theirs = {
+        "model_type": "step3p5",
+        "layer_types": released["layer_types"][:45],
+        "mlp_layer_types": ["sparse" if i > 2 else "dense" for i in range(45)],
+        "num_sliding_attention_heads": 96,
+        "per_layer_config": {str(i): {"num_attention_heads": 96} for i in range(45) if i % 4},
+        "num_key_value_heads": 8,
+        "query_pre_attn_scalar": 128,
+        "rope_parameters": {
+            "full_attention": {"rope_theta": 5e6, "partial_rotary_factor": 0.5, **scaling},
+            "sliding_attention": {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 1.0},
+        },
+        "n_routed_experts": 288,
+        "num_experts_per_tok": 8,
+        "share_expert_dim": 1280,
+        "swiglu_limits": released["swiglu_limits"][:45],
+        "swiglu_limits_shared": released["swiglu_limits_shared"][:45],
+    }
+    assert read({**{name: released[name] for name in same}, **theirs}) == read(STEP_3_7_FLASH)
+    # A config.json of the whole model may have the text part's settings on top.
+    flat = {**released, "model_type": "step3p7", "vision_config": {"width": 1}}
+    assert read(flat) == read(STEP_3_7_FLASH)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"zero_centered": False}, "known with zero_centered=True alone"),
+        ({"moe_layers_enum": "3,x"}, "has the indices of layers; it is '3,x'"),
+        ({"rope_theta": [1.0]}, "rope_theta has a number for each of the 45 layers; it has 1"),
+        ({"swiglu_limits": [1.0]}, "swiglu_limits in config.json has a number for each of the 45 layers"),
+        ({"hidden_act": "gelu"}, "limits of step3p5 are of silu"),
+        ({"attention_other_setting": {"head_dim": 64}}, "differ in num_attention_heads alone; .* another head_dim"),
+        ({"per_layer_config": {"45": {"num_attention_heads": 64}}}, "is by the index of a layer"),
+    ],
+)
+def test_what_step_does_not_do_is_refused(changes, message):
+    with pytest.raises(ValueError, match=message):
+        read({**STEP_3_7_FLASH["text_config"], **changes})

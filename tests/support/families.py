@@ -441,6 +441,41 @@ WRAPPERS: dict[str, dict[str, Any]] = {
         "vision_start_token_id": 99,
         "vision_end_token_id": 100,
     },
+    "step3p7": {
+        "text_config": {
+            **SMALL,
+            "num_hidden_layers": 2,
+            "layer_types": ["full_attention", "sliding_attention"],
+            "mlp_layer_types": ["dense", "sparse"],
+            "num_sliding_attention_heads": 16,
+            "head_dim": 8,
+            "sliding_window": 6,
+            "query_pre_attn_scalar": 6.0,
+            "rope_parameters": {
+                "full_attention": {"rope_type": "default", "rope_theta": 1000.0, "partial_rotary_factor": 0.5},
+                "sliding_attention": {"rope_type": "default", "rope_theta": 100.0},
+            },
+            "intermediate_size": 40,
+            "moe_intermediate_size": 24,
+            "share_expert_dim": 56,
+            "n_routed_experts": 11,
+            "num_experts_per_tok": 3,
+            "moe_router_scaling_factor": 1.5,
+            "swiglu_limits": [0.0, 1.0],
+            "swiglu_limits_shared": [0.7, None],
+            "pad_token_id": 0,
+        },
+        "vision_config": {
+            "hidden_size": 16,
+            "num_hidden_layers": 1,
+            "num_attention_heads": 2,
+            "mlp_ratio": 1.0,
+            "image_size": 8,
+            "patch_size": 4,
+            "max_position_embeddings": 4,
+        },
+        "image_token_id": 97,
+    },
 }
 
 PROMPT_LENGTHS = (21, 3, 17, 1, 9)

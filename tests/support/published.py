@@ -159,6 +159,46 @@ MINIMAX_M3 = {
     "max_position_embeddings": 1048576,
     "tie_word_embeddings": False,
 }
+# As released: lists have entries for three layers of multi-token prediction too.
+STEP_3_7_FLASH = {
+    "model_type": "step3p7",
+    "text_config": {
+        "model_type": "step3p5",
+        "vocab_size": 128896,
+        "hidden_size": 4096,
+        "num_hidden_layers": 45,
+        "num_nextn_predict_layers": 3,
+        "layer_types": ["sliding_attention" if i % 4 else "full_attention" for i in range(48)],
+        "num_attention_heads": 64,
+        "num_attention_groups": 8,
+        "head_dim": 128,
+        "attention_other_setting": {"num_attention_heads": 96, "num_attention_groups": 8, "head_dim": 128},
+        "use_head_wise_attn_gate": True,
+        "sliding_window": 512,
+        "rope_theta": [10000.0 if i % 4 else 5000000.0 for i in range(48)],
+        "partial_rotary_factors": [1.0 if i % 4 else 0.5 for i in range(48)],
+        "rope_scaling": {
+            "rope_type": "llama3",
+            "factor": 2.0,
+            "low_freq_factor": 1.0,
+            "high_freq_factor": 32.0,
+            "original_max_position_embeddings": 131072,
+        },
+        "intermediate_size": 11264,
+        "moe_layers_enum": ",".join(str(i) for i in range(3, 45)),
+        "moe_num_experts": 288,
+        "moe_top_k": 8,
+        "moe_intermediate_size": 1280,
+        "share_expert_dims": 1280,
+        "moe_router_activation": "sigmoid",
+        "moe_router_scaling_factor": 3.0,
+        "norm_expert_weight": True,
+        "use_moe_router_bias": True,
+        "swiglu_limits": [7.0 if i in (43, 44) else 0.0 for i in range(48)],
+        "swiglu_limits_shared": [16.0 if i in (43, 44) else 0.0 for i in range(48)],
+        "max_position_embeddings": 262144,
+    },
+}
 
 
 def first_layers(config: dict[str, Any], count: int) -> dict[str, Any]:

@@ -13,7 +13,7 @@ import dataclasses
 import itertools
 import re
 from collections import defaultdict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 from jaxmoe.checkpoint.boxes import Box, whole
 from jaxmoe.checkpoint.errors import CheckpointError, Problems
@@ -181,12 +181,26 @@ class _Checkpoint:
             experts, rows, columns = shape
             boxes = [((expert, expert + 1), (0, rows), (0, columns)) for expert in range(experts)]
             return shape, [_Piece(name, box, expert, 0) for expert, box in enumerate(boxes)]
+        halves = [self.find(f"{module}.{half}_proj", f"{module}.{half}_proj.weight") for half in ("gate", "up")]
+        if parameter == "gate_up_proj" and None not in halves:
+            return self.stacked(halves)
         for gate, up, down in _NAMINGS:
             parts = {"gate_up_proj": (gate, up), "down_proj": (down,), "up_proj": (up,)}.get(parameter, ())
             if parts and self.find(f"{module}.0.{parts[0]}.weight"):
                 return self.per_expert(module, parts)
         name = self.rename(f"{module}.{parameter}")
         raise self.missing("an adapted parameter, or its experts one by one,", name)
+
+    def stacked(self, names: Sequence[str | None]) -> tuple[Shape, list[_Piece]]:
+        """The same of experts in a tensor for each half, which follow each other in the fused parameter."""
+        pieces: list[_Piece] = []
+        start = experts = columns = 0
+        for name in filter(None, names):
+            experts, rows, columns = self.tensors[name]
+            for expert in range(experts):
+                pieces.append(_Piece(name, ((expert, expert + 1), (0, rows), (0, columns)), expert, start))
+            start += rows
+        return (experts, start, columns), pieces
 
     def per_expert(self, module: str, parts: tuple[str, ...]) -> tuple[Shape, list[_Piece]]:
         """The same of experts that have a tensor each, or two that follow each other in the fused parameter."""

@@ -32,8 +32,19 @@ def clamped_swiglu(gate: jax.Array, up: jax.Array, limit: float) -> jax.Array:
     return (up + 1) * gate * jax.nn.sigmoid(1.702 * gate)
 
 
+def limited_swiglu(gate: jax.Array, up: jax.Array, limit: float) -> jax.Array:
+    """min(g · sigmoid(g), limit) · u, with g the gate and u the other half within ±`limit`.
+
+    The expert function of Step-3.5's last layers.
+    """
+    return jnp.minimum(gate * jax.nn.sigmoid(gate), limit) * jnp.clip(up, -limit, limit)
+
+
 # Functions of gate, up and a limit, where the two halves are not simply act(gate) · up.
-CLAMPED: dict[str, Callable[[jax.Array, jax.Array, float], jax.Array]] = {"clamped_swiglu": clamped_swiglu}
+CLAMPED: dict[str, Callable[[jax.Array, jax.Array, float], jax.Array]] = {
+    "clamped_swiglu": clamped_swiglu,
+    "limited_swiglu": limited_swiglu,
+}
 
 
 @dataclasses.dataclass(frozen=True)
