@@ -42,6 +42,7 @@ from jaxmoe.config.token_mixers import (
     Mamba2Config,
     MambaConfig,
     MLAConfig,
+    ShortConvConfig,
     TokenMixerConfig,
 )
 
@@ -68,6 +69,7 @@ __all__ = [
     "QueryTemperature",
     "RouterConfig",
     "RouterFunction",
+    "ShortConvConfig",
     "SlidingWindow",
     "SparseMixer",
     "SumNormalization",

@@ -15,6 +15,7 @@ from jaxmoe.config import (
     Mamba2Config,
     MambaConfig,
     MLAConfig,
+    ShortConvConfig,
     TokenMixerConfig,
 )
 from jaxmoe.layers.attention import Attention
@@ -24,6 +25,7 @@ from jaxmoe.layers.mamba import Mamba
 from jaxmoe.layers.mamba2 import Mamba2
 from jaxmoe.layers.mla import LatentAttention
 from jaxmoe.layers.param import ParamFactory
+from jaxmoe.layers.short_conv import ShortConv
 
 
 class TokenMixer(Protocol):
@@ -51,6 +53,7 @@ TOKEN_MIXERS: dict[type[TokenMixerConfig], Callable[..., TokenMixer]] = {
     Mamba2Config: Mamba2,
     MambaConfig: Mamba,
     MLAConfig: LatentAttention,
+    ShortConvConfig: ShortConv,
 }
 
 

@@ -18,6 +18,7 @@ from jaxmoe.models.gpt_oss import GPT_OSS
 from jaxmoe.models.granitemoe import GRANITEMOE
 from jaxmoe.models.hunyuan_v1_moe import HUNYUAN_V1_MOE
 from jaxmoe.models.jamba import JAMBA
+from jaxmoe.models.lfm2_moe import LFM2_MOE
 from jaxmoe.models.llama4 import LLAMA4_TEXT
 from jaxmoe.models.mimo_v2_flash import MIMO_V2_FLASH
 from jaxmoe.models.minimax_m2 import MINIMAX_M2
@@ -63,6 +64,7 @@ FAMILIES: dict[str, Family] = {
         HUNYUAN_V1_MOE,
         JAMBA,
         KIMI_K2,
+        LFM2_MOE,
         MIMO_V2_FLASH,
         MINIMAX_M2,
         MINIMAX_M3,

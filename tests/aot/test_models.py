@@ -20,6 +20,7 @@ from jaxmoe.planning.topology import gpu_topology
 from tests.support.published import (
     DEEPSEEK_V3,
     GPT_OSS_120B,
+    LFM2_8B,
     MIMO_V2_FLASH,
     MINIMAX_M3,
     MIXTRAL_8X7B,
@@ -78,6 +79,14 @@ CASES = {
         {"prefill": 640, "decode": 2},
     ),
     "step-3.7-flash, tp 4 ep 2": (STEP_LAYERS, "h100", 8, 1, {"tp": 4, "ep": 2}, {"prefill": 1952, "decode": 7}),
+    "lfm2-8b, tp 2 ep 4": (
+        {**first_layers(LFM2_8B, 2), "layer_types": ["full_attention", "conv"], "num_dense_layers": 1},
+        "h100",
+        8,
+        1,
+        {"tp": 2, "ep": 4},
+        {"prefill": 345, "decode": 25},
+    ),
     "minimax-m3, tp 4 ep 8 on 4 hosts": (M3_LAYER, "h100", 32, 4, {"tp": 4, "ep": 8}, {"prefill": 602, "decode": 3}),
 }
 

@@ -113,6 +113,10 @@ def test_logits_and_greedy_tokens(case, mesh_shape, placement, form):
             "minimax_m3_vl_text",
             {"index_local_blocks": 0, "index_block_size": 3, "rope_parameters": None, "index_head_dim": 8},
         ),
+        (
+            "lfm2_moe",
+            {"conv_bias": False, "use_expert_bias": False, "norm_topk_prob": False, "tie_word_embeddings": False},
+        ),
         ("jamba", {"mamba_proj_bias": False, "mamba_conv_bias": False, "mamba_dt_rank": "auto"}),
         ("nemotron_h", {"moe_latent_size": None, "use_bias": False, "mlp_bias": False, "use_conv_bias": False}),
         ("nemotron_h", {"n_groups": 1, "n_routed_experts": 12, "n_group": 3, "topk_group": 2, "norm_topk_prob": False}),

@@ -199,6 +199,28 @@ STEP_3_7_FLASH = {
         "max_position_embeddings": 262144,
     },
 }
+LFM2_8B = {
+    "model_type": "lfm2_moe",
+    "vocab_size": 65536,
+    "hidden_size": 2048,
+    "num_hidden_layers": 24,
+    "layer_types": ["full_attention" if i in (2, 6, 10, 14, 18, 21) else "conv" for i in range(24)],
+    "conv_L_cache": 3,
+    "conv_bias": False,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "rope_theta": 1000000.0,
+    "num_dense_layers": 2,
+    "intermediate_size": 7168,
+    "moe_intermediate_size": 1792,
+    "num_experts": 32,
+    "num_experts_per_tok": 4,
+    "use_expert_bias": True,
+    "norm_topk_prob": True,
+    "routed_scaling_factor": 1.0,
+    "norm_eps": 1e-5,
+    "max_position_embeddings": 128000,
+}
 
 
 def first_layers(config: dict[str, Any], count: int) -> dict[str, Any]:
