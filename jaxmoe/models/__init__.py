@@ -16,6 +16,8 @@ from jaxmoe.models.gemma4 import GEMMA4_TEXT
 from jaxmoe.models.glm4_moe import GLM4_MOE
 from jaxmoe.models.gpt_oss import GPT_OSS
 from jaxmoe.models.granitemoe import GRANITEMOE
+from jaxmoe.models.granitemoehybrid import GRANITEMOEHYBRID
+from jaxmoe.models.granitemoeshared import GRANITEMOESHARED
 from jaxmoe.models.hunyuan_v1_moe import HUNYUAN_V1_MOE
 from jaxmoe.models.jamba import JAMBA
 from jaxmoe.models.lfm2_moe import LFM2_MOE
@@ -61,6 +63,8 @@ FAMILIES: dict[str, Family] = {
         GLM4_MOE,
         GPT_OSS,
         GRANITEMOE,
+        GRANITEMOEHYBRID,
+        GRANITEMOESHARED,
         HUNYUAN_V1_MOE,
         JAMBA,
         KIMI_K2,

@@ -182,6 +182,23 @@ BLOCK_SPARSE_EXPERTS = ExpertTensors(
     fused_down="model.layers.{layer}.mlp.experts.down_proj",
 )
 
+# The parts of a Mamba-2 layer. The projection in is one tensor, and the convolution another; their parts lie in this order.
+MAMBA2_NAMES = {
+    **{
+        f"{kind}_in_{part}": f"in_proj.{name}"
+        for kind, name in (("w", "weight"), ("b", "bias"))
+        for part in ("z", "x", "b", "c", "dt")
+    },
+    **{f"conv_{part}": "conv1d.weight" for part in "xbc"},
+    **{f"b_conv_{part}": "conv1d.bias" for part in "xbc"},
+    "a_log": "A_log",
+    "dt_bias": "dt_bias",
+    "skip": "D",
+    "out_norm": "norm.weight",
+    "w_out": "out_proj.weight",
+    "b_out": "out_proj.bias",
+}
+
 # Buffers that old exporters wrote beside the weights.
 ROTARY_BUFFERS = {"rotary buffers": r".*\.rotary_emb\.inv_freq"}
 

@@ -9,10 +9,11 @@ import pytest
 from jaxmoe.config import BlockSparseAttentionConfig, DecoderConfig, MoEConfig
 from jaxmoe.models import find_family
 from jaxmoe.planning.memory import plan_config
-from tests.support.published import LFM2_8B, MIMO_V2_FLASH, MINIMAX_M3, STEP_3_7_FLASH
+from tests.support.published import GRANITE_4_H_SMALL, LFM2_8B, MIMO_V2_FLASH, MINIMAX_M3, STEP_3_7_FLASH
 
 # Config, and parameters in billions as its publisher gives them.
 MODELS = {
+    "granite-4.0-h-small": (GRANITE_4_H_SMALL, 32),
     "lfm2-8b-a1b": (LFM2_8B, 8),
     "mimo-v2-flash": (MIMO_V2_FLASH, 309),
     # 428 with its vision part.

@@ -221,6 +221,33 @@ LFM2_8B = {
     "norm_eps": 1e-5,
     "max_position_embeddings": 128000,
 }
+GRANITE_4_H_SMALL = {
+    "model_type": "granitemoehybrid",
+    "vocab_size": 100352,
+    "hidden_size": 4096,
+    "num_hidden_layers": 40,
+    "layer_types": ["attention" if i % 10 == 5 else "mamba" for i in range(40)],
+    "position_embedding_type": "nope",
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "intermediate_size": 768,
+    "shared_intermediate_size": 1536,
+    "num_local_experts": 72,
+    "num_experts_per_tok": 10,
+    "mamba_n_heads": 128,
+    "mamba_d_head": 64,
+    "mamba_n_groups": 1,
+    "mamba_d_state": 128,
+    "mamba_d_conv": 4,
+    "mamba_expand": 2,
+    "embedding_multiplier": 12,
+    "attention_multiplier": 0.0078125,
+    "residual_multiplier": 0.22,
+    "logits_scaling": 16,
+    "rms_norm_eps": 1e-5,
+    "max_position_embeddings": 131072,
+    "tie_word_embeddings": True,
+}
 
 
 def first_layers(config: dict[str, Any], count: int) -> dict[str, Any]:
