@@ -41,7 +41,7 @@ ROOMS = {
     "saving": {"formats", "mapping"},
     "inspection": {"formats", "mapping"},
 }
-FOR_ALL_ROOMS = {"boxes", "errors"}
+FOR_ALL_ROOMS = {"boxes", "errors", "nearest"}
 RANK = {name: rank for rank, names in enumerate(ORDER) for name in names}
 MODULES = sorted(path.relative_to(PACKAGE) for path in PACKAGE.rglob("*.py") if path != PACKAGE / "__init__.py")
 

@@ -22,6 +22,7 @@ from jaxmoe.config import SCORES, MLPConfig, MoEConfig, RouterConfig
 from jaxmoe.dispatch import DISPATCHES
 from jaxmoe.generation import SamplingParams, sampling
 from jaxmoe.kernels.grouped_matmul import ACTIVATIONS, BACKENDS, QuantizedStack, expert_mlp, grouped_matmul
+from jaxmoe.kernels.grouped_matmul.quantized import FORMATS
 from jaxmoe.models import Decoder, read_model_config
 from jaxmoe.placement.replicas import REPLICA_CHOICES
 from tests.support.meshes import mesh_of
@@ -135,20 +136,29 @@ def test_every_choice_of_replicas(choice, careful):
 
 
 @pytest.mark.parametrize(
-    ("format", "scales"), [("float8_e4m3fn", jnp.float32), ("int4", jnp.bfloat16), ("mxfp4", jnp.uint8)]
+    ("format", "scales"),
+    [
+        ("float8_e4m3fn", jnp.float32),
+        ("int4", jnp.bfloat16),
+        ("int8", jnp.bfloat16),
+        ("mxfp4", jnp.uint8),
+        ("nvfp4", jnp.float8_e4m3fn),
+    ],
 )
 def test_packed_matrices(format, scales, careful):
-    width = 64 if format == "float8_e4m3fn" else 32
-    values = jax.ShapeDtypeStruct((2, 64, width), jnp.float8_e4m3fn if width == 64 else jnp.uint8)
+    form = FORMATS[format]
+    values = jax.ShapeDtypeStruct((2, 64, 64 // form.per_byte), form.dtype)
     scales = jax.ShapeDtypeStruct((2, 64, 2), scales)
+    matrix_scales = jax.ShapeDtypeStruct((2,), jnp.float32)
     for backend in ("portable", "reference"):
         for rows in (3, 64):
 
-            def product(x_RK, values, scales, sizes_G, backend=backend):
-                stack = QuantizedStack(values=values, scales=scales, format=format, block=(1, 32))
+            def product(x_RK, values, scales, matrix_scales, sizes_G, backend=backend):
+                arrays = {"values": values, "scales": scales, "matrix_scales": matrix_scales}
+                stack = QuantizedStack(**arrays, format=format, block=(1, 32))
                 return grouped_matmul(x_RK, stack, sizes_G, backend=backend)
 
-            traced(product, jax.ShapeDtypeStruct((rows, 64), jnp.bfloat16), values, scales, int32(2))
+            traced(product, jax.ShapeDtypeStruct((rows, 64), jnp.bfloat16), values, scales, matrix_scales, int32(2))
 
 
 @pytest.mark.parametrize(

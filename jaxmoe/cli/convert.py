@@ -28,6 +28,18 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--dtype", metavar="NAME", help="of the weights, as bfloat16 (default: as they are)")
     parser.add_argument("--max-shard-size", default="5GB", metavar="SIZE", help="bytes of one file (5GB)")
     parser.add_argument("--overwrite", action="store_true", help="replace a checkpoint directory that is there")
+    parser.add_argument(
+        "--quantize",
+        metavar="NAME",
+        help="format of the linear layers: fp8_block, int8, int4_group, int4_group_128 or mxfp4 (default: plain)",
+    )
+    parser.add_argument(
+        "--ignore",
+        action="append",
+        default=[],
+        metavar="MODULE",
+        help="a module that --quantize leaves plain, or re: and an expression for some; may be given again",
+    )
     parser.add_argument("--json", action="store_true", help="what was written as one JSON object")
     parser.add_argument("--no-progress", action="store_true", help="draw no progress bar")
 
@@ -60,6 +72,8 @@ def run(args: argparse.Namespace) -> None:
             max_shard_size=args.max_shard_size,
             overwrite=args.overwrite,
             progress=progress,
+            quantize=args.quantize,
+            ignore=args.ignore,
         )
     else:
         report = jaxmoe.convert(
@@ -70,8 +84,15 @@ def run(args: argparse.Namespace) -> None:
             max_shard_size=args.max_shard_size,
             overwrite=args.overwrite,
             progress=progress,
+            quantize=args.quantize,
+            ignore=args.ignore,
         )
-    print(json.dumps(report.to_dict()) if args.json else _sentence(report))
+    if args.json:
+        print(json.dumps(report.to_dict()))
+        return
+    print(_sentence(report))
+    if report.losses:
+        _print_losses(report)
 
 
 def _sentence(report: "SaveReport") -> str:
@@ -80,4 +101,26 @@ def _sentence(report: "SaveReport") -> str:
         f"{report.path}: {report.tensors} tensors ({report.form}), {show_bytes(report.bytes_written)} "
         f"in {count} {files}, {report.seconds:.1f} s"
     )
-    return f"{text}; {report.carried} of them copied as they were" if report.carried else text
+    text += f"; {report.carried} of them copied as they were" if report.carried else ""
+    return f"{text}; left out: {', '.join(report.left_out)}" if report.left_out else text
+
+
+def _print_losses(report: "SaveReport") -> None:
+    """Print one row a layer, with two columns for each kind of weights."""
+    from rich.console import Console
+    from rich.table import Table
+
+    losses = {(loss.layer, loss.kind): loss for loss in report.losses}
+    kinds = list(dict.fromkeys(kind for _, kind in losses))
+    table = Table(title=f"Errors of {report.quantized}: RMS and largest, relative", title_justify="left")
+    table.add_column("layer", justify="right")
+    for kind in kinds:
+        table.add_column(kind, justify="right")
+        table.add_column("largest", justify="right")
+    for layer in dict.fromkeys(layer for layer, _ in losses):
+        cells = []
+        for kind in kinds:
+            loss = losses.get((layer, kind))
+            cells += ["", ""] if loss is None else [f"{loss.rms:.4f}", f"{loss.max:.4f}"]
+        table.add_row(str(layer), *cells)
+    Console().print(table)

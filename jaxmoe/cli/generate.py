@@ -22,7 +22,9 @@ HELP = "generate text from prompts"
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     """Add the options of ``jaxmoe generate``."""
-    parser.add_argument("checkpoint", help="a checkpoint directory, as transformers writes it")
+    parser.add_argument(
+        "checkpoint", help="a checkpoint directory, as transformers writes it, or a name in the hub's cache"
+    )
     source = parser.add_argument_group("prompts, from one of").add_mutually_exclusive_group(required=True)
     source.add_argument("--prompt", action="append", metavar="TEXT", help="a text, - for all of stdin (repeatable)")
     source.add_argument(
@@ -77,14 +79,14 @@ def _generate_together(args: argparse.Namespace) -> None:
     prompts = _read_prompts(args)
     mesh = options.make_mesh(args)
 
-    from pathlib import Path
-
+    from jaxmoe.config import directory_of, find_checkpoint
     from jaxmoe.distributed import is_first
     from jaxmoe.generation import GenerationStats, encode, generate
     from jaxmoe.models import read_model_config
 
     # All prompts are checked before the weights are read, which may take minutes.
-    outline: Any = SimpleNamespace(config=read_model_config(args.checkpoint)[1], source=Path(args.checkpoint))
+    source = directory_of(find_checkpoint(args.checkpoint))
+    outline: Any = SimpleNamespace(config=read_model_config(source)[1], source=source)
     token_ids = encode(outline, _conversations(prompts, args), max_new_tokens=args.max_new_tokens)
     model = _load(args, mesh)
     if args.verbose:

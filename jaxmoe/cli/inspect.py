@@ -19,7 +19,9 @@ _SHOWN = 8
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     """Add the options of ``jaxmoe inspect``."""
-    parser.add_argument("checkpoint", metavar="PATH", help="a checkpoint directory, or one file of weights")
+    parser.add_argument(
+        "checkpoint", metavar="PATH", help="a checkpoint directory, one file of weights, or a name in the hub's cache"
+    )
     parser.add_argument("--json", action="store_true", help="everything as one JSON object")
     parser.add_argument(
         "--mapping",

@@ -16,7 +16,9 @@ HELP = "tell what each device would hold of a model, from its config.json alone"
 def add_options(parser: argparse.ArgumentParser) -> None:
     """Add the options of ``jaxmoe plan``."""
     parser.add_argument(
-        "checkpoint", metavar="PATH", help="a checkpoint directory; its config.json is all that is read"
+        "checkpoint",
+        metavar="PATH",
+        help="a checkpoint directory, or a name in the hub's cache; its config.json is all that is read",
     )
     parser.add_argument(
         "--mesh",
@@ -29,6 +31,12 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     options.add_expert_axes(parser)
     parser.add_argument("--device", metavar="NAME", help="compare with the memory of a kind of device, such as h100")
     parser.add_argument("--dtype", help="of weights and cache (default: the config's own)")
+    parser.add_argument(
+        "--quantized",
+        choices=("keep", "dequantize"),
+        default="keep",
+        help="quantized weights stay packed where they can (keep), or are decoded",
+    )
     parser.add_argument("--batch-size", type=options.count, default=1, metavar="B", help="sequences to hold (1)")
     parser.add_argument("--max-length", type=options.count, metavar="C", help="tokens of each (4096)")
     parser.add_argument("--json", action="store_true", help="everything as one JSON object")
@@ -44,6 +52,7 @@ def run(args: argparse.Namespace) -> None:
         placement=options.read_placement(args.placement),
         expert_axes=args.expert_axes,
         dtype=args.dtype,
+        quantized=args.quantized,
         batch_size=args.batch_size,
         max_length=args.max_length,
         device=args.device,
@@ -89,4 +98,8 @@ def _describe_stored(report: "Plan") -> str:
         return text
     quantized = {part: [*sizes.keys() - {"plain"}] for part, sizes in report.stored.formats.items()}
     parts = [f"{part} in {' and '.join(sorted(formats))}" for part, formats in quantized.items() if formats]
-    return f"{text}, {', '.join(parts)} ({report.stored.method}); they are held decoded, in {report.dtype}"
+    text = f"{text}, {', '.join(parts)} ({report.stored.method})"
+    packed = {part: [form for form in forms if " scales of " in form] for part, forms in report.held.items()}
+    held = [f"{part} as {' and '.join(sorted(forms))}" for part, forms in packed.items() if forms]
+    text += f"; held packed: {'; '.join(held)}" if held else f"; they are held decoded, in {report.dtype}"
+    return "\n".join([text, *report.notes])

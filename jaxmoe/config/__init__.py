@@ -4,6 +4,7 @@ One config per component, each checked when it is made. A family's file turns th
 dictionary that `read_config_json` returns into a `DecoderConfig`.
 """
 
+from jaxmoe.config.agreement import SPELLINGS, check_agreement, check_equal
 from jaxmoe.config.attention import (
     AttentionConfig,
     AttentionMask,
@@ -15,6 +16,7 @@ from jaxmoe.config.attention import (
 )
 from jaxmoe.config.decoder import DecoderConfig, LayerConfig
 from jaxmoe.config.feed_forward import MLPConfig, MoEConfig
+from jaxmoe.config.places import directory_of, find_checkpoint, shard_of
 from jaxmoe.config.reading import (
     pick,
     pick_layer_flags,
@@ -39,6 +41,7 @@ from jaxmoe.config.routers import (
 )
 from jaxmoe.config.token_mixers import (
     GatedDeltaNetConfig,
+    IndexerConfig,
     Mamba2Config,
     MambaConfig,
     MLAConfig,
@@ -48,6 +51,7 @@ from jaxmoe.config.token_mixers import (
 
 __all__ = [
     "SCORES",
+    "SPELLINGS",
     "AttentionConfig",
     "AttentionMask",
     "BlockSparseAttentionConfig",
@@ -57,6 +61,7 @@ __all__ = [
     "ExpertChoice",
     "GatedDeltaNetConfig",
     "GroupedTopK",
+    "IndexerConfig",
     "LayerConfig",
     "MLAConfig",
     "MLPConfig",
@@ -75,6 +80,10 @@ __all__ = [
     "SumNormalization",
     "TokenMixerConfig",
     "TopK",
+    "check_agreement",
+    "check_equal",
+    "directory_of",
+    "find_checkpoint",
     "pick",
     "pick_layer_flags",
     "pick_layer_types",
@@ -82,4 +91,5 @@ __all__ = [
     "read_config_json",
     "read_dtype",
     "read_json",
+    "shard_of",
 ]

@@ -108,8 +108,9 @@ class AttentionConfig(TokenMixerConfig):
         values_are_keys: whether the keys, before their norm and rotation, are the values too.
         value_scale: factor of the values; None for none.
         v_norm: whether values are RMS-normalized, each head on its own and without a weight.
-        output_gate: whether each query head has a gate beside it in the query projection, whose sigmoid multiplies the
-            head's output.
+        output_gate: whether each query head has a gate, whose sigmoid multiplies the head's output.
+        gate_projection: whether the gates come from a projection of their own; without one each stands beside its head in
+            the query projection.
         head_gates: whether each query head has one number from a projection of its own, whose sigmoid multiplies the
             head's output.
     """
@@ -130,10 +131,13 @@ class AttentionConfig(TokenMixerConfig):
     value_scale: float | None = None
     v_norm: bool = False
     output_gate: bool = False
+    gate_projection: bool = False
     head_gates: bool = False
 
     def __post_init__(self) -> None:
         check_positive(self, "num_heads", "num_kv_heads", "head_dim")
+        if self.gate_projection and not self.output_gate:
+            raise ValueError("gate_projection is of the gates that output_gate=True gives; got output_gate=False")
         if self.v_head_dim is not None:
             check_positive(self, "v_head_dim")
             if self.values_are_keys or self.v_norm or self.output_gate:

@@ -6,7 +6,7 @@ from typing import Literal
 from jaxmoe.checks import check_positive
 from jaxmoe.config.feed_forward import MLPConfig, MoEConfig
 from jaxmoe.config.routers import ChosenByFunction, RouterFunction
-from jaxmoe.config.token_mixers import TokenMixerConfig
+from jaxmoe.config.token_mixers import MLAConfig, TokenMixerConfig
 
 MAX_EXPERTS = 1_000_000  # each has names and blocks, before a file is asked whether it is there
 
@@ -20,6 +20,7 @@ class LayerConfig:
     Attributes:
         attention: token mixer, through which a token sees those before it; None for none.
         feed_forward: dense MLP or routed experts behind it; None for neither.
+        pre_norms: whether what goes into a half is normalized.
         post_norms: whether the result of a half is normalized before it is added to the residual stream.
         parallel_mlp: dense MLP beside the routed experts, on the same residual stream, which the router sees without
             the layer's norms; their results are normalized, each on its own, and added. None for none.
@@ -28,6 +29,7 @@ class LayerConfig:
 
     attention: TokenMixerConfig | None
     feed_forward: MLPConfig | MoEConfig | None
+    pre_norms: bool = True
     post_norms: bool = False
     parallel_mlp: MLPConfig | None = None
     output_scale: bool = False
@@ -37,6 +39,8 @@ class LayerConfig:
             raise ValueError("a layer has attention, a feed-forward part or both; got neither")
         if self.parallel_mlp is not None and not isinstance(self.feed_forward, MoEConfig):
             raise ValueError("a parallel MLP stands beside routed experts; the layer has none")
+        if self.parallel_mlp is not None and not self.pre_norms:
+            raise ValueError("a parallel MLP has a norm before it; got pre_norms=False")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -91,6 +95,15 @@ class DecoderConfig:
             raise ValueError(
                 f"the layers of a decoder have at most {MAX_EXPERTS} experts together; config.json: {experts}"
             )
+        for layer in self.layers:
+            indexer = layer.attention.indexer if isinstance(layer.attention, MLAConfig) else None
+            if indexer is not None and not indexer.reuses:
+                break
+            if indexer is not None:
+                raise ValueError(
+                    "a layer reuses positions that a layer before it has chosen: the first layer with an indexer has one "
+                    "of its own (indexer_types)"
+                )
         if self.tie_word_embeddings and self.lm_head_bias:
             raise ValueError(
                 "a tied output projection has no bias; config.json has tie_word_embeddings and a bias (lm_head_bias, or "

@@ -6,19 +6,24 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from jaxmoe.config.agreement import check_equal
+from jaxmoe.config.places import directory_of, find_checkpoint
+
 _REQUIRED = object()
-_PERIODS = re.compile(r".*_(step|interval|period|freq)|n_heads")  # what layers are counted, or widths divided, by
+_PERIODS = re.compile(
+    r".*_(step|interval|period|freq)|.*_every_n_layers|n_heads"
+)  # what layers are counted, or widths divided, by
 _MOST = {"num_hidden_layers": 10_000, "n_layers": 10_000}  # a layer is an object, before there is a tensor to ask for
 
 
 def read_config_json(directory: str | Path) -> dict[str, Any]:
-    """Read ``config.json`` of a checkpoint directory.
+    """Read ``config.json`` of a checkpoint, which is given as for `find_checkpoint`.
 
     Raises:
         FileNotFoundError: the directory or its config.json is not there.
         ValueError: it is no JSON object, or names no model_type.
     """
-    path = Path(directory) / "config.json"
+    path = directory_of(find_checkpoint(directory)) / "config.json"
     if not path.is_file():
         raise FileNotFoundError(
             f"a checkpoint is a directory with config.json, as transformers' save_pretrained writes it: "
@@ -58,8 +63,10 @@ def pick(config: Mapping[str, Any], *names: str, default: Any = _REQUIRED) -> An
 
     Raises:
         ValueError: none is there and no `default` is given, or the value is of another kind than the default: without
-            one it is a size, an integer of at least 1.
+            one it is a size, an integer of at least 1. Or several of `names` are there and differ.
     """
+    if len(names) > 1:
+        check_equal((name, config.get(name)) for name in names)
     for name in names:
         value = config.get(name)
         if value is not None:
@@ -70,7 +77,8 @@ def pick(config: Mapping[str, Any], *names: str, default: Any = _REQUIRED) -> An
                 raise ValueError(f"{name} in config.json is at least 1{most}; it is {value}")
             return value
     if default is _REQUIRED:
-        raise ValueError(f"config.json needs one of {', '.join(names)}; none is there")
+        which = f"one of {', '.join(names)}; none is" if len(names) > 1 else f"{names[0]}; it is not"
+        raise ValueError(f"config.json needs {which} there")
     return default
 
 

@@ -2,16 +2,53 @@
 
 import dataclasses
 
-from jaxmoe.checks import check_positive
+from jaxmoe.checks import check_flags, check_positive
 from jaxmoe.rotary import RopeConfig
 
 
 class TokenMixerConfig:
     """A layer through which a token sees the ones before it; see `jaxmoe.layers.mixers`."""
 
+    @property
+    def chooses_positions(self) -> bool:
+        """Whether it attends to chosen positions, which layers hand on to the ones after them."""
+        return False
+
     def tp_faults(self, tp: int) -> list[str]:
         """List the sizes that do not split over `tp` ranks, as "name=value"."""
         raise NotImplementedError
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class IndexerConfig:
+    """A choice of the positions that a token attends to, by small heads that share one key a position.
+
+    DeepSeek-V3.2 (arXiv:2512.02556), section 2.1.
+
+    Attributes:
+        num_heads: number of heads that score positions.
+        head_dim: width of each.
+        topk: number of positions that a token attends to; all of them where there are no more.
+        rope: rotary embedding of the leading dims of queries and keys.
+        reuses: whether the choice is that of the last layer before which makes one; such a layer has no indexer of its own.
+        key_norm_eps: epsilon of the norm of the keys.
+    """
+
+    num_heads: int
+    head_dim: int
+    topk: int
+    rope: RopeConfig
+    reuses: bool = False
+    key_norm_eps: float = 1e-6
+
+    def __post_init__(self) -> None:
+        check_positive(self, "num_heads", "head_dim", "topk")
+        check_flags(self, "reuses")
+        if self.rope.rotary_dim > self.head_dim:
+            raise ValueError(
+                f"the dims of an indexer's head that rotate are some of it: {self.rope.rotary_dim} of "
+                f"head_dim={self.head_dim}"
+            )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -30,6 +67,7 @@ class MLAConfig(TokenMixerConfig):
         scale: factor of the scores.
         bias: whether the projections into the latents and the output projection have a bias.
         latent_norm_eps: epsilon of the latents' norms.
+        indexer: choice of the positions that a token attends to; None for all up to its own.
     """
 
     num_heads: int
@@ -41,11 +79,21 @@ class MLAConfig(TokenMixerConfig):
     scale: float
     bias: bool = False
     latent_norm_eps: float = 1e-6
+    indexer: IndexerConfig | None = None
 
     def __post_init__(self) -> None:
         check_positive(self, "num_heads", "kv_rank", "nope_head_dim", "v_head_dim")
         if self.q_rank is not None:
             check_positive(self, "q_rank")
+        elif self.indexer is not None:
+            raise ValueError(
+                "an indexer's queries are made from the latent of the queries; q_rank (q_lora_rank) is None"
+            )
+
+    @property
+    def chooses_positions(self) -> bool:
+        """Whether there is an indexer."""
+        return self.indexer is not None
 
     @property
     def rope_head_dim(self) -> int:

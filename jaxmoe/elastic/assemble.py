@@ -11,9 +11,21 @@ from jaxmoe.layers.in_place import update_slice
 from jaxmoe.layers.param import ParamSpec
 
 
-def assemble(old: jax.Array, new: ParamSpec, relocation: Relocation) -> jax.Array:
-    """The parameter on its new devices. What stays where it is, whole, is not copied: the two arrays share it."""
+def assemble(
+    old: jax.Array, new: ParamSpec, relocation: Relocation, repeats: tuple[int, ...] | None = None
+) -> jax.Array:
+    """The parameter on its new devices. What stays where it is, whole, is not copied: the two arrays share it.
+
+    Args:
+        old: parameter on its old devices.
+        new: spec of it on the new ones.
+        relocation: source of each region.
+        repeats: times that each element stands along each dim in what `relocation` counts, as scales do whose blocks
+            become smaller; None for once.
+    """
     shards = {shard.device: shard.data for shard in old.addressable_shards}
+    if repeats is not None and max(repeats, default=1) > 1:
+        shards = {device: _repeated(data, repeats) for device, data in shards.items()}
     arrays = []
     for device, pieces in relocation.pieces.items():
         shape = box_shape(relocation.boxes[device])
@@ -41,6 +53,13 @@ def _shard(
 def _take(shards: dict[jax.Device, jax.Array], piece: Piece) -> jax.Array:
     data = shards[piece.source]
     return data if piece.shape == data.shape else _slice(data, piece.source_start, piece.shape)
+
+
+@partial(jax.jit, static_argnums=1)
+def _repeated(data: jax.Array, repeats: tuple[int, ...]) -> jax.Array:
+    for dim, times in enumerate(repeats):
+        data = jnp.repeat(data, times, axis=dim)
+    return data
 
 
 @partial(jax.jit, static_argnums=2)

@@ -1,6 +1,7 @@
 """`move`: a running model goes to another mesh, another number of experts' devices, or fewer devices than it had."""
 
 import dataclasses
+import math
 import time
 from collections import Counter, defaultdict
 from collections.abc import Collection, Iterable, Mapping, Sequence
@@ -10,16 +11,26 @@ from jax.sharding import Mesh
 
 from jaxmoe.checkpoint.boxes import volume
 from jaxmoe.checkpoint.loading import LoadReport, load_arrays, plan_load
-from jaxmoe.checkpoint.mapping import FamilyCheckpoint, is_expert_stack, layer_index
+from jaxmoe.checkpoint.mapping import FamilyCheckpoint, hold_packed, is_expert_stack, layer_index
 from jaxmoe.checks import instance_of
 from jaxmoe.elastic.assemble import assemble
 from jaxmoe.elastic.relocate import Relocation, device_boxes, plan_relocation
-from jaxmoe.layers import ParamSpec, check_usable, param_specs, params_by_path
+from jaxmoe.layers import (
+    ParamSpec,
+    check_usable,
+    pack_params,
+    packings_of,
+    param_specs,
+    params_by_path,
+    part_specs,
+    unpacked_specs,
+)
 from jaxmoe.layers.swap import by_rank, fill_slots
 from jaxmoe.layers.usable import mark_moved
 from jaxmoe.mesh import EP, check_mesh
 from jaxmoe.models import Decoder
 from jaxmoe.placement import ExpertPlacement
+from jaxmoe.quant.packing import Packing
 
 
 def move(
@@ -66,12 +77,22 @@ def move(
     if model.replay is not None:
         raise ValueError("a trace is being replayed on this model: move it outside of `with model.replay_routing(...)`")
     moved = _empty_on(model, mesh, placement)
-    old = {spec.path: spec for spec in param_specs(model)}
-    new = {spec.path: spec for spec in param_specs(moved)}
+    plain = {spec.path: spec for spec in param_specs(moved)}
+    held = packings_of(model)
+    packings = {path: _cut_to(plain[path], packing) for path, packing in held.items()}
+    pack_params(moved, plain.values(), packings)
+    now, new = {spec.path: spec for spec in param_specs(model)}, {spec.path: spec for spec in param_specs(moved)}
+    # Scales are looked at in the blocks that they are to have.
+    old = now | {
+        part.path: part
+        for spec in unpacked_specs(now.values(), held, model.dtype)
+        if spec.path in packings
+        for part in part_specs(spec, packings[spec.path]).values()
+    }
     relocations = {path: plan_relocation(old[path], spec, lost_devices) for path, spec in new.items()}
     lost = {path for path, relocation in relocations.items() if relocation.lost}
     lost_slots = _lost_slots(relocations)
-    read, report = _read_lost(model, moved, new, lost, lost_slots)
+    read, report = _read_lost(model, moved, plain, packings, lost, lost_slots)
 
     old_params, new_params = params_by_path(model), params_by_path(moved)
     mark_moved(model)
@@ -80,8 +101,10 @@ def move(
         if path in read and not is_expert_stack(path):
             new_params[path].set_value(read.pop(path))
         else:
-            new_params[path].set_value(jax.block_until_ready(assemble(param.get_value(), spec, relocations[path])))
-        param.set_value(jax.ShapeDtypeStruct(old[path].shape, old[path].dtype, sharding=old[path].sharding))
+            repeats = tuple([b // a for a, b in zip(now[path].shape, old[path].shape, strict=True)])
+            value = assemble(param.get_value(), spec, relocations[path], repeats)
+            new_params[path].set_value(jax.block_until_ready(value))
+        param.set_value(jax.ShapeDtypeStruct(now[path].shape, now[path].dtype, sharding=now[path].sharding))
     for path, experts in read.items():
         index = _layer(path)
         moe, stack = moved.layers[index].moe, new_params[path]
@@ -126,6 +149,13 @@ def _empty_on(
     return moved
 
 
+def _cut_to(spec: ParamSpec, packing: Packing) -> Packing:
+    """The packed form of a parameter in blocks that no device's part of it cuts."""
+    *_, N, K = spec.sharding.shard_shape(spec.shape)
+    group = spec.shape[0] // len(spec.rows) if spec.rows is not None and len(spec.shape) == 2 else N
+    return packing.cut((math.gcd(N, group), K))
+
+
 def _lost_slots(relocations: Mapping[str, Relocation]) -> dict[int, list[int]]:
     """By layer, the slots of the new placement whose expert is lost, wholly or in part, in some stack."""
     slots: dict[int, set[int]] = defaultdict(set)
@@ -138,7 +168,8 @@ def _lost_slots(relocations: Mapping[str, Relocation]) -> dict[int, list[int]]:
 def _read_lost(
     model: Decoder,
     moved: Decoder,
-    new: Mapping[str, ParamSpec],
+    plain: Mapping[str, ParamSpec],
+    packings: Mapping[str, Packing],
     lost: Collection[str],
     lost_slots: Mapping[int, Sequence[int]],
 ) -> tuple[dict[str, jax.Array], LoadReport]:
@@ -155,13 +186,18 @@ def _read_lost(
             f"the lost devices alone had {len(lost)} parameters or parts of them, {min(lost)} the first, and the model "
             f"cannot read them again: {why}; load it anew"
         )
-    wanted = {path: new[path] for path in lost if not is_expert_stack(path)}
-    for path, spec in new.items():
+    # An array of a packed parameter is read with the others of it.
+    parts = {
+        part.path: path for path, packing in packings.items() for part in part_specs(plain[path], packing).values()
+    }
+    gone = {parts.get(path, path) for path in lost}
+    wanted = {path: plain[path] for path in gone if not is_expert_stack(path)}
+    for path, spec in plain.items():
         if is_expert_stack(path) and _layer(path) in lost_slots:
             index = _layer(path)
             wanted[path] = _fewer_slots(spec, by_rank(lost_slots[index], moved.layers[index].moe.placement))
-    mapped = FamilyCheckpoint.open(model.origin.directory).onto({**new, **wanted})
-    return load_arrays(plan_load(mapped.part(wanted)))
+    mapped = FamilyCheckpoint.open(model.origin.path).onto({**plain, **wanted}).part(wanted)
+    return load_arrays(plan_load(hold_packed(mapped, {path: packings[path] for path in wanted if path in packings})))
 
 
 def _layer(expert_stack: str) -> int:

@@ -9,6 +9,7 @@ from jaxmoe.layers.mlp import MLP
 from jaxmoe.layers.moe import MoE
 from jaxmoe.layers.moe_checks import check_expert_axes
 from jaxmoe.layers.norm import NORMS, RMSNorm
+from jaxmoe.layers.packed import pack_params, packable_params, packings_of, part_specs, unpacked_specs
 from jaxmoe.layers.param import ParamFactory, ParamSpec
 from jaxmoe.layers.replicas import ReplicaRule
 from jaxmoe.layers.routed_experts import MoEStats
@@ -39,8 +40,13 @@ __all__ = [
     "load_logical_state",
     "logical_state",
     "make_token_mixer",
+    "pack_params",
+    "packable_params",
+    "packings_of",
     "param_specs",
     "params_by_path",
+    "part_specs",
     "route",
     "swap_experts",
+    "unpacked_specs",
 ]

@@ -6,7 +6,7 @@ its own.
 """
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -15,6 +15,7 @@ from jax.sharding import PartitionSpec as P
 
 from jaxmoe.config import AttentionConfig, AttentionMask, QueryKeyNorm
 from jaxmoe.layers.cache import CacheArray, cache_specs, write_prompt, write_token
+from jaxmoe.layers.linear import linear
 from jaxmoe.layers.norm import rms_norm, zero_centered_rms_norm
 from jaxmoe.layers.param import ParamFactory, RowMap, ones, zeros
 from jaxmoe.layers.weights import WeightSpecs
@@ -56,34 +57,47 @@ def attend(
     scale: float,
     mask: AttentionMask | None = None,
     sinks_H: jax.Array | None = None,
+    among_BSC: jax.Array | None = None,
     chosen: ChosenKeys | None = None,
 ) -> jax.Array:
     """softmax(scale · q kᵀ + causal mask) v, the softmax in float32; returns [B, S, H, v].
 
-    A query at position t sees the keys at indices 0..t, or with a mask those from `mask.first_seen(t)` on, and of these
-    the chosen ones where there is a choice. Indices beyond t may hold anything finite. A head's sink is one more logit that
-    takes its share of the softmax and adds nothing (Xiao et al. 2023, arXiv:2309.17453).
+    A query at position t sees the keys at indices 0..t, or with a mask those from `mask.first_seen(t)` on, and of them only
+    those where `among_BSC` is true or that are chosen, if either is given. Indices beyond t may hold anything finite. A
+    head's sink is one more logit that takes its share of the softmax and adds nothing (Xiao et al. 2023, arXiv:2309.17453).
     """
-    B, S, H, h = q_BSHh.shape
+    B, _, H, h = q_BSHh.shape
     G, C = k_BGCh.shape[1:3]
     index_11C = jnp.arange(C, dtype=jnp.int32)[None, None]
 
-    def block(q_BsHh: jax.Array, positions_Bs: jax.Array, *by_Bs: jax.Array) -> jax.Array:
+    def block(q_BsHh: jax.Array, positions_Bs: jax.Array, *more: jax.Array) -> jax.Array:
         q_BsGqh = q_BsHh.reshape(B, -1, G, H // G, h)
         scores = jnp.einsum("bsgqh,bgch->bgqsc", q_BsGqh, k_BGCh, preferred_element_type=jnp.float32) * scale
         seen_BsC = index_11C <= positions_Bs[..., None]
         if mask is not None:
             seen_BsC &= index_11C >= mask.first_seen(positions_Bs[..., None])
+        rest = iter(more)
+        if among_BSC is not None:
+            seen_BsC &= next(rest)
         seen_BGsC = seen_BsC[:, None]
         if chosen is not None:
-            seen_BGsC = seen_BGsC & chosen.choose(by_Bs[0], positions_Bs)
+            seen_BGsC = seen_BGsC & chosen.choose(next(rest), positions_Bs)
         scores = jnp.where(seen_BGsC[:, :, None], scores, -jnp.inf)
         probabilities = _softmax(scores, sinks_H).astype(v_BGCv.dtype)
         return jnp.einsum("bgqsc,bgcv->bsgqv", probabilities, v_BGCv).reshape(B, -1, H, v_BGCv.shape[-1])
 
-    by = () if chosen is None else (chosen.by,)
+    more = (among_BSC, None if chosen is None else chosen.by)
+    return by_query_blocks(block, q_BSHh, positions_BS, *[array for array in more if array is not None])
+
+
+def by_query_blocks(block: Callable[..., jax.Array], *queries: jax.Array) -> jax.Array:
+    """Apply a function of queries [B, S, ...] to some of them at a time, which bounds what it makes of each.
+
+    It gives [B, s, ...] for s of the S queries, each of which counts for itself.
+    """
+    B, S = queries[0].shape[:2]
     if S <= _QUERY_BLOCK:
-        return block(q_BSHh, positions_BS, *by)
+        return block(*queries)
     blocks = -(-S // _QUERY_BLOCK)
     padding = blocks * _QUERY_BLOCK - S
 
@@ -91,8 +105,8 @@ def attend(
         padded = jnp.pad(x, [(0, 0), (0, padding)] + [(0, 0)] * (x.ndim - 2))
         return jnp.moveaxis(padded.reshape(B, blocks, _QUERY_BLOCK, *x.shape[2:]), 1, 0)
 
-    out = jax.lax.map(lambda args: block(*args), tuple([split(x) for x in (q_BSHh, positions_BS, *by)]))
-    return jnp.moveaxis(out, 0, 1).reshape(B, -1, H, v_BGCv.shape[-1])[:, :S]
+    out = jnp.moveaxis(jax.lax.map(lambda args: block(*args), tuple(map(split, queries))), 0, 1)
+    return out.reshape(B, -1, *out.shape[3:])[:, :S]
 
 
 def _softmax(scores_BGqSC: jax.Array, sinks_H: jax.Array | None) -> jax.Array:
@@ -110,6 +124,8 @@ class Attention(nnx.Module):
     With fewer key/value heads than tp ranks, each rank holds a copy of the one it uses.
     """
 
+    packable: ClassVar[tuple[str, ...]] = ("w_q", "w_k", "w_v", "w_gate", "w_head_gate", "w_o")
+
     def __init__(self, config: AttentionConfig, hidden_size: int, eps: float, *, param: ParamFactory):
         h, v, tp = config.head_dim, config.value_width, param.mesh.shape[TP]
         self.config, self.eps, self.mesh = config, eps, param.mesh
@@ -118,11 +134,13 @@ class Attention(nnx.Module):
         if self.kv_heads != config.num_kv_heads:
             kv_rows = RowMap(config.num_kv_heads, copies=self.kv_heads // config.num_kv_heads)
 
-        q_rows = config.num_heads * h * (2 if config.output_gate else 1)
+        q_rows = config.num_heads * h * (2 if config.output_gate and not config.gate_projection else 1)
         self.w_q = param((q_rows, hidden_size), TP, None)
         self.w_k = param((self.kv_heads * h, hidden_size), TP, None, rows=kv_rows)
         if not config.values_are_keys:
             self.w_v = param((self.kv_heads * v, hidden_size), TP, None, rows=kv_rows)
+        if config.gate_projection:
+            self.w_gate = param((config.num_heads * h, hidden_size), TP, None)
         self.w_o = param((hidden_size, config.num_heads * v), None, TP)
         if config.biases is not None:
             self.b_q = param((q_rows,), TP, init=zeros)
@@ -178,7 +196,7 @@ class Attention(nnx.Module):
         cache_spec = None if cache is None else cache_specs(self.cache_arrays(1, 1), batch)
 
         def local(
-            w: dict[str, jax.Array], x_BSD: jax.Array, positions_BS: jax.Array, cache: KVCache | None
+            w: dict[str, Any], x_BSD: jax.Array, positions_BS: jax.Array, cache: KVCache | None
         ) -> tuple[jax.Array, KVCache | None]:
             q_BSHh, k_BSGh, v_BSGv, gate_BSHh = self._project(w, x_BSD, positions_BS)
             new = self.entries(w, x_BSD, positions_BS, KVCache(k_BSGh.swapaxes(1, 2), v_BSGv.swapaxes(1, 2)))
@@ -202,9 +220,9 @@ class Attention(nnx.Module):
             if gate_BSHh is not None:
                 o_BSHv = o_BSHv * jax.nn.sigmoid(gate_BSHh)
             if config.head_gates:
-                o_BSHv = o_BSHv * jax.nn.sigmoid(jnp.einsum("bsd,hd->bsh", x_BSD, w["w_head_gate"]))[..., None]
+                o_BSHv = o_BSHv * jax.nn.sigmoid(linear(x_BSD, w["w_head_gate"]))[..., None]
             o_BSA = o_BSHv.reshape(*o_BSHv.shape[:2], -1)
-            y_BSD = jnp.einsum("bsa,da->bsd", o_BSA, w["w_o"], preferred_element_type=jnp.float32)
+            y_BSD = linear(o_BSA, w["w_o"], jnp.float32)
             y_BSD = jax.lax.psum(y_BSD, TP).astype(x_BSD.dtype)
             return y_BSD + w["b_o"][None, None] if "b_o" in w else y_BSD, cache
 
@@ -216,27 +234,25 @@ class Attention(nnx.Module):
             check_vma=False,
         )(weights, x_BSD, positions_BS, cache)
 
-    def entries(self, w: dict[str, jax.Array], x_BSD: jax.Array, positions_BS: jax.Array, new: KVCache) -> Any:
+    def entries(self, w: dict[str, Any], x_BSD: jax.Array, positions_BS: jax.Array, new: KVCache) -> Any:
         """The cache's entries for these tokens, from their keys and values; a subclass may keep more."""
         del w, x_BSD, positions_BS
         return new
 
-    def chosen(
-        self, w: dict[str, jax.Array], x_BSD: jax.Array, positions_BS: jax.Array, seen: Any
-    ) -> ChosenKeys | None:
+    def chosen(self, w: dict[str, Any], x_BSD: jax.Array, positions_BS: jax.Array, seen: Any) -> ChosenKeys | None:
         """The choice of the keys in `seen`, entries of a cache, that these tokens see; None for all that the mask allows."""
         del w, x_BSD, positions_BS, seen
         return None
 
     def _project(
-        self, w: dict[str, jax.Array], x_BSD: jax.Array, positions_BS: jax.Array
+        self, w: dict[str, Any], x_BSD: jax.Array, positions_BS: jax.Array
     ) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array | None]:
         """This rank's queries [B, S, H, h], keys [B, S, G, h], values [B, S, G, v], and gates [B, S, H, h] of outputs."""
         config = self.config
 
         def project(name: str) -> jax.Array:
-            y_BSA = jnp.einsum("bsd,ad->bsa", x_BSD, w[f"w_{name}"])
-            return y_BSA + w[f"b_{name}"][None, None] if config.biases is not None else y_BSA
+            y_BSA = linear(x_BSD, w[f"w_{name}"])
+            return y_BSA + w[f"b_{name}"][None, None] if f"b_{name}" in w else y_BSA
 
         def norm(y_BSA: jax.Array, name: str, kind: QueryKeyNorm) -> jax.Array:
             if kind.over == "full":
@@ -254,7 +270,9 @@ class Attention(nnx.Module):
             return apply_rope(y_BSHh, positions_BS, config.rope).reshape(y_BSA.shape)
 
         q, k, gate_BSHh = project("q"), project("k"), None
-        if config.output_gate:
+        if config.gate_projection:
+            gate_BSHh = project("gate").reshape(*x_BSD.shape[:2], -1, config.head_dim)
+        elif config.output_gate:
             q_and_gate = q.reshape(*x_BSD.shape[:2], -1, 2, config.head_dim)
             q, gate_BSHh = q_and_gate[..., 0, :].reshape(*x_BSD.shape[:2], -1), q_and_gate[..., 1, :]
         v = k if config.values_are_keys else project("v")

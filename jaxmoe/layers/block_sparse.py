@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from jaxmoe.config import BlockSparseAttentionConfig
 from jaxmoe.layers.attention import Attention, ChosenKeys, KVCache
 from jaxmoe.layers.cache import CacheArray
+from jaxmoe.layers.linear import linear
 from jaxmoe.layers.norm import zero_centered_rms_norm
 from jaxmoe.layers.param import ParamFactory, RowMap, zeros
 from jaxmoe.layers.weights import WeightSpecs
@@ -79,6 +80,7 @@ class BlockSparseAttention(Attention):
     like the heads. Products with keys outside of the chosen blocks are masked, not left out.
     """
 
+    packable = (*Attention.packable, "w_index_q", "w_index_k")
     config: BlockSparseAttentionConfig
 
     def __init__(self, config: BlockSparseAttentionConfig, hidden_size: int, eps: float, *, param: ParamFactory):
@@ -96,11 +98,11 @@ class BlockSparseAttention(Attention):
         index_key = CacheArray((batch_size, max_length, self.config.index_head_dim))
         return BlockSparseCache(*super().cache_arrays(batch_size, max_length), index_key)
 
-    def entries(self, w: dict[str, jax.Array], x_BSD: jax.Array, positions_BS: jax.Array, new: KVCache) -> Any:
+    def entries(self, w: dict[str, Any], x_BSD: jax.Array, positions_BS: jax.Array, new: KVCache) -> Any:
         """See `Attention`."""
         return BlockSparseCache(*new, self._index(w, "k", x_BSD, positions_BS)[:, :, 0])
 
-    def chosen(self, w: dict[str, jax.Array], x_BSD: jax.Array, positions_BS: jax.Array, seen: Any) -> ChosenKeys:
+    def chosen(self, w: dict[str, Any], x_BSD: jax.Array, positions_BS: jax.Array, seen: Any) -> ChosenKeys:
         """See `Attention`."""
         config = self.config
         choose = partial(
@@ -112,9 +114,9 @@ class BlockSparseAttention(Attention):
         )
         return ChosenKeys(self._index(w, "q", x_BSD, positions_BS), choose)
 
-    def _index(self, w: dict[str, jax.Array], name: str, x_BSD: jax.Array, positions_BS: jax.Array) -> jax.Array:
+    def _index(self, w: dict[str, Any], name: str, x_BSD: jax.Array, positions_BS: jax.Array) -> jax.Array:
         """This rank's queries of the indexer [B, S, G, i], or its key [B, S, 1, i]."""
-        y_BSA = jnp.einsum("bsd,ad->bsa", x_BSD, w[f"w_index_{name}"])
+        y_BSA = linear(x_BSD, w[f"w_index_{name}"])
         y_BSGi = y_BSA.reshape(*y_BSA.shape[:2], -1, self.config.index_head_dim)
         y_BSGi = zero_centered_rms_norm(y_BSGi, w[f"index_{name}_norm"], self.eps)
         return y_BSGi if self.config.rope is None else apply_rope(y_BSGi, positions_BS, self.config.rope)

@@ -17,7 +17,8 @@ from jaxmoe.placement import ExpertPlacement
 class ExpertStacks(NamedTuple):
     """The weights of a layer's experts, dim 0 the physical slots; X is the width of the experts' inputs.
 
-    Also holds what describes them: their parameters, or their partition specs. The layer's parameters have these names.
+    Also holds what describes them: their parameters, or their partition specs. The layer's parameters have these names;
+    the two stacks of matrices are each a `QuantizedStack` where they are held packed.
 
     Attributes:
         w_gate_up: [P, 2, F, X]; [P, 1, F, X] for experts without a gate.

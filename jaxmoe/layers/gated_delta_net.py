@@ -14,6 +14,7 @@ from jaxmoe.config import GatedDeltaNetConfig
 from jaxmoe.layers.cache import CacheArray
 from jaxmoe.layers.conv import causal_conv
 from jaxmoe.layers.delta_rule import chunked_delta_rule, delta_rule_step
+from jaxmoe.layers.linear import linear
 from jaxmoe.layers.norm import rms_norm
 from jaxmoe.layers.param import ParamFactory, ones
 from jaxmoe.layers.recurrent import RecurrentCache, RecurrentMixer, is_token
@@ -31,6 +32,8 @@ class GatedDeltaNet(RecurrentMixer):
     through the convolution and an activation, with decay exp(-exp(a_log) softplus(a + dt_bias)) and strength
     sigmoid(b). Projections in the form `GatedDeltaNetConfig.fused_projections` says.
     """
+
+    packable = ("w_in_qkvz", "w_in_ba", "w_in_q", "w_in_k", "w_in_v", "w_in_z", "w_in_b", "w_in_a", "w_out")
 
     def __init__(self, config: GatedDeltaNetConfig, hidden_size: int, eps: float, *, param: ParamFactory):
         self.config, self.eps, self.mesh = config, eps, param.mesh
@@ -68,7 +71,7 @@ class GatedDeltaNet(RecurrentMixer):
         )
 
     def run(
-        self, w: dict[str, jax.Array], x_BSD: jax.Array, lengths_B: jax.Array, before: RecurrentCache | None
+        self, w: dict[str, Any], x_BSD: jax.Array, lengths_B: jax.Array, before: RecurrentCache | None
     ) -> tuple[jax.Array, RecurrentCache]:
         """See `RecurrentMixer`."""
         qkv_BSA, z_BSHv, b_BSH, a_BSH = self._project(w, x_BSD)
@@ -92,12 +95,12 @@ class GatedDeltaNet(RecurrentMixer):
         o_BSHv = (o_BSHv.astype(jnp.float32) * jax.nn.silu(z_BSHv.astype(jnp.float32))).astype(x_BSD.dtype)
         return o_BSHv.reshape(*x_BSD.shape[:2], -1), RecurrentCache(conv, state)
 
-    def _project(self, w: dict[str, jax.Array], x_BSD: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
+    def _project(self, w: dict[str, Any], x_BSD: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
         """This rank's queries, keys and values side by side [B, S, A], gates z [B, S, H, v], and b and a [B, S, H]."""
         config, (B, S, _) = self.config, x_BSD.shape
 
         def project(name: str) -> jax.Array:
-            return jnp.einsum("bsd,ad->bsa", x_BSD, w[f"w_in_{name}"])
+            return linear(x_BSD, w[f"w_in_{name}"])
 
         def of_key_heads(y_BSA: jax.Array, *widths: int) -> list[jax.Array]:
             """Parts of those widths of every key head, each flat again."""

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from jaxmoe.config import MambaConfig
 from jaxmoe.layers.cache import CacheArray
 from jaxmoe.layers.conv import causal_conv
+from jaxmoe.layers.linear import linear
 from jaxmoe.layers.norm import rms_norm
 from jaxmoe.layers.param import ParamFactory, ones, zeros
 from jaxmoe.layers.recurrent import RecurrentCache, RecurrentMixer, is_token
@@ -30,6 +31,8 @@ class Mamba(RecurrentMixer):
 
     Every rank has its own channels; dt, b and c depend on all of them, so one psum brings their parts together.
     """
+
+    packable = ("w_in_x", "w_in_z", "w_dt_b_c", "w_dt", "w_out")
 
     def __init__(self, config: MambaConfig, hidden_size: int, eps: float, *, param: ParamFactory):
         self.config, self.eps, self.mesh = config, eps, param.mesh
@@ -65,7 +68,7 @@ class Mamba(RecurrentMixer):
         )
 
     def run(
-        self, w: dict[str, jax.Array], x_BSD: jax.Array, lengths_B: jax.Array, before: RecurrentCache | None
+        self, w: dict[str, Any], x_BSD: jax.Array, lengths_B: jax.Array, before: RecurrentCache | None
     ) -> tuple[jax.Array, RecurrentCache]:
         """See `RecurrentMixer`."""
         x_BSA, z_BSA = (self._project(w, x_BSD, name) for name in ("in_x", "in_z"))
@@ -84,19 +87,19 @@ class Mamba(RecurrentMixer):
         y_BSA = (y_BSA + w["skip"][None, None] * x32_BSA) * jax.nn.silu(z_BSA.astype(jnp.float32))
         return y_BSA.astype(x_BSD.dtype), RecurrentCache(conv, state)
 
-    def _project(self, w: dict[str, jax.Array], x_BSD: jax.Array, name: str) -> jax.Array:
-        y_BSA = jnp.einsum("bsd,ad->bsa", x_BSD, w[f"w_{name}"])
+    def _project(self, w: dict[str, Any], x_BSD: jax.Array, name: str) -> jax.Array:
+        y_BSA = linear(x_BSD, w[f"w_{name}"])
         return y_BSA + w[f"b_{name}"][None, None] if self.config.bias else y_BSA
 
-    def _steps(self, w: dict[str, jax.Array], x_BSA: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+    def _steps(self, w: dict[str, Any], x_BSA: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
         """The step sizes of this rank's channels [B, S, A], and b and c [B, S, n]; all float32."""
         n, r = self.config.state_size, self.config.dt_rank
-        parts = jnp.einsum("bsa,ra->bsr", x_BSA, w["w_dt_b_c"], preferred_element_type=jnp.float32)
+        parts = linear(x_BSA, w["w_dt_b_c"], jnp.float32)
         split = jnp.split(jax.lax.psum(parts, TP).astype(x_BSA.dtype), [r, r + n], axis=-1)
         dt_BSr, b_BSn, c_BSn = (
             rms_norm(part, w[name], self.eps) for part, name in zip(split, ("dt_norm", "b_norm", "c_norm"), strict=True)
         )
-        dt_BSA = jnp.einsum("bsr,ar->bsa", dt_BSr, w["w_dt"]).astype(jnp.float32) + w["dt_bias"][None, None]
+        dt_BSA = linear(dt_BSr, w["w_dt"]).astype(jnp.float32) + w["dt_bias"][None, None]
         return jax.nn.softplus(dt_BSA), b_BSn.astype(jnp.float32), c_BSn.astype(jnp.float32)
 
 

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from jaxmoe.config import Mamba2Config
 from jaxmoe.layers.cache import CacheArray
 from jaxmoe.layers.conv import causal_conv
+from jaxmoe.layers.linear import linear
 from jaxmoe.layers.param import ParamFactory, RowMap, ones, zeros
 from jaxmoe.layers.recurrent import RecurrentCache, RecurrentMixer, is_token
 from jaxmoe.layers.ssd import chunked_ssd, ssd_step
@@ -29,6 +30,8 @@ class Mamba2(RecurrentMixer):
 
     With fewer groups than tp ranks, each rank holds a copy of the b and c of the one its heads are in.
     """
+
+    packable = ("w_in_z", "w_in_x", "w_in_b", "w_in_c", "w_in_dt", "w_out")
 
     def __init__(self, config: Mamba2Config, hidden_size: int, eps: float, *, param: ParamFactory):
         self.config, self.eps, self.mesh = config, eps, param.mesh
@@ -71,7 +74,7 @@ class Mamba2(RecurrentMixer):
         )
 
     def run(
-        self, w: dict[str, jax.Array], x_BSD: jax.Array, lengths_B: jax.Array, before: RecurrentCache | None
+        self, w: dict[str, Any], x_BSD: jax.Array, lengths_B: jax.Array, before: RecurrentCache | None
     ) -> tuple[jax.Array, RecurrentCache]:
         """See `RecurrentMixer`."""
         z_BSA, dt_BSH = self._project(w, x_BSD, "z"), self._project(w, x_BSD, "dt")
@@ -90,12 +93,12 @@ class Mamba2(RecurrentMixer):
         y_BSA = (self._normed(y_BSA) * w["out_norm"].astype(jnp.float32)[None, None]).astype(x_BSD.dtype)
         return y_BSA, RecurrentCache(conv, state)
 
-    def _project(self, w: dict[str, jax.Array], x_BSD: jax.Array, part: str) -> jax.Array:
-        y_BSA = jnp.einsum("bsd,ad->bsa", x_BSD, w[f"w_in_{part}"])
+    def _project(self, w: dict[str, Any], x_BSD: jax.Array, part: str) -> jax.Array:
+        y_BSA = linear(x_BSD, w[f"w_in_{part}"])
         return y_BSA + w[f"b_in_{part}"][None, None] if self.config.bias else y_BSA
 
     def _convolved(
-        self, w: dict[str, jax.Array], x_BSD: jax.Array, before: jax.Array | None, lengths_B: jax.Array
+        self, w: dict[str, Any], x_BSD: jax.Array, before: jax.Array | None, lengths_B: jax.Array
     ) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
         """This rank's x [B, S, H, p], b and c [B, S, G, n], all float32, and the inputs that the convolution keeps."""
         config, (B, S, _) = self.config, x_BSD.shape

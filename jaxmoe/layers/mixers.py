@@ -42,6 +42,9 @@ class TokenMixer(Protocol):
 
         Rows are padded on the right, and padding stands where a row's last token does: a row's
         length is its largest position + 1. In `decode` S is 1 and the cache holds all tokens before.
+
+        A layer whose config says that it `chooses_positions` is also given those that the layers before have chosen, as
+        `chosen`, and gives those that it has attended to as a third result.
         """
         ...
 

@@ -1,10 +1,11 @@
-"""Multi-head latent attention: a cache of one latent and one rotated key for all heads.
+"""Multi-head latent attention: a cache of one latent and one rotated key for all heads; of all positions, or of chosen ones.
 
 Letters here, beside the common ones of docs/concepts/letters.md: H heads, C positions of the cache, L width of the
-latent, n dims of a head's query and key without a position, r dims with one, v dims of a head's value. On a device H is
-its own; the latent is the same on all tp ranks.
+latent, n dims of a head's query and key without a position, r dims with one, v dims of a head's value, Q width of the
+queries' latent, k chosen positions. On a device H is its own; the latent is the same on all tp ranks.
 """
 
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -12,12 +13,21 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import PartitionSpec as P
 
-from jaxmoe.config import MLAConfig
+from jaxmoe.config import IndexerConfig, MLAConfig
 from jaxmoe.layers.attention import attend
 from jaxmoe.layers.cache import CacheArray, cache_specs, write_prompt, write_token
+from jaxmoe.layers.indexer import (
+    choose_for_prompt,
+    choose_for_token,
+    indexer_keys,
+    indexer_queries,
+    indexer_weights,
+    make_indexer_weights,
+)
+from jaxmoe.layers.linear import linear
 from jaxmoe.layers.norm import rms_norm
 from jaxmoe.layers.param import ParamFactory, ones, zeros
-from jaxmoe.layers.weights import WeightSpecs
+from jaxmoe.layers.weights import WeightSpecs, hold
 from jaxmoe.mesh import TP
 from jaxmoe.rotary.apply import apply_rope
 
@@ -30,10 +40,12 @@ class LatentCache(NamedTuple):
     Attributes:
         latent: [B, C, L], normed; keys and values are made from it.
         rope_key: [B, C, r], rotated.
+        index_key: [B, C, h] of the layer's indexer; None where it has none.
     """
 
     latent: Any
     rope_key: Any
+    index_key: Any = None
 
 
 def attend_expanded(
@@ -44,6 +56,7 @@ def attend_expanded(
     positions_BS: jax.Array,
     *,
     scale: float,
+    among_BSC: jax.Array | None = None,
 ) -> jax.Array:
     """Attend with each head's keys and values made from the latents; returns [B, S, H, v].
 
@@ -52,7 +65,7 @@ def attend_expanded(
         softmax(scale · (q_nope (W_k c)ᵀ + q_rope rope_keyᵀ) + causal mask) (W_v c)
 
     DeepSeek-V2 (arXiv:2405.04434), equations 9 to 19. Best for a whole prompt: a key costs less to make than all its
-    queries' products with the wider latent would.
+    queries' products with the wider latent would. `among_BSC` is that of `attend`.
     """
     n = q_nope_BSHn.shape[-1]
     kv_BHCa = jnp.einsum("bcl,hal->bhca", cache.latent, w_kv_HaL)
@@ -63,6 +76,7 @@ def attend_expanded(
         kv_BHCa[..., n:],
         positions_BS,
         scale=scale,
+        among_BSC=among_BSC,
     )
 
 
@@ -74,18 +88,22 @@ def attend_absorbed(
     positions_BS: jax.Array,
     *,
     scale: float,
+    at_BSC: jax.Array | None = None,
 ) -> jax.Array:
     """Compute `attend_expanded` without any head's keys or values: W_k is applied to the query, W_v to the sum.
 
         W_v (softmax(scale · ((q_nope W_k) cᵀ + q_rope rope_keyᵀ) + causal mask) c)
 
     DeepSeek-V2 (arXiv:2405.04434), section 2.1.2. Best for a new token, which reads the cache and nothing wider.
+    `at_BSC` are the positions of the cache's entries, where these are not their indices.
     """
     n = q_nope_BSHn.shape[-1]
     q_latent_BSHL = jnp.einsum("bshn,hnl->bshl", q_nope_BSHn, w_kv_HaL[:, :n])
     scores_BHSC = jnp.einsum("bshl,bcl->bhsc", q_latent_BSHL, cache.latent, preferred_element_type=jnp.float32)
     scores_BHSC += jnp.einsum("bshr,bcr->bhsc", q_rope_BSHr, cache.rope_key, preferred_element_type=jnp.float32)
-    seen_BSC = jnp.arange(scores_BHSC.shape[-1], dtype=jnp.int32)[None, None] <= positions_BS[..., None]
+    if at_BSC is None:
+        at_BSC = jnp.arange(scores_BHSC.shape[-1], dtype=jnp.int32)[None, None]
+    seen_BSC = at_BSC <= positions_BS[..., None]
     scores_BHSC = jnp.where(seen_BSC[:, None], scores_BHSC * scale, -jnp.inf)
     probabilities = jax.nn.softmax(scores_BHSC, axis=-1).astype(cache.latent.dtype)
     o_latent_BSHL = jnp.einsum("bhsc,bcl->bshl", probabilities, cache.latent)
@@ -98,6 +116,9 @@ class LatentAttention(nnx.Module):
     A cache that is the same on all tp ranks is the price of keeping only L + r numbers a position, for all heads
     together: a rank's share of the heads' own keys and values, (H / tp) · (n + r + v), is more up to a wide tp.
     """
+
+    # The keys' and values' own matrix is taken apart by heads.
+    packable = ("w_q", "w_q_a", "w_q_b", "w_kv_a", "w_o")
 
     def __init__(self, config: MLAConfig, hidden_size: int, eps: float, *, param: ParamFactory):
         # The latents' norms have an epsilon of their own, and the layer has no other norm.
@@ -119,14 +140,18 @@ class LatentAttention(nnx.Module):
                 self.b_q_a = param((config.q_rank,), init=zeros)
             self.b_kv_a = param((L + r,), init=zeros)
             self.b_o = param((hidden_size,), init=zeros)
+        # None where positions are not chosen, or another layer has chosen them.
+        self.indexer = None if config.indexer is None or config.indexer.reuses else config.indexer
+        if self.indexer is not None:
+            assert config.q_rank is not None
+            hold(self, make_indexer_weights(self.indexer, hidden_size, config.q_rank, param=param))
         self.specs = WeightSpecs.of(self)
 
     def cache_arrays(self, batch_size: int, max_length: int) -> LatentCache:
         """The layer's cache, as a `LatentCache` of `CacheArray`."""
-        latent, rope_key = (
-            CacheArray((batch_size, max_length, width)) for width in (self.config.kv_rank, self.config.rope_head_dim)
-        )
-        return LatentCache(latent, rope_key)
+        config = self.config
+        widths = (config.kv_rank, config.rope_head_dim, *([] if self.indexer is None else [self.indexer.head_dim]))
+        return LatentCache(*(CacheArray((batch_size, max_length, width)) for width in widths))
 
     def __call__(
         self,
@@ -136,7 +161,8 @@ class LatentAttention(nnx.Module):
         batch: tuple[str, ...],
         *,
         decode: bool = False,
-    ) -> tuple[jax.Array, LatentCache | None]:
+        chosen: jax.Array | None = None,
+    ) -> tuple[Any, ...]:
         """Attend within a prompt, or from one new token to the cache.
 
         Args:
@@ -145,62 +171,103 @@ class LatentAttention(nnx.Module):
             cache: cache that gets the new latents and rotated keys; None for none.
             batch: mesh axes of the batch dim.
             decode: whether S is 1 and the token attends to the cache at its position and before.
+            chosen: positions that the last layer with an indexer has chosen: bool [B, S, S] for a prompt, int32 [B, 1, k]
+                in `decode`; None where it chose all of them.
 
         Returns:
-            [B, S, D], and the cache with the new tokens in it.
+            [B, S, D], and the cache with the new tokens in it; with an indexer the chosen positions as well.
         """
         weights, specs = self.specs.weights(self)
         cache_spec = None if cache is None else cache_specs(self.cache_arrays(1, 1), batch)
-
-        def local(
-            w: dict[str, jax.Array], x_BSD: jax.Array, positions_BS: jax.Array, cache: LatentCache | None
-        ) -> tuple[jax.Array, LatentCache | None]:
-            config = self.config
-            q_nope_BSHn, q_rope_BSHr = self._queries(w, x_BSD, positions_BS)
-            new = self._latents(w, x_BSD, positions_BS)
-            if cache is not None and decode:
-                position_B = positions_BS[:, 0]
-                cache = LatentCache(*(write_token(old, one, position_B) for old, one in zip(cache, new, strict=True)))
-            elif cache is not None:
-                cache = LatentCache(*(write_prompt(old, one) for old, one in zip(cache, new, strict=True)))
-            w_kv_HaL = w["w_kv_b"].reshape(-1, config.nope_head_dim + config.v_head_dim, config.kv_rank)
-            seen, attend_to = (cache, attend_absorbed) if cache is not None and decode else (new, attend_expanded)
-            o_BSHv = attend_to(q_nope_BSHn, q_rope_BSHr, seen, w_kv_HaL, positions_BS, scale=config.scale)
-            o_BSA = o_BSHv.reshape(*o_BSHv.shape[:2], -1)
-            y_BSD = jnp.einsum("bsa,da->bsd", o_BSA, w["w_o"], preferred_element_type=jnp.float32)
-            y_BSD = jax.lax.psum(y_BSD, TP).astype(x_BSD.dtype)
-            return y_BSD + w["b_o"][None, None] if config.bias else y_BSD, cache
-
-        return jax.shard_map(
-            local,
+        y_BSD, cache, chosen = jax.shard_map(
+            partial(self._local, decode=decode and cache is not None),
             mesh=self.mesh,
-            in_specs=(specs, P(batch), P(batch), cache_spec),
-            out_specs=(P(batch), cache_spec),
+            in_specs=(specs, P(batch), P(batch), cache_spec, P(batch)),
+            out_specs=(P(batch), cache_spec, P(batch)),
             check_vma=False,
-        )(weights, x_BSD, positions_BS, cache)
+        )(weights, x_BSD, positions_BS, cache, chosen)
+        return (y_BSD, cache) if self.config.indexer is None else (y_BSD, cache, chosen)
 
-    def _queries(
-        self, w: dict[str, jax.Array], x_BSD: jax.Array, positions_BS: jax.Array
-    ) -> tuple[jax.Array, jax.Array]:
-        """This rank's queries [B, S, H, n], and [B, S, H, r] rotated."""
+    def _local(
+        self,
+        w: dict[str, Any],
+        x_BSD: jax.Array,
+        positions_BS: jax.Array,
+        cache: LatentCache | None,
+        chosen: jax.Array | None,
+        *,
+        decode: bool,
+    ) -> tuple[jax.Array, LatentCache | None, jax.Array | None]:
+        """This device's part of `__call__`."""
+        config = self.config
+        latent_BSQ = self._query_latent(w, x_BSD)
+        q_nope_BSHn, q_rope_BSHr = self._queries(w, x_BSD if latent_BSQ is None else latent_BSQ, positions_BS)
+        new = self._latents(w, x_BSD, positions_BS)
+        if cache is not None:
+            write = partial(write_token, position_B=positions_BS[:, 0]) if decode else write_prompt
+            cache = jax.tree.map(write, cache, new)
+        seen = cache if decode and cache is not None else new
+        if self.indexer is not None and latent_BSQ is not None:
+            chosen = self._choose(self.indexer, w, x_BSD, latent_BSQ, positions_BS, seen, decode)
+        w_kv_HaL = w["w_kv_b"].reshape(-1, config.nope_head_dim + config.v_head_dim, config.kv_rank)
+        attend = attend_absorbed if decode else attend_expanded
+        if chosen is not None and decode:
+            seen = jax.tree.map(lambda array: jnp.take_along_axis(array, chosen[:, 0, :, None], axis=1), seen)
+            attend = partial(attend_absorbed, at_BSC=chosen)
+        elif chosen is not None:
+            attend = partial(attend_expanded, among_BSC=chosen)
+        o_BSHv = attend(q_nope_BSHn, q_rope_BSHr, seen, w_kv_HaL, positions_BS, scale=config.scale)
+        o_BSA = o_BSHv.reshape(*o_BSHv.shape[:2], -1)
+        y_BSD = linear(o_BSA, w["w_o"], jnp.float32)
+        y_BSD = jax.lax.psum(y_BSD, TP).astype(x_BSD.dtype)
+        return y_BSD + w["b_o"][None, None] if config.bias else y_BSD, cache, chosen
+
+    def _choose(
+        self,
+        config: IndexerConfig,
+        w: dict[str, Any],
+        x_BSD: jax.Array,
+        latent_BSQ: jax.Array,
+        positions_BS: jax.Array,
+        seen: LatentCache,
+        decode: bool,
+    ) -> jax.Array | None:
+        """The positions to attend to among `seen`; None where there are no more than may be chosen."""
+        if seen.index_key.shape[1] <= config.topk:
+            return None
+        queries = indexer_queries(indexer_weights(w), x_BSD, latent_BSQ, positions_BS, config)
+        choose = choose_for_token if decode else choose_for_prompt
+        return choose(queries, seen.index_key, positions_BS, config.topk)
+
+    def _query_latent(self, w: dict[str, Any], x_BSD: jax.Array) -> jax.Array | None:
+        """The normed latent [B, S, Q] that queries are made from; None where they are made from the activations."""
         config = self.config
         if config.q_rank is None:
-            q_BSA = jnp.einsum("bsd,ad->bsa", x_BSD, w["w_q"])
-        else:
-            latent_BSQ = jnp.einsum("bsd,qd->bsq", x_BSD, w["w_q_a"])
-            latent_BSQ = latent_BSQ + w["b_q_a"][None, None] if config.bias else latent_BSQ
-            latent_BSQ = rms_norm(latent_BSQ, w["q_a_norm"], config.latent_norm_eps)
-            q_BSA = jnp.einsum("bsq,aq->bsa", latent_BSQ, w["w_q_b"])
+            return None
+        latent_BSQ = linear(x_BSD, w["w_q_a"])
+        latent_BSQ = latent_BSQ + w["b_q_a"][None, None] if config.bias else latent_BSQ
+        return rms_norm(latent_BSQ, w["q_a_norm"], config.latent_norm_eps)
+
+    def _queries(
+        self, w: dict[str, Any], source_BSQ: jax.Array, positions_BS: jax.Array
+    ) -> tuple[jax.Array, jax.Array]:
+        """This rank's queries [B, S, H, n], and [B, S, H, r] rotated, from their latent or from the activations."""
+        config = self.config
+        q_BSA = linear(source_BSQ, w["w_q" if config.q_rank is None else "w_q_b"])
         q_BSHh = q_BSA.reshape(*q_BSA.shape[:2], -1, config.nope_head_dim + config.rope_head_dim)
         q_nope_BSHn, q_rope_BSHr = jnp.split(q_BSHh, [config.nope_head_dim], axis=-1)
         return q_nope_BSHn, apply_rope(q_rope_BSHr, positions_BS, config.rope)
 
-    def _latents(self, w: dict[str, jax.Array], x_BSD: jax.Array, positions_BS: jax.Array) -> LatentCache:
+    def _latents(self, w: dict[str, Any], x_BSD: jax.Array, positions_BS: jax.Array) -> LatentCache:
         """The entries of the cache for these tokens."""
         config = self.config
-        both_BSA = jnp.einsum("bsd,ad->bsa", x_BSD, w["w_kv_a"])
+        both_BSA = linear(x_BSD, w["w_kv_a"])
         both_BSA = both_BSA + w["b_kv_a"][None, None] if config.bias else both_BSA
         latent_BSL, rope_key_BSr = jnp.split(both_BSA, [config.kv_rank], axis=-1)
         # One key for all heads: as a single head to the rotation.
         rope_key_BSr = apply_rope(rope_key_BSr[:, :, None], positions_BS, config.rope)[:, :, 0]
-        return LatentCache(rms_norm(latent_BSL, w["kv_a_norm"], config.latent_norm_eps), rope_key_BSr)
+        latent_BSL = rms_norm(latent_BSL, w["kv_a_norm"], config.latent_norm_eps)
+        if self.indexer is None:
+            return LatentCache(latent_BSL, rope_key_BSr)
+        index_key_BSh = indexer_keys(indexer_weights(w), x_BSD, positions_BS, self.indexer)
+        return LatentCache(latent_BSL, rope_key_BSr, index_key_BSh)

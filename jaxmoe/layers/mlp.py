@@ -1,12 +1,14 @@
 """The dense MLP of layers without routed experts, and of the experts that serve every token."""
 
+from typing import Any
+
 import jax
-import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import PartitionSpec as P
 
 from jaxmoe.config import MLPConfig
 from jaxmoe.kernels.grouped_matmul.combine import combine_halves
+from jaxmoe.layers.linear import linear
 from jaxmoe.layers.param import ParamFactory, zeros
 from jaxmoe.layers.weights import WeightSpecs
 from jaxmoe.mesh import auto_mesh
@@ -15,6 +17,8 @@ from jaxmoe.numerics import sum_dtype
 
 class MLP(nnx.Module):
     """down(act(gate x) · up x), its width split over tp; one psum brings the parts together."""
+
+    packable = ("w_gate", "w_up", "w_down")
 
     def __init__(self, config: MLPConfig, *, param: ParamFactory):
         hidden, width, tp = config.hidden_size, config.intermediate_size, param.axes.tp or None
@@ -35,13 +39,13 @@ class MLP(nnx.Module):
         """Map x [B, S, D], its batch dim sharded over the axes `batch`, to [B, S, D]."""
         weights, specs = self.specs.weights(self)
 
-        def local(w: dict[str, jax.Array], x_BSD: jax.Array) -> jax.Array:
+        def local(w: dict[str, Any], x_BSD: jax.Array) -> jax.Array:
             def project(name: str) -> jax.Array:
-                y_BSF = jnp.einsum("bsd,fd->bsf", x_BSD, w[f"w_{name}"])
+                y_BSF = linear(x_BSD, w[f"w_{name}"])
                 return y_BSF + w[f"b_{name}"][None, None] if self.config.bias else y_BSF
 
             h_BSF = self.combine.halves(*(project(name) for name in (("gate", "up") if self.config.gated else ("up",))))
-            y_BSD = jnp.einsum("bsf,df->bsd", h_BSF, w["w_down"], preferred_element_type=sum_dtype(x_BSD.dtype))
+            y_BSD = linear(h_BSF, w["w_down"], sum_dtype(x_BSD.dtype))
             y_BSD = jax.lax.psum(y_BSD, self.tp_axes).astype(x_BSD.dtype)
             return y_BSD + w["b_down"][None, None] if self.config.bias else y_BSD
 

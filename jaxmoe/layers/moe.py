@@ -87,6 +87,9 @@ class MoE(nnx.Module):
         (3, 8)
     """
 
+    # Parameters that may be held packed.
+    packable = ("w_gate_up", "w_down")
+
     w_router: nnx.Param
     w_gate_up: nnx.Param
     slot_to_expert: PlacementTable
@@ -108,6 +111,7 @@ class MoE(nnx.Module):
         check_made_of(config, mesh, rngs, dtype, expert_axes)
         self.recorder: Any = None  # of the model that the layer is a part of, while its routing is recorded
         self.config, self.mesh, self.expert_axes = config, mesh, tuple(expert_axes)
+        self._dtype = jnp.dtype(dtype)
         self.axes = MeshAxes.of(mesh, axis_names)
         slots_over = self.expert_axis_names
         self.dispatch, self.wire_dtype, self.kernels = dispatch, wire_dtype, kernels
@@ -148,9 +152,15 @@ class MoE(nnx.Module):
         """The axes of the mesh that F is split over; none where tp ranks have whole experts."""
         return () if TP in self.expert_axes else self.axes.tp
 
+    @property
+    def _activation_dtype(self) -> Any:
+        """The dtype of x: that of the experts, or what the layer was made with where these are packed."""
+        packed = any(name == "w_gate_up" for name, _ in self._specs.packings)
+        return self._dtype if packed else self.w_gate_up.dtype
+
     def expert_stacks(self) -> list[ExpertStack]:
         """The parameters whose dim 0 is the physical slots."""
-        return [getattr(self, name) for name in ExpertStacks._fields if hasattr(self, name)]
+        return [param for param in vars(self).values() if isinstance(param, ExpertStack)]
 
     def set_placement(self, placement: ExpertPlacement) -> None:
         """Say that the stacks hold what `placement` says; `jaxmoe.layers.swap_experts` brings them there."""
@@ -214,7 +224,7 @@ class MoE(nnx.Module):
         check_not_recorded(self.recorder, self, self.w_router.get_value())
         check_usable(self)
         check_slots(self.w_gate_up.shape[0], self.slot_to_expert.shape[0])
-        x = checked_tokens(x, self.config.hidden_size, self.w_gate_up.dtype)
+        x = checked_tokens(x, self.config.hidden_size, self._activation_dtype)
         token_mask, router_x = checked_mask(token_mask, x), checked_router_input(router_x, x)
         expert_ids = checked_choices(expert_ids, x, self.config)
 
@@ -252,7 +262,8 @@ class MoE(nnx.Module):
         return y_TD.reshape(x.shape), stats
 
     def _routed_weights(self) -> RoutedWeights:
-        return RoutedWeights(held(self, RouterWeights), held(self, ExpertStacks), held(self, PlacementTables))
+        stacks, _ = self._specs.typed(self, ExpertStacks)
+        return RoutedWeights(held(self, RouterWeights), stacks, held(self, PlacementTables))
 
     def _shared(self, x_TD: jax.Array) -> jax.Array:
         """The sum of the experts that serve every token; it depends on no exchange, so it can overlap one."""
@@ -289,7 +300,7 @@ class MoE(nnx.Module):
 
     def _explain_dispatch(self, tokens: int, dtype: Any) -> DispatchChoice:
         K, D = self.config.num_experts_per_tok, self.config.expert_input_size
-        itemsize = jnp.dtype(self.w_gate_up.dtype if dtype is None else dtype).itemsize
+        itemsize = jnp.dtype(self._activation_dtype if dtype is None else dtype).itemsize
         shape = DispatchShape(tokens=tokens, choices=K, width=D, itemsize=itemsize, layout=self._layout)
         return explain_dispatch(shape, self._platform)
 
@@ -314,5 +325,5 @@ class MoE(nnx.Module):
             dispatch=backend,
             kernels=self.kernels,
             replica_choice=self.replica_choice,
-            stack_specs=self._specs.typed(ExpertStacks),
+            stack_specs=tuple(jax.tree.leaves(self._specs.typed(self, ExpertStacks)[1])),
         )

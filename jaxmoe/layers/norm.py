@@ -57,11 +57,22 @@ class ZeroCenteredRMSNorm(nnx.Module):
         return zero_centered_rms_norm(x, self.weight[...], self.eps)
 
 
-class LayerNorm(nnx.Module):
-    """weight · (x - mean) / sqrt(variance + eps) + bias over the last dim, computed in float32.
+def layer_norm(x: jax.Array, weight: jax.Array, bias: jax.Array | None, eps: float) -> jax.Array:
+    """Compute weight · (x - mean) / sqrt(variance + eps) + bias over the last dim, in float32.
 
     Ba et al. 2016 (arXiv:1607.06450).
     """
+    x32 = x.astype(jnp.float32)
+    centered = x32 - jnp.mean(x32, axis=-1, keepdims=True)
+    y = centered * jax.lax.rsqrt(jnp.mean(jnp.square(centered), axis=-1, keepdims=True) + eps)
+    y = y * jax.lax.broadcast_to_rank(weight.astype(jnp.float32), x.ndim)
+    if bias is not None:
+        y += jax.lax.broadcast_to_rank(bias.astype(jnp.float32), x.ndim)
+    return y.astype(x.dtype)
+
+
+class LayerNorm(nnx.Module):
+    """`layer_norm` with its weight and bias, replicated over the mesh."""
 
     def __init__(self, size: int, eps: float, *, param: ParamFactory, bias: bool = True):
         self.weight = param((size,), init=ones)
@@ -71,13 +82,7 @@ class LayerNorm(nnx.Module):
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """Normalize x [..., size]."""
-        x32 = x.astype(jnp.float32)
-        centered = x32 - jnp.mean(x32, axis=-1, keepdims=True)
-        y = centered * jax.lax.rsqrt(jnp.mean(jnp.square(centered), axis=-1, keepdims=True) + self.eps)
-        y = y * jax.lax.broadcast_to_rank(self.weight[...].astype(jnp.float32), x.ndim)
-        if hasattr(self, "bias"):
-            y += jax.lax.broadcast_to_rank(self.bias[...].astype(jnp.float32), x.ndim)
-        return y.astype(x.dtype)
+        return layer_norm(x, self.weight[...], self.bias[...] if hasattr(self, "bias") else None, self.eps)
 
 
 # A kind of norm is a class and a line here; `DecoderConfig.norm` names it.

@@ -1,6 +1,6 @@
 """The common part of the recurrent layers in attention's place: a state and a convolution's inputs instead of a cache."""
 
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -9,6 +9,7 @@ from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
 from jaxmoe.layers.cache import cache_specs
+from jaxmoe.layers.linear import linear
 from jaxmoe.layers.weights import WeightSpecs
 from jaxmoe.mesh import TP
 
@@ -32,10 +33,12 @@ class RecurrentMixer(nnx.Module):
     The output projection is `w_out`, with `b_out` where it has a bias.
 
     Attributes:
+        packable: names of the parameters that may be held packed.
         mesh: mesh that the layer is on.
         specs: specs of its weights.
     """
 
+    packable: ClassVar[tuple[str, ...]] = ("w_out",)
     mesh: Mesh
     specs: WeightSpecs
 
@@ -44,7 +47,7 @@ class RecurrentMixer(nnx.Module):
         raise NotImplementedError
 
     def run(
-        self, w: dict[str, jax.Array], x_BSD: jax.Array, lengths_B: jax.Array, before: RecurrentCache | None
+        self, w: dict[str, Any], x_BSD: jax.Array, lengths_B: jax.Array, before: RecurrentCache | None
     ) -> tuple[jax.Array, RecurrentCache]:
         """Compute the outputs of this rank's channels, and what they keep.
 
@@ -84,11 +87,11 @@ class RecurrentMixer(nnx.Module):
         cache_spec = None if cache is None else cache_specs(self.cache_arrays(1, 1), batch)
 
         def local(
-            w: dict[str, jax.Array], x_BSD: jax.Array, positions_BS: jax.Array, cache: RecurrentCache | None
+            w: dict[str, Any], x_BSD: jax.Array, positions_BS: jax.Array, cache: RecurrentCache | None
         ) -> tuple[jax.Array, RecurrentCache | None]:
             lengths_B = jnp.ones(len(x_BSD), jnp.int32) if decode else jnp.max(positions_BS, axis=1) + 1
             y_BSA, kept = self.run(w, x_BSD, lengths_B, cache if decode else None)
-            y_BSD = jnp.einsum("bsa,da->bsd", y_BSA, w["w_out"], preferred_element_type=jnp.float32)
+            y_BSD = linear(y_BSA, w["w_out"], jnp.float32)
             y_BSD = jax.lax.psum(y_BSD, TP).astype(x_BSD.dtype)
             y_BSD = y_BSD + w["b_out"][None, None] if "b_out" in w else y_BSD
             return y_BSD, None if cache is None else RecurrentCache(kept.conv.astype(cache.conv.dtype), kept.state)

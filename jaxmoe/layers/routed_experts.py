@@ -75,7 +75,7 @@ class RoutedPlan:
         dispatch: backend that brings tokens to them.
         kernels: backend of the grouped matmul, or "auto".
         replica_choice: name of the rule among replicas.
-        stack_specs: partition specs of the expert stacks.
+        stack_specs: partition specs of the arrays of the expert stacks, in the order of their tree.
     """
 
     config: MoEConfig
@@ -84,18 +84,18 @@ class RoutedPlan:
     dispatch: Dispatch
     kernels: str
     replica_choice: str
-    stack_specs: ExpertStacks
+    stack_specs: tuple[P, ...]
 
     @property
     def token_axes(self) -> tuple[str, ...]:
         """Axes of the mesh that the tokens are split over."""
         return self.dispatch.token_axes(self.layout)
 
-    @property
-    def weight_specs(self) -> RoutedWeights:
+    def weight_specs(self, weights: RoutedWeights) -> RoutedWeights:
         """The partition specs of the program's weights; the router is whole on every device."""
         router = RouterWeights._make([P()] * len(RouterWeights._fields))
-        return RoutedWeights(router, self.stack_specs, table_specs(self.layout.expert_axes))
+        stacks = jax.tree.unflatten(jax.tree.structure(weights.stacks), self.stack_specs)
+        return RoutedWeights(router, stacks, table_specs(self.layout.expert_axes))
 
     @property
     def stats_specs(self) -> MoEStats:
@@ -137,7 +137,7 @@ def routed_experts(
     y_TX, stats = jax.shard_map(
         partial(_on_one_device, plan=plan),
         mesh=plan.mesh,
-        in_specs=(*[P(token_axes)] * 4, plan.weight_specs),
+        in_specs=(*[P(token_axes)] * 4, plan.weight_specs(weights)),
         out_specs=(P(token_axes), plan.stats_specs),
         check_vma=False,
     )(x_TX, router_TD, mask_T, expert_ids_TK, weights)

@@ -4,12 +4,14 @@ Letters here, beside the common ones of docs/concepts/letters.md: A channels, W 
 device A is its own.
 """
 
+from typing import Any
+
 import jax
-import jax.numpy as jnp
 
 from jaxmoe.config import ShortConvConfig
 from jaxmoe.layers.cache import CacheArray
 from jaxmoe.layers.conv import causal_conv
+from jaxmoe.layers.linear import linear
 from jaxmoe.layers.param import ParamFactory, zeros
 from jaxmoe.layers.recurrent import RecurrentCache, RecurrentMixer
 from jaxmoe.layers.weights import WeightSpecs
@@ -21,6 +23,8 @@ class ShortConv(RecurrentMixer):
 
     The operator of LFM2 (Liquid AI 2025, arXiv:2511.23404). It keeps the last inputs of its convolution and no state.
     """
+
+    packable = ("w_in_b", "w_in_c", "w_in_x", "w_out")
 
     def __init__(self, config: ShortConvConfig, hidden_size: int, eps: float, *, param: ParamFactory):
         del eps  # there is no norm in it
@@ -43,7 +47,7 @@ class ShortConv(RecurrentMixer):
         return RecurrentCache(conv=CacheArray(kept, (None, TP)), state=None)
 
     def run(
-        self, w: dict[str, jax.Array], x_BSD: jax.Array, lengths_B: jax.Array, before: RecurrentCache | None
+        self, w: dict[str, Any], x_BSD: jax.Array, lengths_B: jax.Array, before: RecurrentCache | None
     ) -> tuple[jax.Array, RecurrentCache]:
         """See `RecurrentMixer`."""
         b_BSA, c_BSA, x_BSA = (self._project(w, x_BSD, part) for part in "bcx")
@@ -51,6 +55,6 @@ class ShortConv(RecurrentMixer):
         y_BSA, kept = causal_conv(b_BSA * x_BSA, taps_AW, w.get("b_conv"), conv, lengths_B)
         return c_BSA * y_BSA, RecurrentCache(kept, None)
 
-    def _project(self, w: dict[str, jax.Array], x_BSD: jax.Array, part: str) -> jax.Array:
-        y_BSA = jnp.einsum("bsd,ad->bsa", x_BSD, w[f"w_in_{part}"])
+    def _project(self, w: dict[str, Any], x_BSD: jax.Array, part: str) -> jax.Array:
+        y_BSA = linear(x_BSD, w[f"w_in_{part}"])
         return y_BSA + w[f"b_in_{part}"][None, None] if self.config.bias else y_BSA

@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 from flax import nnx
 
-from jaxmoe.layers.experts import ExpertStacks
+from jaxmoe.layers.expert_stack import ExpertStack
 from jaxmoe.layers.moe import MoE
 from jaxmoe.layers.param import ParamSpec
 
@@ -40,7 +40,7 @@ def layer_of_stack(module: nnx.Module, path: tuple[Any, ...]) -> MoE | None:
     owner: Any = module
     for key in path[:-1]:
         owner = getattr(owner, key) if isinstance(key, str) and hasattr(owner, key) else owner[key]
-    return owner if isinstance(owner, MoE) and path[-1] in ExpertStacks._fields else None
+    return owner if isinstance(owner, MoE) and isinstance(getattr(owner, path[-1]), ExpertStack) else None
 
 
 def _rows(module: nnx.Module, path: tuple[Any, ...], param: nnx.Param) -> tuple[tuple[int, ...] | None, int | None]:

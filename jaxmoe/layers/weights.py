@@ -1,17 +1,25 @@
 """The parameters of a module as its computation takes them: values by name or in a typed tuple, and their partition specs.
 
 A parameter's sharding is said once, where `ParamFactory` makes it. `WeightSpecs` hands it to the `shard_map` that takes the
-parameter.
+parameter. A matrix that is held packed is several parameters, and one `QuantizedStack` to the computation.
 """
 
 import dataclasses
-from typing import NamedTuple, TypeVar
+from collections.abc import Mapping
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 from flax import nnx
 from jax.sharding import PartitionSpec as P
 
+from jaxmoe.kernels.grouped_matmul import QuantizedStack
+from jaxmoe.quant.packing import Packing
+
 Weights = TypeVar("Weights", bound=NamedTuple)
+Weight = jax.Array | QuantizedStack
+
+PART_ENDINGS = {"values": "", "scale": "_scale", "zero_point": "_zero_point", "matrix_scale": "_matrix_scale"}
+"""What follows the name of a packed parameter in the names of its arrays."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -22,28 +30,62 @@ class WeightSpecs:
     where it lies, and `nnx.update` brings along what the parameters of another module say.
 
     Attributes:
-        by_name: pairs of name and spec; a tuple, which Flax can hash.
+        by_name: pairs of name and spec, of every array; a tuple, which Flax can hash.
+        packings: pairs of name and packed form, of the matrices that are held packed.
     """
 
     by_name: tuple[tuple[str, P], ...]
+    packings: tuple[tuple[str, Packing], ...] = ()
 
     @classmethod
-    def of(cls, module: nnx.Module) -> "WeightSpecs":
+    def of(cls, module: nnx.Module, packings: Mapping[str, Packing] | None = None) -> "WeightSpecs":
         """Note the specs that the parameters were made with."""
         params = {name: param for name, param in vars(module).items() if isinstance(param, nnx.Param)}
-        return cls(tuple((name, param.get_metadata("spec")) for name, param in params.items()))
+        specs = tuple((name, param.get_metadata("spec")) for name, param in params.items())
+        return cls(specs, tuple(sorted((packings or {}).items())))
 
-    def __getitem__(self, name: str) -> P:
-        return dict(self.by_name)[name]
-
-    def weights(self, module: nnx.Module) -> tuple[dict[str, jax.Array], dict[str, P]]:
+    def weights(self, module: nnx.Module) -> tuple[dict[str, Any], dict[str, Any]]:
         """Give the values of the module's parameters by name, and the specs of the same."""
-        return {name: getattr(module, name)[...] for name, _ in self.by_name}, dict(self.by_name)
+        parts = {name + PART_ENDINGS[role] for name, form in self.packings for role in form.roles[1:]}
+        names = [name for name, _ in self.by_name if name not in parts]
+        return {name: self.value(module, name) for name in names}, {name: self.spec(module, name) for name in names}
 
-    def typed(self, kind: type[Weights]) -> Weights:
-        """Give the specs as a tuple of `kind`, whose fields are parameters' names; None for those that the module lacks."""
-        specs = dict(self.by_name)
-        return kind._make([specs.get(name) for name in kind._fields])
+    def value(self, module: nnx.Module, name: str) -> Weight:
+        """Give the value of one parameter, an array or a `QuantizedStack`."""
+        packing = dict(self.packings).get(name)
+        values = getattr(module, name)[...]
+        if packing is None:
+            return values
+        arrays = {role: getattr(module, name + PART_ENDINGS[role])[...] for role in packing.roles[1:]}
+        block = packing.units("scale", (*values.shape[:-1], values.shape[-1] * packing.per_byte))
+        return _stack(packing, block, {"values": values, **arrays})
+
+    def spec(self, module: nnx.Module, name: str) -> Any:
+        """Give the spec of one parameter, a tree like its value."""
+        packing, specs = dict(self.packings).get(name), dict(self.by_name)
+        if packing is None:
+            return specs[name]
+        stack = self.value(module, name)
+        assert isinstance(stack, QuantizedStack)
+        arrays = {role: specs[name + PART_ENDINGS[role]] for role in packing.roles}
+        return _stack(packing, stack.block, arrays)
+
+    def typed(self, module: nnx.Module, kind: type[Weights]) -> tuple[Weights, Weights]:
+        """Give values and specs as tuples of `kind`, whose fields are parameters' names; None for those that it lacks."""
+        names = [name if hasattr(module, name) else None for name in kind._fields]
+        values = kind._make([None if name is None else self.value(module, name) for name in names])
+        return values, kind._make([None if name is None else self.spec(module, name) for name in names])
+
+
+def _stack(packing: Packing, block: tuple[int, int], arrays: Mapping[str, Any]) -> QuantizedStack:
+    return QuantizedStack(
+        values=arrays["values"],
+        scales=arrays["scale"],
+        zero_points=arrays.get("zero_point"),
+        matrix_scales=arrays.get("matrix_scale"),
+        format=packing.format,
+        block=block,
+    )
 
 
 def hold(module: nnx.Module, weights: NamedTuple) -> None:

@@ -5,15 +5,20 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from jaxmoe.config import DecoderConfig, read_config_json
+from jaxmoe.config import DecoderConfig, check_agreement, directory_of, find_checkpoint, read_config_json
+from jaxmoe.models.afmoe import AFMOE
 from jaxmoe.models.dbrx import DBRX
 from jaxmoe.models.decoder import Decoder
 from jaxmoe.models.deepseek_v2 import DEEPSEEK_V2
 from jaxmoe.models.deepseek_v3 import DEEPSEEK_V3, KIMI_K2
+from jaxmoe.models.deepseek_v32 import DEEPSEEK_V32, GLM_MOE_DSA
 from jaxmoe.models.ernie4_5_moe import ERNIE4_5_MOE
+from jaxmoe.models.exaone_moe import EXAONE_MOE
 from jaxmoe.models.family import ExpertLayout, ExpertTensors, Family, Form
+from jaxmoe.models.flex_olmo import FLEX_OLMO
 from jaxmoe.models.gemma4 import GEMMA4_TEXT
 from jaxmoe.models.glm4_moe import GLM4_MOE
+from jaxmoe.models.glm4_moe_lite import GLM4_MOE_LITE
 from jaxmoe.models.gpt_oss import GPT_OSS
 from jaxmoe.models.granitemoe import GRANITEMOE
 from jaxmoe.models.granitemoehybrid import GRANITEMOEHYBRID
@@ -34,8 +39,10 @@ from jaxmoe.models.qwen2_moe import QWEN2_MOE
 from jaxmoe.models.qwen3_5_moe import QWEN3_5_MOE_TEXT
 from jaxmoe.models.qwen3_moe import QWEN3_MOE
 from jaxmoe.models.qwen3_next import QWEN3_NEXT
+from jaxmoe.models.solar_open import SOLAR_OPEN
 from jaxmoe.models.step3p5 import STEP3P5
 from jaxmoe.models.wrappers import WRAPPERS, Wrapper
+from jaxmoe.rotary import check_rope_agreement
 
 __all__ = [
     "FAMILIES",
@@ -55,12 +62,18 @@ __all__ = [
 FAMILIES: dict[str, Family] = {
     family.model_type: family
     for family in (
+        AFMOE,
         DBRX,
         DEEPSEEK_V2,
         DEEPSEEK_V3,
+        DEEPSEEK_V32,
         ERNIE4_5_MOE,
+        EXAONE_MOE,
+        FLEX_OLMO,
         GEMMA4_TEXT,
         GLM4_MOE,
+        GLM4_MOE_LITE,
+        GLM_MOE_DSA,
         GPT_OSS,
         GRANITEMOE,
         GRANITEMOEHYBRID,
@@ -82,6 +95,7 @@ FAMILIES: dict[str, Family] = {
         QWEN3_5_MOE_TEXT,
         QWEN3_MOE,
         QWEN3_NEXT,
+        SOLAR_OPEN,
         STEP3P5,
     )
 }
@@ -107,25 +121,36 @@ def find_family(config: Mapping[str, Any]) -> tuple[Family, Mapping[str, Any]]:
     For a multimodal model that is the family of its text part (`Family.wrapper` is set), with the text part's config.
 
     Raises:
-        ValueError: no family is known for it.
+        ValueError: no family is known for it, or two settings of one thing differ.
     """
     wrapper = WRAPPERS.get(config["model_type"])
+    inner = config.get("text_config")
+    inner = inner if isinstance(inner, dict) else None
     if wrapper is None:
-        return get_family(config["model_type"]), config
+        family = get_family(config["model_type"])
+        _check(config, inner)
+        return family, config
     text = wrapper.text_config(config)
+    _check(config, inner)
     return dataclasses.replace(get_family(text["model_type"]), wrapper=wrapper), text
 
 
+def _check(config: Mapping[str, Any], text: Mapping[str, Any] | None) -> None:
+    check_agreement(config, text)
+    check_rope_agreement(config, text)
+
+
 def read_model_config(directory: str | Path) -> tuple[Family, DecoderConfig]:
-    """Read the family and the config of a checkpoint directory, from its config.json alone.
+    """Read the family and the config of a checkpoint, given as for `find_checkpoint`, from its config.json alone.
 
     Raises:
         FileNotFoundError: there is none.
         ValueError: it is not readable, of no known family, or lacks what the family needs.
     """
+    directory = directory_of(find_checkpoint(directory))
     raw_config = read_config_json(directory)
     try:
         family, text_config = find_family(raw_config)
         return family, family.read_config(text_config)
     except ValueError as error:
-        raise ValueError(f"{Path(directory) / 'config.json'}: {error}") from error
+        raise ValueError(f"{directory / 'config.json'}: {error}") from error

@@ -25,6 +25,22 @@ def check_token_ids(token_ids: np.ndarray, vocab_size: int) -> None:
         )
 
 
+def check_length(config: DecoderConfig, length: int) -> None:
+    """Refuse a sequence that the model's rotary frequencies do not hold for.
+
+    Raises:
+        ValueError: it is longer than the model was trained for, and its scaling would change the frequencies there.
+    """
+    ropes = [getattr(layer.attention, "rope", None) for layer in config.layers]
+    most = min((rope.up_to for rope in ropes if rope is not None and rope.up_to), default=length)
+    if length > most:
+        raise ValueError(
+            f"rope scaling 'dynamic' changes the frequencies of sequences beyond the {most} tokens of "
+            f"max_position_embeddings, which jaxmoe does not compute; got {length} tokens; shorten the sequence, or give "
+            "config.json a scaling whose frequencies are fixed, such as yarn"
+        )
+
+
 def check_tp(config: DecoderConfig, tp: int, expert_axes: tuple[str, ...]) -> None:
     """Refuse a tp that does not split heads and widths evenly.
 

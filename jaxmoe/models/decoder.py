@@ -31,7 +31,7 @@ from jaxmoe.layers import (
 )
 from jaxmoe.mesh import EP, TP, axes_size, batch_axes, check_mesh, named, padded_batch
 from jaxmoe.models.belongings import Belongings
-from jaxmoe.models.checks import check_token_ids, check_tp
+from jaxmoe.models.checks import check_length, check_token_ids, check_tp
 from jaxmoe.models.decoder_layer import DecoderLayer
 from jaxmoe.models.describe import describe
 from jaxmoe.models.origin import Origin
@@ -113,7 +113,9 @@ class Decoder(nnx.Module):
         )
         self.norm = NORMS[config.norm](config.hidden_size, config.norm_eps, param=param)
         if not config.tie_word_embeddings:
-            self.lm_head = VocabTable(config.vocab_size, config.hidden_size, param=param, bias=config.lm_head_bias)
+            self.lm_head = VocabTable(
+                config.vocab_size, config.hidden_size, param=param, bias=config.lm_head_bias, embeds=False
+            )
 
     @property
     def source(self) -> Path | None:
@@ -339,7 +341,8 @@ class Decoder(nnx.Module):
             float32 [B, S, vocab_size].
 
         Raises:
-            ValueError: not two dims, no token, or an id outside the vocabulary, or a replayed trace of another size.
+            ValueError: not two dims, no token, an id outside the vocabulary, a replayed trace of another size, or a
+                sequence that the model's rotary frequencies do not hold for.
             RuntimeError: see `record_routing` and `replay_routing`.
         """
         check_usable(self)
@@ -347,6 +350,7 @@ class Decoder(nnx.Module):
             token_ids = np.asarray(token_ids)
             check_token_ids(token_ids, self.config.vocab_size)
         B, S = token_ids.shape
+        check_length(self.config, S)
         # Padded to a few sizes, so that a series of calls compiles a few programs.
         rows, length = padded_batch(self.mesh, B), bucket_length(S)
         tokens_BS = jnp.pad(jnp.asarray(token_ids, jnp.int32), ((0, rows - B), (0, length - S)))
@@ -364,6 +368,7 @@ class Decoder(nnx.Module):
 
     def init_cache(self, batch_size: int, max_length: int) -> Cache:
         """An empty cache for `batch_size` sequences (see `padded_batch`) of up to `max_length` tokens."""
+        check_length(self.config, max_length)
         arrays = tuple(layer.cache_arrays(batch_size, max_length) for layer in self.layers)
         return _empty(arrays, self.dtype, self.mesh, batch_axes(self.mesh, batch_size))
 
@@ -458,12 +463,12 @@ class Decoder(nnx.Module):
         batch = batch_axes(self.mesh, tokens_BS.shape[0])
         x_BSD = self.embed.embed(tokens_BS, batch) * self.config.embedding_multiplier
         choices = iter(of_layers(expert_ids_BSLK, [moe.config for moe in self.moe_layers], tokens_BS.shape))
-        caches, stats = [], []
+        caches, stats, chosen = [], [], None
         for i, layer in enumerate(self.layers):
             layer_cache = None if cache is None else cache[i]
             ids_BSK = next(choices) if hasattr(layer, "moe") else None
-            x_BSD, layer_cache, layer_stats = layer(
-                x_BSD, positions_BS, mask_BS, layer_cache, batch, expert_ids_BSK=ids_BSK, decode=decode
+            x_BSD, layer_cache, layer_stats, chosen = layer(
+                x_BSD, positions_BS, mask_BS, layer_cache, batch, expert_ids_BSK=ids_BSK, decode=decode, chosen=chosen
             )
             caches.append(layer_cache)
             if layer_stats is not None:

@@ -17,8 +17,9 @@ from jaxmoe.placement import ExpertPlacement
 class DecoderLayer(nnx.Module):
     """x + attention(norm(x)), then x + feed_forward(norm(x)); a layer may have one of the two only.
 
-    With `LayerConfig.post_norms` a half's result is normalized before it is added. With `LayerConfig.parallel_mlp` the
-    second half is norm(mlp(norm(x))) + norm(moe(norm(x))), and the router sees x itself.
+    With `LayerConfig.post_norms` a half's result is normalized before it is added, and without `LayerConfig.pre_norms`
+    what goes into it is not. With `LayerConfig.parallel_mlp` the second half is norm(mlp(norm(x))) + norm(moe(norm(x))),
+    and the router sees x itself.
     """
 
     def __init__(
@@ -37,9 +38,10 @@ class DecoderLayer(nnx.Module):
         self.residual_multiplier = decoder.residual_multiplier
         self.config, self.dispatch = config, dispatch
         if config.attention is not None:
-            self.attention_norm = norm(hidden_size, eps, param=param)
+            if config.pre_norms:
+                self.attention_norm = norm(hidden_size, eps, param=param)
             self.attention = make_token_mixer(config.attention, hidden_size, eps, param=param)
-        if config.feed_forward is not None:
+        if config.pre_norms and config.feed_forward is not None:
             self.feed_forward_norm = norm(hidden_size, eps, param=param)
         if isinstance(config.feed_forward, MoEConfig):
             assert placement is not None
@@ -77,17 +79,24 @@ class DecoderLayer(nnx.Module):
         *,
         expert_ids_BSK: jax.Array | None = None,
         decode: bool = False,
-    ) -> tuple[jax.Array, Any, MoEStats | None]:
+        chosen: jax.Array | None = None,
+    ) -> tuple[jax.Array, Any, MoEStats | None, jax.Array | None]:
         """Apply the layer; tokens where `mask_BS` is False reach no routed expert.
 
-        `expert_ids_BSK` are choices to take instead of the router's own, see `jaxmoe.MoE`.
+        `expert_ids_BSK` are choices to take instead of the router's own, see `jaxmoe.MoE`; `chosen` are the positions that
+        the layers before have chosen to attend to, see `jaxmoe.layers.mixers.TokenMixer`.
 
         Returns:
-            [B, S, D], the layer's cache, and what its routed experts did (None where it has none).
+            [B, S, D], the layer's cache, what its routed experts did (None where it has none), and the chosen positions.
         """
         stats = None
         if self.config.attention is not None:
-            y_BSD, cache = self.attention(self.attention_norm(x_BSD), positions_BS, cache, batch, decode=decode)
+            normed_BSD = self.attention_norm(x_BSD) if self.config.pre_norms else x_BSD
+            mix: Any = partial(self.attention, normed_BSD, positions_BS, cache, batch, decode=decode)
+            if self.config.attention.chooses_positions:
+                y_BSD, cache, chosen = mix(chosen=chosen)
+            else:
+                y_BSD, cache = mix()
             if self.config.post_norms:
                 y_BSD = self.attention_post_norm(y_BSD)
             x_BSD = x_BSD + y_BSD * self.residual_multiplier
@@ -99,7 +108,7 @@ class DecoderLayer(nnx.Module):
             x_BSD = x_BSD + y_BSD * self.residual_multiplier
         if self.config.output_scale:
             x_BSD = x_BSD * jax.lax.broadcast_to_rank(self.output_scale[...], x_BSD.ndim)
-        return x_BSD, cache, stats
+        return x_BSD, cache, stats, chosen
 
     def _feed_forward(
         self,
@@ -110,7 +119,7 @@ class DecoderLayer(nnx.Module):
         dispatch: str,
     ) -> tuple[jax.Array, MoEStats | None]:
         """The second half without what it is added to."""
-        normed_BSD = self.feed_forward_norm(x_BSD)
+        normed_BSD = self.feed_forward_norm(x_BSD) if self.config.pre_norms else x_BSD
         if not isinstance(self.config.feed_forward, MoEConfig):
             return self.mlp(normed_BSD, batch), None
         moe = partial(self.moe, token_mask=mask_BS, expert_ids=expert_ids_BSK, dispatch=dispatch)

@@ -1,6 +1,6 @@
 """Readers that the DeepSeek families share: latent attention, experts that serve every token, dense layers first."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from jaxmoe.config import DecoderConfig, MLAConfig, RouterConfig, pick, read_common
@@ -40,10 +40,11 @@ def read_mla(config: Mapping[str, Any], *, interleaved: bool) -> MLAConfig:
 def read_deepseek(
     config: Mapping[str, Any],
     *,
-    attention: MLAConfig,
+    attention: MLAConfig | Sequence[MLAConfig],
     router: RouterConfig,
     shared_experts: int,
     first_sparse: int,
+    norm_eps: float = 1e-6,
     mlp_bias: bool = False,
     num_mtp_layers: int = 0,
 ) -> DecoderConfig:
@@ -51,10 +52,11 @@ def read_deepseek(
 
     Args:
         config: dictionary of config.json.
-        attention: attention of every layer.
+        attention: attention of every layer, or of each.
         router: router of every layer with routed experts.
         shared_experts: number of shared experts where config.json gives none.
         first_sparse: first layer with routed experts, likewise.
+        norm_eps: epsilon of the norms, likewise.
         mlp_bias: whether dense layers and shared experts have biases.
         num_mtp_layers: number of layers for multi-token prediction; see `DecoderConfig`.
     """
@@ -71,7 +73,7 @@ def read_deepseek(
     dense = read_mlp(config, pick(config, "intermediate_size"), bias=mlp_bias)
     sparse = sparse_from(config, first=first_sparse, step=pick(config, "moe_layer_freq", default=1))
     return DecoderConfig(
-        **read_common(config, norm_eps=1e-6),
+        **read_common(config, norm_eps=norm_eps),
         layers=make_layers(attention, sparse, moe, dense),
         num_mtp_layers=num_mtp_layers,
     )

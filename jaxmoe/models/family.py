@@ -1,7 +1,7 @@
 """The contract of a model family: the reading of its config, and the names of its tensors."""
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any, Literal
 
 from jaxmoe.config import DecoderConfig
@@ -45,7 +45,9 @@ class ExpertTensors:
         fused_gate, fused_up: names of a tensor for each instead, in the stacked layouts; no gate where experts have none.
         fused_down: name of a tensor of all experts' down.
         fused_gate_up_bias, fused_down_bias: names of the biases that go with them.
+        fused_gate_bias, fused_up_bias: the same where gate and up are a tensor each.
         fused_layout: layout of the fused tensors, one of all experts; see `ExpertLayout`.
+        either_way: whether fused tensors may be (out, in) or (in, out); their shapes tell.
     """
 
     gate: str | None = None
@@ -56,17 +58,29 @@ class ExpertTensors:
     fused_up: str | None = None
     fused_down: str | None = None
     fused_gate_up_bias: str | None = None
+    fused_gate_bias: str | None = None
+    fused_up_bias: str | None = None
     fused_down_bias: str | None = None
     fused_layout: ExpertLayout = "fused"
+    either_way: bool = False
 
     def for_layer(self, layer: int) -> "ExpertTensors":
         """Fill in the layer's index."""
-        names = {key: name for key, name in dataclasses.asdict(self).items() if name and key != "fused_layout"}
-        return dataclasses.replace(self, **{key: name.replace("{layer}", str(layer)) for key, name in names.items()})
+        names = {key: name for key, name in dataclasses.asdict(self).items() if isinstance(name, str)}
+        filled: dict[str, Any] = {key: name.replace("{layer}", str(layer)) for key, name in names.items()}
+        return dataclasses.replace(self, **filled)
 
     def per_expert(self, expert: int) -> tuple[str, ...]:
         """List the names of one expert's gate, if it has one, up and down tensors; () if the family has none."""
         return tuple([name.replace("{expert}", str(expert)) for name in (self.gate, self.up, self.down) if name])
+
+    def per_expert_biases(self, expert: int) -> tuple[str, ...]:
+        """List the names of the biases that go with the tensors of one expert."""
+        return tuple([f"{name.removesuffix('.weight')}.bias" for name in self.per_expert(expert)])
+
+    def are_in(self, tensors: Collection[str]) -> bool:
+        """Tell whether a checkpoint has these experts, by the tensors of gate or up; down has one name in several forms."""
+        return any(name in tensors for name in (*self.fused_weights[:1], *self.per_expert(0)[:1]))
 
     @property
     def fused_weights(self) -> tuple[str, ...]:
@@ -76,8 +90,9 @@ class ExpertTensors:
 
     @property
     def fused_biases(self) -> tuple[str, ...]:
-        """Names of the biases of gate and up, and of down."""
-        return tuple([name for name in (self.fused_gate_up_bias, self.fused_down_bias) if name])
+        """Names of the biases of gate and up, together or apart, and of down."""
+        names = (self.fused_gate_up_bias, self.fused_gate_bias, self.fused_up_bias, self.fused_down_bias)
+        return tuple([name for name in names if name])
 
     @property
     def fused(self) -> tuple[str, ...]:

@@ -16,13 +16,12 @@ from jaxmoe.config import (
     MoEConfig,
     QueryKeyNorm,
     RouterConfig,
-    SlidingWindow,
     pick,
     pick_layer_types,
     read_common,
 )
 from jaxmoe.models.family import ROTARY_BUFFERS, ExpertTensors, Family, llama_tensors, mlp_tensors
-from jaxmoe.models.readers import read_biases
+from jaxmoe.models.readers import need_window, read_biases
 from jaxmoe.rotary import read_rope
 
 _SLIDING, _FULL = "sliding_attention", "full_attention"
@@ -110,7 +109,7 @@ def _read_attention(config: Mapping[str, Any], count: int) -> list[AttentionConf
             values_are_keys=keys_are_values and kind == _FULL,
             biases=read_biases(config),
             scale=1.0,
-            mask=SlidingWindow(size=pick(config, "sliding_window", default=512)) if kind == _SLIDING else None,
+            mask=need_window(config, default=512) if kind == _SLIDING else None,
         )
         for kind, sizes in zip(kinds, _read_head_sizes(config, kinds), strict=True)
     ]
@@ -125,7 +124,9 @@ def _read_head_sizes(config: Mapping[str, Any], kinds: list[str]) -> list[dict[s
     if config.get("per_layer_config") is None:
         full = {**usual, "head_dim": pick(config, "global_head_dim", default=512)}
         if config.get("attention_k_eq_v"):
-            full["num_key_value_heads"] = pick(config, "num_global_key_value_heads", "num_key_value_heads")
+            full["num_key_value_heads"] = pick(
+                config, "num_global_key_value_heads", default=usual["num_key_value_heads"]
+            )
         return [full if kind == _FULL else usual for kind in kinds]
     whole: dict[str, Any] = pick(config, "per_layer_config", default={})
     by_layer = [pick(whole, str(i), default={}) for i in range(len(kinds))]

@@ -14,7 +14,7 @@ from jaxmoe.config import (
     read_common,
 )
 from jaxmoe.models.family import ROTARY_BUFFERS, ExpertTensors, Family, llama_tensors
-from jaxmoe.models.readers import read_attention, read_biases, read_swiglu_limit
+from jaxmoe.models.readers import need_window, read_attention, read_biases, read_swiglu_limit
 from jaxmoe.rotary import rope_settings
 
 # What the family means where config.json gives no rope scaling.
@@ -50,7 +50,7 @@ def read_config(config: Mapping[str, Any]) -> DecoderConfig:
     settings = rope_settings(config)
 
     def mask(kind: str) -> SlidingWindow | None:
-        return SlidingWindow(size=pick(config, "sliding_window", default=128)) if kind == "sliding_attention" else None
+        return need_window(config, default=128) if kind == "sliding_attention" else None
 
     return DecoderConfig(
         **read_common(config, norm_eps=1e-5, positions=131072),

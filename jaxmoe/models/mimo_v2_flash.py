@@ -15,9 +15,9 @@ from jaxmoe.config import (
     pick_layer_types,
     read_common,
 )
-from jaxmoe.models.deepseek import check_setting
 from jaxmoe.models.family import MLP_EXPERTS, ROTARY_BUFFERS, Family, llama_tensors, mlp_tensors
 from jaxmoe.models.readers import (
+    check_known,
     make_layers,
     read_grouped_sigmoid_router,
     read_mlp,
@@ -38,12 +38,8 @@ def read_config(config: Mapping[str, Any]) -> DecoderConfig:
     Raises:
         ValueError: a setting is missing, or asks for what no released model has.
     """
-    check_setting(config, "topk_method", "noaux_tc")
-    check_setting(config, "scoring_func", "sigmoid")
-    if pick(config, "n_shared_experts", default=0):
-        raise ValueError(
-            f"mimo_v2_flash has no shared experts; config.json gives n_shared_experts={config['n_shared_experts']}"
-        )
+    # The released files carry these; transformers reads none of them.
+    check_known(config, topk_method="noaux_tc", scoring_func="sigmoid", n_shared_experts=0)
     attention = {kind: _read_attention(config, kind) for kind in (_SLIDING, _FULL)}
     moe = read_moe(config, "n_routed_experts", "num_local_experts", router=read_grouped_sigmoid_router(config))
     return DecoderConfig(

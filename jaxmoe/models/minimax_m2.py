@@ -5,7 +5,7 @@ from typing import Any
 
 from jaxmoe.config import DecoderConfig, LayerConfig, QueryKeyNorm, RouterConfig, pick, read_common
 from jaxmoe.models.family import BLOCK_SPARSE_EXPERTS, ROTARY_BUFFERS, Family, llama_tensors
-from jaxmoe.models.readers import read_attention, read_heads, read_moe
+from jaxmoe.models.readers import check_known, read_attention, read_heads, read_moe
 from jaxmoe.rotary import rope_settings
 
 
@@ -16,9 +16,7 @@ def read_config(config: Mapping[str, Any]) -> DecoderConfig:
         ValueError: a setting that the family's released models do not use.
     """
     # The released files carry these; transformers reads none of them and so writes none.
-    for name, only in (("scoring_func", "sigmoid"), ("use_qk_norm", True), ("qk_norm_type", "per_layer")):
-        if pick(config, name, default=only) != only:
-            raise ValueError(f"minimax_m2 is known with {name}={only!r} alone; config.json gives {config[name]!r}")
+    check_known(config, scoring_func="sigmoid", use_qk_norm=True, qk_norm_type="per_layer")
     if pick(config, "shared_intermediate_size", default=0):
         raise ValueError("minimax_m2 is known without shared experts; config.json gives shared_intermediate_size")
     if any(kind != 1 for kind in pick(config, "attn_type_list", default=[])):
@@ -26,9 +24,15 @@ def read_config(config: Mapping[str, Any]) -> DecoderConfig:
             "minimax_m2 is known with softmax attention alone (1); config.json gives attn_type_list with 0"
         )
     rope = rope_settings(config)
-    if rope.get("partial_rotary_factor") is None:
-        head_dim = read_heads(config)["head_dim"]
-        rope["partial_rotary_factor"] = pick(config, "rotary_dim", default=head_dim) / head_dim
+    head_dim = read_heads(config)["head_dim"]
+    part, rotating = rope.get("partial_rotary_factor"), pick(config, "rotary_dim", default=None)
+    if part is None:
+        rope["partial_rotary_factor"] = (head_dim if rotating is None else pick(config, "rotary_dim")) / head_dim
+    elif rotating is not None and isinstance(part, int | float) and rotating != part * head_dim:
+        raise ValueError(
+            f"config.json says one thing once; it has partial_rotary_factor={part} of heads of {head_dim} dims and "
+            f"rotary_dim={rotating}, which differ; remove the one that is not meant"
+        )
     layer = LayerConfig(
         attention=read_attention(config, default_theta=5e6, partial=True, rope=rope, qk_norm=QueryKeyNorm(over="full")),
         feed_forward=read_moe(

@@ -21,11 +21,11 @@ from jaxmoe.config import (
     read_common,
 )
 from jaxmoe.models.family import BLOCK_SPARSE_EXPERTS, ROTARY_BUFFERS, Family, llama_tensors
-from jaxmoe.models.readers import make_layers, read_attention, read_swiglu_limit, sparse_by_list
+from jaxmoe.models.readers import check_known, make_layers, read_attention, read_swiglu_limit, sparse_by_list
 
 _FULL, _SPARSE = "full_attention", "minimax_m3_sparse"
 # The released files carry these; transformers reads none of them and so writes none.
-_ONLY = {
+_ONLY: dict[str, Any] = {
     "scoring_func": "sigmoid",
     "use_routing_bias": True,
     "use_qk_norm": True,
@@ -34,7 +34,11 @@ _ONLY = {
     "attention_output_gate": False,
     "n_shared_experts": 1,
 }
-_ONLY_OF_THE_INDEXER = {"use_sparse_attention": True, "sparse_init_block": 0, "sparse_score_type": "max"}
+_ONLY_OF_THE_INDEXER: dict[str, Any] = {
+    "use_sparse_attention": True,
+    "sparse_init_block": 0,
+    "sparse_score_type": "max",
+}
 
 
 def read_config(config: Mapping[str, Any]) -> DecoderConfig:
@@ -44,12 +48,8 @@ def read_config(config: Mapping[str, Any]) -> DecoderConfig:
         ValueError: a setting that the family's released model does not use.
     """
     indexer = pick(config, "sparse_attention_config", default={})
-    for settings, known in ((config, _ONLY), (indexer, _ONLY_OF_THE_INDEXER)):
-        for name, only in known.items():
-            if pick(settings, name, default=only) != only:
-                raise ValueError(
-                    f"minimax_m3 is known with {name}={only!r} alone; config.json gives {settings[name]!r}"
-                )
+    check_known(config, **_ONLY)
+    check_known({"model_type": config["model_type"], **indexer}, **_ONLY_OF_THE_INDEXER)
     if pick(config, "hidden_act", default="silu") not in ("silu", "swigluoai"):
         raise ValueError(f"experts of minimax_m3 are swigluoai; config.json gives hidden_act={config['hidden_act']!r}")
     limit, hidden, count = read_swiglu_limit(config), pick(config, "hidden_size"), pick(config, "num_hidden_layers")

@@ -5,15 +5,13 @@ from typing import Any
 
 from jaxmoe.config import DecoderConfig, LayerConfig, RouterConfig, pick, read_common
 from jaxmoe.models.family import BLOCK_SPARSE_EXPERTS, ROTARY_BUFFERS, Family, llama_tensors
-from jaxmoe.models.readers import read_attention, read_moe, window_of
+from jaxmoe.models.readers import read_attention, read_moe, read_window
 
 
 def read_config(config: Mapping[str, Any]) -> DecoderConfig:
     """Read the config.json of a mixtral checkpoint."""
     layer = LayerConfig(
-        attention=read_attention(
-            config, default_theta=1e6, mask=window_of(pick(config, "sliding_window", default=None))
-        ),
+        attention=read_attention(config, default_theta=1e6, mask=read_window(config, default=None)),
         feed_forward=read_moe(
             config,
             "num_local_experts",

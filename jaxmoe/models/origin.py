@@ -3,6 +3,8 @@
 import dataclasses
 from pathlib import Path
 
+from jaxmoe.config import directory_of
+
 
 @dataclasses.dataclass(frozen=True)
 class Origin:
@@ -11,11 +13,16 @@ class Origin:
     It is the same for every copy of the model, and compared by what it says.
 
     Attributes:
-        directory: directory of the checkpoint.
+        path: directory of the checkpoint, or its one file of weights.
         ignored: pairs of a rule and the tensors of the checkpoint that the model does not use by it.
         adapted: whether an adapter was merged, so that the checkpoint's weights are no longer the model's.
     """
 
-    directory: Path
+    path: Path
     ignored: tuple[tuple[str, tuple[str, ...]], ...] = ()
     adapted: bool = False
+
+    @property
+    def directory(self) -> Path:
+        """Directory with config.json and tokenizer."""
+        return directory_of(self.path)

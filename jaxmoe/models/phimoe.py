@@ -23,7 +23,7 @@ from jaxmoe.config import (
     read_common,
 )
 from jaxmoe.models.family import BLOCK_SPARSE_EXPERTS, ROTARY_BUFFERS, Family, llama_tensors
-from jaxmoe.models.readers import read_attention, read_biases, window_of
+from jaxmoe.models.readers import read_attention, read_biases, read_window
 
 
 def read_config(config: Mapping[str, Any]) -> DecoderConfig:
@@ -34,7 +34,7 @@ def read_config(config: Mapping[str, Any]) -> DecoderConfig:
                 config,
                 default_theta=1e6,
                 biases=read_biases(config),
-                mask=window_of(pick(config, "sliding_window", default=None)),
+                mask=read_window(config, default=None),
             )
         ),
         feed_forward=MoEConfig(

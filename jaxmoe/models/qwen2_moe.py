@@ -10,8 +10,8 @@ from jaxmoe.models.readers import (
     read_attention,
     read_mlp,
     read_moe_with_gated_expert,
+    read_window,
     sparse_by_step,
-    window_of,
 )
 
 
@@ -27,7 +27,7 @@ def read_config(config: Mapping[str, Any]) -> DecoderConfig:
 
 def _read_attention(config: Mapping[str, Any]) -> list[AttentionConfig]:
     """The attention of each layer: with a window on every other one below `max_window_layers`, if with windows at all."""
-    window = window_of(pick(config, "sliding_window", default=4096) if config.get("use_sliding_window") else None)
+    window = read_window(config, default=4096) if config.get("use_sliding_window") else None
     below = pick(config, "max_window_layers", default=28)
     count = pick(config, "num_hidden_layers")
     usual = ["sliding_attention" if i % 2 == 0 and i < below else "full_attention" for i in range(count)]

@@ -11,8 +11,8 @@ from jaxmoe.models.readers import (
     read_biases,
     read_mlp,
     read_moe,
+    read_window,
     sparse_by_step,
-    window_of,
 )
 
 
@@ -23,7 +23,7 @@ def read_config(config: Mapping[str, Any]) -> DecoderConfig:
         default_theta=10000.0,
         qk_norm=QueryKeyNorm(),
         biases=read_biases(config),
-        mask=window_of(pick(config, "sliding_window", default=4096) if config.get("use_sliding_window") else None),
+        mask=read_window(config, default=4096) if config.get("use_sliding_window") else None,
     )
     moe = read_moe(
         config,

@@ -3,6 +3,7 @@
 Each takes the dictionary of config.json. A family's own file has what it does besides, or differently.
 """
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
@@ -23,6 +24,23 @@ from jaxmoe.rotary import read_rope
 _SWIGLU_ALPHA = 1.702
 
 
+def check_known(config: Mapping[str, Any], **known: Any) -> None:
+    """Refuse settings with other values than the only ones that the family is known with.
+
+    Args:
+        config: dictionary of config.json.
+        known: values by the settings' names; a setting that config.json does not give has it.
+
+    Raises:
+        ValueError: a setting has another value.
+    """
+    for name, only in known.items():
+        if pick(config, name, default=only) != only:
+            raise ValueError(
+                f"{config['model_type']} is known with {name}={only!r} alone; config.json gives {config[name]!r}"
+            )
+
+
 def read_heads(config: Mapping[str, Any], *head_dim_names: str) -> dict[str, Any]:
     """Read the number of heads and their width, as fields of an `AttentionConfig`.
 
@@ -33,11 +51,13 @@ def read_heads(config: Mapping[str, Any], *head_dim_names: str) -> dict[str, Any
         head_dim_names: spellings of a head's width, "head_dim" where none are given.
     """
     heads = pick(config, "num_attention_heads")
-    return {
-        "num_heads": heads,
-        "num_kv_heads": pick(config, "num_key_value_heads", default=heads),
-        "head_dim": pick(config, *(head_dim_names or ("head_dim",)), default=pick(config, "hidden_size") // heads),
-    }
+    names = head_dim_names or ("head_dim",)
+    width = pick(config, *names, default=pick(config, "hidden_size") // heads)
+    if width < 1:
+        raise ValueError(
+            f"the width of a head ({' or '.join(names)}, or hidden_size / heads) is at least 1; it is {width}"
+        )
+    return {"num_heads": heads, "num_kv_heads": pick(config, "num_key_value_heads", default=heads), "head_dim": width}
 
 
 def read_attention(
@@ -92,6 +112,44 @@ def rope_of_kind(config: Mapping[str, Any], kind: str, *kinds: str) -> dict[str,
 def read_biases(config: Mapping[str, Any], *, default: bool = False) -> Literal["all"] | None:
     """Read ``attention_bias`` where it is of all four projections."""
     return "all" if pick(config, "attention_bias", default=default) else None
+
+
+def read_window(config: Mapping[str, Any], *, default: int | None) -> SlidingWindow | None:
+    """Read ``sliding_window``: absent is the family's `default`, and null is no window."""
+    return window_of(pick(config, "sliding_window", default=default if "sliding_window" not in config else None))
+
+
+def need_window(config: Mapping[str, Any], *, default: int) -> SlidingWindow:
+    """Read ``sliding_window`` of a layer whose kind has one.
+
+    Raises:
+        ValueError: it is null, which no kind of layer says.
+    """
+    window = read_window(config, default=default)
+    if window is None:
+        raise ValueError(
+            "layers of sliding_attention need a sliding_window; config.json gives null; give its size, or make the layers "
+            "full_attention in layer_types"
+        )
+    return window
+
+
+def rotate_in_windows(
+    config: Mapping[str, Any], attention: AttentionConfig, *, window: int, usual: list[str]
+) -> list[AttentionConfig]:
+    """Make the attention of each layer where those with a window have positions, and full ones have none.
+
+    Args:
+        config: dictionary of config.json.
+        attention: attention of all layers, with the positions of those that have a window.
+        window: size of the windows where ``sliding_window`` is not given.
+        usual: kinds of the layers where ``layer_types`` is not given.
+    """
+    types = pick_layer_types(config, usual, "sliding_attention", "full_attention")
+    kinds = {"full_attention": dataclasses.replace(attention, rope=None)}
+    if "sliding_attention" in types:
+        kinds["sliding_attention"] = dataclasses.replace(attention, mask=need_window(config, default=window))
+    return [kinds[kind] for kind in types]
 
 
 def window_of(size: int | None) -> SlidingWindow | None:
@@ -187,13 +245,28 @@ def read_grouped_sigmoid_router(
 def sparse_from(config: Mapping[str, Any], *, first: int, step: int = 1) -> list[bool]:
     """Tell for each layer whether it has routed experts, where the first ones are dense.
 
+    ``mlp_layer_types``, which transformers 5 writes, wins over ``first_k_dense_replace``, of which it then writes the
+    family's usual value.
+
     Args:
         config: dictionary of config.json.
-        first: first sparse layer of the family, where ``first_k_dense_replace`` is not given.
+        first: first sparse layer of the family, where config.json gives neither.
         step: number that divides the indices of sparse layers.
+
+    Raises:
+        ValueError: ``mlp_layer_types`` has another number of layers, or another kind than "dense" and "sparse".
     """
-    first = pick(config, "first_k_dense_replace", default=first)
-    return [i >= first and i % step == 0 for i in range(pick(config, "num_hidden_layers"))]
+    count = pick(config, "num_hidden_layers")
+    kinds: list[Any] = pick(config, "mlp_layer_types", default=[])
+    if not kinds:
+        first = pick(config, "first_k_dense_replace", default=first)
+        return [i >= first and i % step == 0 for i in range(count)]
+    if len(kinds) != count or any(kind not in ("dense", "sparse") for kind in kinds):
+        raise ValueError(
+            f"mlp_layer_types of {config['model_type']} has dense or sparse for each of the {count} layers; config.json "
+            f"has {kinds!r:.80}"
+        )
+    return [kind == "sparse" for kind in kinds]
 
 
 def sparse_by_step(config: Mapping[str, Any]) -> list[bool]:

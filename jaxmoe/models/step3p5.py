@@ -20,12 +20,12 @@ from jaxmoe.config import (
     read_common,
 )
 from jaxmoe.models.family import MTP_LAYERS, ROTARY_BUFFERS, ExpertTensors, Family, llama_tensors, mlp_tensors
-from jaxmoe.models.readers import read_biases, rope_of_kind, sparse_by_list, window_of
+from jaxmoe.models.readers import check_known, read_biases, rope_of_kind, sparse_by_list, window_of
 from jaxmoe.rotary import read_rope
 
 _FULL, _SLIDING = "full_attention", "sliding_attention"
 # The released files carry these; transformers reads none of them and so writes none.
-_ONLY = {
+_ONLY: dict[str, Any] = {
     "moe_router_activation": "sigmoid",
     "scoring_func": "sigmoid",
     "norm_expert_weight": True,
@@ -43,9 +43,7 @@ def read_config(config: Mapping[str, Any]) -> DecoderConfig:
     Raises:
         ValueError: a setting that the family's released models do not use.
     """
-    for name, only in _ONLY.items():
-        if pick(config, name, default=only) != only:
-            raise ValueError(f"step3p5 is known with {name}={only!r} alone; config.json gives {config[name]!r}")
+    check_known(config, **_ONLY)
     config = _own_layers(config)
     count = pick(config, "num_hidden_layers")
     kinds = pick_layer_types(config, [_FULL] * count, _FULL, _SLIDING)

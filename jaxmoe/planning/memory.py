@@ -2,7 +2,8 @@
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections import Counter, defaultdict
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,11 +11,20 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxmoe.checkpoint.mapping import abstract_model, abstract_specs, is_expert_stack, layer_index
+from jaxmoe.checkpoint.mapping import (
+    FamilyCheckpoint,
+    MappedCheckpoint,
+    abstract_model,
+    abstract_specs,
+    expected_checkpoint,
+    is_expert_stack,
+    layer_index,
+    pack_model,
+)
 from jaxmoe.checks import integer, path_like
-from jaxmoe.config import DecoderConfig
+from jaxmoe.config import DecoderConfig, directory_of, find_checkpoint
 from jaxmoe.hardware import get_gpu
-from jaxmoe.layers import CacheArray, param_specs
+from jaxmoe.layers import CacheArray, ParamSpec, packings_of, param_specs, unpacked_specs
 from jaxmoe.mesh import AXES, EP, batch_axes, named, padded_batch
 from jaxmoe.models import Decoder, read_model_config
 from jaxmoe.placement import ExpertPlacement
@@ -43,8 +53,9 @@ class Plan:
         device: kind of device, None where none was named.
         capacity: bytes of its memory; None without a kind.
         parameters: number of the parameters, each counted once.
-        stored: formats and bytes of the weights in the checkpoint's files. Quantized ones are decoded as they are loaded,
-            and `parts` counts them in `dtype`. None for a config without a checkpoint.
+        stored: formats and bytes of the weights in the checkpoint's files; None for a config without a checkpoint.
+        held: {part: {packed form, or a dtype: arrays on the devices}}, as `jaxmoe.load` would hold them.
+        notes: reasons why quantized weights are decoded.
     """
 
     model_type: str
@@ -57,6 +68,8 @@ class Plan:
     capacity: float | None
     parameters: int
     stored: StoredWeights | None = None
+    held: dict[str, dict[str, int]] = dataclasses.field(default_factory=dict)
+    notes: tuple[str, ...] = ()
 
     @property
     def bytes_per_device(self) -> dict[int, int]:
@@ -84,6 +97,7 @@ def plan(
     placement: str | ExpertPlacement | Sequence[str | ExpertPlacement] = "linear",
     expert_axes: tuple[str, ...] = (EP,),
     dtype: str | None = None,
+    quantized: str = "keep",
     batch_size: int = 1,
     max_length: int | None = None,
     device: str | None = None,
@@ -91,12 +105,14 @@ def plan(
     """Tell what each device would hold of a model, without devices and without weights.
 
     Args:
-        path: checkpoint directory; its config.json is all that is read, and the file beside it that may have the
-            settings of a quantization.
+        path: checkpoint, given as for `jaxmoe.load`; its config.json is read, the file beside it that may have the
+            settings of a quantization, and the headers of its weights where they are there.
         dp, tp, ep: sizes of the mesh.
         placement: strategy's name or an `ExpertPlacement` for all MoE layers, or one for each.
         expert_axes: mesh axes that share the experts, see `jaxmoe.MoE`.
         dtype: type of weights and cache, "float32", "bfloat16" or "float16"; None for the config's own, or bfloat16.
+        quantized: "keep" for quantized weights that stay packed where they can, "dequantize" for decoded ones, as for
+            `jaxmoe.load`.
         batch_size: number of sequences to have room for.
         max_length: number of tokens of each; None for 4096, or as many positions as the model has where those are fewer.
         device: name in `jaxmoe.hardware.GPUS`, to compare with its memory.
@@ -112,21 +128,31 @@ def plan(
         (9028136960, True)
     """
     path_like("path", path)
-    family, config = read_model_config(path)
-    quantization = read_quantization(Path(path))
-    report = plan_config(
+    directory = directory_of(find_checkpoint(path))
+    family, config = read_model_config(directory)
+    quantization = read_quantization(directory)
+    if quantized not in ("keep", "dequantize"):
+        raise ValueError(f'quantized is "keep" or "dequantize"; got {quantized!r}')
+
+    def mapped(specs: Mapping[str, ParamSpec]) -> MappedCheckpoint:
+        try:
+            return FamilyCheckpoint.open(directory).onto(specs)
+        except FileNotFoundError:  # no weights, or not all of them
+            return expected_checkpoint(specs, family, config, quantization, directory)
+
+    return _plan(
         config,
-        dp=dp,
-        tp=tp,
-        ep=ep,
+        sizes={"dp": dp, "tp": tp, "ep": ep},
         placement=placement,
         expert_axes=expert_axes,
         dtype=dtype,
         batch_size=batch_size,
         max_length=max_length,
         device=device,
+        mapped=mapped,
+        keep=quantized == "keep",
+        method=None if quantization is None else quantization.method,
     )
-    return dataclasses.replace(report, stored=stored_weights(family, config, quantization))
 
 
 def plan_config(
@@ -142,10 +168,36 @@ def plan_config(
     max_length: int | None = None,
     device: str | None = None,
 ) -> Plan:
-    """Plan a config that has been read, see `plan`."""
+    """Plan a config that has been read, see `plan`; its weights are plain."""
+    return _plan(
+        config,
+        sizes={"dp": dp, "tp": tp, "ep": ep},
+        placement=placement,
+        expert_axes=expert_axes,
+        dtype=dtype,
+        batch_size=batch_size,
+        max_length=max_length,
+        device=device,
+    )
+
+
+def _plan(
+    config: DecoderConfig,
+    *,
+    sizes: Mapping[str, int],
+    placement: str | ExpertPlacement | Sequence[str | ExpertPlacement],
+    expert_axes: tuple[str, ...],
+    dtype: str | None,
+    batch_size: int,
+    max_length: int | None,
+    device: str | None,
+    mapped: Callable[[Mapping[str, ParamSpec]], MappedCheckpoint] | None = None,
+    keep: bool = False,
+    method: str | None = None,
+) -> Plan:
     if max_length is None:
         max_length = min(4096, config.max_position_embeddings)
-    sizes = {name: integer(name, size, least=1) for name, size in {"dp": dp, "tp": tp, "ep": ep}.items()}
+    sizes = {name: integer(name, size, least=1) for name, size in sizes.items()}
     batch_size = integer("batch_size", batch_size, least=1)
     max_length = integer("max_length", max_length, least=1)
     gpu = None if device is None else get_gpu(device)
@@ -158,6 +210,11 @@ def plan_config(
         raise ValueError(f"dtype is one of {', '.join(_DTYPES)}; got {name!r}: pass the one the model is to run in")
 
     model = abstract_model(config, sizes=sizes, placement=placement, expert_axes=expert_axes, dtype=jnp.dtype(name))
+    stored, notes = None, ()
+    if mapped is not None:
+        checkpoint = mapped({spec.path: spec for spec in param_specs(model)})
+        stored = stored_weights(checkpoint, method)
+        notes = pack_model(model, checkpoint).notes() if keep else ()
     return Plan(
         model_type=config.model_type,
         mesh=sizes,
@@ -168,7 +225,21 @@ def plan_config(
         device=device,
         capacity=None if gpu is None else gpu.memory,
         parameters=sum(math.prod(spec.shape) for spec in abstract_specs(config).values()),
+        stored=stored,
+        held=_held(model),
+        notes=notes,
     )
+
+
+def _held(model: Decoder) -> dict[str, dict[str, int]]:
+    """The forms of the matrices of each part of a model."""
+    forms: dict[str, Counter[str]] = defaultdict(Counter)
+    packings = packings_of(model)
+    for spec in unpacked_specs(param_specs(model), packings, model.dtype):
+        if len(spec.shape) > 1 and not spec.path.rpartition(".")[2].startswith("b_"):  # no biases of experts
+            packing = packings.get(spec.path)
+            forms[part_of(spec.path)][spec.dtype.name if packing is None else packing.describe()] += 1
+    return {part: dict(counts) for part, counts in forms.items()}
 
 
 def _weights(model: Decoder) -> dict[str, np.ndarray]:

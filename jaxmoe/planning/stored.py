@@ -1,16 +1,11 @@
-"""The weights of a checkpoint as its files hold them, from config.json and the files beside it alone."""
+"""The weights of a checkpoint as its files hold them: their bytes by part of the model and format."""
 
 import dataclasses
-import math
 from collections import Counter, defaultdict
 from typing import Any
 
-import jax.numpy as jnp
-
-from jaxmoe.checkpoint.mapping import abstract_specs, is_expert_stack, written_blocks, written_form
-from jaxmoe.config import DecoderConfig
-from jaxmoe.models import Family
-from jaxmoe.quant import Quantization
+from jaxmoe.checkpoint.formats import DecodedTensor
+from jaxmoe.checkpoint.mapping import MappedCheckpoint, is_expert_stack
 
 PLAIN = "plain"
 
@@ -37,39 +32,26 @@ class StoredWeights:
         return dataclasses.asdict(self) | {"bytes": self.nbytes}
 
 
-def stored_weights(family: Family, config: DecoderConfig, quantization: Quantization | None) -> StoredWeights:
-    """Compute the bytes of the weights as they are usually stored: in the dtype of config.json, or quantized.
+def stored_weights(mapped: MappedCheckpoint, method: str | None) -> StoredWeights:
+    """Add up the bytes of a checkpoint's weights by part and format.
 
     Args:
-        family: family of the model, which knows the names of the tensors.
-        config: config of the model.
-        quantization: settings from `jaxmoe.quant.read_quantization`; None for a plain checkpoint.
+        mapped: checkpoint mapped to the parameters of a model, on whichever mesh.
+        method: method of its quantization.
     """
-    itemsize = jnp.dtype(config.dtype or "bfloat16").itemsize
     formats: dict[str, Counter[str]] = defaultdict(Counter)
-    seen = set()
-    for block in written_blocks(abstract_specs(config), family, written_form(family, "per_expert")):
-        name, shape = block.tensor, block.tensor_shape
-        if name is None or name in seen:
-            continue
-        seen.add(name)
-        form = None
-        # Biases of experts are matrices, and weights of none.
-        if quantization is not None and len(shape) > 1 and not block.param.rpartition(".")[2].startswith("b_"):
-            modules = [stored.removesuffix(".weight") for stored in family.stored_names(name)]
-            named = [module for module in modules if quantization.rules.named(module)[0]]
-            form = quantization.format_of((named or modules)[0])
-        size = math.prod(shape) * itemsize if form is None else form.stored_bytes(shape)
-        part = "routed experts" if is_expert_stack(block.param) else part_of(block.param)
-        formats[part][PLAIN if form is None else form.describe()] += size
-    return StoredWeights(
-        formats={part: dict(sizes) for part, sizes in formats.items()},
-        method=None if quantization is None else quantization.method,
-    )
+    parts = {name: part_of(block.param) for name, block in mapped.used_blocks()}
+    for name, part in parts.items():
+        tensor = mapped.checkpoint.tensors[name]
+        form = tensor.weight.format.describe() if isinstance(tensor, DecodedTensor) else PLAIN
+        formats[part][form] += tensor.nbytes
+    return StoredWeights(formats={part: dict(sizes) for part, sizes in formats.items()}, method=method)
 
 
 def part_of(path: str) -> str:
-    """The part of a plan that a parameter other than an expert stack belongs to."""
+    """The part of a plan that a parameter belongs to; an expert stack to "routed experts", whatever its slots hold."""
+    if is_expert_stack(path):
+        return "routed experts"
     if ".moe.shared." in path or path.endswith("w_shared_gate"):
         return "shared experts"
     if ".attention." in path:

@@ -8,6 +8,8 @@ from typing import ClassVar, TypeAlias
 
 import numpy as np
 
+from jaxmoe.quant.packing import Packing
+
 Shape: TypeAlias = tuple[int, ...]
 # A half-open range per dim.
 Box: TypeAlias = tuple[tuple[int, int], ...]
@@ -71,19 +73,27 @@ class QuantFormat(abc.ABC):
     by value. It describes matrices [..., N, K] as torch has them, outputs first. Where `transposed`, the tensor that a
     plain checkpoint has in its place is [..., K, N], and callers of `QuantizedWeight` see that one.
 
-    A subclass says four things: `shapes`, `shape_of`, `boxes` and `values`; a new format is one file with one, and one
-    line in `jaxmoe.quant.formats.FORMATS`.
+    A subclass says four things: `shapes`, `shape_of`, `boxes` and `values`; one whose weights can stay packed on devices
+    says two more, `packing` and `packed`. A new format is one file with one, and one line in
+    `jaxmoe.quant.formats.FORMATS`.
 
     Attributes:
         name: name of the format in reports and messages.
         parts: stored tensors; the first is the one with the values.
         transposed: whether the plain tensor is the transposed of the matrices.
+        packed_from: parts that each array of a weight that stays packed is made from, of those that are there.
         ranks: numbers of dims that the tensor with the values may have.
     """
 
     name: ClassVar[str]
     parts: ClassVar[tuple[Part, ...]]
     transposed: ClassVar[bool] = False
+    packed_from: ClassVar[Mapping[str, tuple[str, ...]]] = {
+        "values": ("values",),
+        "scale": ("scale",),
+        "zero_point": ("zero_point",),
+        "matrix_scale": ("global_scale",),
+    }
     ranks: ClassVar[range] = range(2, 9)
 
     @abc.abstractmethod
@@ -118,8 +128,32 @@ class QuantFormat(abc.ABC):
         """
 
     def scales(self, arrays: Arrays) -> dict[str, np.ndarray]:
-        """The scales among parts as numbers, which are to be finite and not zero."""
+        """The scales among the parts that are given as numbers, which are to be finite and not zero."""
         return {role: array for role, array in arrays.items() if "scale" in role}
+
+    def packing(self, dtypes: Mapping[str, str], shape: Shape) -> Packing | None:
+        """The form in which such a weight can stay packed on a device; None where it has to be decoded.
+
+        Args:
+            dtypes: element type of every part that is there, by role.
+            shape: shape of the matrices, [..., N, K].
+        """
+        return None
+
+    def packed(self, role: str, arrays: Arrays, box: Box, shape: Shape, stored: Shapes) -> np.ndarray:
+        """An array of the form that `packing` names, for a box of the matrices.
+
+        Args:
+            role: name in `jaxmoe.quant.packing.PACKED_ROLES`.
+            arrays: contents of the boxes that `boxes` names, by role; of those in `packed_from` alone.
+            box: range of the matrices along each dim, of whole bytes of the packed form.
+            shape: shape of the matrices, [..., N, K].
+            stored: shape of every part that is there.
+
+        Returns:
+            Of "values" the packed numbers; of other roles the entry of every block that `box` touches.
+        """
+        raise NotImplementedError(f"{self.name} does not stay packed")
 
     def check_shape(self, shape: Shape) -> str | None:
         """The reason why no matrices [..., N, K] of this shape can be in this format; None if they can."""

@@ -53,6 +53,12 @@ def to_float32(array: np.ndarray, out: np.ndarray | None = None) -> np.ndarray:
     return found
 
 
+def not_zero(array: np.ndarray) -> np.ndarray:
+    """Scales that may be zero, as float32 and with ones for zeros: what is left to be checked is that they are finite."""
+    numbers = to_float32(array)
+    return np.where(numbers == 0, np.float32(1), numbers)
+
+
 def exponents_to_float32(array: np.ndarray) -> np.ndarray:
     """Scales as float32; bytes stand for powers of two, OCP's E8M0: 2^(b - 127), and 255 for NaN."""
     return to_float32(array.view(ml_dtypes.float8_e8m0fnu) if array.dtype == np.uint8 else array)

@@ -56,6 +56,22 @@ class GridFormat(QuantFormat):
             for dim, size in zip(_dims(stored, shape), stored, strict=True)
         )
 
+    def packed(self, role: str, arrays: Arrays, box: Box, shape: Shape, stored: Shapes) -> np.ndarray:
+        if role == "values":
+            return self.packed_values(arrays["values"], box, shape, stored)
+        grid = self.packed_grid(role, arrays[self.packed_from[role][0]])
+        grid = grid.reshape(grid_shape(grid.shape, shape))
+        # One entry may be for a whole stack of matrices.
+        return np.broadcast_to(grid, (*(stop - start for start, stop in box[:-2]), *grid.shape[-2:]))
+
+    def packed_values(self, array: np.ndarray, box: Box, shape: Shape, stored: Shapes) -> np.ndarray:
+        """The packed numbers in `box`, of what `value_box` says."""
+        return array
+
+    def packed_grid(self, role: str, array: np.ndarray) -> np.ndarray:
+        """The entries of a packed grid, of the shape of the stored one."""
+        return array
+
     def values(self, arrays: Arrays, box: Box, shape: Shape, stored: Shapes, out: np.ndarray) -> np.ndarray:
         numbers = self.codes(arrays["values"], box, shape, stored, out)
         rows, columns = self.block(shape, grid_shape(stored["scale"], shape))[-2:]
@@ -92,6 +108,11 @@ def _dims(stored: Shape, shape: Shape) -> tuple[int | None, ...]:
 def groups_of(group_size: int | None, inputs: int) -> int:
     """Groups of so many inputs: one where their size is None, or more than there are inputs."""
     return 1 if group_size is None else max(inputs // group_size, 1)
+
+
+def group_block(group_size: int | None, shape: Shape) -> tuple[int, int | None]:
+    """The outputs and inputs of a packed form that share a scale, where each output has one for each group of inputs."""
+    return 1, None if group_size is None or group_size >= shape[-1] else group_size
 
 
 def check_group_size(group_size: int | None, shape: Shape) -> str | None:

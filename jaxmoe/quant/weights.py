@@ -9,6 +9,7 @@ from numpy.typing import DTypeLike
 
 from jaxmoe.quant.base import Arrays, Box, QuantFormat, Shape, bytes_of, extent, swap_last
 from jaxmoe.quant.errors import QuantizationError
+from jaxmoe.quant.packing import Packing
 
 
 class Header(Protocol):
@@ -119,6 +120,50 @@ class QuantizedWeight:
         except QuantizationError as error:
             raise QuantizationError(f"{self.name!r}: {error}") from error
         return result
+
+    @property
+    def packing(self) -> Packing | None:
+        """The form in which the weight can stay packed, in the order of dims of the format's matrices; None if in none."""
+        dtypes = {role: header.dtype_name for role, header in self.stored.items()}
+        return self.format.packing(dtypes, self._matrices(self._known()))
+
+    def packed_boxes(self, role: str, box: Box) -> dict[str, Box]:
+        """The box of each stored tensor to read for one array of the packed form, as `boxes` for values."""
+        wanted = self.format.packed_from[role]
+        return {name: part for name, part in self.boxes(box).items() if name in wanted}
+
+    def packed(self, role: str, arrays: Arrays, box: Box, block: tuple[int, int]) -> np.ndarray:
+        """One array of the packed form, in a box of the plain tensor.
+
+        Args:
+            role: name in `jaxmoe.quant.packing.PACKED_ROLES`.
+            arrays: contents of the boxes that `packed_boxes(role, box)` names, by role.
+            box: range of the plain tensor along each dim, of whole elements of the array.
+            block: (N, K) of the format's matrices that an element of the array stands for; of a grid, a divisor of the
+                block that the weight has its entries for.
+
+        Returns:
+            The array in the order of dims of the plain tensor.
+
+        Raises:
+            QuantizationError: a scale is zero or not finite, or what is stored contradicts itself.
+        """
+        self.check_scales(arrays)
+        packing, shape, matrices = self.packing, self._matrices(self._known()), self._matrices(box)
+        assert packing is not None, f"{self.name} does not stay packed"
+        try:
+            found = self.format.packed(role, arrays, matrices, shape, self._shapes())
+        except QuantizationError as error:
+            raise QuantizationError(f"{self.name!r}: {error}") from error
+        if role != "values":
+            native = packing.units(role, shape)
+            for axis, unit, of, (start, stop) in zip((-2, -1), block, native, matrices[-2:], strict=True):
+                entries = np.arange(start, stop, unit) // of - start // of
+                if found.shape[axis] == 1:
+                    entries = np.zeros_like(entries)  # a scale of the whole tensor may be held one an output
+                if not np.array_equal(entries, np.arange(found.shape[axis])):
+                    found = np.take(found, entries, axis=axis)
+        return np.swapaxes(found, -1, -2) if self.format.transposed else found
 
     def check_scales(self, arrays: Arrays) -> None:
         """Refuse scales with which no value can be right.

@@ -22,6 +22,7 @@ class RopeConfig:
         interleaved: flag that pairs are neighboring dims (2i, 2i + 1) instead of (i, i + r).
         long: frequencies and scale of sequences longer than `long_above`; None where length makes no difference.
         long_above: length of a sequence above which `long` holds.
+        up_to: length of the longest sequence that they hold for; 0 for sequences of any length.
     """
 
     frequencies: tuple[float, ...]
@@ -29,6 +30,7 @@ class RopeConfig:
     interleaved: bool = False
     long: "RopeConfig | None" = None
     long_above: int = 0
+    up_to: int = 0
 
     def __post_init__(self) -> None:
         if not self.frequencies:
@@ -79,8 +81,10 @@ def _llama3(settings: _Settings) -> tuple[np.ndarray, float]:
     rope, original = settings.rope, settings.original_context
     factor = rope["factor"]
     low, high = rope["low_freq_factor"], rope["high_freq_factor"]
-    wavelengths = 2 * np.pi / settings.base
-    blend = np.clip((original / wavelengths - low) / (high - low), 0, 1).astype(np.float32)
+    rotations = original / (2 * np.pi / settings.base)
+    # Llama 4 has both factors 1: there is nothing between, and every frequency is either kept or divided.
+    blend = np.clip((rotations - low) / (high - low), 0, 1) if high > low else rotations >= low
+    blend = blend.astype(np.float32)
     return (1 - blend) * settings.base / np.float32(factor) + blend * settings.base, 1.0
 
 
@@ -88,6 +92,8 @@ def _yarn(settings: _Settings) -> tuple[np.ndarray, float]:
     """YaRN (Peng et al. 2023, arXiv:2309.00071), section 3: blend by rotations over the original context."""
     rope, dim, original = settings.rope, 2 * len(settings.base), settings.original_context
     factor = rope.get("factor") or settings.max_position_embeddings / original
+    if settings.theta <= 1:
+        raise ValueError(f"rope scaling 'yarn' needs a rope_theta above 1; config.json gives {settings.theta}")
 
     def dim_of(rotations: float) -> float:
         return dim * math.log(original / (rotations * 2 * math.pi)) / (2 * math.log(settings.theta))
@@ -125,14 +131,28 @@ def _longrope(settings: _Settings, kind: str = "short") -> tuple[np.ndarray, flo
     if scale is None:
         original = settings.original_context
         factor = rope.get("factor") or settings.max_position_embeddings / original
-        scale = 1.0 if factor <= 1 else math.sqrt(1 + math.log(factor) / math.log(original))
+        scale = 1.0 if factor <= 1 else math.sqrt(1 + math.log(factor) / math.log(max(original, 2)))
     return frequencies, float(scale)
 
 
 def _dynamic(settings: _Settings) -> tuple[np.ndarray, float]:
-    """NTK-aware scaling with a fixed alpha: theta is stretched so that the slowest pair rotates alpha times slower."""
+    """NTK-aware scaling: theta is stretched so that the slowest pair rotates alpha times slower.
+
+    HunYuan has a fixed alpha. Others have a factor, by which alpha grows with the length of a sequence beyond what the model
+    was trained for; up to there it is 1.
+    """
     dim = 2 * len(settings.base)
+    if _is_by_length(settings.rope):
+        settings.rope["factor"]  # transformers needs one, even where it makes no difference
+        return settings.base, 1.0
+    if dim == 2:
+        raise ValueError("rope scaling 'dynamic' needs heads that rotate more than one pair of dims; they have 2 dims")
     return _base_frequencies(settings.theta * settings.rope["alpha"] ** (dim / (dim - 2)), dim), 1.0
+
+
+def _is_by_length(rope: Mapping[str, Any]) -> bool:
+    """Whether "dynamic" settings are those whose frequencies change beyond the trained length."""
+    return rope.get("alpha") is None
 
 
 def _proportional(settings: _Settings) -> tuple[np.ndarray, float]:
@@ -246,6 +266,8 @@ def read_rope(
     try:
         frequencies, scale = SCALINGS[kind](settings)
         result = RopeConfig(frequencies=tuple(frequencies.tolist()), scale=scale, interleaved=interleaved)
+        if kind == "dynamic" and _is_by_length(rope):
+            return dataclasses.replace(result, up_to=settings.max_position_embeddings)
         if kind != "longrope":
             return result
         frequencies, scale = _longrope(settings, "long")

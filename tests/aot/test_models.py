@@ -19,14 +19,21 @@ from jaxmoe.planning.steps import CompiledStep, compile_steps
 from jaxmoe.planning.topology import gpu_topology
 from tests.support.published import (
     DEEPSEEK_V3,
+    DEEPSEEK_V32,
+    FLEX_OLMO_7X7B,
+    GLM_4_7_FLASH,
+    GLM_5,
     GPT_OSS_120B,
     GRANITE_4_H_SMALL,
+    K_EXAONE,
     LFM2_8B,
     MIMO_V2_FLASH,
     MINIMAX_M3,
     MIXTRAL_8X7B,
     QWEN3_30B,
+    SOLAR_OPEN_100B,
     STEP_3_7_FLASH,
+    TRINITY_MINI,
     first_layers,
 )
 
@@ -97,6 +104,48 @@ CASES = {
         {"prefill": 345, "decode": 25},
     ),
     "minimax-m3, tp 4 ep 8 on 4 hosts": (M3_LAYER, "h100", 32, 4, {"tp": 4, "ep": 8}, {"prefill": 602, "decode": 3}),
+    "glm-4.7-flash, tp 2 ep 4": (
+        GLM_4_7_FLASH | {"num_hidden_layers": 2},
+        "h100",
+        8,
+        1,
+        {"tp": 2, "ep": 4},
+        {"prefill": 351, "decode": 2},
+    ),
+    "solar-open-100b, ep 8": (
+        SOLAR_OPEN_100B | {"num_hidden_layers": 1},
+        "h100",
+        8,
+        1,
+        {"ep": 8},
+        {"prefill": 714, "decode": 40},
+    ),
+    "k-exaone-236b, tp 2 ep 8 on 2 hosts": (
+        K_EXAONE | {"num_hidden_layers": 2},
+        "h100",
+        16,
+        2,
+        {"tp": 2, "ep": 8},
+        {"prefill": 1018, "decode": 49},
+    ),
+    "deepseek-v3.2, ep 8": (DEEPSEEK_V32, "h200", 8, 1, {"ep": 8}, {"prefill": 1, "decode": 1}),
+    "glm-5, tp 4 ep 8 on 4 hosts": (GLM_5, "h100", 32, 4, {"tp": 4, "ep": 8}, {"prefill": 1, "decode": 1}),
+    "trinity-mini, ep 8": (
+        TRINITY_MINI | {"num_hidden_layers": 2, "num_dense_layers": 1, "global_attn_every_n_layers": 2},
+        "h100",
+        8,
+        1,
+        {"ep": 8},
+        {"prefill": 378, "decode": 17},
+    ),
+    "flex-olmo-7x7b, tp 2 ep 4": (
+        FLEX_OLMO_7X7B | {"num_hidden_layers": 1},
+        "h100",
+        8,
+        1,
+        {"tp": 2, "ep": 4},
+        {"prefill": 908, "decode": 164},
+    ),
 }
 
 

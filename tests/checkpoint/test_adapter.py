@@ -3,6 +3,7 @@
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import ml_dtypes
 import numpy as np
@@ -14,9 +15,9 @@ from jaxmoe.checkpoint import CheckpointError, load_arrays, make_load_plan, open
 from jaxmoe.checkpoint.loading.merge import merge_adapter
 from jaxmoe.checkpoint.loading.targets import HostTarget
 from jaxmoe.checkpoint.lora.adapter import open_adapter
-from jaxmoe.checkpoint.lora.nearest import nearest_name
 from jaxmoe.checkpoint.lora.update import LowRankUpdate, TensorDelta, delta_weight
 from jaxmoe.checkpoint.mapping.ignore import IgnoreRule
+from jaxmoe.checkpoint.nearest import nearest_name
 from jaxmoe.cli import main
 from tests.support.adapters import Arrays, R, check_equal, factors, params, write_adapter
 from tests.support.goldens import GOLDENS
@@ -156,6 +157,7 @@ def test_report_tells_what_was_merged(tmp_path) -> None:
             "model.layers.*.self_attn.q_proj.weight": 2,
             "model.layers.*.self_attn.v_proj.weight": 2,
         },
+        "replaced": [],
     }
     plain = jaxmoe.load(GOLDENS / "qwen3_moe" / "original", mesh=mesh_of(1, 1, 1)).load_report
     assert plain.adapter is None
@@ -447,3 +449,83 @@ def test_factors_in_a_torch_file(tmp_path) -> None:
     base, mesh = GOLDENS / "qwen3_moe" / "fused", mesh_of(2, 2, 2)
     ours, expected = (params(jaxmoe.load(base, mesh=mesh, adapter=tmp_path / kind)) for kind in ("torch", "safe"))
     check_equal(ours, expected, rtol=0, atol=0)
+
+
+def whole(name: str, shape: tuple[int, ...], wrapped: str = "") -> Arrays:
+    module, _, kind = name.rpartition(".")
+    value = np.random.default_rng([len(name), *shape]).standard_normal(shape).astype(np.float32)
+    return {f"base_model.model.{module}{wrapped}.{kind}": value}
+
+
+EMBED, HEAD, NORM = "model.embed_tokens.weight", "lm_head.weight", "model.norm.weight"
+WHOLE: dict[str, tuple[Arrays, dict[str, Any]]] = {
+    "modules to save": (
+        whole(EMBED, (97, 32)) | whole(HEAD, (97, 32)),
+        {"modules_to_save": ["embed_tokens", "lm_head"]},
+    ),
+    "a grown vocabulary": (whole(EMBED, (101, 32)) | whole(HEAD, (101, 32)), {}),
+    "the embedding alone": (whole(EMBED, (97, 32)), {"modules_to_save": ["embed_tokens"]}),
+    "a head around its own factors": (
+        whole(EMBED, (97, 32)) | whole(HEAD, (97, 32), ".base_layer") | factors("lm_head", 97, 32),
+        {},
+    ),
+    "a norm": (whole(NORM, (32,), ".modules_to_save.default"), {}),
+    "a router": (whole("model.layers.1.mlp.gate.weight", (11, 32)), {"modules_to_save": ["gate"]}),
+}
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("case", WHOLE)
+def test_whole_modules_take_the_place_of_the_checkpoints(case, tied, tmp_path) -> None:
+    adapter, config = WHOLE[case]
+    base = read_golden("qwen3_moe", "original")
+    if tied:
+        del base[HEAD]
+    directory = checkpoint_of(base, "qwen3_moe", tmp_path / "base")
+    settings = json.loads((directory / "config.json").read_text())
+    (directory / "config.json").write_text(json.dumps(settings | {"tie_word_embeddings": tied}))
+    lora = factors("model.layers.0.self_attn.q_proj", 64, 32)
+    model = jaxmoe.load(
+        directory, mesh=mesh_of(1, 2, 2), adapter=write_adapter(tmp_path / "adapter", adapter | lora, **config)
+    )
+
+    expected = {HEAD: base[EMBED], **base} if tied else dict(base)
+    replaced = []
+    for name, value in adapter.items():
+        plain = (
+            name.removeprefix("base_model.model.").replace(".base_layer", "").replace(".modules_to_save.default", "")
+        )
+        if "lora" not in plain:
+            expected[plain] = value
+            replaced.append(plain)
+    for module in ["model.layers.0.self_attn.q_proj", *(["lm_head"] if "factors" in case else [])]:
+        a, b = factors(module, *expected[f"{module}.weight"].shape).values()
+        expected[f"{module}.weight"] = expected[f"{module}.weight"] + 1.5 * b @ a
+    merged = checkpoint_of(expected, "qwen3_moe", tmp_path / "merged")
+    (merged / "config.json").write_text(json.dumps(settings | {"vocab_size": len(expected[EMBED])}))
+    wanted = params(jaxmoe.load(merged, mesh=mesh_of(1, 2, 2)))
+    if tied and not {EMBED, HEAD} & set(replaced):
+        del wanted["lm_head.weight"]  # still one tensor
+    check_equal(params(model), wanted)
+    assert set(replaced) <= set(model.load_report.adapter.replaced)
+    assert model.load_report.bytes_read == model.load_report.bytes_needed
+    jaxmoe.save(model, tmp_path / "saved")
+    check_equal(params(jaxmoe.load(tmp_path / "saved", mesh=mesh_of(1, 2, 2))), wanted)
+
+
+@pytest.mark.parametrize(
+    ("tensors", "message"),
+    [
+        (whole("score.weight", (2, 32)), r"replaces a tensor of the checkpoint, and that has no 'score.weight'"),
+        (
+            whole(NORM, (33,)),
+            r"has shape \(33,\), and 'model.norm.weight', which it replaces, \(32,\): only vocabularies",
+        ),
+        (
+            whole(EMBED, (101, 32)),
+            r"'model.embed_tokens.weight' \(101, 32\) and 'lm_head.weight' \(97, 32\); save both",
+        ),
+    ],
+)
+def test_whole_modules_that_do_not_fit(tensors, message, tmp_path) -> None:
+    refuse(tmp_path, tensors | factors("model.layers.0.self_attn.q_proj", 64, 32), message)

@@ -196,7 +196,6 @@ def test_names_on_disk_may_differ() -> None:
     [
         ({"peft_type": "LOHA"}, "must be of peft_type LORA to be merged; this one is of 'LOHA'"),
         ({"use_dora": True}, "this one has use_dora: DoRA scales each output"),
-        ({"modules_to_save": ["lm_head"]}, "this one has modules_to_save"),
         ({"layer_replication": [[0, 2]]}, "this one has layer_replication"),
         ({"trainable_token_indices": [1]}, "this one has trainable_token_indices"),
         ({"lora_bias": True}, "this one has lora_bias"),
@@ -246,11 +245,6 @@ def test_configuration_file(tmp_path: Path) -> None:
     ("config", "adapter", "message"),
     [
         ({}, {"q.lora_magnitude_vector": (5,)}, r"neither \(DoRA\); merge it with PEFT"),
-        (
-            {},
-            {"lm_head.base_layer.weight": (5, 3)},
-            "but a copy of the base model's; save .* save_embedding_layers=False",
-        ),
         ({}, {"q.weight": (5, 3)}, "are lora_A and lora_B of its modules; 'q.weight' is neither"),
         ({}, {"q.lora_A.weight": (R, 3)}, "come in pairs; of 'q' there is 'q.lora_A.weight' only"),
         ({}, {"q.lora_A.weight": (R, 3), "q.lora_A.x.weight": (R, 3)}, "are for the same"),

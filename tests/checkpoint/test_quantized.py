@@ -8,53 +8,8 @@ import pytest
 import jaxmoe
 from jaxmoe.checkpoint.inspection import summarize
 from tests.support.meshes import mesh_id, mesh_of
-from tests.support.quantized_checkpoints import write_pair
+from tests.support.quantized_checkpoints import CASES, write_pair
 from tests.support.saved import assert_same_parameters, read_all
-
-IGNORED = ["lm_head", "re:.*gate$"]
-
-
-def compressed(form, **weights):
-    settings = {"num_bits": 4, "type": "int", "strategy": "group", "group_size": 32, "symmetric": True, **weights}
-    group = {"targets": ["Linear"], "weights": settings}
-    return {
-        "quant_method": "compressed-tensors",
-        "format": form,
-        "config_groups": {"group_0": group},
-        "ignore": IGNORED,
-    }
-
-
-CHANNEL = {"num_bits": 8, "strategy": "channel", "group_size": None}
-GPTQ = {"quant_method": "gptq", "bits": 4, "group_size": 32, "sym": False, "checkpoint_format": "gptq"}
-FP8 = {"quant_method": "fp8", "weight_block_size": [24, 40], "activation_scheme": "dynamic"}
-# (family, format as in tests/support/quantized.py, block of config.json). A format is tested by being listed.
-CASES = [
-    ("qwen3_moe", "fp8_block", FP8),
-    ("deepseek_v3", "fp8_block", FP8),
-    ("qwen3_moe", "fp8_tensor", {"quant_method": "fp8", "activation_scheme": "static"}),
-    (
-        "glm4_moe",
-        "fp8_channel",
-        compressed("float-quantized", num_bits=8, type="float", strategy="channel", group_size=None),
-    ),
-    ("qwen3_moe", "int_quantized", compressed("int-quantized", **CHANNEL)),
-    ("deepseek_v3", "pack_quantized", compressed("pack-quantized", symmetric=False)),
-    ("mixtral", "pack_quantized, order", compressed("pack-quantized", symmetric=False, actorder="group")),
-    (
-        "glm4_moe",
-        "nvfp4_pack",
-        compressed("nvfp4-pack-quantized", type="float", strategy="tensor_group", group_size=16),
-    ),
-    ("qwen3_moe", "mxfp4_pack", compressed("mxfp4-pack-quantized", type="float")),
-    ("qwen3_moe", "gptq", {**GPTQ, "desc_act": False}),
-    ("mixtral", "gptq, order", {**GPTQ, "desc_act": True}),
-    ("qwen3_moe", "awq", {"quant_method": "awq", "bits": 4, "group_size": 32, "version": "gemm", "zero_point": True}),
-    ("gpt_oss", "mxfp4", {"quant_method": "mxfp4", "modules_to_not_convert": ["model.layers.*.self_attn", "lm_head"]}),
-    ("deepseek_v3", "nvfp4", {"quant_method": "modelopt", "quant_algo": "NVFP4", "ignore": ["lm_head", "*.gate"]}),
-    ("qwen3_moe", "bnb_4bit", {"quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}),
-    ("mixtral", "bnb_int8", {"quant_method": "bitsandbytes", "load_in_8bit": True}),
-]
 
 
 @pytest.fixture(scope="module", params=CASES, ids=[f"{family}-{form}" for family, form, _ in CASES])
@@ -69,7 +24,8 @@ def pair(request, tmp_path_factory):
 def test_it_loads_as_its_values_do(pair, shape, placement) -> None:
     quantized, plain, count, form = pair
     models = [
-        jaxmoe.load(path, mesh=mesh_of(*shape), placement=placement, dtype="float32") for path in (quantized, plain)
+        jaxmoe.load(path, mesh=mesh_of(*shape), placement=placement, dtype="float32", quantized="dequantize")
+        for path in (quantized, plain)
     ]
     assert_same_parameters(*models)
     report = models[0].load_report

@@ -306,3 +306,32 @@ def test_the_config_of_dequantized_weights_names_no_quantization(tmp_path):
     assert sorted(path.name for path in (tmp_path / "b").iterdir()) == ["config.json", "tokenizer.json"]
     config = json.loads((tmp_path / "b" / "config.json").read_text())
     assert config == {"model_type": "x", "text_config": {"torch_dtype": "bfloat16"}}
+
+
+SIDE = {
+    "chat_template.jinja": "{{ messages }}",
+    "additional_chat_templates/tool_use.jinja": "{{ tools }}",
+    "tokenizer.model": "pieces",
+    "tokenizer_config.json": "{}",
+    "encoding_model.py": "pass",
+    "LICENSE.md": "free",
+}
+LEFT = {"README.md": "text", "original/weights.pth": "x", "other.safetensors": "x", "hf_quant_config.json": "{}"}
+
+
+@pytest.mark.parametrize("saved", [False, True])
+def test_side_files_go_along_and_what_does_not_is_told(saved, tmp_path):
+    source = tmp_path / "source"
+    shutil.copytree(GOLDENS / "olmoe" / "original", source, ignore=shutil.ignore_patterns("*.npz", "*.md"))
+    kept = {path.name for path in source.iterdir()} - {"model.safetensors"}
+    for name, text in {**SIDE, **LEFT, ".hidden": "x"}.items():
+        (source / name).parent.mkdir(exist_ok=True)
+        (source / name).write_text(text)
+    if saved:
+        report = jaxmoe.save(jaxmoe.load(source, mesh=mesh_of(1, 1, 1)), tmp_path / "out")
+    else:
+        report = jaxmoe.convert(source, tmp_path / "out")
+    found = {str(path.relative_to(tmp_path / "out")) for path in (tmp_path / "out").rglob("*") if path.is_file()}
+    assert found == {*SIDE, *kept, "model.safetensors"}
+    assert {name: (tmp_path / "out" / name).read_text() for name in SIDE} == SIDE
+    assert report.left_out == ("README.md", "hf_quant_config.json", "original", "other.safetensors")

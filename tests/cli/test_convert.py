@@ -40,6 +40,24 @@ def test_a_sentence_for_people_and_the_side_files(tmp_path, capsys) -> None:
     assert json.loads((out / "config.json").read_text())["dtype"] == "float32"
 
 
+def test_errors_of_quantizing_are_a_table_or_json(tmp_path, capsys) -> None:
+    argv = ["convert", str(DEMO), str(tmp_path / "out"), "--quantize", "fp8_block", "--overwrite"]
+    assert main(argv) == 0
+    sentence, *table = capsys.readouterr().out.splitlines()
+    assert "tensors (per_expert), 7.61 MB in 1 file" in sentence
+    assert "Errors of fp8_block" in table[0]
+    assert "attention" in table[2]
+    assert "routed experts" in table[2]
+    assert main([*argv, "--json", "--ignore", "self_attn", "--ignore", r"re:.*\.experts\.\d\."]) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert report["quantized"] == "fp8_block"
+    # Six of sixteen experts have numbers of two digits.
+    assert [(loss["layer"], loss["kind"], loss["weights"]) for loss in report["losses"]] == [
+        (layer, "routed experts", 3 * 6) for layer in range(6)
+    ]
+    assert all(0.02 < loss["rms"] < 0.03 < loss["max"] < 0.04 for loss in report["losses"])
+
+
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
@@ -47,6 +65,9 @@ def test_a_sentence_for_people_and_the_side_files(tmp_path, capsys) -> None:
         ([str(DEMO), "."], "is there; overwrite replaces it"),
         ([str(DEMO), "out", "--dtype", "int4"], "dtype is float32"),
         ([str(DEMO), "out", "--max-shard-size", "much"], "max_shard_size is a number of bytes"),
+        ([str(DEMO), "out", "--quantize", "int5"], "quantize is one of fp8_block, int8"),
+        ([str(DEMO), "out", "--quantize", "mxfp4"], "groups of 32 inputs must divide the 112 inputs"),
+        ([str(DEMO), "out", "--ignore", "mlp"], "quantize is None"),
         ([str(DEMO), "out", "--placement", "x.json"], "the placement file x.json does not exist"),
     ],
 )

@@ -152,12 +152,12 @@ def test_problems_of_a_known_family(tmp_path, capsys) -> None:
     assert found["parameters"] == 68032  # what the config says
     assert main(["inspect", str(tmp_path / "c")]) == 0
     text = " ".join(capsys.readouterr().out.split())
-    assert "not loadable: the experts of a layer must be there" in text
+    assert "the experts of a layer must be there as" in text
     assert "more problems" in text
     assert "uncovered stray" in text
     config = json.loads((tmp_path / "c" / "config.json").read_text())
     (tmp_path / "c" / "config.json").write_text(json.dumps({**config, "hidden_size": None}))
-    assert inspect(tmp_path / "c", capsys)["problems"] == ["config.json needs one of hidden_size; none is there"]
+    assert inspect(tmp_path / "c", capsys)["problems"] == ["config.json needs hidden_size; it is not there"]
 
 
 def quantize(name: str, value: np.ndarray, kind: str) -> dict[str, np.ndarray]:

@@ -17,11 +17,11 @@ from jaxmoe.kernels.grouped_matmul.backends import GPU_BACKENDS
 from jaxmoe.kernels.grouped_matmul.quantized import FORMATS
 from tests.support.kernels import REGIMES, each_regime, int32, poison
 from tests.support.meshes import mesh_of
-from tests.support.packed import CASES, Case, D, F, G, each_case, pack
+from tests.support.packed import CASES, OF_EACH_FORMAT, Case, D, F, G, each_case, pack
 
 pytestmark = pytest.mark.covering(most=3)
 
-one_case_a_format = pytest.mark.parametrize("case", [CASES[0], CASES[5], CASES[9]], ids=str)
+one_case_a_format = pytest.mark.parametrize("case", OF_EACH_FORMAT, ids=str)
 # These take every format; what a GPU takes is tested with its kernel.
 each_backend = pytest.mark.parametrize("backend", [name for name, backend in BACKENDS.items() if backend.formats])
 
@@ -138,7 +138,7 @@ def test_expert_mlp(case, variant, R, backend):
 
 @each_backend
 @each_regime
-@pytest.mark.parametrize("cases", [(CASES[0], None), (None, CASES[4]), (CASES[2], CASES[9]), (CASES[1], CASES[7])])
+@pytest.mark.parametrize("cases", [(CASES[0], None), (None, CASES[4]), (CASES[2], CASES[9]), (CASES[12], CASES[11])])
 def test_each_stack_may_be_packed_its_own_way(cases, R, backend):
     variant, sizes = VARIANTS["gated, biases"], [R // 3, 0, 4, 1, 0, 3]
     stacks, exact, biases = mlp_inputs(variant, *cases)
@@ -156,6 +156,8 @@ def test_each_stack_may_be_packed_its_own_way(cases, R, backend):
         (Case("float8_e4m3fn", (1, 0)), [1, 0, 2], 5, 3, 1552),  # three, which are a loop, and a rest
         (Case("int4", (1, 32), zero_points=True), [1, 0, 2], 5, 3, 2112),
         (Case("mxfp4", (1, 32)), [1, 0, 2], 5, 3, 2112),
+        (Case("nvfp4", (1, 16), matrix_scales=True), [1, 0, 2], 5, 3, 2112),
+        (Case("nvfp4", (1, 8)), [1, 0, 2], 5, 3, 48),
         (Case("int4", (1, 16)), [1, 0, 2], 5, 3, 48),  # half a vector of lanes
         (Case("float8_e4m3fn", (1, 1)), [13], 17, 5, 10),
         (Case("float8_e4m3fn", (0, 0)), [1], 1, 1, 1),
@@ -202,7 +204,11 @@ def test_inside_shard_map(case, check_vma, R):
         one_block = stack.scales.shape[over_tp] == 1
         scales = P(*(None if one_block and axis == "tp" else axis for axis in values))
         return dataclasses.replace(
-            stack, values=values, scales=scales, zero_points=None if stack.zero_points is None else scales
+            stack,
+            values=values,
+            scales=scales,
+            zero_points=None if stack.zero_points is None else scales,
+            matrix_scales=None if stack.matrix_scales is None else P(*values[:-2]),
         )
 
     stacks = w_up, w_down

@@ -11,9 +11,10 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from jaxmoe.kernels.grouped_matmul import QuantizedStack, dequantize, expert_mlp, grouped_matmul
+from jaxmoe.kernels.grouped_matmul.quantized import as_matrices
 from tests.support.kernels import int32
 from tests.support.meshes import mesh_of
-from tests.support.packed import D, F, G, each_case, pack
+from tests.support.packed import Case, D, F, G, each_case, pack
 
 pytestmark = pytest.mark.covering(most=4)
 
@@ -57,6 +58,38 @@ def test_every_mxfp4_number():
     np.testing.assert_array_equal(np.signbit(numbers), codes >= 8)
 
 
+def test_every_int8_number():
+    values = np.arange(-128, 128, dtype=np.int8)
+    numbers = jax.jit(dequantize)(one_scale(values, "int8", np.float32(0.5)))[0]
+    np.testing.assert_array_equal(numbers, values / np.float32(2))
+
+
+def test_nvfp4_golden_vector():
+    """Bytes and scale as they were written by hand: 0.5 · 1.75 · 0.0625 and -6 · 1.75 · 0.0625."""
+    stack = one_scale(np.uint8([0xF1]), "nvfp4", ml_dtypes.float8_e4m3fn(1.75))
+    stack = dataclasses.replace(stack, matrix_scales=jnp.float32(0.0625))
+    assert dequantize(stack)[0].tolist() == [0.0546875, -0.65625]
+
+
+def test_every_nvfp4_scale():
+    scales = np.arange(256, dtype=np.uint8).view(ml_dtypes.float8_e4m3fn)[:, None]
+    ones = jnp.full((256, 1), 0x22, jnp.uint8)
+    numbers = dequantize(QuantizedStack(values=ones, scales=jnp.asarray(scales), format="nvfp4", block=(1, 2)))
+    np.testing.assert_array_equal(numbers, np.repeat(scales.astype(np.float32), 2, 1))
+
+
+@pytest.mark.parametrize("shape", [(2, 3), (2, 3, 2)], ids=["one a matrix", "two a matrix"])
+def test_matrix_scales_are_applied_where_matrices_stand_in_one(shape):
+    """As `as_matrices` puts them for backends, and for each half of a matrix's outputs."""
+    stack, _ = pack(Case("nvfp4", (1, 16)), 0, 2, 3, 8, 32)
+    plain = dequantize(stack)
+    factors = jnp.asarray(np.random.default_rng(1).uniform(0.5, 2, shape), jnp.float32)
+    scaled = dataclasses.replace(stack, matrix_scales=factors)
+    expected = plain * jnp.repeat(factors.reshape(2, 3, -1), 8 // (factors.size // 6), axis=-1)[..., None]
+    np.testing.assert_allclose(dequantize(scaled), expected, rtol=1e-6)
+    np.testing.assert_allclose(dequantize(as_matrices(scaled)), expected.reshape(2, 24, 32), rtol=1e-6)
+
+
 def test_every_mxfp4_scale():
     scales = np.arange(256, dtype=np.uint8)[:, None]
     ones = jnp.full((256, 1), 0x22, jnp.uint8)
@@ -83,10 +116,10 @@ def test_is_a_pytree_of_its_arrays(case):
     doubled = jax.jit(lambda s: dataclasses.replace(s, scales=s.scales * 2))(placed)
     assert (doubled.format, doubled.block, doubled.shape) == (stack.format, stack.block, stack.shape)
     for array in jax.tree.leaves(doubled):
-        assert array.sharding.is_equivalent_to(NamedSharding(mesh, P("ep")), 3)
+        assert array.sharding.is_equivalent_to(NamedSharding(mesh, P("ep")), array.ndim)
         assert {shard.data.shape[0] for shard in array.addressable_shards} == {2}
     np.testing.assert_array_equal(doubled.values, stack.values)
-    assert len(jax.tree.leaves(stack)) == (3 if case.zero_points else 2)
+    assert len(jax.tree.leaves(stack)) == 2 + case.zero_points + case.matrix_scales
     assert [str(path) for path, _ in jax.tree.leaves_with_path(stack)][:2] == [
         "(GetAttrKey(name='values'),)",
         "(GetAttrKey(name='scales'),)",
@@ -131,6 +164,18 @@ def small(**changes):
             r"\(2, 2, 2\).*Reshape",
         ),
         ({"scales": jnp.ones((2, 2))}, r"scales of rhs must have shape \(2, 2, 2\).*got \(2, 2\)"),
+        ({"matrix_scales": jnp.ones(2, jnp.bfloat16)}, "matrix_scales of rhs must be float32; got bfloat16.*astype"),
+        (
+            {"matrix_scales": jnp.ones(3)},
+            r"matrix_scales of rhs must have shape \(2,\), one number a matrix.*divides its 2 rows of blocks; got \(3,\)",
+        ),
+        ({"matrix_scales": jnp.ones((2, 3))}, r"matrix_scales of rhs must have shape \(2,\).*got \(2, 3\)"),
+        ({"matrix_scales": jnp.ones((2, 1, 1))}, r"matrix_scales of rhs must have shape \(2,\).*got \(2, 1, 1\)"),
+        (
+            {"format": "nvfp4", "zero_points": None},
+            "scales of rhs must be float8_e4m3fn for nvfp4; got float32.*View",
+        ),
+        ({"format": "int8", "zero_points": None}, "values of rhs must be int8 for int8; got uint8.*View"),
         ({"values": jnp.zeros((2, 3, 8), jnp.uint8)}, r"scales of rhs must have shape \(2, 1, 4\)"),
     ],
 )
@@ -145,7 +190,7 @@ def test_check(changes, message):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"format": "nf4"}, r"format must be one of \['float8_e4m3fn', 'int4', 'mxfp4'\]; got 'nf4'"),
+        ({"format": "nf4"}, r"format must be one of \['float8_e4m3fn', 'int4', 'int8', 'mxfp4', 'nvfp4'\]; got 'nf4'"),
         ({"block": 32}, r"block must be a tuple of two positive sizes.*got 32.*\(1, K\)"),
         ({"block": [1, 32]}, r"block must be a tuple of two positive sizes.*got \[1, 32\]"),
         ({"block": (0, 32)}, r"block must be a tuple of two positive sizes.*got \(0, 32\)"),

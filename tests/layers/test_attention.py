@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from jaxmoe.config import AttentionConfig, Chunks, QueryKeyNorm, SlidingWindow
-from jaxmoe.layers import Attention, ParamFactory
+from jaxmoe.layers import Attention, ParamFactory, params_by_path
 from jaxmoe.layers.attention import attend
 from jaxmoe.layers.cache import write_prompt, write_token
 from jaxmoe.rotary import RopeConfig
@@ -99,6 +99,32 @@ def test_values_may_be_narrower_than_keys():
     for beside in ({"values_are_keys": True}, {"v_norm": True}, {"output_gate": True}):
         with pytest.raises(ValueError, match="values of a width of their own .* got v_head_dim=4"):
             AttentionConfig(num_heads=4, num_kv_heads=2, head_dim=6, v_head_dim=4, rope=None, **beside)
+
+
+def test_gates_of_a_projection_of_their_own_are_those_beside_the_queries():
+    sizes: dict[str, Any] = {"num_heads": 4, "num_kv_heads": 2, "head_dim": 4, "rope": None, "output_gate": True}
+    x, positions = np.random.default_rng(5).normal(size=(1, 5, 8)).astype(np.float32), np.arange(5)[None]
+
+    def make(tp: int, **own: Any) -> Attention:
+        attention = Attention(
+            AttentionConfig(**sizes, **own), 8, 1e-6, param=ParamFactory(mesh_of(1, tp, 1), jnp.float32, None)
+        )
+        fill(attention)
+        return attention
+
+    apart = make(2, gate_projection=True)
+    beside = make(1)
+    for name, param in params_by_path(apart).items():
+        if name not in ("w_q", "w_gate"):
+            getattr(beside, name).set_value(jax.device_put(np.asarray(param[...]), beside.mesh.devices.item()))
+    both = np.stack([np.asarray(w[...]).reshape(4, 1, 4, 8) for w in (apart.w_q, apart.w_gate)], axis=1)
+    beside.w_q.set_value(jax.device_put(both.reshape(32, 8), beside.mesh.devices.item()))
+    found, expected = (
+        np.asarray(jax.jit(lambda x, layer=layer: layer(x, positions, None, ())[0])(x)) for layer in (apart, beside)
+    )
+    np.testing.assert_allclose(found, expected, atol=1e-4)
+    with pytest.raises(ValueError, match="gate_projection is of the gates that output_gate=True gives"):
+        AttentionConfig(**{**sizes, "output_gate": False}, gate_projection=True)
 
 
 def test_rows_are_written_to_the_cache_where_each_of_them_stands():

@@ -22,10 +22,26 @@ def test_granite_has_four_multipliers():
     assert {layer.attention.scale for layer in config.layers} == {7.0}
 
 
-@pytest.mark.parametrize("model_type", ["nemotron_h", "deepseek_v2", "deepseek_v3", "glm4_moe"])
+@pytest.mark.parametrize(
+    "model_type", ["nemotron_h", "deepseek_v2", "deepseek_v3", "glm4_moe", "glm4_moe_lite", "solar_open", "exaone_moe"]
+)
 def test_routed_experts_are_scaled(model_type):
     moes = [layer.feed_forward for layer in read(model_type, routed_scaling_factor=2.5).layers]
     assert {moe.router.choice.scale for moe in moes if isinstance(moe, MoEConfig)} == {2.5}
+
+
+@pytest.mark.parametrize(
+    ("changes", "sparse"),
+    [
+        ({"first_k_dense_replace": 2}, (2, 3)),
+        ({}, (1, 2, 3)),
+        ({"first_k_dense_replace": 2, "mlp_layer_types": ["sparse", "dense", "dense", "sparse"]}, (0, 3)),
+    ],
+    ids=["counted", "usual", "listed"],
+)
+def test_layers_have_routed_experts_as_listed_or_from_the_first_on(changes, sparse):
+    usual = {"num_hidden_layers": 4, "mlp_layer_types": None}
+    assert read("glm4_moe_lite", **{**usual, **changes}).moe_layers == sparse
 
 
 def test_every_fourth_layer_of_llama4_has_no_rotation():
@@ -40,6 +56,20 @@ def test_layers_of_gpt_oss_have_a_window_by_turns():
     layers = read("gpt_oss", num_hidden_layers=5, layer_types=None, sliding_window=3).layers
     window = SlidingWindow(size=3)
     assert [layer.attention.mask for layer in layers] == [window, None, window, None, window]
+
+
+@pytest.mark.parametrize(("pattern", "full"), [(3, [2, 5]), ("LLG", [2, 5]), ("GLL", [0, 3, 6]), (None, [3])], ids=str)
+def test_windows_of_exaone_moe_follow_a_pattern(pattern, full):
+    changes = {"num_hidden_layers": 7, "layer_types": None, "mlp_layer_types": None, "sliding_window_pattern": pattern}
+    layers = read("exaone_moe", **changes).layers
+    last = [6] if isinstance(pattern, str) else []
+    assert [i for i, layer in enumerate(layers) if layer.attention.mask is None] == sorted({*full, *last})
+    assert [i for i, layer in enumerate(layers) if layer.attention.rope is None] == sorted({*full, *last})
+
+
+def test_layers_of_exaone_moe_are_sparse_as_other_engines_read_it():
+    changes = {"num_hidden_layers": 3, "mlp_layer_types": None, "is_moe_layer": [True, False, True]}
+    assert read("exaone_moe", **changes).moe_layers == (0, 2)
 
 
 @pytest.mark.parametrize("name", ["dtype", "torch_dtype"])

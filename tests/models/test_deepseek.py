@@ -28,7 +28,7 @@ V3 = GOLDENS / "deepseek_v3" / "original"
 TINY = {
     family: json.loads((GOLDENS / family / "original" / "config.json").read_text())
     for family in FAMILIES
-    if "deepseek" in family
+    if "deepseek" in family or "dsa" in family
 }
 
 YARN = {"type": "yarn", "factor": 40, "original_max_position_embeddings": 4096, "beta_fast": 32, "beta_slow": 1}
@@ -105,6 +105,39 @@ RELEASED["Kimi-K2"] = {
     "topk_group": 1,
     "num_nextn_predict_layers": 0,
 }
+RELEASED["DeepSeek-V3.2"] = {
+    **RELEASED["DeepSeek-V3"],
+    "model_type": "deepseek_v32",
+    "index_n_heads": 64,
+    "index_head_dim": 128,
+    "index_topk": 2048,
+}
+RELEASED["GLM-5.2"] = {
+    "model_type": "glm_moe_dsa",
+    "vocab_size": 154880,
+    "hidden_size": 6144,
+    "intermediate_size": 12288,
+    "moe_intermediate_size": 2048,
+    "num_hidden_layers": 78,
+    "num_attention_heads": 64,
+    "num_key_value_heads": 64,
+    "n_routed_experts": 256,
+    "num_experts_per_tok": 8,
+    "q_lora_rank": 2048,
+    "kv_lora_rank": 512,
+    "qk_nope_head_dim": 192,
+    "qk_rope_head_dim": 64,
+    "v_head_dim": 256,
+    "index_n_heads": 32,
+    "index_head_dim": 128,
+    "index_topk": 2048,
+    "index_topk_freq": 4,
+    "index_skip_topk_offset": 3,
+    "indexer_rope_interleave": True,
+    "max_position_embeddings": 1048576,
+    "rope_parameters": {"rope_theta": 8000000, "rope_type": "default"},
+    "dtype": "bfloat16",
+}
 
 
 def read(config: dict[str, Any]):
@@ -129,6 +162,8 @@ def router_of(config: dict[str, Any]):
         pytest.param("DeepSeek-V3", 671.0, 37.5, marks=pytest.mark.full),
         ("DeepSeek-V2-Lite", 15.7, 2.66),
         pytest.param("Kimi-K2", 1026.5, 32.9, marks=pytest.mark.full),
+        pytest.param("DeepSeek-V3.2", 671.9, 38.4, marks=pytest.mark.full),
+        pytest.param("GLM-5.2", 743.4, 41.3, marks=pytest.mark.full),
     ],
 )
 def test_parameters_of_released_models(name, total, active, tmp_path):
@@ -166,6 +201,21 @@ def test_missing_settings_are_the_families_defaults():
     older = read({**sizes, "model_type": "deepseek_v2", "norm_topk_prob": False})
     assert (older.moe_layers, older.num_mtp_layers) == (tuple(range(61)), 0)
     assert router_of({**sizes, "model_type": "deepseek_v2", "norm_topk_prob": False}).choice.expert_groups == 1
+
+
+def test_layers_that_reuse_chosen_positions_are_listed_in_four_ways():
+    config = {**TINY["glm_moe_dsa"], "num_hidden_layers": 7, "layer_types": None, "mlp_layer_types": None}
+    del config["indexer_types"]
+    ways = (
+        {"indexer_types": ["full", "full", "full", "shared", "shared", "full", "shared"]},
+        {"index_topk_pattern": "FFFSSFS"},
+        {"index_topk_pattern": ["full", "full", "full", "shared", "shared", "full", "shared"]},
+        {"index_topk_freq": 3, "index_skip_topk_offset": 3},
+    )
+    for way in ways:
+        layers = read({**config, **way}).layers
+        assert [layer.attention.indexer.reuses for layer in layers] == [False, False, False, True, True, False, True]
+    assert not any(layer.attention.indexer.reuses for layer in read(config).layers)
 
 
 def test_every_second_layer_can_be_dense():
@@ -207,6 +257,33 @@ def test_yarn_scales_the_scores_by_mscale_all_dim_twice(spelling):
         ("deepseek_v3", {"scoring_func": "softmax"}, "scoring_func of deepseek_v3 can be sigmoid; .* 'softmax'"),
         ("deepseek_v3", {"n_group": 4}, "num_experts=15 is no multiple of num_groups=4"),
         ("deepseek_v3", {"kv_lora_rank": None}, "needs one of kv_lora_rank"),
+        ("deepseek_v32", {"index_topk": None}, "needs one of index_topk"),
+        (
+            "deepseek_v32",
+            {"q_lora_rank": None},
+            r"an indexer's queries are made from the latent .* \(q_lora_rank\) is None",
+        ),
+        ("deepseek_v32", {"index_head_dim": 4}, "that rotate are some of it: 8 of head_dim=4"),
+        ("deepseek_v32", {"rope_interleave": False}, "rope_interleave of deepseek_v32 is true, .* has False"),
+        (
+            "deepseek_v32",
+            {"indexer_rope_interleave": True},
+            "indexer_rope_interleave of deepseek_v32 is false, .* has True",
+        ),
+        (
+            "deepseek_v32",
+            {"layer_types": ["full_attention"] * 2},
+            "layer_types of deepseek_v32 .* has 'full_attention'",
+        ),
+        ("glm_moe_dsa", {"indexer_rope_interleave": False}, "indexer_rope_interleave of glm_moe_dsa is true"),
+        ("glm_moe_dsa", {"indexer_types": ["full"]}, "full or shared for each of the 3 layers .* has \\['full'\\]"),
+        ("glm_moe_dsa", {"indexer_types": None, "index_topk_pattern": "FSX"}, "config.json has .*'X'"),
+        (
+            "glm_moe_dsa",
+            {"indexer_types": ["shared", "full", "full"]},
+            "the first layer with an indexer has one of its own",
+        ),
+        ("glm_moe_dsa", {"mlp_layer_types": ["dense", "moe", "sparse"]}, "mlp_layer_types .* has .*'moe'"),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else None,
 )

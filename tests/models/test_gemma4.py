@@ -66,6 +66,8 @@ def test_a_dense_mlp_stands_beside_routed_experts_and_is_split_over_tp():
     mlp = MLPConfig(hidden_size=32, intermediate_size=42)
     with pytest.raises(ValueError, match="a parallel MLP stands beside routed experts; the layer has none"):
         LayerConfig(attention=None, feed_forward=mlp, parallel_mlp=mlp)
+    with pytest.raises(ValueError, match="a parallel MLP has a norm before it; got pre_norms=False"):
+        dataclasses.replace(config.layers[0], pre_norms=False)
     layer = dataclasses.replace(config.layers[0], parallel_mlp=mlp)
     with pytest.raises(ValueError, match="tp=4 does not divide intermediate_size=42"):
         check_tp(dataclasses.replace(config, layers=(layer,)), 4, ("ep",))

@@ -74,10 +74,53 @@ def test_no_value_of_a_setting_is_a_crash(name):
             {"layer_types": ["chunked_attention"] * 2},
             "layer_types of gpt_oss are .* has 'chunked_attention'",
         ),
+        (
+            "glm4_moe_lite",
+            {"mlp_layer_types": ["sparse"]},
+            "has dense or sparse for each of the 2 layers; config.json has",
+        ),
+        ("glm4_moe_lite", {"mlp_layer_types": ["sparse", "moe"]}, r"config.json has \['sparse', 'moe'\]"),
+        ("glm4_moe_lite", {"topk_method": "greedy"}, "topk_method of glm4_moe_lite can be noaux_tc; .*'greedy'"),
+        (
+            "solar_open",
+            {"first_k_dense_replace": 1},
+            "solar_open is known with first_k_dense_replace=0 alone; .* gives 1",
+        ),
+        (
+            "minimax_m2",
+            {"use_qk_norm": False},
+            "minimax_m2 is known with use_qk_norm=True alone; config.json gives False",
+        ),
+        (
+            "exaone_moe",
+            {"is_moe_layer": [False, True, True]},
+            r"say the same of every layer; .* has \[False, True, True\] and \['sparse', 'dense', 'dense'\]",
+        ),
+        (
+            "exaone_moe",
+            {"layer_types": None, "sliding_window_pattern": "LXG"},
+            "integer of at least 1, or letters L and G as in 'LLLG'; it is 'LXG'",
+        ),
+        ("exaone_moe", {"sliding_window": None}, "has layers with a window, of sliding_window positions; .* has null"),
+        ("afmoe", {"route_norm": False}, "afmoe is known with route_norm=True alone; config.json gives False"),
+        (
+            "afmoe",
+            {"global_attn_every_n_layers": 0},
+            "global_attn_every_n_layers in config.json is at least 1; it is 0",
+        ),
         ("llama4_text", {"no_rope_layers": [1]}, "no_rope_layers has a number for each of the 3 layers; it has 1"),
         ("hunyuan_v1_moe", {"moe_topk": [3]}, "has a value for each layer; got {'moe_topk': ..*"),
         ("mixtral", {"rope_parameters": "yarn"}, "rope_scaling and rope_parameters in config.json are objects"),
         ("mixtral", {"rope_parameters": {"rope_theta": "x"}}, "rope_theta of the rope settings is a number above 0"),
+        (
+            "gpt_oss",
+            {"sliding_window": None},
+            "layers of sliding_attention need a sliding_window; config.json gives null",
+        ),
+        ("mixtral", {"head_dim": 0}, "width of a head .*head_dim.* is at least 1; it is 0"),
+        ("mixtral", {"rope_parameters": {"rope_type": "yarn", "factor": 2.0, "rope_theta": 1}}, "a rope_theta above 1"),
+        ("minimax_m2", {"rotary_dim": 2}, "partial_rotary_factor=0.5 of .* and rotary_dim=2, which differ"),
+        ("mixtral", {"rope_parameters": {"rope_type": "dynamic"}}, "'dynamic' needs 'factor' in config.json's rope"),
         ("phimoe", {"lm_head_bias": True, "tie_word_embeddings": True}, "a tied output projection has no bias"),
         ("ernie4_5_moe", {"use_bias": True, "tie_word_embeddings": True}, "a tied output projection has no bias"),
     ],
@@ -102,9 +145,12 @@ def test_a_single_expert_needs_no_number_of_experts_per_token():
     assert FAMILIES["jamba"].read_config(config).moe_layers == ()
 
 
-def test_a_window_without_a_size_has_the_usual_one():
-    config = {**CONFIGS["qwen3_moe"], "use_sliding_window": True, "sliding_window": None}
-    assert FAMILIES["qwen3_moe"].read_config(config).layers[0].attention.mask == SlidingWindow(size=4096)
+def test_a_window_without_a_size_has_the_usual_one_and_null_is_no_window():
+    config = {**CONFIGS["qwen3_moe"], "use_sliding_window": True}
+    config.pop("sliding_window", None)
+    read = FAMILIES["qwen3_moe"].read_config
+    assert read(config).layers[0].attention.mask == SlidingWindow(size=4096)
+    assert read({**config, "sliding_window": None}).layers[0].attention.mask is None
 
 
 def test_every_family_with_a_golden_is_tried():

@@ -1,4 +1,4 @@
-"""Whole published models: how many parameters they have, and what their layers are."""
+"""Configs of published models: what their layers are, and that both spellings of a config say the same."""
 
 import dataclasses
 from typing import Any
@@ -8,31 +8,12 @@ import pytest
 
 from jaxmoe.config import BlockSparseAttentionConfig, DecoderConfig, MoEConfig
 from jaxmoe.models import find_family
-from jaxmoe.planning.memory import plan_config
-from tests.support.published import GRANITE_4_H_SMALL, LFM2_8B, MIMO_V2_FLASH, MINIMAX_M3, STEP_3_7_FLASH
-
-# Config, and parameters in billions as its publisher gives them.
-MODELS = {
-    "granite-4.0-h-small": (GRANITE_4_H_SMALL, 32),
-    "lfm2-8b-a1b": (LFM2_8B, 8),
-    "mimo-v2-flash": (MIMO_V2_FLASH, 309),
-    # 428 with its vision part.
-    "minimax-m3": (MINIMAX_M3, 426),
-    # Given as a backbone of 196 and a head of 0.8.
-    "step-3.7-flash": (STEP_3_7_FLASH, 197),
-}
+from tests.support.published import MIMO_V2_FLASH, MINIMAX_M3, STEP_3_7_FLASH
 
 
 def read(raw: dict[str, Any]) -> DecoderConfig:
     family, config = find_family(raw)
     return family.read_config(config)
-
-
-@pytest.mark.parametrize("name", MODELS)
-def test_parameters_are_as_many_as_published(name):
-    raw, billions = MODELS[name]
-    report = plan_config(read(raw), dtype="bfloat16")
-    assert round(report.parameters / 1e9) == billions
 
 
 def test_layers_of_mimo_have_sizes_by_their_kind():
@@ -134,7 +115,7 @@ def test_what_minimax_m3_does_not_do_is_refused(changes, message):
     ("changes", "message"),
     [
         ({"sliding_window": 64}, "are of one window; they are 128 and 64"),
-        ({"n_shared_experts": 1}, "has no shared experts"),
+        ({"n_shared_experts": 1}, "is known with n_shared_experts=0 alone"),
         ({"rope_parameters": {"rope_type": "yarn"}}, "are given for each of .* config.json has rope_type beside them"),
         ({"hybrid_layer_pattern": [0]}, "hybrid_layer_pattern in config.json has 0 or 1 for each of the 48 layers"),
         ({"mlp_layer_types": ["moe"] * 48}, "mlp_layer_types of mimo_v2_flash are sparse and dense"),
@@ -165,7 +146,7 @@ def test_step_is_the_same_in_the_spelling_of_transformers():
     released = STEP_3_7_FLASH["text_config"]
     scaling = released["rope_scaling"]
     same = (
-        "vocab_size hidden_size num_hidden_layers num_nextn_predict_layers num_attention_heads head_dim sliding_window "
+        "vocab_size hidden_size num_hidden_layers num_nextn_predict_layers num_attention_heads head_dim dtype sliding_window "
         "intermediate_size moe_intermediate_size moe_router_scaling_factor max_position_embeddings"
     ).split()
     theirs = {

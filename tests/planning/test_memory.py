@@ -16,7 +16,7 @@ from jaxmoe.models.decoder import Decoder
 from jaxmoe.planning import plan
 from tests.support.goldens import GOLDENS
 from tests.support.meshes import MESH_SHAPES, mesh_of
-from tests.support.published import QWEN3_30B
+from tests.support.published import QWEN3_30B, WHOLE
 
 QWEN = GOLDENS / "qwen3_moe" / "original"
 QWEN_30B = QWEN3_30B | {"num_hidden_layers": 48, "torch_dtype": "bfloat16"}
@@ -72,6 +72,14 @@ def test_a_published_model_on_more_devices_than_there_are(qwen_30b) -> None:
     assert report.fits
     assert not plan(qwen_30b, device="a100-40gb").fits
     assert json.loads(json.dumps(report.to_dict()))["fits"] is True
+
+
+@pytest.mark.parametrize("name", WHOLE)
+def test_published_models_have_as_many_parameters_as_in_transformers(name, tmp_path) -> None:
+    config, parameters = WHOLE[name]
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    report = plan(tmp_path, ep=8, device="h100", max_length=4096)
+    assert (report.parameters, report.dtype) == (parameters, "bfloat16")
 
 
 @pytest.mark.full

@@ -43,13 +43,24 @@ def test_gpt_oss_120b_has_its_published_size(tmp_path, capsys) -> None:
     config = {**GPT_OSS_120B, "num_hidden_layers": 36, "torch_dtype": "bfloat16", "quantization_config": MXFP4}
     report = jaxmoe.plan(directory(tmp_path / "c", config), ep=8, device="h100")
     assert report.stored.nbytes == pytest.approx(65.25e9, rel=2e-3)  # of its files on the hub
-    assert sum(report.bytes_per_device.values()) > 3 * report.stored.nbytes
+    experts = sum(report.stored.formats["routed experts"].values())
+    assert report.parts["routed experts"].sum() == experts
+    assert report.held["routed experts"] == {"mxfp4, uint8 scales of 1 x 32": 72}
+    assert report.fits
+    assert not jaxmoe.plan(tmp_path / "c", ep=1, device="h100", quantized="dequantize").fits
     assert main(["plan", str(tmp_path / "c")]) == 0
     text = " ".join(capsys.readouterr().out.split())
     assert (
-        "65.2 GB of weights in the checkpoint, routed experts in mxfp4 (mxfp4); they are held decoded, in bfloat16"
-        in text
+        "65.2 GB of weights in the checkpoint, routed experts in mxfp4 (mxfp4); held packed: routed experts as mxfp4, uint8 "
+        "scales of 1 x 32" in text
     )
+    assert main(["plan", str(tmp_path / "c"), "--quantized", "dequantize"]) == 0
+    assert "they are held decoded, in bfloat16" in " ".join(capsys.readouterr().out.split())
+
+
+def test_quantized_is_keep_or_dequantize(tmp_path) -> None:
+    with pytest.raises(ValueError, match=r"quantized is \"keep\" or \"dequantize\"; got 'packed'"):
+        jaxmoe.plan(directory(tmp_path / "c", TINY), quantized="packed")
 
 
 def test_modules_of_a_wrapper_are_called_as_in_its_files(tmp_path) -> None:

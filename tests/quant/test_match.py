@@ -73,7 +73,10 @@ AMBIGUOUS = {
 @pytest.mark.parametrize("name", sorted(set(EXAMPLES) - AMBIGUOUS))
 def test_a_format_is_told_by_its_tensors(name: str) -> None:
     one = example(name)
-    assert infer_format(one.weight, one.headers()) == one.format
+    form = one.format
+    if isinstance(form, Gptq):
+        form = dataclasses.replace(form, act_order=False)  # which only the settings and the values tell
+    assert infer_format(one.weight, one.headers()) == form
     assert set(match(one, None).weights) == {one.weight}
 
 

@@ -1,4 +1,4 @@
-"""Published sizes of well-known models, the first ones with as few layers as have one of every kind."""
+"""Published sizes of well-known models: for the compiler with as many layers as have one of every kind, and whole."""
 
 from typing import Any
 
@@ -81,6 +81,7 @@ DEEPSEEK_V3 = {
 }
 MIMO_V2_FLASH = {
     "model_type": "mimo_v2_flash",
+    "dtype": "bfloat16",
     "vocab_size": 152576,
     "hidden_size": 4096,
     "num_hidden_layers": 48,
@@ -118,6 +119,7 @@ MIMO_V2_FLASH = {
 }
 MINIMAX_M3 = {
     "model_type": "minimax_m3",
+    "dtype": "bfloat16",
     "vocab_size": 200064,
     "hidden_size": 6144,
     "hidden_act": "swigluoai",
@@ -164,6 +166,7 @@ STEP_3_7_FLASH = {
     "model_type": "step3p7",
     "text_config": {
         "model_type": "step3p5",
+        "dtype": "bfloat16",
         "vocab_size": 128896,
         "hidden_size": 4096,
         "num_hidden_layers": 45,
@@ -201,6 +204,7 @@ STEP_3_7_FLASH = {
 }
 LFM2_8B = {
     "model_type": "lfm2_moe",
+    "dtype": "bfloat16",
     "vocab_size": 65536,
     "hidden_size": 2048,
     "num_hidden_layers": 24,
@@ -223,6 +227,7 @@ LFM2_8B = {
 }
 GRANITE_4_H_SMALL = {
     "model_type": "granitemoehybrid",
+    "dtype": "bfloat16",
     "vocab_size": 100352,
     "hidden_size": 4096,
     "num_hidden_layers": 40,
@@ -247,6 +252,174 @@ GRANITE_4_H_SMALL = {
     "rms_norm_eps": 1e-5,
     "max_position_embeddings": 131072,
     "tie_word_embeddings": True,
+}
+# Fewer positions are chosen than the published 2048, so that a program of a few thousand tokens has to choose.
+DEEPSEEK_V32 = DEEPSEEK_V3 | {
+    "model_type": "deepseek_v32",
+    "index_n_heads": 64,
+    "index_head_dim": 128,
+    "index_topk": 512,
+}
+GLM_5 = {
+    "model_type": "glm_moe_dsa",
+    "vocab_size": 154880,
+    "hidden_size": 6144,
+    "num_hidden_layers": 3,
+    "first_k_dense_replace": 1,
+    "num_attention_heads": 64,
+    "num_key_value_heads": 64,
+    "q_lora_rank": 2048,
+    "kv_lora_rank": 512,
+    "qk_nope_head_dim": 192,
+    "qk_rope_head_dim": 64,
+    "v_head_dim": 256,
+    "index_n_heads": 32,
+    "index_head_dim": 128,
+    "index_topk": 512,
+    "indexer_types": ["full", "shared", "full"],
+    "intermediate_size": 12288,
+    "moe_intermediate_size": 2048,
+    "n_routed_experts": 256,
+    "num_experts_per_tok": 8,
+    "max_position_embeddings": 1048576,
+    "rope_parameters": {"rope_theta": 8000000, "rope_type": "default"},
+}
+GLM_4_7_FLASH = {
+    "model_type": "glm4_moe_lite",
+    "vocab_size": 154880,
+    "hidden_size": 2048,
+    "num_hidden_layers": 47,
+    "first_k_dense_replace": 1,
+    "num_attention_heads": 20,
+    "num_key_value_heads": 20,
+    "q_lora_rank": 768,
+    "kv_lora_rank": 512,
+    "qk_nope_head_dim": 192,
+    "qk_rope_head_dim": 64,
+    "v_head_dim": 256,
+    "intermediate_size": 10240,
+    "moe_intermediate_size": 1536,
+    "n_routed_experts": 64,
+    "n_shared_experts": 1,
+    "num_experts_per_tok": 4,
+    "n_group": 1,
+    "topk_group": 1,
+    "topk_method": "noaux_tc",
+    "norm_topk_prob": True,
+    "routed_scaling_factor": 1.8,
+    "num_nextn_predict_layers": 1,
+    "max_position_embeddings": 202752,
+    "partial_rotary_factor": 1.0,
+    "rope_scaling": None,
+    "rope_theta": 1000000,
+    "rms_norm_eps": 1e-5,
+    "tie_word_embeddings": False,
+    "dtype": "bfloat16",
+}
+SOLAR_OPEN_100B = {
+    "model_type": "solar_open",
+    "vocab_size": 196608,
+    "hidden_size": 4096,
+    "num_hidden_layers": 48,
+    "num_attention_heads": 64,
+    "num_key_value_heads": 8,
+    "head_dim": 128,
+    "attention_bias": False,
+    "moe_intermediate_size": 1280,
+    "n_routed_experts": 128,
+    "n_shared_experts": 1,
+    "num_experts_per_tok": 8,
+    "first_k_dense_replace": 0,
+    "norm_topk_prob": True,
+    "routed_scaling_factor": 1.0,
+    "max_position_embeddings": 131072,
+    "rope_scaling": {"type": "yarn", "factor": 2.0, "original_max_position_embeddings": 65536},
+    "rope_theta": 1000000,
+    "rms_norm_eps": 1e-5,
+    "dtype": "bfloat16",
+}
+K_EXAONE = {
+    "model_type": "exaone_moe",
+    "vocab_size": 153600,
+    "hidden_size": 6144,
+    "num_hidden_layers": 48,
+    "num_attention_heads": 64,
+    "num_key_value_heads": 8,
+    "head_dim": 128,
+    "sliding_window": 128,
+    "sliding_window_pattern": "LLLG",
+    "intermediate_size": 18432,
+    "moe_intermediate_size": 2048,
+    "num_experts": 128,
+    "num_shared_experts": 1,
+    "num_experts_per_tok": 8,
+    "first_k_dense_replace": 1,
+    "norm_topk_prob": True,
+    "routed_scaling_factor": 2.5,
+    "scoring_func": "sigmoid",
+    "topk_method": "noaux_tc",
+    "n_group": 1,
+    "topk_group": 1,
+    "max_position_embeddings": 262144,
+    "rope_theta": 1000000,
+    "rms_norm_eps": 1e-5,
+    "dtype": "bfloat16",
+}
+TRINITY_MINI = {
+    "model_type": "afmoe",
+    "vocab_size": 200192,
+    "hidden_size": 2048,
+    "num_hidden_layers": 32,
+    "num_dense_layers": 2,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 4,
+    "head_dim": 128,
+    "global_attn_every_n_layers": 4,
+    "sliding_window": 2048,
+    "intermediate_size": 6144,
+    "moe_intermediate_size": 1024,
+    "num_experts": 128,
+    "num_shared_experts": 1,
+    "num_experts_per_tok": 8,
+    "score_func": "sigmoid",
+    "route_norm": True,
+    "route_scale": 2.826,
+    "mup_enabled": True,
+    "max_position_embeddings": 131072,
+    "rope_theta": 10000.0,
+    "rms_norm_eps": 1e-5,
+    "dtype": "bfloat16",
+}
+FLEX_OLMO_7X7B = {
+    "model_type": "flex_olmo",
+    "vocab_size": 100352,
+    "hidden_size": 4096,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 32,
+    "intermediate_size": 11008,
+    "num_experts": 7,
+    "num_experts_per_tok": 5,
+    "norm_topk_prob": False,
+    "max_position_embeddings": 4096,
+    "rope_theta": 500000,
+    "rms_norm_eps": 1e-6,
+    "dtype": "bfloat16",
+}
+
+# Whole models with their numbers of parameters, as transformers counts them on its "meta" device with the routers'
+# correction biases, which it holds as buffers.
+WHOLE: dict[str, tuple[dict[str, Any], int]] = {
+    "GLM-4.7-Flash": (GLM_4_7_FLASH, 29_943_393_920),
+    "Solar-Open-100B": (SOLAR_OPEN_100B, 102_651_799_552),
+    "K-EXAONE-236B-A23B": (K_EXAONE, 236_571_156_352),
+    "Trinity-Mini": (TRINITY_MINI, 26_123_974_400),
+    "FlexOlmo-7x7B": (FLEX_OLMO_7X7B, 33_270_665_216),
+    "MiMo-V2-Flash": (MIMO_V2_FLASH, 308_778_780_864),
+    "MiniMax-M3": (MINIMAX_M3, 426_174_572_928),
+    "Step-3.7-Flash": (STEP_3_7_FLASH, 196_956_130_368),
+    "LFM2-8B-A1B": (LFM2_8B, 8_339_930_560),
+    "granite-4.0-h-small": (GRANITE_4_H_SMALL, 32_207_337_984),
 }
 
 

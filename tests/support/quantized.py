@@ -285,7 +285,7 @@ def _gptq(bits=4, group=32, version=1, order=None, shape=(32, 96)):
             index = rng.permutation(index) if order == "shuffled" else index
             arrays[BASE + ".g_idx"] = index.astype(np.int32)
         expected = ((codes - zeros[index]).astype(np.float32) * scale.astype(np.float32)[index]).T
-        return Example(Gptq(bits, group, version), arrays, np.ascontiguousarray(expected), NAME)
+        return Example(Gptq(bits, group, version, order == "shuffled"), arrays, np.ascontiguousarray(expected), NAME)
 
     return make
 

@@ -7,6 +7,7 @@ from jaxmoe.checkpoint.formats.config_facts import find_quantization, find_size
 from jaxmoe.checkpoint.formats.decoded import DecodedCheckpoint, DecodedTensor, decode_checkpoint
 from jaxmoe.checkpoint.formats.dtypes import ELEMENT_TYPES, can_cast, is_float
 from jaxmoe.checkpoint.formats.files import SAFETENSORS, Checkpoint, open_checkpoint
+from jaxmoe.checkpoint.formats.packed import PackedTensor
 from jaxmoe.checkpoint.formats.reading import open_files, read_box, read_tensor
 from jaxmoe.checkpoint.formats.safetensors import (
     SafetensorsFile,
@@ -24,6 +25,7 @@ __all__ = [
     "Checkpoint",
     "DecodedCheckpoint",
     "DecodedTensor",
+    "PackedTensor",
     "SafetensorsFile",
     "Split",
     "TensorInfo",

@@ -74,15 +74,23 @@ class DecodedTensor(TensorInfo):
         """
         outer = self.whole_box(box)
         if not self.splits:
-            self.weight.decode(arrays, outer, out=into)
+            self.decode_into(arrays, outer, into)
             return
-        values = self.weight.decode(arrays, outer, dtype=into.dtype)
+        values = self.decode_whole(arrays, outer, into.dtype)
         shape: list[int] = []
         index: list[slice] = []
         for sizes, ranges in self._grouped(box):
             shape += [ranges[0][1] - ranges[0][0], *sizes[1:]]
             index += [slice(None), *[slice(*each) for each in ranges[1:]]]
         into[...] = values.reshape(shape)[tuple(index)]
+
+    def decode_into(self, arrays: Mapping[str, np.ndarray], box: Box, into: np.ndarray) -> None:
+        """Decode a box whose dims are together into an array of its shape."""
+        self.weight.decode(arrays, box, out=into)
+
+    def decode_whole(self, arrays: Mapping[str, np.ndarray], box: Box, dtype: np.dtype) -> np.ndarray:
+        """The values of a box whose dims are together."""
+        return self.weight.decode(arrays, box, dtype=dtype)
 
     def _grouped(self, box: Box) -> Iterator[tuple[tuple[int, ...], Box]]:
         """For each dim of the weight the sizes that it is split in, and the ranges of `box` along these."""

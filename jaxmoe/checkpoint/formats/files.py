@@ -2,6 +2,7 @@
 
 import dataclasses
 import os
+from collections import defaultdict
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -10,6 +11,7 @@ from jaxmoe.checkpoint.errors import CheckpointError, Problems
 from jaxmoe.checkpoint.formats.index import read_index
 from jaxmoe.checkpoint.formats.safetensors import SafetensorsFile, TensorInfo, read_safetensors
 from jaxmoe.checkpoint.formats.torch_file import TorchFile, read_torch_file
+from jaxmoe.config import find_checkpoint, shard_of
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,10 +84,10 @@ def open_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
     """Read what is in the files of a checkpoint; no tensor data is read.
 
     Args:
-        path: a directory with ``model.safetensors`` or ``model.safetensors.index.json`` and the files that names,
-            or the same with ``pytorch_model.bin``, or one ``.safetensors``, ``.bin`` or ``.pt`` file. Files may be
-            symbolic links, as they are in the Hugging Face hub's cache; the names in an index may not lead out of the
-            directory.
+        path: a directory with ``model.safetensors`` or ``model.safetensors.index.json`` and the files that names, or the
+            same with ``pytorch_model.bin``, or one ``.safetensors``, ``.bin`` or ``.pt`` file; see `find_checkpoint`. Shards
+            that are numbered and all there need no index. Files may be symbolic links, as they are in the Hugging Face
+            hub's cache; the names in an index may not lead out of the directory.
 
     Returns:
         Every tensor that is there, whether or not an index lists it.
@@ -98,7 +100,7 @@ def open_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
         >>> open_checkpoint("demo").tensors["model.embed_tokens.weight"].shape
         (2048, 192)
     """
-    path = Path(path)
+    path = find_checkpoint(path)
     if path.is_file():
         container = TORCH if path.suffix in TORCH.suffixes else SAFETENSORS
         return _merge(path, [container.read(path)])
@@ -111,6 +113,9 @@ def open_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
             return _open_sharded(path, container)
         if (path / container.single).is_file():
             return _merge(path, [container.read(path / container.single)])
+    for container in CONTAINERS:
+        if names := _numbered(path, container):
+            return _merge(path, [container.read(path / name) for name in names])
     raise _nothing_found(path)
 
 
@@ -139,6 +144,37 @@ def _open_sharded(path: Path, container: Container) -> Checkpoint:
             problems.add(f"tensor {tensor!r} is said to be in {name!r} and is in {found.file.name!r}")
     problems.raise_if_any()
     return checkpoint
+
+
+def _numbered(path: Path, container: Container) -> list[str]:
+    """Find the shards of a checkpoint whose index is missing, by their numbers; [] where no file is numbered.
+
+    Raises:
+        CheckpointError: there are several sets of shards.
+        FileNotFoundError: numbers are missing.
+    """
+    sets: dict[str, dict[int, str]] = defaultdict(dict)
+    totals = {}
+    for file in path.iterdir():
+        shard = shard_of(file.name)
+        if shard is not None and file.suffix in container.suffixes:
+            name, number, totals[name] = shard
+            sets[name][number] = file.name
+    if len(sets) > 1:
+        raise CheckpointError(
+            f"{path}: without {container.index} a checkpoint is one set of numbered files; there are {len(sets)}: "
+            f"{', '.join(sorted(sets)[:3])}; remove those that are not meant"
+        )
+    for name, files in sets.items():
+        missing = [number for number in range(1, totals[name] + 1) if number not in files]
+        if missing:
+            listed = ", ".join(repr(name.replace("*", f"{number:05d}")) for number in missing[:3])
+            raise FileNotFoundError(
+                f"{path}: {container.index} is missing, and {len(missing)} of the {totals[name]} files of {name} are too: "
+                f"{listed}{' and more' if len(missing) > 3 else ''}; finish the download"
+            )
+        return [files[number] for number in range(1, totals[name] + 1)]
+    return []
 
 
 def _merge(path: Path, files: list[SafetensorsFile | TorchFile]) -> Checkpoint:

@@ -13,11 +13,12 @@ from jax.sharding import Mesh
 
 from jaxmoe.checkpoint.loading.execute import load_arrays
 from jaxmoe.checkpoint.loading.merge import merge_adapter
-from jaxmoe.checkpoint.loading.plan import LoadPlan, plan_load
+from jaxmoe.checkpoint.loading.plan import LoadPlan, plan_packed
+from jaxmoe.checkpoint.loading.whole_modules import put_in_whole_modules
 from jaxmoe.checkpoint.lora import Adapter, open_adapter
-from jaxmoe.checkpoint.mapping import FamilyCheckpoint, is_expert_stack
+from jaxmoe.checkpoint.mapping import FamilyCheckpoint, PackingChoice, pack_model
 from jaxmoe.checks import flag, path_like
-from jaxmoe.config import RouterFunction
+from jaxmoe.config import RouterFunction, find_checkpoint
 from jaxmoe.distributed import check_same
 from jaxmoe.layers import param_specs, params_by_path
 from jaxmoe.mesh import EP, check_mesh
@@ -34,6 +35,7 @@ def load(
     mesh: Mesh,
     placement: str | ExpertPlacement | Sequence[str | ExpertPlacement] = "linear",
     dtype: str | None = None,
+    quantized: str | None = None,
     adapter: str | Path | None = None,
     router: RouterFunction | None = None,
     expert_axes: tuple[str, ...] = (EP,),
@@ -47,15 +49,20 @@ def load(
     Nothing is read until the whole plan holds: every tensor of the checkpoint is used or ignored
     by a named rule, and every parameter is filled exactly once. So it is with an adapter: every tensor of it is
     merged, or the load is refused. Of a multimodal checkpoint the text part is loaded; its other tensors are ignored by
-    rules that `load_report` lists. Quantized weights are decoded as they are read, in float32, and held in `dtype`;
-    `load_report` names their formats.
+    rules that `load_report` lists. Quantized weights stay packed on the devices where a kernel multiplies with their
+    format, scales beside their values; others are decoded as they are read, in float32, and held in `dtype`.
+    `load_report` says which.
 
     Args:
-        path: a directory as transformers' ``save_pretrained`` writes it.
+        path: a directory as transformers' ``save_pretrained`` writes it, a file of weights in one, or the name of a model in
+            the Hugging Face hub's local cache, such as "Qwen/Qwen3-30B-A3B". Nothing is downloaded.
         mesh: mesh from `jaxmoe.make_mesh`.
         placement: a strategy's name or an `ExpertPlacement` for all MoE layers, or one for each.
         dtype: type of weights and activations, "float32", "bfloat16" or "float16"; None for the checkpoint's own.
-        adapter: directory of a LoRA adapter, as PEFT's ``save_pretrained`` writes it, to add to the weights.
+        quantized: "keep" holds quantized weights packed, those that can be; "dequantize" decodes all, which training
+            wants. None is "keep", and "dequantize" with an adapter.
+        adapter: directory of a LoRA adapter, as PEFT's ``save_pretrained`` writes it, to add to the weights. Tensors that it
+            has whole (``modules_to_save``, the ends of a grown vocabulary) take the place of the checkpoint's.
         router: a function that chooses the experts in every layer instead of the family's router, see
             `jaxmoe.config.ChosenByFunction`.
         expert_axes: mesh axes that share the experts, see `jaxmoe.MoE`.
@@ -84,8 +91,12 @@ def load(
         path_like("adapter", adapter)
     check_finite = flag("check_finite", check_finite)
     check_progress(progress)
-    path = Path(path)
+    _check_quantized(quantized, adapter)
+    path = find_checkpoint(path)
     found = FamilyCheckpoint.open(path)
+    opened = None if adapter is None else open_adapter(adapter)
+    if opened is not None:
+        found = put_in_whole_modules(found, opened)
     checkpoint, family = found.checkpoint, found.family
     model = Decoder(
         found.config if router is None else found.config.with_router(router),
@@ -97,24 +108,51 @@ def load(
         dtype=jnp.dtype(_choose_dtype(dtype, found)),
     )
     specs = {spec.path: spec for spec in param_specs(model)}
-    plan = plan_load(found.onto(specs), expert_params=[path for path in specs if is_expert_stack(path)])
-    opened = None if adapter is None else open_adapter(adapter)
+    mapped = found.onto(specs)
+    choice = PackingChoice({}, {})
+    if quantized != "dequantize" and adapter is None:
+        choice = pack_model(model, mapped)
+    plan = plan_packed(mapped, choice.packings)
     if opened is not None:
         plan = merge_adapter(plan, checkpoint, opened, spellings=family.spellings, text_name=family.text_name)
         if found.untied:
             _refuse_untied_ends(plan, family)
     if mesh.is_multi_process:
-        settings = (dtype, getattr(router, "__qualname__", type(router).__qualname__), expert_axes, dispatch, kernels)
+        settings = (
+            dtype,
+            quantized,
+            getattr(router, "__qualname__", type(router).__qualname__),
+            expert_axes,
+            dispatch,
+            kernels,
+        )
         _check_same_input(model, found, opened, settings)
     with byte_progress(f"loading {path.name}", progress) as report_bytes:
         arrays, report = load_arrays(plan, check_finite=check_finite, progress=report_bytes)
-    model.load_report = dataclasses.replace(report, decoded=dict(found.formats), notes=found.notes)
+    packed, decoded = mapped.formats(choice.packings)
+    model.load_report = dataclasses.replace(
+        report,
+        packed=packed,
+        decoded=decoded,
+        notes=(*found.notes, *choice.notes()),
+        renamed=dict(found.renamed),
+    )
     model.origin = Origin(path, tuple(model.load_report.ignored.items()), adapted=adapter is not None)
     if mesh.is_multi_process:
         check_same({"weights": _fingerprint(arrays)})
     for name, param in params_by_path(model).items():
         param.set_value(arrays[name])
     return model
+
+
+def _check_quantized(quantized: Any, adapter: Any) -> None:
+    if quantized not in (None, "keep", "dequantize"):
+        raise ValueError(f'quantized is "keep", "dequantize" or None; got {quantized!r}')
+    if quantized == "keep" and adapter is not None:
+        raise ValueError(
+            'an adapter is added to plain numbers, and quantized="keep" holds packed ones; leave one of the two out, or '
+            'decode the weights with quantized="dequantize"'
+        )
 
 
 def _check_same_input(model: Decoder, found: FamilyCheckpoint, adapter: Adapter | None, settings: Any) -> None:

@@ -47,10 +47,16 @@ def merge_adapter(
             or the adapter's file changed since it was opened, or could not be read.
     """
     shapes = {name: tensor.shape for name, tensor in checkpoint.tensors.items()}
+    replaced = sorted(name for name, tensor in checkpoint.tensors.items() if tensor.file == adapter.file.path)
+    if adapter.whole and not replaced:
+        raise CheckpointError(
+            f"{adapter.path}: the adapter has whole tensors, such as {next(iter(adapter.whole))!r}, which take the place of "
+            "the checkpoint's before a plan is made; load it with jaxmoe.load"
+        )
     try:
         updates = find_updates(
             adapter.config,
-            {name: tensor.shape for name, tensor in adapter.file.tensors.items()},
+            {name: tensor.shape for name, tensor in adapter.factors.items()},
             shapes,
             rename=lambda name: spelled_as_in(shapes, text_name(name), spellings),
         )
@@ -71,7 +77,8 @@ def merge_adapter(
             deltas[name] = TensorDelta(tuple(own), factors, checkpoint.tensors[name].split(split).dim_order, split)
     report = AdapterReport(
         path=str(adapter.path),
-        factors=len(adapter.file.tensors),
+        factors=len(adapter.factors),
+        replaced=tuple(replaced),
         bytes_read=bytes_read,
         merged=dict(sorted(Counter(re.sub(r"\b\d+\b", "*", name) for name in by_tensor).items())),
     )

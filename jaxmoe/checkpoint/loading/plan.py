@@ -13,8 +13,9 @@ from jaxmoe.checkpoint.errors import Problems
 from jaxmoe.checkpoint.formats import Checkpoint, DecodedTensor, SafetensorsFile, Split, TensorInfo, TorchFile
 from jaxmoe.checkpoint.loading.report import AdapterReport
 from jaxmoe.checkpoint.lora import TensorDelta
-from jaxmoe.checkpoint.mapping import Block, IgnoreRule, MappedCheckpoint
+from jaxmoe.checkpoint.mapping import Block, IgnoreRule, MappedCheckpoint, hold_packed, is_expert_stack
 from jaxmoe.layers.param import ParamSpec
+from jaxmoe.quant.packing import Packing
 
 
 @dataclasses.dataclass(frozen=True)
@@ -181,6 +182,26 @@ def plan_load(
         ignored=unused.ignored,
         splits=splits,
     )
+
+
+def plan_packed(mapped: MappedCheckpoint, packings: Mapping[str, Packing]) -> LoadPlan:
+    """Plan the loading of a whole model, some of whose parameters stay packed.
+
+    Args:
+        mapped: checkpoint mapped to the parameters as plain arrays.
+        packings: packed forms by path, from `choose_packings`; none where all are plain.
+
+    Raises:
+        CheckpointError: as `plan_load`.
+    """
+    if not packings:
+        return plan_load(mapped, expert_params=[path for path in mapped.specs if is_expert_stack(path)])
+    problems = Problems(f"the load plan of {mapped.checkpoint.path}")
+    unused = mapped.check(problems)
+    problems.raise_if_any()
+    packed = hold_packed(mapped, packings)
+    plan = plan_load(packed, expert_params=[path for path in packed.specs if is_expert_stack(path)])
+    return dataclasses.replace(plan, ignored=unused.ignored)
 
 
 def _local_parts(

@@ -10,15 +10,17 @@ class AdapterReport:
 
     Attributes:
         path: the adapter's directory.
-        factors: tensors of the adapter; every one of them is merged.
+        factors: tensors of low-rank updates in the adapter; every one of them is merged.
         bytes_read: bytes of those that this process read.
         merged: {name of a tensor, with * for the numbers of layers and experts: count of that name that were changed}.
+        replaced: tensors of the model that the adapter has whole, and that were read from its file.
     """
 
     path: str
     factors: int
     bytes_read: int
     merged: dict[str, int]
+    replaced: tuple[str, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -34,10 +36,11 @@ class LoadReport:
         expert_bytes_per_device: {device id: bytes of expert stacks on it, padding slots included}.
         ignored: {rule name: tensors of the checkpoint that were not needed}.
         adapter: adapter that was merged, None where none was.
-        decoded: {quantized format and its settings: weights of the checkpoint in it}; their values are held as plain
-            numbers. A scale that counts for two pieces of a weight is read for each, so `bytes_read` may be above
-            `bytes_needed`.
+        packed: {quantized format and its settings: weights of the checkpoint in it that are held packed}.
+        decoded: the same for those whose values are held as plain numbers. A scale that counts for two pieces of a weight
+            is read for each, so `bytes_read` may be above `bytes_needed`.
         notes: sentences about the quantization.
+        renamed: {rule: tensors of the checkpoint that had other names than the family gives them}.
     """
 
     bytes_read: int
@@ -48,8 +51,10 @@ class LoadReport:
     expert_bytes_per_device: dict[int, int]
     ignored: dict[str, tuple[str, ...]]
     adapter: AdapterReport | None = None
+    packed: dict[str, int] = dataclasses.field(default_factory=dict)
     decoded: dict[str, int] = dataclasses.field(default_factory=dict)
     notes: tuple[str, ...] = ()
+    renamed: dict[str, int] = dataclasses.field(default_factory=dict)
 
     @property
     def bytes_per_second(self) -> float:

@@ -2,16 +2,26 @@
 
 import dataclasses
 import os
+import re
 from pathlib import Path
 
 import numpy as np
 
 from jaxmoe.checkpoint.errors import CheckpointError
-from jaxmoe.checkpoint.formats import SafetensorsFile, TorchFile, can_cast, read_safetensors, read_torch_file
+from jaxmoe.checkpoint.formats import (
+    SafetensorsFile,
+    TensorInfo,
+    TorchFile,
+    can_cast,
+    read_safetensors,
+    read_torch_file,
+)
 from jaxmoe.checkpoint.lora.config import LoraConfig, read_lora_config
 
 _CONFIG = "adapter_config.json"
 _SAFETENSORS, _TORCH = "adapter_model.safetensors", "adapter_model.bin"
+_PREFIX = "base_model.model."
+_UPDATE = re.compile(r"\.(lora_|token_adapter\.)|\.bias$")
 _FLOAT32 = np.dtype(np.float32)
 
 
@@ -22,12 +32,36 @@ class Adapter:
     Attributes:
         path: its directory.
         config: settings of merging.
-        file: file of its factors.
+        file: file of its tensors.
     """
 
     path: Path
     config: LoraConfig
     file: SafetensorsFile | TorchFile
+
+    @property
+    def factors(self) -> dict[str, TensorInfo]:
+        """Tensors of low-rank updates, and all others that are not whole ones, by their names in the file."""
+        return {name: tensor for name, tensor in self.file.tensors.items() if whole_name(name) is None}
+
+    @property
+    def whole(self) -> dict[str, TensorInfo]:
+        """Tensors that stand in for those of the model, by the names that transformers gives these."""
+        found = {whole_name(name): tensor for name, tensor in self.file.tensors.items()}
+        return {name: tensor for name, tensor in found.items() if name is not None}
+
+
+def whole_name(name: str) -> str | None:
+    """Give the name that transformers has for a tensor that an adapter has whole; None for a part of an update.
+
+    Example:
+        >>> whole_name("base_model.model.lm_head.weight"), whole_name("base_model.model.q_proj.lora_A.weight")
+        ('lm_head.weight', None)
+    """
+    if _UPDATE.search(name) or not name.startswith(_PREFIX):
+        return None
+    # PEFT keeps a replaced module, and one with factors, inside of another.
+    return re.sub(r"\.(base_layer|modules_to_save(\.\w+)?)(?=\.\w+$)", "", name.removeprefix(_PREFIX))
 
 
 def open_adapter(path: str | os.PathLike[str]) -> Adapter:

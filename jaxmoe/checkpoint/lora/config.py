@@ -26,7 +26,6 @@ _NOT_A_MERGE = {
     "use_qalora": "QA-LoRA pools its inputs by group",
     "use_bdlora": "BD-LoRA has block-diagonal factors",
     "lora_bias": "its B factors have biases",
-    "modules_to_save": "it replaces whole modules",
     "trainable_token_indices": "it replaces rows of the embedding",
     "layer_replication": "it repeats layers of the model",
     "alora_invocation_tokens": "it is switched on by tokens of the prompt",

@@ -18,9 +18,9 @@ from collections.abc import Callable, Mapping, Sequence
 from jaxmoe.checkpoint.boxes import Box, whole
 from jaxmoe.checkpoint.errors import CheckpointError, Problems
 from jaxmoe.checkpoint.lora.config import LoraConfig
-from jaxmoe.checkpoint.lora.nearest import nearest_name
 from jaxmoe.checkpoint.lora.update import LowRankUpdate
 from jaxmoe.checkpoint.mapping import detect_expert_layout
+from jaxmoe.checkpoint.nearest import nearest_name
 
 Shape = tuple[int, ...]
 
@@ -121,10 +121,6 @@ def _pairs(adapter: Mapping[str, Shape]) -> list[_Pair]:
         if match is None:
             reason = " (DoRA)" if "lora_magnitude_vector" in name else ""
             way_out = "merge it with PEFT (merge_and_unload) and load the result"
-            if name.endswith(("embed_tokens.base_layer.weight", "lm_head.base_layer.weight")):
-                # PEFT saves these with the factors unless it is told not to.
-                reason = " but a copy of the base model's"
-                way_out = "save the adapter with save_embedding_layers=False, or " + way_out
             raise CheckpointError(
                 f"an adapter's tensors are lora_A and lora_B of its modules; {name!r} is neither{reason}; {way_out}"
             )

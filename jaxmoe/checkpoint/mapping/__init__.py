@@ -5,11 +5,13 @@ No weight byte is read here. `jaxmoe.checkpoint.mapping.mapped` has the way that
 
 from jaxmoe.checkpoint.mapping.abstract import abstract_model, abstract_specs
 from jaxmoe.checkpoint.mapping.blocks import Block, whole_tensor_blocks
+from jaxmoe.checkpoint.mapping.expected import expected_checkpoint
 from jaxmoe.checkpoint.mapping.experts import expert_blocks, find_expert_layout, fused_expert_blocks, per_expert_blocks
 from jaxmoe.checkpoint.mapping.ignore import IgnoreRule
 from jaxmoe.checkpoint.mapping.layouts import detect_expert_layout
 from jaxmoe.checkpoint.mapping.mapped import UNREAD_RULE, FamilyCheckpoint, MappedCheckpoint, Unused
 from jaxmoe.checkpoint.mapping.names import is_expert_stack, layer_index, written_blocks, written_form
+from jaxmoe.checkpoint.mapping.packed import PackingChoice, hold_packed, pack_model
 from jaxmoe.checkpoint.mapping.tied import TIED_RULE
 
 __all__ = [
@@ -19,15 +21,19 @@ __all__ = [
     "FamilyCheckpoint",
     "IgnoreRule",
     "MappedCheckpoint",
+    "PackingChoice",
     "Unused",
     "abstract_model",
     "abstract_specs",
     "detect_expert_layout",
+    "expected_checkpoint",
     "expert_blocks",
     "find_expert_layout",
     "fused_expert_blocks",
+    "hold_packed",
     "is_expert_stack",
     "layer_index",
+    "pack_model",
     "per_expert_blocks",
     "whole_tensor_blocks",
     "written_blocks",

@@ -9,7 +9,10 @@ from jaxmoe.checkpoint.boxes import Box, Cover, contains, intersect, join_dims, 
 from jaxmoe.checkpoint.errors import Problems
 from jaxmoe.checkpoint.formats import Split, TensorInfo, can_cast
 from jaxmoe.checkpoint.mapping.blocks import Block
+from jaxmoe.checkpoint.nearest import nearest_name
 from jaxmoe.layers.param import ParamSpec
+
+_SUGGESTED = 4  # as many problems as a message shows; finding a name takes a look at all of them
 
 
 def check_tensors(
@@ -22,21 +25,32 @@ def check_tensors(
     wrong: dict[str, str] = {}
     for block in blocks:
         if block.tensor is not None and block.tensor not in wrong:
-            problem = _tensor_problem(tensors.get(block.tensor), spec, block)
+            tensor = tensors.get(block.tensor)
+            suggest = len(problems.found) + len(wrong) < _SUGGESTED
+            problem = (
+                _missing(tensors, spec, block, suggest) if tensor is None else _tensor_problem(tensor, spec, block)
+            )
             if problem:
                 wrong[block.tensor] = problem
     for problem in wrong.values():
         problems.add(problem)
 
 
-def _tensor_problem(tensor: TensorInfo | None, spec: ParamSpec, block: Block) -> str | None:
-    if tensor is None:
-        return f"tensor {block.tensor!r} is missing: {spec.path} needs it with shape {block.tensor_shape}"
+def _missing(tensors: Mapping[str, TensorInfo], spec: ParamSpec, block: Block, suggest: bool) -> str:
+    assert block.tensor is not None
+    text = f"tensor {block.tensor!r} is missing: {spec.path} needs it with shape {block.tensor_shape}"
+    if spec.path == "lm_head.weight":
+        return f"{text}; where the output projection is the embedding, config.json says tie_word_embeddings: true"
+    nearest = nearest_name(block.tensor, tensors) if suggest else None
+    return f"{text}; the nearest name that is there is {nearest!r}" if nearest else text
+
+
+def _tensor_problem(tensor: TensorInfo, spec: ParamSpec, block: Block) -> str | None:
     if tensor.shape != block.tensor_shape:
         return _shape_problem(tensor, block)
     if not contains(whole(block.split_shape), block.tensor_box):
         return f"{spec.path} needs {_region(block.tensor_box)} of tensor {tensor.name!r} {block.split_shape}, outside of it"
-    if tensor.dtype is None or not can_cast(tensor.dtype, spec.dtype):
+    if tensor.dtype is None or not (tensor.dtype == spec.dtype or can_cast(tensor.dtype, spec.dtype)):
         return (
             f"tensor {tensor.name!r} is {tensor.dtype_name}, and {spec.path} is {spec.dtype}: only BF16, F16, F32 and "
             "F64 are cast to one another; a quantized checkpoint needs the reader of its format"

@@ -13,6 +13,7 @@ from collections.abc import Collection, Iterable
 from jaxmoe.checkpoint.errors import CheckpointError
 from jaxmoe.checkpoint.mapping.blocks import Block
 from jaxmoe.checkpoint.mapping.layouts import PATTERNS, only_layout, shape_of, split_of
+from jaxmoe.checkpoint.nearest import nearest_name
 from jaxmoe.layers.param import ParamSpec
 from jaxmoe.models import ExpertTensors, Form
 
@@ -35,10 +36,13 @@ def find_expert_layout(names: ExpertTensors, tensors: Collection[str], num_exper
     candidates: dict[Form, Iterable[str]] = {"fused": names.fused, "per_expert": per_expert}
     found = {form: name for form, own in candidates.items() if (name := next(filter(tensors.__contains__, own), None))}
     if not found:
-        known = [repr(own[0]) for own in (names.fused, names.per_expert(0)) if own]
+        known = [own[0] for own in (names.fused, names.per_expert(0)) if own]
+        nearest = next(filter(None, [nearest_name(name, tensors) for name in reversed(known)]), None)
+        there = f"the nearest is {nearest!r}" if nearest else f"it has {', '.join(map(repr, sorted(tensors)[:3]))}"
         raise CheckpointError(
-            f"the experts of a layer must be there as {' or as '.join(known)} and so on; the checkpoint has "
-            f"{'neither' if len(known) == 2 else 'none'}; does its config.json belong to it?"
+            f"the experts of a layer must be there as {' or as '.join(map(repr, known))} and so on; the checkpoint has "
+            f"{'neither' if len(known) == 2 else 'none'}, nor names of other tools that jaxmoe knows: {there}; does its "
+            "config.json belong to it? If so, give the tensors one of these names"
         )
     return only_layout(found)
 
@@ -69,8 +73,8 @@ def expert_blocks(
     fused = find_expert_layout(names, tensors, stacks.sizes["E"]) == "fused"
     blocks = stacks.fused_blocks() if fused else stacks.per_expert_blocks()
     if gate_up_bias is not None and down_bias is not None:
-        assert fused, f"{gate_up_bias.path}: biases of experts one by one have no names"
-        blocks += stacks.bias_blocks(gate_up_bias, down_bias)
+        bias_blocks = stacks.fused_bias_blocks if fused else stacks.per_expert_bias_blocks
+        blocks += bias_blocks(gate_up_bias, down_bias)
     return blocks
 
 
@@ -115,7 +119,17 @@ class _Stacks:
             self.down, "EDF", pattern.down, [down]
         )
 
-    def bias_blocks(self, gate_up: ParamSpec, down: ParamSpec) -> list[Block]:
+    def per_expert_bias_blocks(self, gate_up: ParamSpec, down: ParamSpec) -> list[Block]:
+        """Blocks of the biases that go with `per_expert_blocks`."""
+        pattern, blocks = PATTERNS["per_expert"].biases, []
+        for slot, expert in _filled_slots(down):
+            *halves, last = self.names.per_expert_biases(expert)
+            for half, name in zip(self.halves, halves, strict=True):
+                blocks.append(self._block(gate_up, "E2F", pattern.up, name, slot, expert, half))
+            blocks.append(self._block(down, "ED", pattern.down, last, slot, expert))
+        return blocks + _padding_blocks(gate_up) + _padding_blocks(down)
+
+    def fused_bias_blocks(self, gate_up: ParamSpec, down: ParamSpec) -> list[Block]:
         """Blocks of the biases that go with `fused_blocks`."""
         pattern = PATTERNS[self.names.fused_layout].biases
         *ups, name = self.names.fused_biases

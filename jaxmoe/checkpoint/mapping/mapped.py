@@ -4,7 +4,8 @@ Loading, saving, converting, moving and inspecting all start here. No value is r
 
 1. `open_checkpoint` finds it in the header of a file: its dtype, its shape, the place of its bytes. Those that are the
    parts of one quantized weight become one tensor with the shape of that weight (`decode_checkpoint`).
-2. `Family.text_name` gives it the name that it has in a text model, where it comes from a multimodal one.
+2. `Family.text_name` gives it the name that it has in a text model, where it comes from a multimodal one. Where that is
+   none of the family's, `find_prefix` and `find_other_experts` look for what other tools made of these.
 3. `settle_tied` decides, where it is one end of a tied model, whether both ends are one tensor.
 4. `FamilyCheckpoint.onto` finds the regions of parameters that it fills (`Block`).
 5. `MappedCheckpoint.check` proves that all of it is used, or that a named rule ignores it, and that every parameter is
@@ -14,15 +15,15 @@ After that a load plan turns blocks into reads, a conversion into the values of 
 """
 
 import dataclasses
-from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections import Counter, defaultdict
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
 from jaxmoe.checkpoint.boxes import Box
-from jaxmoe.checkpoint.errors import Problems
+from jaxmoe.checkpoint.errors import CheckpointError, Problems
 from jaxmoe.checkpoint.formats import (
     Checkpoint,
     DecodedCheckpoint,
@@ -35,10 +36,12 @@ from jaxmoe.checkpoint.mapping.blocks import Block
 from jaxmoe.checkpoint.mapping.checks import check_filled_once, check_tensors, check_used_whole
 from jaxmoe.checkpoint.mapping.ignore import IgnoreRule
 from jaxmoe.checkpoint.mapping.names import model_blocks, wanted_names
+from jaxmoe.checkpoint.mapping.other_experts import find_other_experts
+from jaxmoe.checkpoint.mapping.prefixes import find_prefix
 from jaxmoe.checkpoint.mapping.tied import settle_tied
-from jaxmoe.config import DecoderConfig
+from jaxmoe.config import DecoderConfig, MoEConfig
 from jaxmoe.layers import ParamSpec
-from jaxmoe.models import Family, Form, read_model_config
+from jaxmoe.models import ExpertTensors, Family, Form, read_model_config
 from jaxmoe.quant import QuantizationError
 
 UNREAD_RULE = "scales that no weight depends on"
@@ -56,6 +59,8 @@ class FamilyCheckpoint:
         untied: whether config.json ties the embedding and the output projection, and the checkpoint has bytes for each.
         formats: {quantized format and its settings: weights that have it}.
         notes: sentences about the quantization, for a report.
+        renamed: {rule: tensors that have other names than the family gives them}.
+        other_experts: names of the routed experts in the checkpoint, where they are none of the family's.
     """
 
     checkpoint: Checkpoint
@@ -65,10 +70,12 @@ class FamilyCheckpoint:
     untied: bool
     formats: Mapping[str, int]
     notes: tuple[str, ...]
+    renamed: Mapping[str, int]
+    other_experts: ExpertTensors | None
 
     @classmethod
     def open(cls, path: Path) -> "FamilyCheckpoint":
-        """Open a checkpoint directory to read weights from.
+        """Open a checkpoint to read weights from, a directory or one file with its directory's config.json.
 
         Raises:
             FileNotFoundError: there is no checkpoint, or a part of it is missing.
@@ -90,17 +97,26 @@ class FamilyCheckpoint:
         Raises:
             CheckpointError: two tensors would have one name.
         """
-        settled = settle_tied(decoded.checkpoint.renamed(family.text_name), family, config)
+        inner = decoded.checkpoint.renamed(family.text_name)
+        prefix = find_prefix(inner.tensors, family, config)
+        settled = settle_tied(inner.renamed(prefix.rename), family, config)
+        other = find_other_experts(settled.checkpoint.tensors, family, config)
         own = [IgnoreRule(name=name, pattern=pattern) for name, pattern in family.ignored_in(settled.config).items()]
-        unread = [IgnoreRule(name=UNREAD_RULE, names=frozenset(map(family.text_name, decoded.unread)))]
+        names = frozenset([prefix.rename(family.text_name(name)) for name in decoded.unread])
+        unread = [IgnoreRule(name=UNREAD_RULE, names=names)]
+        renamed = {prefix.rule: sum(prefix.rename(name) != name for name in inner.tensors)} if prefix.rule else {}
+        if other is not None:
+            renamed[other.rule] = _count_experts(settled.checkpoint.tensors, other.names, config)
         return cls(
             checkpoint=settled.checkpoint,
             family=family,
             config=settled.config,
-            rules=(*own, *settled.rules, *(unread if decoded.unread else ())),
+            rules=(*own, *prefix.ignored, *settled.rules, *(unread if decoded.unread else ())),
             untied=settled.config.tie_word_embeddings != config.tie_word_embeddings,
             formats=decoded.formats,
             notes=decoded.notes,
+            renamed=renamed,
+            other_experts=None if other is None else other.names,
         )
 
     def decoding_to(self, dtype: np.dtype) -> "FamilyCheckpoint":
@@ -123,8 +139,26 @@ class FamilyCheckpoint:
                 another shape.
         """
         names = self.checkpoint.tensors if form is None else wanted_names(specs, self.family, form)
-        blocks = list(model_blocks(specs, self.family, names))
+        family = self.family
+        if form is None and self.other_experts is not None:
+            family = dataclasses.replace(family, renamed_experts=self.other_experts)
+        try:
+            blocks = list(model_blocks(specs, family, names))
+        except CheckpointError as error:
+            raise CheckpointError(f"{self.checkpoint.path}: {error}") from None
         return MappedCheckpoint.of(_bound(self.checkpoint, blocks), specs.values(), blocks, self.rules)
+
+
+def _count_experts(tensors: Collection[str], names: ExpertTensors, config: DecoderConfig) -> int:
+    """Number of tensors of routed experts under these names."""
+    found = 0
+    for layer in config.moe_layers:
+        own, moe = names.for_layer(layer), config.layers[layer].feed_forward
+        assert isinstance(moe, MoEConfig)
+        for expert in range(moe.num_experts):
+            found += sum(name in tensors for name in own.per_expert(expert) + own.per_expert_biases(expert))
+        found += sum(name in tensors for name in own.fused)
+    return found
 
 
 def _bound(checkpoint: Checkpoint, blocks: Sequence[Block]) -> Checkpoint:
@@ -212,6 +246,19 @@ class MappedCheckpoint:
             split = splits.setdefault(name, block.tensor_split)
             assert split == block.tensor_split, f"{name!r} is split as {split} and {block.tensor_split}"
         return {name: split for name, split in splits.items() if split}
+
+    def formats(self, packings: Collection[str]) -> tuple[dict[str, int], dict[str, int]]:
+        """Count the quantized weights by format: those that only fill parameters of `packings`, and the others."""
+        kept: dict[str, bool] = {}
+        for name, block in self.used_blocks():
+            if isinstance(self.checkpoint.tensors.get(name), DecodedTensor):
+                kept[name] = kept.get(name, True) and block.param in packings
+        counts: tuple[Counter[str], Counter[str]] = (Counter(), Counter())
+        for name, packed in kept.items():
+            tensor = self.checkpoint.tensors[name]
+            assert isinstance(tensor, DecodedTensor)
+            counts[not packed][tensor.weight.format.describe()] += 1
+        return dict(counts[0]), dict(counts[1])
 
     def unused(self) -> Unused:
         """Find the tensors that fill no parameter, and the rules that ignore them."""

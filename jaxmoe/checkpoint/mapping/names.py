@@ -15,7 +15,10 @@ from jaxmoe.checkpoint.mapping.blocks import Block, rows_on_disk, whole_tensor_b
 from jaxmoe.checkpoint.mapping.experts import expert_blocks
 from jaxmoe.checkpoint.mapping.layouts import PATTERNS, shape_of
 from jaxmoe.layers import ParamSpec
+from jaxmoe.layers.weights import PART_ENDINGS
 from jaxmoe.models import ExpertTensors, Family, Form
+
+_EXPERT_STACK = re.compile(rf"\.moe\.[wb]_(gate_up|down)({'|'.join(PART_ENDINGS.values())})$")
 
 
 def model_blocks(
@@ -40,7 +43,7 @@ def model_blocks(
         if path.endswith(".moe.w_gate_up"):
             layer = path.removesuffix("w_gate_up")
             names_here = _expert_tensors(family, path, tensors)
-            if family.wrapper and family.wrapper.fused_either_way:
+            if names_here.either_way or (family.wrapper and family.wrapper.fused_either_way):
                 names_here = _oriented(names_here, specs[f"{layer}w_down"], tensors)
             yield from expert_blocks(
                 spec,
@@ -110,7 +113,7 @@ def written_form(family: Family, form: Form) -> Form:
 
 def is_expert_stack(path: str) -> bool:
     """Whether a parameter is a stack of routed experts."""
-    return path.endswith((".moe.w_gate_up", ".moe.w_down", ".moe.b_gate_up", ".moe.b_down"))
+    return _EXPERT_STACK.search(path) is not None
 
 
 def tensor_names(family: Family, path: str) -> list[str]:
@@ -151,7 +154,7 @@ def _expert_tensors(family: Family, path: str, tensors: Collection[str] = ()) ->
     assert index is not None, f"{path}: experts outside a layer"
     if family.renamed_experts is not None:
         renamed = family.renamed_experts.for_layer(index)
-        if any(name in tensors for name in renamed.fused):
+        if renamed.are_in(tensors):
             return renamed
     return family.experts.for_layer(index)
 

@@ -1,16 +1,18 @@
 """A checkpoint directory that is there whole or not at all, and the files in one that hold no weights."""
 
+import fnmatch
 import json
 import os
 import shutil
 import uuid
-from collections.abc import Iterator
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from jaxmoe.models import Wrapper
 
+# Of files, and of folders with all that is in them.
 _SIDE_FILES = (
     "generation_config.json",
     "tokenizer*",
@@ -19,15 +21,18 @@ _SIDE_FILES = (
     "vocab.*",
     "merges.txt",
     "*.tiktoken",
+    "*.model",
+    "*.jinja",
     "chat_template*",
+    "additional_chat_templates",
+    "encoding",
     "*processor_config.json",
-    "configuration_*.py",
-    "modeling_*.py",
-    "tokenization_*.py",
+    "*.py",
     "LICENSE*",
+    "NOTICE*",
 )
 # What these say is of the whole multimodal model.
-_MULTIMODAL_FILES = ("*processor_config.json", "configuration_*.py", "modeling_*.py")
+_MULTIMODAL_FILES = ("*processor_config.json", "configuration_*.py", "modeling_*.py", "*processing_*.py")
 
 
 @contextmanager
@@ -65,7 +70,16 @@ def new_directory(path: str | os.PathLike[str], *, overwrite: bool) -> Iterator[
         shutil.rmtree(partial, ignore_errors=True)
 
 
-def copy_side_files(source: Path, directory: Path, *, dtype: str | None, wrapper: Wrapper | None = None) -> None:
+def copy_side_files(
+    source: Path,
+    directory: Path,
+    *,
+    dtype: str | None,
+    wrapper: Wrapper | None = None,
+    quantization: Mapping[str, Any] | None = None,
+    weights: Collection[str] = (),
+    vocab_size: int | None = None,
+) -> list[str]:
     """Copy ``config.json``, the tokenizer and the like.
 
     Args:
@@ -73,19 +87,38 @@ def copy_side_files(source: Path, directory: Path, *, dtype: str | None, wrapper
         directory: directory that gets the copies.
         dtype: type of the weights beside the copy, by name; None where it is that of the source.
         wrapper: the multimodal model of which the copy is to be the text part; None where it is to be all of it.
+        quantization: block of settings of quantized weights; None where the weights are plain.
+        weights: names of the files of weights, which are written anew.
+        vocab_size: size of the vocabulary; None where it is that of the source.
+
+    Returns:
+        Names of what is left out: other files and folders that are not hidden, such as a README or weights of another kind.
     """
     raw = (source / "config.json").read_text(encoding="utf-8")
     config = json.loads(raw)
     text_part = config if wrapper is None else wrapper.text_config(config)
     changed = _without_quantization(_with_dtype(text_part, dtype))
+    changed |= {} if quantization is None else {"quantization_config": quantization}
+    changed |= {} if vocab_size is None else {"vocab_size": vocab_size}
     # Byte for byte where nothing is different: numbers and key order are the author's.
     text = raw if changed == config else json.dumps(changed, indent=2, ensure_ascii=False) + "\n"
     (directory / "config.json").write_text(text, encoding="utf-8")
-    left_out = _MULTIMODAL_FILES if wrapper else ()
-    for pattern in [pattern for pattern in _SIDE_FILES if pattern not in left_out]:
-        for file in source.glob(pattern):
-            if file.is_file() and not (directory / file.name).exists():
-                shutil.copyfile(file, directory / file.name)
+    left_out = []
+    for path in sorted(source.iterdir()):
+        name = path.name
+        if name == "config.json" or name in weights or name.endswith(".index.json") or name.startswith("."):
+            continue
+        if not _matches(name, _SIDE_FILES) or (wrapper and _matches(name, _MULTIMODAL_FILES)):
+            left_out.append(name)
+        elif path.is_dir():
+            shutil.copytree(path, directory / name)
+        elif path.is_file():  # and no link that leads nowhere
+            shutil.copyfile(path, directory / name)
+    return left_out
+
+
+def _matches(name: str, patterns: Iterable[str]) -> bool:
+    return any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
 
 
 def _check_free(path: Path, overwrite: bool) -> None:

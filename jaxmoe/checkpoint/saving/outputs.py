@@ -15,7 +15,8 @@ from jaxmoe.checkpoint.mapping import Block
 from jaxmoe.checkpoint.saving.values import Values
 from jaxmoe.layers import ParamSpec
 
-_DTYPE_NAMES = {element.dtype: name for name, element in ELEMENT_TYPES.items() if element.dtype is not None}
+DTYPE_NAMES = {element.dtype: name for name, element in ELEMENT_TYPES.items() if element.dtype is not None}
+"""NumPy's dtype -> the name that safetensors has for it."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -28,6 +29,7 @@ class OutputTensor:
         shape: its dims.
         nbytes: bytes of data.
         values: function that makes its values, row-major; called once, when it is this tensor's turn.
+        params: paths of the parameters that it has values of; none for a copy.
     """
 
     name: str
@@ -35,6 +37,14 @@ class OutputTensor:
     shape: tuple[int, ...]
     nbytes: int
     values: Callable[[], np.ndarray]
+    params: tuple[str, ...] = ()
+
+    @property
+    def dtype(self) -> np.dtype:
+        """The NumPy dtype of its values."""
+        found = ELEMENT_TYPES[self.dtype_name].dtype
+        assert found is not None, f"{self.name} is copied as bytes"
+        return found
 
 
 def output_tensors(
@@ -84,7 +94,7 @@ def copied_tensor(tensor: TensorInfo, descriptors: Mapping[Path, int]) -> Output
     dtype_name, nbytes = tensor.dtype_name, tensor.nbytes
     if decoded:
         assert tensor.dtype is not None
-        dtype_name, nbytes = _DTYPE_NAMES[tensor.dtype], volume(whole(tensor.shape)) * tensor.dtype.itemsize
+        dtype_name, nbytes = DTYPE_NAMES[tensor.dtype], volume(whole(tensor.shape)) * tensor.dtype.itemsize
     return OutputTensor(name=tensor.name, dtype_name=dtype_name, shape=tensor.shape, nbytes=nbytes, values=read)
 
 
@@ -107,10 +117,11 @@ def _output(
 
     return OutputTensor(
         name=name,
-        dtype_name=_DTYPE_NAMES[chosen],
+        dtype_name=DTYPE_NAMES[chosen],
         shape=blocks[0].tensor_shape,
         nbytes=volume(whole(shape)) * chosen.itemsize,
         values=gather,
+        params=tuple(dict.fromkeys(block.param for block in blocks)),
     )
 
 

@@ -4,7 +4,7 @@ import dataclasses
 import os
 import time
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, get_args
 
@@ -23,11 +23,12 @@ from jaxmoe.checkpoint.mapping import (
 )
 from jaxmoe.checkpoint.saving.directory import copy_side_files, new_directory
 from jaxmoe.checkpoint.saving.outputs import OutputTensor, copied_tensor, output_tensors
+from jaxmoe.checkpoint.saving.quantize import QuantizationLoss, QuantizedOutputs, Quantizing
 from jaxmoe.checkpoint.saving.values import CheckpointValues, ModelValues
 from jaxmoe.checkpoint.saving.write import divide_into_files, parse_size, write_files
 from jaxmoe.checks import flag, instance_of, path_like
-from jaxmoe.config import DecoderConfig
-from jaxmoe.layers import check_usable, param_specs, params_by_path
+from jaxmoe.config import DecoderConfig, directory_of, find_checkpoint
+from jaxmoe.layers import check_usable, packings_of, param_specs, params_by_path, unpacked_specs
 from jaxmoe.models import Decoder, Family, Form, read_model_config
 from jaxmoe.progress import ProgressCallback, byte_progress, check_progress
 
@@ -43,7 +44,10 @@ class SaveReport:
         tensors: number of tensors.
         dtypes: {element type: bytes}, as safetensors names them.
         carried: tensors that the model does not use, copied as they were.
+        left_out: files and folders of the source that are not in the copy. The tokenizer and chat templates always are.
         seconds: wall-clock time.
+        quantized: name of the format that linear layers are quantized to; None where weights are plain.
+        losses: differences that quantizing made, by layer and kind of weights.
     """
 
     path: str
@@ -52,7 +56,10 @@ class SaveReport:
     tensors: int
     dtypes: dict[str, int]
     carried: int
+    left_out: tuple[str, ...]
     seconds: float
+    quantized: str | None = None
+    losses: tuple[QuantizationLoss, ...] = ()
 
     @property
     def bytes_written(self) -> int:
@@ -72,6 +79,7 @@ class _Options:
     max_bytes: int
     overwrite: bool
     progress: bool | ProgressCallback
+    quantizing: Quantizing | None
 
 
 def save(
@@ -83,13 +91,16 @@ def save(
     max_shard_size: int | str = "5GB",
     overwrite: bool = False,
     progress: bool | ProgressCallback = False,
+    quantize: str | None = None,
+    ignore: Sequence[str] = (),
 ) -> SaveReport:
     """Write a model as a checkpoint that transformers and `jaxmoe.load` load, whatever mesh and placement it is on.
 
     Expert slots become logical experts again; padding and replicas are left out. One tensor at a time is in host
     memory. config.json, tokenizer and the like are copied from the checkpoint that the model was loaded from, and so
     are the tensors that were ignored by rule. Of a multimodal checkpoint the text model alone is written, under its own
-    names and with its own config.json. The directory appears when all of it is written.
+    names and with its own config.json. Weights that are held packed are decoded, or quantized again where `quantize` says
+    so. The directory appears when all of it is written.
 
     Args:
         model: model from `jaxmoe.load`, with all its devices in this process.
@@ -101,13 +112,17 @@ def save(
         max_shard_size: bytes of tensors in one file, a number or as "5GB"; more become several files with an index.
         overwrite: whether a checkpoint that is there is replaced, with all that is in its directory.
         progress: True draws a bar on stderr; a callable is given (bytes done, bytes in all).
+        quantize: format of the linear layers of attention, MLPs and experts, a name of `jaxmoe.quant.encode.TARGETS`; None
+            leaves them plain.
+        ignore: modules that `quantize` leaves plain, by name, or "re:" and an expression.
 
     Returns:
         A report of what was written.
 
     Raises:
         FileExistsError: there is something in the way.
-        ValueError: an argument is none of those above, or the model does not come from a checkpoint.
+        ValueError: an argument is none of those above, or the model does not come from a checkpoint, or a weight cannot be
+            quantized so.
         NotImplementedError: a part of the model is on devices of another process.
 
     Example:
@@ -116,7 +131,7 @@ def save(
     """
     path_like("directory", directory)
     instance_of("model", model, Decoder, "a model from jaxmoe.load")
-    options = _check_options(form, max_shard_size, overwrite, progress)
+    options = _check_options(form, max_shard_size, overwrite, progress, quantize, ignore)
     target = _plain_dtype(dtype) or np.dtype(model.dtype)
     if model.origin is None:
         raise ValueError(
@@ -131,16 +146,20 @@ def save(
             f"save writes what the devices of one process hold; {elsewhere[0]} is on others too; convert the "
             "checkpoint's files instead (jaxmoe.convert), or load the model in one process"
         )
-    specs = {spec.path: spec for spec in param_specs(model)}
-    source = model.origin.directory
+    packings = packings_of(model)
+    specs = {spec.path: spec for spec in unpacked_specs(param_specs(model), packings, model.dtype)}
+    source = model.origin.path
     family, config = read_model_config(source)
     ignored = _carried(dict(model.origin.ignored), family)
     checkpoint = _open_source(source, family, config, needed=bool(ignored))
     with open_files(checkpoint.files if ignored and checkpoint else ()) as descriptors:
         blocks = written_blocks(specs, family, form, checkpoint.tensors if checkpoint else None)
-        tensors = output_tensors(specs, blocks, ModelValues(arrays), target, np.dtype(model.dtype))
+        tensors = output_tensors(specs, blocks, ModelValues(arrays, packings), target, np.dtype(model.dtype))
         carried = [copied_tensor(checkpoint.tensors[name], descriptors) for name in ignored] if checkpoint else []
-        return _write(source, Path(directory), tensors, carried, target, family, options)
+        # An adapter may have made the vocabulary another one.
+        vocab_size = None if model.config.vocab_size == config.vocab_size else model.config.vocab_size
+        names = _file_names(checkpoint)
+        return _write(source, Path(directory), tensors, carried, target, family, options, names, vocab_size)
 
 
 def convert(
@@ -152,13 +171,15 @@ def convert(
     max_shard_size: int | str = "5GB",
     overwrite: bool = False,
     progress: bool | ProgressCallback = False,
+    quantize: str | None = None,
+    ignore: Sequence[str] = (),
 ) -> SaveReport:
     """Write a checkpoint in another form, without a model or a device: each tensor is read when it is written.
 
     Of a multimodal checkpoint the text model alone is written, as by `save`.
 
     Args:
-        source: a checkpoint directory, of safetensors or ``.bin`` files.
+        source: a checkpoint of safetensors or ``.bin`` files, given as for `jaxmoe.load`.
         directory: directory to make.
         form: "per_expert" for one tensor each, "fused" for one tensor of all experts of a layer. Families that transformers
             writes in one form only are written in that one; the report says which.
@@ -166,6 +187,8 @@ def convert(
         max_shard_size: bytes of one file, as for `save`.
         overwrite: whether a checkpoint that is there is replaced, as by `save`; `source` itself may be.
         progress: bar or callable, as for `save`.
+        quantize: format of the linear layers, as for `save`.
+        ignore: modules that are left plain, as for `save`.
 
     Returns:
         A report of what was written.
@@ -173,12 +196,18 @@ def convert(
     Raises:
         FileExistsError: there is something in the way.
         FileNotFoundError: `source` or a part of it is missing.
-        ValueError: the checkpoint cannot be loaded as it is, or an argument is none of those above.
+        ValueError: the checkpoint cannot be loaded as it is, or an argument is none of those above, or a weight cannot be
+            quantized so.
+
+    Example:
+        >>> report = jaxmoe.convert("demo", "demo-fp8", quantize="fp8_block", ignore=["self_attn"])
+        >>> report.losses[0].kind, round(report.losses[0].rms, 2)
+        ('routed experts', 0.03)
     """
     path_like("source", source)
     path_like("directory", directory)
-    options = _check_options(form, max_shard_size, overwrite, progress)
-    target, source = _plain_dtype(dtype), Path(source)
+    options = _check_options(form, max_shard_size, overwrite, progress, quantize, ignore)
+    target, source = _plain_dtype(dtype), find_checkpoint(source)
     found = FamilyCheckpoint.open(source)
     found = found.decoding_to(target or np.dtype(jnp.dtype(found.config.dtype or "float32")))
     checkpoint, family = found.checkpoint, found.family
@@ -192,7 +221,11 @@ def convert(
         blocks = written_blocks(specs, family, form, checkpoint.tensors)
         tensors = output_tensors(specs, blocks, CheckpointValues(mapped, descriptors), target, model_dtype)
         carried = [copied_tensor(checkpoint.tensors[name], descriptors) for name in ignored]
-        return _write(source, Path(directory), tensors, carried, target, family, options)
+        return _write(source, Path(directory), tensors, carried, target, family, options, _file_names(checkpoint))
+
+
+def _file_names(checkpoint: Checkpoint | None) -> set[str]:
+    return {file.path.name for file in checkpoint.files} if checkpoint else set()
 
 
 def _write(
@@ -203,41 +236,65 @@ def _write(
     dtype: np.dtype | None,
     family: Family,
     options: _Options,
+    weights: Collection[str],
+    vocab_size: int | None = None,
 ) -> SaveReport:
     start = time.perf_counter()
+    source = directory_of(source)
     if source.resolve() != directory.resolve() and source.resolve().is_relative_to(directory.resolve()):
         raise ValueError(
             f"a checkpoint is not written over a directory that its source is in; {source} is in {directory}; name a "
             "directory beside it"
         )
+    form, quantized = written_form(family, options.form), None
+    if options.quantizing is not None:
+        quantized = QuantizedOutputs(tensors, carried, options.quantizing, family, form)
+        tensors = quantized.tensors
     files = divide_into_files([*tensors, *carried], options.max_bytes)
     with (
         new_directory(directory, overwrite=options.overwrite) as partial,
         byte_progress(f"writing {directory.name}", options.progress) as on_bytes,
     ):
-        copy_side_files(source, partial, dtype=None if dtype is None else dtype.name, wrapper=family.wrapper)
+        left_out = copy_side_files(
+            source,
+            partial,
+            dtype=None if dtype is None else dtype.name,
+            wrapper=family.wrapper,
+            quantization=None if quantized is None else quantized.settings,
+            weights=weights,
+            vocab_size=vocab_size,
+        )
         write_files(partial, files, on_bytes)
     dtypes: Counter[str] = Counter()
     for tensor in (*tensors, *carried):
         dtypes[tensor.dtype_name] += tensor.nbytes
     return SaveReport(
         path=str(directory),
-        form=written_form(family, options.form),
+        form=form,
         files={name: sum(tensor.nbytes for tensor in part) for name, part in files.items()},
         tensors=len(tensors) + len(carried),
         dtypes=dict(dtypes),
         carried=len(carried),
+        left_out=tuple(left_out),
         seconds=time.perf_counter() - start,
+        quantized=None if options.quantizing is None else options.quantizing.target,
+        losses=quantized.losses() if quantized else (),
     )
 
 
 def _check_options(
-    form: str, max_shard_size: int | str, overwrite: bool, progress: bool | ProgressCallback
+    form: str,
+    max_shard_size: int | str,
+    overwrite: bool,
+    progress: bool | ProgressCallback,
+    quantize: str | None,
+    ignore: Sequence[str],
 ) -> _Options:
     check_progress(progress)
+    quantizing = Quantizing.checked(quantize, ignore)
     for known in get_args(Form):
         if form == known:
-            return _Options(known, parse_size(max_shard_size), flag("overwrite", overwrite), progress)
+            return _Options(known, parse_size(max_shard_size), flag("overwrite", overwrite), progress, quantizing)
     raise ValueError(f"form is one of {', '.join(get_args(Form))}; got {form!r}")
 
 

@@ -13,6 +13,9 @@ import numpy as np
 from jaxmoe.checkpoint.boxes import Box, box_of, box_shape, intersect
 from jaxmoe.checkpoint.formats import read_tensor
 from jaxmoe.checkpoint.mapping import Block, MappedCheckpoint
+from jaxmoe.layers.weights import PART_ENDINGS
+from jaxmoe.quant.packing import Packing
+from jaxmoe.quant.unpack import packed_boxes, unpack
 
 
 class Values(Protocol):
@@ -26,24 +29,41 @@ class Values(Protocol):
 
 
 class ModelValues:
-    """Values of a model on its mesh, fetched region by region.
+    """Values of a model on its mesh, fetched region by region; those of packed parameters are decoded in float32.
 
     Args:
-        arrays: the parameters by path, all of them on devices of this process.
+        arrays: arrays of the parameters by path, all of them on devices of this process.
+        packings: forms of those that are packed, by path.
     """
 
-    def __init__(self, arrays: Mapping[str, jax.Array]) -> None:
+    def __init__(self, arrays: Mapping[str, jax.Array], packings: Mapping[str, Packing] | None = None) -> None:
         self._parts = {path: _distinct_parts(array) for path, array in arrays.items()}
+        self._shapes = {path: array.shape for path, array in arrays.items()}
+        self._packings = packings or {}
 
     def dtype(self, path: str, box: Box) -> np.dtype:
         """See `Values`."""
         del box
-        _, data = self._parts[path][0]
-        return np.dtype(data.dtype)
+        return np.dtype(np.float32) if path in self._packings else self._held_dtype(path)
 
     def read(self, path: str, box: Box) -> np.ndarray:
         """See `Values`."""
-        result = np.empty(box_shape(box), self.dtype(path, box))
+        packing = self._packings.get(path)
+        if packing is None:
+            return self._fetch(path, box)
+        *lead, width = self._shapes[path]
+        shape = (*lead, width * packing.per_byte)
+        boxes = packed_boxes(packing, box, shape)
+        return unpack(
+            packing, {role: self._fetch(path + PART_ENDINGS[role], boxes[role]) for role in boxes}, box, shape
+        )
+
+    def _held_dtype(self, path: str) -> np.dtype:
+        _, data = self._parts[path][0]
+        return np.dtype(data.dtype)
+
+    def _fetch(self, path: str, box: Box) -> np.ndarray:
+        result = np.empty(box_shape(box), self._held_dtype(path))
         for place, data in self._parts[path]:
             common = intersect(place, box)
             if common is not None:

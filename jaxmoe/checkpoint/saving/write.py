@@ -115,18 +115,22 @@ def check_written(path: Path, tensors: Sequence[OutputTensor]) -> None:
 
 def _write_file(path: Path, tensors: Sequence[OutputTensor]) -> Iterable[int]:
     """Write one file; gives the bytes of each tensor once it is written."""
-    # Wide elements first, so that all are aligned, as the reference writer has it.
-    tensors = sorted(tensors, key=lambda tensor: -ELEMENT_TYPES[tensor.dtype_name].bits)
     header: dict[str, object] = {"__metadata__": {"format": "pt"}}
+    places: dict[str, int] = {}
     offset = 0
-    for tensor in tensors:
+    # Wide elements first, so that all are aligned, as the reference writer has it.
+    for tensor in sorted(tensors, key=lambda tensor: -ELEMENT_TYPES[tensor.dtype_name].bits):
+        places[tensor.name] = offset
         offsets = [offset, offset := offset + tensor.nbytes]
         header[tensor.name] = {"dtype": tensor.dtype_name, "shape": list(tensor.shape), "data_offsets": offsets}
     text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
     text += b" " * (-len(text) % 8)
     with open(path, "xb") as file:
         file.write(len(text).to_bytes(8, "little") + text)
+        start = file.tell()
+        # In their own order: those that are made together, such as codes and scales, are then in memory together.
         for tensor in tensors:
+            file.seek(start + places[tensor.name])
             data = np.ascontiguousarray(tensor.values()).reshape(-1).view(np.uint8)
             assert data.nbytes == tensor.nbytes, f"{tensor.name}: {data.nbytes} bytes instead of {tensor.nbytes}"
             file.write(data.data)

@@ -149,7 +149,7 @@ BACKENDS: dict[str, Backend] = {
 GPU_BACKENDS: dict[str, GPUBackend] = {
     "mosaic_gpu": GPUBackend(
         module=f"{_HERE}.mosaic_gpu",
-        formats=frozenset(FORMATS),
+        formats=frozenset({"float8_e4m3fn", "int4", "mxfp4"}),
         since=(0, 11, 2),
         capabilities=range(9, 11),
         generations="Hopper and Blackwell GPUs of data centers",

@@ -1,7 +1,8 @@
 """Stacks of matrices that stay packed: 8-bit and 4-bit numbers with a scale for each block of them.
 
-W = (decode(values) - zero_points) · scales. Matrices are (out, in) as in torch; two 4-bit numbers share a byte, the one
-of lower k in the low half. A loader brings a checkpoint's own packing into this form once; backends read it as it is.
+W = (decode(values) - zero_points) · scales · matrix_scales. Matrices are (out, in) as in torch; two 4-bit numbers share a
+byte, the one of lower k in the low half. A loader brings a checkpoint's own packing into this form once; backends read it
+as it is.
 
 Letters here, beside the common ones of docs/concepts/letters.md: G groups, N and K of a matrix [N, K], B bytes.
 """
@@ -65,29 +66,40 @@ def _decode_int4(codes: jax.Array) -> jax.Array:
     return codes.astype(jnp.float32)
 
 
+def _decode_int8(codes: jax.Array) -> jax.Array:
+    return lax.bitcast_convert_type(codes, jnp.int8).astype(jnp.float32)
+
+
 FORMATS: dict[str, Format] = {
     "float8_e4m3fn": Format(jnp.dtype(jnp.float8_e4m3fn), 1, _decode_float8),
     "int4": Format(jnp.dtype(jnp.uint8), 2, _decode_int4, zero=8),
+    "int8": Format(jnp.dtype(jnp.int8), 1, _decode_int8),
     # The element and block formats of OCP's "Microscaling Formats (MX)", version 1.0.
     "mxfp4": Format(jnp.dtype(jnp.uint8), 2, _decode_float4, scales=jnp.dtype(jnp.uint8)),
+    # The same elements with finer scales, which one float32 a matrix brings into e4m3's range.
+    "nvfp4": Format(jnp.dtype(jnp.uint8), 2, _decode_float4, scales=jnp.dtype(jnp.float8_e4m3fn)),
 }
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
 class QuantizedStack:
-    """A stack of packed matrices [..., N, K], with W = (decode(values) - zero_points) · scales.
+    """A stack of packed matrices [..., N, K], with W = (decode(values) - zero_points) · (scales · matrix_scales).
 
     A pytree of its arrays: it goes through `jit`, `shard_map` and `device_put`, with a sharding for each array or one
     for all. Weights are constants: gradients with respect to them are zero. Only `format` and `block` are checked when
     it is made, for what JAX puts in place of arrays is not always one; what it is handed to calls `check`.
 
-    Inside `shard_map` a device may hold a part of a block, with that block's scale: `block` stays as it is.
+    Inside `shard_map` a device may hold a part of a single block, with that block's scale: `block` stays as it is. A cut
+    inside one of several blocks wants smaller blocks, which divide what each device holds, with their scales repeated.
 
     Attributes:
-        values: float8_e4m3fn [..., N, K], or uint8 [..., N, K/2] with the number of the even k in the low four bits.
-        scales: [..., N/bn, K/bk], floating; of "mxfp4" uint8 exponents s (E8M0), for 2^(s - 127), and 255 for NaN.
+        values: float8_e4m3fn or int8 [..., N, K], or uint8 [..., N, K/2] with the number of the even k in the low four bits.
+        scales: [..., N/bn, K/bk], floating; of "nvfp4" float8_e4m3fn; of "mxfp4" uint8 exponents s (E8M0), for
+            2^(s - 127), and 255 for NaN.
         zero_points: codes that stand for zero, uint8 of the shape of `scales`; of "int4" only, where None is 8.
+        matrix_scales: float32 [...], one number a matrix, where None is 1; or [..., M], one for each of M equal parts of a
+            matrix's outputs, as gate and up are that stand in one.
         format: name in `FORMATS`. Of "int4", codes are unsigned, 0 to 15.
         block: (bn, bk), outputs and inputs that share a scale: (128, 128), or (1, K) for a scale a channel, (N, K)
             for a scale a tensor, (1, 32) for groups of 32. bn divides N, and bk divides K.
@@ -103,6 +115,7 @@ class QuantizedStack:
     values: jax.Array
     scales: jax.Array
     zero_points: jax.Array | None = None
+    matrix_scales: jax.Array | None = None
     format: str = dataclasses.field(metadata={"static": True})
     block: tuple[int, int] = dataclasses.field(metadata={"static": True})
 
@@ -156,15 +169,32 @@ class QuantizedStack:
                 f"scales of {name} must have shape {expected}, one for each block of {self.block} in matrices of {N} by "
                 f"{K}; got {self.scales.shape}. Reshape them, or name the block that they are for."
             )
-        if self.zero_points is None:
-            return
-        if form.zero is None:
-            raise ValueError(f"zero_points of {name} must be None: numbers of {self.format} have a sign of their own.")
-        self._check_dtype(f"zero_points of {name}", self.zero_points, jnp.dtype(jnp.uint8))
-        if self.zero_points.shape != expected:
+        if self.zero_points is not None:
+            if form.zero is None:
+                raise ValueError(
+                    f"zero_points of {name} must be None: numbers of {self.format} have a sign of their own."
+                )
+            self._check_dtype(f"zero_points of {name}", self.zero_points, jnp.dtype(jnp.uint8))
+            if self.zero_points.shape != expected:
+                raise ValueError(
+                    f"zero_points of {name} must have the shape of its scales, {expected}; got {self.zero_points.shape}. "
+                    "Unpack them, one a byte."
+                )
+        if self.matrix_scales is not None:
+            self._check_matrix_scales(name, tuple(lead), N // bn)
+
+    def _check_matrix_scales(self, name: str, lead: tuple[int, ...], rows: int) -> None:
+        assert self.matrix_scales is not None
+        shape = self.matrix_scales.shape
+        if self.matrix_scales.dtype != jnp.float32:
             raise ValueError(
-                f"zero_points of {name} must have the shape of its scales, {expected}; got {self.zero_points.shape}. "
-                "Unpack them, one a byte."
+                f"matrix_scales of {name} must be float32; got {self.matrix_scales.dtype}. Convert with astype."
+            )
+        parts = shape[-1] if len(shape) > len(lead) else 1
+        if shape not in (lead, (*lead, parts)) or parts == 0 or rows % parts:
+            raise ValueError(
+                f"matrix_scales of {name} must have shape {lead}, one number a matrix, or one dim more, of a number that "
+                f"divides its {rows} rows of blocks; got {shape}. Reshape them."
             )
 
     def _check_dtype(self, name: str, array: jax.Array, expected: jnp.dtype | None) -> None:
@@ -216,10 +246,22 @@ def split_bytes(name: str, values: jax.Array) -> list[jax.Array]:
 
 
 def decode_scales(stack: QuantizedStack) -> jax.Array:
-    """`scales` as float32."""
-    if FORMATS[stack.format].scales is None:
-        return stack.scales.astype(jnp.float32)
-    exponents = stack.scales.astype(jnp.int32)
+    """scales · matrix_scales, float32 of the shape of `scales`."""
+    scales = _decode_block_scales(stack.scales)
+    if stack.matrix_scales is None:
+        return scales
+    factors = stack.matrix_scales
+    if factors.ndim == scales.ndim - 2:
+        factors = factors[..., None]
+    return scales * jnp.repeat(factors, scales.shape[-2] // factors.shape[-1], axis=-1)[..., None]
+
+
+def _decode_block_scales(scales: jax.Array) -> jax.Array:
+    if scales.dtype == jnp.float8_e4m3fn:
+        return _decode_float8(lax.bitcast_convert_type(scales, jnp.uint8))
+    if scales.dtype != jnp.uint8:
+        return scales.astype(jnp.float32)
+    exponents = scales.astype(jnp.int32)
     # Put where float32 has its own exponent; 2^-127 is subnormal there, and what would be infinity is NaN.
     bits = jnp.where(exponents == 0, 1 << 22, exponents << 23)
     return jnp.where(exponents == 255, jnp.nan, lax.bitcast_convert_type(bits, jnp.float32))
@@ -234,13 +276,20 @@ def decode_zeros(stack: QuantizedStack) -> jax.Array | None:
 
 
 def as_matrices(stack: QuantizedStack) -> QuantizedStack:
-    """A stack [G, ..., N, K] as [G, ...·N, K], with the block that divides what is held here: what backends get."""
+    """A stack [G, ..., N, K] as [G, ...·N, K], with the block that divides what is held here: what backends get.
+
+    Its `matrix_scales`, if any, are [G, M], for M equal parts of the outputs.
+    """
     G = stack.shape[0]
 
     def flatten(array: jax.Array) -> jax.Array:
         return lax.stop_gradient(array.reshape(G, math.prod(array.shape[1:-1]), array.shape[-1]))
 
-    flat = jax.tree.map(flatten, stack)
+    factors = stack.matrix_scales
+    if factors is not None:
+        factors = lax.stop_gradient(factors.reshape(G, math.prod(factors.shape[1:])))
+    flat = jax.tree.map(flatten, dataclasses.replace(stack, matrix_scales=None))
+    flat = dataclasses.replace(flat, matrix_scales=factors)
     bn, bk = (size // max(blocks, 1) for size, blocks in zip(flat.shape[1:], flat.scales.shape[1:], strict=True))
     return dataclasses.replace(flat, block=(max(bn, 1), max(bk, 1)))
 
@@ -248,12 +297,23 @@ def as_matrices(stack: QuantizedStack) -> QuantizedStack:
 def matrix_of(stack: QuantizedStack, group: jax.Array) -> QuantizedStack:
     """The matrix [N, K] of one group of a stack [G, N, K], still packed; for use inside a loop over groups."""
     values = bytes_of(stack, group, 0, stack.values.shape[2])
+    scales, zero_points, matrix_scales = jax.tree.map(
+        lambda array: _take_group(array, group), (stack.scales, stack.zero_points, stack.matrix_scales)
+    )
     return dataclasses.replace(
         stack,
         values=lax.bitcast_convert_type(values, stack.values.dtype),
-        scales=take_group(stack.scales, group),
-        zero_points=None if stack.zero_points is None else take_group(stack.zero_points, group),
+        scales=scales,
+        zero_points=zero_points,
+        matrix_scales=matrix_scales,
     )
+
+
+def _take_group(array: jax.Array, group: jax.Array) -> jax.Array:
+    """`take_group`, of a float8 array by its bytes; see `bytes_of`."""
+    if array.dtype != jnp.float8_e4m3fn:
+        return take_group(array, group)
+    return lax.bitcast_convert_type(take_group(lax.bitcast_convert_type(array, jnp.uint8), group), array.dtype)
 
 
 def bytes_of(stack: QuantizedStack, group: jax.Array, first: int | jax.Array, count: int) -> jax.Array:

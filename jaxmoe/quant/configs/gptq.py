@@ -45,4 +45,5 @@ def _format_of(block: Block, version: int) -> Gptq:
     bits = settings.whole(block, "bits", default=4)
     if bits not in BITS:
         raise settings.refuse("bits", bits, f"{BITS} of GPTQ")
-    return Gptq(bits, settings.group_size(block, "group_size", default=128), version)
+    size = settings.group_size(block, "group_size", default=128)
+    return Gptq(bits, size, version, act_order=block.get("desc_act") is True)

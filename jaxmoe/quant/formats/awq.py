@@ -1,6 +1,7 @@
 """AWQ in its GEMM layout: 4-bit integers packed along the outputs in an order of their own."""
 
 import dataclasses
+from collections.abc import Mapping
 
 import numpy as np
 
@@ -13,7 +14,8 @@ from jaxmoe.quant.codes import (
     transpose_words,
     unpack_words,
 )
-from jaxmoe.quant.grid import check_group_size, groups_of
+from jaxmoe.quant.grid import check_group_size, group_block, groups_of
+from jaxmoe.quant.packing import Packing, scale_dtype
 
 # The output, of eight, whose code is at place i of a word; and where each of them is.
 _OUTPUTS = (0, 2, 4, 6, 1, 3, 5, 7)
@@ -67,18 +69,35 @@ class AwqGemm(QuantFormat):
     def values(self, arrays: Arrays, box: Box, shape: Shape, stored: Shapes, out: np.ndarray) -> np.ndarray:
         (row, row_end), (column, column_end) = box
         size = self.group_size or shape[1]
-        wanted = slice(row % 8, row % 8 + row_end - row)
-        numbers = _codes(arrays["values"], out)[wanted]
-        zeros = unpack_words(arrays["zero_point"], 4)
-        zeros = zeros.reshape(len(zeros), -1, 8)[..., _PLACES].reshape(zeros.shape)[:, wanted]
+        packed = _by_output(arrays["values"])
+        numbers = nibbles_to_float32(packed, _FOUR_BITS, out)[row % 8 : row % 8 + row_end - row, : column_end - column]
         groups = np.arange(column, column_end) // size - column // size
-        apply_groups(np.subtract, numbers, np.ascontiguousarray(to_float32(zeros).T), groups, size)
+        zeros = np.ascontiguousarray(to_float32(_zeros(arrays["zero_point"], row, row_end)))
+        apply_groups(np.subtract, numbers, zeros, groups, size)
         apply_groups(np.multiply, numbers, np.ascontiguousarray(to_float32(arrays["scale"]).T), groups, size)
         return numbers
 
+    def packing(self, dtypes: Mapping[str, str], shape: Shape) -> Packing | None:
+        scales = scale_dtype(dtypes["scale"])
+        return Packing("int4", group_block(self.group_size, shape), scales, zero_points=True)
 
-def _codes(words_KN: np.ndarray, out: np.ndarray) -> np.ndarray:
-    """Codes as float32 [N, K], from words [K, N / 8].
+    def packed(self, role: str, arrays: Arrays, box: Box, shape: Shape, stored: Shapes) -> np.ndarray:
+        (row, row_end), (column, column_end) = box
+        if role == "values":
+            packed = _by_output(arrays["values"])
+            return packed[row % 8 : row % 8 + row_end - row, : (column_end - column) // 2]
+        return _zeros(arrays["zero_point"], row, row_end) if role == "zero_point" else arrays["scale"].T
+
+
+def _zeros(words: np.ndarray, start: int, stop: int) -> np.ndarray:
+    """Zero points of a range of outputs, uint8 [outputs, groups]."""
+    zeros = unpack_words(words, 4)
+    zeros = zeros.reshape(len(zeros), -1, 8)[..., _PLACES].reshape(zeros.shape)
+    return zeros[:, start % 8 : start % 8 + stop - start].T
+
+
+def _by_output(words_KN: np.ndarray) -> np.ndarray:
+    """Codes of each output in order, two a byte: uint8 [N, K / 2], and more of K where it does not fill words.
 
     Words of eight outputs and one input become words of one output and eight inputs, which are then moved as wholes.
     """
@@ -92,4 +111,4 @@ def _codes(words_KN: np.ndarray, out: np.ndarray) -> np.ndarray:
     by_output = np.empty((words, 8, by_place.shape[-1]), np.uint32)
     for place, output in enumerate(_OUTPUTS):
         by_output[:, output] = by_place[place]
-    return nibbles_to_float32(by_output.reshape(8 * words, -1).view(np.uint8), _FOUR_BITS, out)[:, :K]
+    return by_output.reshape(8 * words, -1).view(np.uint8)

@@ -36,6 +36,15 @@ class FbgemmFp8(Fp8Channel):
         *lead, _, outputs = box
         return (*lead, (0, 1), outputs) if stored[-2] == 1 else (*lead, outputs, (0, 1))
 
+    def packed_block(self, shape: Shape) -> tuple[int | None, int | None]:
+        return (1, None) if len(shape) == 2 else (None, 1)
+
+    def packed(self, role: str, arrays: Arrays, box: Box, shape: Shape, stored: Shapes) -> np.ndarray:
+        if len(shape) == 2 or role == "values":
+            return super().packed(role, arrays, box, shape, stored)
+        scale = arrays["scale"]
+        return scale.reshape(*scale.shape[:-2], 1, -1)
+
     def values(self, arrays: Arrays, box: Box, shape: Shape, stored: Shapes, out: np.ndarray) -> np.ndarray:
         if len(shape) == 2:
             return super().values(arrays, box, shape, stored, out)

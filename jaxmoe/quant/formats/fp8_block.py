@@ -1,12 +1,14 @@
 """8-bit floats with a scale for each block of 128 by 128: DeepSeek-V3, Qwen3 FP8, MiniMax-M2; MXFP8 has blocks of 32."""
 
 import dataclasses
+from collections.abc import Mapping
 
 import numpy as np
 
 from jaxmoe.quant.base import Arrays, Box, Part, Shape, Shapes, ceil_div, scale_of_activations
 from jaxmoe.quant.codes import exponents_to_float32, to_float32
 from jaxmoe.quant.grid import GridFormat
+from jaxmoe.quant.packing import Packing, scale_dtype
 
 FLOAT8 = ("F8_E4M3", "F8_E5M2")
 
@@ -57,5 +59,13 @@ class Fp8Block(GridFormat):
     def scale(self, arrays: Arrays, shape: Shape) -> np.ndarray:
         return exponents_to_float32(arrays["scale"])
 
+    def packing(self, dtypes: Mapping[str, str], shape: Shape) -> Packing | None:
+        if dtypes["values"] != "F8_E4M3":
+            return None
+        return Packing("float8_e4m3fn", self.block_size, scale_dtype(dtypes["scale"]))
+
+    def packed_grid(self, role: str, array: np.ndarray) -> np.ndarray:
+        return exponents_to_float32(array)
+
     def scales(self, arrays: Arrays) -> dict[str, np.ndarray]:
-        return {"scale": exponents_to_float32(arrays["scale"])}
+        return {role: exponents_to_float32(array) for role, array in super().scales(arrays).items()}

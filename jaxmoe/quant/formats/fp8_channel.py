@@ -14,3 +14,6 @@ class Fp8Channel(Fp8Tensor):
 
     def shapes(self, role: str, shape: Shape) -> tuple[Shape, ...]:
         return (shape,) if role == "values" else ((*shape[:-1], 1), shape[:-1])
+
+    def packed_block(self, shape: Shape) -> tuple[int | None, int | None]:
+        return 1, None

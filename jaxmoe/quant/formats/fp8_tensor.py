@@ -1,6 +1,7 @@
 """8-bit floats with one scale a tensor: ModelOpt's FP8, AutoFP8, compressed-tensors' float-quantized of a tensor."""
 
 import dataclasses
+from collections.abc import Mapping
 
 import numpy as np
 
@@ -8,6 +9,7 @@ from jaxmoe.quant.base import Box, Part, Shape, Shapes, scale_of_activations
 from jaxmoe.quant.codes import to_float32
 from jaxmoe.quant.formats.fp8_block import FLOAT8
 from jaxmoe.quant.grid import GridFormat
+from jaxmoe.quant.packing import Packing, scale_dtype
 
 FLOAT8_PARTS = (
     Part("values", (".weight",), FLOAT8),
@@ -35,6 +37,15 @@ class Fp8Tensor(GridFormat):
 
     def value_box(self, box: Box, shape: Shape, stored: Shapes) -> Box:
         return box
+
+    def packing(self, dtypes: Mapping[str, str], shape: Shape) -> Packing | None:
+        if dtypes["values"] != "F8_E4M3":
+            return None
+        return Packing("float8_e4m3fn", self.packed_block(shape), scale_dtype(dtypes["scale"]))
+
+    def packed_block(self, shape: Shape) -> tuple[int | None, int | None]:
+        """The outputs and inputs that share a scale, None for all."""
+        return None, None
 
     def codes(self, array: np.ndarray, box: Box, shape: Shape, stored: Shapes, out: np.ndarray) -> np.ndarray:
         return to_float32(array, out)

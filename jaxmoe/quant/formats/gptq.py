@@ -1,12 +1,16 @@
 """GPTQ: integers of 2, 3, 4 or 8 bits packed along the inputs, with a zero point and a scale for each group of inputs."""
 
 import dataclasses
+from collections.abc import Mapping
+from typing import ClassVar
 
 import numpy as np
 
 from jaxmoe.quant.base import Arrays, Box, Part, QuantFormat, Shape, Shapes, ceil_div
 from jaxmoe.quant.codes import apply_groups, check_groups, to_float32, transpose_words, unpack_words, words_to_float32
-from jaxmoe.quant.grid import check_group_size, groups_of
+from jaxmoe.quant.errors import QuantizationError
+from jaxmoe.quant.grid import check_group_size, group_block, groups_of
+from jaxmoe.quant.packing import Packing, scale_dtype
 
 BITS = (2, 3, 4, 8)
 
@@ -22,14 +26,17 @@ class Gptq(QuantFormat):
         bits: bits of a code.
         group_size: inputs that share a scale; None where all of an output do.
         version: version of the format, 1 or 2.
+        act_order: whether inputs are of groups in another order than their own.
     """
 
     bits: int = 4
     group_size: int | None = None
     version: int = 1
+    act_order: bool = False
 
     name = "gptq"
     ranks = range(2, 3)
+    packed_from: ClassVar[Mapping[str, tuple[str, ...]]] = {**QuantFormat.packed_from, "scale": ("scale", "g_idx")}
     parts = (
         Part("values", (".qweight",), ("I32",)),
         Part("zero_point", (".qzeros",), ("I32",)),
@@ -93,6 +100,29 @@ class Gptq(QuantFormat):
         apply_groups(np.subtract, numbers, np.ascontiguousarray(zeros.T), groups, size)
         apply_groups(np.multiply, numbers, np.ascontiguousarray(to_float32(arrays["scale"]).T), groups, size)
         return numbers
+
+    def packing(self, dtypes: Mapping[str, str], shape: Shape) -> Packing | None:
+        if self.bits != 4 or self.act_order:
+            return None
+        scales = scale_dtype(dtypes["scale"])
+        return Packing("int4", group_block(self.group_size, shape), scales, zero_points=True)
+
+    def packed(self, role: str, arrays: Arrays, box: Box, shape: Shape, stored: Shapes) -> np.ndarray:
+        (row, row_end), (column, column_end) = box
+        if role == "values":
+            first = column % 8 // 2
+            return transpose_words(arrays["values"]).view(np.uint8)[:, first : first + (column_end - column) // 2]
+        size = self.group_size or shape[1]
+        # Beside an order of inputs all groups are read.
+        groups = slice(column // size, ceil_div(column_end, size)) if "g_idx" in stored else slice(None)
+        if role == "zero_point":
+            return self._zeros(arrays["zero_point"][groups], row, row_end).astype(np.uint8).T
+        if "g_idx" in arrays and not np.array_equal(arrays["g_idx"], np.arange(column, column_end) // size):
+            raise QuantizationError(
+                "g_idx must have inputs in the order of their groups where desc_act is false; it has another order; decode "
+                'the weights instead, with quantized="dequantize"'
+            )
+        return arrays["scale"][groups].T
 
     def _codes(self, words: np.ndarray, start: int, stop: int, out: np.ndarray) -> np.ndarray:
         # Words transposed have the codes of an output in order.

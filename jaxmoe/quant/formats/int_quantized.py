@@ -1,12 +1,14 @@
 """8-bit integers of compressed-tensors, int-quantized or naive-quantized, with a scale a tensor, channel or group."""
 
 import dataclasses
+from collections.abc import Mapping
 
 import numpy as np
 
 from jaxmoe.quant.base import Arrays, Box, Part, Shape, Shapes, scale_of_activations
 from jaxmoe.quant.codes import to_float32
-from jaxmoe.quant.grid import GridFormat, check_group_size, grid_shape, groups_of
+from jaxmoe.quant.grid import GridFormat, check_group_size, grid_shape, group_block, groups_of
+from jaxmoe.quant.packing import Packing, scale_dtype
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,6 +50,11 @@ class IntQuantized(GridFormat):
 
     def codes(self, array: np.ndarray, box: Box, shape: Shape, stored: Shapes, out: np.ndarray) -> np.ndarray:
         return to_float32(array, out)
+
+    def packing(self, dtypes: Mapping[str, str], shape: Shape) -> Packing | None:
+        if "zero_point" in dtypes:
+            return None
+        return Packing("int8", group_block(self.group_size, shape), scale_dtype(dtypes["scale"]))
 
     def zero_point(self, arrays: Arrays, box: Box, shape: Shape, stored: Shapes) -> np.ndarray | None:
         if "zero_point" not in arrays:

@@ -41,6 +41,13 @@ class Mxfp4Blocks(Mxfp4Groups):
         *lead, (start, stop) = box
         return (*lead, (start // _BLOCK, ceil_div(stop, _BLOCK)), (0, _BLOCK // 2))
 
+    def packed_values(self, array: np.ndarray, box: Box, shape: Shape, stored: Shapes) -> np.ndarray:
+        if array.ndim == len(shape):
+            return super().packed_values(array, box, shape, stored)
+        start, stop = box[-1]
+        rows = array.reshape(*array.shape[:-2], -1)
+        return rows[..., start % _BLOCK // 2 : (start % _BLOCK + stop - start) // 2]
+
     def codes(self, array: np.ndarray, box: Box, shape: Shape, stored: Shapes, out: np.ndarray) -> np.ndarray:
         if array.ndim == len(shape):
             return super().codes(array, box, shape, stored, out)

@@ -26,5 +26,5 @@ class Nvfp4Pack(Nvfp4Groups):
         scale_of_activations(".input_global_scale", ".input_scale"),
     )
 
-    def rescale(self, scale: np.ndarray, global_scale: np.ndarray) -> np.ndarray:
+    def rescale(self, scale: np.ndarray | np.float32, global_scale: np.ndarray) -> np.ndarray:
         return scale / global_scale

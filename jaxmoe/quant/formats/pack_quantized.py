@@ -2,13 +2,15 @@
 
 import dataclasses
 import math
+from collections.abc import Mapping
 
 import numpy as np
 
 from jaxmoe.quant.base import Arrays, Box, Part, Shape, Shapes, ceil_div, scale_of_activations
 from jaxmoe.quant.codes import apply_groups, check_groups, words_to_float32
 from jaxmoe.quant.errors import QuantizationError
-from jaxmoe.quant.grid import GridFormat, check_group_size, groups_of
+from jaxmoe.quant.grid import GridFormat, check_group_size, group_block, groups_of
+from jaxmoe.quant.packing import Packing, scale_dtype
 
 
 @dataclasses.dataclass(frozen=True)
@@ -113,6 +115,28 @@ class PackQuantized(GridFormat):
             return None
         zeros = self._signed(np.swapaxes(arrays["zero_point"], -1, -2), box[-2], shape, stored)
         return np.swapaxes(zeros, -1, -2)
+
+    def packing(self, dtypes: Mapping[str, str], shape: Shape) -> Packing | None:
+        zeros = "zero_point" in dtypes
+        if "g_idx" in dtypes or self.bits not in (4, 8) or (zeros and self.bits == 8):
+            return None
+        scales, block = scale_dtype(dtypes["scale"]), group_block(self.group_size, shape)
+        return Packing("int4" if self.bits == 4 else "int8", block, scales, zero_points=zeros)
+
+    def packed_values(self, array: np.ndarray, box: Box, shape: Shape, stored: Shapes) -> np.ndarray:
+        per_byte = 8 // self.bits
+        first = box[-1][0] % (32 // self.bits) // per_byte
+        stream = np.ascontiguousarray(array).view(np.uint8)
+        stream = stream[..., first : first + (box[-1][1] - box[-1][0]) // per_byte]
+        # What is one more than half of a byte's range stands for one: less the half, it is a byte with a sign.
+        return stream if self.bits == 4 else (stream ^ np.uint8(0x80)).view(np.int8)
+
+    def packed(self, role: str, arrays: Arrays, box: Box, shape: Shape, stored: Shapes) -> np.ndarray:
+        if role != "zero_point":
+            return super().packed(role, arrays, box, shape, stored)
+        zeros = self.zero_point(arrays, box, shape, stored)
+        assert zeros is not None
+        return (zeros + 2 ** (self.bits - 1)).astype(np.uint8)
 
     def values(self, arrays: Arrays, box: Box, shape: Shape, stored: Shapes, out: np.ndarray) -> np.ndarray:
         if "g_idx" not in arrays:

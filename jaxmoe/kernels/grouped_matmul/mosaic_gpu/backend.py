@@ -114,6 +114,8 @@ def problem_of(
             f"the mosaic_gpu kernel takes no packed matrices on Blackwell ({device_kind}), here {matrices.format}: use the "
             "portable one, or `dequantize` them first"
         )
+    if matrices.matrix_scales is not None:
+        raise NotImplementedError("the mosaic_gpu kernel takes no matrix_scales: use the portable one")
     return dataclasses.replace(problem, weight_bits=8 // FORMATS[matrices.format].per_byte, block=matrices.block)
 
 

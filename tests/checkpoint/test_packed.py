@@ -1,0 +1,163 @@
+"""Quantized checkpoints that stay packed on the devices: the values of decoded ones, in fewer bytes, wherever they go."""
+
+import json
+import math
+import shutil
+
+import jax
+import numpy as np
+import pytest
+
+import jaxmoe
+from jaxmoe.checkpoint.saving.values import ModelValues
+from jaxmoe.layers import packings_of, param_specs, params_by_path, unpacked_specs
+from tests.support.meshes import mesh_id, mesh_of
+from tests.support.quantized_checkpoints import CASES, write_pair
+from tests.support.saved import read_all
+
+# Formats that no kernel multiplies with.
+DECODED = {"pack_quantized, order", "gptq, order", "bnb_4bit"}
+PACKED = [case for case in CASES if case[1] not in DECODED]
+TOKENS = [[1, 2, 3, 4, 5]]
+EPS = 2e-7
+
+
+@pytest.fixture(scope="module", params=PACKED, ids=[f"{family}-{form}" for family, form, _ in PACKED])
+def case(request, tmp_path_factory):
+    family, form, block = request.param
+    return write_pair(tmp_path_factory.mktemp("packed"), family, form, block)
+
+
+def values(model) -> dict[str, np.ndarray]:
+    """All parameters of a model, those that are packed decoded."""
+    packings = packings_of(model)
+    source = ModelValues({path: param.get_value() for path, param in params_by_path(model).items()}, packings)
+    specs = unpacked_specs(param_specs(model), packings, model.dtype)
+    return {spec.path: source.read(spec.path, tuple((0, size) for size in spec.shape)) for spec in specs}
+
+
+def assert_same_values(ours, theirs) -> None:
+    found, expected = values(ours), values(theirs)
+    assert found.keys() == expected.keys()
+    for path, array in expected.items():
+        np.testing.assert_allclose(found[path], array, rtol=EPS, err_msg=path)
+
+
+def bytes_on(model) -> dict[int, int]:
+    """The bytes that each device really holds."""
+    total: dict[int, int] = {}
+    for param in params_by_path(model).values():
+        for shard in param.get_value().addressable_shards:
+            total[shard.device.id] = total.get(shard.device.id, 0) + shard.data.nbytes
+    return total
+
+
+@pytest.mark.covering
+@pytest.mark.parametrize("shape", [(1, 1, 1), (2, 2, 2), (1, 4, 2)], ids=mesh_id)
+@pytest.mark.parametrize("placement", ["linear", "round_robin"])
+def test_what_is_held_stands_for_the_decoded_values(case, shape, placement, tmp_path) -> None:
+    quantized, _, count = case
+    load = {"mesh": mesh_of(*shape), "placement": placement, "dtype": "float32"}
+    kept, decoded = (jaxmoe.load(quantized, **load, quantized=how) for how in ("keep", "dequantize"))
+    assert_same_values(kept, decoded)
+    report = kept.load_report
+    assert packings_of(kept)
+    assert sum(report.packed.values()) == count - sum(report.decoded.values()) > 0
+    assert report.bytes_per_device == bytes_on(kept)
+    assert report.bytes_needed <= report.bytes_read < 2 * report.bytes_needed
+    for device, held in report.bytes_per_device.items():
+        assert held < decoded.load_report.bytes_per_device[device]
+
+    # What a plan says, from the headers and from config.json alone.
+    shutil.copy(quantized / "config.json", tmp_path)
+    sizes = dict(zip(("dp", "tp", "ep"), shape, strict=True))
+    plan, told = (
+        jaxmoe.plan(path, **sizes, placement=placement, dtype="float32").parts for path in (quantized, tmp_path)
+    )
+    weights = [part for name, part in plan.items() if name != "key/value cache and state"]
+    assert sum(weights).tolist() == list(bytes_on(kept).values())
+    # That some of its attention is plain, and that there are zero points, config.json does not say.
+    packing = packings_of(kept)[f"layers.{len(kept.layers) - 1}.moe.w_down"]
+    if not packing.zero_points:
+        for part in ("routed experts", "padding slots"):
+            np.testing.assert_array_equal(told.get(part, 0), plan.get(part, 0))
+
+
+@pytest.mark.covering(most=3)
+def test_logits_are_those_of_decoded_weights(case, request) -> None:
+    quantized, _, _ = case
+    shape = [(1, 1, 1), (2, 2, 2), (1, 4, 2)][request.node.callspec.indices["case"] % 3]
+    kept, decoded = (
+        jaxmoe.load(quantized, mesh=mesh_of(*shape), dtype="float32", quantized=how) for how in ("keep", "dequantize")
+    )
+    ours, theirs = np.asarray(kept(TOKENS)), np.asarray(decoded(TOKENS))
+    np.testing.assert_allclose(ours, theirs, atol=1e-5 * np.abs(theirs).max())
+
+
+@pytest.mark.covering(most=2)
+def test_packed_experts_go_wherever_others_go(case, tmp_path) -> None:
+    """Rebalance, another mesh with other cuts, the loss of devices, a logical state and a save."""
+    quantized, _, _ = case
+    model = jaxmoe.load(quantized, mesh=mesh_of(1, 2, 4), dtype="float32")
+    assert jaxmoe.rebalance(model, "round_robin").total > 0
+    other = jaxmoe.load(quantized, mesh=mesh_of(1, 2, 4), placement="round_robin", dtype="float32")
+    assert_same_values(model, other)
+
+    state = jaxmoe.logical_state(other)
+    fresh = jaxmoe.load(quantized, mesh=mesh_of(1, 2, 4), dtype="float32")
+    jaxmoe.load_logical_state(fresh, state)
+    assert_same_values(fresh, jaxmoe.load(quantized, mesh=mesh_of(1, 2, 4), dtype="float32", quantized="dequantize"))
+
+    for shape, lost in (((2, 4, 1), []), ((1, 1, 4), []), ((1, 1, 2), jax.devices()[2:4])):
+        model = jaxmoe.move(model, mesh=mesh_of(*shape), lost_devices=lost)
+        assert (model.load_report.bytes_read > 0) == bool(lost)
+        assert model.load_report.bytes_per_device == bytes_on(model)
+        there = jaxmoe.load(quantized, mesh=mesh_of(*shape), dtype="float32", quantized="dequantize")
+        assert_same_values(model, there)
+
+    jaxmoe.save(model, tmp_path / "ours")
+    jaxmoe.save(there, tmp_path / "theirs")
+    assert "quantization_config" not in json.loads((tmp_path / "ours" / "config.json").read_text())
+    ours, theirs = read_all(tmp_path / "ours"), read_all(tmp_path / "theirs")
+    assert ours.keys() == theirs.keys()
+    for name, array in theirs.items():
+        np.testing.assert_allclose(ours[name], array, rtol=EPS, err_msg=name)
+
+
+@pytest.mark.parametrize("form", sorted(DECODED))
+def test_what_no_kernel_takes_is_decoded_and_said(form, tmp_path) -> None:
+    family, _, block = next(case for case in CASES if case[1] == form)
+    quantized, _, count = write_pair(tmp_path, family, form, block)
+    model = jaxmoe.load(quantized, mesh=mesh_of(1, 1, 2), dtype="float32")
+    assert not packings_of(model)
+    assert not model.load_report.packed
+    assert sum(model.load_report.decoded.values()) == count
+    assert any(
+        "quantized parameters are decoded" in note and "does not stay packed" in note
+        for note in model.load_report.notes
+    )
+
+
+@pytest.mark.parametrize("width", [64, 96])
+def test_a_block_that_a_device_s_part_cuts_becomes_smaller(tmp_path, width) -> None:
+    """Blocks of 24 by 40 and of 32 inputs over four devices."""
+    widths = {"hidden_size": 64, "moe_intermediate_size": width}
+    for form, most in (("fp8_block", (24, 40)), ("mxfp4_pack", (1, 32))):
+        (tmp_path / form).mkdir()
+        family, _, block = next(case for case in CASES if case[:2] == ("qwen3_moe", form))
+        quantized, _, _ = write_pair(tmp_path / form, family, form, block, widths)
+        model = jaxmoe.load(quantized, mesh=mesh_of(1, 4, 1), dtype="float32")
+        assert_same_values(
+            model, jaxmoe.load(quantized, mesh=mesh_of(1, 4, 1), dtype="float32", quantized="dequantize")
+        )
+        down = packings_of(model)["layers.0.moe.w_down"]
+        assert down.block == (math.gcd(most[0], 64), math.gcd(most[1], width // 4))
+        assert model.layers[0].moe.w_down_scale.shape[-1] == width // down.block[1]
+
+
+def test_settings_that_contradict_are_refused(tmp_path) -> None:
+    mesh = mesh_of(1, 1, 1)
+    with pytest.raises(ValueError, match=r"quantized is \"keep\", \"dequantize\" or None; got 'packed'"):
+        jaxmoe.load("demo", mesh=mesh, quantized="packed")
+    with pytest.raises(ValueError, match=r"an adapter is added to plain numbers"):
+        jaxmoe.load("demo", mesh=mesh, quantized="keep", adapter=tmp_path)
