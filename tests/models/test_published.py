@@ -146,8 +146,8 @@ def test_step_is_the_same_in_the_spelling_of_transformers():
     released = STEP_3_7_FLASH["text_config"]
     scaling = released["rope_scaling"]
     same = (
-        "vocab_size hidden_size num_hidden_layers num_nextn_predict_layers num_attention_heads head_dim dtype sliding_window "
-        "intermediate_size moe_intermediate_size moe_router_scaling_factor max_position_embeddings"
+        "vocab_size hidden_size num_hidden_layers num_nextn_predict_layers num_attention_heads head_dim dtype "
+        "sliding_window intermediate_size moe_intermediate_size moe_router_scaling_factor max_position_embeddings"
     ).split()
     theirs = {
         "model_type": "step3p5",
