@@ -1,6 +1,7 @@
 """Facts about devices that need not be there: memory, arithmetic and links, each stated once with its source."""
 
 import dataclasses
+import re
 from typing import Any, TypeVar
 
 import numpy as np
@@ -148,6 +149,10 @@ _NVLINK_5 = Links(within=900e9, between=50e9, latency=_LATENCY)
 # PCIe 4.0 x16 by L40S's data sheet, half of the 64 GB/s of both directions; 200 Gb/s a GPU in NVIDIA's reference designs.
 _PCIE_4 = Links(within=32e9, between=25e9, latency=_LATENCY)
 
+# Words in a device's name that tell no two of these apart. A card for PCIe is another one, and so is an NVL.
+_SAID_BESIDE = r"nvidia|tensor|core|gpu|sxm\d?|hbm\d?e?|gddr\d"
+_MEMORY_TOLERANCE = 0.09
+
 GPUS = {
     # XLA's a100_sxm_40.txtpb; data sheet: 40 GB, 1,555 GB/s, 312 TFLOP/s.
     "a100-40gb": GPU(
@@ -234,15 +239,25 @@ def get_gpu(name: str) -> GPU:
     """The kind of GPU of that name.
 
     Args:
-        name: a key of `GPUS`.
+        name: a key of `GPUS`, or a name as people and tools write it: in either case, with "NVIDIA", the memory, its kind
+            and the socket (SXM) or without.
 
     Raises:
-        ValueError: it is not known here.
+        ValueError: it is not known here, or its memory is that of another one.
 
     Example:
-        >>> get_gpu("h100").multiprocessors
-        132
+        >>> get_gpu("h100").multiprocessors, get_gpu("NVIDIA H100 80GB HBM3") == get_gpu("H100-80GB") == get_gpu("h100")
+        (132, True)
     """
-    if name not in GPUS:
-        raise ValueError(f"devices are {', '.join(GPUS)}; got {name!r}")
-    return GPUS[name]
+    words = re.findall(r"\d+ *gi?b|[a-z0-9]+", name.lower() if isinstance(name, str) else "")
+    sizes = [int(word.rstrip(" gib")) for word in words if re.fullmatch(r"\d+ *gi?b", word)]
+    models = [word for word in words if not re.fullmatch(rf"{_SAID_BESIDE}|\d+ *gi?b", word)]
+    if len(models) == 1 and len(sizes) <= 1:
+        kinds = [gpu for key, gpu in GPUS.items() if key.partition("-")[0] == models[0]]
+        if not sizes and models[0] in GPUS:
+            return GPUS[models[0]]
+        for gpu in kinds:
+            # A data sheet's GB are a little more than what CUDA reports.
+            if sizes and abs(sizes[0] * 2**30 / gpu.memory - 1) < _MEMORY_TOLERANCE:
+                return gpu
+    raise ValueError(f"devices are {', '.join(GPUS)}, and these with their memory, as in H100-80GB; got {name!r}")

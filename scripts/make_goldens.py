@@ -30,13 +30,20 @@ def make_model(model_type: str, seed: int, **changes: Any) -> torch.nn.Module:
     config = transformers.AutoConfig.for_model(model_type, **{**sizes, **changes})
     config.dtype = torch.float32
     multimodal = config.get_text_config() is not config
-    auto_class = transformers.AutoModelForImageTextToText if multimodal else transformers.AutoModelForCausalLM
+    auto_class = transformers.AutoModelForMultimodalLM if multimodal else transformers.AutoModelForCausalLM
     model = auto_class.from_config(config).float().eval()
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         # Some families hold these as buffers.
-        buffers = [one for one in model.named_buffers() if one[0].endswith(("correction_bias", "layer_scalar"))]
+        buffers = [
+            one for one in model.named_buffers() if one[0].endswith(("correction_bias", "layer_scalar", "tid2eid"))
+        ]
         for name, parameter in sorted([*model.named_parameters(), *buffers]):
+            if name.endswith("tid2eid"):
+                # The experts of each token, which differ from each other.
+                order = torch.rand(parameter.shape[0], model.config.num_local_experts, generator=generator).argsort(-1)
+                parameter.copy_(order[:, : parameter.shape[1]])
+                continue
             noise = torch.randn(parameter.shape, generator=generator)
             if name.endswith("A_log"):
                 # Slow enough that states remember a whole prompt.
@@ -60,6 +67,8 @@ def reference(model: torch.nn.Module, prompts: list[list[int]], new_tokens: int 
     if model.config.model_type == "llama4":
         # As of transformers 5.24 the wrapper's forward fails without an image; its text part is a whole model.
         model = model.language_model
+    if model.config.model_type == "qwen3_omni_moe":
+        model = model.thinker  # The rest speaks.
     expected = {}
     for i, prompt in enumerate(prompts):
         ids = torch.tensor([prompt])

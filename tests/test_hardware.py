@@ -47,3 +47,27 @@ def test_speeds_that_are_none_are_refused() -> None:
 def test_a_gpu_that_is_not_known_is_refused() -> None:
     with pytest.raises(ValueError, match=r"devices are a100-40gb, .*h100.*; got 'tpu'"):
         get_gpu("tpu")
+
+
+@pytest.mark.parametrize(
+    ("key", "names"),
+    [
+        ("a100-40gb", ["a100-40gb", "A100-40GB", "NVIDIA A100-SXM4-40GB", "a100 sxm 40 GB"]),
+        ("a100", ["A100", "A100-80GB", "NVIDIA A100-SXM4-80GB", "a100_80gb"]),
+        ("l40s", ["L40S", "NVIDIA L40S", "l40s-48gb"]),
+        ("h100", ["H100", "H100-80GB", "h100_80gb", "NVIDIA H100 80GB HBM3", "H100 SXM5", "nvidia-h100"]),
+        ("h200", ["H200", "NVIDIA H200", "H200-141GB", "h200 sxm 141 GB HBM3e"]),
+        ("b200", ["B200", "NVIDIA B200", "B200-180GB", "b200 192GB"]),
+    ],
+)
+def test_devices_have_the_names_that_people_write(key, names) -> None:
+    for name in [key, GPUS[key].name, *names]:
+        assert get_gpu(name) is GPUS[key], name
+
+
+@pytest.mark.parametrize(
+    "name", ["", "h100x", "H100-40GB", "H100 NVL", "H100 PCIe", "A100-96GB", "80GB", "h100 h200", None]
+)
+def test_devices_that_are_not_known_are_refused(name) -> None:
+    with pytest.raises(ValueError, match="devices are a100-40gb, a100, .* as in H100-80GB; got "):
+        get_gpu(name)

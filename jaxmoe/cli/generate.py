@@ -58,7 +58,10 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         "--record-routing", metavar="FILE.npz", help="write the experts that every token chose, for `jaxmoe place`"
     )
     parser.add_argument(
-        "-v", "--verbose", action="store_true", help="where experts are and how tokens travel to them, on stderr"
+        "-v",
+        "--verbose",
+        action="store_true",
+        help="what was read, the forms of weights, where experts are and how tokens travel to them, on stderr",
     )
 
 
@@ -91,6 +94,7 @@ def _generate_together(args: argparse.Namespace) -> None:
     model = _load(args, mesh)
     if args.verbose:
         _print_expert_bytes(model)
+        print(model.load_report.describe(), file=sys.stderr)
         first = token_ids[: args.batch_size]
         longest = max(map(len, first), default=1)
         print(model.describe(batch_size=len(first), prompt_length=longest), file=sys.stderr)
@@ -131,6 +135,7 @@ def _add_load_options(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("loading")
     options.add_placement(group)
     group.add_argument("--dtype", help="of weights and activations (default: the checkpoint's own)")
+    options.add_quantized(group)
     options.add_adapter(group)
     options.add_expert_axes(group)
     group.add_argument(
@@ -153,6 +158,7 @@ def _load(args: argparse.Namespace, mesh: "Mesh") -> Any:
         mesh=mesh,
         placement=options.read_placement(args.placement),
         dtype=args.dtype,
+        quantized=args.quantized,
         adapter=args.adapter,
         expert_axes=args.expert_axes,
         dispatch=args.dispatch,

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 HELP = "tell what is in a checkpoint, without reading a weight"
 
 _SHOWN = 8
+_QUANTIZED = ("routed experts", "shared experts", "dense MLP", "attention", "embedding", "head")
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -125,18 +126,43 @@ def _facts(summary: "CheckpointSummary") -> Iterable[tuple[str, str]]:
     family = summary.model_type or "not given"
     yield "checkpoint", summary.path
     yield "family", family if summary.known else f"{family} (family unknown)"
-    yield "layers", f"{show_count(summary.layers)}, {show_count(summary.moe_layers)} of them with routed experts"
-    yield "experts", f"{show_count(summary.experts)} a layer, {show_count(summary.experts_per_token)} for each token"
+    if summary.moe_layers is None:
+        yield "layers", f"{show_count(summary.layers)}; it is not known how many have routed experts"
+    else:
+        yield "layers", f"{show_count(summary.layers)}, {show_count(summary.moe_layers)} of them with routed experts"
+    if summary.experts is None and summary.experts_per_token is None:
+        yield "experts", "not known"
+    else:
+        yield (
+            "experts",
+            f"{show_count(summary.experts)} a layer, {show_count(summary.experts_per_token)} for each token",
+        )
     for layout, layers in summary.layouts.items():
         yield "expert layout", f"{layout} in layers {_ranges(layers)}"
-    yield "dtypes", ", ".join(f"{name} {show_bytes(size)}" for name, size in summary.dtypes.items())
+    if summary.weights:
+        yield "dtypes", ", ".join(f"{name} {show_bytes(size)}" for name, size in summary.dtypes.items())
     yield "quantization", _quantization(summary)
+    if summary.quantization is not None and summary.formats:
+        parts = {group: [*summary.formats[group]] for group in _QUANTIZED if group in summary.formats}
+        yield "formats", "; ".join(f"{group}: {' and '.join(formats)}" for group, formats in parts.items())
     yield "parameters", f"{show_count(summary.parameters)}, {show_count(summary.active_parameters)} active per token"
-    yield "bytes", f"{show_bytes(summary.bytes)} in {summary.files} file{'' if summary.files == 1 else 's'}"
+    yield "bytes", _bytes(summary)
+    yield "loads", "no" if summary.problems else "yes"
+    for rule, count in summary.renamed.items():
+        yield "renamed", f"{count:,} tensors ({rule})"
     for rule, names in summary.ignored.items():
         yield "ignored", f"{len(names):,} tensors ({rule})"
     if summary.uncovered:
         yield "uncovered", "; ".join(_first(summary.uncovered, "tensors"))
+
+
+def _bytes(summary: "CheckpointSummary") -> str:
+    files = f"{summary.files} file{'' if summary.files == 1 else 's'}"
+    if summary.weights:
+        return f"{show_bytes(summary.bytes)} in {files}"
+    size = show_bytes(summary.bytes) if summary.bytes else "unknown"
+    told = f"its index names {files}" if summary.files else "config.json alone is read"
+    return f"{size}; there are no weights here, {told}"
 
 
 def _quantization(summary: "CheckpointSummary") -> str:

@@ -38,6 +38,16 @@ def add_adapter(parser: argparse._ActionsContainer) -> None:
     parser.add_argument("--adapter", metavar="DIR", help="a LoRA adapter to merge into the weights")
 
 
+def add_quantized(parser: argparse._ActionsContainer, default: str | None = None) -> None:
+    """Add ``--quantized``; `default` is its value where it is left out."""
+    parser.add_argument(
+        "--quantized",
+        choices=("keep", "dequantize"),
+        default=default,
+        help="quantized weights stay packed where they can (keep, the default), or are all decoded",
+    )
+
+
 def make_mesh(args: argparse.Namespace) -> "Mesh":
     """Make the mesh that ``--mesh`` and ``--simulate`` ask for."""
     from jaxmoe.mesh import make_mesh, simulate_devices

@@ -31,12 +31,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     options.add_expert_axes(parser)
     parser.add_argument("--device", metavar="NAME", help="compare with the memory of a kind of device, such as h100")
     parser.add_argument("--dtype", help="of weights and cache (default: the config's own)")
-    parser.add_argument(
-        "--quantized",
-        choices=("keep", "dequantize"),
-        default="keep",
-        help="quantized weights stay packed where they can (keep), or are decoded",
-    )
+    options.add_quantized(parser, default="keep")
     parser.add_argument("--batch-size", type=options.count, default=1, metavar="B", help="sequences to hold (1)")
     parser.add_argument("--max-length", type=options.count, metavar="C", help="tokens of each (4096)")
     parser.add_argument("--json", action="store_true", help="everything as one JSON object")
@@ -71,6 +66,7 @@ def _print(report: "Plan") -> None:
     sizes = ",".join(f"{axis}={size}" for axis, size in report.mesh.items())
     console.print(
         f"{report.model_type}, {show_count(report.parameters)} parameters in {report.dtype} on {sizes}; "
+        f"{show_count(report.active_parameters)} active per token; "
         f"cache for {report.batch_size} x {report.max_length} tokens",
         highlight=False,
     )

@@ -14,7 +14,8 @@ from jaxmoe.config.attention import (
     QueryTemperature,
     SlidingWindow,
 )
-from jaxmoe.config.decoder import DecoderConfig, LayerConfig
+from jaxmoe.config.compressed_attention import CompressedAttentionConfig, CompressionConfig
+from jaxmoe.config.decoder import DecoderConfig, HyperConnectionConfig, LayerConfig
 from jaxmoe.config.feed_forward import MLPConfig, MoEConfig
 from jaxmoe.config.places import directory_of, find_checkpoint, shard_of
 from jaxmoe.config.reading import (
@@ -57,10 +58,13 @@ __all__ = [
     "BlockSparseAttentionConfig",
     "ChosenByFunction",
     "Chunks",
+    "CompressedAttentionConfig",
+    "CompressionConfig",
     "DecoderConfig",
     "ExpertChoice",
     "GatedDeltaNetConfig",
     "GroupedTopK",
+    "HyperConnectionConfig",
     "IndexerConfig",
     "LayerConfig",
     "MLAConfig",

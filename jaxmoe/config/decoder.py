@@ -25,6 +25,7 @@ class LayerConfig:
         parallel_mlp: dense MLP beside the routed experts, on the same residual stream, which the router sees without
             the layer's norms; their results are normalized, each on its own, and added. None for none.
         output_scale: whether the layer's result is multiplied by a learned number.
+        experts_by_token: whether a token's routed experts are those that a table has for its id; the router weights them.
     """
 
     attention: TokenMixerConfig | None
@@ -33,6 +34,7 @@ class LayerConfig:
     post_norms: bool = False
     parallel_mlp: MLPConfig | None = None
     output_scale: bool = False
+    experts_by_token: bool = False
 
     def __post_init__(self) -> None:
         if self.attention is None and self.feed_forward is None:
@@ -41,6 +43,29 @@ class LayerConfig:
             raise ValueError("a parallel MLP stands beside routed experts; the layer has none")
         if self.parallel_mlp is not None and not self.pre_norms:
             raise ValueError("a parallel MLP has a norm before it; got pre_norms=False")
+        if self.experts_by_token and not isinstance(self.feed_forward, MoEConfig):
+            raise ValueError("a table of the tokens' experts needs routed experts; the layer has none")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class HyperConnectionConfig:
+    """Several residual streams, which every half of a layer reads from, writes to and mixes with weights of its own.
+
+    Hyper-connections (Zhu et al. 2024, arXiv:2409.19606), whose mixing is kept doubly stochastic (Xie et al. 2025,
+    arXiv:2512.24880).
+
+    Attributes:
+        streams: number of residual streams.
+        iterations: number of times that the mixing weights are divided by the sums of their columns and their rows.
+        eps: epsilon of these divisions, and least weight of what is read.
+    """
+
+    streams: int
+    iterations: int
+    eps: float
+
+    def __post_init__(self) -> None:
+        check_positive(self, "streams", "iterations")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -66,6 +91,7 @@ class DecoderConfig:
         lm_head_bias: whether the output projection, which is then not tied, has a bias.
         num_mtp_layers: number of layers for multi-token prediction that a checkpoint may have behind the model's own,
             and that are not loaded.
+        hyper_connections: residual streams where there are several; None for one, to which halves of layers are added.
     """
 
     model_type: str
@@ -83,6 +109,7 @@ class DecoderConfig:
     logits_softcap: float | None = None
     lm_head_bias: bool = False
     num_mtp_layers: int = 0
+    hyper_connections: HyperConnectionConfig | None = None
 
     def __post_init__(self) -> None:
         check_positive(self, "vocab_size", "hidden_size", "max_position_embeddings")

@@ -14,17 +14,17 @@ class MLPConfig:
         hidden_size: model width D.
         intermediate_size: width between the products.
         activation: name in `jaxmoe.numerics.ACTIVATIONS`, or of a clamped activation of experts.
-        activation_limit: bound of a clamped activation; None for those that have none.
         bias: whether every projection has a bias.
         gated: whether there is a gate; without one the MLP is down(act(up x)).
+        activation_limit: bound of a clamped activation; None for those that have none.
     """
 
     hidden_size: int
     intermediate_size: int
     activation: str = "silu"
-    activation_limit: float | None = None
     bias: bool = False
     gated: bool = True
+    activation_limit: float | None = None
 
     def __post_init__(self) -> None:
         check_positive(self, "hidden_size", "intermediate_size")

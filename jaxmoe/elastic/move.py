@@ -29,6 +29,7 @@ from jaxmoe.layers.swap import by_rank, fill_slots
 from jaxmoe.layers.usable import mark_moved
 from jaxmoe.mesh import EP, check_mesh
 from jaxmoe.models import Decoder
+from jaxmoe.models.parts import held_forms
 from jaxmoe.placement import ExpertPlacement
 from jaxmoe.quant.packing import Packing
 
@@ -112,6 +113,7 @@ def move(
     moved.load_report = dataclasses.replace(
         report,
         seconds=time.perf_counter() - start,
+        held=held_forms(moved, moved.dtype),
         bytes_per_device=_bytes_per_device(new.values()),
         expert_bytes_per_device=_bytes_per_device([spec for path, spec in new.items() if is_expert_stack(path)]),
     )
@@ -180,8 +182,9 @@ def _read_lost(
     """
     if not lost:
         return {}, _NOTHING_READ
-    if model.origin is None or model.origin.adapted:
-        why = "it came from no checkpoint" if model.origin is None else "an adapter was merged when it was loaded"
+    if model.origin is None or model.origin.adapted or model.origin.quantized:
+        done = "quantized" if model.origin is not None and model.origin.quantized else "merged with an adapter"
+        why = "it came from no checkpoint" if model.origin is None else f"its weights were {done} when they were loaded"
         raise ValueError(
             f"the lost devices alone had {len(lost)} parameters or parts of them, {min(lost)} the first, and the model "
             f"cannot read them again: {why}; load it anew"

@@ -20,8 +20,10 @@ def eos_token_ids(directory: str | Path) -> frozenset[int]:
     for name in ("generation_config.json", "config.json"):
         config = read_json(Path(directory) / name)
         value = config.get("eos_token_id")
-        if value is None and isinstance(config.get("text_config"), dict):
-            value = config["text_config"].get("eos_token_id")
+        thinker = config.get("thinker_config")
+        for outer in (config, thinker if isinstance(thinker, dict) else {}):
+            if value is None and isinstance(outer.get("text_config"), dict):
+                value = outer["text_config"].get("eos_token_id")
         if value is None:
             continue
         ids = value if isinstance(value, list) else [value]

@@ -3,6 +3,7 @@
 from jaxmoe.layers.attention import Attention, KVCache
 from jaxmoe.layers.cache import CacheArray
 from jaxmoe.layers.embedding import VocabTable
+from jaxmoe.layers.hyper import HyperConnection, HyperHead
 from jaxmoe.layers.logical import abstract_logical_state, load_logical_state, logical_state
 from jaxmoe.layers.mixers import TOKEN_MIXERS, make_token_mixer
 from jaxmoe.layers.mlp import MLP
@@ -24,6 +25,8 @@ __all__ = [
     "TOKEN_MIXERS",
     "Attention",
     "CacheArray",
+    "HyperConnection",
+    "HyperHead",
     "KVCache",
     "MoE",
     "MoEStats",

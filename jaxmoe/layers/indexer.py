@@ -84,12 +84,17 @@ def indexer_queries(
     """The queries, from the latent that the attention's own are made from, and the heads' shares, from the activations."""
     q_BSA = jnp.einsum("bsq,aq->bsa", latent_BSQ, w.w_index_q)
     q_BSIh = q_BSA.reshape(*q_BSA.shape[:2], config.num_heads, config.head_dim)
-    heads_BSI = jnp.einsum("bsd,id->bsi", x_BSD.astype(w.w_index_heads.dtype), w.w_index_heads, precision=_HIGHEST)
-    return IndexerQueries(apply_rope(q_BSIh, positions_BS, config.rope), heads_BSI * config.num_heads**-0.5)
+    return IndexerQueries(apply_rope(q_BSIh, positions_BS, config.rope), head_shares(x_BSD, w.w_index_heads))
 
 
-def index_scores(queries: IndexerQueries, k_BCh: jax.Array, positions_BS: jax.Array) -> jax.Array:
-    """Σ_i heads_i · relu(q_i kᵀ / sqrt(h)), [B, S, C] in the heads' dtype; -inf for positions after a token's own.
+def head_shares(x_BSD: jax.Array, w_ID: jax.Array) -> jax.Array:
+    """Each head's share of the score, x Wᵀ / sqrt(I), [B, S, I] in the weight's dtype."""
+    shares_BSI = jnp.einsum("bsd,id->bsi", x_BSD.astype(w_ID.dtype), w_ID, precision=_HIGHEST)
+    return shares_BSI * w_ID.shape[0] ** -0.5
+
+
+def index_scores(queries: IndexerQueries, k_BCh: jax.Array, last_BS: jax.Array) -> jax.Array:
+    """Σ_i heads_i · relu(q_i kᵀ / sqrt(h)), [B, S, C] in the heads' dtype; -inf for indices after the last that counts.
 
     DeepSeek-V3.2 (arXiv:2512.02556), equation 1.
     """
@@ -98,25 +103,31 @@ def index_scores(queries: IndexerQueries, k_BCh: jax.Array, positions_BS: jax.Ar
     dots = jnp.einsum("bsih,bch->bsic", q_BSIh, k_BCh, precision=_HIGHEST, preferred_element_type=dtype)
     dots = jax.nn.relu(dots * q_BSIh.shape[-1] ** -0.5)
     scores_BSC = jnp.einsum("bsi,bsic->bsc", heads_BSI, dots, precision=_HIGHEST)
-    seen_BSC = jnp.arange(k_BCh.shape[1], dtype=jnp.int32)[None, None] <= positions_BS[..., None]
+    seen_BSC = jnp.arange(k_BCh.shape[1], dtype=jnp.int32)[None, None] <= last_BS[..., None]
     return jnp.where(seen_BSC, scores_BSC, -jnp.inf)
 
 
-def choose_for_prompt(queries: IndexerQueries, k_BCh: jax.Array, positions_BS: jax.Array, topk: int) -> jax.Array:
-    """The `topk` positions of the largest score for each token, as bool [B, S, C]; of equal ones the first.
+def choose_for_prompt(queries: IndexerQueries, k_BCh: jax.Array, last_BS: jax.Array, topk: int) -> jax.Array:
+    """The `topk` indices of the largest score for each token, as bool [B, S, C]; of equal ones the first.
 
-    A token with no more positions before it may have some after it among them as well.
+    A token for which no more count may have some of the others among them as well.
+
+    Args:
+        queries: queries of the tokens.
+        k_BCh: keys to choose from, in the order of their positions.
+        last_BS: int32, last index that counts for each token; its own position, where each position has a key.
+        topk: number of indices, at most C.
     """
 
-    def block(q_BsIh: jax.Array, heads_BsI: jax.Array, positions_Bs: jax.Array) -> jax.Array:
-        return largest(index_scores(IndexerQueries(q_BsIh, heads_BsI), k_BCh, positions_Bs), topk)
+    def block(q_BsIh: jax.Array, heads_BsI: jax.Array, last_Bs: jax.Array) -> jax.Array:
+        return largest(index_scores(IndexerQueries(q_BsIh, heads_BsI), k_BCh, last_Bs), topk)
 
-    return by_query_blocks(block, *queries, positions_BS)
+    return by_query_blocks(block, *queries, last_BS)
 
 
-def choose_for_token(queries: IndexerQueries, k_BCh: jax.Array, positions_B1: jax.Array, topk: int) -> jax.Array:
-    """The `topk` positions of the largest score for one new token of each row, as int32 [B, 1, k]."""
-    return jax.lax.top_k(index_scores(queries, k_BCh, positions_B1), topk)[1].astype(jnp.int32)
+def choose_for_token(queries: IndexerQueries, k_BCh: jax.Array, last_B1: jax.Array, topk: int) -> jax.Array:
+    """`choose_for_prompt` for one new token of each row, as int32 [B, 1, k]."""
+    return jax.lax.top_k(index_scores(queries, k_BCh, last_B1), topk)[1].astype(jnp.int32)
 
 
 def largest(scores_BSC: jax.Array, count: int) -> jax.Array:

@@ -233,6 +233,7 @@ class _Over(NamedTuple):
 
 @partial(jax.jit, static_argnames="over")
 def _to_logical(stack: jax.Array, first_slots_E: jax.Array, *, over: _Over) -> jax.Array:
+    dtype, stack = stack.dtype, _for_collectives(stack)
     E, n, dim = len(first_slots_E), axes_size(over.mesh, over.expert_axes), over.split_dim
 
     def local(stack: jax.Array, first_slots_E: jax.Array) -> jax.Array:
@@ -255,13 +256,15 @@ def _to_logical(stack: jax.Array, first_slots_E: jax.Array, *, over: _Over) -> j
             shape[dim] //= n
         return jax.lax.fori_loop(np.int32(0), np.int32(E), one, jnp.zeros(shape, stack.dtype))
 
-    return jax.shard_map(
+    logical = jax.shard_map(
         local, mesh=over.mesh, in_specs=(over.physical, PartitionSpec()), out_specs=over.logical, check_vma=False
     )(stack, first_slots_E)
+    return jax.lax.bitcast_convert_type(logical, dtype)
 
 
 @partial(jax.jit, static_argnames="over")
 def _to_physical(experts: jax.Array, slot_to_expert_P: jax.Array, *, over: _Over) -> jax.Array:
+    dtype, experts = experts.dtype, _for_collectives(experts)
     n, dim = axes_size(over.mesh, over.expert_axes), over.split_dim
     p = len(slot_to_expert_P) // n
 
@@ -284,9 +287,16 @@ def _to_physical(experts: jax.Array, slot_to_expert_P: jax.Array, *, over: _Over
             shape[dim] *= n
         return jax.lax.fori_loop(np.int32(0), np.int32(len(slot_to_expert_P)), one, jnp.zeros(shape, experts.dtype))
 
-    return jax.shard_map(
+    physical = jax.shard_map(
         local, mesh=over.mesh, in_specs=(over.logical, PartitionSpec()), out_specs=over.physical, check_vma=False
     )(experts, slot_to_expert_P)
+    return jax.lax.bitcast_convert_type(physical, dtype)
+
+
+def _for_collectives(stack: jax.Array) -> jax.Array:
+    """A stack that every kind of GPU adds and gathers: bytes in place of floats of 8 bits, others as they are."""
+    of_a_byte = stack.dtype.itemsize == 1 and jnp.issubdtype(stack.dtype, jnp.floating)
+    return jax.lax.bitcast_convert_type(stack, jnp.uint8) if of_a_byte else stack
 
 
 def _write(stack: jax.Array, expert: jax.Array, place: jax.Array) -> jax.Array:

@@ -11,6 +11,7 @@ import jax
 from jaxmoe.config import (
     AttentionConfig,
     BlockSparseAttentionConfig,
+    CompressedAttentionConfig,
     GatedDeltaNetConfig,
     Mamba2Config,
     MambaConfig,
@@ -20,6 +21,7 @@ from jaxmoe.config import (
 )
 from jaxmoe.layers.attention import Attention
 from jaxmoe.layers.block_sparse import BlockSparseAttention
+from jaxmoe.layers.compressed_attention import CompressedAttention
 from jaxmoe.layers.gated_delta_net import GatedDeltaNet
 from jaxmoe.layers.mamba import Mamba
 from jaxmoe.layers.mamba2 import Mamba2
@@ -52,6 +54,7 @@ class TokenMixer(Protocol):
 TOKEN_MIXERS: dict[type[TokenMixerConfig], Callable[..., TokenMixer]] = {
     AttentionConfig: Attention,
     BlockSparseAttentionConfig: BlockSparseAttention,
+    CompressedAttentionConfig: CompressedAttention,
     GatedDeltaNetConfig: GatedDeltaNet,
     Mamba2Config: Mamba2,
     MambaConfig: Mamba,

@@ -7,7 +7,7 @@ from flax import nnx
 from jax.sharding import PartitionSpec as P
 
 from jaxmoe.config import MLPConfig
-from jaxmoe.kernels.grouped_matmul.combine import combine_halves
+from jaxmoe.kernels.grouped_matmul import combine_halves
 from jaxmoe.layers.linear import linear
 from jaxmoe.layers.param import ParamFactory, zeros
 from jaxmoe.layers.weights import WeightSpecs
@@ -32,11 +32,12 @@ class MLP(nnx.Module):
             self.b_up = param((width,), tp, init=zeros)
             self.b_down = param((hidden,), init=zeros)
         self.config, self.specs = config, WeightSpecs.of(self)
-        self.combine = combine_halves(config.activation, config.activation_limit, gated=config.gated)
         self.mesh, self.tp_axes = auto_mesh(param.mesh), param.axes.tp
 
     def __call__(self, x_BSD: jax.Array, batch: tuple[str, ...]) -> jax.Array:
         """Map x [B, S, D], its batch dim sharded over the axes `batch`, to [B, S, D]."""
+        config = self.config
+        combine = combine_halves(config.activation, config.activation_limit, gated=config.gated)
         weights, specs = self.specs.weights(self)
 
         def local(w: dict[str, Any], x_BSD: jax.Array) -> jax.Array:
@@ -44,7 +45,7 @@ class MLP(nnx.Module):
                 y_BSF = linear(x_BSD, w[f"w_{name}"])
                 return y_BSF + w[f"b_{name}"][None, None] if self.config.bias else y_BSF
 
-            h_BSF = self.combine.halves(*(project(name) for name in (("gate", "up") if self.config.gated else ("up",))))
+            h_BSF = combine.halves(project("gate"), project("up")) if config.gated else combine.halves(project("up"))
             y_BSD = linear(h_BSF, w["w_down"], sum_dtype(x_BSD.dtype))
             y_BSD = jax.lax.psum(y_BSD, self.tp_axes).astype(x_BSD.dtype)
             return y_BSD + w["b_down"][None, None] if self.config.bias else y_BSD

@@ -11,6 +11,7 @@ from jaxmoe.models.dbrx import DBRX
 from jaxmoe.models.decoder import Decoder
 from jaxmoe.models.deepseek_v2 import DEEPSEEK_V2
 from jaxmoe.models.deepseek_v3 import DEEPSEEK_V3, KIMI_K2
+from jaxmoe.models.deepseek_v4 import DEEPSEEK_V4
 from jaxmoe.models.deepseek_v32 import DEEPSEEK_V32, GLM_MOE_DSA
 from jaxmoe.models.ernie4_5_moe import ERNIE4_5_MOE
 from jaxmoe.models.exaone_moe import EXAONE_MOE
@@ -24,6 +25,7 @@ from jaxmoe.models.granitemoe import GRANITEMOE
 from jaxmoe.models.granitemoehybrid import GRANITEMOEHYBRID
 from jaxmoe.models.granitemoeshared import GRANITEMOESHARED
 from jaxmoe.models.hunyuan_v1_moe import HUNYUAN_V1_MOE
+from jaxmoe.models.hy_v3 import HY_V3
 from jaxmoe.models.jamba import JAMBA
 from jaxmoe.models.lfm2_moe import LFM2_MOE
 from jaxmoe.models.llama4 import LLAMA4_TEXT
@@ -67,6 +69,7 @@ FAMILIES: dict[str, Family] = {
         DEEPSEEK_V2,
         DEEPSEEK_V3,
         DEEPSEEK_V32,
+        DEEPSEEK_V4,
         ERNIE4_5_MOE,
         EXAONE_MOE,
         FLEX_OLMO,
@@ -79,6 +82,7 @@ FAMILIES: dict[str, Family] = {
         GRANITEMOEHYBRID,
         GRANITEMOESHARED,
         HUNYUAN_V1_MOE,
+        HY_V3,
         JAMBA,
         KIMI_K2,
         LFM2_MOE,
@@ -124,14 +128,13 @@ def find_family(config: Mapping[str, Any]) -> tuple[Family, Mapping[str, Any]]:
         ValueError: no family is known for it, or two settings of one thing differ.
     """
     wrapper = WRAPPERS.get(config["model_type"])
-    inner = config.get("text_config")
-    inner = inner if isinstance(inner, dict) else None
     if wrapper is None:
         family = get_family(config["model_type"])
-        _check(config, inner)
+        inner = config.get("text_config")
+        _check(config, inner if isinstance(inner, dict) else None)
         return family, config
+    _check(*wrapper.parts(config))
     text = wrapper.text_config(config)
-    _check(config, inner)
     return dataclasses.replace(get_family(text["model_type"]), wrapper=wrapper), text
 
 

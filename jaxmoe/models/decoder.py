@@ -18,6 +18,7 @@ from jaxmoe.dispatch import PhaseDispatch
 from jaxmoe.layers import (
     NORMS,
     CacheArray,
+    HyperHead,
     MoE,
     MoEStats,
     MovedBytes,
@@ -36,6 +37,7 @@ from jaxmoe.models.decoder_layer import DecoderLayer
 from jaxmoe.models.describe import describe
 from jaxmoe.models.origin import Origin
 from jaxmoe.models.padding import bucket_length, prompt_positions
+from jaxmoe.models.parts import describe_packed
 from jaxmoe.models.replay import ReplayedRouting, RoutingReplay, of_layers
 from jaxmoe.models.routing import Routing, RoutingRecorder, routing_of
 from jaxmoe.placement import ExpertPlacement, RoutingTrace, make_placements
@@ -111,6 +113,8 @@ class Decoder(nnx.Module):
             )
             for i, layer in enumerate(config.layers)
         )
+        if config.hyper_connections is not None:
+            self.hyper_head = HyperHead(config.hyper_connections, config.hidden_size, config.norm_eps, param=param)
         self.norm = NORMS[config.norm](config.hidden_size, config.norm_eps, param=param)
         if not config.tie_word_embeddings:
             self.lm_head = VocabTable(
@@ -151,7 +155,7 @@ class Decoder(nnx.Module):
         return recorder if recorder is not None and recorder.records(self, self.embed.weight.get_value()) else None
 
     def describe(self, *, batch_size: int = 1, prompt_length: int = 512) -> str:
-        """The model on its mesh in a few lines: where its experts are, and how tokens will travel to them and why.
+        """The model on its mesh in a few lines: its packed weights, where its experts are, and how tokens travel to them.
 
         Args:
             batch_size: sequences, for the choice of a dispatch.
@@ -164,6 +168,7 @@ class Decoder(nnx.Module):
             self.dtype,
             self.moe_layers,
             self.dispatch,
+            describe_packed(self, self.dtype),
             batch_size=batch_size,
             prompt_length=prompt_length,
         )
@@ -462,17 +467,29 @@ class Decoder(nnx.Module):
         check_usable(self)
         batch = batch_axes(self.mesh, tokens_BS.shape[0])
         x_BSD = self.embed.embed(tokens_BS, batch) * self.config.embedding_multiplier
+        if self.config.hyper_connections is not None:
+            x_BSD = jnp.repeat(x_BSD[:, :, None], self.config.hyper_connections.streams, axis=2)
         choices = iter(of_layers(expert_ids_BSLK, [moe.config for moe in self.moe_layers], tokens_BS.shape))
         caches, stats, chosen = [], [], None
         for i, layer in enumerate(self.layers):
             layer_cache = None if cache is None else cache[i]
             ids_BSK = next(choices) if hasattr(layer, "moe") else None
             x_BSD, layer_cache, layer_stats, chosen = layer(
-                x_BSD, positions_BS, mask_BS, layer_cache, batch, expert_ids_BSK=ids_BSK, decode=decode, chosen=chosen
+                x_BSD,
+                positions_BS,
+                mask_BS,
+                layer_cache,
+                batch,
+                expert_ids_BSK=ids_BSK,
+                decode=decode,
+                chosen=chosen,
+                token_ids_BS=tokens_BS,
             )
             caches.append(layer_cache)
             if layer_stats is not None:
                 stats.append(layer_stats)
+        if self.config.hyper_connections is not None:
+            x_BSD = self.hyper_head(x_BSD)
         return self.norm(x_BSD), tuple(caches), tuple(stats)
 
     def _logits(self, x_BSD: jax.Array) -> jax.Array:

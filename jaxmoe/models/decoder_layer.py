@@ -1,14 +1,16 @@
 """One layer of a decoder: a token mixer and a feed-forward part, each behind a norm and added to its input."""
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from flax import nnx
 
-from jaxmoe.config import DecoderConfig, LayerConfig, MLPConfig, MoEConfig
+from jaxmoe.config import ChosenByFunction, DecoderConfig, LayerConfig, MLPConfig, MoEConfig
 from jaxmoe.dispatch import PhaseDispatch
-from jaxmoe.layers import MLP, NORMS, MoE, MoEStats, ParamFactory, make_token_mixer
+from jaxmoe.layers import MLP, NORMS, HyperConnection, MoE, MoEStats, ParamFactory, make_token_mixer
 from jaxmoe.layers.param import ones
 from jaxmoe.mesh import named
 from jaxmoe.placement import ExpertPlacement
@@ -17,9 +19,11 @@ from jaxmoe.placement import ExpertPlacement
 class DecoderLayer(nnx.Module):
     """x + attention(norm(x)), then x + feed_forward(norm(x)); a layer may have one of the two only.
 
-    With `LayerConfig.post_norms` a half's result is normalized before it is added, and without `LayerConfig.pre_norms`
-    what goes into it is not. With `LayerConfig.parallel_mlp` the second half is norm(mlp(norm(x))) + norm(moe(norm(x))),
-    and the router sees x itself.
+    With `DecoderConfig.hyper_connections` x is several streams, and the sums are what `HyperConnection` does instead. With
+    `LayerConfig.experts_by_token` a table chooses a token's experts by its id, unless choices are given, or the config has a
+    router function. With `LayerConfig.post_norms` a half's result is normalized before it is added, and without
+    `LayerConfig.pre_norms` what goes into it is not. With `LayerConfig.parallel_mlp` the second half is
+    norm(mlp(norm(x))) + norm(moe(norm(x))), and the router sees x itself.
     """
 
     def __init__(
@@ -37,6 +41,11 @@ class DecoderLayer(nnx.Module):
         hidden_size, eps = decoder.hidden_size, decoder.norm_eps
         self.residual_multiplier = decoder.residual_multiplier
         self.config, self.dispatch = config, dispatch
+        if decoder.hyper_connections is not None:
+            for half in ("attention", "feed_forward"):
+                if getattr(config, half) is not None:
+                    hyper = HyperConnection(decoder.hyper_connections, hidden_size, eps, param=param)
+                    setattr(self, f"{half}_hyper", hyper)
         if config.attention is not None:
             if config.pre_norms:
                 self.attention_norm = norm(hidden_size, eps, param=param)
@@ -56,6 +65,10 @@ class DecoderLayer(nnx.Module):
                 rngs=param.rngs,
             )
             self.moe.check_dispatch(dispatch.decode)
+            if config.experts_by_token:
+                table = (decoder.vocab_size, config.feed_forward.num_experts_per_tok)
+                init = partial(_turns, num_experts=config.feed_forward.num_experts)
+                self.token_experts = param(table, init=init, dtype=jnp.int32)
         if isinstance(dense := config.parallel_mlp or config.feed_forward, MLPConfig):
             self.mlp = MLP(dense, param=param)
         if config.post_norms and config.attention is not None:
@@ -80,18 +93,22 @@ class DecoderLayer(nnx.Module):
         expert_ids_BSK: jax.Array | None = None,
         decode: bool = False,
         chosen: jax.Array | None = None,
+        token_ids_BS: jax.Array | None = None,
     ) -> tuple[jax.Array, Any, MoEStats | None, jax.Array | None]:
         """Apply the layer; tokens where `mask_BS` is False reach no routed expert.
 
         `expert_ids_BSK` are choices to take instead of the router's own, see `jaxmoe.MoE`; `chosen` are the positions that
         the layers before have chosen to attend to, see `jaxmoe.layers.mixers.TokenMixer`.
+        `token_ids_BS` are asked for where experts are chosen by token.
 
         Returns:
-            [B, S, D], the layer's cache, what its routed experts did (None where it has none), and the chosen positions.
+            x as it came, [B, S, D] (with streams [B, S, n, D]), the layer's cache, what its routed experts did (None where
+            it has none), and the chosen positions.
         """
         stats = None
         if self.config.attention is not None:
-            normed_BSD = self.attention_norm(x_BSD) if self.config.pre_norms else x_BSD
+            h_BSD, join = self._enter(x_BSD, "attention")
+            normed_BSD = self.attention_norm(h_BSD) if self.config.pre_norms else h_BSD
             mix: Any = partial(self.attention, normed_BSD, positions_BS, cache, batch, decode=decode)
             if self.config.attention.chooses_positions:
                 y_BSD, cache, chosen = mix(chosen=chosen)
@@ -99,16 +116,34 @@ class DecoderLayer(nnx.Module):
                 y_BSD, cache = mix()
             if self.config.post_norms:
                 y_BSD = self.attention_post_norm(y_BSD)
-            x_BSD = x_BSD + y_BSD * self.residual_multiplier
+            x_BSD = join(y_BSD)
         if self.config.feed_forward is not None:
             dispatch = self.dispatch.decode if decode else self.dispatch.prefill
-            y_BSD, stats = self._feed_forward(x_BSD, mask_BS, batch, expert_ids_BSK, dispatch)
+            if self.config.experts_by_token:
+                expert_ids_BSK = self._experts_by_token(token_ids_BS, expert_ids_BSK)
+            h_BSD, join = self._enter(x_BSD, "feed_forward")
+            y_BSD, stats = self._feed_forward(h_BSD, mask_BS, batch, expert_ids_BSK, dispatch)
             if self.config.post_norms:
                 y_BSD = self.feed_forward_post_norm(y_BSD)
-            x_BSD = x_BSD + y_BSD * self.residual_multiplier
+            x_BSD = join(y_BSD)
         if self.config.output_scale:
             x_BSD = x_BSD * jax.lax.broadcast_to_rank(self.output_scale[...], x_BSD.ndim)
         return x_BSD, cache, stats, chosen
+
+    def _enter(self, x_BSD: jax.Array, half: str) -> tuple[jax.Array, Callable[[jax.Array], jax.Array]]:
+        """The input of a half of the layer, and the function that brings its result into the residual stream."""
+        if hasattr(self, f"{half}_hyper"):
+            return getattr(self, f"{half}_hyper")(x_BSD)
+        return x_BSD, lambda y_BSD: x_BSD + y_BSD * self.residual_multiplier
+
+    def _experts_by_token(self, token_ids_BS: jax.Array | None, given_BSK: jax.Array | None) -> jax.Array | None:
+        """The choices that were given, and the table's where none were."""
+        assert isinstance(self.config.feed_forward, MoEConfig)
+        assert token_ids_BS is not None
+        if isinstance(self.config.feed_forward.router.choice, ChosenByFunction):
+            return given_BSK
+        ids_BSK = self.token_experts[...][token_ids_BS]
+        return ids_BSK if given_BSK is None else jnp.where(given_BSK < 0, ids_BSK, given_BSK)
 
     def _feed_forward(
         self,
@@ -135,3 +170,10 @@ class DecoderLayer(nnx.Module):
     def cache_arrays(self, batch_size: int, max_length: int) -> Any:
         """The layer's cache of the tokens seen, a pytree of `CacheArray`; None for a layer that looks at none."""
         return None if self.config.attention is None else self.attention.cache_arrays(batch_size, max_length)
+
+
+def _turns(key: jax.Array, shape: tuple[int, ...], dtype: Any, *, num_experts: int) -> jax.Array:
+    """A table of experts that take turns, and that differ from each other in every row."""
+    del key
+    rows, columns = jnp.arange(shape[0], dtype=dtype)[:, None], jnp.arange(shape[1], dtype=dtype)[None]
+    return (rows * shape[1] + columns) % num_experts

@@ -19,11 +19,12 @@ def describe(
     dtype: jnp.dtype,
     moe_layers: Sequence[MoE],
     dispatch: PhaseDispatch,
+    packed: str,
     *,
     batch_size: int,
     prompt_length: int,
 ) -> str:
-    """The lines of `Decoder.describe`, from the parts of the model that they are about."""
+    """The lines of `Decoder.describe`, from the parts of the model that they are about; `packed` names packed weights."""
     sizes = ", ".join(f"{axis}={size}" for axis, size in mesh.shape.items())
     platform = mesh.devices.flat[0].platform
     lines = [
@@ -31,6 +32,8 @@ def describe(
         f"{len(moe_layers)} of them with routed experts",
         f"mesh {sizes}: {mesh.size} {platform} device{'s' if mesh.size > 1 else ''}",
     ]
+    if packed:
+        lines.append(f"held packed: {packed}; other weights in {dtype.name}")
     lines += _runs([_experts(moe) for moe in moe_layers])
     # What is computed, padding included, is what a dispatch is chosen for.
     rows = padded_batch(mesh, batch_size)

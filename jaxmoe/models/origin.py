@@ -16,11 +16,13 @@ class Origin:
         path: directory of the checkpoint, or its one file of weights.
         ignored: pairs of a rule and the tensors of the checkpoint that the model does not use by it.
         adapted: whether an adapter was merged, so that the checkpoint's weights are no longer the model's.
+        quantized: whether its weights were quantized as they were loaded.
     """
 
     path: Path
     ignored: tuple[tuple[str, tuple[str, ...]], ...] = ()
     adapted: bool = False
+    quantized: bool = False
 
     @property
     def directory(self) -> Path:

@@ -173,7 +173,7 @@ def _activation(config: Mapping[str, Any], limit: float | None) -> dict[str, Any
         return {"activation": name}
     if name != "silu":
         raise ValueError(f"limits of step3p5 are of silu; config.json has hidden_act={name!r}")
-    return {"activation": "limited_swiglu", "activation_limit": limit}
+    return {"activation": "capped_swiglu", "activation_limit": limit}
 
 
 def _read_mlp(config: Mapping[str, Any], width: int, limit: float | None) -> MLPConfig:

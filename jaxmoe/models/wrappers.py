@@ -9,6 +9,8 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any, Literal
 
+from jaxmoe.rotary import rope_settings
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Wrapper:
@@ -18,7 +20,9 @@ class Wrapper:
         model_type: name of the multimodal model in config.json.
         text: family of its text part, where ``text_config`` names none or one of `aliases`.
         aliases: model types of a text part that is `text` under another name.
+        within: keys of config.json on the way to the config that has ``text_config``; () for config.json itself.
         settings: settings of config.json that the text part always has and that are a choice in `text`.
+        usual: settings of the text part where its config does not give them, which are others in `text`.
         architecture: class of transformers for the text part alone.
         prefixes: pairs of a prefix that names of the text part have in a checkpoint and the family's own; the first that
             fits counts.
@@ -35,7 +39,9 @@ class Wrapper:
     ignored: Mapping[str, str]
     tied_by: Literal["wrapper", "text"] = "wrapper"
     aliases: tuple[str, ...] = ()
+    within: tuple[str, ...] = ()
     settings: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    usual: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     fused_either_way: bool = False
     flat: bool = False
 
@@ -60,26 +66,59 @@ class Wrapper:
         """
         return [prefix + name.removeprefix(own) for prefix, own in self.prefixes if name.startswith(own)]
 
+    def parts(self, config: Mapping[str, Any]) -> tuple[Mapping[str, Any], Mapping[str, Any]]:
+        """Give the config of the multimodal model, and in it the text model's.
+
+        Raises:
+            ValueError: `config` has none of the text model.
+        """
+        found: Any = config
+        for key in self.within:
+            found = found.get(key) if isinstance(found, dict) else None
+        text = found.get("text_config") if isinstance(found, dict) else None
+        if text is None and self.flat:
+            text = {name: value for name, value in config.items() if name not in ("model_type", "vision_config")}
+        if not isinstance(text, dict):
+            path = ".".join([*self.within, "text_config"])
+            raise ValueError(f"the config.json of {self.model_type} has a {path}, with the sizes; it is {text!r}")
+        return found, text
+
     def text_config(self, config: Mapping[str, Any]) -> dict[str, Any]:
         """Make the config.json that the text part would have on its own.
 
         Raises:
-            ValueError: `config` has no ``text_config``.
+            ValueError: `config` has none of the text model.
         """
-        text = config.get("text_config")
-        if text is None and self.flat:
-            text = {name: value for name, value in config.items() if name not in ("model_type", "vision_config")}
-        if not isinstance(text, dict):
-            raise ValueError(f"the config.json of {self.model_type} has a text_config, with the sizes; it is {text!r}")
+        multimodal, text = self.parts(config)
         # Special tokens and the dtype stand on either level; transformers looks at the outer one first.
         keys = ["dtype", "torch_dtype", "bos_token_id", "eos_token_id", "pad_token_id"]
         if self.tied_by == "wrapper":
             keys.append("tie_word_embeddings")
-        outer = {key: config[key] for key in keys if config.get(key) is not None}
+        outer = {key: level[key] for level in (multimodal, config) for key in keys if level.get(key) is not None}
+        given = rope_settings(text) | {key: value for key, value in text.items() if value is not None}
+        usual = {key: value for key, value in self.usual.items() if key not in given}
         own = text.get("model_type", self.text)
         model_type = self.text if own in self.aliases else own
-        return {**text, **self.settings, **outer, "model_type": model_type, "architectures": [self.architecture]}
+        return {
+            **text,
+            **usual,
+            **self.settings,
+            **outer,
+            "model_type": model_type,
+            "architectures": [self.architecture],
+        }
 
+
+# Qwen3-Omni's thinker. For text alone the three parts of its rotary positions are one.
+_QWEN3_OMNI_THINKER = Wrapper(
+    model_type="qwen3_omni_moe_thinker",
+    text="qwen3_moe",
+    aliases=("qwen3_omni_moe_text",),
+    usual={"norm_topk_prob": True, "rope_theta": 1e6},
+    architecture="Qwen3MoeForCausalLM",
+    prefixes=(("model.language_model.", "model."),),
+    ignored={"vision part": r"(model\.)?visual\..*", "audio part": r"(model\.)?audio_tower\..*"},
+)
 
 WRAPPERS: dict[str, Wrapper] = {
     wrapper.model_type: wrapper
@@ -140,6 +179,26 @@ WRAPPERS: dict[str, Wrapper] = {
             architecture="Qwen3_5MoeForCausalLM",
             prefixes=(("model.language_model.", "model."),),
             ignored={"vision part": r"model\.visual\..*"},
+        ),
+        _QWEN3_OMNI_THINKER,
+        # Qwen3-Omni as released, with the parts that speak.
+        dataclasses.replace(
+            _QWEN3_OMNI_THINKER,
+            model_type="qwen3_omni_moe",
+            within=("thinker_config",),
+            # Not all of "thinker.model.": the other parts may be in it too.
+            prefixes=(
+                ("thinker.model.language_model.", "model."),
+                *(
+                    (f"thinker.{name}", name)
+                    for name in ("model.layers.", "model.embed_tokens.", "model.norm.", "lm_head.")
+                ),
+            ),
+            ignored={
+                "vision part": r"thinker\.(model\.)?visual\..*",
+                "audio part": r"thinker\.(model\.)?audio_tower\..*",
+                "speech part": r"(talker|code2wav)\..*",
+            },
         ),
         # Qwen3-VL. For text alone the three parts of its rotary positions are one.
         Wrapper(

@@ -2,7 +2,6 @@
 
 import dataclasses
 import math
-from collections import Counter, defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,7 @@ from jaxmoe.checkpoint.mapping import (
     FamilyCheckpoint,
     MappedCheckpoint,
     abstract_model,
-    abstract_specs,
+    count_parameters,
     expected_checkpoint,
     is_expert_stack,
     layer_index,
@@ -24,11 +23,12 @@ from jaxmoe.checkpoint.mapping import (
 from jaxmoe.checks import integer, path_like
 from jaxmoe.config import DecoderConfig, directory_of, find_checkpoint
 from jaxmoe.hardware import get_gpu
-from jaxmoe.layers import CacheArray, ParamSpec, packings_of, param_specs, unpacked_specs
+from jaxmoe.layers import CacheArray, ParamSpec, param_specs
 from jaxmoe.mesh import AXES, EP, batch_axes, named, padded_batch
 from jaxmoe.models import Decoder, read_model_config
+from jaxmoe.models.parts import held_forms, part_of
 from jaxmoe.placement import ExpertPlacement
-from jaxmoe.planning.stored import StoredWeights, part_of, stored_weights
+from jaxmoe.planning.stored import StoredWeights, stored_weights
 from jaxmoe.quant import read_quantization
 
 _DTYPES = ("float32", "bfloat16", "float16")
@@ -53,6 +53,7 @@ class Plan:
         device: kind of device, None where none was named.
         capacity: bytes of its memory; None without a kind.
         parameters: number of the parameters, each counted once.
+        active_parameters: those that one token meets: all but the routed experts that it does not go to.
         stored: formats and bytes of the weights in the checkpoint's files; None for a config without a checkpoint.
         held: {part: {packed form, or a dtype: arrays on the devices}}, as `jaxmoe.load` would hold them.
         notes: reasons why quantized weights are decoded.
@@ -67,6 +68,7 @@ class Plan:
     device: str | None
     capacity: float | None
     parameters: int
+    active_parameters: int
     stored: StoredWeights | None = None
     held: dict[str, dict[str, int]] = dataclasses.field(default_factory=dict)
     notes: tuple[str, ...] = ()
@@ -210,7 +212,8 @@ def _plan(
         raise ValueError(f"dtype is one of {', '.join(_DTYPES)}; got {name!r}: pass the one the model is to run in")
 
     model = abstract_model(config, sizes=sizes, placement=placement, expert_axes=expert_axes, dtype=jnp.dtype(name))
-    stored, notes = None, ()
+    parameters, active = count_parameters(config)
+    stored, notes = None, tuple[str, ...]()
     if mapped is not None:
         checkpoint = mapped({spec.path: spec for spec in param_specs(model)})
         stored = stored_weights(checkpoint, method)
@@ -224,22 +227,12 @@ def _plan(
         parts={**_weights(model), "key/value cache and state": _cache(model, batch_size, max_length)},
         device=device,
         capacity=None if gpu is None else gpu.memory,
-        parameters=sum(math.prod(spec.shape) for spec in abstract_specs(config).values()),
+        parameters=parameters,
+        active_parameters=active,
         stored=stored,
-        held=_held(model),
+        held=held_forms(model, model.dtype),
         notes=notes,
     )
-
-
-def _held(model: Decoder) -> dict[str, dict[str, int]]:
-    """The forms of the matrices of each part of a model."""
-    forms: dict[str, Counter[str]] = defaultdict(Counter)
-    packings = packings_of(model)
-    for spec in unpacked_specs(param_specs(model), packings, model.dtype):
-        if len(spec.shape) > 1 and not spec.path.rpartition(".")[2].startswith("b_"):  # no biases of experts
-            packing = packings.get(spec.path)
-            forms[part_of(spec.path)][spec.dtype.name if packing is None else packing.describe()] += 1
-    return {part: dict(counts) for part, counts in forms.items()}
 
 
 def _weights(model: Decoder) -> dict[str, np.ndarray]:

@@ -5,7 +5,8 @@ from collections import Counter, defaultdict
 from typing import Any
 
 from jaxmoe.checkpoint.formats import DecodedTensor
-from jaxmoe.checkpoint.mapping import MappedCheckpoint, is_expert_stack
+from jaxmoe.checkpoint.mapping import MappedCheckpoint
+from jaxmoe.models.parts import part_of
 
 PLAIN = "plain"
 
@@ -15,7 +16,8 @@ class StoredWeights:
     """Formats and bytes of a checkpoint's weights, of the layers that a model needs.
 
     Attributes:
-        formats: {part of the model: {format, or "plain": bytes}}; parts are those of `Plan.parts`.
+        formats: {part of the model: {format, or "plain": bytes}}; parts are those of `Plan.parts`, and the embedding and the
+            head are two.
         method: method of quantization, None where no file declares one.
     """
 
@@ -40,20 +42,11 @@ def stored_weights(mapped: MappedCheckpoint, method: str | None) -> StoredWeight
         method: method of its quantization.
     """
     formats: dict[str, Counter[str]] = defaultdict(Counter)
-    parts = {name: part_of(block.param) for name, block in mapped.used_blocks()}
-    for name, part in parts.items():
+    ends = {"embed.weight": "embedding", "lm_head.weight": "head"}
+    params = {name: block.param for name, block in mapped.used_blocks()}
+    for name, param in params.items():
+        part = ends.get(param, part_of(param))
         tensor = mapped.checkpoint.tensors[name]
         form = tensor.weight.format.describe() if isinstance(tensor, DecodedTensor) else PLAIN
         formats[part][form] += tensor.nbytes
     return StoredWeights(formats={part: dict(sizes) for part, sizes in formats.items()}, method=method)
-
-
-def part_of(path: str) -> str:
-    """The part of a plan that a parameter belongs to; an expert stack to "routed experts", whatever its slots hold."""
-    if is_expert_stack(path):
-        return "routed experts"
-    if ".moe.shared." in path or path.endswith("w_shared_gate"):
-        return "shared experts"
-    if ".attention." in path:
-        return "attention"
-    return "embedding and head" if path.startswith(("embed.", "lm_head.")) else "other"

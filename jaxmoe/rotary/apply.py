@@ -4,6 +4,8 @@ Letters here, beside the common ones of docs/concepts/letters.md: H heads, h dim
 rotate.
 """
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 
@@ -35,3 +37,15 @@ def apply_rope(x_BSHh: jax.Array, positions_BS: jax.Array, config: RopeConfig) -
         return jnp.concatenate([rotated.reshape(rotating.shape), rest], axis=-1)
     first, second = rotating[..., :r], rotating[..., r:]
     return jnp.concatenate([first * cos - second * sin, second * cos + first * sin, rest], axis=-1)
+
+
+def rotate_tail(x_BSHh: jax.Array, positions_BS: jax.Array, config: RopeConfig) -> jax.Array:
+    """`apply_rope` to the trailing dims of each head instead of the leading ones."""
+    first, last = jnp.split(x_BSHh, [x_BSHh.shape[-1] - config.rotary_dim], axis=-1)
+    return jnp.concatenate([first, apply_rope(last, positions_BS, config)], axis=-1)
+
+
+def turn_back_tail(x_BSHh: jax.Array, positions_BS: jax.Array, config: RopeConfig) -> jax.Array:
+    """Undo the turn of `rotate_tail`: the same by the angles' opposites; a scale is applied once more, not undone."""
+    backwards = tuple(-frequency for frequency in config.frequencies)
+    return rotate_tail(x_BSHh, positions_BS, dataclasses.replace(config, frequencies=backwards))

@@ -8,6 +8,7 @@ import pytest
 from jax.sharding import SingleDeviceSharding
 
 from jaxmoe.kernels.grouped_matmul import QuantizedStack, expert_mlp
+from jaxmoe.kernels.grouped_matmul.quantized import FORMATS
 from jaxmoe.planning.topology import gpu_topology
 
 # Experts on a device, model width, expert width, activation and its limit.
@@ -18,7 +19,12 @@ SHAPES = {
     "deepseek-v3, ep 8": (32, 7168, 2048, "silu", None),
     "gpt-oss, ep 8": (16, 2880, 2880, "clamped_swiglu", 7.0),
     "gpt-oss, tp 2 ep 4": (32, 2880, 1440, "clamped_swiglu", 7.0),
+    "kimi-k2, ep 8": (48, 7168, 2048, "silu", None),
+    "minimax-m2, ep 8": (32, 3072, 1536, "silu", None),
+    "nemotron-3-nano, ep 8": (16, 2688, 1856, "relu2", None),
 }
+# Those whose experts have no gate.
+UNGATED = {"nemotron-3-nano, ep 8"}
 # As the checkpoints are: model, format, block, dtype of the scales, and whether there are zero points.
 PACKED = [
     ("deepseek-v3, ep 8", "float8_e4m3fn", (128, 128), "float32", False),
@@ -26,6 +32,25 @@ PACKED = [
     ("qwen3-30b-a3b, ep 8", "int4", (1, 32), "bfloat16", False),
     ("qwen3-30b-a3b, ep 8", "int4", (1, 32), "bfloat16", True),
     ("qwen3-235b, ep 8", "int4", (1, 128), "bfloat16", True),
+    ("qwen3-30b-a3b, ep 8", "float8_e4m3fn", (128, 128), "bfloat16", False),
+    ("kimi-k2, ep 8", "int4", (1, 32), "bfloat16", False),
+    ("qwen3-235b, ep 8", "nvfp4", (1, 16), "float8_e4m3fn", False),
+    ("deepseek-v3, ep 8", "nvfp4", (1, 16), "float8_e4m3fn", False),
+    ("minimax-m2, ep 8", "nvfp4", (1, 16), "float8_e4m3fn", False),
+    ("nemotron-3-nano, ep 8", "nvfp4", (1, 16), "float8_e4m3fn", False),
+    ("qwen3-30b-a3b, ep 8", "int8", (1, None), "bfloat16", False),
+    # What devices hold of blocks that are cut.
+    ("minimax-m2, ep 8", "float8_e4m3fn", (64, 128), "float32", False),
+    ("deepseek-v3, ep 8", "float8_e4m3fn", (128, 64), "float32", False),
+    ("qwen3-235b, ep 8", "nvfp4", (1, 8), "float8_e4m3fn", False),
+]
+
+# Rows and matrices of 8 bits: model, format, block and dtype of the scales of matrices, and what rows are rounded to.
+EIGHT_BITS = [
+    ("deepseek-v3, ep 8", "float8_e4m3fn", (128, 128), "float32", "fp8_block"),
+    ("qwen3-30b-a3b, ep 8", "float8_e4m3fn", (128, 128), "bfloat16", "fp8_block"),
+    ("qwen3-30b-a3b, ep 8", "float8_e4m3fn", (1, None), "float32", "fp8_token"),
+    ("qwen3-30b-a3b, ep 8", "int8", (1, None), "bfloat16", "int8_token"),
 ]
 
 pytestmark = [
@@ -41,21 +66,26 @@ def array(*shape, dtype="bfloat16"):
 
 def packed(shape, format, block, scale_dtype, has_zeros):
     *lead, N, K = shape
-    values = array(*shape, dtype=format) if format == "float8_e4m3fn" else array(*lead, N, K // 2, dtype="uint8")
+    values = array(*lead, N, K // FORMATS[format].per_byte, dtype=FORMATS[format].dtype)
+    block = (block[0], block[1] or K)
     blocks = (*lead, N // block[0], K // block[1])
-    zeros = array(*blocks, dtype="uint8") if has_zeros else None
-    scales = array(*blocks, dtype=scale_dtype)
-    return QuantizedStack(values=values, scales=scales, zero_points=zeros, format=format, block=block)
+    arrays = {
+        "values": values,
+        "scales": array(*blocks, dtype=scale_dtype),
+        "zero_points": array(*blocks, dtype="uint8") if has_zeros else None,
+        "matrix_scales": array(*lead, dtype="float32") if format == "nvfp4" else None,
+    }
+    return QuantizedStack(**arrays, format=format, block=block)
 
 
-def compile_mlp(up, down, rows, activation, limit, monkeypatch, capfd, out_dtype=jnp.bfloat16):
+def compile_mlp(up, down, rows, activation, limit, monkeypatch, capfd, out_dtype=jnp.bfloat16, activations="none"):
     """The compiled experts with biases; nothing of theirs may spill registers, and no product wait for the one before."""
     p, halves, F, D = up.shape
 
     def mlp(x, up, down, b_up, b_down, sizes):
         return expert_mlp(
             x, up, down, sizes, b_gate_up_p2F=b_up, b_down_pD=b_down, activation=activation, limit=limit,
-            out_dtype=out_dtype, backend="mosaic_gpu",
+            out_dtype=out_dtype, backend="mosaic_gpu", activations=activations,
         )  # fmt: skip
 
     arguments = (array(rows, D), up, down, array(p, halves, F), array(p, D), array(p, dtype="int32"))
@@ -73,7 +103,7 @@ def test_published_shapes(shape, rows, gpu_compiler, monkeypatch, capfd) -> None
     G, D, F, activation, limit = SHAPES[shape]
     # The widest are partial sums where F is split over devices, in float32.
     out_dtype = jnp.float32 if shape.startswith("qwen3-30b") else jnp.bfloat16
-    up, down = array(G, 2, F, D), array(G, D, F)
+    up, down = array(G, 1 if shape in UNGATED else 2, F, D), array(G, D, F)
     compiled = compile_mlp(up, down, rows, activation, limit, monkeypatch, capfd, out_dtype)
     # What stands between the products, the padded biases and the table of tiles: no copy of a row or a weight.
     assert compiled.memory_analysis().temp_size_in_bytes < rows * F * 2 + G * 3 * (F + D) * 2 + 2**18
@@ -85,10 +115,25 @@ def test_packed_at_published_shapes(
     shape, format, block, scale_dtype, has_zeros, rows, gpu_compiler, monkeypatch, capfd
 ) -> None:
     G, D, F, activation, limit = SHAPES[shape]
-    up, down = (packed(dims, format, block, scale_dtype, has_zeros) for dims in ((G, 2, F, D), (G, D, F)))
+    halves = 1 if shape in UNGATED else 2
+    up, down = (packed(dims, format, block, scale_dtype, has_zeros) for dims in ((G, halves, F, D), (G, D, F)))
     compiled = compile_mlp(up, down, rows, activation, limit, monkeypatch, capfd)
     weights = sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves((up, down)))
     memory = compiled.memory_analysis()
     assert weights < memory.argument_size_in_bytes < weights + 2 * rows * D + 2**22
     # Rows of 4-bit products are split in two parts first; nothing is expanded outside of the kernel.
     assert memory.temp_size_in_bytes < rows * (2 * F + D) * 2 + G * 3 * (F + D) * 2 + 2**18
+
+
+@pytest.mark.covering(most=2)
+@pytest.mark.parametrize("rows", [64, 8192])
+@pytest.mark.parametrize(("shape", "format", "block", "scale_dtype", "activations"), EIGHT_BITS)
+def test_eight_bits_on_both_sides(
+    shape, format, block, scale_dtype, activations, rows, gpu_compiler, monkeypatch, capfd
+) -> None:
+    G, D, F, activation, limit = SHAPES[shape]
+    up, down = (packed(dims, format, block, scale_dtype, has_zeros=False) for dims in ((G, 2, F, D), (G, D, F)))
+    compiled = compile_mlp(up, down, rows, activation, limit, monkeypatch, capfd, activations=activations)
+    # Rows of 8 bits with their scales, h as it is and again in 8 bits.
+    of_rows = rows * (D + 3 * F) + rows * (D + F) // 32
+    assert compiled.memory_analysis().temp_size_in_bytes < of_rows + G * 3 * (F + D) * 2 + 2**18

@@ -19,12 +19,14 @@ from jaxmoe.planning.steps import CompiledStep, compile_steps
 from jaxmoe.planning.topology import gpu_topology
 from tests.support.published import (
     DEEPSEEK_V3,
+    DEEPSEEK_V4_FLASH,
     DEEPSEEK_V32,
     FLEX_OLMO_7X7B,
     GLM_4_7_FLASH,
     GLM_5,
     GPT_OSS_120B,
     GRANITE_4_H_SMALL,
+    HY3_PREVIEW,
     K_EXAONE,
     LFM2_8B,
     MIMO_V2_FLASH,
@@ -128,8 +130,8 @@ CASES = {
         {"tp": 2, "ep": 8},
         {"prefill": 1018, "decode": 49},
     ),
-    "deepseek-v3.2, ep 8": (DEEPSEEK_V32, "h200", 8, 1, {"ep": 8}, {"prefill": 1, "decode": 1}),
-    "glm-5, tp 4 ep 8 on 4 hosts": (GLM_5, "h100", 32, 4, {"tp": 4, "ep": 8}, {"prefill": 1, "decode": 1}),
+    "deepseek-v3.2, ep 8": (DEEPSEEK_V32, "h200", 8, 1, {"ep": 8}, {"prefill": 1230, "decode": 4}),
+    "glm-5, tp 4 ep 8 on 4 hosts": (GLM_5, "h100", 32, 4, {"tp": 4, "ep": 8}, {"prefill": 1213, "decode": 5}),
     "trinity-mini, ep 8": (
         TRINITY_MINI | {"num_hidden_layers": 2, "num_dense_layers": 1, "global_attn_every_n_layers": 2},
         "h100",
@@ -146,6 +148,15 @@ CASES = {
         {"tp": 2, "ep": 4},
         {"prefill": 908, "decode": 164},
     ),
+    "hy3-preview, tp 4 ep 8 on 4 hosts": (
+        HY3_PREVIEW | {"num_hidden_layers": 2},
+        "h100",
+        32,
+        4,
+        {"tp": 4, "ep": 8},
+        {"prefill": 650, "decode": 14},
+    ),
+    "deepseek-v4-flash, tp 2 ep 4": (DEEPSEEK_V4_FLASH, "h100", 8, 1, {"tp": 2, "ep": 4}, {"prefill": 1, "decode": 1}),
 }
 
 

@@ -27,7 +27,8 @@ def checkpoint(tmp_path, monkeypatch):
     def load(path, *, mesh, **options):
         found.loaded.append({"path": path, "mesh": mesh, **options})
         model = FakeModel(mesh, source=tmp_path, config=FakeConfig(vocab_size=found.vocab_size))
-        model.load_report = SimpleNamespace(expert_bytes_per_device={device.id: 10 for device in mesh.devices.flat})
+        held = {device.id: 10 for device in mesh.devices.flat}
+        model.load_report = SimpleNamespace(expert_bytes_per_device=held, describe=lambda: "held as plain numbers")
         return model
 
     def read_model_config(path):
@@ -83,6 +84,7 @@ def test_options_reach_the_loader(checkpoint, capsys, tmp_path) -> None:
         "path": checkpoint.path,
         "placement": placement,
         "dtype": "bfloat16",
+        "quantized": None,
         "adapter": "path/to/adapter",
         "expert_axes": ("ep", "tp"),
         "dispatch": "replicated",

@@ -46,6 +46,91 @@ def test_known_families(path, capsys) -> None:
     assert found["active_parameters"] == found["parameters"] - unused
 
 
+@pytest.mark.parametrize(
+    "path", [path for path in SOURCES if path.name == "original"], ids=lambda path: path.parent.name
+)
+def test_a_config_alone_tells_what_the_checkpoint_does(path, tmp_path, capsys) -> None:
+    shutil.copy(path / "config.json", tmp_path)
+    found, whole = inspect(tmp_path, capsys), inspect(path, capsys)
+    assert (found["weights"], whole["weights"]) == (False, True)
+    same = [
+        "known",
+        "problems",
+        "layers",
+        "moe_layers",
+        "experts",
+        "experts_per_token",
+        "active_parameters",
+        "parameters",
+    ]
+    assert {name: found[name] for name in same} == {name: whole[name] for name in same}
+    parameters = [{group: sizes["parameters"] for group, sizes in each["groups"].items()} for each in (found, whole)]
+    assert parameters[0] == {group: count for group, count in parameters[1].items() if group != "ignored by rule"}
+    assert found["formats"].keys() == whole["formats"].keys() == parameters[0].keys()
+    assert found["bytes"] == sum(size for sizes in found["formats"].values() for size in sizes.values())
+
+
+def test_a_config_alone_tells_formats_and_an_index_its_size(tmp_path, capsys) -> None:
+    config = json.loads((GOLDENS / "deepseek_v3" / "original" / "config.json").read_text())
+    block = {"quant_method": "fp8", "weight_block_size": [128, 128], "modules_to_not_convert": ["lm_head"]}
+    (tmp_path / "config.json").write_text(json.dumps({**config, "quantization_config": block}))
+    found = inspect(tmp_path, capsys)
+    assert (
+        found["formats"]["routed experts"].keys() == found["formats"]["attention"].keys() - {"plain"} == {"fp8_block"}
+    )
+    assert found["formats"]["head"].keys() == {"plain"}
+    assert found["bytes"] > 0
+    assert main(["inspect", str(tmp_path)]) == 0
+    out = " ".join(capsys.readouterr().out.split())
+    assert "formats routed experts: fp8_block; shared experts: fp8_block;" in out
+    assert "there are no weights here, config.json alone is read loads yes" in out
+
+    index = {"metadata": {"total_size": 12345}, "weight_map": {"a": "model-1.safetensors", "b": "model-2.safetensors"}}
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
+    assert [inspect(tmp_path, capsys)[name] for name in ("bytes", "files")] == [12345, 2]
+    (tmp_path / "config.json").write_text(json.dumps({**config, "quantization_config": {"quant_method": "novel"}}))
+    found = inspect(tmp_path, capsys)
+    assert ["'novel'" in problem for problem in found["problems"]] == [True]
+    assert found["parameters"] > 0
+
+
+def test_a_config_alone_of_an_unknown_family(tmp_path, capsys) -> None:
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "novel", "num_experts": 4, "num_hidden_layers": 3}))
+    found = inspect(tmp_path, capsys)
+    assert found["problems"] == ["jaxmoe has no family 'novel'"]
+    assert (found["layers"], found["experts"], found["parameters"]) == (3, 4, None)
+    assert main(["inspect", str(tmp_path)]) == 0
+    out = " ".join(capsys.readouterr().out.split())
+    assert "layers 3; it is not known how many have routed experts" in out
+    assert "loads no" in out
+
+
+@pytest.mark.parametrize(
+    ("sizes", "tensors"),
+    [
+        ({"num_experts": 4, "num_experts_per_tok": 1}, {"layers.0.ffn.w1": (4, 8, 6)}),
+        ({"num_experts": 4, "num_experts_per_tok": 1}, {"layers.0.mixture.0.up.weight": (8, 6)}),
+        (
+            {"num_experts": 4, "num_experts_per_tok": 1},
+            {"layers.0.experts.0.w1": (8, 6), "layers.1.my_expert_3": (8, 6)},
+        ),
+        ({"num_experts": 4, "n_routed_experts": 8, "num_experts_per_tok": 1}, {"layers.0.experts.0.w1": (8, 6)}),
+    ],
+)
+def test_active_parameters_are_unknown_where_experts_hide(sizes, tensors, tmp_path, capsys) -> None:
+    config = {"model_type": "novel", **sizes}
+    found = inspect(make(tmp_path, config, {name: zeros(*shape) for name, shape in tensors.items()}), capsys)
+    assert (found["parameters"], found["active_parameters"]) == (sum(map(np.prod, tensors.values())), None)
+
+
+def test_other_names_are_told_with_their_rule(tmp_path, capsys) -> None:
+    source = GOLDENS / "olmoe" / "original"
+    tensors = {f"module.{name}": value for name, value in read_all(source).items()}
+    found = inspect(make(tmp_path, json.loads((source / "config.json").read_text()), tensors), capsys)
+    assert found["renamed"] == {"names begin with 'module.', which is left out": len(tensors)}
+    assert found["problems"] == []
+
+
 def test_both_layouts_of_one_model(capsys) -> None:
     original, fused = (inspect(GOLDENS / "qwen3_moe" / form, capsys) for form in ("original", "fused"))
     assert original["layouts"] == {"per_expert": [0, 1]}
@@ -152,7 +237,7 @@ def test_problems_of_a_known_family(tmp_path, capsys) -> None:
     assert found["parameters"] == 68032  # what the config says
     assert main(["inspect", str(tmp_path / "c")]) == 0
     text = " ".join(capsys.readouterr().out.split())
-    assert "the experts of a layer must be there as" in text
+    assert f"not loadable: {tmp_path / 'c'}: the experts of a layer must be there" in text
     assert "more problems" in text
     assert "uncovered stray" in text
     config = json.loads((tmp_path / "c" / "config.json").read_text())

@@ -75,10 +75,20 @@ PACKED = [
     ("int4", (1, 32), "bfloat16"),
     ("int4", (64, 128), "float32"),
     ("mxfp4", (1, 32), "uint8"),
+    ("nvfp4", (1, 16), "float8_e4m3fn"),
+    ("int8", (1, 128), "bfloat16"),
+    # Parts of blocks that are cut between devices, and blocks of outputs that no warpgroup has as a whole.
+    ("nvfp4", (1, 8), "float8_e4m3fn"),
+    ("mxfp4", (1, 8), "uint8"),
+    ("mxfp4", (64, 32), "uint8"),
+    ("nvfp4", (64, 16), "float8_e4m3fn"),
+    ("float8_e4m3fn", (64, 128), "float32"),
+    ("float8_e4m3fn", (32, 64), "float32"),
+    ("int8", (64, 64), "float32"),
 ]
 
 
-@pytest.mark.covering(most=2)
+@pytest.mark.covering(most=4)
 @needs_mosaic
 @pytest.mark.parametrize(("format", "block", "scale_dtype"), PACKED, ids=str)
 def test_packed_product(format, block, scale_dtype) -> None:
@@ -92,6 +102,25 @@ def test_packed_product(format, block, scale_dtype) -> None:
     )
     # Nothing is rounded before the sums, so this is as near as with matrices of float32.
     np.testing.assert_allclose(out, exact(rows, dequantize(stack), sizes), rtol=1e-5, atol=1e-5)
+
+
+@needs_mosaic
+@pytest.mark.parametrize(("format", "block"), [("int4", (1, 16)), ("float8_e4m3fn", (1, 8))], ids=str)
+def test_few_numbers_a_scale_are_rounded_with_it(format, block) -> None:
+    """To bfloat16, zero points taken off before."""
+    from jaxmoe.kernels.grouped_matmul import mosaic_gpu
+
+    sizes, R = [5, 0, 18, 1], 30
+    stack = packed_stack(format, block, "float32", 4, 192, 128)
+    if format == "int4":
+        zeros = np.random.default_rng(1).integers(0, 16, stack.scales.shape)
+        stack = dataclasses.replace(stack, zero_points=jnp.asarray(zeros, jnp.uint8))
+    [rows] = rows_and_matrices(R, (1, 128), dtype=jnp.bfloat16)[:1]
+    out = mosaic_gpu.grouped_matmul(
+        rows, as_matrices(stack), jnp.asarray(sizes, jnp.int32), out_dtype=FLOAT32, interpret=True
+    )
+    expected = exact(rows, dequantize(stack, jnp.bfloat16).astype(FLOAT32), sizes)
+    np.testing.assert_allclose(out, expected, rtol=1e-5, atol=1e-6 * np.abs(expected).max())
 
 
 @pytest.mark.covering(most=1)
@@ -112,6 +141,27 @@ def test_packed_product_with_zero_points(most, block) -> None:
     expected = exact(rows, dequantize(stack), sizes)
     # A difference of two codes is exact in bfloat16: again as near as with matrices of float32.
     np.testing.assert_allclose(out, expected, rtol=1e-5, atol=1e-6 * np.abs(expected).max())
+
+
+@needs_mosaic
+@pytest.mark.parametrize(("format", "block"), [("int4", (1, 32)), ("mxfp4", (1, 32))])
+def test_a_stage_read_into_registers_is_fenced_before_it_is_given_back(format, block, monkeypatch) -> None:
+    """The accelerator writes by another way than registers are read, and a barrier alone does not order the two."""
+    from jaxmoe.kernels.grouped_matmul import mosaic_gpu
+    from jaxmoe.kernels.grouped_matmul.mosaic_gpu import pipeline
+
+    steps = []
+    for name in ("commit_smem", "barrier_arrive"):
+        step = getattr(pipeline.plgpu, name)
+        monkeypatch.setattr(pipeline.plgpu, name, lambda *args, n=name, s=step: (steps.append(n), s(*args))[1])
+    stack = packed_stack(format, block, "uint8" if format == "mxfp4" else "float32", 2, 128, 128)
+    options = {"out_dtype": FLOAT32, "interpret": True}
+    [rows] = rows_and_matrices(16, (1, 128), dtype=jnp.bfloat16)[:1]
+    sizes = jnp.asarray([3, 8], jnp.int32)
+    jax.eval_shape(lambda *args: mosaic_gpu.grouped_matmul(*args, **options), rows, as_matrices(stack), sizes)
+    given_back = [i for i, name in enumerate(steps) if name == "barrier_arrive"]
+    assert given_back
+    assert all(steps[i - 1] == "commit_smem" for i in given_back)
 
 
 @pytest.mark.full
@@ -276,8 +326,11 @@ def test_what_it_does_not_unpack() -> None:
     groups = packed_stack("int4", (1, 32), "bfloat16", 1, 64, 128)
     with pytest.raises(NotImplementedError, match="rows of bfloat16 with packed matrices; got float16"):
         multiply(groups, rows.astype(jnp.float16))
-    with pytest.raises(NotImplementedError, match=r"got blocks of \(1, 16\) in matrices of 64 by 128"):
-        multiply(packed_stack("int4", (1, 16), "bfloat16", 1, 64, 128))
+    with pytest.raises(NotImplementedError, match=r"got blocks of \(1, 4\) in matrices of 64 by 128"):
+        multiply(packed_stack("int4", (1, 4), "bfloat16", 1, 64, 128))
+    factors = dataclasses.replace(groups, matrix_scales=jnp.ones((1, 2)))
+    with pytest.raises(NotImplementedError, match=r"one of matrix_scales for a matrix; got 2 for 1: use the portable"):
+        multiply(factors)
     with pytest.raises(NotImplementedError, match="a multiple of 64 outputs and of 64 inputs; got N=72"):
         multiply(packed_stack("int4", (1, 32), "bfloat16", 1, 72, 128))
 

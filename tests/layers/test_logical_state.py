@@ -1,7 +1,9 @@
 """Parameters in logical order: saved with Orbax on one mesh and placement, restored on another."""
 
+import re
 from functools import cache
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
@@ -128,6 +130,30 @@ def test_no_device_holds_a_whole_stack_on_the_way(config, part) -> None:
         assert "f32[1,2,4,16]" in text
         assert f"f32[{part}]" not in text
         assert "f32[12,2,4,16]" not in text
+
+
+def test_floats_of_8_bits_go_as_bytes() -> None:
+    """Not all GPUs have collectives of float8; and all codes come back as they were, NaN and minus zero too."""
+    placement = ExpertPlacement(5, 4, [4, -1, 3, -1, 2, -1, 1, 0])
+    layer = MoE(UNEVEN, mesh=mesh_of(1, 1, 4), placement=placement, rngs=nnx.Rngs(0))
+    codes = np.random.default_rng(0).integers(0, 256, (8, 32, 16), np.uint8)
+    codes[[1, 3, 5]] = 0
+    stack = jax.device_put(codes.view(jnp.float8_e4m3fn), layer.w_down[...].sharding)
+    order = logical._Slots(placement, stack.sharding, layer.expert_axes)
+    experts = order.to_logical(stack)
+    np.testing.assert_array_equal(np.asarray(experts).view(np.uint8), codes[[7, 6, 4, 2, 0]])
+    back = order.to_physical(experts)
+    assert back.dtype == stack.dtype
+    np.testing.assert_array_equal(np.asarray(back).view(np.uint8), codes)
+    over = order._over(experts.shape)
+    for lowered in (
+        logical._to_logical.lower(stack, jnp.arange(5), over=over),
+        logical._to_physical.lower(experts, jnp.arange(8), over=over),
+    ):
+        sent = re.findall(
+            r"stablehlo.(?:all_reduce|all_gather).*?: \(tensor<[0-9x]*(\w+)>", lowered.as_text(), re.DOTALL
+        )
+        assert set(sent) == {"ui8"}
 
 
 @pytest.mark.full

@@ -11,6 +11,7 @@ from jaxmoe.dispatch import PhaseDispatch
 from jaxmoe.layers.moe import MoE
 from tests.support.goldens import GOLDENS, check_greedy, read_expected
 from tests.support.meshes import mesh_of
+from tests.support.quantized_checkpoints import CASES, write_pair
 
 QWEN = GOLDENS / "qwen3_moe" / "original"
 
@@ -44,6 +45,38 @@ def test_one_phase_may_be_left_to_auto() -> None:
 def test_unknown_backends_are_refused_at_once(dispatch) -> None:
     with pytest.raises(ValueError, match=r"dispatch backends are auto, replicated, .* got 'nowhere'"):
         jaxmoe.load(QWEN, mesh=mesh_of(1, 1, 4), dispatch=dispatch)
+
+
+@pytest.mark.parametrize("how", ["keep", "dequantize"])
+def test_a_quantized_model_says_what_it_holds_in_which_form(how, tmp_path, capsys) -> None:
+    family, form, block = next(case for case in CASES if case[:2] == ("qwen3_moe", "fp8_block"))
+    quantized, _, count = write_pair(tmp_path, family, form, block)
+    model = jaxmoe.load(quantized, mesh=mesh_of(1, 2, 1), dtype="float32", quantized=how)
+    report, text = model.load_report, model.describe()
+    assert report.held == jaxmoe.plan(quantized, tp=2, dtype="float32", quantized=how).held
+    held = "float8_e4m3fn, float32 scales of 8 x 8"
+    packed = f"held packed: attention as {held} (4 of 8 matrices); routed experts as {held}; other weights in float32"
+    assert (packed in text.splitlines()) == (how == "keep")
+    assert (held in text) == (how == "keep")
+    (line,) = report.describe().splitlines()[1:]
+    assert (
+        line == f"{'kept packed' if how == 'keep' else 'decoded'}: {count} weights in fp8_block (block_size (24, 40))"
+    )
+
+    command = ["generate", str(quantized), "--mesh", "tp=2,ep=4", "--prompt-ids", "5", "--max-new-tokens", "1", "-v"]
+    if how == "keep":
+        assert main([*command, "--dtype", "float32", "--quantized", how]) == 0
+        assert {packed, line} <= set(capsys.readouterr().err.splitlines())
+
+
+def test_what_is_decoded_is_named_with_the_reason(tmp_path) -> None:
+    family, form, block = next(case for case in CASES if case[1] == "gptq, order")
+    quantized, _, _ = write_pair(tmp_path, family, form, block)
+    report = jaxmoe.load(quantized, mesh=mesh_of(1, 1, 2), dtype="float32").load_report
+    assert report.describe().splitlines()[-1] == (
+        "8 quantized parameters are decoded (layers.*.attention.w_o, layers.*.attention.w_q, layers.*.moe.w_down, "
+        "layers.*.moe.w_gate_up): gptq (group_size 32, act_order True) does not stay packed"
+    )
 
 
 def test_what_a_model_says_of_itself() -> None:

@@ -108,6 +108,7 @@ def test_no_value_of_a_setting_is_a_crash(name):
             {"global_attn_every_n_layers": 0},
             "global_attn_every_n_layers in config.json is at least 1; it is 0",
         ),
+        ("hy_v3", {"qk_norm": False}, "hy_v3 is known with qk_norm=True alone; config.json gives False"),
         ("llama4_text", {"no_rope_layers": [1]}, "no_rope_layers has a number for each of the 3 layers; it has 1"),
         ("hunyuan_v1_moe", {"moe_topk": [3]}, "has a value for each layer; got {'moe_topk': ..*"),
         ("mixtral", {"rope_parameters": "yarn"}, "rope_scaling and rope_parameters in config.json are objects"),

@@ -169,6 +169,12 @@ def test_every_wrapper_is_around_a_family_that_is_there():
         ("kimi_k25", "language_model.lm_head.weight", "lm_head.weight"),
         ("kimi_k25", "vision_tower.encoder.blocks.0.wo.weight", "vision_tower.encoder.blocks.0.wo.weight"),
         ("qwen3_5_moe", "lm_head.weight", "lm_head.weight"),
+        ("qwen3_omni_moe", "thinker.model.layers.1.mlp.gate.weight", "model.layers.1.mlp.gate.weight"),
+        ("qwen3_omni_moe", "thinker.model.language_model.norm.weight", "model.norm.weight"),
+        ("qwen3_omni_moe", "thinker.lm_head.weight", "lm_head.weight"),
+        ("qwen3_omni_moe", "talker.model.norm.weight", "talker.model.norm.weight"),
+        ("qwen3_omni_moe_thinker", "model.language_model.norm.weight", "model.norm.weight"),
+        ("qwen3_omni_moe_thinker", "model.norm.weight", "model.norm.weight"),
     ],
 )
 def test_names_of_the_text_part(name, tensor, expected):
@@ -187,10 +193,36 @@ def test_each_setting_is_taken_from_its_level(name, tied):
     assert config["hidden_size"] == 8
 
 
+def test_the_thinkers_settings_are_found_a_level_deeper():
+    text = {"hidden_size": 8, "eos_token_id": 5, "model_type": "qwen3_omni_moe_text"}
+    whole = {"model_type": "qwen3_omni_moe", "thinker_config": {"tie_word_embeddings": True, "text_config": text}}
+    family, config = find_family({**whole, "dtype": "bfloat16"})
+    assert (family.model_type, config["model_type"]) == ("qwen3_moe", "qwen3_moe")
+    assert (config["tie_word_embeddings"], config["dtype"], config["norm_topk_prob"]) == (True, "bfloat16", True)
+    assert config["rope_theta"] == 1e6
+    own = {"norm_topk_prob": False, "rope_parameters": {"rope_type": "default", "rope_theta": 5e5}}
+    _, config = find_family({**whole, "thinker_config": {"text_config": {**text, **own}}})
+    assert config["norm_topk_prob"] is False
+    assert "rope_theta" not in config
+    with pytest.raises(
+        ValueError, match=r"qwen3_omni_moe has a thinker_config\.text_config, with the sizes; it is None"
+    ):
+        find_family({"model_type": "qwen3_omni_moe", "text_config": text})
+
+
+@pytest.mark.parametrize("name", ["talker.model.norm.weight", "code2wav.pre_transformer.norm.weight"])
+def test_the_parts_that_speak_are_ignored_by_name(name, tmp_path):
+    directory = copy_of(GOLDENS / "qwen3_omni_moe" / "original", tmp_path / "model")
+    tensors = load_file(directory / "model.safetensors")
+    save_file(tensors | {name: np.ones(3, np.float32)}, directory / "model.safetensors")
+    assert jaxmoe.load(directory, mesh=mesh_of(1, 1, 1)).load_report.ignored["speech part"] == (name,)
+
+
 def test_tokens_that_end_a_text_are_found_on_either_level(tmp_path):
     for config, expected in [
         ({"eos_token_id": None, "text_config": {"eos_token_id": 4}}, {4}),
         ({"eos_token_id": [6, 7], "text_config": {"eos_token_id": 4}}, {6, 7}),
+        ({"thinker_config": {"text_config": {"eos_token_id": 9}}}, {9}),
         ({"text_config": None}, set()),
     ]:
         (tmp_path / "config.json").write_text(json.dumps(config))

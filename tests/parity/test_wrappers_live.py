@@ -47,6 +47,7 @@ SIZES = {
         "vision_config": {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16},
         **TOKENS,
     },
+    "qwen3_omni_moe_thinker": WRAPPERS["qwen3_omni_moe"]["thinker_config"],
     "qwen3_5_moe": {
         "text_config": FAMILIES["qwen3_5_moe_text"],
         "vision_config": {**VISION, "deepstack_visual_indexes": [0], "num_position_embeddings": 16},

@@ -22,6 +22,7 @@ def test_the_fullest_device_decides(capacity, fits):
         device=None,
         capacity=capacity,
         parameters=1,
+        active_parameters=1,
     )
     assert plan.bytes_per_device == {0: 2, 1: 5, 2: 3}
     assert plan.fits is fits

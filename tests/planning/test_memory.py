@@ -113,7 +113,7 @@ def test_misfits(options, message) -> None:
 def test_the_command(qwen_30b, capsys) -> None:
     assert main(["plan", str(qwen_30b), "--mesh", "tp=2,ep=4", "--device", "h100"]) == 0
     out = capsys.readouterr().out
-    assert "30.5B parameters in bfloat16 on dp=1,tp=2,ep=4" in out
+    assert "30.5B parameters in bfloat16 on dp=1,tp=2,ep=4; 3.35B active per token" in " ".join(out.split())
     assert "fits in the 85 GB of h100" in out
     assert re.search(r"routed experts +│ +7.25 GB │ +7.25 GB", out)
     assert main(["plan", str(qwen_30b), "--json"]) == 0

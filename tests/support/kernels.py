@@ -22,6 +22,7 @@ MLPS = [
     ("silu", None, True),
     pytest.param("gelu", None, True, marks=pytest.mark.full),
     ("clamped_swiglu", 1.5, True),
+    pytest.param("limited_swiglu", 1.5, True, marks=pytest.mark.full),
     ("relu2", None, False),
 ]
 
@@ -73,6 +74,8 @@ def packed_stack(format, block, scale_dtype, G, N, K, seed=0):
     rng = np.random.default_rng(seed)
     if format == "float8_e4m3fn":
         values = jnp.asarray(rng.normal(size=(G, N, K)), jnp.float8_e4m3fn)
+    elif format == "int8":
+        values = jnp.asarray(rng.integers(-128, 128, (G, N, K)), jnp.int8)
     else:
         values = jnp.asarray(rng.integers(0, 256, (G, N, K // 2)), jnp.uint8)
     shape = (G, N // block[0], K // block[1])
@@ -80,7 +83,8 @@ def packed_stack(format, block, scale_dtype, G, N, K, seed=0):
         scales = jnp.asarray(rng.integers(120, 126, shape), jnp.uint8)
     else:
         scales = jnp.asarray(rng.uniform(0.01, 0.1, shape), scale_dtype)
-    return QuantizedStack(values=values, scales=scales, format=format, block=block)
+    factors = jnp.asarray(rng.uniform(0.5, 2, G), jnp.float32) if format == "nvfp4" else None
+    return QuantizedStack(values=values, scales=scales, matrix_scales=factors, format=format, block=block)
 
 
 def check_product(backend, sizes, R, N, dtype, **options) -> None:

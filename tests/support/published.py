@@ -284,6 +284,39 @@ GLM_5 = {
     "max_position_embeddings": 1048576,
     "rope_parameters": {"rope_theta": 8000000, "rope_type": "default"},
 }
+# One layer of each kind, the first with experts by a table; fewer entries are chosen, as above.
+DEEPSEEK_V4_FLASH = {
+    "model_type": "deepseek_v4",
+    "vocab_size": 129280,
+    "hidden_size": 4096,
+    "num_hidden_layers": 3,
+    "num_hash_layers": 1,
+    "compress_ratios": [0, 4, 128],
+    "num_attention_heads": 64,
+    "head_dim": 512,
+    "qk_rope_head_dim": 64,
+    "q_lora_rank": 1024,
+    "o_groups": 8,
+    "o_lora_rank": 1024,
+    "sliding_window": 128,
+    "index_n_heads": 64,
+    "index_head_dim": 128,
+    "index_topk": 128,
+    "hc_mult": 4,
+    "hc_sinkhorn_iters": 20,
+    "moe_intermediate_size": 2048,
+    "n_routed_experts": 256,
+    "num_experts_per_tok": 6,
+    "rope_theta": 10000,
+    "compress_rope_theta": 160000,
+    "rope_scaling": {
+        "type": "yarn",
+        "factor": 16,
+        "beta_fast": 32,
+        "beta_slow": 1,
+        "original_max_position_embeddings": 65536,
+    },
+}
 GLM_4_7_FLASH = {
     "model_type": "glm4_moe_lite",
     "vocab_size": 154880,
@@ -406,6 +439,46 @@ FLEX_OLMO_7X7B = {
     "rms_norm_eps": 1e-6,
     "dtype": "bfloat16",
 }
+HY3_PREVIEW = {
+    "model_type": "hy_v3",
+    "vocab_size": 120832,
+    "hidden_size": 4096,
+    "num_hidden_layers": 80,
+    "first_k_dense_replace": 1,
+    "num_attention_heads": 64,
+    "num_key_value_heads": 8,
+    "head_dim": 128,
+    "qk_norm": True,
+    "intermediate_size": 13312,
+    "moe_intermediate_size": 1536,
+    "num_experts": 192,
+    "num_shared_experts": 1,
+    "num_experts_per_tok": 8,
+    "moe_router_use_sigmoid": True,
+    "moe_router_enable_expert_bias": True,
+    "route_norm": True,
+    "router_scaling_factor": 2.826,
+    "max_position_embeddings": 131072,
+    "rope_parameters": {"rope_type": "default", "rope_theta": 11158840.0},
+    "rms_norm_eps": 1e-5,
+    "dtype": "bfloat16",
+}
+QWEN3_OMNI_30B = {
+    "model_type": "qwen3_omni_moe",
+    "thinker_config": {
+        "model_type": "qwen3_omni_moe_thinker",
+        "text_config": {
+            **QWEN3_30B,
+            "model_type": "qwen3_omni_moe_text",
+            "vocab_size": 152064,
+            "num_hidden_layers": 48,
+            "intermediate_size": 768,
+            "max_position_embeddings": 65536,
+            "rope_scaling": {"rope_type": "default", "mrope_section": [24, 20, 20], "interleaved": True},
+        },
+        "dtype": "bfloat16",
+    },
+}
 
 # Whole models with their numbers of parameters, as transformers counts them on its "meta" device with the routers'
 # correction biases, which it holds as buffers.
@@ -415,6 +488,8 @@ WHOLE: dict[str, tuple[dict[str, Any], int]] = {
     "K-EXAONE-236B-A23B": (K_EXAONE, 236_571_156_352),
     "Trinity-Mini": (TRINITY_MINI, 26_123_974_400),
     "FlexOlmo-7x7B": (FLEX_OLMO_7X7B, 33_270_665_216),
+    "Hy3-preview": (HY3_PREVIEW, 295_033_543_488),
+    "Qwen3-Omni-30B-A3B": (QWEN3_OMNI_30B, 30_532_646_912),
     "MiMo-V2-Flash": (MIMO_V2_FLASH, 308_778_780_864),
     "MiniMax-M3": (MINIMAX_M3, 426_174_572_928),
     "Step-3.7-Flash": (STEP_3_7_FLASH, 196_956_130_368),

@@ -163,7 +163,8 @@ def _fp8_block(shape, block=(128, 128), exponents=False, suffix="_scale_inv", na
         stored = grid.view(E8M0) if exponents == "e8m0" else grid
         stored = stored[:, None, :, None] if kept_dims else stored
         expected = values.astype(np.float32) * repeat(scale, shape, block)
-        return Example(Fp8Block(block), {name: values, name + suffix: stored}, expected, name)
+        scale_name = name.removesuffix(".weight") + suffix if suffix.startswith(".") else name + suffix
+        return Example(Fp8Block(block), {name: values, scale_name: stored}, expected, name)
 
     return make
 
@@ -406,6 +407,8 @@ def example(name: str, seed: int = 0) -> Example:
 # Weights of a shape of one's own, [N, K] and for stacks of experts [E, K, N]; the blocks end inside of small shards.
 OF_SHAPE: dict[str, Callable[[tuple[int, ...]], Callable[[np.random.Generator], Example]]] = {
     "fp8_block": lambda shape: _fp8_block(shape, (24, 40)),
+    "fp8_block, .scale": lambda shape: _fp8_block(shape, (24, 40), exponents="e8m0", suffix=".scale"),
+    "deepseek_fp4": lambda shape: _float4(DeepSeekFp4(), (".weight", ".scale"), 32, dtype=np.int8, shape=shape),
     "fp8_block, 32": lambda shape: _fp8_block(shape, (32, 32)),
     "fp8_tensor": lambda shape: _fp8_scaled(Fp8Tensor(), shape, ()),
     "fp8_channel": lambda shape: _fp8_scaled(Fp8Channel(), shape, (shape[0], 1)),

@@ -23,7 +23,9 @@ GROUPED = {
     "kv_lora_rank": 32,
     "v_head_dim": 16,
 }
-LINEAR = r".*\.(?:experts\.\d+|self_attn|shared_experts)\.[a-z0-9_]+(?:\.|_proj\.)?weight"
+LINEAR = r".*\.(?:experts\.\d+|self_attn|attn|shared_experts)\.[a-z0-9_]+(?:\.|_proj\.)?weight"
+# The format of the other weights, where one is of experts alone.
+BESIDE = {"deepseek_fp4": "fp8_block, .scale"}
 STACKS = r".*\.experts\.(?:gate_up|down)_proj"
 
 
@@ -68,6 +70,7 @@ CASES = [
     ("qwen3_moe", "awq", {"quant_method": "awq", "bits": 4, "group_size": 32, "version": "gemm", "zero_point": True}),
     ("gpt_oss", "mxfp4", {"quant_method": "mxfp4", "modules_to_not_convert": ["model.layers.*.self_attn", "lm_head"]}),
     ("deepseek_v3", "nvfp4", {"quant_method": "modelopt", "quant_algo": "NVFP4", "ignore": ["lm_head", "*.gate"]}),
+    ("deepseek_v4", "deepseek_fp4", FP8 | {"scale_fmt": "ue8m0", "expert_dtype": "fp4"}),
     ("qwen3_moe", "bnb_4bit", {"quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}),
     ("mixtral", "bnb_int8", {"quant_method": "bitsandbytes", "load_in_8bit": True}),
 ]
@@ -82,10 +85,13 @@ def write_pair(
     stored, plain, count = {}, {}, 0
     for name, shape in shapes.items():
         if re.fullmatch(STACKS if form == "mxfp4" else LINEAR, name) and shape[-1] % 32 == 0 and shape[-2] % 32 == 0:
-            example = example_of(form, name, shape, rng)
+            kind = form if ".experts." in name else BESIDE.get(form, form)
+            example = example_of(kind, name, shape, rng)
             stored |= example.arrays
             plain[name] = np.ascontiguousarray(example.values)
             count += 1
+        elif name.endswith(".tid2eid"):
+            stored[name] = plain[name] = np.argsort(rng.random((shape[0], 11)))[:, : shape[1]]
         else:
             stored[name] = plain[name] = rng.normal(size=shape).astype(np.float32)
     paths = directory / "quantized", directory / "plain"

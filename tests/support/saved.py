@@ -1,5 +1,6 @@
 """Checkpoints compared tensor by tensor."""
 
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
@@ -27,7 +28,22 @@ def read_all(directory: Path) -> dict[str, np.ndarray]:
 
 
 def assert_same_tensors(ours: Path, theirs: Path) -> None:
-    found, expected = read_all(ours), read_all(theirs)
+    assert_equal_tensors(read_all(ours), read_all(theirs))
+
+
+def name_in_transformers(published: str) -> str:
+    """The name that transformers gives a tensor of DeepSeek-V4 when it writes the checkpoint as it was published."""
+    others = {
+        "embed.weight": "model.embed_tokens.weight",
+        "head.weight": "head.weight",
+        "norm.weight": "model.norm.weight",
+    }
+    name = others.get(published, f"model.{published.replace('hc_head_', 'hc_head.hc_')}")
+    # Every norm goes back to the short name that it has for the compressors' norms.
+    return name.replace(".attn.kv_norm.", ".attn.norm.")
+
+
+def assert_equal_tensors(found: Mapping[str, np.ndarray], expected: Mapping[str, np.ndarray]) -> None:
     assert found.keys() == expected.keys()
     for name, value in expected.items():
         assert found[name].dtype == value.dtype, name

@@ -59,8 +59,11 @@ _FLOATS = frozenset(
 
 
 def can_cast(source: np.dtype, target: np.dtype) -> bool:
-    """Whether a tensor of `source` may fill a parameter of `target`: the same type, or both plain floats."""
-    return source == target or {source, target} <= _PLAIN_FLOATS
+    """Whether a tensor of `source` may fill a parameter of `target`: the same type, both plain floats, or indices.
+
+    torch's indices have 64 bits, of which a number of experts needs few.
+    """
+    return source == target or {source, target} <= _PLAIN_FLOATS or (source == np.int64 and target == np.int32)
 
 
 def is_float(dtype: np.dtype) -> bool:

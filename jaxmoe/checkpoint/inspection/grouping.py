@@ -10,11 +10,14 @@ GROUPS = (
     "router",
     "dense MLP",
     "norms",
+    "hyper-connections",
     "head",
     "other",
     "ignored by rule",
 )
 """In the order of a table."""
+PLAIN = "plain"
+"""What the format of weights is called that are not quantized."""
 
 _NAMES = (
     # The first that is found counts: norms and shared experts stand inside other parts.
@@ -24,6 +27,7 @@ _NAMES = (
         r"router|e_score_correction_bias|\bexpert_bias|\bmoe_statics\b|(mlp|moe|mixer|feed_forward|ffn)\.gate\.",
     ),
     ("routed experts", r"\bexperts\.|moe\.(input_linear|output_linear|gate_proj|up_proj|down_proj)\b"),
+    ("hyper-connections", r"\bhc_(attn|ffn|head)_|\b(attn|ffn)_hc\.|\bhc_head\."),
     ("norms", r"norm(_?\d|_f)?(\.(weight|bias|scale))?$|\bln_\w+\.|\blayer_scalar$"),
     ("embedding", r"\b(embed_tokens|embed|embeddings|word_embeddings|wte|tok_embeddings)\."),
     ("head", r"\b(lm_head|embed_out|output|head)\."),
@@ -40,8 +44,10 @@ _SCALES = (
 )
 _PACKED = r"weight_packed|qweight|blocks"
 _COMPANION = re.compile(rf"(.*?)[._](?:(?P<packed>{_PACKED})|(?:{_SCALES}))")
-# Learned factors of a router are called scales as well.
-_ROUTER_SCALE = re.compile(r".*\brouter\.(per_expert_)?scale")
+# Learned factors of a router and of hyper-connections are called scales as well.
+_LEARNED_SCALE = re.compile(
+    r".*\brouter\.(per_expert_)?scale|(.*\.)?(hc_(attn|ffn|head)_|(attn|ffn)_hc\.|hc_head\.hc_)scale"
+)
 
 
 def group_of(name: str) -> str:
@@ -64,5 +70,5 @@ def quantized_base(name: str) -> tuple[str, bool] | None:
         >>> quantized_base("model.layers.0.mlp.up_proj.weight_scale_inv")
         ('model.layers.0.mlp.up_proj', False)
     """
-    match = None if _ROUTER_SCALE.fullmatch(name) else _COMPANION.fullmatch(name)
+    match = None if _LEARNED_SCALE.fullmatch(name) else _COMPANION.fullmatch(name)
     return None if match is None else (match[1], match["packed"] is not None)

@@ -7,14 +7,21 @@ import os
 import re
 from collections import Counter, defaultdict
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from typing import Any
 
 from jaxmoe.checkpoint.errors import CheckpointError, Problems
-from jaxmoe.checkpoint.formats import Checkpoint, decode_checkpoint, find_quantization, find_size, open_checkpoint
-from jaxmoe.checkpoint.inspection.grouping import GROUPS, group_of, quantized_base
+from jaxmoe.checkpoint.formats import (
+    Checkpoint,
+    DecodedTensor,
+    decode_checkpoint,
+    find_quantization,
+    find_size,
+    open_checkpoint,
+)
+from jaxmoe.checkpoint.inspection.config_only import facts_of_config, has_weights
+from jaxmoe.checkpoint.inspection.grouping import GROUPS, PLAIN, group_of, quantized_base
 from jaxmoe.checkpoint.mapping import FamilyCheckpoint, Unused, abstract_specs, detect_expert_layout
-from jaxmoe.config import DecoderConfig, MoEConfig, read_json
+from jaxmoe.config import DecoderConfig, MoEConfig, directory_of, find_checkpoint, read_json
 from jaxmoe.models import FAMILIES, WRAPPERS, Family, find_family
 
 Shapes = dict[str, tuple[int, ...]]
@@ -26,11 +33,12 @@ class CheckpointSummary:
 
     Attributes:
         path: the directory or file.
-        files: its files of weights.
+        weights: whether there are weights; without, parameters and bytes are what config.json makes of its family, in the
+            form of one tensor per expert, or what an index says.
+        files: its files of weights, or those of its index.
         model_type: model type as config.json has it.
         known: whether jaxmoe has that family.
-        problems: reasons for `jaxmoe.load` to refuse it, as far as headers tell; whether a quantized format has a reader is
-            not judged.
+        problems: reasons for `jaxmoe.load` to refuse it, as far as config.json and headers tell; missing weights are none.
         layers: decoder layers.
         moe_layers: those with routed experts.
         experts: routed experts of a layer; the largest number where layers differ.
@@ -46,9 +54,12 @@ class CheckpointSummary:
         ignored: {rule: tensors that it covers}, rules of the family, and of the multimodal model that it is the text
             part of. Tensors of the text part are called as in the text model alone.
         uncovered: tensors that fill no parameter and no rule ignores; None for an unknown family.
+        formats: {group: {quantized format, or "plain": bytes}} of a known family.
+        renamed: {rule: tensors that have other names than the family gives them}.
     """
 
     path: str
+    weights: bool
     files: int
     model_type: str | None
     known: bool
@@ -66,6 +77,8 @@ class CheckpointSummary:
     groups: dict[str, dict[str, int | None]]
     ignored: dict[str, list[str]]
     uncovered: list[str] | None
+    formats: dict[str, dict[str, int]]
+    renamed: dict[str, int]
 
     def to_dict(self) -> dict[str, Any]:
         """The same as plain types, for JSON."""
@@ -76,31 +89,47 @@ def summarize(path: str | os.PathLike[str]) -> CheckpointSummary:
     """Look at a checkpoint without reading a weight.
 
     Args:
-        path: a directory, or one file of weights. A family that jaxmoe does not know, and a missing config.json, leave
-            some entries None; that is no error.
+        path: checkpoint, given as for `jaxmoe.load`. A family that jaxmoe does not know, a missing config.json and missing
+            weights beside a config.json leave some entries None; that is no error.
 
     Raises:
         CheckpointError: a file breaks a rule of its format.
         FileNotFoundError: there is no checkpoint there.
     """
-    path = Path(path)
-    checkpoint = stored = open_checkpoint(path)
-    directory = path if path.is_dir() else path.parent
+    path = find_checkpoint(path)
+    directory = directory_of(path)
     config = read_json(directory / "config.json")
     model_type = config.get("model_type")
     family, text_config, unknown = _find_family(config)
     quantization = find_quantization(directory, config)
+    if not has_weights(path):
+        facts = facts_of_config(directory, config, family, text_config)
+        facts["problems"] = (*([unknown] if family is None else []), *facts["problems"])
+        return CheckpointSummary(
+            path=str(path),
+            weights=False,
+            model_type=model_type,
+            known=family is not None,
+            layouts={},
+            dtypes={},
+            quantization=quantization,
+            ignored={},
+            uncovered=None,
+            renamed={},
+            **facts,
+        )
+    checkpoint = stored = open_checkpoint(path)
     if quantization is None and any(quantized_base(name) for name in checkpoint.tensors):
         quantization = {"method": "unnamed", "from": "names of tensors"}
 
-    mapped, problems = None, []
+    mapped, renamed, problems = None, {}, []
     if family is None:
         problems.append(unknown)
     else:
         try:
             decoded = decode_checkpoint(checkpoint)
             found = FamilyCheckpoint.of(decoded, family, family.read_config(text_config))
-            checkpoint = found.checkpoint
+            checkpoint, renamed = found.checkpoint, dict(found.renamed)
             mapped = _map(found)
             problems += mapped.problems
         except ValueError as error:
@@ -111,6 +140,7 @@ def summarize(path: str | os.PathLike[str]) -> CheckpointSummary:
     moe = _MoESizes.known(mapped.config) if mapped else _MoESizes.guessed(config)
     return CheckpointSummary(
         path=str(path),
+        weights=True,
         files=len(checkpoint.files),
         model_type=model_type,
         known=family is not None,
@@ -123,11 +153,13 @@ def summarize(path: str | os.PathLike[str]) -> CheckpointSummary:
         dtypes=_bytes_by_dtype(stored),
         quantization=quantization,
         parameters=None if shapes is None else sum(map(math.prod, shapes.values())),
-        active_parameters=None if shapes is None else _active(shapes, moe),
+        active_parameters=None if shapes is None or (not mapped and _hidden(shapes, moe)) else _active(shapes, moe),
         bytes=stored.nbytes,
         groups=_groups(checkpoint, shapes, ignored),
         ignored=ignored,
         uncovered=list(mapped.unused.uncovered) if mapped else None,
+        formats=_formats(checkpoint, ignored) if mapped else {},
+        renamed=renamed,
     )
 
 
@@ -202,6 +234,30 @@ def _stored_shapes(checkpoint: Checkpoint) -> Shapes | None:
         elif part[1]:
             return None
     return shapes
+
+
+def _hidden(shapes: Shapes, moe: _MoESizes) -> bool:
+    """Whether an unknown family has routed experts, or some of them, under names that tell nothing.
+
+    Then it is not known what a token meets: experts that are taken for something else would be counted for every token.
+    """
+    groups = {name: group_of(name) for name in shapes}
+    if moe.experts is not None and moe.experts > 1 and "routed experts" not in groups.values():
+        return True
+    apart = {"routed experts", "shared experts", "router"}
+    others = [name for name, group in groups.items() if group not in apart and len(shapes[name]) > 1]
+    stacks = [name for name in others if len(shapes[name]) == 3 and shapes[name][0] == moe.experts]
+    return bool(stacks) or any(re.search(r"expert|moe", name) for name in others)
+
+
+def _formats(checkpoint: Checkpoint, ignored: Mapping[str, list[str]]) -> dict[str, dict[str, int]]:
+    dropped = {name for names in ignored.values() for name in names}
+    formats: dict[str, Counter[str]] = defaultdict(Counter)
+    for name, tensor in checkpoint.tensors.items():
+        if name not in dropped:
+            form = tensor.weight.format.describe() if isinstance(tensor, DecodedTensor) else PLAIN
+            formats[group_of(name)][form] += tensor.nbytes
+    return {group: dict(sizes) for group, sizes in formats.items()}
 
 
 def _active(shapes: Shapes, moe: _MoESizes) -> int | None:

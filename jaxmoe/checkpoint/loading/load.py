@@ -14,6 +14,7 @@ from jax.sharding import Mesh
 from jaxmoe.checkpoint.loading.execute import load_arrays
 from jaxmoe.checkpoint.loading.merge import merge_adapter
 from jaxmoe.checkpoint.loading.plan import LoadPlan, plan_packed
+from jaxmoe.checkpoint.loading.quantize import load_quantized
 from jaxmoe.checkpoint.loading.whole_modules import put_in_whole_modules
 from jaxmoe.checkpoint.lora import Adapter, open_adapter
 from jaxmoe.checkpoint.mapping import FamilyCheckpoint, PackingChoice, pack_model
@@ -23,8 +24,10 @@ from jaxmoe.distributed import check_same
 from jaxmoe.layers import param_specs, params_by_path
 from jaxmoe.mesh import EP, check_mesh
 from jaxmoe.models import Decoder, Family, Origin
+from jaxmoe.models.parts import held_forms
 from jaxmoe.placement import ExpertPlacement
 from jaxmoe.progress import ProgressCallback, byte_progress, check_progress
+from jaxmoe.quant.encode import TARGETS
 
 _DTYPES = ("float32", "bfloat16", "float16")
 
@@ -36,6 +39,7 @@ def load(
     placement: str | ExpertPlacement | Sequence[str | ExpertPlacement] = "linear",
     dtype: str | None = None,
     quantized: str | None = None,
+    quantize: str | None = None,
     adapter: str | Path | None = None,
     router: RouterFunction | None = None,
     expert_axes: tuple[str, ...] = (EP,),
@@ -61,6 +65,9 @@ def load(
         dtype: type of weights and activations, "float32", "bfloat16" or "float16"; None for the checkpoint's own.
         quantized: "keep" holds quantized weights packed, those that can be; "dequantize" decodes all, which training
             wants. None is "keep", and "dequantize" with an adapter.
+        quantize: format to quantize the linear layers of attention, MLPs and experts to, a name of
+            `jaxmoe.quant.encode.TARGETS`; they stay packed. Routers, norms, embeddings and the head are left alone, and so
+            are matrices that the model multiplies with in another way. `load_report.losses` has the errors.
         adapter: directory of a LoRA adapter, as PEFT's ``save_pretrained`` writes it, to add to the weights. Tensors that it
             has whole (``modules_to_save``, the ends of a grown vocabulary) take the place of the checkpoint's.
         router: a function that chooses the experts in every layer instead of the family's router, see
@@ -91,7 +98,7 @@ def load(
         path_like("adapter", adapter)
     check_finite = flag("check_finite", check_finite)
     check_progress(progress)
-    _check_quantized(quantized, adapter)
+    _check_quantized(quantized, quantize, adapter)
     path = find_checkpoint(path)
     found = FamilyCheckpoint.open(path)
     opened = None if adapter is None else open_adapter(adapter)
@@ -110,7 +117,7 @@ def load(
     specs = {spec.path: spec for spec in param_specs(model)}
     mapped = found.onto(specs)
     choice = PackingChoice({}, {})
-    if quantized != "dequantize" and adapter is None:
+    if quantized != "dequantize" and adapter is None and quantize is None:
         choice = pack_model(model, mapped)
     plan = plan_packed(mapped, choice.packings)
     if opened is not None:
@@ -121,6 +128,7 @@ def load(
         settings = (
             dtype,
             quantized,
+            quantize,
             getattr(router, "__qualname__", type(router).__qualname__),
             expert_axes,
             dispatch,
@@ -128,16 +136,21 @@ def load(
         )
         _check_same_input(model, found, opened, settings)
     with byte_progress(f"loading {path.name}", progress) as report_bytes:
-        arrays, report = load_arrays(plan, check_finite=check_finite, progress=report_bytes)
+        if quantize is None:
+            arrays, report = load_arrays(plan, check_finite=check_finite, progress=report_bytes)
+        else:
+            arrays, report = load_quantized(model, mapped, quantize, check_finite=check_finite, progress=report_bytes)
     packed, decoded = mapped.formats(choice.packings)
     model.load_report = dataclasses.replace(
         report,
         packed=packed,
         decoded=decoded,
+        held=held_forms(model, model.dtype),
         notes=(*found.notes, *choice.notes()),
         renamed=dict(found.renamed),
     )
-    model.origin = Origin(path, tuple(model.load_report.ignored.items()), adapted=adapter is not None)
+    ignored = tuple(model.load_report.ignored.items())
+    model.origin = Origin(path, ignored, adapted=adapter is not None, quantized=quantize is not None)
     if mesh.is_multi_process:
         check_same({"weights": _fingerprint(arrays)})
     for name, param in params_by_path(model).items():
@@ -145,7 +158,17 @@ def load(
     return model
 
 
-def _check_quantized(quantized: Any, adapter: Any) -> None:
+def _check_quantized(quantized: Any, quantize: Any, adapter: Any) -> None:
+    if quantize is not None and quantize not in TARGETS:
+        raise ValueError(
+            f"quantize is one of {', '.join(TARGETS)}, or None to leave weights as they are; got {quantize!r}"
+        )
+    if quantize is not None and (quantized == "keep" or adapter is not None):
+        other = "an adapter" if adapter is not None else 'quantized="keep"'
+        raise ValueError(
+            f"quantize makes packed weights of plain ones, and {other} asks for something else; leave one of the two out, "
+            "or write the other with jaxmoe.convert or jaxmoe.save first"
+        )
     if quantized not in (None, "keep", "dequantize"):
         raise ValueError(f'quantized is "keep", "dequantize" or None; got {quantized!r}')
     if quantized == "keep" and adapter is not None:

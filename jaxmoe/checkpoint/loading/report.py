@@ -3,6 +3,8 @@
 import dataclasses
 from typing import Any
 
+from jaxmoe.quant.encode import QuantizationLoss
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class AdapterReport:
@@ -39,7 +41,10 @@ class LoadReport:
         packed: {quantized format and its settings: weights of the checkpoint in it that are held packed}.
         decoded: the same for those whose values are held as plain numbers. A scale that counts for two pieces of a weight
             is read for each, so `bytes_read` may be above `bytes_needed`.
-        notes: sentences about the quantization.
+        held: {part of the model: {packed form, or a dtype: matrices or stacks that the devices hold in it}}, as in a plan.
+        notes: sentences about the quantization, the reasons why weights are decoded among them.
+        quantized: format that linear layers were quantized to while they were loaded, None where none were.
+        losses: differences that this made, by layer and kind; replicas of an expert count each.
         renamed: {rule: tensors of the checkpoint that had other names than the family gives them}.
     """
 
@@ -53,7 +58,10 @@ class LoadReport:
     adapter: AdapterReport | None = None
     packed: dict[str, int] = dataclasses.field(default_factory=dict)
     decoded: dict[str, int] = dataclasses.field(default_factory=dict)
+    held: dict[str, dict[str, int]] = dataclasses.field(default_factory=dict)
     notes: tuple[str, ...] = ()
+    quantized: str | None = None
+    losses: tuple[QuantizationLoss, ...] = ()
     renamed: dict[str, int] = dataclasses.field(default_factory=dict)
 
     @property
@@ -64,3 +72,13 @@ class LoadReport:
     def to_dict(self) -> dict[str, Any]:
         """The same as plain types, for JSON."""
         return dataclasses.asdict(self)
+
+    def describe(self) -> str:
+        """The report in a few lines: what was read, which quantized weights stay packed, and which are decoded and why."""
+        rate = self.bytes_per_second / 1e9
+        lines = [
+            f"read {self.bytes_read:,} bytes of {self.tensors_read:,} tensors in {self.seconds:.3g} s ({rate:.2g} GB/s)"
+        ]
+        for what, formats in (("kept packed", self.packed), ("decoded", self.decoded)):
+            lines += [f"{what}: {count:,} weights in {form}" for form, count in formats.items()]
+        return "\n".join([*lines, *self.notes])

@@ -3,16 +3,18 @@
 No weight byte is read here. `jaxmoe.checkpoint.mapping.mapped` has the way that a tensor takes.
 """
 
-from jaxmoe.checkpoint.mapping.abstract import abstract_model, abstract_specs
+from jaxmoe.checkpoint.mapping.abstract import abstract_model, abstract_specs, count_parameters
 from jaxmoe.checkpoint.mapping.blocks import Block, whole_tensor_blocks
 from jaxmoe.checkpoint.mapping.expected import expected_checkpoint
 from jaxmoe.checkpoint.mapping.experts import expert_blocks, find_expert_layout, fused_expert_blocks, per_expert_blocks
 from jaxmoe.checkpoint.mapping.ignore import IgnoreRule
 from jaxmoe.checkpoint.mapping.layouts import detect_expert_layout
+from jaxmoe.checkpoint.mapping.linear import linear_kind
 from jaxmoe.checkpoint.mapping.mapped import UNREAD_RULE, FamilyCheckpoint, MappedCheckpoint, Unused
-from jaxmoe.checkpoint.mapping.names import is_expert_stack, layer_index, written_blocks, written_form
+from jaxmoe.checkpoint.mapping.names import layer_index, written_blocks, written_form
 from jaxmoe.checkpoint.mapping.packed import PackingChoice, hold_packed, pack_model
 from jaxmoe.checkpoint.mapping.tied import TIED_RULE
+from jaxmoe.models.parts import is_expert_stack
 
 __all__ = [
     "TIED_RULE",
@@ -25,6 +27,7 @@ __all__ = [
     "Unused",
     "abstract_model",
     "abstract_specs",
+    "count_parameters",
     "detect_expert_layout",
     "expected_checkpoint",
     "expert_blocks",
@@ -33,6 +36,7 @@ __all__ = [
     "hold_packed",
     "is_expert_stack",
     "layer_index",
+    "linear_kind",
     "pack_model",
     "per_expert_blocks",
     "whole_tensor_blocks",

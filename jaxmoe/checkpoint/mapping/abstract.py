@@ -1,15 +1,18 @@
 """A model that is not made: no device is asked for, nothing is allocated and no backend starts."""
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax.numpy as jnp
 from jax.sharding import AbstractMesh, AxisType
 
-from jaxmoe.config import DecoderConfig
+from jaxmoe.checkpoint.mapping.names import layer_index
+from jaxmoe.config import DecoderConfig, MoEConfig
 from jaxmoe.layers import ParamSpec, param_specs
 from jaxmoe.mesh import AXES, EP
 from jaxmoe.models import Decoder
+from jaxmoe.models.parts import is_expert_stack
 from jaxmoe.placement import ExpertPlacement
 
 
@@ -33,6 +36,29 @@ def abstract_model(
     """
     mesh: Any = AbstractMesh(tuple([sizes[axis] for axis in AXES]), AXES, axis_types=(AxisType.Auto,) * len(AXES))
     return Decoder(config, mesh=mesh, placement=placement, expert_axes=expert_axes, dtype=dtype)
+
+
+def count_parameters(config: DecoderConfig) -> tuple[int, int]:
+    """Count the parameters of a model, and those that one token meets.
+
+    Args:
+        config: config of the model.
+
+    Returns:
+        All of them, and all but the routed experts that a token does not go to. The embedding is counted whole, as is usual.
+    """
+    total = active = 0
+    for path, spec in abstract_specs(config).items():
+        count = math.prod(spec.shape)
+        total += count
+        if is_expert_stack(path):
+            index = layer_index(path)
+            assert index is not None, f"{path}: experts outside a layer"
+            moe = config.layers[index].feed_forward
+            assert isinstance(moe, MoEConfig), f"{path}: a stack of no experts"
+            count = count // moe.num_experts * moe.num_experts_per_tok
+        active += count
+    return total, active
 
 
 def abstract_specs(config: DecoderConfig, dtype: Any = jnp.float32) -> dict[str, ParamSpec]:

@@ -15,10 +15,8 @@ from jaxmoe.checkpoint.mapping.blocks import Block, rows_on_disk, whole_tensor_b
 from jaxmoe.checkpoint.mapping.experts import expert_blocks
 from jaxmoe.checkpoint.mapping.layouts import PATTERNS, shape_of
 from jaxmoe.layers import ParamSpec
-from jaxmoe.layers.weights import PART_ENDINGS
 from jaxmoe.models import ExpertTensors, Family, Form
-
-_EXPERT_STACK = re.compile(rf"\.moe\.[wb]_(gate_up|down)({'|'.join(PART_ENDINGS.values())})$")
+from jaxmoe.models.parts import is_expert_stack
 
 
 def model_blocks(
@@ -109,11 +107,6 @@ def written_form(family: Family, form: Form) -> Form:
     if form == "fused":
         return "fused" if family.experts.fused else "per_expert"
     return "per_expert" if family.experts.per_expert(0) else "fused"
-
-
-def is_expert_stack(path: str) -> bool:
-    """Whether a parameter is a stack of routed experts."""
-    return _EXPERT_STACK.search(path) is not None
 
 
 def tensor_names(family: Family, path: str) -> list[str]:

@@ -9,6 +9,7 @@ block, gate and up in one dim. The scale of a block is then repeated for its par
 
 import dataclasses
 import math
+import re
 from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from typing import NamedTuple
@@ -37,9 +38,17 @@ class PackingChoice(NamedTuple):
     decoded: dict[str, str]
 
     def notes(self) -> tuple[str, ...]:
-        """The reasons, each once and with the parameters that it is of counted, for a report."""
+        """The reasons, each once and with the parameters that it is of counted and named, for a report."""
         counts = Counter(self.decoded.values())
-        return tuple(f"{count} quantized parameters are decoded: {reason}" for reason, count in counts.items())
+        return tuple(
+            f"{count} quantized parameters are decoded ({', '.join(self._names(reason))}): {reason}"
+            for reason, count in counts.items()
+        )
+
+    def _names(self, reason: str) -> list[str]:
+        """The parameters that a reason is of, those of all layers as one."""
+        paths = [path for path, found in self.decoded.items() if found == reason]
+        return list(dict.fromkeys(re.sub(r"^layers\.\d+\.", "layers.*.", path) for path in paths))
 
 
 class _Cut(NamedTuple):

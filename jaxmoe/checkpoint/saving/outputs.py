@@ -129,6 +129,8 @@ def _written_dtype(blocks: list[Block], wide: Collection[str], values: Values, d
     held = np.dtype(values.dtype(blocks[0].param, blocks[0].param_box))
     for block in blocks[1:]:
         held = np.dtype(jnp.promote_types(held, values.dtype(block.param, block.param_box)))
+    if held == np.int32:
+        return np.dtype(np.int64)  # indices, as torch has them
     if dtype is None or dtype == held or not can_cast(held, dtype):
         return held
     if not any(block.param in wide for block in blocks):

@@ -3,7 +3,6 @@
 import dataclasses
 import functools
 import math
-import re
 from collections import defaultdict
 from collections.abc import Sequence
 from typing import Any
@@ -11,40 +10,13 @@ from typing import Any
 import numpy as np
 
 from jaxmoe.checkpoint.errors import CheckpointError, Problems
-from jaxmoe.checkpoint.mapping import layer_index
+from jaxmoe.checkpoint.mapping import layer_index, linear_kind
 from jaxmoe.checkpoint.saving.outputs import DTYPE_NAMES, OutputTensor
 from jaxmoe.models import Family, Form
 from jaxmoe.quant import QuantizationError
 from jaxmoe.quant.base import swap_last
-from jaxmoe.quant.encode import STACKED, TARGETS, Encoder, ErrorSum
+from jaxmoe.quant.encode import STACKED, TARGETS, Encoder, ErrorSum, QuantizationLoss
 from jaxmoe.quant.names import Names
-
-# Kinds of linear layers, by the paths of their parameters. Routers, embeddings, the head and mixers with a state are none.
-_KINDS = (
-    ("routed experts", re.compile(r".*\.moe\.w_(gate_up|down)")),
-    ("shared experts", re.compile(r".*\.moe\.shared\.w_(gate|up|down)")),
-    ("dense MLP", re.compile(r".*\.mlp\.w_(gate|up|down)")),
-    ("attention", re.compile(r".*\.attention\.w_(q|k|v|o|q_a|q_b|kv_a|kv_b)")),
-)
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class QuantizationLoss:
-    """Differences that quantizing made among the weights of one kind in one layer.
-
-    Attributes:
-        layer: index of the layer.
-        kind: "attention", "routed experts", "shared experts" or "dense MLP".
-        weights: number of them.
-        rms: root of the mean square of the differences, relative to that of the values.
-        max: largest difference in a weight, relative to the largest value in it; of all weights the largest.
-    """
-
-    layer: int
-    kind: str
-    weights: int
-    rms: float
-    max: float
 
 
 @dataclasses.dataclass(frozen=True)
@@ -226,7 +198,7 @@ def _other_form(family: Family) -> str:
 
 def _kind_of(tensor: OutputTensor) -> str:
     """The kind of linear layer that a tensor is of, "" for what is none."""
-    kinds = {next((kind for kind, pattern in _KINDS if pattern.fullmatch(path)), "") for path in tensor.params}
+    kinds = {linear_kind(path) for path in tensor.params}
     return kinds.pop() if len(kinds) == 1 else ""
 
 

@@ -23,7 +23,7 @@ from jaxmoe.checkpoint.mapping import (
 )
 from jaxmoe.checkpoint.saving.directory import copy_side_files, new_directory
 from jaxmoe.checkpoint.saving.outputs import OutputTensor, copied_tensor, output_tensors
-from jaxmoe.checkpoint.saving.quantize import QuantizationLoss, QuantizedOutputs, Quantizing
+from jaxmoe.checkpoint.saving.quantize import QuantizedOutputs, Quantizing
 from jaxmoe.checkpoint.saving.values import CheckpointValues, ModelValues
 from jaxmoe.checkpoint.saving.write import divide_into_files, parse_size, write_files
 from jaxmoe.checks import flag, instance_of, path_like
@@ -31,6 +31,7 @@ from jaxmoe.config import DecoderConfig, directory_of, find_checkpoint
 from jaxmoe.layers import check_usable, packings_of, param_specs, params_by_path, unpacked_specs
 from jaxmoe.models import Decoder, Family, Form, read_model_config
 from jaxmoe.progress import ProgressCallback, byte_progress, check_progress
+from jaxmoe.quant.encode import QuantizationLoss
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

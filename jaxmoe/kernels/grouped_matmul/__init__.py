@@ -8,17 +8,21 @@ from jaxmoe.kernels.grouped_matmul.api import expert_mlp, grouped_matmul
 from jaxmoe.kernels.grouped_matmul.backends import BACKENDS, GPU_BACKENDS, Kernels, check_backend
 from jaxmoe.kernels.grouped_matmul.combine import combine_halves
 from jaxmoe.kernels.grouped_matmul.quantized import QuantizedStack, dequantize
+from jaxmoe.kernels.grouped_matmul.quantized_rows import ROW_FORMATS, QuantizedRows, quantize_rows
 from jaxmoe.numerics import ACTIVATIONS
 
 __all__ = [
     "ACTIVATIONS",
     "BACKENDS",
     "GPU_BACKENDS",
+    "ROW_FORMATS",
     "Kernels",
+    "QuantizedRows",
     "QuantizedStack",
     "check_backend",
     "combine_halves",
     "dequantize",
     "expert_mlp",
     "grouped_matmul",
+    "quantize_rows",
 ]

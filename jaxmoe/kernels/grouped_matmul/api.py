@@ -13,6 +13,7 @@ from jax.typing import DTypeLike
 from jaxmoe.kernels.grouped_matmul.backends import load_backend
 from jaxmoe.kernels.grouped_matmul.combine import combine_halves
 from jaxmoe.kernels.grouped_matmul.quantized import Matrices, QuantizedStack, as_matrices
+from jaxmoe.kernels.grouped_matmul.quantized_rows import check_row_format
 
 
 def grouped_matmul(
@@ -20,6 +21,8 @@ def grouped_matmul(
     rhs_GNK: Matrices,
     group_sizes_G: jax.Array,
     *,
+    activations: str = "none",
+    input_scales_G: jax.Array | None = None,
     out_dtype: DTypeLike | None = None,
     backend: str = "auto",
     device_kind: str | None = None,
@@ -34,6 +37,11 @@ def grouped_matmul(
         lhs_RK: rows, sorted by group. There may be more of them than the groups own: time follows the rows owned.
         rhs_GNK: matrices, one for each group, (out, in) as in torch; of lhs_RK's dtype, or a `QuantizedStack`.
         group_sizes_G: int32, rows of each group; zeros are welcome.
+        activations: name in `ROW_FORMATS`, of what rows are rounded to before a product with packed matrices, as
+            `quantize_rows` does it: 8 bits with a scale a row ("fp8_token", "int8_token"), for each 128 columns of it
+            ("fp8_block"), or one that is given for each group ("fp8_static", "int8_static"). "none" leaves them as they are.
+            In gradients it is as if nothing were rounded.
+        input_scales_G: float32, the scales of static activations.
         out_dtype: dtype of the result, lhs_RK's by default. Sums are float32 (float64 for float64 rows) whatever it is.
         backend: name in `BACKENDS` or `GPU_BACKENDS`, or "auto".
         device_kind: `jax.Device.device_kind` of the devices that it will run on. A GPU backend takes the tiles that were
@@ -56,7 +64,8 @@ def grouped_matmul(
     _check_ranks(lhs=(lhs_RK, "RK"), rhs=(rhs_GNK, "GNK"), group_sizes=(group_sizes_G, "G"))
     _check_rows(lhs_RK, group_sizes_G)
     _check_matrix("rhs", rhs_GNK, (rhs_GNK.shape[1], lhs_RK.shape[1]), lhs_RK, group_sizes_G)
-    return load_backend(backend, rhs_GNK).grouped_matmul(
+    _check_activations(activations, input_scales_G, (len(group_sizes_G),), rhs=rhs_GNK)
+    return load_backend(backend, rhs_GNK, activations=activations, input_scales=input_scales_G).grouped_matmul(
         lhs_RK,
         _flatten(rhs_GNK),
         group_sizes_G,
@@ -75,6 +84,8 @@ def expert_mlp(
     b_down_pD: jax.Array | None = None,
     activation: str = "silu",
     limit: float | None = None,
+    activations: str = "none",
+    input_scales_p2: jax.Array | None = None,
     out_dtype: DTypeLike | None = None,
     backend: str = "auto",
     device_kind: str | None = None,
@@ -99,6 +110,8 @@ def expert_mlp(
         b_down_pD: biases of the second.
         activation: name in `ACTIVATIONS` or `CLAMPED`, computed in the sums' dtype.
         limit: limit of a clamped activation.
+        activations: name in `ROW_FORMATS`, of what x and h are rounded to before their products, as in `grouped_matmul`.
+        input_scales_p2: float32, the scales of static activations: of x at [:, 0], of h at [:, 1].
         out_dtype: dtype of the result, x_RD's by default. Sums are float32 (float64 for float64 rows) whatever it is.
         backend: name in `BACKENDS` or `GPU_BACKENDS`, or "auto".
         device_kind: `jax.Device.device_kind` of the devices that it will run on. A GPU backend takes the tiles that were
@@ -134,7 +147,9 @@ def expert_mlp(
     for name, bias, shape in (("b_gate_up", b_gate_up_p2F, (p, halves, F)), ("b_down", b_down_pD, (p, D))):
         if bias is not None and bias.shape != shape:
             raise ValueError(f"{name} must have shape {shape} to fit the matrices; got {bias.shape}.")
-    return load_backend(backend, w_gate_up_p2FD, w_down_pDF).expert_mlp(
+    _check_activations(activations, input_scales_p2, (p, 2), w_gate_up=w_gate_up_p2FD, w_down=w_down_pDF)
+    stacks = w_gate_up_p2FD, w_down_pDF
+    return load_backend(backend, *stacks, activations=activations, input_scales=input_scales_p2).expert_mlp(
         x_RD,
         _flatten(w_gate_up_p2FD),
         _flatten(w_down_pDF),
@@ -168,6 +183,21 @@ def _check_rows(rows: jax.Array, group_sizes: jax.Array) -> None:
         raise ValueError(f"rows must be floating point; got {rows.dtype}. Convert them with astype.")
     if group_sizes.dtype != jnp.int32:
         raise ValueError(f"group_sizes must be int32; got {group_sizes.dtype}. Convert with astype(jnp.int32).")
+
+
+def _check_activations(activations: str, scales: jax.Array | None, shape: tuple[int, ...], **stacks: Matrices) -> None:
+    if check_row_format(activations, scales is not None) is None:
+        return
+    for name, stack in stacks.items():
+        if not isinstance(stack, QuantizedStack):
+            raise ValueError(
+                f"activations {activations!r} go with packed matrices; {name} is {stack.dtype}. Use 'none'."
+            )
+    if scales is not None and (scales.shape != shape or scales.dtype != jnp.float32):
+        raise ValueError(
+            f"input_scales must be float32 of shape {shape}; got {scales.dtype} of shape {scales.shape}. Reshape or "
+            "convert them."
+        )
 
 
 def _check_matrix(name: str, matrix: Matrices, shape: tuple[int, ...], rows: jax.Array, group_sizes: jax.Array) -> None:

@@ -6,7 +6,9 @@ Letters here, beside the common ones of docs/concepts/letters.md: G groups, K in
 import dataclasses
 import importlib
 import re
-from typing import Protocol, cast
+from functools import partial
+from types import SimpleNamespace
+from typing import Any, Protocol, cast
 
 import jax
 import jax.numpy as jnp
@@ -14,6 +16,7 @@ import jax.numpy as jnp
 from jaxmoe.hardware import GPUS
 from jaxmoe.kernels.grouped_matmul.combine import Combine
 from jaxmoe.kernels.grouped_matmul.quantized import FORMATS, Matrices, QuantizedStack
+from jaxmoe.kernels.grouped_matmul.quantized_rows import ROW_FORMATS, OnRoundedRows
 
 
 class Kernels(Protocol):
@@ -94,10 +97,13 @@ class Backend:
     Attributes:
         module: name of the module, which is as `Kernels` says.
         formats: names of the formats of a `QuantizedStack` that it takes; others are refused before it is called.
+        activations: names in `ROW_FORMATS` that it has products of its own for: its functions take `activations` and
+            `input_scales`. For others it is given rounded rows in float32.
     """
 
     module: str
     formats: frozenset[str] = frozenset()
+    activations: frozenset[str] = frozenset()
 
     def load(self) -> Kernels:
         """Import the module."""
@@ -149,7 +155,8 @@ BACKENDS: dict[str, Backend] = {
 GPU_BACKENDS: dict[str, GPUBackend] = {
     "mosaic_gpu": GPUBackend(
         module=f"{_HERE}.mosaic_gpu",
-        formats=frozenset({"float8_e4m3fn", "int4", "mxfp4"}),
+        formats=frozenset(FORMATS),
+        activations=frozenset(name for name in ROW_FORMATS if name != "none"),
         since=(0, 11, 2),
         capabilities=range(9, 11),
         generations="Hopper and Blackwell GPUs of data centers",
@@ -163,8 +170,16 @@ GPU_BACKENDS: dict[str, GPUBackend] = {
 }
 
 
-def load_backend(name: str, *stacks: Matrices) -> Kernels:
+def load_backend(
+    name: str, *stacks: Matrices, activations: str = "none", input_scales: jax.Array | None = None
+) -> Kernels:
     """Load the backend of that name, if it takes these stacks; "auto" is "portable".
+
+    Args:
+        name: name in `BACKENDS` or `GPU_BACKENDS`, or "auto".
+        stacks: stacks that it has to take.
+        activations: name in `ROW_FORMATS`, of what rows are to be rounded to.
+        input_scales: scales of static activations, see `OnRoundedRows`.
 
     Raises:
         ValueError: there is no backend of that name.
@@ -180,7 +195,15 @@ def load_backend(name: str, *stacks: Matrices) -> Kernels:
             f"kernels {name!r} do not take matrices packed as {' or '.join(sorted(refused))}: use 'portable', which does, "
             "or `dequantize` them first"
         )
-    return tables[name].load()
+    kernels = tables[name].load()
+    if activations == "none":
+        return kernels
+    if activations not in tables[name].activations:
+        return OnRoundedRows(kernels, activations, input_scales)
+    module: Any = kernels
+    more = {"activations": activations, "input_scales": input_scales}
+    functions = {name: partial(getattr(module, name), **more) for name in ("grouped_matmul", "expert_mlp")}
+    return cast("Kernels", SimpleNamespace(**functions))
 
 
 def check_backend(name: str, device: jax.Device) -> None:

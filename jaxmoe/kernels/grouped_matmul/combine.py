@@ -18,8 +18,13 @@ def gelu_without_erf(x: jax.Array) -> jax.Array:
     return x * jnp.where(x < 0, tail, 1 - tail)
 
 
-# Activations inside of kernels: Pallas has no error function on GPUs.
-KERNEL_ACTIVATIONS = ACTIVATIONS | {"gelu": gelu_without_erf}
+# Activations inside of kernels: Pallas has no error function on GPUs, and Mosaic GPU no function with a gradient of its own,
+# as `jax.nn.relu` is.
+KERNEL_ACTIVATIONS = ACTIVATIONS | {
+    "gelu": gelu_without_erf,
+    "relu": lambda x: jnp.maximum(x, 0),
+    "relu2": lambda x: jnp.square(jnp.maximum(x, 0)),
+}
 
 
 def clamped_swiglu(gate: jax.Array, up: jax.Array, limit: float) -> jax.Array:
@@ -33,17 +38,20 @@ def clamped_swiglu(gate: jax.Array, up: jax.Array, limit: float) -> jax.Array:
 
 
 def limited_swiglu(gate: jax.Array, up: jax.Array, limit: float) -> jax.Array:
-    """min(g · sigmoid(g), limit) · u, with g the gate and u the other half within ±`limit`.
+    """silu(g) · u, with g the gate cut off above `limit` and u the other half within ±`limit`: that of DeepSeek-V4."""
+    return jax.nn.silu(jnp.minimum(gate, limit)) * jnp.clip(up, -limit, limit)
 
-    The expert function of Step-3.5's last layers.
-    """
-    return jnp.minimum(gate * jax.nn.sigmoid(gate), limit) * jnp.clip(up, -limit, limit)
+
+def capped_swiglu(gate: jax.Array, up: jax.Array, limit: float) -> jax.Array:
+    """min(silu(g), limit) · u, with g the gate and u the other half within ±`limit`: that of Step-3.5's last layers."""
+    return jnp.minimum(jax.nn.silu(gate), limit) * jnp.clip(up, -limit, limit)
 
 
 # Functions of gate, up and a limit, where the two halves are not simply act(gate) · up.
 CLAMPED: dict[str, Callable[[jax.Array, jax.Array, float], jax.Array]] = {
     "clamped_swiglu": clamped_swiglu,
     "limited_swiglu": limited_swiglu,
+    "capped_swiglu": capped_swiglu,
 }
 
 

@@ -1,7 +1,7 @@
 """Encoders, which make the arrays of a quantized format from plain values; a new one is a file and a line here."""
 
 from jaxmoe.quant.encode.base import Encoder
-from jaxmoe.quant.encode.errors import ErrorSum
+from jaxmoe.quant.encode.errors import ErrorSum, QuantizationLoss
 from jaxmoe.quant.encode.fp8_block import Fp8BlockEncoder
 from jaxmoe.quant.encode.integers import IntEncoder
 from jaxmoe.quant.encode.mxfp4 import GptOssEncoder, Mxfp4Encoder
@@ -18,4 +18,4 @@ TARGETS: dict[str, Encoder] = {
 STACKED: dict[tuple[str, str], Encoder] = {("gpt_oss", "mxfp4"): GptOssEncoder()}
 """(model_type, name for users) -> encoder of families that have a form of their own for all experts in one tensor."""
 
-__all__ = ["STACKED", "TARGETS", "Encoder", "ErrorSum", "GptOssEncoder", "IntEncoder"]
+__all__ = ["STACKED", "TARGETS", "Encoder", "ErrorSum", "GptOssEncoder", "IntEncoder", "QuantizationLoss"]

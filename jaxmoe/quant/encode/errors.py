@@ -46,3 +46,22 @@ class ErrorSum:
     def max(self) -> float:
         """Largest difference, relative to the largest value; 0 where all values are."""
         return self.difference / (self.value or 1.0)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class QuantizationLoss:
+    """Differences that quantizing made among the weights of one kind in one layer.
+
+    Attributes:
+        layer: index of the layer.
+        kind: "attention", "routed experts", "shared experts" or "dense MLP".
+        weights: number of them.
+        rms: root of the mean square of the differences, relative to that of the values.
+        max: largest difference in a weight, relative to the largest value in it; of all weights the largest.
+    """
+
+    layer: int
+    kind: str
+    weights: int
+    rms: float
+    max: float

@@ -11,13 +11,15 @@ import jax
 import jax.numpy as jnp
 
 from jaxmoe.kernels.grouped_matmul import portable
+from jaxmoe.kernels.grouped_matmul.backends import Kernels
 from jaxmoe.kernels.grouped_matmul.combine import KERNEL_ACTIVATIONS, Combine
 from jaxmoe.kernels.grouped_matmul.gradient import with_gradient_of
 from jaxmoe.kernels.grouped_matmul.group_tiles import ALIGNMENT, tile_groups
 from jaxmoe.kernels.grouped_matmul.mosaic_gpu import blackwell, kernel
 from jaxmoe.kernels.grouped_matmul.mosaic_gpu.blackwell_tiles import BlackwellProblem, is_blackwell
-from jaxmoe.kernels.grouped_matmul.mosaic_gpu.tiles import Problem, Tiles, choose_tiles
+from jaxmoe.kernels.grouped_matmul.mosaic_gpu.tiles import WGMMA_ROWS, Problem, Tiles, choose_tiles
 from jaxmoe.kernels.grouped_matmul.quantized import FORMATS, Matrices, QuantizedStack
+from jaxmoe.kernels.grouped_matmul.quantized_rows import OnRoundedRows, QuantizedRows, quantize_rows, scales_of_rows
 from jaxmoe.kernels.grouped_matmul.tile_table import measured_tiles
 
 
@@ -29,21 +31,28 @@ def grouped_matmul(
     out_dtype: jnp.dtype,
     tiles: Tiles | None = None,
     device_kind: str | None = None,
+    activations: str = "none",
+    input_scales: jax.Array | None = None,
     interpret: bool = False,
 ) -> jax.Array:
-    """out[r] = rhs[g(r)] @ lhs[r]; see `Kernels.grouped_matmul`. `tiles` are looked up or chosen unless given."""
+    """out[r] = rhs[g(r)] @ lhs[r]; see `Kernels.grouped_matmul`.
+
+    `tiles` are looked up or chosen unless given. Rows are quantized first if `activations` are named.
+    """
     measured = measured_tiles(Tiles, device_kind, "mosaic_gpu", lhs_RK, rhs_GNK)
 
     def forward(arrays: Any, group_sizes_G: jax.Array) -> jax.Array:
-        lhs_RK, rhs_GNK = arrays
+        lhs_RK, rhs_GNK, scales_G = arrays
+        rows = _quantized(lhs_RK, activations, group_sizes_G, scales_G)
         options = (out_dtype, (tiles, measured), device_kind, interpret)
-        return _product(lhs_RK, rhs_GNK, None, group_sizes_G, _identity, 1, *options)
+        return _product(rows, rhs_GNK, None, group_sizes_G, _identity, 1, *options)
 
     def same(arrays: Any, group_sizes_G: jax.Array) -> jax.Array:
-        lhs_RK, rhs_GNK = arrays
-        return portable.grouped_matmul(lhs_RK, rhs_GNK, group_sizes_G, out_dtype=out_dtype)
+        lhs_RK, rhs_GNK, scales = arrays
+        return _portable(activations, scales).grouped_matmul(lhs_RK, rhs_GNK, group_sizes_G, out_dtype=out_dtype)
 
-    return _owned_only(with_gradient_of(same, forward, (lhs_RK, rhs_GNK), group_sizes_G), group_sizes_G)
+    arrays = (lhs_RK, rhs_GNK, input_scales)
+    return _owned_only(with_gradient_of(same, forward, arrays, group_sizes_G), group_sizes_G)
 
 
 def expert_mlp(
@@ -58,11 +67,14 @@ def expert_mlp(
     out_dtype: jnp.dtype,
     tiles: tuple[Tiles | None, Tiles | None] = (None, None),
     device_kind: str | None = None,
+    activations: str = "none",
+    input_scales: jax.Array | None = None,
     interpret: bool = False,
 ) -> jax.Array:
     """y = W_down[g] @ combine(W_up[g] @ x + b_up[g]) + b_down[g]; see `Kernels.expert_mlp`.
 
-    `tiles` are those of the first and of the second product, looked up or chosen unless given.
+    `tiles` are those of the first and of the second product, looked up or chosen unless given. x and h are quantized before
+    them if `activations` are named.
     """
     measured_up = measured_tiles(Tiles, device_kind, "mosaic_gpu.gate_up", x_RD, w_up_pND)
     measured_down = measured_tiles(Tiles, device_kind, "mosaic_gpu", x_RD, w_down_pDF)
@@ -72,24 +84,44 @@ def expert_mlp(
         return combine.halves(*sums, activations=KERNEL_ACTIVATIONS)
 
     def forward(arrays: Any, group_sizes_p: jax.Array) -> jax.Array:
-        x_RD, w_up, w_down, b_up, b_down = arrays
+        x_RD, w_up, w_down, b_up, b_down, scales_p2 = arrays
+        scales = (None, None) if scales_p2 is None else (scales_p2[:, 0], scales_p2[:, 1])
         up = (x_RD.dtype, (tiles[0], measured_up), device_kind, interpret)
         down = (out_dtype, (tiles[1], measured_down), device_kind, interpret)
-        h_RF = _product(x_RD, w_up, b_up, group_sizes_p, finish, halves, *up)
-        return _product(h_RF, w_down, b_down, group_sizes_p, _identity, 1, *down)
+        rows = _quantized(x_RD, activations, group_sizes_p, scales[0])
+        h_RF = _product(rows, w_up, b_up, group_sizes_p, finish, halves, *up)
+        rows = _quantized(h_RF, activations, group_sizes_p, scales[1])
+        return _product(rows, w_down, b_down, group_sizes_p, _identity, 1, *down)
 
     def same(arrays: Any, group_sizes_p: jax.Array) -> jax.Array:
-        x_RD, w_up, w_down, b_up, b_down = arrays
-        return portable.expert_mlp(
+        x_RD, w_up, w_down, b_up, b_down, scales = arrays
+        return _portable(activations, scales).expert_mlp(
             x_RD, w_up, w_down, group_sizes_p, b_up_pN=b_up, b_down_pD=b_down, combine=combine, out_dtype=out_dtype
         )
 
-    arrays = (x_RD, w_up_pND, w_down_pDF, b_up_pN, b_down_pD)
+    arrays = (x_RD, w_up_pND, w_down_pDF, b_up_pN, b_down_pD, input_scales)
     return _owned_only(with_gradient_of(same, forward, arrays, group_sizes_p), group_sizes_p)
 
 
+def _portable(activations: str, input_scales: jax.Array | None) -> Kernels:
+    return portable if activations == "none" else OnRoundedRows(portable, activations, input_scales)
+
+
+def _quantized(
+    rows_RK: jax.Array, activations: str, group_sizes_G: jax.Array, scales_G: jax.Array | None
+) -> jax.Array | QuantizedRows:
+    if activations == "none":
+        return rows_RK
+    scales_R = scales_of_rows(rows_RK.shape[0], group_sizes_G, scales_G)
+    return quantize_rows(rows_RK, activations, scales_R=scales_R)
+
+
 def problem_of(
-    rows: jax.Array, matrices: Matrices, halves: int, out_dtype: jnp.dtype, device_kind: str | None = None
+    rows: jax.Array | QuantizedRows,
+    matrices: Matrices,
+    halves: int,
+    out_dtype: jnp.dtype,
+    device_kind: str | None = None,
 ) -> Problem:
     """Make the problem of rows [R, K] and matrices [G, halves·N, K]; on Hopper, unless `device_kind` is newer.
 
@@ -98,8 +130,16 @@ def problem_of(
     """
     G, N, K = matrices.shape
     packed = isinstance(matrices, QuantizedStack)
+    row_block = None
+    if isinstance(rows, QuantizedRows):
+        row_block, rows = rows.block, rows.values
+        if not isinstance(matrices, QuantizedStack) or matrices.values.dtype != rows.dtype:
+            raise NotImplementedError(
+                f"the mosaic_gpu kernel multiplies quantized rows with matrices of their dtype, {rows.dtype}; got "
+                f"{matrices.format if isinstance(matrices, QuantizedStack) else matrices.dtype}: use the portable one"
+            )
     allowed = (jnp.bfloat16,) if packed else (jnp.bfloat16, jnp.float16)
-    if rows.dtype not in allowed:
+    if row_block is None and rows.dtype not in allowed:
         names = " and ".join(jnp.dtype(dtype).name for dtype in allowed)
         raise NotImplementedError(
             f"the mosaic_gpu kernel multiplies rows of {names}{' with packed matrices' if packed else ''}; got "
@@ -114,13 +154,18 @@ def problem_of(
             f"the mosaic_gpu kernel takes no packed matrices on Blackwell ({device_kind}), here {matrices.format}: use the "
             "portable one, or `dequantize` them first"
         )
-    if matrices.matrix_scales is not None:
-        raise NotImplementedError("the mosaic_gpu kernel takes no matrix_scales: use the portable one")
-    return dataclasses.replace(problem, weight_bits=8 // FORMATS[matrices.format].per_byte, block=matrices.block)
+    if matrices.matrix_scales is not None and matrices.matrix_scales.shape[1] != halves:
+        raise NotImplementedError(
+            f"the mosaic_gpu kernel takes one of matrix_scales for a matrix; got {matrices.matrix_scales.shape[1]} for "
+            f"{halves}: use the portable one"
+        )
+    weight_bits = 8 // FORMATS[matrices.format].per_byte
+    problem = dataclasses.replace(problem, weight_bits=weight_bits, block=matrices.block, format=matrices.format)
+    return dataclasses.replace(problem, row_bytes=rows.dtype.itemsize, row_block=row_block)
 
 
 def _product(
-    rows_RK: jax.Array,
+    rows_RK: jax.Array | QuantizedRows,
     matrices_GNK: Matrices,
     biases_GN: jax.Array | None,
     group_sizes_G: jax.Array,
@@ -132,10 +177,12 @@ def _product(
     interpret: bool,
 ) -> jax.Array:
     """The kernel on rows [R, K] and matrices [G, halves·N, K]; anything in rows that no group owns."""
-    R, (G, _, K) = rows_RK.shape[0], matrices_GNK.shape
+    R, (G, _, K) = jax.tree.leaves(rows_RK)[0].shape[0], matrices_GNK.shape
     N = matrices_GNK.shape[1] // halves
     if 0 in (R, G, N, K):
         return jnp.zeros((R, N), out_dtype)
+    if isinstance(matrices_GNK, QuantizedStack) and matrices_GNK.block[0] % WGMMA_ROWS:
+        matrices_GNK = _scale_each_output(matrices_GNK)
     problem = problem_of(rows_RK, matrices_GNK, halves, out_dtype, device_kind)
     given, measured = given_or_measured
     if given:
@@ -147,7 +194,7 @@ def _product(
     def by_half(array: jax.Array) -> jax.Array:
         return array.reshape(G, halves, array.shape[1] // halves, *array.shape[2:])
 
-    padded = jnp.pad(rows_RK, ((0, -R % ALIGNMENT), (0, 0)))
+    padded = jax.tree.map(lambda array: jnp.pad(array, ((0, -R % ALIGNMENT), (0, 0))), rows_RK)
     multiply = blackwell.multiply if isinstance(problem, BlackwellProblem) else kernel.multiply
     out = multiply(
         padded,
@@ -160,6 +207,13 @@ def _product(
         interpret=interpret,
     )
     return out[:R]
+
+
+def _scale_each_output(stack: QuantizedStack) -> QuantizedStack:
+    """The same stack [G, N, K], with the scales of blocks repeated for each output: far smaller than its numbers are."""
+    bn, bk = stack.block
+    scales, zero_points = jax.tree.map(lambda array: jnp.repeat(array, bn, axis=1), (stack.scales, stack.zero_points))
+    return dataclasses.replace(stack, scales=scales, zero_points=zero_points, block=(1, bk))
 
 
 def _owned_only(out_RN: jax.Array, group_sizes_G: jax.Array) -> jax.Array:

@@ -3,12 +3,10 @@
 A persistent grid over the multiprocessors, and in each block three warpgroups: one keeps bringing tiles of rows and of
 matrices to shared memory, by the tensor memory accelerator; two multiply them by wgmma. The loader runs ahead over the ends
 of tiles, so that the next is there when a result is written. Letters here, beside the common ones of
-docs/concepts/letters.md: G groups, H halves (gate and up, or one), N and K of a matrix [N, K], I row tiles, c chunks of a
-stage that share a scale.
+docs/concepts/letters.md: G groups, H halves (gate and up, or one), N and K of a matrix [N, K], I row tiles.
 """
 
-import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -19,7 +17,6 @@ from jax.experimental import pallas as pl
 
 from jaxmoe.hardware import GPUS
 from jaxmoe.kernels.grouped_matmul.group_tiles import ALIGNMENT, GroupTiles
-from jaxmoe.kernels.grouped_matmul.mosaic_gpu.packed import EXPAND, scale_number, zero_number
 from jaxmoe.kernels.grouped_matmul.mosaic_gpu.pipeline import (
     copy_rows_out,
     count_tiles,
@@ -30,8 +27,16 @@ from jaxmoe.kernels.grouped_matmul.mosaic_gpu.pipeline import (
     swizzled,
     write,
 )
-from jaxmoe.kernels.grouped_matmul.mosaic_gpu.tiles import WARPGROUPS, WGMMA_ROWS, Tiles
+from jaxmoe.kernels.grouped_matmul.mosaic_gpu.sums import (
+    Call,
+    sum_packed,
+    sum_quantized_rows,
+    sum_scaled_numbers,
+    sum_tile,
+)
+from jaxmoe.kernels.grouped_matmul.mosaic_gpu.tiles import WARPGROUPS, WGMMA_ROWS, Tiles, scales_numbers
 from jaxmoe.kernels.grouped_matmul.quantized import QuantizedStack
+from jaxmoe.kernels.grouped_matmul.quantized_rows import QuantizedRows
 
 # Blocks of the grid: with fewer multiprocessors than an H100 or H200 has, some work longer.
 MULTIPROCESSORS = GPUS["h100"].multiprocessors
@@ -39,48 +44,8 @@ MULTIPROCESSORS = GPUS["h100"].multiprocessors
 _LOADER_REGISTERS, _COMPUTE_REGISTERS = 40, 232
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Call:
-    """Facts of a call that are known when it is compiled.
-
-    Attributes:
-        tiles: sizes of the tiles.
-        finish: function from the sums of the halves, float32, to the result; differentiable or not.
-        format: format of packed matrices, see `QuantizedStack`; None of others.
-        block: outputs and inputs that share a scale, of packed matrices.
-        zeros: flag that packed matrices have zero points of their own.
-        biased: flag that biases are added before `finish`.
-        interpret: flag that it runs in the interpreter, which multiplies from shared memory only.
-    """
-
-    tiles: Tiles
-    finish: Callable[..., jax.Array]
-    format: str | None
-    block: tuple[int, int] | None
-    zeros: bool
-    biased: bool
-    interpret: bool
-
-    @property
-    def parts(self) -> int:
-        """Numbers of a matrix that share a byte; rows come in as many parts."""
-        return 1 if self.format in (None, "float8_e4m3fn") else 2
-
-    @property
-    def own_shape(self) -> tuple[int, int]:
-        """The part of a tile's sums that one warpgroup has."""
-        m, n = self.tiles.m, self.tiles.n
-        return (n // WARPGROUPS, m) if self.tiles.swapped else (m // WARPGROUPS, n)
-
-    @property
-    def chunk(self) -> int:
-        """Inner numbers of a stage that share a scale, of packed matrices."""
-        assert self.block is not None
-        return min(self.tiles.k, self.block[1])
-
-
 def multiply(
-    rows_RK: jax.Array,
+    rows_RK: jax.Array | QuantizedRows,
     matrices_GHNK: jax.Array | QuantizedStack,
     biases_GHN: jax.Array | None,
     layout: GroupTiles,
@@ -94,6 +59,9 @@ def multiply(
 
     R is a multiple of 8 here.
     """
+    quantized = rows_RK if isinstance(rows_RK, QuantizedRows) else None
+    if isinstance(rows_RK, QuantizedRows):
+        rows_RK = rows_RK.values
     R, K = rows_RK.shape
     packed = matrices_GHNK if isinstance(matrices_GHNK, QuantizedStack) else None
     call = Call(
@@ -102,14 +70,20 @@ def multiply(
         format=packed.format if packed else None,
         block=packed.block if packed else None,
         zeros=packed is not None and packed.zero_points is not None,
+        matrix_scaled=packed is not None and packed.matrix_scales is not None,
+        scales_numbers=packed is not None and scales_numbers(packed.format, packed.block),
+        row_block=quantized.block if quantized else None,
         biased=biases_GHN is not None,
         interpret=interpret,
     )
     _, H, N, _ = matrices_GHNK.shape
-    # Values, scales and zero points of what is packed.
+    # Values, scales, zero points and matrix scales of what is packed.
     stored: list[Any] = jax.tree.leaves(matrices_GHNK)
     rows = jnp.moveaxis(rows_RK.reshape(R, K // call.parts, call.parts), -1, 0)
-    if biases_GHN is not None:  # read without bounds, unlike what the accelerator copies
+    # Scales of rows and biases are read without bounds, unlike what the accelerator copies.
+    if quantized:
+        stored.append(jnp.pad(quantized.scales.T, ((0, 0), (0, tiles.m))))
+    if biases_GHN is not None:
         stored.append(jnp.pad(biases_GHN, ((0, 0), (0, 0), (0, -N % tiles.n))))
     kernel = plgpu.kernel(
         partial(_kernel, call=call),
@@ -129,7 +103,7 @@ def _scratch(call: Call, H: int, row_dtype: Any, matrix_dtype: Any, out_dtype: A
     tiles, parts = call.tiles, call.parts
     row_width = (call.chunk if call.format else tiles.k) // parts
     # The interpreter reads no swizzled tile into registers.
-    matrix_layout = () if call.interpret and call.format else swizzled(tiles.k // parts, matrix_dtype)
+    matrix_layout = () if call.interpret and call.expands else swizzled(tiles.k // parts, matrix_dtype)
     scratch = {
         "row_tiles": plgpu.SMEM(
             (tiles.stages, parts, tiles.m, tiles.k // parts), row_dtype, transforms=swizzled(row_width, row_dtype)
@@ -141,7 +115,7 @@ def _scratch(call: Call, H: int, row_dtype: Any, matrix_dtype: Any, out_dtype: A
         "filled": plgpu.Barrier(num_arrivals=parts + H, num_barriers=tiles.stages),
         "emptied": plgpu.Barrier(num_arrivals=WARPGROUPS, num_barriers=tiles.stages),
     }
-    if call.interpret and call.format:
+    if call.interpret and call.expands:
         scratch["expanded"] = plgpu.SMEM((WARPGROUPS, parts, WGMMA_ROWS, row_width), jnp.bfloat16)
     return scratch
 
@@ -180,117 +154,21 @@ def _kernel(*refs: Any, call: Call, **scratch: Any) -> None:
             first, last = skips[row_tile], skips[row_tile] + sizes[row_tile]
             if call.format:
                 of_blocks = [ref.at[group] for ref in others[: 1 + call.zeros]]
-                sums = _sum_packed(call, H, steps, first_stage, of_blocks, column, **scratch)
+                own = (call, H, steps, first_stage, of_blocks, column)
+                if call.row_block:
+                    sums = sum_quantized_rows(*own, others[-1 - call.biased], row, **scratch)
+                else:
+                    sums = (sum_scaled_numbers if call.scales_numbers else sum_packed)(*own, **scratch)
             else:
-                sums = _sum(call, H, steps, first_stage, **scratch)
+                sums = sum_tile(call, H, steps, first_stage, **scratch)
+            if call.matrix_scaled:
+                sums = [y * others[1 + call.zeros][group, h, 0] for h, y in enumerate(sums)]
             if call.biased:
                 sums = [_add_bias(call, y, others[-1].at[group, h], column) for h, y in enumerate(sums)]
             result = call.finish(*sums).astype(out.dtype)
             _store(call, result, scratch["results"], out, row, first, last, column)
 
         plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-
-
-def _sum(call: Call, H: int, steps: int, first_stage: Any, **scratch: Any) -> list[jax.Array]:
-    """The sums of this warpgroup's part of a tile. A stage is given back when the products of the next are under way."""
-    tiles, own = call.tiles, _own(call)
-
-    def accumulate(*sums: Any) -> list[jax.Array]:
-        def one(step: Any, nothing: Any) -> None:
-            del nothing
-            stage = first_stage + step
-            slot = lax.rem(stage, tiles.stages)
-            plgpu.barrier_wait(scratch["filled"].at[slot])
-            rows = scratch["row_tiles"].at[slot, 0]
-            for h, sum_ref in enumerate(sums):
-                matrix = scratch["matrix_tiles"].at[slot, h]
-                if tiles.swapped:
-                    plgpu.wgmma(sum_ref, matrix.at[own], rows.T)
-                else:
-                    plgpu.wgmma(sum_ref, rows.at[own], matrix.T)
-            plgpu.wgmma_wait(H)
-
-            @pl.when(step > 0)
-            def _() -> None:
-                plgpu.barrier_arrive(scratch["emptied"].at[lax.rem(stage - 1, tiles.stages)])
-
-        lax.fori_loop(0, steps, one, None)
-        plgpu.wgmma_wait(0)
-        plgpu.barrier_arrive(scratch["emptied"].at[lax.rem(first_stage + steps - 1, tiles.stages)])
-        return [sum_ref[...] for sum_ref in sums]
-
-    return pl.run_scoped(accumulate, *[plgpu.ACC(call.own_shape, jnp.float32) for _ in range(H)])
-
-
-def _sum_packed(
-    call: Call, H: int, steps: int, first_stage: Any, of_blocks: list[Any], column: Any, **scratch: Any
-) -> list[jax.Array]:
-    """The same of packed matrices: sums over inputs that share a scale are scaled in float32 and then added up.
-
-    Expanded numbers have few digits, zero points taken off or not, so nothing is rounded before the sums. `of_blocks` are
-    scales and, if any, zero points.
-    """
-    scales, *zeros = of_blocks
-    tiles, shape, chunk = call.tiles, call.own_shape, call.chunk
-    assert call.format is not None
-    assert call.block is not None
-    expand, (bn, bk) = EXPAND[call.format], call.block
-    own, warpgroup = _own(call), lax.axis_index("warpgroup")
-    # Where the last tile sticks out, a warpgroup may have no outputs at all; what it reads instead is not stored.
-    first_output = jnp.minimum(column + warpgroup * WGMMA_ROWS, scales.shape[1] * bn - WGMMA_ROWS)
-    width = chunk // call.parts
-
-    def of_block(ref: Any, decode: Callable[[jax.Array], jax.Array], columns: int, h: int, inner: Any) -> jax.Array:
-        """A block's number; where each output has its own, as an array of so many columns."""
-        if bn > 1:
-            return decode(ref[h, lax.div(first_output, bn), inner])
-        outputs = plgpu.load(ref.at[h, pl.ds(first_output, WGMMA_ROWS), inner], optimized=False)
-        return lax.broadcast_in_dim(decode(outputs), (WGMMA_ROWS, columns), (0,))
-
-    def one(step: Any, sums: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
-        slot = lax.rem(first_stage + step, tiles.stages)
-        chunks = range(tiles.k // chunk)
-        # Read before the wait, for they come from far.
-        blocks = [[(h, lax.div(step * tiles.k + c * chunk, bk)) for c in chunks] for h in range(H)]
-        scale_Hc = [[of_block(scales, scale_number, tiles.m, *at) for at in of_half] for of_half in blocks]
-        zero_Hc = [[of_block(zeros[0], zero_number, width, *at) for at in of_half] for of_half in blocks if zeros]
-        plgpu.barrier_wait(scratch["filled"].at[slot])
-        scaled = list(sums)
-        for h in range(H):
-            expanded = expand(scratch["matrix_tiles"][slot, h, own])
-            for c in chunks:
-                inner = slice(c * width, (c + 1) * width)
-                matrices = [matrix[:, inner] for matrix in expanded] if len(chunks) > 1 else expanded
-                if zeros:
-                    matrices = [matrix - zero_Hc[h][c] for matrix in matrices]
-
-                def product(sum_ref: Any, matrices: Sequence[jax.Array] = matrices, inner: slice = inner) -> jax.Array:
-                    for part, matrix in enumerate(matrices):
-                        first = _first_operand(call, scratch, part, matrix)
-                        plgpu.wgmma(sum_ref, first, scratch["row_tiles"].at[slot, part, :, inner].T)
-                    plgpu.wgmma_wait(0)
-                    return sum_ref[...]
-
-                scaled[h] += scale_Hc[h][c] * pl.run_scoped(product, plgpu.ACC(shape, jnp.float32))
-        plgpu.barrier_arrive(scratch["emptied"].at[slot])
-        return tuple(scaled)
-
-    return list(lax.fori_loop(0, steps, one, tuple(jnp.zeros(shape, jnp.float32) for _ in range(H))))
-
-
-def _first_operand(call: Call, scratch: dict[str, Any], part: int, matrix: jax.Array) -> Any:
-    """A part of an expanded tile for wgmma: registers; in the interpreter, which takes none, shared memory."""
-    if not call.interpret:
-        return matrix
-    staged = scratch["expanded"].at[lax.axis_index("warpgroup"), part]
-    staged[...] = matrix
-    return staged
-
-
-def _own(call: Call) -> Any:
-    """The part of its operand that is this warpgroup's."""
-    height = call.own_shape[0]
-    return pl.ds(pl.multiple_of(lax.axis_index("warpgroup") * height, height), height)
 
 
 def _add_bias(call: Call, sums: jax.Array, bias: Any, column: Any) -> jax.Array:

@@ -23,12 +23,16 @@ def _expand_float8(values: jax.Array) -> tuple[jax.Array, ...]:
     return (values.astype(jnp.float32).astype(jnp.bfloat16),)
 
 
+def _expand_int8(values: jax.Array) -> tuple[jax.Array, ...]:
+    return (_number(values),)
+
+
 def _expand_int4(values: jax.Array) -> tuple[jax.Array, ...]:
     """code - 8. With its first bit turned over, the high half is that in two's complement, sixteenfold."""
     return _number(values & 0x0F) - 8, _number((values ^ 0x80) & 0xF0) * (1 / 16)
 
 
-def _expand_mxfp4(values: jax.Array) -> tuple[jax.Array, ...]:
+def _expand_float4(values: jax.Array) -> tuple[jax.Array, ...]:
     """e2m1: the codes 0 to 7 stand for 0, 1, 2, 3, 4, 6, 8, 12 halves, which is c + max(c - 4, 0) + 2 max(c - 6, 0)."""
 
     def signed(code: jax.Array, half: jax.Array) -> jax.Array:
@@ -39,7 +43,13 @@ def _expand_mxfp4(values: jax.Array) -> tuple[jax.Array, ...]:
     return low, high
 
 
-EXPAND: dict[str, Expand] = {"float8_e4m3fn": _expand_float8, "int4": _expand_int4, "mxfp4": _expand_mxfp4}
+EXPAND: dict[str, Expand] = {
+    "float8_e4m3fn": _expand_float8,
+    "int4": _expand_int4,
+    "int8": _expand_int8,
+    "mxfp4": _expand_float4,
+    "nvfp4": _expand_float4,
+}
 
 
 def scale_number(scale: jax.Array) -> jax.Array:

@@ -51,6 +51,8 @@ class Problem:
         out_bytes: bytes of a number of the result.
         weight_bits: bits of a number of a matrix.
         block: outputs and inputs that share a scale, of packed matrices.
+        format: format of packed matrices.
+        row_block: inner numbers of a row that share a scale, of quantized rows; None of others.
     """
 
     R: int
@@ -62,10 +64,12 @@ class Problem:
     out_bytes: int = 2
     weight_bits: int = 16
     block: tuple[int, int] | None = None
+    format: str | None = None
+    row_block: int | None = None
 
     @property
     def packed(self) -> bool:
-        """Whether matrices are expanded in registers, which wgmma takes as its first operand only."""
+        """Whether matrices are packed: wgmma's first operand, for registers, where most are expanded, can be no other."""
         return self.block is not None
 
     @property
@@ -98,8 +102,12 @@ class Problem:
     def fits(self, tiles: Tiles) -> bool:
         """Tell whether a block has the shared memory, and each of its threads the registers (ptxas spills at more)."""
         sums = self.halves * tiles.m * tiles.n // (WARPGROUPS * 128)
-        # Packed: sums of a block of inputs, the sum of those, and the expanded numbers.
-        registers = 2 * sums + tiles.k // 2 if self.packed else sums
+        if self.block is None:
+            registers = sums
+        elif self.row_block is not None:  # sums, those of a stage for one half, and scales of rows
+            registers = sums + sums // self.halves + tiles.m // 4
+        else:  # sums of a block of inputs and the sum of those, or one; and the expanded numbers
+            registers = (1 if scales_numbers(self.format, self.block) else 2) * sums + tiles.k // 2
         return self.shared_bytes(tiles) <= SHARED_BYTES and registers <= 128 + 32 * self.packed
 
     def works(self, tiles: Tiles) -> bool:
@@ -133,6 +141,14 @@ class Problem:
                 f"{tiles} need {self.shared_bytes(tiles)} bytes of shared memory, of {SHARED_BYTES}, or too many registers: "
                 "use fewer stages or smaller tiles"
             )
+
+
+def scales_numbers(format: str | None, block: tuple[int, int]) -> bool:
+    """Tell whether numbers are scaled before they are multiplied, and not the sums of those that share a scale.
+
+    Where it is exact, in bfloat16, and where so few share a scale that they make no product of their own.
+    """
+    return format in ("mxfp4", "nvfp4") or block[1] % 32 != 0
 
 
 def choose_tiles(problem: Problem) -> Tiles:
@@ -180,7 +196,10 @@ def with_stages(problem: Problem, tiles: Tiles) -> Tiles:
 
 def inner_tile(problem: Problem) -> int:
     """The widest inner tile, up to 128 bytes a row of it, that divides K and the blocks that share a scale."""
-    if problem.packed:
+    if problem.block is not None and problem.row_block is not None:
+        # A stage has one scale of each.
+        widths = [k for k in (128, 64, 32) if problem.block[1] % k == 0 and problem.row_block % k == 0] or [32]
+    elif problem.packed:
         # Two 4-bit numbers a byte, and at least 32 bytes a copy.
         widths = [k for k in (128, 64, 32) if k * problem.weight_bits >= 32 * 8]
     else:
@@ -194,9 +213,10 @@ def inner_tile(problem: Problem) -> int:
         )
     if problem.block is not None:
         bn, bk = problem.block
-        if (bn != 1 and bn % WGMMA_ROWS) or bk % 32 or (bk % k and k % bk):
+        if (bn != 1 and bn % WGMMA_ROWS) or bk % 8 or (bk % k and k % bk) or (problem.row_block or k) % k:
             raise NotImplementedError(
-                "the mosaic_gpu kernel wants a scale for each output or for a multiple of 64, and for a multiple of 32 "
-                f"inputs; got blocks of {problem.block} in matrices of {problem.N} by {problem.K}: use the portable one"
+                "the mosaic_gpu kernel wants a scale for each output or for a multiple of 64, and for a multiple of 8 "
+                f"inputs that divides {k} or that {k} divides; got blocks of {problem.block} in matrices of {problem.N} by "
+                f"{problem.K}: use the portable one"
             )
     return k
