@@ -8,6 +8,7 @@ from jaxmoe.config.agreement import SPELLINGS, check_agreement, check_equal
 from jaxmoe.config.attention import (
     AttentionConfig,
     AttentionMask,
+    BlockSparseAttentionConfig,
     Chunks,
     QueryKeyNorm,
     QueryTemperature,
@@ -17,7 +18,15 @@ from jaxmoe.config.compressed_attention import CompressedAttentionConfig, Compre
 from jaxmoe.config.decoder import DecoderConfig, HyperConnectionConfig, LayerConfig
 from jaxmoe.config.feed_forward import MLPConfig, MoEConfig
 from jaxmoe.config.places import directory_of, find_checkpoint, shard_of
-from jaxmoe.config.reading import pick, pick_layer_types, read_common, read_config_json, read_dtype, read_json
+from jaxmoe.config.reading import (
+    pick,
+    pick_layer_flags,
+    pick_layer_types,
+    read_common,
+    read_config_json,
+    read_dtype,
+    read_json,
+)
 from jaxmoe.config.routers import (
     SCORES,
     ChosenByFunction,
@@ -37,6 +46,7 @@ from jaxmoe.config.token_mixers import (
     Mamba2Config,
     MambaConfig,
     MLAConfig,
+    ShortConvConfig,
     TokenMixerConfig,
 )
 
@@ -45,6 +55,7 @@ __all__ = [
     "SPELLINGS",
     "AttentionConfig",
     "AttentionMask",
+    "BlockSparseAttentionConfig",
     "ChosenByFunction",
     "Chunks",
     "CompressedAttentionConfig",
@@ -67,6 +78,7 @@ __all__ = [
     "QueryTemperature",
     "RouterConfig",
     "RouterFunction",
+    "ShortConvConfig",
     "SlidingWindow",
     "SparseMixer",
     "SumNormalization",
@@ -77,6 +89,7 @@ __all__ = [
     "directory_of",
     "find_checkpoint",
     "pick",
+    "pick_layer_flags",
     "pick_layer_types",
     "read_common",
     "read_config_json",

@@ -94,6 +94,7 @@ class AttentionConfig(TokenMixerConfig):
         num_heads: number of query heads.
         num_kv_heads: number of key and value heads; divides `num_heads`.
         head_dim: width of a head.
+        v_head_dim: width of a head's values; that of its queries and keys where None.
         rope: rotary embedding of queries and keys; None for no position embedding.
         mask: bound on the positions that a token sees; None for all up to its own.
         qk_norm: norms of queries and keys; None for none.
@@ -105,15 +106,19 @@ class AttentionConfig(TokenMixerConfig):
         sinks: whether each head has one more logit, whose probability is dropped (attention sinks).
         temperature: factor of queries far from the start; None for none.
         values_are_keys: whether the keys, before their norm and rotation, are the values too.
+        value_scale: factor of the values; None for none.
         v_norm: whether values are RMS-normalized, each head on its own and without a weight.
         output_gate: whether each query head has a gate, whose sigmoid multiplies the head's output.
         gate_projection: whether the gates come from a projection of their own; without one each stands beside its head in
             the query projection.
+        head_gates: whether each query head has one number from a projection of its own, whose sigmoid multiplies the
+            head's output.
     """
 
     num_heads: int
     num_kv_heads: int
     head_dim: int
+    v_head_dim: int | None = None
     rope: RopeConfig | None
     mask: AttentionMask | None = None
     qk_norm: QueryKeyNorm | None = None
@@ -123,19 +128,33 @@ class AttentionConfig(TokenMixerConfig):
     sinks: bool = False
     temperature: QueryTemperature | None = None
     values_are_keys: bool = False
+    value_scale: float | None = None
     v_norm: bool = False
     output_gate: bool = False
     gate_projection: bool = False
+    head_gates: bool = False
 
     def __post_init__(self) -> None:
         check_positive(self, "num_heads", "num_kv_heads", "head_dim")
         if self.gate_projection and not self.output_gate:
             raise ValueError("gate_projection is of the gates that output_gate=True gives; got output_gate=False")
+        if self.v_head_dim is not None:
+            check_positive(self, "v_head_dim")
+            if self.values_are_keys or self.v_norm or self.output_gate:
+                raise ValueError(
+                    "values of a width of their own have a projection of their own, no norm, and no gate behind them; got "
+                    f"v_head_dim={self.v_head_dim} beside values_are_keys, v_norm or output_gate"
+                )
         if self.num_heads % self.num_kv_heads:
             raise ValueError(
                 f"each key/value head serves the same number of query heads: num_heads={self.num_heads} is no "
                 f"multiple of num_kv_heads={self.num_kv_heads}"
             )
+
+    @property
+    def value_width(self) -> int:
+        """Width of a head's values and outputs."""
+        return self.head_dim if self.v_head_dim is None else self.v_head_dim
 
     def tp_faults(self, tp: int) -> list[str]:
         """List heads that do not split over tp; with fewer key/value heads than ranks, ranks share one."""
@@ -143,3 +162,33 @@ class AttentionConfig(TokenMixerConfig):
         if self.num_kv_heads % tp and tp % self.num_kv_heads:
             faults.append(f"num_key_value_heads={self.num_kv_heads} (neither divides the other)")
         return faults
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class BlockSparseAttentionConfig(AttentionConfig):
+    """Grouped-query attention to the blocks of keys that an indexer chooses, for each key/value head its own.
+
+    Attributes:
+        index_head_dim: width of the indexer's queries, one for each key/value head, and of its one key.
+        block_size: number of positions of a block.
+        top_blocks: number of blocks that a token sees, those near it included.
+        local_blocks: number of blocks that a token sees anyway: its own and those before it.
+    """
+
+    index_head_dim: int
+    block_size: int
+    top_blocks: int
+    local_blocks: int = 1
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_positive(self, "index_head_dim", "block_size", "top_blocks")
+        if not 0 <= self.local_blocks <= self.top_blocks:
+            raise ValueError(
+                f"the blocks near a token are among the {self.top_blocks} that it sees; got local_blocks={self.local_blocks}"
+            )
+        if self.rope is not None and self.rope.rotary_dim > self.index_head_dim:
+            raise ValueError(
+                f"the indexer's queries and key rotate as heads do, in their first {self.rope.rotary_dim} dims; got "
+                f"index_head_dim={self.index_head_dim}"
+            )

@@ -13,7 +13,7 @@ class MLPConfig:
     Attributes:
         hidden_size: model width D.
         intermediate_size: width between the products.
-        activation: name in `jaxmoe.numerics.ACTIVATIONS`.
+        activation: name in `jaxmoe.numerics.ACTIVATIONS`, or of a clamped activation of experts.
         bias: whether every projection has a bias.
         gated: whether there is a gate; without one the MLP is down(act(up x)).
         activation_limit: bound of a clamped activation; None for those that have none.
@@ -29,9 +29,7 @@ class MLPConfig:
     def __post_init__(self) -> None:
         check_positive(self, "hidden_size", "intermediate_size")
         check_flags(self, "bias", "gated")
-        if self.activation_limit is not None:
-            limit = real_number("MLPConfig.activation_limit", self.activation_limit, above=0)
-            object.__setattr__(self, "activation_limit", limit)
+        _check_limit(self)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -78,9 +76,7 @@ class MoEConfig:
         check_positive(self, "num_experts", "num_experts_per_tok", "hidden_size", "moe_intermediate_size")
         check_flags(self, "bias", "gated", "weights_on_input", "shared_gate", "latent_bias")
         instance_of("MoEConfig.router", self.router, RouterConfig, "a RouterConfig")
-        if self.activation_limit is not None:
-            limit = real_number("MoEConfig.activation_limit", self.activation_limit, above=0)
-            object.__setattr__(self, "activation_limit", limit)
+        _check_limit(self)
         if self.shared is not None:
             instance_of("MoEConfig.shared", self.shared, MLPConfig, "an MLPConfig, or None")
             if self.shared.hidden_size != self.hidden_size:
@@ -107,3 +103,10 @@ class MoEConfig:
     def expert_input_size(self) -> int:
         """Width of a routed expert's input and output."""
         return self.hidden_size if self.latent_size is None else self.latent_size
+
+
+def _check_limit(config: MLPConfig | MoEConfig) -> None:
+    """Make a limit a float, refused where it is no number above 0."""
+    if config.activation_limit is not None:
+        limit = real_number(f"{type(config).__name__}.activation_limit", config.activation_limit, above=0)
+        object.__setattr__(config, "activation_limit", limit)

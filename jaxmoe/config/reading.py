@@ -71,7 +71,8 @@ def pick(config: Mapping[str, Any], *names: str, default: Any = _REQUIRED) -> An
         value = config.get(name)
         if value is not None:
             _check_kind(name, value, 1 if default is _REQUIRED else default)
-            if (default is _REQUIRED or _PERIODS.fullmatch(name)) and not 1 <= value <= _MOST.get(name, value):
+            counted = default is _REQUIRED or (_PERIODS.fullmatch(name) and not isinstance(value, list))
+            if counted and not 1 <= value <= _MOST.get(name, value):
                 most = f" and at most {_MOST[name]}" if name in _MOST else ""
                 raise ValueError(f"{name} in config.json is at least 1{most}; it is {value}")
             return value
@@ -99,21 +100,33 @@ def _check_kind(name: str, value: Any, default: Any) -> None:
         raise ValueError(f"{name} in config.json is {what}; it is {value!r:.80}")
 
 
-def pick_layer_types(config: Mapping[str, Any], usual: list[str], *known: str) -> list[str]:
-    """Read the kind of each layer from ``layer_types``, or take `usual` where there is none.
+def pick_layer_types(config: Mapping[str, Any], usual: list[str], *known: str, name: str = "layer_types") -> list[str]:
+    """Read the kind of each layer from the list `name`, or take `usual` where there is none.
 
     Raises:
         ValueError: it has another number of layers than `usual`, or a kind that is none of `known`.
     """
-    kinds: list[Any] = pick(config, "layer_types", default=usual)
+    kinds: list[Any] = pick(config, name, default=usual)
     if len(kinds) != len(usual):
-        raise ValueError(f"layer_types has a kind for each of the {len(usual)} layers; it has {len(kinds)}")
+        raise ValueError(f"{name} has a kind for each of the {len(usual)} layers; it has {len(kinds)}")
     unknown = sorted({repr(kind) for kind in kinds if kind not in known})
     if unknown:
         raise ValueError(
-            f"layer_types of {config['model_type']} are {' and '.join(known)}; config.json has {', '.join(unknown)}"
+            f"{name} of {config['model_type']} are {' and '.join(known)}; config.json has {', '.join(unknown)}"
         )
     return kinds
+
+
+def pick_layer_flags(config: Mapping[str, Any], name: str, usual: list[bool]) -> list[bool]:
+    """Read a list that has 0 or 1 for each layer, or take `usual` where there is none.
+
+    Raises:
+        ValueError: it has another number of layers than `usual`, or anything else in it.
+    """
+    flags: list[Any] = pick(config, name, default=usual)
+    if len(flags) != len(usual) or any(flag not in (0, 1) for flag in flags):
+        raise ValueError(f"{name} in config.json has 0 or 1 for each of the {len(usual)} layers; it is {flags!r:.80}")
+    return [bool(flag) for flag in flags]
 
 
 def read_dtype(config: Mapping[str, Any]) -> str | None:

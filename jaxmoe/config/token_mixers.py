@@ -228,3 +228,25 @@ class Mamba2Config(TokenMixerConfig):
         if self.num_groups % tp and tp % self.num_groups:
             faults.append(f"the Mamba groups {self.num_groups} (neither divides the other)")
         return faults
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ShortConvConfig(TokenMixerConfig):
+    """A gated short convolution, through which a token sees the few before it.
+
+    Attributes:
+        width: number of channels, the model's width.
+        conv_kernel_size: number of taps of the convolution.
+        bias: whether the convolution and the projections in and out have a bias.
+    """
+
+    width: int
+    conv_kernel_size: int
+    bias: bool = False
+
+    def __post_init__(self) -> None:
+        check_positive(self, "width", "conv_kernel_size")
+
+    def tp_faults(self, tp: int) -> list[str]:
+        """List channels that do not split over tp."""
+        return [f"the width of convolutions {self.width}"] if self.width % tp else []

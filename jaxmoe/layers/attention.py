@@ -1,11 +1,12 @@
 """Grouped-query attention with a key/value cache, heads over tp and sequences over dp and ep.
 
 Letters here, beside the common ones of docs/concepts/letters.md: H query heads, G key/value heads, q query heads of one
-key/value head, h head_dim, C positions of the cache. On a device H and G are its own.
+key/value head, h head_dim, v width of a value, C positions of the cache, s some of the S positions. On a device H and G are
+its own.
 """
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -25,8 +26,20 @@ from jaxmoe.rotary.apply import apply_rope
 _QUERY_BLOCK = 512
 
 
+class ChosenKeys(NamedTuple):
+    """A choice of the keys that each token sees, computed for some tokens at a time.
+
+    Attributes:
+        by: [B, S, ...], what the choice is made by, for each token.
+        choose: function of `by` of s of the tokens, and of their positions [B, s], to bool [B, G, s, C].
+    """
+
+    by: jax.Array
+    choose: Callable[[jax.Array, jax.Array], jax.Array]
+
+
 class KVCache(NamedTuple):
-    """Keys and values of the positions seen so far, each [B, G, C, h]; position i lies at index i.
+    """Keys [B, G, C, h] and values [B, G, C, v] of the positions seen so far; position i lies at index i.
 
     Also holds what describes them: their shapes, or their partition specs.
     """
@@ -38,38 +51,43 @@ class KVCache(NamedTuple):
 def attend(
     q_BSHh: jax.Array,
     k_BGCh: jax.Array,
-    v_BGCh: jax.Array,
+    v_BGCv: jax.Array,
     positions_BS: jax.Array,
     *,
     scale: float,
     mask: AttentionMask | None = None,
     sinks_H: jax.Array | None = None,
     among_BSC: jax.Array | None = None,
+    chosen: ChosenKeys | None = None,
 ) -> jax.Array:
-    """softmax(scale · q kᵀ + causal mask) v, the softmax in float32; returns [B, S, H, h].
+    """softmax(scale · q kᵀ + causal mask) v, the softmax in float32; returns [B, S, H, v].
 
     A query at position t sees the keys at indices 0..t, or with a mask those from `mask.first_seen(t)` on, and of them only
-    those where `among_BSC` is true, if that is given. Indices beyond t may hold anything finite. A head's sink is one more
-    logit that takes its share of the softmax and adds nothing (Xiao et al. 2023, arXiv:2309.17453).
+    those where `among_BSC` is true or that are chosen, if either is given. Indices beyond t may hold anything finite. A
+    head's sink is one more logit that takes its share of the softmax and adds nothing (Xiao et al. 2023, arXiv:2309.17453).
     """
     B, _, H, h = q_BSHh.shape
     G, C = k_BGCh.shape[1:3]
     index_11C = jnp.arange(C, dtype=jnp.int32)[None, None]
 
-    def block(q_BsHh: jax.Array, positions_Bs: jax.Array, among_BsC: jax.Array | None = None) -> jax.Array:
+    def block(q_BsHh: jax.Array, positions_Bs: jax.Array, *more: jax.Array) -> jax.Array:
         q_BsGqh = q_BsHh.reshape(B, -1, G, H // G, h)
         scores = jnp.einsum("bsgqh,bgch->bgqsc", q_BsGqh, k_BGCh, preferred_element_type=jnp.float32) * scale
         seen_BsC = index_11C <= positions_Bs[..., None]
         if mask is not None:
             seen_BsC &= index_11C >= mask.first_seen(positions_Bs[..., None])
-        if among_BsC is not None:
-            seen_BsC &= among_BsC
-        scores = jnp.where(seen_BsC[:, None, None], scores, -jnp.inf)
-        probabilities = _softmax(scores, sinks_H).astype(v_BGCh.dtype)
-        return jnp.einsum("bgqsc,bgch->bsgqh", probabilities, v_BGCh).reshape(B, -1, H, v_BGCh.shape[-1])
+        rest = iter(more)
+        if among_BSC is not None:
+            seen_BsC &= next(rest)
+        seen_BGsC = seen_BsC[:, None]
+        if chosen is not None:
+            seen_BGsC = seen_BGsC & chosen.choose(next(rest), positions_Bs)
+        scores = jnp.where(seen_BGsC[:, :, None], scores, -jnp.inf)
+        probabilities = _softmax(scores, sinks_H).astype(v_BGCv.dtype)
+        return jnp.einsum("bgqsc,bgcv->bsgqv", probabilities, v_BGCv).reshape(B, -1, H, v_BGCv.shape[-1])
 
-    queries = (q_BSHh, positions_BS) if among_BSC is None else (q_BSHh, positions_BS, among_BSC)
-    return by_query_blocks(block, *queries)
+    more = (among_BSC, None if chosen is None else chosen.by)
+    return by_query_blocks(block, q_BSHh, positions_BS, *[array for array in more if array is not None])
 
 
 def by_query_blocks(block: Callable[..., jax.Array], *queries: jax.Array) -> jax.Array:
@@ -106,10 +124,10 @@ class Attention(nnx.Module):
     With fewer key/value heads than tp ranks, each rank holds a copy of the one it uses.
     """
 
-    packable = ("w_q", "w_k", "w_v", "w_gate", "w_o")
+    packable: ClassVar[tuple[str, ...]] = ("w_q", "w_k", "w_v", "w_gate", "w_head_gate", "w_o")
 
     def __init__(self, config: AttentionConfig, hidden_size: int, eps: float, *, param: ParamFactory):
-        h, tp = config.head_dim, param.mesh.shape[TP]
+        h, v, tp = config.head_dim, config.value_width, param.mesh.shape[TP]
         self.config, self.eps, self.mesh = config, eps, param.mesh
         self.kv_heads = max(config.num_kv_heads, tp)
         kv_rows = None
@@ -120,15 +138,15 @@ class Attention(nnx.Module):
         self.w_q = param((q_rows, hidden_size), TP, None)
         self.w_k = param((self.kv_heads * h, hidden_size), TP, None, rows=kv_rows)
         if not config.values_are_keys:
-            self.w_v = param((self.kv_heads * h, hidden_size), TP, None, rows=kv_rows)
+            self.w_v = param((self.kv_heads * v, hidden_size), TP, None, rows=kv_rows)
         if config.gate_projection:
             self.w_gate = param((config.num_heads * h, hidden_size), TP, None)
-        self.w_o = param((hidden_size, config.num_heads * h), None, TP)
+        self.w_o = param((hidden_size, config.num_heads * v), None, TP)
         if config.biases is not None:
             self.b_q = param((q_rows,), TP, init=zeros)
             self.b_k = param((self.kv_heads * h,), TP, init=zeros, rows=kv_rows)
             if not config.values_are_keys:
-                self.b_v = param((self.kv_heads * h,), TP, init=zeros, rows=kv_rows)
+                self.b_v = param((self.kv_heads * v,), TP, init=zeros, rows=kv_rows)
         if config.biases == "all":
             self.b_o = param((hidden_size,), init=zeros)
         norm = config.qk_norm
@@ -139,14 +157,19 @@ class Attention(nnx.Module):
         elif norm is not None and norm.over == "full":
             self.q_norm = param((config.num_heads * h,), TP, init=ones)
             self.k_norm = param((self.kv_heads * h,), TP, init=ones, rows=kv_rows)
+        if config.head_gates:
+            self.w_head_gate = param((config.num_heads, hidden_size), TP, None)
         if config.sinks:
             self.sinks = param((config.num_heads,), TP, init=zeros)
         self.specs = WeightSpecs.of(self)
 
     def cache_arrays(self, batch_size: int, max_length: int) -> KVCache:
         """The layer's cache, as a `KVCache` of `CacheArray`."""
-        array = CacheArray((batch_size, self.kv_heads, max_length, self.config.head_dim), (TP,))
-        return KVCache(array, array)
+        keys, values = (
+            CacheArray((batch_size, self.kv_heads, max_length, width), (TP,))
+            for width in (self.config.head_dim, self.config.value_width)
+        )
+        return KVCache(keys, values)
 
     def __call__(
         self,
@@ -175,27 +198,30 @@ class Attention(nnx.Module):
         def local(
             w: dict[str, Any], x_BSD: jax.Array, positions_BS: jax.Array, cache: KVCache | None
         ) -> tuple[jax.Array, KVCache | None]:
-            q_BSHh, k_BSGh, v_BSGh, gate_BSHh = self._project(w, x_BSD, positions_BS)
-            k_BGSh, v_BGSh = k_BSGh.swapaxes(1, 2), v_BSGh.swapaxes(1, 2)
+            q_BSHh, k_BSGh, v_BSGv, gate_BSHh = self._project(w, x_BSD, positions_BS)
+            new = self.entries(w, x_BSD, positions_BS, KVCache(k_BSGh.swapaxes(1, 2), v_BSGv.swapaxes(1, 2)))
             if cache is not None and decode:
                 position_B = positions_BS[:, 0]
-                cache = KVCache(write_token(cache.k, k_BGSh, position_B), write_token(cache.v, v_BGSh, position_B))
+                cache = jax.tree.map(lambda old, one: write_token(old, one, position_B), cache, new)
             elif cache is not None:
-                cache = KVCache(write_prompt(cache.k, k_BGSh), write_prompt(cache.v, v_BGSh))
-            keys, values = cache if cache is not None and decode else (k_BGSh, v_BGSh)
+                cache = jax.tree.map(write_prompt, cache, new)
+            seen = cache if cache is not None and decode else new
             config = self.config
-            o_BSHh = attend(
+            o_BSHv = attend(
                 q_BSHh,
-                keys,
-                values,
+                seen.k,
+                seen.v,
                 positions_BS,
                 scale=config.head_dim**-0.5 if config.scale is None else config.scale,
                 mask=config.mask,
                 sinks_H=w.get("sinks"),
+                chosen=self.chosen(w, x_BSD, positions_BS, seen),
             )
             if gate_BSHh is not None:
-                o_BSHh = o_BSHh * jax.nn.sigmoid(gate_BSHh)
-            o_BSA = o_BSHh.reshape(*o_BSHh.shape[:2], -1)
+                o_BSHv = o_BSHv * jax.nn.sigmoid(gate_BSHh)
+            if config.head_gates:
+                o_BSHv = o_BSHv * jax.nn.sigmoid(linear(x_BSD, w["w_head_gate"]))[..., None]
+            o_BSA = o_BSHv.reshape(*o_BSHv.shape[:2], -1)
             y_BSD = linear(o_BSA, w["w_o"], jnp.float32)
             y_BSD = jax.lax.psum(y_BSD, TP).astype(x_BSD.dtype)
             return y_BSD + w["b_o"][None, None] if "b_o" in w else y_BSD, cache
@@ -208,12 +234,21 @@ class Attention(nnx.Module):
             check_vma=False,
         )(weights, x_BSD, positions_BS, cache)
 
+    def entries(self, w: dict[str, Any], x_BSD: jax.Array, positions_BS: jax.Array, new: KVCache) -> Any:
+        """The cache's entries for these tokens, from their keys and values; a subclass may keep more."""
+        del w, x_BSD, positions_BS
+        return new
+
+    def chosen(self, w: dict[str, Any], x_BSD: jax.Array, positions_BS: jax.Array, seen: Any) -> ChosenKeys | None:
+        """The choice of the keys in `seen`, entries of a cache, that these tokens see; None for all that the mask allows."""
+        del w, x_BSD, positions_BS, seen
+        return None
+
     def _project(
         self, w: dict[str, Any], x_BSD: jax.Array, positions_BS: jax.Array
     ) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array | None]:
-        """This rank's queries [B, S, H, h], keys and values [B, S, G, h], normed and rotated, and gates [B, S, H, h]."""
+        """This rank's queries [B, S, H, h], keys [B, S, G, h], values [B, S, G, v], and gates [B, S, H, h] of outputs."""
         config = self.config
-        shape = (*x_BSD.shape[:2], -1, config.head_dim)
 
         def project(name: str) -> jax.Array:
             y_BSA = linear(x_BSD, w[f"w_{name}"])
@@ -236,13 +271,15 @@ class Attention(nnx.Module):
 
         q, k, gate_BSHh = project("q"), project("k"), None
         if config.gate_projection:
-            gate_BSHh = project("gate").reshape(shape)
+            gate_BSHh = project("gate").reshape(*x_BSD.shape[:2], -1, config.head_dim)
         elif config.output_gate:
             q_and_gate = q.reshape(*x_BSD.shape[:2], -1, 2, config.head_dim)
             q, gate_BSHh = q_and_gate[..., 0, :].reshape(*x_BSD.shape[:2], -1), q_and_gate[..., 1, :]
         v = k if config.values_are_keys else project("v")
         if config.v_norm:
             v = norm(v, "v_norm", QueryKeyNorm(weight="none"))
+        if config.value_scale is not None:
+            v = (v.astype(jnp.float32) * config.value_scale).astype(v.dtype)
         if config.qk_norm is not None and not config.qk_norm.after_rope:
             q, k = norm(q, "q_norm", config.qk_norm), norm(k, "k_norm", config.qk_norm)
         if config.clip is not None:
@@ -254,7 +291,11 @@ class Attention(nnx.Module):
             steps_BS = jnp.floor((positions_BS.astype(jnp.float32) + 1) / config.temperature.floor)
             longer_BS = config.temperature.slope * jnp.log1p(steps_BS) + 1
             q = (q.astype(jnp.float32) * longer_BS[..., None]).astype(q.dtype)
-        return q.reshape(shape), k.reshape(shape), v.reshape(shape), gate_BSHh
+        q_BSHh, k_BSGh, v_BSGv = (
+            y_BSA.reshape(*x_BSD.shape[:2], -1, width)
+            for y_BSA, width in ((q, config.head_dim), (k, config.head_dim), (v, config.value_width))
+        )
+        return q_BSHh, k_BSGh, v_BSGv, gate_BSHh
 
 
 def _norm_over_tp(y_BSA: jax.Array, weight_A: jax.Array, eps: float) -> jax.Array:

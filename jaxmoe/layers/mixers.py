@@ -10,20 +10,24 @@ import jax
 
 from jaxmoe.config import (
     AttentionConfig,
+    BlockSparseAttentionConfig,
     CompressedAttentionConfig,
     GatedDeltaNetConfig,
     Mamba2Config,
     MambaConfig,
     MLAConfig,
+    ShortConvConfig,
     TokenMixerConfig,
 )
 from jaxmoe.layers.attention import Attention
+from jaxmoe.layers.block_sparse import BlockSparseAttention
 from jaxmoe.layers.compressed_attention import CompressedAttention
 from jaxmoe.layers.gated_delta_net import GatedDeltaNet
 from jaxmoe.layers.mamba import Mamba
 from jaxmoe.layers.mamba2 import Mamba2
 from jaxmoe.layers.mla import LatentAttention
 from jaxmoe.layers.param import ParamFactory
+from jaxmoe.layers.short_conv import ShortConv
 
 
 class TokenMixer(Protocol):
@@ -49,11 +53,13 @@ class TokenMixer(Protocol):
 
 TOKEN_MIXERS: dict[type[TokenMixerConfig], Callable[..., TokenMixer]] = {
     AttentionConfig: Attention,
+    BlockSparseAttentionConfig: BlockSparseAttention,
     CompressedAttentionConfig: CompressedAttention,
     GatedDeltaNetConfig: GatedDeltaNet,
     Mamba2Config: Mamba2,
     MambaConfig: Mamba,
     MLAConfig: LatentAttention,
+    ShortConvConfig: ShortConv,
 }
 
 

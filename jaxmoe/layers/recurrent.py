@@ -20,7 +20,7 @@ class RecurrentCache(NamedTuple):
     Attributes:
         conv: [B, V, channels], V inputs of the convolution before the next token; those of one tp rank's channels
             or heads after those of the other.
-        state: float32 [B, ...], state of every channel or head.
+        state: float32 [B, ...], state of every channel or head; None for a layer that has none.
     """
 
     conv: Any

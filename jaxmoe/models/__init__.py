@@ -22,11 +22,16 @@ from jaxmoe.models.glm4_moe import GLM4_MOE
 from jaxmoe.models.glm4_moe_lite import GLM4_MOE_LITE
 from jaxmoe.models.gpt_oss import GPT_OSS
 from jaxmoe.models.granitemoe import GRANITEMOE
+from jaxmoe.models.granitemoehybrid import GRANITEMOEHYBRID
+from jaxmoe.models.granitemoeshared import GRANITEMOESHARED
 from jaxmoe.models.hunyuan_v1_moe import HUNYUAN_V1_MOE
 from jaxmoe.models.hy_v3 import HY_V3
 from jaxmoe.models.jamba import JAMBA
+from jaxmoe.models.lfm2_moe import LFM2_MOE
 from jaxmoe.models.llama4 import LLAMA4_TEXT
+from jaxmoe.models.mimo_v2_flash import MIMO_V2_FLASH
 from jaxmoe.models.minimax_m2 import MINIMAX_M2
+from jaxmoe.models.minimax_m3 import MINIMAX_M3, MINIMAX_M3_TEXT
 from jaxmoe.models.mixtral import MIXTRAL
 from jaxmoe.models.nemotron_h import NEMOTRON_H
 from jaxmoe.models.olmoe import OLMOE
@@ -37,6 +42,7 @@ from jaxmoe.models.qwen3_5_moe import QWEN3_5_MOE_TEXT
 from jaxmoe.models.qwen3_moe import QWEN3_MOE
 from jaxmoe.models.qwen3_next import QWEN3_NEXT
 from jaxmoe.models.solar_open import SOLAR_OPEN
+from jaxmoe.models.step3p5 import STEP3P5
 from jaxmoe.models.wrappers import WRAPPERS, Wrapper
 from jaxmoe.rotary import check_rope_agreement
 
@@ -73,11 +79,17 @@ FAMILIES: dict[str, Family] = {
         GLM_MOE_DSA,
         GPT_OSS,
         GRANITEMOE,
+        GRANITEMOEHYBRID,
+        GRANITEMOESHARED,
         HUNYUAN_V1_MOE,
         HY_V3,
         JAMBA,
         KIMI_K2,
+        LFM2_MOE,
+        MIMO_V2_FLASH,
         MINIMAX_M2,
+        MINIMAX_M3,
+        MINIMAX_M3_TEXT,
         LLAMA4_TEXT,
         MIXTRAL,
         NEMOTRON_H,
@@ -88,6 +100,7 @@ FAMILIES: dict[str, Family] = {
         QWEN3_MOE,
         QWEN3_NEXT,
         SOLAR_OPEN,
+        STEP3P5,
     )
 }
 

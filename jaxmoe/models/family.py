@@ -118,6 +118,8 @@ class Family:
             multi-token-prediction layers, 61|62.
         spellings: parts of names that mean the same, where transformers calls a module otherwise than files do: an
             adapter's names are looked for in each spelling.
+        written: form of the experts that is written whichever is asked for, where transformers reads one only; None for
+            either. Both are read here.
         wrapper: multimodal model that a checkpoint is of; None where it is of the text model alone.
     """
 
@@ -128,6 +130,7 @@ class Family:
     ignored: Mapping[str, str]
     spellings: tuple[tuple[str, ...], ...] = ()
     renamed_experts: ExpertTensors | None = None
+    written: Form | None = None
     wrapper: Wrapper | None = None
 
     def ignored_in(self, config: DecoderConfig) -> dict[str, str]:
@@ -193,6 +196,23 @@ BLOCK_SPARSE_EXPERTS = ExpertTensors(
     fused_gate_up="model.layers.{layer}.mlp.experts.gate_up_proj",
     fused_down="model.layers.{layer}.mlp.experts.down_proj",
 )
+
+# The parts of a Mamba-2 layer. The projection in is one tensor, and the convolution another; their parts lie in this order.
+MAMBA2_NAMES = {
+    **{
+        f"{kind}_in_{part}": f"in_proj.{name}"
+        for kind, name in (("w", "weight"), ("b", "bias"))
+        for part in ("z", "x", "b", "c", "dt")
+    },
+    **{f"conv_{part}": "conv1d.weight" for part in "xbc"},
+    **{f"b_conv_{part}": "conv1d.bias" for part in "xbc"},
+    "a_log": "A_log",
+    "dt_bias": "dt_bias",
+    "skip": "D",
+    "out_norm": "norm.weight",
+    "w_out": "out_proj.weight",
+    "b_out": "out_proj.bias",
+}
 
 # Buffers that old exporters wrote beside the weights.
 ROTARY_BUFFERS = {"rotary buffers": r".*\.rotary_emb\.inv_freq"}

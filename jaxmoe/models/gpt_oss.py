@@ -14,7 +14,7 @@ from jaxmoe.config import (
     read_common,
 )
 from jaxmoe.models.family import ROTARY_BUFFERS, ExpertTensors, Family, llama_tensors
-from jaxmoe.models.readers import need_window, read_attention, read_biases
+from jaxmoe.models.readers import need_window, read_attention, read_biases, read_swiglu_limit
 from jaxmoe.rotary import rope_settings
 
 # What the family means where config.json gives no rope scaling.
@@ -26,8 +26,6 @@ _YARN = {
     "truncate": False,
     "original_max_position_embeddings": 4096,
 }
-# The factor in the experts' sigmoid is part of the activation here.
-_SWIGLU_ALPHA = 1.702
 
 
 def read_config(config: Mapping[str, Any]) -> DecoderConfig:
@@ -36,18 +34,13 @@ def read_config(config: Mapping[str, Any]) -> DecoderConfig:
     Raises:
         ValueError: a setting is missing, or asks for a sigmoid factor that no released model has.
     """
-    alpha = pick(config, "swiglu_alpha", default=_SWIGLU_ALPHA)
-    if alpha != _SWIGLU_ALPHA:
-        raise ValueError(
-            f"the experts of gpt_oss have the factor {_SWIGLU_ALPHA} in their sigmoid; swiglu_alpha={alpha}"
-        )
     moe = MoEConfig(
         num_experts=pick(config, "num_local_experts", "num_experts"),
         num_experts_per_tok=pick(config, "num_experts_per_tok", "experts_per_token"),
         hidden_size=pick(config, "hidden_size"),
         moe_intermediate_size=pick(config, "intermediate_size"),
         activation="clamped_swiglu",
-        activation_limit=pick(config, "swiglu_limit", default=7.0),
+        activation_limit=read_swiglu_limit(config),
         bias=True,
         # A softmax over the chosen logits adds up to one already.
         router=RouterConfig(score="softmax", score_after_top_k=True, renormalize=False, logit_bias=True),

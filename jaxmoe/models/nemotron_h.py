@@ -16,7 +16,7 @@ from jaxmoe.config import (
     pick,
     read_common,
 )
-from jaxmoe.models.family import ROTARY_BUFFERS, ExpertTensors, Family
+from jaxmoe.models.family import MAMBA2_NAMES, ROTARY_BUFFERS, ExpertTensors, Family
 from jaxmoe.models.readers import read_grouped_sigmoid_router
 
 # Kinds of layers in the three spellings that config.json has had for them.
@@ -117,23 +117,8 @@ def _read_moe(config: Mapping[str, Any]) -> MoEConfig:
     )
 
 
-# The projection in is one tensor, and the convolution another; the parts lie in this order.
-_IN, _CONV = ("z", "x", "b", "c", "dt"), ("x", "b", "c")
-
 _MIXER_TENSORS = {
-    **{
-        f"attention.{kind}_in_{part}": f"in_proj.{name}"
-        for kind, name in (("w", "weight"), ("b", "bias"))
-        for part in _IN
-    },
-    **{f"attention.conv_{part}": "conv1d.weight" for part in _CONV},
-    **{f"attention.b_conv_{part}": "conv1d.bias" for part in _CONV},
-    "attention.a_log": "A_log",
-    "attention.dt_bias": "dt_bias",
-    "attention.skip": "D",
-    "attention.out_norm": "norm.weight",
-    "attention.w_out": "out_proj.weight",
-    "attention.b_out": "out_proj.bias",
+    **{f"attention.{path}": name for path, name in MAMBA2_NAMES.items()},
     **{f"attention.w_{part}": f"{part}_proj.weight" for part in "qkvo"},
     "moe.w_router": "gate.weight",
     "moe.correction_bias": "gate.e_score_correction_bias",

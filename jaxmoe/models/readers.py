@@ -16,9 +16,12 @@ from jaxmoe.config import (
     SlidingWindow,
     TokenMixerConfig,
     pick,
+    pick_layer_flags,
     pick_layer_types,
 )
 from jaxmoe.rotary import read_rope
+
+_SWIGLU_ALPHA = 1.702
 
 
 def check_known(config: Mapping[str, Any], **known: Any) -> None:
@@ -87,6 +90,25 @@ def read_attention(
     return AttentionConfig(**heads, rope=rotary, **own)
 
 
+def rope_of_kind(config: Mapping[str, Any], kind: str, *kinds: str) -> dict[str, Any]:
+    """Read the rotary settings of one kind of layer, where a family has them for each; they are empty where none are given.
+
+    Raises:
+        ValueError: there are settings for something that is none of `kinds`.
+    """
+    settings = {
+        name: value
+        for part in ("rope_scaling", "rope_parameters")
+        for name, value in pick(config, part, default={}).items()
+    }
+    if unknown := settings.keys() - set(kinds):
+        raise ValueError(
+            f"rope settings of {config['model_type']} are given for each of {' and '.join(kinds)}; config.json has "
+            f"{', '.join(sorted(unknown))} beside them"
+        )
+    return dict(pick(settings, kind, default={}))
+
+
 def read_biases(config: Mapping[str, Any], *, default: bool = False) -> Literal["all"] | None:
     """Read ``attention_bias`` where it is of all four projections."""
     return "all" if pick(config, "attention_bias", default=default) else None
@@ -143,6 +165,20 @@ def read_mlp(config: Mapping[str, Any], width: int, *, bias: bool = False) -> ML
         activation=pick(config, "hidden_act", default="silu"),
         bias=bias,
     )
+
+
+def read_swiglu_limit(config: Mapping[str, Any]) -> float:
+    """Read the limit of a clamped activation, as gpt-oss has it.
+
+    Raises:
+        ValueError: the factor in its sigmoid, which is part of the activation here, is another than that of released models.
+    """
+    alpha = pick(config, "swiglu_alpha", default=_SWIGLU_ALPHA)
+    if alpha != _SWIGLU_ALPHA:
+        raise ValueError(
+            f"the experts of {config['model_type']} have the factor {_SWIGLU_ALPHA} in their sigmoid; swiglu_alpha={alpha}"
+        )
+    return float(pick(config, "swiglu_limit", default=7.0))
 
 
 def read_moe(
@@ -238,6 +274,18 @@ def sparse_by_step(config: Mapping[str, Any]) -> list[bool]:
     dense = pick(config, "mlp_only_layers", default=[])
     step = pick(config, "decoder_sparse_step", default=1)
     return [i not in dense and (i + 1) % step == 0 for i in range(pick(config, "num_hidden_layers"))]
+
+
+def sparse_by_list(config: Mapping[str, Any], usual: Sequence[bool]) -> list[bool]:
+    """Tell for each layer whether it has routed experts, by its name in ``mlp_layer_types`` or its 1 in ``moe_layer_freq``.
+
+    Args:
+        config: dictionary of config.json.
+        usual: flags of the family, where config.json has neither list.
+    """
+    flags = pick_layer_flags(config, "moe_layer_freq", list(usual))
+    named = ["sparse" if flag else "dense" for flag in flags]
+    return [kind == "sparse" for kind in pick_layer_types(config, named, "sparse", "dense", name="mlp_layer_types")]
 
 
 def make_layers(

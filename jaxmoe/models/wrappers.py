@@ -29,6 +29,7 @@ class Wrapper:
         ignored: rule name -> regular expression (of whole tensor names) for tensors outside of the text part.
         tied_by: config whose ``tie_word_embeddings`` counts, the one that the output projection belongs to.
         fused_either_way: whether fused experts may be (out, in) or (in, out); their shapes tell.
+        flat: whether config.json may have the text part's settings beside its own, without a ``text_config``.
     """
 
     model_type: str
@@ -42,6 +43,7 @@ class Wrapper:
     settings: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     usual: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     fused_either_way: bool = False
+    flat: bool = False
 
     def text_name(self, name: str) -> str:
         """Give the family's name for a tensor of the text part; any other name stays as it is.
@@ -74,6 +76,8 @@ class Wrapper:
         for key in self.within:
             found = found.get(key) if isinstance(found, dict) else None
         text = found.get("text_config") if isinstance(found, dict) else None
+        if text is None and self.flat:
+            text = {name: value for name, value in config.items() if name not in ("model_type", "vision_config")}
         if not isinstance(text, dict):
             path = ".".join([*self.within, "text_config"])
             raise ValueError(f"the config.json of {self.model_type} has a {path}, with the sizes; it is {text!r}")
@@ -160,6 +164,15 @@ WRAPPERS: dict[str, Wrapper] = {
             ignored={"vision part": r"(vision_model|multi_modal_projector)\..*"},
             tied_by="text",
         ),
+        # As released, and as transformers 5 holds it.
+        Wrapper(
+            model_type="minimax_m3_vl",
+            text="minimax_m3_vl_text",
+            aliases=("minimax_m3",),
+            architecture="MiniMaxM3VLForCausalLM",
+            prefixes=(("model.language_model.", "model."), ("language_model.", "")),
+            ignored={"vision part": r"(model\.)?(vision_tower|multi_modal_projector|patch_merge_mlp)\..*"},
+        ),
         Wrapper(
             model_type="qwen3_5_moe",
             text="qwen3_5_moe_text",
@@ -197,6 +210,18 @@ WRAPPERS: dict[str, Wrapper] = {
             prefixes=(("model.language_model.", "model."),),
             ignored={"vision part": r"model\.visual\..*"},
             fused_either_way=True,
+        ),
+        # Step-3.7-Flash. As released, where names of the text part have no prefix, and as transformers 5 holds it.
+        Wrapper(
+            model_type="step3p7",
+            text="step3p5",
+            architecture="Step3p5ForCausalLM",
+            prefixes=(("model.language_model.", "model."),),
+            ignored={
+                "vision part": r"(model\.)?vision_model\..*",
+                "projector": r"(model\.multi_modal_projector|vit_large_projector)\..*",
+            },
+            flat=True,
         ),
     )
 }

@@ -278,6 +278,25 @@ def test_adapters_that_are_refused(config: dict, adapter: Shapes, message: str) 
         find_updates(LoraConfig(**({"rank": R, "alpha": 1} | config)), adapter, tensors)
 
 
+@pytest.mark.parametrize("joined", [False, True])
+def test_gate_and_up_in_one_matrix_or_in_two(joined: bool) -> None:
+    """Of a dense MLP the adapter has the one and the checkpoint the other."""
+    both, halves = "mlp.gate_up_proj", ("mlp.gate_proj", "mlp.up_proj")
+    adapter = random(pair(both, 2 * F, D)) if joined else random({**pair(halves[0], F, D), **pair(halves[1], F, D)})
+    tensors = dict.fromkeys((f"{name}.weight" for name in halves), (F, D)) if joined else {f"{both}.weight": (2 * F, D)}
+    found = deltas(LoraConfig(rank=R, alpha=3), adapter, tensors)
+    a, b = list(adapter.values())[::2], list(adapter.values())[1::2]
+    expected = np.concatenate([1.5 * b @ a for a, b in zip(a, b, strict=True)])
+    assert found.keys() == tensors.keys()
+    np.testing.assert_allclose(np.concatenate([found[name] for name in tensors]), expected, rtol=1e-5, atol=1e-6)
+    for wrong in (
+        {**tensors, next(iter(tensors)): (F + 1, D)},
+        {name: (*shape[:1], D + 1) for name, shape in tensors.items()},
+    ):
+        with pytest.raises(CheckpointError, match="the rows of gate, of up, or of both"):
+            find_updates(LoraConfig(rank=R, alpha=3), shapes(adapter), wrong)
+
+
 # Against PEFT.
 
 

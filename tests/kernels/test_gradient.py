@@ -57,7 +57,12 @@ def check_mlp_gradients(backend, R, sizes):
 @each_regime
 @pytest.mark.parametrize(
     ("activation", "limit", "gated"),
-    [*product(ACTIVATIONS, [None], [True, False]), ("clamped_swiglu", 0.7, True), ("limited_swiglu", 0.7, True)],
+    [
+        *product(ACTIVATIONS, [None], [True, False]),
+        ("clamped_swiglu", 0.7, True),
+        ("limited_swiglu", 0.7, True),
+        ("capped_swiglu", 0.3, True),
+    ],
     ids=str,
 )
 def test_every_expert_function(backend, R, activation, limit, gated):

@@ -57,7 +57,12 @@ def test_reference_is_a_loop_over_rows():
 @each_regime
 @pytest.mark.parametrize(
     ("activation", "limit", "gated"),
-    [*product(["silu", "relu2"], [None], [True, False]), ("clamped_swiglu", 0.7, True), ("limited_swiglu", 0.7, True)],
+    [
+        *product(["silu", "relu2"], [None], [True, False]),
+        ("clamped_swiglu", 0.7, True),
+        ("limited_swiglu", 0.7, True),
+        ("capped_swiglu", 0.3, True),
+    ],
 )
 def test_biases_and_other_expert_functions(backend, R, activation, limit, gated):
     sizes, halves = [R // 3, 0, 3, 1, 0, 3], 2 if gated else 1  # the last row is of no group
@@ -72,6 +77,8 @@ def test_biases_and_other_expert_functions(backend, R, activation, limit, gated)
             gate, up = np.minimum(halves_F[0], limit), np.clip(halves_F[1], -limit, limit)
             more, slope = (1, 1.702) if activation == "clamped_swiglu" else (0, 1)
             h_F = (up + more) * gate / (1 + np.exp(-slope * gate))
+        elif activation == "capped_swiglu":
+            h_F = np.minimum(halves_F[0] / (1 + np.exp(-halves_F[0])), limit) * np.clip(halves_F[1], -limit, limit)
         else:
             first = halves_F[0]
             h_F = first / (1 + np.exp(-first)) if activation == "silu" else np.maximum(first, 0) ** 2

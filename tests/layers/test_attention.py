@@ -6,13 +6,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from flax import nnx
 
 from jaxmoe.config import AttentionConfig, Chunks, QueryKeyNorm, SlidingWindow
-from jaxmoe.layers import Attention, ParamFactory, param_specs, params_by_path
+from jaxmoe.layers import Attention, ParamFactory, params_by_path
 from jaxmoe.layers.attention import attend
 from jaxmoe.layers.cache import write_prompt, write_token
 from jaxmoe.rotary import RopeConfig
+from tests.support.layers import fill
 from tests.support.meshes import mesh_of
 
 B, H, G, C, WIDTH = 2, 4, 2, 9, 6
@@ -65,16 +65,6 @@ def test_more_queries_than_are_taken_at_a_time():
     np.testing.assert_allclose(out, expected(q, k, v, positions, 1.0, mask=SlidingWindow(size=7)), atol=2e-6)
 
 
-def fill(module: nnx.Module) -> None:
-    """Give an abstract module the values that it would have from one checkpoint, whatever its mesh."""
-    rng = np.random.default_rng(2)
-    for spec, param in zip(param_specs(module), params_by_path(module).values(), strict=True):
-        rows = spec.rows or tuple(range(spec.shape[0]))
-        groups = spec.source_groups or spec.shape[0]
-        source = rng.normal(size=(groups, spec.shape[0] // len(rows), *spec.shape[1:])).astype(np.float32)
-        param.set_value(jax.device_put(source[list(rows)].reshape(spec.shape), spec.sharding))
-
-
 @pytest.mark.parametrize("kv_heads", [4, 1])
 def test_a_norm_over_all_heads_is_the_same_on_every_tp(kv_heads):
     config = AttentionConfig(
@@ -92,6 +82,23 @@ def test_a_norm_over_all_heads_is_the_same_on_every_tp(kv_heads):
         return np.asarray(jax.jit(lambda x: attention(x, positions, None, ())[0])(x))
 
     np.testing.assert_allclose(run(2), run(1), atol=1e-4)
+
+
+def test_values_may_be_narrower_than_keys():
+    config = AttentionConfig(num_heads=4, num_kv_heads=2, head_dim=6, v_head_dim=4, rope=None, value_scale=0.5)
+    attention = Attention(config, 8, 1e-6, param=ParamFactory(mesh_of(1, 2, 1), jnp.float32, None))
+    assert [array.shape for array in attention.cache_arrays(3, 7)] == [(3, 2, 7, 6), (3, 2, 7, 4)]
+    fill(attention)
+    x, positions = np.random.default_rng(5).normal(size=(1, 5, 8)).astype(np.float32), np.arange(5)[None]
+    found = jax.jit(lambda x: attention(x, positions, None, ())[0])(x)
+
+    w_q, w_k, w_v, w_o = (np.asarray(getattr(attention, f"w_{part}")[...], np.float64) for part in "qkvo")
+    q, k, v = ((x @ w.T).reshape(1, 5, -1, width) for w, width in ((w_q, 6), (w_k, 6), (0.5 * w_v, 4)))
+    out = expected(q, k.swapaxes(1, 2), v.swapaxes(1, 2), positions, 6**-0.5)
+    np.testing.assert_allclose(found, out.reshape(1, 5, -1) @ w_o.T, rtol=1e-4, atol=1e-4)
+    for beside in ({"values_are_keys": True}, {"v_norm": True}, {"output_gate": True}):
+        with pytest.raises(ValueError, match="values of a width of their own .* got v_head_dim=4"):
+            AttentionConfig(num_heads=4, num_kv_heads=2, head_dim=6, v_head_dim=4, rope=None, **beside)
 
 
 def test_gates_of_a_projection_of_their_own_are_those_beside_the_queries():

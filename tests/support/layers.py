@@ -1,4 +1,4 @@
-"""MoE layers whose replicas hold the same weights, and whose padding holds NaN."""
+"""MoE layers whose replicas hold the same weights and whose padding holds NaN, and values for abstract modules."""
 
 import jax
 import jax.numpy as jnp
@@ -6,6 +6,7 @@ import numpy as np
 from flax import nnx
 
 from jaxmoe import MoE, MoEConfig
+from jaxmoe.layers import param_specs, params_by_path
 from tests.support.meshes import mesh_of
 
 E, D, F, SLOTS = 11, 16, 24, 16
@@ -25,3 +26,13 @@ def make_layer(shape, axes, placement, *, dtype=jnp.float32, bias=False) -> MoE:
         )
         stack.set_value(jax.device_put(held.astype(value.dtype), value.sharding))
     return layer
+
+
+def fill(module: nnx.Module) -> None:
+    """Give an abstract module the values that it would have from one checkpoint, whatever its mesh."""
+    rng = np.random.default_rng(2)
+    for spec, param in zip(param_specs(module), params_by_path(module).values(), strict=True):
+        rows = spec.rows or tuple(range(spec.shape[0]))
+        groups = spec.source_groups or spec.shape[0]
+        source = rng.normal(size=(groups, spec.shape[0] // len(rows), *spec.shape[1:])).astype(np.float32)
+        param.set_value(jax.device_put(source[list(rows)].reshape(spec.shape), spec.sharding))

@@ -13,7 +13,7 @@ import dataclasses
 import itertools
 import re
 from collections import defaultdict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 from jaxmoe.checkpoint.boxes import Box, whole
 from jaxmoe.checkpoint.errors import CheckpointError, Problems
@@ -107,6 +107,8 @@ def _module(config: LoraConfig, module: str, pairs: list[_Pair], target: "_Check
         return [_one_expert(config, pairs[0], target, expert[1], int(expert[2]), expert[3])]
     if parameters:
         return _fused(config, pairs, target, parameters)
+    if len(pairs) == 1 and (updates := _gate_and_up(config, pairs[0], target)):
+        return updates
     hint = "is the adapter for this model, and does its configuration list all target_parameters?"
     raise target.missing("an adapted module", weight, hint)
 
@@ -175,12 +177,26 @@ class _Checkpoint:
             experts, rows, columns = shape
             boxes = [((expert, expert + 1), (0, rows), (0, columns)) for expert in range(experts)]
             return shape, [_Piece(name, box, expert, 0) for expert, box in enumerate(boxes)]
+        halves = [self.find(f"{module}.{half}_proj", f"{module}.{half}_proj.weight") for half in ("gate", "up")]
+        if parameter == "gate_up_proj" and None not in halves:
+            return self.stacked(halves)
         for gate, up, down in _NAMINGS:
             parts = {"gate_up_proj": (gate, up), "down_proj": (down,), "up_proj": (up,)}.get(parameter, ())
             if parts and self.find(f"{module}.0.{parts[0]}.weight"):
                 return self.per_expert(module, parts)
         name = self.rename(f"{module}.{parameter}")
         raise self.missing("an adapted parameter, or its experts one by one,", name)
+
+    def stacked(self, names: Sequence[str | None]) -> tuple[Shape, list[_Piece]]:
+        """The same of experts in a tensor for each half, which follow each other in the fused parameter."""
+        pieces: list[_Piece] = []
+        start = experts = columns = 0
+        for name in filter(None, names):
+            experts, rows, columns = self.tensors[name]
+            for expert in range(experts):
+                pieces.append(_Piece(name, ((expert, expert + 1), (0, rows), (0, columns)), expert, start))
+            start += rows
+        return (experts, start, columns), pieces
 
     def per_expert(self, module: str, parts: tuple[str, ...]) -> tuple[Shape, list[_Piece]]:
         """The same of experts that have a tensor each, or two that follow each other in the fused parameter."""
@@ -272,6 +288,49 @@ def _one_expert(
         rank_b=slice(0, rank),
         scale=config.scale_of(pair.module),
     )
+
+
+def _gate_and_up(config: LoraConfig, pair: _Pair, target: _Checkpoint) -> list[LowRankUpdate]:
+    """The updates of a dense MLP's gate and up, one matrix in the adapter and two in the checkpoint, or the reverse.
+
+    Gate's rows come before up's. There are none where the checkpoint has neither.
+    """
+    mlp, _, part = pair.module.rpartition(".")
+    halves = [target.find(f"{mlp}.{half}_proj.weight") for half in ("gate", "up")]
+    joined = target.find(f"{mlp}.gate_up_proj.weight")
+    out, inputs = pair.shape_b[0], pair.shape_a[1]
+    places: list[tuple[str, Box, int]] = []  # of each target its name, the region, and the first row of B for it
+    if part == "gate_up_proj" and None not in halves:
+        start = 0
+        for name in filter(None, halves):
+            rows = target.tensors[name][0]
+            places.append((name, ((0, rows), (0, inputs)), start))
+            start += rows
+    elif part in ("gate_proj", "up_proj") and joined is not None:
+        start = out if part == "up_proj" else 0
+        places.append((joined, ((start, start + out), (0, inputs)), 0))
+    rows_of_both = sum(target.tensors[name][0] for name, _, _ in places)
+    fits = rows_of_both == (out if part == "gate_up_proj" else 2 * out)
+    if not (fits and all(target.tensors[name][1:] == (inputs,) for name, _, _ in places)) and places:
+        raise CheckpointError(
+            f"B·A must have the rows of gate, of up, or of both; that of {pair.module!r} has the shape {(out, inputs)}, and "
+            f"{places[0][0]!r} has {target.tensors[places[0][0]]}"
+        )
+    rank = _check_rank(config, pair, pair.module) if places else 0
+    return [
+        LowRankUpdate(
+            target=name,
+            box=box,
+            expert=None,
+            a=pair.a,
+            b=pair.b,
+            rank_a=slice(0, rank),
+            rank_b=slice(0, rank),
+            scale=config.scale_of(pair.module),
+            out_start=out_start,
+        )
+        for name, box, out_start in places
+    ]
 
 
 def _fused(config: LoraConfig, pairs: list[_Pair], target: _Checkpoint, parameters: list[str]) -> list[LowRankUpdate]:

@@ -101,7 +101,9 @@ def written_blocks(
 
 
 def written_form(family: Family, form: Form) -> Form:
-    """`form`, or the other one where a family has no names for it: gpt-oss is always fused."""
+    """`form`, or the other one where a family has no names for it, as gpt-oss, or `Family.written` says so."""
+    if family.written is not None:
+        return family.written
     if form == "fused":
         return "fused" if family.experts.fused else "per_expert"
     return "per_expert" if family.experts.per_expert(0) else "fused"

@@ -42,10 +42,16 @@ def limited_swiglu(gate: jax.Array, up: jax.Array, limit: float) -> jax.Array:
     return jax.nn.silu(jnp.minimum(gate, limit)) * jnp.clip(up, -limit, limit)
 
 
+def capped_swiglu(gate: jax.Array, up: jax.Array, limit: float) -> jax.Array:
+    """min(silu(g), limit) · u, with g the gate and u the other half within ±`limit`: that of Step-3.5's last layers."""
+    return jnp.minimum(jax.nn.silu(gate), limit) * jnp.clip(up, -limit, limit)
+
+
 # Functions of gate, up and a limit, where the two halves are not simply act(gate) · up.
 CLAMPED: dict[str, Callable[[jax.Array, jax.Array, float], jax.Array]] = {
     "clamped_swiglu": clamped_swiglu,
     "limited_swiglu": limited_swiglu,
+    "capped_swiglu": capped_swiglu,
 }
 
 

@@ -1,0 +1,190 @@
+"""Configs of published models: what their layers are, and that both spellings of a config say the same."""
+
+import dataclasses
+from typing import Any
+
+import numpy as np
+import pytest
+
+from jaxmoe.config import BlockSparseAttentionConfig, DecoderConfig, MoEConfig
+from jaxmoe.models import find_family
+from tests.support.published import MIMO_V2_FLASH, MINIMAX_M3, STEP_3_7_FLASH
+
+
+def read(raw: dict[str, Any]) -> DecoderConfig:
+    family, config = find_family(raw)
+    return family.read_config(config)
+
+
+def test_layers_of_mimo_have_sizes_by_their_kind():
+    layers = read(MIMO_V2_FLASH).layers
+    full = [i for i, layer in enumerate(layers) if layer.attention.mask is None]
+    assert full == [0, 5, 11, 17, 23, 29, 35, 41, 47]
+    assert [i for i, layer in enumerate(layers) if not isinstance(layer.feed_forward, MoEConfig)] == [0]
+    for i, layer in enumerate(layers):
+        attention = layer.attention
+        assert (attention.num_heads, attention.head_dim, attention.value_width) == (64, 192, 128)
+        assert attention.rope.rotary_dim == 64
+        assert (attention.num_kv_heads, attention.sinks) == ((4, False) if i in full else (8, True))
+        # A token and the 128 before it.
+        assert i in full or attention.mask.size == 129
+
+
+def test_mimo_is_the_same_in_the_spelling_of_transformers():
+    kinds = ["sliding_attention" if window else "full_attention" for window in MIMO_V2_FLASH["hybrid_layer_pattern"]]
+    theirs = {
+        "layer_types": kinds,
+        "mlp_layer_types": ["sparse" if sparse else "dense" for sparse in MIMO_V2_FLASH["moe_layer_freq"]],
+        "rope_parameters": {
+            "full_attention": {"rope_type": "default", "rope_theta": 5e6, "partial_rotary_factor": 0.334},
+            "sliding_attention": {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.334},
+        },
+        "sliding_window": 129,
+        "routed_scaling_factor": 1.0,
+        "rms_norm_eps": 1e-5,
+    }
+    of_their_own = (
+        "hybrid_layer_pattern",
+        "moe_layer_freq",
+        "rope_theta",
+        "partial_rotary_factor",
+        "layernorm_epsilon",
+    )
+    rest = {
+        name: value
+        for name, value in MIMO_V2_FLASH.items()
+        if name not in of_their_own and not name.startswith(("swa_", "add_", "sliding_window"))
+    }
+    assert read({**rest, **theirs}) == read(MIMO_V2_FLASH)
+
+
+def test_layers_of_minimax_m3_choose_blocks_of_keys_behind_the_first_three():
+    layers = read(MINIMAX_M3).layers
+    for i, layer in enumerate(layers):
+        assert (
+            isinstance(layer.feed_forward, MoEConfig)
+            == isinstance(layer.attention, BlockSparseAttentionConfig)
+            == (i > 2)
+        )
+    indexer = layers[3].attention
+    assert (indexer.index_head_dim, indexer.block_size, indexer.top_blocks, indexer.local_blocks) == (128, 128, 16, 1)
+    assert indexer.rope.rotary_dim == 64
+    assert layers[0].feed_forward.activation_limit == layers[3].feed_forward.shared.activation_limit == 7.0
+
+
+def test_minimax_m3_is_the_same_in_the_spelling_of_transformers():
+    kinds = ["minimax_m3_sparse" if i > 2 else "full_attention" for i in range(60)]
+    theirs = {
+        "model_type": "minimax_m3_vl_text",
+        "hidden_act": "silu",
+        "layer_types": kinds,
+        "mlp_layer_types": ["sparse" if i > 2 else "dense" for i in range(60)],
+        "rope_parameters": {"rope_type": "default", "rope_theta": 5e6, "partial_rotary_factor": 0.5},
+        "index_n_heads": 4,
+        "index_head_dim": 128,
+        "index_block_size": 128,
+        "index_topk_blocks": 16,
+        "index_local_blocks": 1,
+    }
+    of_their_own = ("moe_layer_freq", "sparse_attention_config", "rope_theta", "partial_rotary_factor", "scoring_func")
+    rest = {name: value for name, value in MINIMAX_M3.items() if name not in of_their_own}
+    assert dataclasses.replace(read({**rest, **theirs}), model_type="minimax_m3") == read(MINIMAX_M3)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"attention_output_gate": True}, "known with attention_output_gate=False alone"),
+        ({"sparse_attention_config": {"sparse_num_index_heads": 8, "sparse_attention_freq": [1] * 60}}, "gives it 8"),
+        (
+            {"sparse_attention_config": {"sparse_disable_index_value": [0] * 60, "sparse_attention_freq": [1] * 60}},
+            "has no values",
+        ),
+        ({"sparse_attention_config": {"sparse_score_type": "mean"}}, "known with sparse_score_type='max' alone"),
+        ({"sparse_attention_config": {"sparse_attention_freq": [2] * 60}}, "has 0 or 1 for each of the 60 layers"),
+        ({"swiglu_alpha": 1.0}, "have the factor 1.702 in their sigmoid"),
+        ({"hidden_act": "gelu"}, "hidden_act='gelu'"),
+    ],
+)
+def test_what_minimax_m3_does_not_do_is_refused(changes, message):
+    with pytest.raises(ValueError, match=message):
+        read({**MINIMAX_M3, **changes})
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"sliding_window": 64}, "are of one window; they are 128 and 64"),
+        ({"n_shared_experts": 1}, "is known with n_shared_experts=0 alone"),
+        ({"rope_parameters": {"rope_type": "yarn"}}, "are given for each of .* config.json has rope_type beside them"),
+        ({"hybrid_layer_pattern": [0]}, "hybrid_layer_pattern in config.json has 0 or 1 for each of the 48 layers"),
+        ({"mlp_layer_types": ["moe"] * 48}, "mlp_layer_types of mimo_v2_flash are sparse and dense"),
+    ],
+)
+def test_what_mimo_does_not_do_is_refused(changes, message):
+    with pytest.raises(ValueError, match=message):
+        read({**MIMO_V2_FLASH, **changes})
+
+
+def test_layers_of_step_have_heads_rotations_and_limits_of_their_own():
+    config = read(STEP_3_7_FLASH)
+    assert (len(config.layers), config.num_mtp_layers) == (45, 3)
+    for i, layer in enumerate(config.layers):
+        attention, moe = layer.attention, layer.feed_forward
+        assert (attention.num_heads, attention.num_kv_heads) == ((96, 8) if i % 4 else (64, 8))
+        assert (attention.mask is not None) == bool(i % 4)
+        assert attention.rope.rotary_dim == (128 if i % 4 else 64)
+        assert isinstance(moe, MoEConfig) == (i > 2)
+        if i > 2:
+            assert (moe.activation_limit, moe.shared.activation_limit) == ((7.0, 16.0) if i > 42 else (None, None))
+    # The scaling is of full layers: theirs are slower by half at the end.
+    slowest = [layer.attention.rope.frequencies[-1] for layer in config.layers[:2]]
+    np.testing.assert_allclose(slowest, [5e6 ** -(62 / 64) / 2, 1e4 ** -(126 / 128)], rtol=1e-6)
+
+
+def test_step_is_the_same_in_the_spelling_of_transformers():
+    released = STEP_3_7_FLASH["text_config"]
+    scaling = released["rope_scaling"]
+    same = (
+        "vocab_size hidden_size num_hidden_layers num_nextn_predict_layers num_attention_heads head_dim dtype "
+        "sliding_window intermediate_size moe_intermediate_size moe_router_scaling_factor max_position_embeddings"
+    ).split()
+    theirs = {
+        "model_type": "step3p5",
+        "layer_types": released["layer_types"][:45],
+        "mlp_layer_types": ["sparse" if i > 2 else "dense" for i in range(45)],
+        "num_sliding_attention_heads": 96,
+        "per_layer_config": {str(i): {"num_attention_heads": 96} for i in range(45) if i % 4},
+        "num_key_value_heads": 8,
+        "query_pre_attn_scalar": 128,
+        "rope_parameters": {
+            "full_attention": {"rope_theta": 5e6, "partial_rotary_factor": 0.5, **scaling},
+            "sliding_attention": {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 1.0},
+        },
+        "n_routed_experts": 288,
+        "num_experts_per_tok": 8,
+        "share_expert_dim": 1280,
+        "swiglu_limits": released["swiglu_limits"][:45],
+        "swiglu_limits_shared": released["swiglu_limits_shared"][:45],
+    }
+    assert read({**{name: released[name] for name in same}, **theirs}) == read(STEP_3_7_FLASH)
+    # A config.json of the whole model may have the text part's settings on top.
+    flat = {**released, "model_type": "step3p7", "vision_config": {"width": 1}}
+    assert read(flat) == read(STEP_3_7_FLASH)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"zero_centered": False}, "known with zero_centered=True alone"),
+        ({"moe_layers_enum": "3,x"}, "has the indices of layers; it is '3,x'"),
+        ({"rope_theta": [1.0]}, "rope_theta has a number for each of the 45 layers; it has 1"),
+        ({"swiglu_limits": [1.0]}, "swiglu_limits in config.json has a number for each of the 45 layers"),
+        ({"hidden_act": "gelu"}, "limits of step3p5 are of silu"),
+        ({"attention_other_setting": {"head_dim": 64}}, "differ in num_attention_heads alone; .* another head_dim"),
+        ({"per_layer_config": {"45": {"num_attention_heads": 64}}}, "is by the index of a layer"),
+    ],
+)
+def test_what_step_does_not_do_is_refused(changes, message):
+    with pytest.raises(ValueError, match=message):
+        read({**STEP_3_7_FLASH["text_config"], **changes})
