@@ -213,7 +213,8 @@ def _plan(
 
     model = abstract_model(config, sizes=sizes, placement=placement, expert_axes=expert_axes, dtype=jnp.dtype(name))
     parameters, active = count_parameters(config)
-    stored, notes = None, tuple[str, ...]()
+    stored: StoredWeights | None = None
+    notes: tuple[str, ...] = ()
     if mapped is not None:
         checkpoint = mapped({spec.path: spec for spec in param_specs(model)})
         stored = stored_weights(checkpoint, method)

@@ -5,10 +5,9 @@ from collections import Counter, defaultdict
 from typing import Any
 
 from jaxmoe.checkpoint.formats import DecodedTensor
+from jaxmoe.checkpoint.inspection import PLAIN
 from jaxmoe.checkpoint.mapping import MappedCheckpoint
 from jaxmoe.models.parts import part_of
-
-PLAIN = "plain"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -7,7 +7,7 @@ from functools import lru_cache
 from typing import NamedTuple
 
 from jaxmoe.quant.base import Part, QuantFormat, Shape, swap_last
-from jaxmoe.quant.errors import raise_problems
+from jaxmoe.quant.errors import QuantizationError, raise_problems
 from jaxmoe.quant.formats import FORMATS
 from jaxmoe.quant.infer import PLAIN, infer_format
 from jaxmoe.quant.names import may_be_absent
@@ -56,6 +56,21 @@ class MatchedTensors:
     notes: tuple[str, ...]
 
 
+def _refuse_mlx(headers: Mapping[str, Header]) -> None:
+    """Refuse by name what would else be a problem of every weight.
+
+    Raises:
+        QuantizationError: weights are words of 32 bits with scales and biases of groups, as MLX packs them.
+    """
+    for name, header in headers.items():
+        module = name.removesuffix(".weight")
+        if header.dtype_name == "U32" and {f"{module}.scales", f"{module}.biases"} <= headers.keys():
+            raise QuantizationError(
+                f"weights such as {name!r} (U32, with scales and biases) are packed by MLX for Apple's GPUs, which jaxmoe "
+                "does not decode; take the model's bfloat16 release, or one in a format that jaxmoe decodes"
+            )
+
+
 def match_tensors(
     headers: Mapping[str, Header],
     quantization: Quantization | None,
@@ -79,6 +94,7 @@ def match_tensors(
     parts: dict[str, str] = {}
     unused: dict[str, str] = {}
     problems: list[str] = []
+    _refuse_mlx(headers)
     for weight, header in _candidates(headers):
         if weight in weights or (wanted is not None and not wanted(weight)):
             continue

@@ -246,6 +246,9 @@ def test_another_framework_s_packs_are_no_format_of_these() -> None:
         BASE + ".scales": Tensor(BASE + ".scales", "F16", (24, 2)),
         BASE + ".biases": Tensor(BASE + ".biases", "F16", (24, 2)),
     }
+    with pytest.raises(QuantizationError, match=r"up_proj.weight' \(U32, with scales and biases\) are packed by MLX"):
+        match_tensors(headers, None)
+    del headers[BASE + ".biases"]
     with pytest.raises(
         QuantizationError, match=r"up_proj.weight' \(U32\) is in no format that is known by its tensors"
     ):
