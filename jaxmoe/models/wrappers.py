@@ -96,17 +96,10 @@ class Wrapper:
             keys.append("tie_word_embeddings")
         outer = {key: level[key] for level in (multimodal, config) for key in keys if level.get(key) is not None}
         given = rope_settings(text) | {key: value for key, value in text.items() if value is not None}
-        usual = {key: value for key, value in self.usual.items() if key not in given}
+        text = {**text, **{key: value for key, value in self.usual.items() if key not in given}}
         own = text.get("model_type", self.text)
         model_type = self.text if own in self.aliases else own
-        return {
-            **text,
-            **usual,
-            **self.settings,
-            **outer,
-            "model_type": model_type,
-            "architectures": [self.architecture],
-        }
+        return {**text, **self.settings, **outer, "model_type": model_type, "architectures": [self.architecture]}
 
 
 # Qwen3-Omni's thinker. For text alone the three parts of its rotary positions are one.
