@@ -156,7 +156,14 @@ CASES = {
         {"tp": 4, "ep": 8},
         {"prefill": 650, "decode": 14},
     ),
-    "deepseek-v4-flash, tp 2 ep 4": (DEEPSEEK_V4_FLASH, "h100", 8, 1, {"tp": 2, "ep": 4}, {"prefill": 1, "decode": 1}),
+    "deepseek-v4-flash, tp 2 ep 4": (
+        DEEPSEEK_V4_FLASH,
+        "h100",
+        8,
+        1,
+        {"tp": 2, "ep": 4},
+        {"prefill": 1390, "decode": 43},
+    ),
 }
 
 

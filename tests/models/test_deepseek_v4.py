@@ -166,8 +166,9 @@ def test_the_publishers_names_have_no_prefix(tmp_path):
     assert saved["layers.0.ffn.gate.tid2eid"].dtype == np.int64
 
 
+@pytest.mark.full
 def test_a_table_chooses_the_experts_of_the_first_layer():
-    """Also while choices of another trace are replayed, a function of one's own chooses in its place."""
+    """Choices of a trace come before it, and so does a function of one's own."""
     model = jaxmoe.load(SOURCE, mesh=mesh_of(1, 1, 1))
     tokens = np.array([[5, 9, 5, 70, 9, 5, 5, 70]])
     table = load_file(SOURCE / "model.safetensors")["model.layers.0.ffn.gate.tid2eid"]

@@ -483,6 +483,14 @@ QWEN3_OMNI_30B = {
 # Whole models with their numbers of parameters, as transformers counts them on its "meta" device with the routers'
 # correction biases, which it holds as buffers.
 WHOLE: dict[str, tuple[dict[str, Any], int]] = {
+    "DeepSeek-V3.2": (
+        DEEPSEEK_V32 | {"num_hidden_layers": 61, "first_k_dense_replace": 3, "dtype": "bfloat16"},
+        671_877_944_064,
+    ),
+    "GLM-5": (
+        GLM_5 | {"num_hidden_layers": 78, "first_k_dense_replace": 3, "indexer_types": None, "dtype": "bfloat16"},
+        743_911_218_432,
+    ),
     "GLM-4.7-Flash": (GLM_4_7_FLASH, 29_943_393_920),
     "Solar-Open-100B": (SOLAR_OPEN_100B, 102_651_799_552),
     "K-EXAONE-236B-A23B": (K_EXAONE, 236_571_156_352),
