@@ -1,17 +1,24 @@
 #!/usr/bin/env python3
-"""How fast does jaxmoe load a checkpoint onto a simulated (2, 2, 2) mesh?
+"""How fast does jaxmoe load a checkpoint onto a simulated (2, 2, 2) mesh, and how fast is a quantized one?
 
-Writes a checkpoint of more than 1 GB with Qwen3-MoE's names into a temporary directory, loads it in turns with
+It writes a checkpoint of more than 1 GB with Qwen3-MoE's names into a temporary directory, loads it in turns with
 
 * jaxmoe: expert stacks sharded over ep and tp, replicated over dp;
 * safetensors.flax.load_file, then jax.device_put tensor by tensor, each expert whole on one device;
 
 and reads it into memory without doing anything with it, once into memory already in use and once into fresh memory,
-which is what the hardware permits. The page cache is warm for all of them: this measures software, not the disk.
-Removes what it wrote, also on Ctrl-C. safetensors comes with the extra "test".
+which is what the hardware permits.
+
+With --format it tells of each quantized format at which rate it is decoded, in GB of output in a second of one core's time.
+Then it writes a checkpoint whose experts are in the format, and one of about as many bytes in bfloat16, and loads both in
+turns: the quantized one as `jaxmoe.load` does, its weights kept packed where the format has a packed form.
+
+The page cache is warm for all of them: this measures software, not the disk. Removes what it wrote, also on Ctrl-C.
+safetensors comes with the extra "test".
 
     python scripts/bench_load.py
     python scripts/bench_load.py --dtype float32 --json
+    python scripts/bench_load.py --format mxfp4 fp8_block
 """
 
 import argparse
@@ -24,6 +31,8 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import jax
 import ml_dtypes
@@ -39,10 +48,16 @@ from jaxmoe.checkpoint import (
     open_checkpoint,
     whole_tensor_blocks,
 )
-from jaxmoe.checkpoint.loading import aligned_array, run_in_threads
+from jaxmoe.checkpoint.loading import aligned_array, plan_packed, run_in_threads
+from jaxmoe.checkpoint.mapping import FamilyCheckpoint, pack_model
+from jaxmoe.layers import param_specs
 from jaxmoe.layers.param import ParamSpec
 from jaxmoe.mesh import make_mesh, simulate_devices
+from jaxmoe.models import Decoder
 from jaxmoe.models.family import MLP_EXPERTS
+from jaxmoe.quant.formats import FORMATS
+from scripts._bench.formats import CASES, decode_rate, make_weight
+from scripts._bench.formats import write_checkpoint as write_in_format
 
 # Qwen3-30B-A3B's widths; its 128 experts and 48 layers are cut down to the size asked for.
 MODEL, WIDTH, VOCAB = 2048, 768, 32768
@@ -58,12 +73,18 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=7, help="loads by each way (default 7)")
     parser.add_argument("--threads", type=int, help="that read (default: jaxmoe's choice)")
     parser.add_argument("--staging", action="store_true", help="load through staging memory, as for a GPU")
+    parser.add_argument(
+        "--format", nargs="*", choices=sorted(FORMATS), metavar="NAME", help="quantized formats (all that are known)"
+    )
     parser.add_argument("--directory", help="where to write the checkpoint (default: the system's temporary directory)")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     args = parser.parse_args()
     # An exit by signal has to pass through the `with` below like any other.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     simulate_devices(8)
+    if args.format is not None:
+        run_formats(args)
+        return
     with tempfile.TemporaryDirectory(prefix="jaxmoe-bench-", dir=args.directory) as directory:
         layers = write_checkpoint(Path(directory), args.dtype, int(args.gigabytes * 1e9))
         result = measure(Path(directory), args, layers)
@@ -202,6 +223,81 @@ def measure(directory: Path, args: argparse.Namespace, layers: int) -> dict:
         "best_gigabytes_per_second": {name: round(total / min(times) / 1e9, 2) for name, times in seconds.items()},
         "ratio": round(rates["jaxmoe"] / rates["safetensors.flax + device_put"], 2),
     }
+
+
+# --- quantized formats
+
+
+def run_formats(args: argparse.Namespace) -> None:
+    """Measure the formats that were asked for, or all; a line for each as it is done, or one JSON object."""
+    results: dict[str, dict] = {}
+    loaded = set()
+    for name, (form, more) in CASES.items():
+        if form.name not in (args.format or FORMATS):
+            continue
+        weight, arrays = make_weight(form, more, (2048, 4096))
+        rates = {dtype: decode_rate(weight, arrays, DTYPES[dtype][1], seconds=0.5) / 1e9 for dtype in DTYPES}
+        results[name] = {"decoded_gigabytes_per_core_second": {dtype: round(rate, 2) for dtype, rate in rates.items()}}
+        line = f"{name:36}" + "".join(f" {dtype} {rate:5.2f}" for dtype, rate in rates.items())
+        if form.name not in loaded and args.gigabytes:
+            loaded.add(form.name)
+            with tempfile.TemporaryDirectory(prefix="jaxmoe-bench-", dir=args.directory) as directory:
+                results[name]["load"] = load = compare_loads(Path(directory), name, args)
+            way, ours, plain = ("kept packed" if load["packed"] else "decoded"), load["quantized"], load["plain"]
+            line += (
+                f" | {way:11} {ours['bytes'] / 1e9:.2f} GB: {ours['gigabytes_per_second']:5.2f} GB/s, plain "
+                f"{plain['gigabytes_per_second']:5.2f}; ratio {load['ratio']:.2f}, of processor time "
+                f"{load['ratio_of_processor_time']:.2f}"
+            )
+        if not args.json:
+            print(line, flush=True)
+    if args.json:
+        print(json.dumps(results))
+
+
+def compare_loads(directory: Path, case: str, args: argparse.Namespace) -> dict:
+    """Load a checkpoint in a format and a plain one `args.repeats` times in turns, on the mesh."""
+    mesh = make_mesh(dp=2, tp=2, ep=2)
+    sizes, packed = {}, False
+    for kind, form in (("quantized", case), ("plain", None)):
+        (directory / kind).mkdir()
+        sizes[kind] = write_in_format(directory / kind, form, int(args.gigabytes * 1e9))
+    seconds: dict[str, list[tuple[float, float]]] = {kind: [] for kind in sizes}
+    for turn in range(args.repeats + 1):  # the first warms up
+        for kind in sizes:
+            start, used = time.perf_counter(), time.process_time()
+            packings = load_as_is(directory / kind, mesh, threads=args.threads, staging=args.staging)
+            if turn:
+                seconds[kind].append((time.perf_counter() - start, time.process_time() - used))
+            packed |= packings > 0
+    rates = {kind: [[sizes[kind] / value / 1e9 for value in turn] for turn in turns] for kind, turns in seconds.items()}
+    ratios = [
+        statistics.median(ours[i] / plain[i] for ours, plain in zip(rates["quantized"], rates["plain"], strict=True))
+        for i in range(2)
+    ]
+    return {
+        "packed": packed,
+        **{
+            kind: {
+                "bytes": sizes[kind],
+                "gigabytes_per_second": round(statistics.median(wall for wall, _ in rates[kind]), 2),
+            }
+            for kind in sizes
+        },
+        "ratio": round(ratios[0], 2),
+        "ratio_of_processor_time": round(ratios[1], 2),
+    }
+
+
+def load_as_is(directory: Path, mesh: Mesh, **options: int | bool | None) -> int:
+    """Headers, plan and load as `jaxmoe.load` has them, weights kept packed; gives the number of packed parameters."""
+    found = FamilyCheckpoint.open(directory)
+    model = Decoder(found.config, mesh=mesh, dtype=DTYPES["bfloat16"][1])
+    mapped = found.onto({spec.path: spec for spec in param_specs(model)})
+    packings = pack_model(model, mapped).packings
+    arrays, _ = load_arrays(plan_packed(mapped, packings), **options)
+    jax.block_until_ready(arrays)
+    return len(packings)
 
 
 def check_alike(ours: dict[str, jax.Array], theirs: dict[str, jax.Array]) -> None:

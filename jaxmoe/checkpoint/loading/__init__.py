@@ -4,7 +4,7 @@ from jaxmoe.checkpoint.loading.buffers import aligned_array
 from jaxmoe.checkpoint.loading.execute import load_arrays, load_shards
 from jaxmoe.checkpoint.loading.load import load
 from jaxmoe.checkpoint.loading.merge import merge_adapter
-from jaxmoe.checkpoint.loading.plan import LoadPlan, make_load_plan, plan_load
+from jaxmoe.checkpoint.loading.plan import LoadPlan, make_load_plan, plan_load, plan_packed
 from jaxmoe.checkpoint.loading.report import AdapterReport, LoadReport
 from jaxmoe.checkpoint.loading.threads import run_in_threads
 
@@ -19,5 +19,6 @@ __all__ = [
     "make_load_plan",
     "merge_adapter",
     "plan_load",
+    "plan_packed",
     "run_in_threads",
 ]
