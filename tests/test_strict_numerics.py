@@ -156,7 +156,11 @@ def test_packed_matrices(format, scales, careful):
             def product(x_RK, values, scales, matrix_scales, sizes_G, backend=backend):
                 arrays = {"values": values, "scales": scales, "matrix_scales": matrix_scales}
                 stack = QuantizedStack(**arrays, format=format, block=(1, 32))
-                return grouped_matmul(x_RK, stack, sizes_G, backend=backend)
+                plain, rounded = (
+                    grouped_matmul(x_RK, stack, sizes_G, backend=backend, activations=activations)
+                    for activations in ("none", "int8_token")
+                )
+                return plain, rounded
 
             traced(product, jax.ShapeDtypeStruct((rows, 64), jnp.bfloat16), values, scales, matrix_scales, int32(2))
 

@@ -43,6 +43,7 @@ PACKED = [
     ("minimax-m2, ep 8", "float8_e4m3fn", (64, 128), "float32", False),
     ("deepseek-v3, ep 8", "float8_e4m3fn", (128, 64), "float32", False),
     ("qwen3-235b, ep 8", "nvfp4", (1, 8), "float8_e4m3fn", False),
+    ("qwen3-30b-a3b, ep 8", "nvfp4", (64, 16), "float8_e4m3fn", False),
 ]
 
 # Rows and matrices of 8 bits: model, format, block and dtype of the scales of matrices, and what rows are rounded to.

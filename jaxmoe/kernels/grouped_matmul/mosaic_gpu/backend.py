@@ -181,7 +181,7 @@ def _product(
     N = matrices_GNK.shape[1] // halves
     if 0 in (R, G, N, K):
         return jnp.zeros((R, N), out_dtype)
-    if isinstance(matrices_GNK, QuantizedStack) and matrices_GNK.block[0] % WGMMA_ROWS:
+    if isinstance(matrices_GNK, QuantizedStack):
         matrices_GNK = _scale_each_output(matrices_GNK)
     problem = problem_of(rows_RK, matrices_GNK, halves, out_dtype, device_kind)
     given, measured = given_or_measured
@@ -210,8 +210,13 @@ def _product(
 
 
 def _scale_each_output(stack: QuantizedStack) -> QuantizedStack:
-    """The same stack [G, N, K], with the scales of blocks repeated for each output: far smaller than its numbers are."""
+    """The same stack [G, N, K]; scales that the kernel cannot read one for 64 outputs are repeated, one for each.
+
+    They are far smaller than the numbers are. Mosaic GPU reads a float8 as part of an array, but not alone.
+    """
     bn, bk = stack.block
+    if bn == 1 or (bn % WGMMA_ROWS == 0 and stack.scales.dtype != jnp.float8_e4m3fn):
+        return stack
     scales, zero_points = jax.tree.map(lambda array: jnp.repeat(array, bn, axis=1), (stack.scales, stack.zero_points))
     return dataclasses.replace(stack, scales=scales, zero_points=zero_points, block=(1, bk))
 
