@@ -199,7 +199,7 @@ class Attention(nnx.Module):
             w: dict[str, Any], x_BSD: jax.Array, positions_BS: jax.Array, cache: KVCache | None
         ) -> tuple[jax.Array, KVCache | None]:
             q_BSHh, k_BSGh, v_BSGv, gate_BSHh = self._project(w, x_BSD, positions_BS)
-            new = self.entries(w, x_BSD, positions_BS, KVCache(k_BSGh.swapaxes(1, 2), v_BSGv.swapaxes(1, 2)))
+            new = self._entries(w, x_BSD, positions_BS, KVCache(k_BSGh.swapaxes(1, 2), v_BSGv.swapaxes(1, 2)))
             if cache is not None and decode:
                 position_B = positions_BS[:, 0]
                 cache = jax.tree.map(lambda old, one: write_token(old, one, position_B), cache, new)
@@ -215,7 +215,7 @@ class Attention(nnx.Module):
                 scale=config.head_dim**-0.5 if config.scale is None else config.scale,
                 mask=config.mask,
                 sinks_H=w.get("sinks"),
-                chosen=self.chosen(w, x_BSD, positions_BS, seen),
+                chosen=self._chosen(w, x_BSD, positions_BS, seen),
             )
             if gate_BSHh is not None:
                 o_BSHv = o_BSHv * jax.nn.sigmoid(gate_BSHh)
@@ -234,12 +234,12 @@ class Attention(nnx.Module):
             check_vma=False,
         )(weights, x_BSD, positions_BS, cache)
 
-    def entries(self, w: dict[str, Any], x_BSD: jax.Array, positions_BS: jax.Array, new: KVCache) -> Any:
+    def _entries(self, w: dict[str, Any], x_BSD: jax.Array, positions_BS: jax.Array, new: KVCache) -> Any:
         """The cache's entries for these tokens, from their keys and values; a subclass may keep more."""
         del w, x_BSD, positions_BS
         return new
 
-    def chosen(self, w: dict[str, Any], x_BSD: jax.Array, positions_BS: jax.Array, seen: Any) -> ChosenKeys | None:
+    def _chosen(self, w: dict[str, Any], x_BSD: jax.Array, positions_BS: jax.Array, seen: Any) -> ChosenKeys | None:
         """The choice of the keys in `seen`, entries of a cache, that these tokens see; None for all that the mask allows."""
         del w, x_BSD, positions_BS, seen
         return None

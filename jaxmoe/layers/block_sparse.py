@@ -98,11 +98,11 @@ class BlockSparseAttention(Attention):
         index_key = CacheArray((batch_size, max_length, self.config.index_head_dim))
         return BlockSparseCache(*super().cache_arrays(batch_size, max_length), index_key)
 
-    def entries(self, w: dict[str, Any], x_BSD: jax.Array, positions_BS: jax.Array, new: KVCache) -> Any:
+    def _entries(self, w: dict[str, Any], x_BSD: jax.Array, positions_BS: jax.Array, new: KVCache) -> Any:
         """See `Attention`."""
         return BlockSparseCache(*new, self._index(w, "k", x_BSD, positions_BS)[:, :, 0])
 
-    def chosen(self, w: dict[str, Any], x_BSD: jax.Array, positions_BS: jax.Array, seen: Any) -> ChosenKeys:
+    def _chosen(self, w: dict[str, Any], x_BSD: jax.Array, positions_BS: jax.Array, seen: Any) -> ChosenKeys:
         """See `Attention`."""
         config = self.config
         choose = partial(

@@ -69,7 +69,7 @@ class CompressedAttention(nnx.Module):
         self.sinks = param((H,), TP, init=zeros, dtype=sum_dtype(param.dtype))
         self.w_o_a = param((g * r, H * h // g), TP, None)
         self.w_o_b = param((hidden_size, g * r), None, TP)
-        for name, compressor in self.compressors().items():
+        for name, compressor in self._compressors().items():
             weights = compressor.make_weights(hidden_size, param=param)
             for template, weight in zip(_COMPRESSOR, weights, strict=True):
                 setattr(self, template.format(name), weight)
@@ -79,7 +79,7 @@ class CompressedAttention(nnx.Module):
             self.w_index_heads = param((indexer.num_heads, hidden_size), dtype=sum_dtype(param.dtype))
         self.specs = WeightSpecs.of(self)
 
-    def compressors(self) -> dict[str, Compressor]:
+    def _compressors(self) -> dict[str, Compressor]:
         """The layer's compressors by name: "entry" of the keys, and "index" of those that the indexer scores."""
         config, indexer = self.config, self._indexer
         found = {}
@@ -95,7 +95,7 @@ class CompressedAttention(nnx.Module):
 
     def cache_arrays(self, batch_size: int, max_length: int) -> CompressedCache:
         """The layer's cache, as a `CompressedCache` of `CacheArray`."""
-        compressed = [one.cache_arrays(batch_size, max_length) for one in self.compressors().values()]
+        compressed = [one.cache_arrays(batch_size, max_length) for one in self._compressors().values()]
         return CompressedCache(CacheArray((batch_size, self.config.window, self.config.head_dim)), *compressed)
 
     def __call__(
@@ -180,7 +180,7 @@ class CompressedAttention(nnx.Module):
         at_BS1 = positions_BS[..., None]
         seen = [(index_11S <= at_BS1) & (index_11S > at_BS1 - self.config.window)]
         keys, caches = [new_BSh], []
-        for name, compressor in self.compressors().items():
+        for name, compressor in self._compressors().items():
             before = None if cache is None else cache.entries if name == "entry" else cache.scored
             entries_BWh, after = compressor.of_prompt(_weights(w, name), x_BSD, lengths_B, before)
             caches.append(after)
@@ -211,12 +211,12 @@ class CompressedAttention(nnx.Module):
         held = [before for before in (cache.entries, cache.scored) if before is not None]
         caches = [
             compressor.of_token(_weights(w, name), x_B1D, position_B, before)
-            for (name, compressor), before in zip(self.compressors().items(), held, strict=True)
+            for (name, compressor), before in zip(self._compressors().items(), held, strict=True)
         ]
         cache = CompressedCache(window, *caches)
         if cache.entries is None:
             return window, seen_BC[:, None], cache
-        entries_BWh, last_B1 = cache.entries.entries, self.compressors()["entry"].last_entry(positions_B1)
+        entries_BWh, last_B1 = cache.entries.entries, self._compressors()["entry"].last_entry(positions_B1)
         at_BW = jnp.arange(entries_BWh.shape[1], dtype=jnp.int32)[None]
         if cache.scored is not None and (topk := self._topk(cache.scored.entries)) is not None:
             queries = self._index_queries(w, x_B1D, latent_B1Q, positions_B1)

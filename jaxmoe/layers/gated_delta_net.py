@@ -70,7 +70,7 @@ class GatedDeltaNet(RecurrentMixer):
             state=CacheArray(state, (TP,), "float32"),
         )
 
-    def run(
+    def _run(
         self, w: dict[str, Any], x_BSD: jax.Array, lengths_B: jax.Array, before: RecurrentCache | None
     ) -> tuple[jax.Array, RecurrentCache]:
         """See `RecurrentMixer`."""

@@ -67,7 +67,7 @@ class Mamba(RecurrentMixer):
             state=CacheArray((batch_size, config.num_channels, config.state_size), (TP,), "float32"),
         )
 
-    def run(
+    def _run(
         self, w: dict[str, Any], x_BSD: jax.Array, lengths_B: jax.Array, before: RecurrentCache | None
     ) -> tuple[jax.Array, RecurrentCache]:
         """See `RecurrentMixer`."""

@@ -46,7 +46,7 @@ class RecurrentMixer(nnx.Module):
         """The layer's cache, as a `RecurrentCache` of `CacheArray`; see `TokenMixer`."""
         raise NotImplementedError
 
-    def run(
+    def _run(
         self, w: dict[str, Any], x_BSD: jax.Array, lengths_B: jax.Array, before: RecurrentCache | None
     ) -> tuple[jax.Array, RecurrentCache]:
         """Compute the outputs of this rank's channels, and what they keep.
@@ -90,7 +90,7 @@ class RecurrentMixer(nnx.Module):
             w: dict[str, Any], x_BSD: jax.Array, positions_BS: jax.Array, cache: RecurrentCache | None
         ) -> tuple[jax.Array, RecurrentCache | None]:
             lengths_B = jnp.ones(len(x_BSD), jnp.int32) if decode else jnp.max(positions_BS, axis=1) + 1
-            y_BSA, kept = self.run(w, x_BSD, lengths_B, cache if decode else None)
+            y_BSA, kept = self._run(w, x_BSD, lengths_B, cache if decode else None)
             y_BSD = linear(y_BSA, w["w_out"], jnp.float32)
             y_BSD = jax.lax.psum(y_BSD, TP).astype(x_BSD.dtype)
             y_BSD = y_BSD + w["b_out"][None, None] if "b_out" in w else y_BSD

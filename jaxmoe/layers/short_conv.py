@@ -46,7 +46,7 @@ class ShortConv(RecurrentMixer):
         kept = (batch_size, self.config.conv_kernel_size - 1, self.hidden_size)
         return RecurrentCache(conv=CacheArray(kept, (None, TP)), state=None)
 
-    def run(
+    def _run(
         self, w: dict[str, Any], x_BSD: jax.Array, lengths_B: jax.Array, before: RecurrentCache | None
     ) -> tuple[jax.Array, RecurrentCache]:
         """See `RecurrentMixer`."""
