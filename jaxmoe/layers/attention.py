@@ -15,7 +15,6 @@ from jax.sharding import PartitionSpec as P
 
 from jaxmoe.config import AttentionConfig, AttentionMask, QueryKeyNorm
 from jaxmoe.layers.cache import CacheArray, cache_specs, write_prompt, write_token
-from jaxmoe.layers.linear import linear
 from jaxmoe.layers.norm import rms_norm, zero_centered_rms_norm
 from jaxmoe.layers.param import ParamFactory, RowMap, ones, zeros
 from jaxmoe.layers.weights import WeightSpecs
@@ -128,7 +127,7 @@ class Attention(nnx.Module):
 
     def __init__(self, config: AttentionConfig, hidden_size: int, eps: float, *, param: ParamFactory):
         h, v, tp = config.head_dim, config.value_width, param.mesh.shape[TP]
-        self.config, self.eps, self.mesh = config, eps, param.mesh
+        self.config, self.eps, self.mesh, self.linear = config, eps, param.mesh, param.linear
         self.kv_heads = max(config.num_kv_heads, tp)
         kv_rows = None
         if self.kv_heads != config.num_kv_heads:
@@ -220,9 +219,9 @@ class Attention(nnx.Module):
             if gate_BSHh is not None:
                 o_BSHv = o_BSHv * jax.nn.sigmoid(gate_BSHh)
             if config.head_gates:
-                o_BSHv = o_BSHv * jax.nn.sigmoid(linear(x_BSD, w["w_head_gate"]))[..., None]
+                o_BSHv = o_BSHv * jax.nn.sigmoid(self.linear(x_BSD, w["w_head_gate"]))[..., None]
             o_BSA = o_BSHv.reshape(*o_BSHv.shape[:2], -1)
-            y_BSD = linear(o_BSA, w["w_o"], jnp.float32)
+            y_BSD = self.linear(o_BSA, w["w_o"], jnp.float32)
             y_BSD = jax.lax.psum(y_BSD, TP).astype(x_BSD.dtype)
             return y_BSD + w["b_o"][None, None] if "b_o" in w else y_BSD, cache
 
@@ -251,7 +250,7 @@ class Attention(nnx.Module):
         config = self.config
 
         def project(name: str) -> jax.Array:
-            y_BSA = linear(x_BSD, w[f"w_{name}"])
+            y_BSA = self.linear(x_BSD, w[f"w_{name}"])
             return y_BSA + w[f"b_{name}"][None, None] if f"b_{name}" in w else y_BSA
 
         def norm(y_BSA: jax.Array, name: str, kind: QueryKeyNorm) -> jax.Array:

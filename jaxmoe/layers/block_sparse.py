@@ -13,7 +13,6 @@ import jax.numpy as jnp
 from jaxmoe.config import BlockSparseAttentionConfig
 from jaxmoe.layers.attention import Attention, ChosenKeys, KVCache
 from jaxmoe.layers.cache import CacheArray
-from jaxmoe.layers.linear import linear
 from jaxmoe.layers.norm import zero_centered_rms_norm
 from jaxmoe.layers.param import ParamFactory, RowMap, zeros
 from jaxmoe.layers.weights import WeightSpecs
@@ -116,7 +115,7 @@ class BlockSparseAttention(Attention):
 
     def _index(self, w: dict[str, Any], name: str, x_BSD: jax.Array, positions_BS: jax.Array) -> jax.Array:
         """This rank's queries of the indexer [B, S, G, i], or its key [B, S, 1, i]."""
-        y_BSA = linear(x_BSD, w[f"w_index_{name}"])
+        y_BSA = self.linear(x_BSD, w[f"w_index_{name}"])
         y_BSGi = y_BSA.reshape(*y_BSA.shape[:2], -1, self.config.index_head_dim)
         y_BSGi = zero_centered_rms_norm(y_BSGi, w[f"index_{name}_norm"], self.eps)
         return y_BSGi if self.config.rope is None else apply_rope(y_BSGi, positions_BS, self.config.rope)

@@ -18,7 +18,6 @@ from jaxmoe.layers.attention import attend
 from jaxmoe.layers.cache import CacheArray, cache_specs, write_prompt
 from jaxmoe.layers.compressor import Compressor, CompressorCache, CompressorWeights
 from jaxmoe.layers.indexer import IndexerQueries, choose_for_prompt, choose_for_token, head_shares
-from jaxmoe.layers.linear import linear
 from jaxmoe.layers.norm import rms_norm
 from jaxmoe.layers.param import ParamFactory, ones, zeros
 from jaxmoe.layers.ring import ring_of_prompt, ring_positions, write_ring
@@ -60,7 +59,7 @@ class CompressedAttention(nnx.Module):
     def __init__(self, config: CompressedAttentionConfig, hidden_size: int, eps: float, *, param: ParamFactory):
         H, h, Q = config.num_heads, config.head_dim, config.q_rank
         g, r = config.output_groups, config.output_rank
-        self.config, self.eps, self.mesh = config, eps, param.mesh
+        self.config, self.eps, self.mesh, self.linear = config, eps, param.mesh, param.linear
         self.w_q_a = param((Q, hidden_size))
         self.q_a_norm = param((Q,), init=ones)
         self.w_q_b = param((H * h, Q), TP, None)
@@ -140,8 +139,8 @@ class CompressedAttention(nnx.Module):
     ) -> tuple[jax.Array, CompressedCache | None]:
         """This device's part of `__call__`."""
         config, (B, S, _) = self.config, x_BSD.shape
-        latent_BSQ = self._norm(linear(x_BSD, w["w_q_a"]), w["q_a_norm"])
-        q_BSHh = linear(latent_BSQ, w["w_q_b"]).reshape(B, S, -1, config.head_dim)
+        latent_BSQ = self._norm(self.linear(x_BSD, w["w_q_a"]), w["q_a_norm"])
+        q_BSHh = self.linear(latent_BSQ, w["w_q_b"]).reshape(B, S, -1, config.head_dim)
         q_BSHh = rotate_tail(rms_norm(q_BSHh, jnp.ones((), q_BSHh.dtype), self.eps), positions_BS, config.rope)
         if decode:
             assert cache is not None
@@ -162,7 +161,7 @@ class CompressedAttention(nnx.Module):
         groups = config.output_groups // jax.lax.axis_size(TP)
         w_grA = w["w_o_a"].reshape(groups, config.output_rank, -1)
         y_BSgr = jnp.einsum("bsga,gra->bsgr", o_BSHh.reshape(B, S, groups, -1), w_grA)
-        y_BSD = linear(y_BSgr.reshape(B, S, -1), w["w_o_b"], jnp.float32)
+        y_BSD = self.linear(y_BSgr.reshape(B, S, -1), w["w_o_b"], jnp.float32)
         return jax.lax.psum(y_BSD, TP).astype(x_BSD.dtype), cache
 
     def _see_prompt(
@@ -226,7 +225,7 @@ class CompressedAttention(nnx.Module):
         return jnp.concatenate([window, entries_BWh], axis=1), seen_BC[:, None], cache
 
     def _keys(self, w: dict[str, Any], x_BSD: jax.Array, positions_BS: jax.Array) -> jax.Array:
-        k_BSh = self._norm(linear(x_BSD, w["w_kv"]), w["kv_norm"])
+        k_BSh = self._norm(self.linear(x_BSD, w["w_kv"]), w["kv_norm"])
         return rotate_tail(k_BSh[:, :, None], positions_BS, self.config.rope)[:, :, 0]
 
     def _topk(self, entries_BWh: jax.Array) -> int | None:

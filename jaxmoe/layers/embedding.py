@@ -6,7 +6,6 @@ from flax import nnx
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
-from jaxmoe.layers.linear import linear
 from jaxmoe.layers.param import ParamFactory, RowMap, zeros
 from jaxmoe.layers.weights import Weight, WeightSpecs
 from jaxmoe.mesh import TP
@@ -30,6 +29,7 @@ class VocabTable(nnx.Module):
             self.bias = param((padded,), TP, init=zeros, rows=rows)
         self.vocab_size, self.specs = vocab_size, WeightSpecs.of(self)
         self.mesh: Mesh = param.mesh
+        self.linear = param.linear
         # Rows are looked up in plain numbers.
         self.packable = () if embeds else ("weight",)
 
@@ -55,7 +55,7 @@ class VocabTable(nnx.Module):
         """Compute x @ table.T + bias in float32, [B, S, vocabulary], the vocabulary split over tp until it is used."""
 
         def local(weight_VD: Weight, x_BSD: jax.Array) -> jax.Array:
-            return linear(x_BSD, weight_VD, jnp.float32)
+            return self.linear(x_BSD, weight_VD, jnp.float32)
 
         logits_BSV = jax.shard_map(
             local,

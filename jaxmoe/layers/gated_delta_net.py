@@ -14,7 +14,6 @@ from jaxmoe.config import GatedDeltaNetConfig
 from jaxmoe.layers.cache import CacheArray
 from jaxmoe.layers.conv import causal_conv
 from jaxmoe.layers.delta_rule import chunked_delta_rule, delta_rule_step
-from jaxmoe.layers.linear import linear
 from jaxmoe.layers.norm import rms_norm
 from jaxmoe.layers.param import ParamFactory, ones
 from jaxmoe.layers.recurrent import RecurrentCache, RecurrentMixer, is_token
@@ -36,7 +35,7 @@ class GatedDeltaNet(RecurrentMixer):
     packable = ("w_in_qkvz", "w_in_ba", "w_in_q", "w_in_k", "w_in_v", "w_in_z", "w_in_b", "w_in_a", "w_out")
 
     def __init__(self, config: GatedDeltaNetConfig, hidden_size: int, eps: float, *, param: ParamFactory):
-        self.config, self.eps, self.mesh = config, eps, param.mesh
+        self.config, self.eps, self.mesh, self.linear = config, eps, param.mesh, param.linear
         H, keys = config.num_value_heads, config.num_key_heads * config.key_head_dim
         values = H * config.value_head_dim
         if config.fused_projections:
@@ -100,7 +99,7 @@ class GatedDeltaNet(RecurrentMixer):
         config, (B, S, _) = self.config, x_BSD.shape
 
         def project(name: str) -> jax.Array:
-            return linear(x_BSD, w[f"w_in_{name}"])
+            return self.linear(x_BSD, w[f"w_in_{name}"])
 
         def of_key_heads(y_BSA: jax.Array, *widths: int) -> list[jax.Array]:
             """Parts of those widths of every key head, each flat again."""

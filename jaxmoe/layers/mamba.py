@@ -12,7 +12,6 @@ import jax.numpy as jnp
 from jaxmoe.config import MambaConfig
 from jaxmoe.layers.cache import CacheArray
 from jaxmoe.layers.conv import causal_conv
-from jaxmoe.layers.linear import linear
 from jaxmoe.layers.norm import rms_norm
 from jaxmoe.layers.param import ParamFactory, ones, zeros
 from jaxmoe.layers.recurrent import RecurrentCache, RecurrentMixer, is_token
@@ -35,7 +34,7 @@ class Mamba(RecurrentMixer):
     packable = ("w_in_x", "w_in_z", "w_dt_b_c", "w_dt", "w_out")
 
     def __init__(self, config: MambaConfig, hidden_size: int, eps: float, *, param: ParamFactory):
-        self.config, self.eps, self.mesh = config, eps, param.mesh
+        self.config, self.eps, self.mesh, self.linear = config, eps, param.mesh, param.linear
         A, n, r = config.num_channels, config.state_size, config.dt_rank
         self.w_in_x = param((A, hidden_size), TP, None)
         self.w_in_z = param((A, hidden_size), TP, None)
@@ -88,18 +87,18 @@ class Mamba(RecurrentMixer):
         return y_BSA.astype(x_BSD.dtype), RecurrentCache(conv, state)
 
     def _project(self, w: dict[str, Any], x_BSD: jax.Array, name: str) -> jax.Array:
-        y_BSA = linear(x_BSD, w[f"w_{name}"])
+        y_BSA = self.linear(x_BSD, w[f"w_{name}"])
         return y_BSA + w[f"b_{name}"][None, None] if self.config.bias else y_BSA
 
     def _steps(self, w: dict[str, Any], x_BSA: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
         """The step sizes of this rank's channels [B, S, A], and b and c [B, S, n]; all float32."""
         n, r = self.config.state_size, self.config.dt_rank
-        parts = linear(x_BSA, w["w_dt_b_c"], jnp.float32)
+        parts = self.linear(x_BSA, w["w_dt_b_c"], jnp.float32)
         split = jnp.split(jax.lax.psum(parts, TP).astype(x_BSA.dtype), [r, r + n], axis=-1)
         dt_BSr, b_BSn, c_BSn = (
             rms_norm(part, w[name], self.eps) for part, name in zip(split, ("dt_norm", "b_norm", "c_norm"), strict=True)
         )
-        dt_BSA = linear(dt_BSr, w["w_dt"]).astype(jnp.float32) + w["dt_bias"][None, None]
+        dt_BSA = self.linear(dt_BSr, w["w_dt"]).astype(jnp.float32) + w["dt_bias"][None, None]
         return jax.nn.softplus(dt_BSA), b_BSn.astype(jnp.float32), c_BSn.astype(jnp.float32)
 
 

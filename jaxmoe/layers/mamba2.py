@@ -13,7 +13,6 @@ import jax.numpy as jnp
 from jaxmoe.config import Mamba2Config
 from jaxmoe.layers.cache import CacheArray
 from jaxmoe.layers.conv import causal_conv
-from jaxmoe.layers.linear import linear
 from jaxmoe.layers.param import ParamFactory, RowMap, ones, zeros
 from jaxmoe.layers.recurrent import RecurrentCache, RecurrentMixer, is_token
 from jaxmoe.layers.ssd import chunked_ssd, ssd_step
@@ -34,7 +33,7 @@ class Mamba2(RecurrentMixer):
     packable = ("w_in_z", "w_in_x", "w_in_b", "w_in_c", "w_in_dt", "w_out")
 
     def __init__(self, config: Mamba2Config, hidden_size: int, eps: float, *, param: ParamFactory):
-        self.config, self.eps, self.mesh = config, eps, param.mesh
+        self.config, self.eps, self.mesh, self.linear = config, eps, param.mesh, param.linear
         self.tp = param.mesh.shape[TP]
         A, H, W = config.num_channels, config.num_heads, config.conv_kernel_size
         self.groups = max(config.num_groups, self.tp)
@@ -94,7 +93,7 @@ class Mamba2(RecurrentMixer):
         return y_BSA, RecurrentCache(conv, state)
 
     def _project(self, w: dict[str, Any], x_BSD: jax.Array, part: str) -> jax.Array:
-        y_BSA = linear(x_BSD, w[f"w_in_{part}"])
+        y_BSA = self.linear(x_BSD, w[f"w_in_{part}"])
         return y_BSA + w[f"b_in_{part}"][None, None] if self.config.bias else y_BSA
 
     def _convolved(

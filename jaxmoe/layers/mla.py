@@ -24,7 +24,6 @@ from jaxmoe.layers.indexer import (
     indexer_weights,
     make_indexer_weights,
 )
-from jaxmoe.layers.linear import linear
 from jaxmoe.layers.norm import rms_norm
 from jaxmoe.layers.param import ParamFactory, ones, zeros
 from jaxmoe.layers.weights import WeightSpecs, hold
@@ -124,7 +123,7 @@ class LatentAttention(nnx.Module):
         # The latents' norms have an epsilon of their own, and the layer has no other norm.
         del eps
         H, L, n, r, v = config.num_heads, config.kv_rank, config.nope_head_dim, config.rope_head_dim, config.v_head_dim
-        self.config, self.mesh = config, param.mesh
+        self.config, self.mesh, self.linear = config, param.mesh, param.linear
         if config.q_rank is None:
             self.w_q = param((H * (n + r), hidden_size), TP, None)
         else:
@@ -218,7 +217,7 @@ class LatentAttention(nnx.Module):
             attend = partial(attend_expanded, among_BSC=chosen)
         o_BSHv = attend(q_nope_BSHn, q_rope_BSHr, seen, w_kv_HaL, positions_BS, scale=config.scale)
         o_BSA = o_BSHv.reshape(*o_BSHv.shape[:2], -1)
-        y_BSD = linear(o_BSA, w["w_o"], jnp.float32)
+        y_BSD = self.linear(o_BSA, w["w_o"], jnp.float32)
         y_BSD = jax.lax.psum(y_BSD, TP).astype(x_BSD.dtype)
         return y_BSD + w["b_o"][None, None] if config.bias else y_BSD, cache, chosen
 
@@ -244,7 +243,7 @@ class LatentAttention(nnx.Module):
         config = self.config
         if config.q_rank is None:
             return None
-        latent_BSQ = linear(x_BSD, w["w_q_a"])
+        latent_BSQ = self.linear(x_BSD, w["w_q_a"])
         latent_BSQ = latent_BSQ + w["b_q_a"][None, None] if config.bias else latent_BSQ
         return rms_norm(latent_BSQ, w["q_a_norm"], config.latent_norm_eps)
 
@@ -253,7 +252,7 @@ class LatentAttention(nnx.Module):
     ) -> tuple[jax.Array, jax.Array]:
         """This rank's queries [B, S, H, n], and [B, S, H, r] rotated, from their latent or from the activations."""
         config = self.config
-        q_BSA = linear(source_BSQ, w["w_q" if config.q_rank is None else "w_q_b"])
+        q_BSA = self.linear(source_BSQ, w["w_q" if config.q_rank is None else "w_q_b"])
         q_BSHh = q_BSA.reshape(*q_BSA.shape[:2], -1, config.nope_head_dim + config.rope_head_dim)
         q_nope_BSHn, q_rope_BSHr = jnp.split(q_BSHh, [config.nope_head_dim], axis=-1)
         return q_nope_BSHn, apply_rope(q_rope_BSHr, positions_BS, config.rope)
@@ -261,7 +260,7 @@ class LatentAttention(nnx.Module):
     def _latents(self, w: dict[str, Any], x_BSD: jax.Array, positions_BS: jax.Array) -> LatentCache:
         """The entries of the cache for these tokens."""
         config = self.config
-        both_BSA = linear(x_BSD, w["w_kv_a"])
+        both_BSA = self.linear(x_BSD, w["w_kv_a"])
         both_BSA = both_BSA + w["b_kv_a"][None, None] if config.bias else both_BSA
         latent_BSL, rope_key_BSr = jnp.split(both_BSA, [config.kv_rank], axis=-1)
         # One key for all heads: as a single head to the rotation.

@@ -8,7 +8,6 @@ from jax.sharding import PartitionSpec as P
 
 from jaxmoe.config import MLPConfig
 from jaxmoe.kernels.grouped_matmul import combine_halves
-from jaxmoe.layers.linear import linear
 from jaxmoe.layers.param import ParamFactory, zeros
 from jaxmoe.layers.weights import WeightSpecs
 from jaxmoe.mesh import auto_mesh
@@ -31,7 +30,7 @@ class MLP(nnx.Module):
                 self.b_gate = param((width,), tp, init=zeros)
             self.b_up = param((width,), tp, init=zeros)
             self.b_down = param((hidden,), init=zeros)
-        self.config, self.specs = config, WeightSpecs.of(self)
+        self.config, self.specs, self.linear = config, WeightSpecs.of(self), param.linear
         self.mesh, self.tp_axes = auto_mesh(param.mesh), param.axes.tp
 
     def __call__(self, x_BSD: jax.Array, batch: tuple[str, ...]) -> jax.Array:
@@ -42,11 +41,11 @@ class MLP(nnx.Module):
 
         def local(w: dict[str, Any], x_BSD: jax.Array) -> jax.Array:
             def project(name: str) -> jax.Array:
-                y_BSF = linear(x_BSD, w[f"w_{name}"])
+                y_BSF = self.linear(x_BSD, w[f"w_{name}"])
                 return y_BSF + w[f"b_{name}"][None, None] if self.config.bias else y_BSF
 
             h_BSF = combine.halves(project("gate"), project("up")) if config.gated else combine.halves(project("up"))
-            y_BSD = linear(h_BSF, w["w_down"], sum_dtype(x_BSD.dtype))
+            y_BSD = self.linear(h_BSF, w["w_down"], sum_dtype(x_BSD.dtype))
             y_BSD = jax.lax.psum(y_BSD, self.tp_axes).astype(x_BSD.dtype)
             return y_BSD + w["b_down"][None, None] if self.config.bias else y_BSD
 

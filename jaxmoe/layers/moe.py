@@ -120,7 +120,7 @@ class MoE(nnx.Module):
         if kernels != "auto":
             check_backend(kernels, mesh.devices.flat[0])
         placement = make_placement(placement, config.num_experts, axes_size(mesh, slots_over))
-        param = ParamFactory(mesh, dtype, rngs, self.axes)
+        param = ParamFactory(mesh, dtype, rngs, self.axes, kernels)
         hold(self, make_router_weights(config, param=param))
         hold(self, make_expert_stacks(config, placement, slots_over, self._width_axis_names, param=param))
         hold(self, make_latent_projection(config, param=param))

@@ -12,6 +12,7 @@ from flax import nnx
 from jax.sharding import Mesh, NamedSharding
 
 from jaxmoe.layers.expert_stack import ExpertStack, SlotOrder
+from jaxmoe.layers.linear import Linear
 from jaxmoe.mesh import MODEL_AXES, MeshAxes, named
 
 
@@ -91,12 +92,19 @@ class ParamFactory:
         dtype: dtype of the weights.
         rngs: random streams; None makes ``jax.ShapeDtypeStruct`` values, which allocate nothing.
         axes: mesh axes that play dp, tp and ep.
+        kernels: backend of the products with packed matrices, see `linear`.
     """
 
     mesh: Mesh
     dtype: Any
     rngs: nnx.Rngs | None
     axes: MeshAxes = MODEL_AXES
+    kernels: str = "auto"
+
+    @property
+    def linear(self) -> Linear:
+        """The product of a layer's activations with its matrices."""
+        return Linear(self.mesh, self.kernels)
 
     def __call__(
         self,

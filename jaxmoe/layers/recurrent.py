@@ -9,7 +9,7 @@ from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
 from jaxmoe.layers.cache import cache_specs
-from jaxmoe.layers.linear import linear
+from jaxmoe.layers.linear import Linear
 from jaxmoe.layers.weights import WeightSpecs
 from jaxmoe.mesh import TP
 
@@ -36,11 +36,13 @@ class RecurrentMixer(nnx.Module):
         packable: names of the parameters that may be held packed.
         mesh: mesh that the layer is on.
         specs: specs of its weights.
+        linear: product with its matrices.
     """
 
     packable: ClassVar[tuple[str, ...]] = ("w_out",)
     mesh: Mesh
     specs: WeightSpecs
+    linear: Linear
 
     def cache_arrays(self, batch_size: int, max_length: int) -> RecurrentCache:
         """The layer's cache, as a `RecurrentCache` of `CacheArray`; see `TokenMixer`."""
@@ -91,7 +93,7 @@ class RecurrentMixer(nnx.Module):
         ) -> tuple[jax.Array, RecurrentCache | None]:
             lengths_B = jnp.ones(len(x_BSD), jnp.int32) if decode else jnp.max(positions_BS, axis=1) + 1
             y_BSA, kept = self._run(w, x_BSD, lengths_B, cache if decode else None)
-            y_BSD = linear(y_BSA, w["w_out"], jnp.float32)
+            y_BSD = self.linear(y_BSA, w["w_out"], jnp.float32)
             y_BSD = jax.lax.psum(y_BSD, TP).astype(x_BSD.dtype)
             y_BSD = y_BSD + w["b_out"][None, None] if "b_out" in w else y_BSD
             return y_BSD, None if cache is None else RecurrentCache(kept.conv.astype(cache.conv.dtype), kept.state)

@@ -11,7 +11,6 @@ import jax
 from jaxmoe.config import ShortConvConfig
 from jaxmoe.layers.cache import CacheArray
 from jaxmoe.layers.conv import causal_conv
-from jaxmoe.layers.linear import linear
 from jaxmoe.layers.param import ParamFactory, zeros
 from jaxmoe.layers.recurrent import RecurrentCache, RecurrentMixer
 from jaxmoe.layers.weights import WeightSpecs
@@ -28,7 +27,7 @@ class ShortConv(RecurrentMixer):
 
     def __init__(self, config: ShortConvConfig, hidden_size: int, eps: float, *, param: ParamFactory):
         del eps  # there is no norm in it
-        self.config, self.mesh = config, param.mesh
+        self.config, self.mesh, self.linear = config, param.mesh, param.linear
         for part in "bcx":
             setattr(self, f"w_in_{part}", param((hidden_size, hidden_size), TP, None))
             if config.bias:
@@ -56,5 +55,5 @@ class ShortConv(RecurrentMixer):
         return c_BSA * y_BSA, RecurrentCache(kept, None)
 
     def _project(self, w: dict[str, Any], x_BSD: jax.Array, part: str) -> jax.Array:
-        y_BSA = linear(x_BSD, w[f"w_in_{part}"])
+        y_BSA = self.linear(x_BSD, w[f"w_in_{part}"])
         return y_BSA + w[f"b_in_{part}"][None, None] if self.config.bias else y_BSA

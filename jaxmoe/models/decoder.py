@@ -91,7 +91,7 @@ class Decoder(nnx.Module):
         self.origin = origin
         self._recorder: RoutingRecorder | None = None
         self.dispatch = PhaseDispatch.of(dispatch)
-        param = ParamFactory(mesh, dtype, rngs)
+        param = ParamFactory(mesh, dtype, rngs, kernels=kernels)
         experts = [ffn.num_experts for layer in config.layers if isinstance(ffn := layer.feed_forward, MoEConfig)]
         placements = dict(
             zip(

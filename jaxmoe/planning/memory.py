@@ -2,7 +2,7 @@
 
 import dataclasses
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,26 +10,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxmoe.checkpoint.mapping import (
-    FamilyCheckpoint,
-    MappedCheckpoint,
-    abstract_model,
-    count_parameters,
-    expected_checkpoint,
-    is_expert_stack,
-    layer_index,
-    pack_model,
-)
-from jaxmoe.checks import integer, path_like
-from jaxmoe.config import DecoderConfig, directory_of, find_checkpoint
+from jaxmoe.checkpoint.mapping import abstract_model, count_parameters, is_expert_stack, layer_index, pack_model
+from jaxmoe.checks import integer
+from jaxmoe.config import DecoderConfig
 from jaxmoe.hardware import get_gpu
-from jaxmoe.layers import CacheArray, ParamSpec, param_specs
+from jaxmoe.layers import CacheArray, param_specs
 from jaxmoe.mesh import AXES, EP, batch_axes, named, padded_batch
-from jaxmoe.models import Decoder, read_model_config
+from jaxmoe.models import Decoder
 from jaxmoe.models.parts import held_forms, part_of
 from jaxmoe.placement import ExpertPlacement
+from jaxmoe.planning.planned import PlannedCheckpoint
 from jaxmoe.planning.stored import StoredWeights, stored_weights
-from jaxmoe.quant import read_quantization
 
 _DTYPES = ("float32", "bfloat16", "float16")
 # What a plan calls the slots of `ExpertPlacement.slot_uses`.
@@ -129,21 +120,11 @@ def plan(
         >>> report.bytes_per_device[0], report.fits
         (9028136960, True)
     """
-    path_like("path", path)
-    directory = directory_of(find_checkpoint(path))
-    family, config = read_model_config(directory)
-    quantization = read_quantization(directory)
+    checkpoint = PlannedCheckpoint.read(path)
     if quantized not in ("keep", "dequantize"):
         raise ValueError(f'quantized is "keep" or "dequantize"; got {quantized!r}')
-
-    def mapped(specs: Mapping[str, ParamSpec]) -> MappedCheckpoint:
-        try:
-            return FamilyCheckpoint.open(directory).onto(specs)
-        except FileNotFoundError:  # no weights, or not all of them
-            return expected_checkpoint(specs, family, config, quantization, directory)
-
     return _plan(
-        config,
+        checkpoint.config,
         sizes={"dp": dp, "tp": tp, "ep": ep},
         placement=placement,
         expert_axes=expert_axes,
@@ -151,9 +132,8 @@ def plan(
         batch_size=batch_size,
         max_length=max_length,
         device=device,
-        mapped=mapped,
+        checkpoint=checkpoint,
         keep=quantized == "keep",
-        method=None if quantization is None else quantization.method,
     )
 
 
@@ -193,9 +173,8 @@ def _plan(
     batch_size: int,
     max_length: int | None,
     device: str | None,
-    mapped: Callable[[Mapping[str, ParamSpec]], MappedCheckpoint] | None = None,
+    checkpoint: PlannedCheckpoint | None = None,
     keep: bool = False,
-    method: str | None = None,
 ) -> Plan:
     if max_length is None:
         max_length = min(4096, config.max_position_embeddings)
@@ -215,10 +194,11 @@ def _plan(
     parameters, active = count_parameters(config)
     stored: StoredWeights | None = None
     notes: tuple[str, ...] = ()
-    if mapped is not None:
-        checkpoint = mapped({spec.path: spec for spec in param_specs(model)})
-        stored = stored_weights(checkpoint, method)
-        notes = pack_model(model, checkpoint).notes() if keep else ()
+    if checkpoint is not None:
+        mapped = checkpoint.onto({spec.path: spec for spec in param_specs(model)})
+        method = None if checkpoint.quantization is None else checkpoint.quantization.method
+        stored = stored_weights(mapped, method)
+        notes = pack_model(model, mapped).notes() if keep else ()
     return Plan(
         model_type=config.model_type,
         mesh=sizes,

@@ -4,17 +4,21 @@ import dataclasses
 import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
+from jaxmoe.checkpoint.mapping import pack_model
 from jaxmoe.config import DecoderConfig
 from jaxmoe.generation.programs import Programs, Shape
+from jaxmoe.layers import param_specs
 from jaxmoe.mesh import EP
 from jaxmoe.models import Decoder
 from jaxmoe.placement import ExpertPlacement
+from jaxmoe.planning.planned import PlannedCheckpoint
 
 # An instruction of a compiled program: what it gives, and its name.
 _INSTRUCTION = re.compile(r"^\s*(?:ROOT )?%?[\w.-]+ = (?P<shape>.*?) (?P<op>[\w-]+)\(", re.MULTILINE)
@@ -54,7 +58,7 @@ class CompiledStep:
 
 
 def compile_steps(
-    config: DecoderConfig,
+    config: DecoderConfig | str | Path,
     mesh: Mesh,
     *,
     placement: str | ExpertPlacement | Sequence[str | ExpertPlacement] = "linear",
@@ -69,7 +73,8 @@ def compile_steps(
     """Compile what `jaxmoe.generate` runs, without weights and without devices.
 
     Args:
-        config: config of the model.
+        config: config of the model, whose weights are then plain; or a checkpoint, given as for `jaxmoe.plan`, whose
+            quantized weights stay packed as `jaxmoe.load` keeps them. A config.json alone will do.
         mesh: mesh over devices from `gpu_topology`, or any others.
         placement, expert_axes, dispatch, kernels, dtype: arguments of `jaxmoe.load`. In one process "mosaic_gpu"
             compiles for one generation of GPUs, the first that it was asked for.
@@ -83,6 +88,10 @@ def compile_steps(
     Raises:
         ValueError: model, mesh and arguments do not fit together.
     """
+    checkpoint = None
+    if not isinstance(config, DecoderConfig):
+        checkpoint = PlannedCheckpoint.read(config)
+        config = checkpoint.config
     if batch_size < 1 or not 1 <= prompt_length <= max_length <= config.max_position_embeddings:
         raise ValueError(
             "there is at least one sequence, with at least one token, and 1 <= prompt_length <= max_length <= "
@@ -98,6 +107,8 @@ def compile_steps(
         kernels=kernels,
         dtype=dtype,
     )
+    if checkpoint is not None:
+        pack_model(model, checkpoint.onto({spec.path: spec for spec in param_specs(model)}))
     programs = Programs(mesh)
     leaves = programs.bind(model)
     shape = Shape(rows=model.padded_batch(batch_size), prompt=prompt_length, cache=max_length)

@@ -30,6 +30,18 @@ def test_both_steps_take_what_the_plan_says(config) -> None:
         assert step.temp_bytes > 0
 
 
+@pytest.mark.full
+def test_steps_of_a_checkpoint_take_packed_weights(tmp_path) -> None:
+    """The promise of a config.json is enough."""
+    block = {"quant_method": "fp8", "weight_block_size": [8, 8]}
+    raw = json.loads((QWEN / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(raw | {"quantization_config": block}))
+    sizes = {"tp": 2, "ep": 2, "dtype": "float32", "batch_size": 2, "max_length": 9}
+    packed, plain = (max(plan(path, **sizes).bytes_per_device.values()) for path in (tmp_path, QWEN))
+    for step in compile_steps(tmp_path, mesh_of(1, 2, 2), dtype="float32", **SIZES).values():
+        assert 0 <= step.argument_bytes - packed < 4096 < plain - packed
+
+
 @pytest.mark.parametrize(
     "wrong",
     [{"batch_size": 0}, {"prompt_length": 0}, {"prompt_length": 10}, {"max_length": 4}, {"max_length": 10**6}],

@@ -480,6 +480,41 @@ QWEN3_OMNI_30B = {
     },
 }
 
+# The same as they are published quantized; lists of modules are those of the layers above.
+GPT_OSS_120B_MXFP4 = GPT_OSS_120B | {
+    "quantization_config": {
+        "quant_method": "mxfp4",
+        "modules_to_not_convert": [
+            "model.layers.*.self_attn",
+            "model.layers.*.mlp.router",
+            "model.embed_tokens",
+            "lm_head",
+        ],
+    },
+}
+QWEN3_30B_FP8 = QWEN3_30B | {
+    "quantization_config": {
+        "quant_method": "fp8",
+        "fmt": "e4m3",
+        "activation_scheme": "dynamic",
+        "weight_block_size": [128, 128],
+        "modules_to_not_convert": [
+            "lm_head",
+            "model.layers.0.input_layernorm",
+            "model.layers.0.mlp.gate",
+            "model.layers.0.post_attention_layernorm",
+        ],
+    },
+}
+DEEPSEEK_V3_FP8 = DEEPSEEK_V3 | {
+    "quantization_config": {
+        "quant_method": "fp8",
+        "fmt": "e4m3",
+        "activation_scheme": "dynamic",
+        "weight_block_size": [128, 128],
+    },
+}
+
 # Whole models with their numbers of parameters, as transformers counts them on its "meta" device with the routers'
 # correction biases, which it holds as buffers.
 WHOLE: dict[str, tuple[dict[str, Any], int]] = {

@@ -6,7 +6,8 @@ Two products, chosen by the static number of rows a group:
   makes of the slice is small beside the products;
 * few rows: the time is that of reading the matrices, which `row_product` does in place.
 
-Packed matrices are decoded to float32 in the same places, those of one group at a time.
+Packed matrices are decoded to float32 in the same places, those of one group at a time. A single one with all of the rows is
+decoded as `one_matrix` says, except on CPUs.
 
 Letters here, beside the common ones of docs/concepts/letters.md: G groups, N and K of a matrix [N, K], m rows of a
 tile.
@@ -21,7 +22,8 @@ import jax.numpy as jnp
 from jax import lax
 
 from jaxmoe.kernels.grouped_matmul.combine import Combine
-from jaxmoe.kernels.grouped_matmul.gradient import group_gradients
+from jaxmoe.kernels.grouped_matmul.gradient import group_gradients, with_gradient_of
+from jaxmoe.kernels.grouped_matmul.one_matrix import is_one_matrix, multiply_in_parts
 from jaxmoe.kernels.grouped_matmul.quantized import Matrices, QuantizedStack, dequantize, matrix_of
 from jaxmoe.kernels.grouped_matmul.row_loops import (
     map_rows,
@@ -45,7 +47,20 @@ def grouped_matmul(
 ) -> jax.Array:
     """out[r] = rhs[g(r)] @ lhs[r], as `Kernels` says; the same on all kinds of devices."""
     out = jax.ShapeDtypeStruct((lhs_RK.shape[0], rhs_GNK.shape[1]), out_dtype)
-    return _map_groups(lambda x_mK, affine: affine(0, x_mK), lhs_RK, [(rhs_GNK, None)], group_sizes_G, out)
+
+    def by_groups(arrays: Any, group_sizes_G: jax.Array) -> jax.Array:
+        lhs_RK, rhs_GNK = arrays
+        return _map_groups(lambda x_mK, affine: affine(0, x_mK), lhs_RK, [(rhs_GNK, None)], group_sizes_G, out)
+
+    def in_parts(arrays: Any, group_sizes_G: jax.Array) -> jax.Array:
+        lhs_RK, rhs_GNK = arrays
+        return multiply_in_parts(lhs_RK, rhs_GNK, group_sizes_G, out_dtype)
+
+    arrays = lhs_RK, rhs_GNK
+    if isinstance(rhs_GNK, QuantizedStack) and is_one_matrix(rhs_GNK) and 0 not in (*lhs_RK.shape, *rhs_GNK.shape):
+        on_gpus = partial(with_gradient_of, by_groups, in_parts)
+        return lax.platform_dependent(arrays, group_sizes_G, cpu=by_groups, default=on_gpus)
+    return by_groups(arrays, group_sizes_G)
 
 
 def expert_mlp(

@@ -1,0 +1,52 @@
+"""The checkpoint that is planned for: its config, its quantization, and its tensors as far as they are known."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import NamedTuple
+
+from jaxmoe.checkpoint.mapping import FamilyCheckpoint, MappedCheckpoint, expected_checkpoint
+from jaxmoe.checks import path_like
+from jaxmoe.config import DecoderConfig, directory_of, find_checkpoint
+from jaxmoe.layers import ParamSpec
+from jaxmoe.models import Family, read_model_config
+from jaxmoe.quant import Quantization, read_quantization
+
+
+class PlannedCheckpoint(NamedTuple):
+    """A checkpoint of which no weight is read, and perhaps none is there.
+
+    Attributes:
+        directory: folder with its config.json.
+        family: family of the model.
+        config: config of the model.
+        quantization: settings of a quantization that its files declare; None where they declare none.
+    """
+
+    directory: Path
+    family: Family
+    config: DecoderConfig
+    quantization: Quantization | None
+
+    @classmethod
+    def read(cls, path: str | Path) -> "PlannedCheckpoint":
+        """Read the config of a checkpoint that is given as for `jaxmoe.load`, and the file beside it if there is one.
+
+        Raises:
+            FileNotFoundError: there is no config.json.
+            ValueError: the family is not known, or the checkpoint is quantized in a way that jaxmoe does not decode.
+        """
+        path_like("path", path)
+        directory = directory_of(find_checkpoint(path))
+        family, config = read_model_config(directory)
+        return cls(directory, family, config, read_quantization(directory))
+
+    def onto(self, specs: Mapping[str, ParamSpec]) -> MappedCheckpoint:
+        """Map its tensors to parameters: those that its headers tell of, or those that its config promises.
+
+        Args:
+            specs: parameters of the model, as plain arrays.
+        """
+        try:
+            return FamilyCheckpoint.open(self.directory).onto(specs)
+        except FileNotFoundError:  # no weights, or not all of them
+            return expected_checkpoint(specs, self.family, self.config, self.quantization, self.directory)
