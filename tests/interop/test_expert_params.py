@@ -146,7 +146,7 @@ def test_parts_of_fused_tensors() -> None:
 
 
 # Experts of these have names that vLLM's mapping has no row for; its models rename them first.
-OWN_NAMES = {"dbrx": 6, "granitemoe": 4}
+OWN_NAMES = {"dbrx": 6, "granitemoe": 4, "granitemoehybrid": 6, "granitemoeshared": 4}
 
 
 @pytest.mark.parametrize("path", SOURCES, ids=lambda path: f"{path.parent.name}-{path.name}")
