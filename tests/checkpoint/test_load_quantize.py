@@ -31,6 +31,7 @@ def case(request, tmp_path_factory):
     return write_plain(tmp_path_factory.mktemp("plain") / "source", family), target
 
 
+@pytest.mark.covering(most=2)
 def test_it_is_what_convert_writes(case, tmp_path) -> None:
     source, target = case
     report = jaxmoe.convert(source, tmp_path / "out", quantize=target)
@@ -60,7 +61,7 @@ def test_it_is_what_convert_writes(case, tmp_path) -> None:
     )
 
 
-@pytest.mark.covering(most=2)
+@pytest.mark.covering(most=1)
 def test_devices_hold_the_packed_bytes_and_the_model_computes_with_them(case) -> None:
     source, target = case
     model = jaxmoe.load(source, mesh=mesh_of(2, 2, 2), quantize=target)

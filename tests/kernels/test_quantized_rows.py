@@ -78,7 +78,7 @@ def silu(x):
 
 @each_backend
 @each_format
-@pytest.mark.covering(most=4)
+@pytest.mark.covering(most=2)
 def test_products_of_rounded_rows(format, backend) -> None:
     """Rows and h of an MLP are rounded, each by its own group's scale where that is given."""
     sizes, R, G, D, F = [5, 0, 18, 1], 30, 4, 192, 64

@@ -111,6 +111,7 @@ def test_entries_are_a_loop_over_runs(kind):
     )
 
 
+@pytest.mark.covering(most=2)
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("mesh_shape", [(1, 1, 1), (2, 2, 2)], ids=mesh_id)
 def test_decoding_continues_prompts_of_different_lengths(mesh_shape, kind):
