@@ -10,8 +10,9 @@ and reads it into memory without doing anything with it, once into memory alread
 which is what the hardware permits.
 
 With --format it tells of each quantized format at which rate it is decoded, in GB of output in a second of one core's time.
-Then it writes a checkpoint whose experts are in the format, and one of about as many bytes in bfloat16, and loads both in
-turns: the quantized one as `jaxmoe.load` does, its weights kept packed where the format has a packed form.
+Then it writes a checkpoint whose experts are in the format, with gpt-oss' names and widths where that is its own and with
+Qwen3-MoE's elsewhere, and one of the same family in bfloat16 of about as many bytes, and loads both in turns: the quantized
+one with its weights kept packed, where the format has a packed form.
 
 The page cache is warm for all of them: this measures software, not the disk. Removes what it wrote, also on Ctrl-C.
 safetensors comes with the extra "test".
@@ -243,11 +244,10 @@ def run_formats(args: argparse.Namespace) -> None:
             loaded.add(form.name)
             with tempfile.TemporaryDirectory(prefix="jaxmoe-bench-", dir=args.directory) as directory:
                 results[name]["load"] = load = compare_loads(Path(directory), name, args)
-            way, ours, plain = ("kept packed" if load["packed"] else "decoded"), load["quantized"], load["plain"]
+            way, rate = "kept packed" if load["packed"] else "decoded", load["gigabytes_per_second"]
             line += (
-                f" | {way:11} {ours['bytes'] / 1e9:.2f} GB: {ours['gigabytes_per_second']:5.2f} GB/s, plain "
-                f"{plain['gigabytes_per_second']:5.2f}; ratio {load['ratio']:.2f}, of processor time "
-                f"{load['ratio_of_processor_time']:.2f}"
+                f" | {way:11} {load['bytes']['quantized'] / 1e9:.2f} GB: {rate['quantized']:5.2f} GB/s, plain "
+                f"{rate['plain']:5.2f}; ratio {load['ratio']:.2f}, of the best {load['ratio_of_best']:.2f}"
             )
         if not args.json:
             print(line, flush=True)
@@ -259,33 +259,25 @@ def compare_loads(directory: Path, case: str, args: argparse.Namespace) -> dict:
     """Load a checkpoint in a format and a plain one `args.repeats` times in turns, on the mesh."""
     mesh = make_mesh(dp=2, tp=2, ep=2)
     sizes, packed = {}, False
-    for kind, form in (("quantized", case), ("plain", None)):
+    for kind in ("quantized", "plain"):
         (directory / kind).mkdir()
-        sizes[kind] = write_in_format(directory / kind, form, int(args.gigabytes * 1e9))
-    seconds: dict[str, list[tuple[float, float]]] = {kind: [] for kind in sizes}
-    for turn in range(args.repeats + 1):  # the first warms up
-        for kind in sizes:
-            start, used = time.perf_counter(), time.process_time()
+        sizes[kind] = write_in_format(directory / kind, case, int(args.gigabytes * 1e9), plain=kind == "plain")
+    rates: dict[str, list[float]] = {kind: [] for kind in sizes}
+    for turn in range(args.repeats + 1):
+        for kind, size in sizes.items():
+            start = time.perf_counter()
             packings = load_as_is(directory / kind, mesh, threads=args.threads, staging=args.staging)
-            if turn:
-                seconds[kind].append((time.perf_counter() - start, time.process_time() - used))
+            if turn:  # the first warms up
+                rates[kind].append(size / (time.perf_counter() - start) / 1e9)
             packed |= packings > 0
-    rates = {kind: [[sizes[kind] / value / 1e9 for value in turn] for turn in turns] for kind, turns in seconds.items()}
-    ratios = [
-        statistics.median(ours[i] / plain[i] for ours, plain in zip(rates["quantized"], rates["plain"], strict=True))
-        for i in range(2)
-    ]
+    ours, plain = rates["quantized"], rates["plain"]
     return {
         "packed": packed,
-        **{
-            kind: {
-                "bytes": sizes[kind],
-                "gigabytes_per_second": round(statistics.median(wall for wall, _ in rates[kind]), 2),
-            }
-            for kind in sizes
-        },
-        "ratio": round(ratios[0], 2),
-        "ratio_of_processor_time": round(ratios[1], 2),
+        "bytes": sizes,
+        "gigabytes_per_second": {kind: round(statistics.median(found), 2) for kind, found in rates.items()},
+        "best_gigabytes_per_second": {kind: round(max(found), 2) for kind, found in rates.items()},
+        "ratio": round(statistics.median(a / b for a, b in zip(ours, plain, strict=True)), 2),
+        "ratio_of_best": round(max(ours) / max(plain), 2),
     }
 
 

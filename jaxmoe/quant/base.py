@@ -74,7 +74,7 @@ class QuantFormat(abc.ABC):
     plain checkpoint has in its place is [..., K, N], and callers of `QuantizedWeight` see that one.
 
     A subclass says four things: `shapes`, `shape_of`, `boxes` and `values`; one whose weights can stay packed on devices
-    says two more, `packing` and `packed`. A new format is one file with one, and one line in
+    says two or three more, `packing`, `packed` and `values_as_stored`. A new format is one file with one, and one line in
     `jaxmoe.quant.formats.FORMATS`.
 
     Attributes:
@@ -139,6 +139,10 @@ class QuantFormat(abc.ABC):
             shape: shape of the matrices, [..., N, K].
         """
         return None
+
+    def values_as_stored(self, shape: Shape) -> bool:
+        """Whether the packed numbers of matrices [..., N, K] are the bytes of the stored tensor, in their order."""
+        return False
 
     def packed(self, role: str, arrays: Arrays, box: Box, shape: Shape, stored: Shapes) -> np.ndarray:
         """An array of the form that `packing` names, for a box of the matrices.

@@ -30,6 +30,9 @@ class Float4Groups(GridFormat):
         *lead, (start, stop) = box
         return (*lead, (start // 2, ceil_div(stop, 2)))
 
+    def values_as_stored(self, shape: Shape) -> bool:
+        return shape[-1] % 2 == 0
+
     def packed_values(self, array: np.ndarray, box: Box, shape: Shape, stored: Shapes) -> np.ndarray:
         return array.view(np.uint8)
 

@@ -56,6 +56,9 @@ class GridFormat(QuantFormat):
             for dim, size in zip(_dims(stored, shape), stored, strict=True)
         )
 
+    def values_as_stored(self, shape: Shape) -> bool:
+        return True
+
     def packed(self, role: str, arrays: Arrays, box: Box, shape: Shape, stored: Shapes) -> np.ndarray:
         if role == "values":
             return self.packed_values(arrays["values"], box, shape, stored)
@@ -65,7 +68,7 @@ class GridFormat(QuantFormat):
         return np.broadcast_to(grid, (*(stop - start for start, stop in box[:-2]), *grid.shape[-2:]))
 
     def packed_values(self, array: np.ndarray, box: Box, shape: Shape, stored: Shapes) -> np.ndarray:
-        """The packed numbers in `box`, of what `value_box` says."""
+        """The packed numbers in `box`, of what `value_box` says; where they are others, `values_as_stored` says so."""
         return array
 
     def packed_grid(self, role: str, array: np.ndarray) -> np.ndarray:

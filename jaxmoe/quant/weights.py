@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Mapping
+from functools import lru_cache
 from typing import Any, Protocol
 
 import numpy as np
@@ -127,6 +128,11 @@ class QuantizedWeight:
         dtypes = {role: header.dtype_name for role, header in self.stored.items()}
         return self.format.packing(dtypes, self._matrices(self._known()))
 
+    @property
+    def values_as_stored(self) -> bool:
+        """Whether the numbers of its packed form are the bytes of the stored tensor, in their order."""
+        return self.format.values_as_stored(self._matrices(self._known()))
+
     def packed_boxes(self, role: str, box: Box) -> dict[str, Box]:
         """The box of each stored tensor to read for one array of the packed form, as `boxes` for values."""
         wanted = self.format.packed_from[role]
@@ -171,7 +177,8 @@ class QuantizedWeight:
         Raises:
             QuantizationError: one is zero or not finite.
         """
-        for role, scales in self.format.scales(arrays).items():
+        suspect = {role: _suspects(self.format, role, array) for role, array in arrays.items()}
+        for role, scales in self.format.scales(suspect).items():
             numbers = scales.astype(np.float32)
             if not np.all(np.isfinite(numbers)):
                 raise QuantizationError(f"{self.stored[role].name!r} must hold finite scales; it has NaN or infinity")
@@ -189,3 +196,22 @@ class QuantizedWeight:
     def _shapes(self) -> dict[str, Shape]:
         decoded = {part.role for part in self.format.parts if part.decoded}
         return {role: header.shape for role, header in self.stored.items() if role in decoded}
+
+
+def _suspects(form: QuantFormat, role: str, array: np.ndarray) -> np.ndarray:
+    """The entries of a part of which one may be no right scale; of bytes, of which there are many, the wrong ones alone."""
+    if array.dtype.itemsize > 1 or not array.size:
+        return array
+    codes = array.view(np.uint8)
+    wrong = [code for code in _wrong_codes(form, role, array.dtype) if np.any(codes == code)]
+    return np.array(wrong, np.uint8).view(array.dtype)
+
+
+@lru_cache
+def _wrong_codes(form: QuantFormat, role: str, dtype: np.dtype) -> tuple[int, ...]:
+    """The codes of a byte with which a scale is zero or not finite."""
+    scales = form.scales({role: np.arange(256, dtype=np.uint8).view(dtype)}).get(role)
+    if scales is None:
+        return ()
+    numbers = scales.astype(np.float32)
+    return tuple(np.flatnonzero(~np.isfinite(numbers) | (numbers == 0)).tolist())

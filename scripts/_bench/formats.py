@@ -193,18 +193,19 @@ class _Tensor(NamedTuple):
         return bytes_of(self.dtype_name, self.shape)
 
 
-def write_checkpoint(directory: Path, case: str | None, nbytes: int) -> int:
+def write_checkpoint(directory: Path, case: str, nbytes: int, *, plain: bool = False) -> int:
     """Write a checkpoint of about so many bytes, one file a layer.
 
     Args:
         directory: directory that is there, and empty.
-        case: name in `CASES` of the format of its experts; None for a checkpoint in bfloat16.
+        case: name in `CASES` of the format of its experts.
         nbytes: size to come near to, in whole layers.
+        plain: whether the experts are in bfloat16 instead, in a model of the same family.
 
     Returns:
         Bytes of its tensors.
     """
-    form, more = (None, {}) if case is None else CASES[case]
+    form, more = (None, {}) if plain else CASES[case]
     config = dict(MODELS["gpt_oss" if case == "mxfp4" else "qwen3_moe"])
     one_layer = sum(tensor.nbytes for tensor in _tensors({**config, "num_hidden_layers": 1}, form, more))
     config["num_hidden_layers"] = max(1, round(nbytes / one_layer))

@@ -1,11 +1,10 @@
 """Quantized weights as the plain tensors that they stand for, so that all that follows sees plain tensors."""
 
 import dataclasses
-import itertools
 import math
 from collections import Counter
 from collections.abc import Iterator, Mapping
-from typing import NamedTuple
+from typing import NamedTuple, Self
 
 import numpy as np
 
@@ -23,21 +22,28 @@ class DecodedTensor(TensorInfo):
     """A quantized weight, addressed as the plain tensor that it stands for.
 
     `dtype` is that of the values that are given, `dtype_name` the name of the format, `nbytes` the stored bytes that
-    values are decoded from, `file` and `offset` those of the first part.
+    values are decoded from, `file` and `offset` those of the first part. `dim_order` is that of a plain tensor whose dims
+    lie as those of the format's matrices do.
 
     Attributes:
         weight: format of the weight, and the boxes of its parts.
         parts: stored tensors by role.
         splits: dims that each dim of the weight is split in; () where none is.
+        order: dims of the weight, all of them split, in the order in which boxes have them; None where that is theirs.
     """
 
     weight: QuantizedWeight
     parts: Mapping[str, TensorInfo]
     splits: Split = ()
+    order: tuple[int, ...] | None = None
 
-    def split(self, split: Split) -> "DecodedTensor":
+    def split(self, split: Split) -> Self:
         """The same with each dim as the dims that it is split in; () leaves it as it is."""
-        return dataclasses.replace(self, shape=tuple(itertools.chain(*split)), splits=split) if split else self
+        return dataclasses.replace(TensorInfo.split(self, split), splits=split) if split else self
+
+    def as_stored(self) -> Self:
+        """The same with its dims in the order of the format's matrices, whose rows lie together in the files."""
+        return self if self.dim_order is None else dataclasses.replace(TensorInfo.as_stored(self), order=self.dim_order)
 
     def bound(self, shape: tuple[int, ...]) -> "DecodedTensor":
         """The same as a tensor of that shape, which headers may leave open.
@@ -45,14 +51,16 @@ class DecodedTensor(TensorInfo):
         Raises:
             QuantizationError: the stored parts are of another shape.
         """
-        return dataclasses.replace(self, weight=self.weight.bind(shape), shape=shape)
+        order = dim_order_of(self.weight, shape)
+        return dataclasses.replace(self, weight=self.weight.bind(shape), shape=shape, dim_order=order)
 
     def whole_box(self, box: Box) -> Box:
         """The box of the weight with its dims together that has all of `box`; more than that where a dim is cut inside."""
+        plain = self._plain(box)
         if not self.splits:
-            return box
+            return plain
         outer = []
-        for sizes, ranges in self._grouped(box):
+        for sizes, ranges in self._grouped(plain):
             inner = math.prod(sizes[1:])
             outer.append((ranges[0][0] * inner, ranges[0][1] * inner))
         return tuple(outer)
@@ -66,20 +74,22 @@ class DecodedTensor(TensorInfo):
 
         Args:
             arrays: values of the parts, by role, in `stored_boxes(box)`.
-            box: box of this tensor, its dims split.
+            box: box of this tensor, its dims split and in `order`.
             into: array that gets the values, of any floating dtype.
 
         Raises:
             QuantizationError: a scale is zero or not finite.
         """
         outer = self.whole_box(box)
+        if self.order is not None:
+            into = into.transpose(np.argsort(self.order))
         if not self.splits:
             self.decode_into(arrays, outer, into)
             return
         values = self.decode_whole(arrays, outer, into.dtype)
         shape: list[int] = []
         index: list[slice] = []
-        for sizes, ranges in self._grouped(box):
+        for sizes, ranges in self._grouped(self._plain(box)):
             shape += [ranges[0][1] - ranges[0][0], *sizes[1:]]
             index += [slice(None), *[slice(*each) for each in ranges[1:]]]
         into[...] = values.reshape(shape)[tuple(index)]
@@ -91,6 +101,10 @@ class DecodedTensor(TensorInfo):
     def decode_whole(self, arrays: Mapping[str, np.ndarray], box: Box, dtype: np.dtype) -> np.ndarray:
         """The values of a box whose dims are together."""
         return self.weight.decode(arrays, box, dtype=dtype)
+
+    def _plain(self, box: Box) -> Box:
+        """A box with its dims in the order of the weight's."""
+        return box if self.order is None else tuple([box[place] for place in np.argsort(self.order)])
 
     def _grouped(self, box: Box) -> Iterator[tuple[tuple[int, ...], Box]]:
         """For each dim of the weight the sizes that it is split in, and the ranges of `box` along these."""
@@ -137,6 +151,14 @@ def decode_checkpoint(checkpoint: Checkpoint) -> DecodedCheckpoint:
     )
 
 
+def dim_order_of(weight: QuantizedWeight, shape: tuple[int, ...]) -> tuple[int, ...] | None:
+    """The order in which the dims of a plain tensor of a shape lie where a weight is stored, as `TensorInfo.dim_order`."""
+    if not weight.format.transposed or not shape:
+        return None
+    *lead, inputs, outputs = range(len(shape))
+    return (*lead, outputs, inputs)
+
+
 def _decoded(weight: QuantizedWeight, tensors: Mapping[str, TensorInfo]) -> DecodedTensor:
     roles = {part.role for part in weight.format.parts if part.decoded}
     parts = {role: tensors[header.name] for role, header in weight.stored.items() if role in roles}
@@ -146,6 +168,7 @@ def _decoded(weight: QuantizedWeight, tensors: Mapping[str, TensorInfo]) -> Deco
         dtype_name=weight.format.name,
         dtype=_FLOAT32,
         shape=weight.shape or (),
+        dim_order=dim_order_of(weight, weight.shape or ()),
         file=first.file,
         offset=first.offset,
         nbytes=sum(part.nbytes for part in parts.values()),

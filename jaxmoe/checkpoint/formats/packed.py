@@ -7,6 +7,7 @@ import numpy as np
 
 from jaxmoe.checkpoint.boxes import Box
 from jaxmoe.checkpoint.formats.decoded import DecodedTensor
+from jaxmoe.checkpoint.formats.safetensors import TensorInfo
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -51,6 +52,13 @@ class PackedTensor(DecodedTensor):
         """The elements of a box whose dims are together."""
         units = self.units[::-1] if self.weight.format.transposed else self.units
         return self.weight.packed(self.role, arrays, self._in_weight(box), units).astype(dtype, copy=False)
+
+    def as_it_is(self) -> TensorInfo:
+        """The stored tensor itself, seen as this array, where its bytes are those of the array; else this tensor."""
+        part = self.parts[self.role] if self.role == "values" else None
+        if part is None or part.dim_order is not None or not self.weight.values_as_stored:
+            return self
+        return dataclasses.replace(part, dtype=self.dtype, shape=self.shape, dim_order=self.dim_order)
 
     def _in_weight(self, box: Box) -> Box:
         """The box of the plain tensor that the elements of `box` stand for."""

@@ -17,7 +17,7 @@ import struct
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, Self
 
 import numpy as np
 
@@ -65,14 +65,14 @@ class TensorInfo:
     nbytes: int
     dim_order: tuple[int, ...] | None = None
 
-    def as_stored(self) -> "TensorInfo":
+    def as_stored(self) -> Self:
         """The same bytes as a row-major tensor, whose dim j is dim ``dim_order[j]`` of this one."""
         if self.dim_order is None:
             return self
         shape = tuple([self.shape[dim] for dim in self.dim_order])
         return dataclasses.replace(self, shape=shape, dim_order=None)
 
-    def split(self, split: Split) -> "TensorInfo":
+    def split(self, split: Split) -> Self:
         """The same bytes with each dim as the dims that it is split in; () leaves it as it is."""
         if not split:
             return self

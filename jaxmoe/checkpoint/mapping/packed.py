@@ -187,8 +187,8 @@ def hold_packed(mapped: MappedCheckpoint, packings: Mapping[str, Packing]) -> Ma
         packings: form of those that stay packed, from `choose_packings`.
 
     Returns:
-        The blocks of every array, those of packed parameters from tensors that `PackedTensor` describes. What the
-        checkpoint has besides is not looked at.
+        The blocks of every array, those of packed parameters from tensors that `PackedTensor` describes, or from the stored
+        ones where these hold the very bytes. What the checkpoint has besides is not looked at.
     """
     tensors = dict(mapped.checkpoint.tensors)
     specs: dict[str, ParamSpec] = {}
@@ -245,7 +245,7 @@ def _part_block(
         tensor_start[cut.place] //= unit
     name = f"{block.tensor}, {role} of {tensor_units[0]} x {tensor_units[1]}"
     if name not in tensors:
-        tensors[name] = PackedTensor.of(tensor, role, (tensor_units[0], tensor_units[1]))
+        tensors[name] = PackedTensor.of(tensor, role, (tensor_units[0], tensor_units[1])).as_it_is()
     return dataclasses.replace(
         region,
         tensor=name,

@@ -123,6 +123,9 @@ class PackQuantized(GridFormat):
         scales, block = scale_dtype(dtypes["scale"]), group_block(self.group_size, shape)
         return Packing("int4" if self.bits == 4 else "int8", block, scales, zero_points=zeros)
 
+    def values_as_stored(self, shape: Shape) -> bool:
+        return self.bits == 4 and shape[-1] % 8 == 0
+
     def packed_values(self, array: np.ndarray, box: Box, shape: Shape, stored: Shapes) -> np.ndarray:
         per_byte = 8 // self.bits
         first = box[-1][0] % (32 // self.bits) // per_byte
