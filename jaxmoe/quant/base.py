@@ -17,7 +17,7 @@ Arrays: TypeAlias = Mapping[str, np.ndarray]
 Shapes: TypeAlias = Mapping[str, Shape]
 
 # Elements that are decoded at a time: few enough for a core's cache, and enough for what a tile costs besides.
-_TILE = 1 << 18
+_TILE = 1 << 19
 _BITS = {"F64": 64, "I64": 64, "F32": 32, "I32": 32, "U32": 32, "F16": 16, "BF16": 16}
 
 

@@ -4,6 +4,7 @@ Tables whose entries are several float32 values turn a byte into all the numbers
 decoding fast: `np.take` moves entries of 8 and 16 bytes as fast as those of 4.
 """
 
+import math
 from collections.abc import Callable
 from functools import lru_cache
 
@@ -19,6 +20,7 @@ _BYTE_FLOATS = frozenset(
 )
 # Codes that are looked up at a time: NumPy makes wider numbers of them, in memory that is not to be mapped for each.
 _AT_ONCE = 1 << 13
+_ROWS_AT_ONCE = 64
 FLOAT4 = np.arange(16, dtype=np.uint8).view(ml_dtypes.float4_e2m1fn).astype(np.float32)
 """Values of OCP e2m1 by code: 0, 0.5, 1, 1.5, 2, 3, 4, 6, and the same below zero."""
 
@@ -148,6 +150,35 @@ def unpack_words(words: np.ndarray, bits: int, *, straddling: bool = True) -> np
     return codes.reshape(*lead, -1)[..., : count * 32 // bits]
 
 
+def columns_to_float32(words: np.ndarray, bits: int) -> np.ndarray:
+    """Codes that follow one another down the columns of words, lowest bits first: float32 [codes, n].
+
+    Args:
+        words: int32 [words, n], of as many rows as codes fill to the last bit.
+        bits: bits of a code, 1 to 8; it may lie in two words.
+    """
+    together, n = bits // math.gcd(bits, 32), words.shape[-1]
+    units = words.view(np.uint32).reshape(-1, together, n)
+    numbers = np.empty((len(units), 32 * together // bits, n), np.float32)
+    codes = np.empty((len(units), n), np.uint32)
+    for field in range(numbers.shape[1]):
+        word, shift = divmod(field * bits, 32)
+        np.right_shift(units[:, word], np.uint32(shift), out=codes)
+        if shift + bits > 32:
+            codes |= units[:, word + 1] << np.uint32(32 - shift)
+        codes &= np.uint32(2**bits - 1)
+        # Numbers with a sign are cast by one instruction.
+        numbers[:, field] = codes.view(np.int32)
+    return numbers.reshape(-1, n)
+
+
+def transpose_into(out: np.ndarray, values: np.ndarray) -> None:
+    """Put values [k, n] into an array [n, k], some rows at a time: as many as a core's first cache has lines for."""
+    for row in range(0, len(values), _ROWS_AT_ONCE):
+        rows = slice(row, row + _ROWS_AT_ONCE)
+        np.copyto(out[:, rows], values[rows].T)
+
+
 def _eights(stream: np.ndarray, bits: int) -> np.ndarray:
     """Bytes in which codes follow one another as numbers of eight codes each, uint64 [..., groups]."""
     groups = ceil_div(stream.shape[-1], bits)
@@ -239,6 +270,24 @@ def apply_groups(
             found = taken[: len(rows)]
             np.take(grid[row : row + step], index, axis=-1, out=found, mode="clip")
             operation(rows, found, out=rows)
+
+
+def apply_rows(operation: Callable[..., np.ndarray], values: np.ndarray, grid: np.ndarray, groups: np.ndarray) -> None:
+    """Combine values [k, n] with a grid [groups, n] by the group of each row, in place; rows are gathered as wholes.
+
+    Args:
+        operation: NumPy's `multiply` or `subtract`.
+        values: float32 [k, n].
+        grid: float32 [groups, n].
+        groups: int [k], of each row, all of them there.
+    """
+    step, index = max(1, 4 * _AT_ONCE // max(values.shape[-1], 1)), groups.astype(np.intp)
+    taken = np.empty((step, values.shape[-1]), np.float32)
+    for row in range(0, len(values), step):
+        rows = values[row : row + step]
+        found = taken[: len(rows)]
+        np.take(grid, index[row : row + step], axis=0, out=found, mode="clip")
+        operation(rows, found, out=rows)
 
 
 def check_groups(groups: np.ndarray, count: int, name: str) -> None:

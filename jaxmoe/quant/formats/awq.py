@@ -7,7 +7,7 @@ import numpy as np
 
 from jaxmoe.quant.base import Arrays, Box, Part, QuantFormat, Shape, Shapes, ceil_div
 from jaxmoe.quant.codes import (
-    apply_groups,
+    apply_grid,
     nibbles_to_float32,
     to_float32,
     transpose_nibbles,
@@ -71,10 +71,9 @@ class AwqGemm(QuantFormat):
         size = self.group_size or shape[1]
         packed = _by_output(arrays["values"])
         numbers = nibbles_to_float32(packed, _FOUR_BITS, out)[row % 8 : row % 8 + row_end - row, : column_end - column]
-        groups = np.arange(column, column_end) // size - column // size
         zeros = np.ascontiguousarray(to_float32(_zeros(arrays["zero_point"], row, row_end)))
-        apply_groups(np.subtract, numbers, zeros, groups, size)
-        apply_groups(np.multiply, numbers, np.ascontiguousarray(to_float32(arrays["scale"]).T), groups, size)
+        apply_grid(np.subtract, numbers, zeros, box, (1, size))
+        apply_grid(np.multiply, numbers, np.ascontiguousarray(to_float32(arrays["scale"]).T), box, (1, size))
         return numbers
 
     def packing(self, dtypes: Mapping[str, str], shape: Shape) -> Packing | None:

@@ -7,7 +7,17 @@ from typing import ClassVar
 import numpy as np
 
 from jaxmoe.quant.base import Arrays, Box, Part, QuantFormat, Shape, Shapes, ceil_div
-from jaxmoe.quant.codes import apply_groups, check_groups, to_float32, transpose_words, unpack_words, words_to_float32
+from jaxmoe.quant.codes import (
+    apply_grid,
+    apply_rows,
+    check_groups,
+    columns_to_float32,
+    to_float32,
+    transpose_into,
+    transpose_words,
+    unpack_words,
+    words_to_float32,
+)
 from jaxmoe.quant.errors import QuantizationError
 from jaxmoe.quant.grid import check_group_size, group_block, groups_of
 from jaxmoe.quant.packing import Packing, scale_dtype
@@ -90,16 +100,32 @@ class Gptq(QuantFormat):
     def values(self, arrays: Arrays, box: Box, shape: Shape, stored: Shapes, out: np.ndarray) -> np.ndarray:
         (row, row_end), (column, column_end) = box
         size = self.group_size or shape[1]
+        zeros, scales = self._zeros(arrays["zero_point"], row, row_end), to_float32(arrays["scale"])
         if "g_idx" in arrays:
-            groups = arrays["g_idx"]
-            check_groups(groups, stored["scale"][0], "g_idx")
-        else:
-            groups = np.arange(column, column_end) // size - column // size
+            check_groups(arrays["g_idx"], len(scales), "g_idx")
+            if not self._in_order(arrays["g_idx"], column, size):
+                return self._reordered(arrays["values"], zeros, scales, arrays["g_idx"], column, out)
+            groups = slice(column // size, ceil_div(column_end, size))
+            zeros, scales = zeros[groups], scales[groups]
         numbers = self._codes(transpose_words(arrays["values"]), column, column_end, out)
-        zeros = self._zeros(arrays["zero_point"], row, row_end)
-        apply_groups(np.subtract, numbers, np.ascontiguousarray(zeros.T), groups, size)
-        apply_groups(np.multiply, numbers, np.ascontiguousarray(to_float32(arrays["scale"]).T), groups, size)
+        apply_grid(np.subtract, numbers, np.ascontiguousarray(zeros.T), box, (1, size))
+        apply_grid(np.multiply, numbers, np.ascontiguousarray(scales.T), box, (1, size))
         return numbers
+
+    def _reordered(
+        self, words: np.ndarray, zeros: np.ndarray, scales: np.ndarray, groups: np.ndarray, start: int, out: np.ndarray
+    ) -> np.ndarray:
+        # Inputs by outputs, as words and grids are stored, a group is of whole rows.
+        first = start % self._unit()[0]
+        numbers = columns_to_float32(words, self.bits)[first : first + len(groups)]
+        apply_rows(np.subtract, numbers, zeros, groups)
+        apply_rows(np.multiply, numbers, scales, groups)
+        transpose_into(out, numbers)
+        return out
+
+    def _in_order(self, groups: np.ndarray, start: int, size: int) -> bool:
+        """Whether inputs from `start` on are of groups in their own order."""
+        return np.array_equal(groups, np.arange(start, start + len(groups)) // size)
 
     def packing(self, dtypes: Mapping[str, str], shape: Shape) -> Packing | None:
         if self.bits != 4 or self.act_order:
@@ -117,7 +143,7 @@ class Gptq(QuantFormat):
         groups = slice(column // size, ceil_div(column_end, size)) if "g_idx" in stored else slice(None)
         if role == "zero_point":
             return self._zeros(arrays["zero_point"][groups], row, row_end).astype(np.uint8).T
-        if "g_idx" in arrays and not np.array_equal(arrays["g_idx"], np.arange(column, column_end) // size):
+        if "g_idx" in arrays and not self._in_order(arrays["g_idx"], column, size):
             raise QuantizationError(
                 "g_idx must have inputs in the order of their groups where desc_act is false; it has another order; decode "
                 'the weights instead, with quantized="dequantize"'
