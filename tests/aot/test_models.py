@@ -167,6 +167,18 @@ CASES = {
 }
 
 
+# Cases whose layers are those of others in other sizes: these are of the full run.
+ALIKE = {
+    "granite-4-h-small, ep 8",
+    "glm-4.7-flash, tp 2 ep 4",
+    "solar-open-100b, ep 8",
+    "k-exaone-236b, tp 2 ep 8 on 2 hosts",
+    "glm-5, tp 4 ep 8 on 4 hosts",
+    "trinity-mini, ep 8",
+    "flex-olmo-7x7b, tp 2 ep 4",
+    "hy3-preview, tp 4 ep 8 on 4 hosts",
+    "step-3.7-flash, tp 4 ep 2",
+}
 # The same with the Hopper kernel, which copies nothing.
 MOSAIC = {
     "mixtral-8x7b, tp 2 ep 4": {"prefill": 426, "decode": 1},
@@ -178,7 +190,7 @@ MOSAIC = {
 
 
 @pytest.mark.covering
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", [pytest.param(case, marks=[pytest.mark.full] * (case in ALIKE)) for case in CASES])
 def test_both_steps_compile(case, gpu_compiler) -> None:
     check_steps(*CASES[case], kernels="auto")
 

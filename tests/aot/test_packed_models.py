@@ -36,7 +36,7 @@ CASES = [
     ("gpt-oss-120b", "mosaic_gpu", {"prefill": (4, 262), "decode": (4, 2)}),
     ("qwen3-30b-a3b-fp8", "mosaic_gpu", {"prefill": (6, 221), "decode": (6, 1)}),
     ("deepseek-v3, ep 8", "mosaic_gpu", {"prefill": (18, 258), "decode": (16, 3)}),
-    ("gpt-oss-120b", "auto", {"prefill": (0, 449), "decode": (0, 23)}),
+    pytest.param("gpt-oss-120b", "auto", {"prefill": (0, 449), "decode": (0, 23)}, marks=pytest.mark.full),
     ("qwen3-30b-a3b-fp8", "auto", {"prefill": (0, 293), "decode": (0, 24)}),
 ]
 # Views of the arguments cost nothing.
