@@ -2,15 +2,18 @@
 
 import json
 import math
+import re
 import shutil
 
 import jax
 import numpy as np
 import pytest
+from safetensors.numpy import save_file
 
 import jaxmoe
 from jaxmoe.checkpoint.saving.values import ModelValues
 from jaxmoe.layers import packings_of, param_specs, params_by_path, unpacked_specs
+from jaxmoe.quant import QuantizedWeight
 from tests.support.meshes import mesh_id, mesh_of
 from tests.support.quantized_checkpoints import CASES, write_pair
 from tests.support.saved import read_all
@@ -153,6 +156,101 @@ def test_a_block_that_a_device_s_part_cuts_becomes_smaller(tmp_path, width) -> N
         down = packings_of(model)["layers.0.moe.w_down"]
         assert down.block == (math.gcd(most[0], 64), math.gcd(most[1], width // 4))
         assert model.layers[0].moe.w_down_scale.shape[-1] == width // down.block[1]
+
+
+def spoil(directory, end: str, change) -> str:
+    """Change the last tensor whose name has an end, None to take it away; gives its name."""
+    tensors = read_all(directory)
+    name = [name for name in tensors if name.endswith(end)][-1]
+    array = tensors.pop(name)
+    if change is not None:
+        tensors[name] = change(array)
+    save_file(tensors, directory / "model.safetensors")
+    return name
+
+
+def with_last(value):
+    """A change of the last number of an array, as its bytes where it has one a byte."""
+
+    def change(array):
+        array = array.copy()
+        (array.view(np.uint8) if array.dtype.itemsize == 1 else array).reshape(-1)[-1] = value
+        return array
+
+    return change
+
+
+BROKEN = [
+    # Values of scales are seen as they are read.
+    ("qwen3_moe", "fp8_block", "_scale_inv", with_last(np.nan), r"must hold finite scales; it has NaN", True),
+    ("qwen3_moe", "fp8_block", "_scale_inv", with_last(0), r"must hold scales other than zero", True),
+    ("deepseek_v3", "pack_quantized", "_scale", with_last(np.inf), r"must hold finite scales; it has NaN", True),
+    ("gpt_oss", "mxfp4", "_scales", with_last(255), r"must hold finite scales; it has NaN", True),
+    ("glm4_moe", "nvfp4_pack", "weight_scale", with_last(0x7F), r"must hold finite scales; it has NaN", True),
+    ("glm4_moe", "nvfp4_pack", "_global_scale", with_last(0), r"must hold scales other than zero", True),
+    # Headers tell the rest.
+    ("qwen3_moe", "fp8_block", "_scale_inv", None, r"'{weight}' is in fp8_block .*, and '{name}' is missing", False),
+    ("qwen3_moe", "awq", ".scales", lambda array: array[:, 8:], r"'{name}' has shape \(\d+, \d+\)", False),
+    (
+        "deepseek_v3",
+        "nvfp4",
+        "weight_scale_2",
+        lambda array: array.astype(np.int32),
+        r"'{name}' is I32, and nvfp4",
+        False,
+    ),
+]
+
+
+@pytest.mark.covering(most=6)
+@pytest.mark.parametrize("how", ["keep", "dequantize"])
+@pytest.mark.parametrize(
+    "broken", BROKEN, ids=[f"{form}{end}{number}" for number, (_, form, end, *_) in enumerate(BROKEN)]
+)
+def test_what_is_broken_is_refused_in_a_line(broken, how, tmp_path, monkeypatch) -> None:
+    family, form, end, change, message, is_read = broken
+    quantized, _, _ = write_pair(tmp_path, family, form, next(case[2] for case in CASES if case[:2] == (family, form)))
+    name = spoil(quantized, end, change)
+    message = message.format(name=re.escape(name), weight=re.escape(name.removesuffix(end)))
+    if not is_read:
+        monkeypatch.setattr(
+            "jaxmoe.checkpoint.loading.execute.load_shards", lambda *args, **options: pytest.fail("weights are read")
+        )
+    with pytest.raises(ValueError, match=message) as error:
+        jaxmoe.load(quantized, mesh=mesh_of(1, 1, 2), dtype="float32", quantized=how)
+    assert name in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_an_order_of_inputs_that_settings_deny_is_refused_where_weights_are_kept(tmp_path) -> None:
+    family, form, block = next(case for case in CASES if case[1] == "gptq, order")
+    quantized, plain, _ = write_pair(tmp_path, family, form, {**block, "desc_act": False})
+    mesh = mesh_of(1, 1, 2)
+    with pytest.raises(ValueError, match=r'g_idx must have inputs in the order.*desc_act is false.*"dequantize"'):
+        jaxmoe.load(quantized, mesh=mesh, dtype="float32")
+    assert_same_values(
+        jaxmoe.load(quantized, mesh=mesh, dtype="float32", quantized="dequantize"),
+        jaxmoe.load(plain, mesh=mesh, dtype="float32"),
+    )
+
+
+def test_bytes_that_are_those_of_the_file_are_read_where_they_are_to_be(tmp_path, monkeypatch) -> None:
+    """Values of fp8 and of gpt-oss' MXFP4 are read as plain tensors are, their scales alone by way of the format."""
+    for family, form in (("qwen3_moe", "fp8_block"), ("gpt_oss", "mxfp4"), ("deepseek_v3", "pack_quantized")):
+        (tmp_path / form).mkdir()
+        block = next(case[2] for case in CASES if case[:2] == (family, form))
+        quantized, _, _ = write_pair(tmp_path / form, family, form, block)
+        asked = set()
+        packed = QuantizedWeight.packed
+
+        def noting(self, role, *args, packed=packed, asked=asked):
+            asked.add(role)
+            return packed(self, role, *args)
+
+        monkeypatch.setattr(QuantizedWeight, "packed", noting)
+        jaxmoe.load(quantized, mesh=mesh_of(1, 2, 2), dtype="float32")
+        monkeypatch.undo()
+        assert asked in ({"scale"}, {"scale", "zero_point"})
 
 
 def test_settings_that_contradict_are_refused(tmp_path) -> None:
