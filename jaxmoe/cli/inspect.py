@@ -145,6 +145,8 @@ def _facts(summary: "CheckpointSummary") -> Iterable[tuple[str, str]]:
     if summary.quantization is not None and summary.formats:
         parts = {group: [*summary.formats[group]] for group in _QUANTIZED if group in summary.formats}
         yield "formats", "; ".join(f"{group}: {' and '.join(formats)}" for group, formats in parts.items())
+    for sentence in summary.held:
+        yield "held", sentence
     yield "parameters", f"{show_count(summary.parameters)}, {show_count(summary.active_parameters)} active per token"
     yield "bytes", _bytes(summary)
     yield "loads", "no" if summary.problems else "yes"

@@ -15,11 +15,9 @@ from jaxmoe.checkpoint.saving.values import ModelValues
 from jaxmoe.layers import packings_of, param_specs, params_by_path, unpacked_specs
 from jaxmoe.quant import QuantizedWeight
 from tests.support.meshes import mesh_id, mesh_of
-from tests.support.quantized_checkpoints import CASES, write_pair
+from tests.support.quantized_checkpoints import CASES, DECODED, write_pair
 from tests.support.saved import read_all
 
-# Formats that no kernel multiplies with.
-DECODED = {"pack_quantized, order", "gptq, order", "bnb_4bit"}
 PACKED = [case for case in CASES if case[1] not in DECODED]
 TOKENS = [[1, 2, 3, 4, 5]]
 EPS = 2e-7

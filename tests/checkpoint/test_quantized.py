@@ -1,6 +1,7 @@
 """Checkpoints in the quantized formats that people publish: they load as the plain ones that hold the decoded values."""
 
 import json
+import re
 
 import numpy as np
 import pytest
@@ -8,7 +9,7 @@ import pytest
 import jaxmoe
 from jaxmoe.checkpoint.inspection import summarize
 from tests.support.meshes import mesh_id, mesh_of
-from tests.support.quantized_checkpoints import CASES, write_pair
+from tests.support.quantized_checkpoints import CASES, DECODED, write_pair
 from tests.support.saved import assert_same_parameters, read_all
 
 
@@ -47,9 +48,16 @@ def test_it_is_converted_to_its_values(pair, tmp_path) -> None:
 
 
 def test_it_is_inspected_as_what_it_holds(pair) -> None:
-    quantized, plain, _, _ = pair
+    quantized, plain, _, form = pair
     found, expected = summarize(quantized), summarize(plain)
     assert not found.problems
+    assert not expected.held
+    kept = [sentence for sentence in found.held if sentence.startswith("kept packed: ")]
+    if form in DECODED:
+        assert not kept
+        assert any("does not stay packed" in sentence for sentence in found.held)
+    else:
+        assert re.search(r"routed experts as \w+, \w+ scales of ", *kept)
     assert found.quantization is not None
     assert (found.parameters, found.active_parameters) == (expected.parameters, expected.active_parameters)
     assert found.bytes < expected.bytes

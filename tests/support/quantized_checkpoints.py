@@ -75,6 +75,9 @@ CASES = [
     ("mixtral", "bnb_int8", {"quant_method": "bitsandbytes", "load_in_8bit": True}),
 ]
 
+# Formats of these that no kernel multiplies with, and that are decoded.
+DECODED = {"pack_quantized, order", "gptq, order", "bnb_4bit"}
+
 
 def write_pair(
     directory: Path, family: str, form: str, block: Mapping[str, Any], widths: Mapping[str, int] = WIDTHS

@@ -8,6 +8,7 @@ from typing import Any
 
 from jaxmoe.checkpoint.formats import SAFETENSORS, DecodedTensor, find_size
 from jaxmoe.checkpoint.inspection.grouping import GROUPS, PLAIN, group_of
+from jaxmoe.checkpoint.inspection.holding import describe_holding
 from jaxmoe.checkpoint.mapping import abstract_specs, count_parameters, expected_checkpoint
 from jaxmoe.config import MoEConfig, read_json
 from jaxmoe.models import Family
@@ -48,6 +49,7 @@ def facts_of_config(
         "bytes": 0,
         "groups": {},
         "formats": {},
+        "held": (),
     }
     if family is not None:
         try:
@@ -89,4 +91,5 @@ def _of_family(directory: Path, family: Family, text_config: Mapping[str, Any]) 
         "bytes": sum(sizes["bytes"] for sizes in groups.values()),
         "groups": {group: sizes for group, sizes in groups.items() if sizes["tensors"]},
         "formats": {group: dict(sizes) for group, sizes in formats.items()},
+        "held": describe_holding(model, mapped),
     }

@@ -20,6 +20,7 @@ from jaxmoe.checkpoint.formats import (
 )
 from jaxmoe.checkpoint.inspection.config_only import facts_of_config, has_weights
 from jaxmoe.checkpoint.inspection.grouping import GROUPS, PLAIN, group_of, quantized_base
+from jaxmoe.checkpoint.inspection.holding import describe_holding
 from jaxmoe.checkpoint.mapping import FamilyCheckpoint, Unused, abstract_specs, detect_expert_layout
 from jaxmoe.config import DecoderConfig, MoEConfig, directory_of, find_checkpoint, read_json
 from jaxmoe.models import FAMILIES, WRAPPERS, Family, find_family
@@ -55,6 +56,7 @@ class CheckpointSummary:
             part of. Tensors of the text part are called as in the text model alone.
         uncovered: tensors that fill no parameter and no rule ignores; None for an unknown family.
         formats: {group: {quantized format, or "plain": bytes}} of a known family.
+        held: sentences on the forms in which `jaxmoe.load` keeps quantized weights, and on what it decodes and why.
         renamed: {rule: tensors that have other names than the family gives them}.
     """
 
@@ -78,6 +80,7 @@ class CheckpointSummary:
     ignored: dict[str, list[str]]
     uncovered: list[str] | None
     formats: dict[str, dict[str, int]]
+    held: tuple[str, ...]
     renamed: dict[str, int]
 
     def to_dict(self) -> dict[str, Any]:
@@ -159,6 +162,7 @@ def summarize(path: str | os.PathLike[str]) -> CheckpointSummary:
         ignored=ignored,
         uncovered=list(mapped.unused.uncovered) if mapped else None,
         formats=_formats(checkpoint, ignored) if mapped else {},
+        held=mapped.held if mapped else (),
         renamed=renamed,
     )
 
@@ -184,6 +188,7 @@ class _Findings:
     needed: Shapes
     unused: Unused
     problems: list[str]
+    held: tuple[str, ...]
 
 
 @dataclasses.dataclass
@@ -221,7 +226,8 @@ def _map(found: FamilyCheckpoint) -> _Findings:
         mapped = found.onto(specs, form="per_expert")
     unused = mapped.check(problems)
     needed = {name: block.tensor_shape for name, block in mapped.used_blocks()}
-    return _Findings(found.config, needed, unused, problems.found)
+    held = () if problems.found else describe_holding(found.config, mapped)
+    return _Findings(found.config, needed, unused, problems.found, held)
 
 
 def _stored_shapes(checkpoint: Checkpoint) -> Shapes | None:

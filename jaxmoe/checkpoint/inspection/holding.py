@@ -1,0 +1,22 @@
+"""The forms in which `jaxmoe.load` would hold the quantized weights of a checkpoint."""
+
+from jaxmoe.checkpoint.mapping import MappedCheckpoint, abstract_model, pack_model
+from jaxmoe.config import DecoderConfig
+from jaxmoe.mesh import AXES
+from jaxmoe.models.parts import describe_packed
+
+
+def describe_holding(config: DecoderConfig, mapped: MappedCheckpoint) -> tuple[str, ...]:
+    """Say which parts of a model this version keeps packed, in which form, and why it decodes others; one sentence each.
+
+    Args:
+        config: config of the model.
+        mapped: checkpoint mapped to the parameters of the model on one device.
+
+    Returns:
+        Nothing for a checkpoint without quantized weights.
+    """
+    model = abstract_model(config, sizes=dict.fromkeys(AXES, 1), dtype=config.dtype or "bfloat16")
+    choice = pack_model(model, mapped)
+    packed = describe_packed(model, model.dtype)
+    return (*([f"kept packed: {packed}"] if packed else []), *choice.notes())
