@@ -122,7 +122,10 @@ def test_save_writes_what_convert_does(tmp_path) -> None:
         jaxmoe.convert(source, tmp_path / "converted", quantize="int4_group", ignore=["self_attn"]),
     ]
     assert_same_tensors(tmp_path / "saved", tmp_path / "converted")
-    assert reports[0].losses == reports[1].losses
+    for ours, theirs in zip(reports[0].losses, reports[1].losses, strict=True):
+        # Sums in another order, as one file has experts in another.
+        assert (ours.layer, ours.kind, ours.weights) == (theirs.layer, theirs.kind, theirs.weights)
+        assert (ours.rms, ours.max) == pytest.approx((theirs.rms, theirs.max), rel=1e-12)
     assert {loss.kind for loss in reports[0].losses} == {"routed experts"}
     configs = [json.loads((tmp_path / name / "config.json").read_text()) for name in ("saved", "converted")]
     assert configs[0] == configs[1]

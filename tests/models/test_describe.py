@@ -1,7 +1,6 @@
 """A dispatch for each phase, and what a model says of itself."""
 
 import json
-from pathlib import Path
 import re
 
 import pytest
