@@ -61,7 +61,7 @@ def test_it_is_what_convert_writes(case, tmp_path) -> None:
     )
 
 
-@pytest.mark.covering(most=1)
+@pytest.mark.full
 def test_devices_hold_the_packed_bytes_and_the_model_computes_with_them(case) -> None:
     source, target = case
     model = jaxmoe.load(source, mesh=mesh_of(2, 2, 2), quantize=target)
