@@ -73,9 +73,11 @@ def dense_weights(z_E: jax.Array, ids_K: jax.Array, scale_E: jax.Array, router: 
             weights.append(1 / jnp.sum(jnp.where(far_E | taken_E, 0, jnp.exp(z_E - z_E[id]))))
             taken_E |= jnp.arange(len(z_E)) == id
         return jnp.stack(weights)
-    score = {"softmax": lambda z: jnp.exp(z) / jnp.exp(z).sum(), "sigmoid": lambda z: 1 / (1 + jnp.exp(-z))}[
-        choice.score
-    ]
+    score = {
+        "softmax": lambda z: jnp.exp(z) / jnp.exp(z).sum(),
+        "sigmoid": lambda z: 1 / (1 + jnp.exp(-z)),
+        "sqrt_softplus": lambda z: jnp.log1p(jnp.exp(z)) ** 0.5,
+    }[choice.score]
     w_K = score(z_E[ids_K]) if choice.score_after_top_k else score(z_E)[ids_K]
     division = choice.normalization
     if isinstance(division, PNormNormalization):
