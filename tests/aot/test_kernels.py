@@ -123,7 +123,9 @@ def test_packed_at_published_shapes(
     memory = compiled.memory_analysis()
     assert weights < memory.argument_size_in_bytes < weights + 2 * rows * D + 2**22
     # Rows of 4-bit products are split in two parts first; nothing is expanded outside of the kernel.
-    assert memory.temp_size_in_bytes < rows * (2 * F + D) * 2 + G * 3 * (F + D) * 2 + 2**18
+    # Scales in float8 of several outputs are repeated for each of them.
+    repeated = G * (halves + 1) * F * D // block[1] if scale_dtype == "float8_e4m3fn" and block[0] > 1 else 0
+    assert memory.temp_size_in_bytes < rows * (2 * F + D) * 2 + G * 3 * (F + D) * 2 + 2**18 + repeated
 
 
 @pytest.mark.covering(most=2)
