@@ -5,14 +5,13 @@ import json
 import sys
 from collections.abc import Callable
 from contextlib import nullcontext
+from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 from jaxmoe.cli import options, processes
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
     from jax.sharding import Mesh
 
     from jaxmoe.generation import GenerationStats, Output, TokenEvent
