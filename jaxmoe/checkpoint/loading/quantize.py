@@ -4,7 +4,6 @@ import dataclasses
 import math
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
-from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -143,8 +142,9 @@ def _quantized(value: jax.Array, spec: ParamSpec, packing: Packing) -> tuple[dic
     parts = part_specs(spec, packing)
     shardings = {role: part.sharding for role, part in parts.items()}
     everywhere = NamedSharding(spec.sharding.mesh, PartitionSpec())
-    run = jax.jit(partial(_pack, packing=packing), out_shardings=(shardings, everywhere))
-    arrays, sums = jax.block_until_ready(run(value))
+    # Of a function that stays the same JAX finds what it compiled for the layers before.
+    run = jax.jit(_pack, static_argnames="packing", out_shardings=(shardings, everywhere))
+    arrays, sums = jax.block_until_ready(run(value, packing=packing))
     return {parts[role].path: array for role, array in arrays.items()}, np.asarray(sums, np.float64)
 
 
