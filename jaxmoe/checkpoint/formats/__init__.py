@@ -5,7 +5,7 @@ Nothing here knows what a tensor is for.
 
 from jaxmoe.checkpoint.formats.config_facts import find_quantization, find_size
 from jaxmoe.checkpoint.formats.decoded import DecodedCheckpoint, DecodedTensor, decode_checkpoint
-from jaxmoe.checkpoint.formats.dtypes import ELEMENT_TYPES, can_cast, is_float
+from jaxmoe.checkpoint.formats.dtypes import DTYPE_NAMES, ELEMENT_TYPES, can_cast, is_float
 from jaxmoe.checkpoint.formats.files import SAFETENSORS, Checkpoint, open_checkpoint
 from jaxmoe.checkpoint.formats.packed import PackedTensor
 from jaxmoe.checkpoint.formats.reading import open_files, read_box, read_tensor
@@ -20,6 +20,7 @@ from jaxmoe.checkpoint.formats.torch_file import TorchFile, read_torch_file
 from jaxmoe.checkpoint.formats.torch_object import read_torch_object
 
 __all__ = [
+    "DTYPE_NAMES",
     "ELEMENT_TYPES",
     "SAFETENSORS",
     "Checkpoint",

@@ -51,6 +51,9 @@ ELEMENT_TYPES = {
 }
 """Name in the header -> type. Quantized formats read their bytes through ``U8`` and these float8 types."""
 
+DTYPE_NAMES = {element.dtype: name for name, element in ELEMENT_TYPES.items() if element.dtype is not None}
+"""NumPy dtype -> name in the header."""
+
 # An 8-bit float means nothing without its scale, so only these are numbers that may be rounded to one another.
 _PLAIN_FLOATS = frozenset(np.dtype(t) for t in (ml_dtypes.bfloat16, np.float16, np.float32, np.float64))
 _FLOATS = frozenset(

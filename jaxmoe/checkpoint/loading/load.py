@@ -139,7 +139,9 @@ def load(
         if quantize is None:
             arrays, report = load_arrays(plan, check_finite=check_finite, progress=report_bytes)
         else:
-            arrays, report = load_quantized(model, mapped, quantize, check_finite=check_finite, progress=report_bytes)
+            arrays, report = load_quantized(
+                model, mapped, quantize, plan, check_finite=check_finite, progress=report_bytes
+            )
     packed, decoded = mapped.formats(choice.packings)
     model.load_report = dataclasses.replace(
         report,

@@ -11,8 +11,9 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
 from jaxmoe.checkpoint.errors import CheckpointError, Problems
+from jaxmoe.checkpoint.formats import DTYPE_NAMES
 from jaxmoe.checkpoint.loading.execute import load_arrays
-from jaxmoe.checkpoint.loading.plan import plan_load, plan_packed
+from jaxmoe.checkpoint.loading.plan import LoadPlan, plan_load
 from jaxmoe.checkpoint.loading.report import LoadReport
 from jaxmoe.checkpoint.mapping import MappedCheckpoint, is_expert_stack, layer_index, linear_kind
 from jaxmoe.kernels.grouped_matmul import dequantize
@@ -21,8 +22,6 @@ from jaxmoe.layers import ParamSpec, pack_params, packable_params, part_specs
 from jaxmoe.models import Decoder
 from jaxmoe.quant.encode import STACKED, TARGETS, QuantizationLoss
 from jaxmoe.quant.packing import Packing
-
-_DTYPE_NAMES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16", "float8_e4m3fn": "F8_E4M3", "int32": "I32"}
 
 
 def choose_targets(model: Decoder, mapped: MappedCheckpoint, target: str) -> dict[str, Packing]:
@@ -39,7 +38,7 @@ def choose_targets(model: Decoder, mapped: MappedCheckpoint, target: str) -> dic
     encoder, packable = TARGETS[target], packable_params(model)
     kinds = STACKED.get((model.config.model_type, target), encoder).kinds
     problems = Problems(f"quantizing {mapped.checkpoint.path} to {target}")
-    dtypes = {role: _DTYPE_NAMES.get(dtype.name, "U8") for role, dtype in encoder.dtypes(model.dtype).items()}
+    dtypes = {role: DTYPE_NAMES[dtype] for role, dtype in encoder.dtypes(model.dtype).items()}
     packings = {}
     for path, spec in mapped.specs.items():
         if linear_kind(path) not in kinds or path not in packable:
@@ -71,6 +70,7 @@ def load_quantized(
     model: Decoder,
     mapped: MappedCheckpoint,
     target: str,
+    whole: LoadPlan,
     *,
     check_finite: bool = False,
     progress: Callable[[int, int], None] | None = None,
@@ -81,15 +81,15 @@ def load_quantized(
         model: model without values; the parameters that are quantized become packed ones.
         mapped: checkpoint mapped to its parameters.
         target: name in `jaxmoe.quant.encode.TARGETS`.
+        whole: plan of loading all of it plain, which has proved that it is complete.
         check_finite, progress: arguments as for `load_arrays`.
 
     Returns:
         {path: array}, and the report.
 
     Raises:
-        CheckpointError: the checkpoint does not load, or cannot be quantized so, or a weight is not finite.
+        CheckpointError: the checkpoint cannot be quantized so, a file cannot be read, or a weight is not finite.
     """
-    whole = plan_packed(mapped, {})
     packings = choose_targets(model, mapped, target)
     pack_params(model, mapped.specs.values(), packings)
     layers: dict[int | None, dict[str, ParamSpec]] = defaultdict(dict)

@@ -10,13 +10,18 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxmoe.checkpoint.boxes import Box, box_shape, union_volume, volume, whole
-from jaxmoe.checkpoint.formats import ELEMENT_TYPES, DecodedTensor, TensorInfo, can_cast, read_box, read_tensor
+from jaxmoe.checkpoint.formats import (
+    DTYPE_NAMES,
+    ELEMENT_TYPES,
+    DecodedTensor,
+    TensorInfo,
+    can_cast,
+    read_box,
+    read_tensor,
+)
 from jaxmoe.checkpoint.mapping import Block
 from jaxmoe.checkpoint.saving.values import Values
 from jaxmoe.layers import ParamSpec
-
-DTYPE_NAMES = {element.dtype: name for name, element in ELEMENT_TYPES.items() if element.dtype is not None}
-"""NumPy's dtype -> the name that safetensors has for it."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -10,8 +10,9 @@ from typing import Any
 import numpy as np
 
 from jaxmoe.checkpoint.errors import CheckpointError, Problems
+from jaxmoe.checkpoint.formats import DTYPE_NAMES
 from jaxmoe.checkpoint.mapping import layer_index, linear_kind
-from jaxmoe.checkpoint.saving.outputs import DTYPE_NAMES, OutputTensor
+from jaxmoe.checkpoint.saving.outputs import OutputTensor
 from jaxmoe.models import Family, Form
 from jaxmoe.quant import QuantizationError
 from jaxmoe.quant.base import swap_last
