@@ -4,8 +4,6 @@ import dataclasses
 from collections import Counter, defaultdict
 from typing import Any
 
-from jaxmoe.checkpoint.formats import DecodedTensor
-from jaxmoe.checkpoint.inspection import PLAIN
 from jaxmoe.checkpoint.mapping import MappedCheckpoint
 from jaxmoe.models.parts import part_of
 
@@ -46,6 +44,5 @@ def stored_weights(mapped: MappedCheckpoint, method: str | None) -> StoredWeight
     for name, param in params.items():
         part = ends.get(param, part_of(param))
         tensor = mapped.checkpoint.tensors[name]
-        form = tensor.weight.format.describe() if isinstance(tensor, DecodedTensor) else PLAIN
-        formats[part][form] += tensor.nbytes
+        formats[part][tensor.form] += tensor.nbytes
     return StoredWeights(formats={part: dict(sizes) for part, sizes in formats.items()}, method=method)

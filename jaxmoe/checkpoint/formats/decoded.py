@@ -37,6 +37,11 @@ class DecodedTensor(TensorInfo):
     splits: Split = ()
     order: tuple[int, ...] | None = None
 
+    @property
+    def form(self) -> str:
+        """The format and settings of the weight."""
+        return self.weight.format.describe()
+
     def split(self, split: Split) -> Self:
         """The same with each dim as the dims that it is split in; () leaves it as it is."""
         return dataclasses.replace(TensorInfo.split(self, split), splits=split) if split else self

@@ -65,6 +65,11 @@ class TensorInfo:
     nbytes: int
     dim_order: tuple[int, ...] | None = None
 
+    @property
+    def form(self) -> str:
+        """The format and settings of a quantized weight, "plain" of any other tensor."""
+        return "plain"
+
     def as_stored(self) -> Self:
         """The same bytes as a row-major tensor, whose dim j is dim ``dim_order[j]`` of this one."""
         if self.dim_order is None:

@@ -1,10 +1,9 @@
 """The summary of a checkpoint, from its headers and its config.json alone."""
 
-from jaxmoe.checkpoint.inspection.grouping import PLAIN, group_of
+from jaxmoe.checkpoint.inspection.grouping import group_of
 from jaxmoe.checkpoint.inspection.summary import CheckpointSummary, summarize
 
 __all__ = [
-    "PLAIN",
     "CheckpointSummary",
     "group_of",
     "summarize",

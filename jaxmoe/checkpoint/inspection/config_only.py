@@ -6,8 +6,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from jaxmoe.checkpoint.formats import SAFETENSORS, DecodedTensor, find_size
-from jaxmoe.checkpoint.inspection.grouping import GROUPS, PLAIN, group_of
+from jaxmoe.checkpoint.formats import SAFETENSORS, find_size
+from jaxmoe.checkpoint.inspection.grouping import GROUPS, group_of
 from jaxmoe.checkpoint.inspection.holding import describe_holding
 from jaxmoe.checkpoint.mapping import abstract_specs, count_parameters, expected_checkpoint
 from jaxmoe.config import MoEConfig, read_json
@@ -84,8 +84,7 @@ def _of_family(directory: Path, family: Family, text_config: Mapping[str, Any]) 
         group, tensor = group_of(name), mapped.checkpoint.tensors[name]
         sizes = {"tensors": 1, "parameters": math.prod(shape), "bytes": tensor.nbytes}
         groups[group] = {key: value + sizes[key] for key, value in groups[group].items()}
-        form = tensor.weight.format.describe() if isinstance(tensor, DecodedTensor) else PLAIN
-        formats[group][form] += tensor.nbytes
+        formats[group][tensor.form] += tensor.nbytes
     return {
         **facts,
         "bytes": sum(sizes["bytes"] for sizes in groups.values()),

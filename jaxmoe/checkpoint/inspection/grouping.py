@@ -16,8 +16,6 @@ GROUPS = (
     "ignored by rule",
 )
 """In the order of a table."""
-PLAIN = "plain"
-"""What the format of weights is called that are not quantized."""
 
 _NAMES = (
     # The first that is found counts: norms and shared experts stand inside other parts.

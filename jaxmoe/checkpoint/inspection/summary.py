@@ -12,14 +12,13 @@ from typing import Any
 from jaxmoe.checkpoint.errors import CheckpointError, Problems
 from jaxmoe.checkpoint.formats import (
     Checkpoint,
-    DecodedTensor,
     decode_checkpoint,
     find_quantization,
     find_size,
     open_checkpoint,
 )
 from jaxmoe.checkpoint.inspection.config_only import facts_of_config, has_weights
-from jaxmoe.checkpoint.inspection.grouping import GROUPS, PLAIN, group_of, quantized_base
+from jaxmoe.checkpoint.inspection.grouping import GROUPS, group_of, quantized_base
 from jaxmoe.checkpoint.inspection.holding import describe_holding
 from jaxmoe.checkpoint.mapping import FamilyCheckpoint, Unused, abstract_specs, detect_expert_layout
 from jaxmoe.config import DecoderConfig, MoEConfig, directory_of, find_checkpoint, read_json
@@ -261,8 +260,7 @@ def _formats(checkpoint: Checkpoint, ignored: Mapping[str, list[str]]) -> dict[s
     formats: dict[str, Counter[str]] = defaultdict(Counter)
     for name, tensor in checkpoint.tensors.items():
         if name not in dropped:
-            form = tensor.weight.format.describe() if isinstance(tensor, DecodedTensor) else PLAIN
-            formats[group_of(name)][form] += tensor.nbytes
+            formats[group_of(name)][tensor.form] += tensor.nbytes
     return {group: dict(sizes) for group, sizes in formats.items()}
 
 

@@ -255,9 +255,7 @@ class MappedCheckpoint:
                 kept[name] = kept.get(name, True) and block.param in packings
         counts: tuple[Counter[str], Counter[str]] = (Counter(), Counter())
         for name, packed in kept.items():
-            tensor = self.checkpoint.tensors[name]
-            assert isinstance(tensor, DecodedTensor)
-            counts[not packed][tensor.weight.format.describe()] += 1
+            counts[not packed][self.checkpoint.tensors[name].form] += 1
         return dict(counts[0]), dict(counts[1])
 
     def unused(self) -> Unused:

@@ -113,7 +113,7 @@ def _packing(mapped: MappedCheckpoint, spec: ParamSpec, dtype: np.dtype) -> Pack
             return "a part of them is not quantized"
         packing = tensor.weight.packing
         if packing is None:
-            return f"{tensor.weight.format.describe()} does not stay packed"
+            return f"{tensor.form} does not stay packed"
         axes = _axes(block, len(spec.shape))
         if axes is None:
             return "their inputs and outputs are not dims of their own in the checkpoint"
