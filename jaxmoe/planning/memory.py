@@ -2,7 +2,7 @@
 
 import dataclasses
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -123,9 +123,11 @@ def plan(
     checkpoint = PlannedCheckpoint.read(path)
     if quantized not in ("keep", "dequantize"):
         raise ValueError(f'quantized is "keep" or "dequantize"; got {quantized!r}')
-    return _plan(
+    return plan_config(
         checkpoint.config,
-        sizes={"dp": dp, "tp": tp, "ep": ep},
+        dp=dp,
+        tp=tp,
+        ep=ep,
         placement=placement,
         expert_axes=expert_axes,
         dtype=dtype,
@@ -149,36 +151,13 @@ def plan_config(
     batch_size: int = 1,
     max_length: int | None = None,
     device: str | None = None,
-) -> Plan:
-    """Plan a config that has been read, see `plan`; its weights are plain."""
-    return _plan(
-        config,
-        sizes={"dp": dp, "tp": tp, "ep": ep},
-        placement=placement,
-        expert_axes=expert_axes,
-        dtype=dtype,
-        batch_size=batch_size,
-        max_length=max_length,
-        device=device,
-    )
-
-
-def _plan(
-    config: DecoderConfig,
-    *,
-    sizes: Mapping[str, int],
-    placement: str | ExpertPlacement | Sequence[str | ExpertPlacement],
-    expert_axes: tuple[str, ...],
-    dtype: str | None,
-    batch_size: int,
-    max_length: int | None,
-    device: str | None,
     checkpoint: PlannedCheckpoint | None = None,
     keep: bool = False,
 ) -> Plan:
+    """Plan a config that has been read, see `plan`; its weights are plain where there is no `checkpoint`, or no `keep`."""
     if max_length is None:
         max_length = min(4096, config.max_position_embeddings)
-    sizes = {name: integer(name, size, least=1) for name, size in sizes.items()}
+    sizes = {name: integer(name, size, least=1) for name, size in {"dp": dp, "tp": tp, "ep": ep}.items()}
     batch_size = integer("batch_size", batch_size, least=1)
     max_length = integer("max_length", max_length, least=1)
     gpu = None if device is None else get_gpu(device)
