@@ -262,7 +262,7 @@ class MoE(nnx.Module):
         return y_TD.reshape(x.shape), stats
 
     def _routed_weights(self) -> RoutedWeights:
-        stacks, _ = self._specs.typed(self, ExpertStacks)
+        stacks = self._specs.values_as(self, ExpertStacks)
         return RoutedWeights(held(self, RouterWeights), stacks, held(self, PlacementTables))
 
     def _shared(self, x_TD: jax.Array) -> jax.Array:
@@ -325,5 +325,5 @@ class MoE(nnx.Module):
             dispatch=backend,
             kernels=self.kernels,
             replica_choice=self.replica_choice,
-            stack_specs=tuple(jax.tree.leaves(self._specs.typed(self, ExpertStacks)[1])),
+            stack_specs=tuple(jax.tree.leaves(self._specs.specs_as(self, ExpertStacks))),
         )

@@ -57,34 +57,34 @@ class WeightSpecs:
         if packing is None:
             return values
         arrays = {role: getattr(module, name + PART_ENDINGS[role])[...] for role in packing.roles[1:]}
-        block = packing.units("scale", (*values.shape[:-1], values.shape[-1] * packing.per_byte))
-        return _stack(packing, block, {"values": values, **arrays})
+        return _stack(packing, values.shape, {"values": values, **arrays})
 
     def spec(self, module: nnx.Module, name: str) -> Any:
         """Give the spec of one parameter, a tree like its value."""
         packing, specs = dict(self.packings).get(name), dict(self.by_name)
         if packing is None:
             return specs[name]
-        stack = self.value(module, name)
-        assert isinstance(stack, QuantizedStack)
         arrays = {role: specs[name + PART_ENDINGS[role]] for role in packing.roles}
-        return _stack(packing, stack.block, arrays)
+        return _stack(packing, getattr(module, name).shape, arrays)
 
-    def typed(self, module: nnx.Module, kind: type[Weights]) -> tuple[Weights, Weights]:
-        """Give values and specs as tuples of `kind`, whose fields are parameters' names; None for those that it lacks."""
-        names = [name if hasattr(module, name) else None for name in kind._fields]
-        values = kind._make([None if name is None else self.value(module, name) for name in names])
-        return values, kind._make([None if name is None else self.spec(module, name) for name in names])
+    def values_as(self, module: nnx.Module, kind: type[Weights]) -> Weights:
+        """Give values as a tuple of `kind`, whose fields are parameters' names; None for those that the module lacks."""
+        return kind._make([self.value(module, name) if hasattr(module, name) else None for name in kind._fields])
+
+    def specs_as(self, module: nnx.Module, kind: type[Weights]) -> Weights:
+        """Give the specs of `values_as`, a tree like it."""
+        return kind._make([self.spec(module, name) if hasattr(module, name) else None for name in kind._fields])
 
 
-def _stack(packing: Packing, block: tuple[int, int], arrays: Mapping[str, Any]) -> QuantizedStack:
+def _stack(packing: Packing, shape: tuple[int, ...], arrays: Mapping[str, Any]) -> QuantizedStack:
+    """Put the arrays of a packed parameter, or what stands for them, together; `shape` is that of its numbers."""
     return QuantizedStack(
         values=arrays["values"],
         scales=arrays["scale"],
         zero_points=arrays.get("zero_point"),
         matrix_scales=arrays.get("matrix_scale"),
         format=packing.format,
-        block=block,
+        block=packing.units("scale", (*shape[:-1], shape[-1] * packing.per_byte)),
     )
 
 

@@ -48,7 +48,8 @@ def test_specs_are_those_of_the_arrays_however_the_module_is_made(maker) -> None
 
 def test_weights_by_name_and_in_tuples() -> None:
     layer = MoE(CONFIG, mesh=mesh_of(1, 2, 2), rngs=nnx.Rngs(0))
-    stacks, specs = WeightSpecs.of(layer).typed(layer, ExpertStacks)
+    noted = WeightSpecs.of(layer)
+    stacks, specs = noted.values_as(layer, ExpertStacks), noted.specs_as(layer, ExpertStacks)
     np.testing.assert_array_equal(stacks.w_down, layer.w_down[...])
     assert specs == ExpertStacks(P(("ep",), None, ("tp",), None), P(("ep",), None, ("tp",)))
     assert (stacks.b_gate_up, stacks.b_down) == (None, None)
