@@ -3,18 +3,17 @@
 import dataclasses
 import math
 import time
-from collections import Counter, defaultdict
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Collection, Mapping, Sequence
 
 import jax
 from jax.sharding import Mesh
 
-from jaxmoe.checkpoint.boxes import volume
-from jaxmoe.checkpoint.loading import LoadReport, load_arrays, plan_load
+from jaxmoe.checkpoint.loading import LoadReport, bytes_per_device, load_arrays, plan_load
 from jaxmoe.checkpoint.mapping import FamilyCheckpoint, hold_packed, is_expert_stack, layer_index
 from jaxmoe.checks import instance_of
 from jaxmoe.elastic.assemble import assemble
-from jaxmoe.elastic.relocate import Relocation, device_boxes, plan_relocation
+from jaxmoe.elastic.relocate import Relocation, plan_relocation
 from jaxmoe.layers import (
     ParamSpec,
     check_usable,
@@ -110,12 +109,13 @@ def move(
         index = _layer(path)
         moe, stack = moved.layers[index].moe, new_params[path]
         stack.set_value(fill_slots(stack.get_value(), experts, by_rank(lost_slots[index], moe.placement), moe))
+    arrays = {path: param.get_value() for path, param in new_params.items()}
     moved.load_report = dataclasses.replace(
         report,
         seconds=time.perf_counter() - start,
         held=held_forms(moved, moved.dtype),
-        bytes_per_device=_bytes_per_device(new.values()),
-        expert_bytes_per_device=_bytes_per_device([spec for path, spec in new.items() if is_expert_stack(path)]),
+        bytes_per_device=bytes_per_device(arrays.values()),
+        expert_bytes_per_device=bytes_per_device(arrays[path] for path in arrays if is_expert_stack(path)),
     )
     return moved
 
@@ -218,14 +218,6 @@ def _fewer_slots(stack: ParamSpec, places: Sequence[Sequence[int]]) -> ParamSpec
     for rank, own in enumerate(places):
         rows += [stack.rows[rank * per_rank + place] for place in own] + [-1] * (most - len(own))
     return dataclasses.replace(stack, shape=(len(rows), *stack.shape[1:]), rows=tuple(rows))
-
-
-def _bytes_per_device(specs: Iterable[ParamSpec]) -> dict[int, int]:
-    total: Counter[int] = Counter()
-    for spec in specs:
-        for device, box in device_boxes(spec).items():
-            total[device.id] += volume(box) * spec.dtype.itemsize
-    return dict(sorted(total.items()))
 
 
 _NOTHING_READ = LoadReport(

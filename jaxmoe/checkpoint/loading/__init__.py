@@ -5,7 +5,7 @@ from jaxmoe.checkpoint.loading.execute import load_arrays, load_shards
 from jaxmoe.checkpoint.loading.load import load
 from jaxmoe.checkpoint.loading.merge import merge_adapter
 from jaxmoe.checkpoint.loading.plan import LoadPlan, make_load_plan, plan_load, plan_packed
-from jaxmoe.checkpoint.loading.report import AdapterReport, LoadReport
+from jaxmoe.checkpoint.loading.report import AdapterReport, LoadReport, bytes_per_device
 from jaxmoe.checkpoint.loading.threads import run_in_threads
 
 __all__ = [
@@ -13,6 +13,7 @@ __all__ = [
     "LoadPlan",
     "LoadReport",
     "aligned_array",
+    "bytes_per_device",
     "load",
     "load_arrays",
     "load_shards",

@@ -14,7 +14,7 @@ from jaxmoe.checkpoint.errors import CheckpointError, Problems
 from jaxmoe.checkpoint.formats import DTYPE_NAMES
 from jaxmoe.checkpoint.loading.execute import load_arrays
 from jaxmoe.checkpoint.loading.plan import LoadPlan, plan_load
-from jaxmoe.checkpoint.loading.report import LoadReport
+from jaxmoe.checkpoint.loading.report import LoadReport, bytes_per_device
 from jaxmoe.checkpoint.mapping import MappedCheckpoint, is_expert_stack, layer_index, linear_kind
 from jaxmoe.kernels.grouped_matmul import dequantize
 from jaxmoe.kernels.grouped_matmul.quantize import quantize
@@ -127,10 +127,8 @@ def load_quantized(
         bytes_needed=whole.bytes_needed,
         seconds=sum(report.seconds for report in reports),
         tensors_read=sum(report.tensors_read for report in reports),
-        bytes_per_device=_bytes_per_device(arrays),
-        expert_bytes_per_device=_bytes_per_device(
-            {path: array for path, array in arrays.items() if is_expert_stack(path)}
-        ),
+        bytes_per_device=bytes_per_device(arrays.values()),
+        expert_bytes_per_device=bytes_per_device(arrays[path] for path in arrays if is_expert_stack(path)),
         ignored=whole.ignored,
         quantized=target,
         losses=_losses(losses),
@@ -176,11 +174,3 @@ def _losses(found: Mapping[tuple[int, str], Sequence[tuple[int, np.ndarray]]]) -
         rms = float(np.sqrt(squares / (of_values or 1.0)))
         losses.append(QuantizationLoss(layer=layer, kind=kind, weights=weights, rms=rms, max=float(worst)))
     return tuple(sorted(losses, key=lambda loss: loss.layer))
-
-
-def _bytes_per_device(arrays: Mapping[str, jax.Array]) -> dict[int, int]:
-    total: dict[int, int] = defaultdict(int)
-    for array in arrays.values():
-        for shard in array.addressable_shards:
-            total[shard.device.id] += shard.data.nbytes
-    return dict(sorted(total.items()))

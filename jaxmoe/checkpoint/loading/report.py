@@ -1,7 +1,11 @@
 """The report of a load: what was read, what each device holds, what was ignored."""
 
 import dataclasses
+from collections import Counter
+from collections.abc import Iterable
 from typing import Any
+
+import jax
 
 from jaxmoe.quant.encode import QuantizationLoss
 
@@ -82,3 +86,12 @@ class LoadReport:
         for what, formats in (("kept packed", self.packed), ("decoded", self.decoded)):
             lines += [f"{what}: {count:,} weights in {form}" for form, count in formats.items()]
         return "\n".join([*lines, *self.notes])
+
+
+def bytes_per_device(arrays: Iterable[jax.Array]) -> dict[int, int]:
+    """Count the bytes of arrays on each device of this process, by its id."""
+    total: Counter[int] = Counter()
+    for array in arrays:
+        for shard in array.addressable_shards:
+            total[shard.device.id] += shard.data.nbytes
+    return dict(sorted(total.items()))
