@@ -30,11 +30,16 @@ class ChosenKeys(NamedTuple):
 
     Attributes:
         by: [B, S, ...], what the choice is made by, for each token.
-        choose: function of `by` of s of the tokens, and of their positions [B, s], to bool [B, G, s, C].
+        choose: function of `by` of s of the tokens, and of their positions [B, s], to bool [B, G, s, C]; G may be 1.
     """
 
     by: jax.Array
     choose: Callable[[jax.Array, jax.Array], jax.Array]
+
+    @classmethod
+    def of(cls, among_BSC: jax.Array) -> "ChosenKeys":
+        """Make a choice that is known, bool [B, S, C], the same for all heads."""
+        return cls(among_BSC, lambda among_BsC, positions_Bs: among_BsC[:, None])
 
 
 class KVCache(NamedTuple):
@@ -56,37 +61,32 @@ def attend(
     scale: float,
     mask: AttentionMask | None = None,
     sinks_H: jax.Array | None = None,
-    among_BSC: jax.Array | None = None,
     chosen: ChosenKeys | None = None,
 ) -> jax.Array:
     """softmax(scale · q kᵀ + causal mask) v, the softmax in float32; returns [B, S, H, v].
 
     A query at position t sees the keys at indices 0..t, or with a mask those from `mask.first_seen(t)` on, and of them only
-    those where `among_BSC` is true or that are chosen, if either is given. Indices beyond t may hold anything finite. A
-    head's sink is one more logit that takes its share of the softmax and adds nothing (Xiao et al. 2023, arXiv:2309.17453).
+    those that are chosen, if a choice is given. Indices beyond t may hold anything finite. A head's sink is one more logit
+    that takes its share of the softmax and adds nothing (Xiao et al. 2023, arXiv:2309.17453).
     """
     B, _, H, h = q_BSHh.shape
     G, C = k_BGCh.shape[1:3]
     index_11C = jnp.arange(C, dtype=jnp.int32)[None, None]
 
-    def block(q_BsHh: jax.Array, positions_Bs: jax.Array, *more: jax.Array) -> jax.Array:
+    def block(q_BsHh: jax.Array, positions_Bs: jax.Array, *by: jax.Array) -> jax.Array:
         q_BsGqh = q_BsHh.reshape(B, -1, G, H // G, h)
         scores = jnp.einsum("bsgqh,bgch->bgqsc", q_BsGqh, k_BGCh, preferred_element_type=jnp.float32) * scale
         seen_BsC = index_11C <= positions_Bs[..., None]
         if mask is not None:
             seen_BsC &= index_11C >= mask.first_seen(positions_Bs[..., None])
-        rest = iter(more)
-        if among_BSC is not None:
-            seen_BsC &= next(rest)
         seen_BGsC = seen_BsC[:, None]
         if chosen is not None:
-            seen_BGsC = seen_BGsC & chosen.choose(next(rest), positions_Bs)
+            seen_BGsC = seen_BGsC & chosen.choose(by[0], positions_Bs)
         scores = jnp.where(seen_BGsC[:, :, None], scores, -jnp.inf)
         probabilities = _softmax(scores, sinks_H).astype(v_BGCv.dtype)
         return jnp.einsum("bgqsc,bgcv->bsgqv", probabilities, v_BGCv).reshape(B, -1, H, v_BGCv.shape[-1])
 
-    more = (among_BSC, None if chosen is None else chosen.by)
-    return by_query_blocks(block, q_BSHh, positions_BS, *[array for array in more if array is not None])
+    return by_query_blocks(block, q_BSHh, positions_BS, *([] if chosen is None else [chosen.by]))
 
 
 def by_query_blocks(block: Callable[..., jax.Array], *queries: jax.Array) -> jax.Array:

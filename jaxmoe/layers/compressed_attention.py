@@ -14,7 +14,7 @@ from flax import nnx
 from jax.sharding import PartitionSpec as P
 
 from jaxmoe.config import CompressedAttentionConfig, IndexerConfig
-from jaxmoe.layers.attention import attend
+from jaxmoe.layers.attention import ChosenKeys, attend
 from jaxmoe.layers.cache import CacheArray, cache_specs, write_prompt
 from jaxmoe.layers.compressor import Compressor, CompressorCache, CompressorWeights
 from jaxmoe.layers.indexer import IndexerQueries, choose_for_prompt, choose_for_token, head_shares
@@ -155,7 +155,7 @@ class CompressedAttention(nnx.Module):
             jnp.full_like(positions_BS, k_BCh.shape[1] - 1),
             scale=config.head_dim**-0.5,
             sinks_H=w["sinks"],
-            among_BSC=seen_BSC,
+            chosen=ChosenKeys.of(seen_BSC),
         )
         o_BSHh = turn_back_tail(o_BSHh, positions_BS, config.rope)
         groups = config.output_groups // jax.lax.axis_size(TP)

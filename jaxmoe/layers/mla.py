@@ -14,7 +14,7 @@ from flax import nnx
 from jax.sharding import PartitionSpec as P
 
 from jaxmoe.config import IndexerConfig, MLAConfig
-from jaxmoe.layers.attention import attend
+from jaxmoe.layers.attention import ChosenKeys, attend
 from jaxmoe.layers.cache import CacheArray, cache_specs, write_prompt, write_token
 from jaxmoe.layers.indexer import (
     choose_for_prompt,
@@ -55,7 +55,7 @@ def attend_expanded(
     positions_BS: jax.Array,
     *,
     scale: float,
-    among_BSC: jax.Array | None = None,
+    chosen: ChosenKeys | None = None,
 ) -> jax.Array:
     """Attend with each head's keys and values made from the latents; returns [B, S, H, v].
 
@@ -64,7 +64,7 @@ def attend_expanded(
         softmax(scale · (q_nope (W_k c)ᵀ + q_rope rope_keyᵀ) + causal mask) (W_v c)
 
     DeepSeek-V2 (arXiv:2405.04434), equations 9 to 19. Best for a whole prompt: a key costs less to make than all its
-    queries' products with the wider latent would. `among_BSC` is that of `attend`.
+    queries' products with the wider latent would. `chosen` is that of `attend`.
     """
     n = q_nope_BSHn.shape[-1]
     kv_BHCa = jnp.einsum("bcl,hal->bhca", cache.latent, w_kv_HaL)
@@ -75,7 +75,7 @@ def attend_expanded(
         kv_BHCa[..., n:],
         positions_BS,
         scale=scale,
-        among_BSC=among_BSC,
+        chosen=chosen,
     )
 
 
@@ -214,7 +214,7 @@ class LatentAttention(nnx.Module):
             seen = jax.tree.map(lambda array: jnp.take_along_axis(array, chosen[:, 0, :, None], axis=1), seen)
             attend = partial(attend_absorbed, at_BSC=chosen)
         elif chosen is not None:
-            attend = partial(attend_expanded, among_BSC=chosen)
+            attend = partial(attend_expanded, chosen=ChosenKeys.of(chosen))
         o_BSHv = attend(q_nope_BSHn, q_rope_BSHr, seen, w_kv_HaL, positions_BS, scale=config.scale)
         o_BSA = o_BSHv.reshape(*o_BSHv.shape[:2], -1)
         y_BSD = self.linear(o_BSA, w["w_o"], jnp.float32)
