@@ -7,9 +7,11 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
+from jax.sharding import PartitionSpec as P
 
 from jaxmoe.kernels.grouped_matmul import BACKENDS, ROW_FORMATS, dequantize, expert_mlp, grouped_matmul, quantize_rows
 from tests.support.kernels import arrays, exact, int32, needs_mosaic, packed_stack, poison, rows_and_matrices
+from tests.support.meshes import mesh_of
 
 DYNAMIC = [name for name, form in ROW_FORMATS.items() if form and not form.static]
 STATIC = [name for name, form in ROW_FORMATS.items() if form and form.static]
@@ -22,10 +24,12 @@ def quantized(x_RK, format, scales_R=None):
     """Values and scales, each as float32, by numpy."""
     x_RK = np.asarray(x_RK, np.float32)
     K = x_RK.shape[1]
-    block = 128 if format == "fp8_block" else K
+    block = 128 if "block" in format else K
     blocks = [x_RK[:, first : first + block] for first in range(0, K, block)]
     dtype, largest = (ml_dtypes.float8_e4m3fn, 448) if format.startswith("fp8") else (np.int8, 127)
     scales = [np.abs(b).max(1) / np.float32(largest) if scales_R is None else scales_R for b in blocks]
+    if format.endswith("e8m0"):
+        scales = [np.exp2(np.ceil(np.log2(s))) for s in scales]
     values = [np.clip(b / s[:, None], -largest, largest) for b, s in zip(blocks, scales, strict=True)]
     values = [(np.rint(v) if dtype == np.int8 else v).astype(dtype).astype(np.float32) for v in values]
     return np.concatenate(values, 1), np.stack(scales, 1)
@@ -34,7 +38,7 @@ def quantized(x_RK, format, scales_R=None):
 def rounded(x_RK, format, scales_R=None):
     """values · scales, in float64."""
     values, scales = quantized(x_RK, format, scales_R)
-    block = 128 if format == "fp8_block" else x_RK.shape[1]
+    block = 128 if "block" in format else x_RK.shape[1]
     return values.astype(np.float64) * scales.repeat(block, 1)[:, : x_RK.shape[1]]
 
 
@@ -63,6 +67,25 @@ def test_rows_of_zeros_and_of_the_smallest_numbers_are_finite(format) -> None:
     assert np.isfinite(np.asarray(rows.values, np.float32)).all()
     assert (np.asarray(rows.scales) > 0).all()
     assert not np.asarray(rows.values, np.float32)[0].any()
+
+
+@pytest.mark.parametrize("format", DYNAMIC)
+@pytest.mark.parametrize("K", [24, 64, 160])
+def test_scales_of_rows_that_devices_share_are_those_of_whole_rows(format, K) -> None:
+    """Blocks of 128 that end inside of a device's columns, and that are whole there."""
+    mesh, sizes = mesh_of(1, 4, 2), ("tp", "ep")
+    x_RK = jnp.asarray(np.random.default_rng(0).normal(size=(5, 8 * K)) * np.arange(1, 8 * K + 1), jnp.float32)
+
+    def here(x):
+        rows = quantize_rows(x, format, split_over=sizes)
+        scales = jnp.repeat(rows.scales, rows.block, axis=1)[:, :K]
+        return rows.values.astype(jnp.float32), scales
+
+    split = P(None, sizes)
+    found = jax.jit(jax.shard_map(here, mesh=mesh, in_specs=split, out_specs=(split, split)))(x_RK)
+    whole = quantize_rows(x_RK, format)
+    np.testing.assert_array_equal(found[0], whole.values.astype(jnp.float32))
+    np.testing.assert_array_equal(found[1], jnp.repeat(whole.scales, whole.block, axis=1)[:, : 8 * K])
 
 
 def test_ties_go_to_even() -> None:

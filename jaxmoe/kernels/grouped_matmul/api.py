@@ -23,6 +23,7 @@ def grouped_matmul(
     *,
     activations: str = "none",
     input_scales_G: jax.Array | None = None,
+    split_over: tuple[str, ...] = (),
     out_dtype: DTypeLike | None = None,
     backend: str = "auto",
     device_kind: str | None = None,
@@ -39,9 +40,11 @@ def grouped_matmul(
         group_sizes_G: int32, rows of each group; zeros are welcome.
         activations: name in `ROW_FORMATS`, of what rows are rounded to before a product with packed matrices, as
             `quantize_rows` does it: 8 bits with a scale a row ("fp8_token", "int8_token"), for each 128 columns of it
-            ("fp8_block"), or one that is given for each group ("fp8_static", "int8_static"). "none" leaves them as they are.
-            In gradients it is as if nothing were rounded.
+            ("fp8_block", or "fp8_block_e8m0" with powers of two), or one that is given for each group ("fp8_static",
+            "int8_static"). "none" leaves them as they are. In gradients it is as if nothing were rounded.
         input_scales_G: float32, the scales of static activations.
+        split_over: axes of the `shard_map` over which the columns of rows and matrices are split, for the scales of
+            activations: they are those of whole rows. The result is a partial sum, as it is without.
         out_dtype: dtype of the result, lhs_RK's by default. Sums are float32 (float64 for float64 rows) whatever it is.
         backend: name in `BACKENDS` or `GPU_BACKENDS`, or "auto".
         device_kind: `jax.Device.device_kind` of the devices that it will run on. A GPU backend takes the tiles that were
@@ -65,7 +68,10 @@ def grouped_matmul(
     _check_rows(lhs_RK, group_sizes_G)
     _check_matrix("rhs", rhs_GNK, (rhs_GNK.shape[1], lhs_RK.shape[1]), lhs_RK, group_sizes_G)
     _check_activations(activations, input_scales_G, (len(group_sizes_G),), rhs=rhs_GNK)
-    return load_backend(backend, rhs_GNK, activations=activations, input_scales=input_scales_G).grouped_matmul(
+    kernels = load_backend(
+        backend, rhs_GNK, activations=activations, input_scales=input_scales_G, split_over=split_over
+    )
+    return kernels.grouped_matmul(
         lhs_RK,
         _flatten(rhs_GNK),
         group_sizes_G,
@@ -86,6 +92,7 @@ def expert_mlp(
     limit: float | None = None,
     activations: str = "none",
     input_scales_p2: jax.Array | None = None,
+    split_over: tuple[str, ...] = (),
     out_dtype: DTypeLike | None = None,
     backend: str = "auto",
     device_kind: str | None = None,
@@ -112,6 +119,7 @@ def expert_mlp(
         limit: limit of a clamped activation.
         activations: name in `ROW_FORMATS`, of what x and h are rounded to before their products, as in `grouped_matmul`.
         input_scales_p2: float32, the scales of static activations: of x at [:, 0], of h at [:, 1].
+        split_over: axes of the `shard_map` over which F is split, for the scales of h, as in `grouped_matmul`.
         out_dtype: dtype of the result, x_RD's by default. Sums are float32 (float64 for float64 rows) whatever it is.
         backend: name in `BACKENDS` or `GPU_BACKENDS`, or "auto".
         device_kind: `jax.Device.device_kind` of the devices that it will run on. A GPU backend takes the tiles that were
@@ -149,7 +157,10 @@ def expert_mlp(
             raise ValueError(f"{name} must have shape {shape} to fit the matrices; got {bias.shape}.")
     _check_activations(activations, input_scales_p2, (p, 2), w_gate_up=w_gate_up_p2FD, w_down=w_down_pDF)
     stacks = w_gate_up_p2FD, w_down_pDF
-    return load_backend(backend, *stacks, activations=activations, input_scales=input_scales_p2).expert_mlp(
+    kernels = load_backend(
+        backend, *stacks, activations=activations, input_scales=input_scales_p2, split_over=split_over
+    )
+    return kernels.expert_mlp(
         x_RD,
         _flatten(w_gate_up_p2FD),
         _flatten(w_down_pDF),

@@ -97,8 +97,8 @@ class Backend:
     Attributes:
         module: name of the module, which is as `Kernels` says.
         formats: names of the formats of a `QuantizedStack` that it takes; others are refused before it is called.
-        activations: names in `ROW_FORMATS` that it has products of its own for: its functions take `activations` and
-            `input_scales`. For others it is given rounded rows in float32.
+        activations: names in `ROW_FORMATS` that it has products of its own for: its functions take `activations`,
+            `input_scales` and `split_over`. For others it is given rounded rows in float32.
     """
 
     module: str
@@ -171,7 +171,11 @@ GPU_BACKENDS: dict[str, GPUBackend] = {
 
 
 def load_backend(
-    name: str, *stacks: Matrices, activations: str = "none", input_scales: jax.Array | None = None
+    name: str,
+    *stacks: Matrices,
+    activations: str = "none",
+    input_scales: jax.Array | None = None,
+    split_over: tuple[str, ...] = (),
 ) -> Kernels:
     """Load the backend of that name, if it takes these stacks; "auto" is "portable".
 
@@ -180,6 +184,7 @@ def load_backend(
         stacks: stacks that it has to take.
         activations: name in `ROW_FORMATS`, of what rows are to be rounded to.
         input_scales: scales of static activations, see `OnRoundedRows`.
+        split_over: mesh axes over which columns of rows are split, see `OnRoundedRows`.
 
     Raises:
         ValueError: there is no backend of that name.
@@ -199,9 +204,9 @@ def load_backend(
     if activations == "none":
         return kernels
     if activations not in tables[name].activations:
-        return OnRoundedRows(kernels, activations, input_scales)
+        return OnRoundedRows(kernels, activations, input_scales, split_over)
     module: Any = kernels
-    more = {"activations": activations, "input_scales": input_scales}
+    more = {"activations": activations, "input_scales": input_scales, "split_over": split_over}
     functions = {name: partial(getattr(module, name), **more) for name in ("grouped_matmul", "expert_mlp")}
     return cast("Kernels", SimpleNamespace(**functions))
 

@@ -33,6 +33,7 @@ def grouped_matmul(
     device_kind: str | None = None,
     activations: str = "none",
     input_scales: jax.Array | None = None,
+    split_over: tuple[str, ...] = (),
     interpret: bool = False,
 ) -> jax.Array:
     """out[r] = rhs[g(r)] @ lhs[r]; see `Kernels.grouped_matmul`.
@@ -43,13 +44,14 @@ def grouped_matmul(
 
     def forward(arrays: Any, group_sizes_G: jax.Array) -> jax.Array:
         lhs_RK, rhs_GNK, scales_G = arrays
-        rows = _quantized(lhs_RK, activations, group_sizes_G, scales_G)
+        rows = _quantized(lhs_RK, activations, group_sizes_G, scales_G, split_over)
         options = (out_dtype, (tiles, measured), device_kind, interpret)
         return _product(rows, rhs_GNK, None, group_sizes_G, _identity, 1, *options)
 
     def same(arrays: Any, group_sizes_G: jax.Array) -> jax.Array:
         lhs_RK, rhs_GNK, scales = arrays
-        return _portable(activations, scales).grouped_matmul(lhs_RK, rhs_GNK, group_sizes_G, out_dtype=out_dtype)
+        backend = _portable(activations, scales, split_over)
+        return backend.grouped_matmul(lhs_RK, rhs_GNK, group_sizes_G, out_dtype=out_dtype)
 
     arrays = (lhs_RK, rhs_GNK, input_scales)
     return _owned_only(with_gradient_of(same, forward, arrays, group_sizes_G), group_sizes_G)
@@ -69,6 +71,7 @@ def expert_mlp(
     device_kind: str | None = None,
     activations: str = "none",
     input_scales: jax.Array | None = None,
+    split_over: tuple[str, ...] = (),
     interpret: bool = False,
 ) -> jax.Array:
     """y = W_down[g] @ combine(W_up[g] @ x + b_up[g]) + b_down[g]; see `Kernels.expert_mlp`.
@@ -90,12 +93,12 @@ def expert_mlp(
         down = (out_dtype, (tiles[1], measured_down), device_kind, interpret)
         rows = _quantized(x_RD, activations, group_sizes_p, scales[0])
         h_RF = _product(rows, w_up, b_up, group_sizes_p, finish, halves, *up)
-        rows = _quantized(h_RF, activations, group_sizes_p, scales[1])
+        rows = _quantized(h_RF, activations, group_sizes_p, scales[1], split_over)
         return _product(rows, w_down, b_down, group_sizes_p, _identity, 1, *down)
 
     def same(arrays: Any, group_sizes_p: jax.Array) -> jax.Array:
         x_RD, w_up, w_down, b_up, b_down, scales = arrays
-        return _portable(activations, scales).expert_mlp(
+        return _portable(activations, scales, split_over).expert_mlp(
             x_RD, w_up, w_down, group_sizes_p, b_up_pN=b_up, b_down_pD=b_down, combine=combine, out_dtype=out_dtype
         )
 
@@ -103,17 +106,21 @@ def expert_mlp(
     return _owned_only(with_gradient_of(same, forward, arrays, group_sizes_p), group_sizes_p)
 
 
-def _portable(activations: str, input_scales: jax.Array | None) -> Kernels:
-    return portable if activations == "none" else OnRoundedRows(portable, activations, input_scales)
+def _portable(activations: str, input_scales: jax.Array | None, split_over: tuple[str, ...]) -> Kernels:
+    return portable if activations == "none" else OnRoundedRows(portable, activations, input_scales, split_over)
 
 
 def _quantized(
-    rows_RK: jax.Array, activations: str, group_sizes_G: jax.Array, scales_G: jax.Array | None
+    rows_RK: jax.Array,
+    activations: str,
+    group_sizes_G: jax.Array,
+    scales_G: jax.Array | None,
+    split_over: tuple[str, ...] = (),
 ) -> jax.Array | QuantizedRows:
     if activations == "none":
         return rows_RK
     scales_R = scales_of_rows(rows_RK.shape[0], group_sizes_G, scales_G)
-    return quantize_rows(rows_RK, activations, scales_R=scales_R)
+    return quantize_rows(rows_RK, activations, scales_R=scales_R, split_over=split_over)
 
 
 def problem_of(
