@@ -135,6 +135,7 @@ def _add_load_options(parser: argparse.ArgumentParser) -> None:
     options.add_placement(group)
     group.add_argument("--dtype", help="of weights and activations (default: the checkpoint's own)")
     options.add_quantized(group)
+    options.add_activations(group)
     options.add_adapter(group)
     options.add_expert_axes(group)
     group.add_argument(
@@ -158,6 +159,7 @@ def _load(args: argparse.Namespace, mesh: "Mesh") -> Any:
         placement=options.read_placement(args.placement),
         dtype=args.dtype,
         quantized=args.quantized,
+        activations=args.activations,
         adapter=args.adapter,
         expert_axes=args.expert_axes,
         dispatch=args.dispatch,

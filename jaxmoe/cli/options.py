@@ -48,6 +48,15 @@ def add_quantized(parser: argparse._ActionsContainer, default: str | None = None
     )
 
 
+def add_activations(parser: argparse._ActionsContainer) -> None:
+    """Add ``--activations``."""
+    parser.add_argument(
+        "--activations",
+        choices=("checkpoint",),
+        help="round the inputs of packed weights as the checkpoint asks (default: as they are)",
+    )
+
+
 def make_mesh(args: argparse.Namespace) -> "Mesh":
     """Make the mesh that ``--mesh`` and ``--simulate`` ask for."""
     from jaxmoe.mesh import make_mesh, simulate_devices

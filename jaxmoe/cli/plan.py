@@ -32,6 +32,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", metavar="NAME", help="compare with the memory of a kind of device, such as h100")
     parser.add_argument("--dtype", help="of weights and cache (default: the config's own)")
     options.add_quantized(parser, default="keep")
+    options.add_activations(parser)
     parser.add_argument("--batch-size", type=options.count, default=1, metavar="B", help="sequences to hold (1)")
     parser.add_argument("--max-length", type=options.count, metavar="C", help="tokens of each (4096)")
     parser.add_argument("--json", action="store_true", help="everything as one JSON object")
@@ -48,6 +49,7 @@ def run(args: argparse.Namespace) -> None:
         expert_axes=args.expert_axes,
         dtype=args.dtype,
         quantized=args.quantized,
+        activations=args.activations,
         batch_size=args.batch_size,
         max_length=args.max_length,
         device=args.device,
@@ -88,6 +90,8 @@ def _print(report: "Plan") -> None:
 
 def _describe_stored(report: "Plan") -> str:
     """A sentence on the files: their bytes, and the formats of quantized parts."""
+    from jaxmoe.quant.activations import describe_asked
+
     assert report.stored is not None
     text = f"{show_bytes(report.stored.nbytes)} of weights in the checkpoint"
     if report.stored.method is None:
@@ -98,4 +102,4 @@ def _describe_stored(report: "Plan") -> str:
     packed = {part: [form for form in forms if " scales of " in form] for part, forms in report.held.items()}
     held = [f"{part} as {' and '.join(sorted(forms))}" for part, forms in packed.items() if forms]
     text += f"; held packed: {'; '.join(held)}" if held else f"; they are held decoded, in {report.dtype}"
-    return "\n".join([text, *report.notes])
+    return "\n".join([text, *report.notes, *describe_asked(report.stored.activations)])

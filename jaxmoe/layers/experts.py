@@ -10,6 +10,7 @@ from jaxmoe.config import MoEConfig
 from jaxmoe.dispatch import Experts
 from jaxmoe.kernels.grouped_matmul import combine_halves, expert_mlp
 from jaxmoe.layers.param import ParamFactory, zeros
+from jaxmoe.layers.weights import RoundingStack
 from jaxmoe.mesh import axes_size
 from jaxmoe.placement import ExpertPlacement
 
@@ -89,10 +90,11 @@ def local_experts(
         stacks = stacks._replace(b_down=jnp.where(first, stacks.b_down, 0))
 
     def apply(stacks: ExpertStacks, rows_RD: jax.Array, sizes_p: jax.Array, dtype: DTypeLike) -> jax.Array:
+        up, down, rounding = _matrices(stacks)
         return expert_mlp(
             rows_RD,
-            stacks.w_gate_up,
-            stacks.w_down,
+            up,
+            down,
             sizes_p,
             b_gate_up_p2F=stacks.b_gate_up,
             b_down_pD=stacks.b_down,
@@ -101,6 +103,22 @@ def local_experts(
             out_dtype=dtype,
             backend=kernels,
             device_kind=device_kind,
+            **rounding,
         )
 
     return Experts(apply, stacks)
+
+
+def _matrices(stacks: ExpertStacks) -> tuple[Any, Any, dict[str, Any]]:
+    """The two stacks as `expert_mlp` takes them, and its arguments for inputs that are rounded."""
+    up, down = stacks.w_gate_up, stacks.w_down
+    if not isinstance(up, RoundingStack) or not isinstance(down, RoundingStack):
+        assert isinstance(up, RoundingStack) == isinstance(down, RoundingStack), "one of two stacks rounds its inputs"
+        return up, down, {}
+    assert up.activations == down.activations, f"{up.activations} and {down.activations}"
+    rounding: dict[str, Any] = {"activations": down.activations, "split_over": down.split_over}
+    if up.input_scales is not None:
+        # Gate and up have one product: where their scales differ, the larger cuts nothing off of either.
+        scales_p2 = jnp.stack([jnp.max(up.input_scales, axis=1), down.input_scales], axis=1)
+        rounding["input_scales_p2"] = jnp.where(scales_p2 > 0, scales_p2, 1)  # padding slots have zeros
+    return up.stack, down.stack, rounding

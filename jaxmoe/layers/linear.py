@@ -1,6 +1,7 @@
 """The product of activations with a matrix, plain or packed."""
 
 import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -8,6 +9,7 @@ from jax.sharding import Mesh
 from jax.typing import DTypeLike
 
 from jaxmoe.kernels.grouped_matmul import QuantizedStack, grouped_matmul
+from jaxmoe.layers.weights import RoundingStack, Weight
 
 
 @dataclasses.dataclass(frozen=True)
@@ -22,16 +24,20 @@ class Linear:
     mesh: Mesh
     kernels: str = "auto"
 
-    def __call__(
-        self, x: jax.Array, weight: jax.Array | QuantizedStack, out_dtype: DTypeLike | None = None
-    ) -> jax.Array:
-        """Multiply, [..., N]; a packed matrix is decoded as it is multiplied with.
+    def __call__(self, x: jax.Array, weight: Weight, out_dtype: DTypeLike | None = None) -> jax.Array:
+        """Multiply, [..., N]; a packed matrix is decoded as it is multiplied with, its inputs rounded where it says so.
 
         Args:
             x: [..., K].
             weight: [N, K], of x's dtype or packed.
             out_dtype: dtype of the sums and of the result; None for x's.
         """
+        rounding: dict[str, Any] = {}
+        if isinstance(weight, RoundingStack):
+            rounding = {"activations": weight.activations, "split_over": weight.split_over}
+            if weight.input_scales is not None:
+                rounding["input_scales_G"] = weight.input_scales[None]
+            weight = weight.stack
         if not isinstance(weight, QuantizedStack):
             return jnp.einsum("...k,nk->...n", x, weight, preferred_element_type=out_dtype)
         rows = x.reshape(-1, x.shape[-1])
@@ -42,5 +48,6 @@ class Linear:
             out_dtype=out_dtype,
             backend=self.kernels,
             device_kind=self.mesh.devices.flat[0].device_kind,
+            **rounding,
         )
         return y.reshape(*x.shape[:-1], -1)

@@ -16,7 +16,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from jaxmoe.layers.param import ParamSpec
 from jaxmoe.layers.weights import PART_ENDINGS, WeightSpecs
-from jaxmoe.quant.packing import Packing
+from jaxmoe.quant.packing import OF_MATRICES, Packing
 
 
 def part_specs(spec: ParamSpec, packing: Packing) -> dict[str, ParamSpec]:
@@ -40,7 +40,7 @@ def part_specs(spec: ParamSpec, packing: Packing) -> dict[str, ParamSpec]:
         rows, groups = spec.rows, spec.source_groups
         if not lead and units[0] == N:
             rows, groups = None, None
-        if role == "matrix_scale":
+        if role in OF_MATRICES:
             shape, over = tuple(lead), over[:-2]
         parts[role] = replace(
             spec,

@@ -16,9 +16,35 @@ from jaxmoe.kernels.grouped_matmul import QuantizedStack
 from jaxmoe.quant.packing import Packing
 
 Weights = TypeVar("Weights", bound=NamedTuple)
-Weight = jax.Array | QuantizedStack
 
-PART_ENDINGS = {"values": "", "scale": "_scale", "zero_point": "_zero_point", "matrix_scale": "_matrix_scale"}
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
+class RoundingStack:
+    """Packed matrices [..., N, K] whose inputs are rounded before the product; a pytree of its arrays.
+
+    Attributes:
+        stack: matrices.
+        input_scales: float32 [...], the scale of each matrix's inputs; None where scales follow from the inputs.
+        activations: form that inputs are rounded to, a name in `jaxmoe.kernels.grouped_matmul.ROW_FORMATS`.
+        split_over: mesh axes that K is split over.
+    """
+
+    stack: QuantizedStack
+    input_scales: Any
+    activations: str = dataclasses.field(metadata={"static": True})
+    split_over: tuple[str, ...] = dataclasses.field(metadata={"static": True})
+
+
+Weight = jax.Array | QuantizedStack | RoundingStack
+
+PART_ENDINGS = {
+    "values": "",
+    "scale": "_scale",
+    "zero_point": "_zero_point",
+    "matrix_scale": "_matrix_scale",
+    "input_scale": "_input_scale",
+}
 """What follows the name of a packed parameter in the names of its arrays."""
 
 
@@ -51,13 +77,13 @@ class WeightSpecs:
         return {name: self.value(module, name) for name in names}, {name: self.spec(module, name) for name in names}
 
     def value(self, module: nnx.Module, name: str) -> Weight:
-        """Give the value of one parameter, an array or a `QuantizedStack`."""
+        """Give the value of one parameter: an array, a `QuantizedStack`, or a `RoundingStack`."""
         packing = dict(self.packings).get(name)
         values = getattr(module, name)[...]
         if packing is None:
             return values
         arrays = {role: getattr(module, name + PART_ENDINGS[role])[...] for role in packing.roles[1:]}
-        return _stack(packing, values.shape, {"values": values, **arrays})
+        return self._stack(name, packing, values.shape, {"values": values, **arrays})
 
     def spec(self, module: nnx.Module, name: str) -> Any:
         """Give the spec of one parameter, a tree like its value."""
@@ -65,7 +91,7 @@ class WeightSpecs:
         if packing is None:
             return specs[name]
         arrays = {role: specs[name + PART_ENDINGS[role]] for role in packing.roles}
-        return _stack(packing, getattr(module, name).shape, arrays)
+        return self._stack(name, packing, getattr(module, name).shape, arrays)
 
     def values_as(self, module: nnx.Module, kind: type[Weights]) -> Weights:
         """Give values as a tuple of `kind`, whose fields are parameters' names; None for those that the module lacks."""
@@ -74,6 +100,19 @@ class WeightSpecs:
     def specs_as(self, module: nnx.Module, kind: type[Weights]) -> Weights:
         """Give the specs of `values_as`, a tree like it."""
         return kind._make([self.spec(module, name) if hasattr(module, name) else None for name in kind._fields])
+
+    def _stack(self, name: str, packing: Packing, shape: tuple[int, ...], arrays: Mapping[str, Any]) -> Any:
+        stack = _stack(packing, shape, arrays)
+        if packing.activations is None:
+            return stack
+        spec = dict(self.by_name)[name]
+        axes = spec[len(shape) - 1] if len(spec) == len(shape) else None
+        return RoundingStack(
+            stack=stack,
+            input_scales=arrays.get("input_scale"),
+            activations=packing.activations,
+            split_over=(axes,) if isinstance(axes, str) else tuple(axes or ()),
+        )
 
 
 def _stack(packing: Packing, shape: tuple[int, ...], arrays: Mapping[str, Any]) -> QuantizedStack:

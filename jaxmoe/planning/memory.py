@@ -91,6 +91,7 @@ def plan(
     expert_axes: tuple[str, ...] = (EP,),
     dtype: str | None = None,
     quantized: str = "keep",
+    activations: str | None = None,
     batch_size: int = 1,
     max_length: int | None = None,
     device: str | None = None,
@@ -106,6 +107,8 @@ def plan(
         dtype: type of weights and cache, "float32", "bfloat16" or "float16"; None for the config's own, or bfloat16.
         quantized: "keep" for quantized weights that stay packed where they can, "dequantize" for decoded ones, as for
             `jaxmoe.load`.
+        activations: "checkpoint" to count static scales of activations and name the form of inputs, None for weights
+            alone, as for `jaxmoe.load`.
         batch_size: number of sequences to have room for.
         max_length: number of tokens of each; None for 4096, or as many positions as the model has where those are fewer.
         device: name in `jaxmoe.hardware.GPUS`, to compare with its memory.
@@ -123,6 +126,8 @@ def plan(
     checkpoint = PlannedCheckpoint.read(path)
     if quantized not in ("keep", "dequantize"):
         raise ValueError(f'quantized is "keep" or "dequantize"; got {quantized!r}')
+    if activations not in (None, "checkpoint"):
+        raise ValueError(f'activations is "checkpoint" or None; got {activations!r}')
     return plan_config(
         checkpoint.config,
         dp=dp,
@@ -136,6 +141,7 @@ def plan(
         device=device,
         checkpoint=checkpoint,
         keep=quantized == "keep",
+        rounding=activations is not None,
     )
 
 
@@ -153,6 +159,7 @@ def plan_config(
     device: str | None = None,
     checkpoint: PlannedCheckpoint | None = None,
     keep: bool = False,
+    rounding: bool = False,
 ) -> Plan:
     """Plan a config that has been read, see `plan`; its weights are plain where there is no `checkpoint`, or no `keep`."""
     if max_length is None:
@@ -177,7 +184,7 @@ def plan_config(
         mapped = checkpoint.onto({spec.path: spec for spec in param_specs(model)})
         method = None if checkpoint.quantization is None else checkpoint.quantization.method
         stored = stored_weights(mapped, method)
-        notes = pack_model(model, mapped).notes() if keep else ()
+        notes = pack_model(model, mapped, rounding=rounding).notes() if keep else ()
     return Plan(
         model_type=config.model_type,
         mesh=sizes,

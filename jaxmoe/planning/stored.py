@@ -4,7 +4,7 @@ import dataclasses
 from collections import Counter, defaultdict
 from typing import Any
 
-from jaxmoe.checkpoint.mapping import MappedCheckpoint
+from jaxmoe.checkpoint.mapping import MappedCheckpoint, asked_activations
 from jaxmoe.models.parts import part_of
 
 
@@ -16,10 +16,12 @@ class StoredWeights:
         formats: {part of the model: {format, or "plain": bytes}}; parts are those of `Plan.parts`, and the embedding and the
             head are two.
         method: method of quantization, None where no file declares one.
+        activations: {form of activations that the checkpoint asks for, in words: parts of the model}.
     """
 
     formats: dict[str, dict[str, int]]
     method: str | None
+    activations: dict[str, tuple[str, ...]] = dataclasses.field(default_factory=dict)
 
     @property
     def nbytes(self) -> int:
@@ -45,4 +47,8 @@ def stored_weights(mapped: MappedCheckpoint, method: str | None) -> StoredWeight
         part = ends.get(param, part_of(param))
         tensor = mapped.checkpoint.tensors[name]
         formats[part][tensor.form] += tensor.nbytes
-    return StoredWeights(formats={part: dict(sizes) for part, sizes in formats.items()}, method=method)
+    return StoredWeights(
+        formats={part: dict(sizes) for part, sizes in formats.items()},
+        method=method,
+        activations=asked_activations(mapped),
+    )

@@ -8,6 +8,7 @@ from typing import ClassVar, TypeAlias
 
 import numpy as np
 
+from jaxmoe.quant.activations import Activations
 from jaxmoe.quant.packing import Packing
 
 Shape: TypeAlias = tuple[int, ...]
@@ -30,7 +31,7 @@ class Part:
         suffixes: ends of its name in place of the weight's ".weight", the usual one first.
         dtypes: element types of safetensors that it may have, the usual one first.
         required: whether a weight is incomplete without it.
-        decoded: whether values depend on it; scales of activations are known and not read.
+        decoded: whether values depend on it; scales of activations are read only where these are quantized.
     """
 
     role: str
@@ -66,6 +67,7 @@ def scale_of_activations(*suffixes: str) -> Part:
     return Part("input_scale", suffixes, ("F32", "BF16", "F16"), required=False, decoded=False)
 
 
+@dataclasses.dataclass(frozen=True)
 class QuantFormat(abc.ABC):
     """A way to store one weight in several tensors: their names, dtypes and shapes, and its values.
 
@@ -83,7 +85,11 @@ class QuantFormat(abc.ABC):
         transposed: whether the plain tensor is the transposed of the matrices.
         packed_from: parts that each array of a weight that stays packed is made from, of those that are there.
         ranks: numbers of dims that the tensor with the values may have.
+        activations: form that settings ask for of the inputs of such a weight, None where they ask for none. Formats are the
+            same whatever it is.
     """
+
+    activations: Activations | None = dataclasses.field(default=None, kw_only=True, compare=False)
 
     name: ClassVar[str]
     parts: ClassVar[tuple[Part, ...]]
@@ -173,8 +179,8 @@ class QuantFormat(abc.ABC):
         """The format and its settings in a few words."""
         settings = [
             f"{field.name} {value}"
-            for field in dataclasses.fields(self)  # type: ignore[arg-type]
-            if (value := getattr(self, field.name)) != field.default
+            for field in dataclasses.fields(self)
+            if field.compare and (value := getattr(self, field.name)) != field.default
         ]
         return " ".join([self.name, *(f"({', '.join(settings)})" for _ in settings[:1])])
 

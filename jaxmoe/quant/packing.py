@@ -7,8 +7,27 @@ from typing import NamedTuple
 import ml_dtypes
 import numpy as np
 
-PACKED_ROLES = ("values", "scale", "zero_point", "matrix_scale")
+PACKED_ROLES = ("values", "scale", "zero_point", "matrix_scale", "input_scale")
 """Arrays of a packed weight; every one has the first two."""
+
+ROW_FORMS = {
+    "fp8_token": "fp8 with a scale for each token",
+    "fp8_block": "fp8 with a scale for each 128 inputs",
+    "fp8_block_e8m0": "fp8 with a scale for each 128 inputs, a power of two",
+    "fp8_static": "fp8 with the scales of the checkpoint",
+    "int8_token": "int8 with a scale for each token",
+    "int8_static": "int8 with the scales of the checkpoint",
+}
+"""Forms that the kernels round inputs to, by the names that `jaxmoe.kernels.grouped_matmul` has for them, in words."""
+
+
+def is_static(form: str | None) -> bool:
+    """Whether a form of inputs is one whose scales are given, one for each matrix."""
+    return form is not None and form.endswith("_static")
+
+
+OF_MATRICES = ("matrix_scale", "input_scale")
+"""Those of these arrays that have one number for each matrix."""
 
 
 class PackedDtype(NamedTuple):
@@ -55,6 +74,8 @@ class Packing:
         scales: name of the dtype of the scales.
         zero_points: whether each block has a zero point.
         matrix_scales: whether each matrix has a scale of its own besides.
+        activations: name in `ROW_FORMS` of the form that inputs are rounded to before a product; None leaves them as they
+            are. Of static forms each matrix has the scale of its inputs besides.
     """
 
     format: str
@@ -62,11 +83,21 @@ class Packing:
     scales: str = "float32"
     zero_points: bool = False
     matrix_scales: bool = False
+    activations: str | None = None
+
+    @property
+    def input_scales(self) -> bool:
+        """Whether each matrix has a scale of its inputs."""
+        return is_static(self.activations)
 
     @property
     def roles(self) -> tuple[str, ...]:
         """The arrays that there are, of `PACKED_ROLES`."""
-        there = {"zero_point": self.zero_points, "matrix_scale": self.matrix_scales}
+        there = {
+            "zero_point": self.zero_points,
+            "matrix_scale": self.matrix_scales,
+            "input_scale": self.input_scales,
+        }
         return tuple(role for role in PACKED_ROLES if there.get(role, True))
 
     @property
@@ -87,7 +118,7 @@ class Packing:
         """The outputs and inputs of matrices of a shape that an element of one of the arrays stands for."""
         if role == "values":
             return 1, self.per_byte
-        if role == "matrix_scale":
+        if role in OF_MATRICES:
             return shape[-2], shape[-1]
         N, K = self.block
         return N or shape[-2], K or shape[-1]
@@ -114,9 +145,12 @@ class Packing:
 
         >>> Packing("int4", (1, 32), "bfloat16").describe(), Packing("float8_e4m3fn", (None, None)).describe()
         ('int4, bfloat16 scales of 1 x 32', 'float8_e4m3fn, float32 scales of whole matrices')
+        >>> Packing("int8", (1, None), activations="int8_token").describe()
+        'int8, float32 scales of 1 x all, inputs in int8 with a scale for each token'
         """
         if self.block == (None, None):
             of = "whole matrices"
         else:
             of = " x ".join("all" if size is None else str(size) for size in self.block)
-        return f"{self.format}, {self.scales} scales of {of}"
+        inputs = "" if self.activations is None else f", inputs in {ROW_FORMS[self.activations]}"
+        return f"{self.format}, {self.scales} scales of {of}{inputs}"

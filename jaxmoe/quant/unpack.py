@@ -12,7 +12,7 @@ _INT4 = np.arange(16, dtype=np.float32)
 
 
 def packed_boxes(packing: Packing, box: Box, shape: Shape) -> dict[str, Box]:
-    """The box of each array of a packed form, by role, that the values in a box are made from.
+    """The box of each array of a packed form, by role, that the values in a box are made from; none do of input scales.
 
     Args:
         packing: form of the matrices.
@@ -21,6 +21,8 @@ def packed_boxes(packing: Packing, box: Box, shape: Shape) -> dict[str, Box]:
     """
     found: dict[str, Box] = {}
     for role in packing.roles:
+        if role == "input_scale":
+            continue
         units = packing.units(role, shape)
         last = [(a // unit, ceil_div(b, unit)) for (a, b), unit in zip(box[-2:], units, strict=True)]
         found[role] = box[:-2] if role == "matrix_scale" else (*box[:-2], *last)

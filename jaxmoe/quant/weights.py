@@ -1,6 +1,7 @@
 """A quantized weight of a checkpoint: its format, its stored tensors, and the reading of any box of it."""
 
 import dataclasses
+import math
 from collections.abc import Mapping
 from functools import lru_cache
 from typing import Any, Protocol
@@ -8,7 +9,7 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import DTypeLike
 
-from jaxmoe.quant.base import Arrays, Box, QuantFormat, Shape, bytes_of, extent, swap_last
+from jaxmoe.quant.base import Arrays, Box, QuantFormat, Shape, bytes_of, extent, swap_last, whole
 from jaxmoe.quant.errors import QuantizationError
 from jaxmoe.quant.packing import Packing
 
@@ -135,6 +136,9 @@ class QuantizedWeight:
 
     def packed_boxes(self, role: str, box: Box) -> dict[str, Box]:
         """The box of each stored tensor to read for one array of the packed form, as `boxes` for values."""
+        if role == "input_scale":
+            shape, lead = self.stored[role].shape, self._matrices(box)[:-2]
+            return {role: whole(shape) if math.prod(shape) == 1 else (*lead, *whole(shape[len(lead) :]))}
         wanted = self.format.packed_from[role]
         return {name: part for name, part in self.boxes(box).items() if name in wanted}
 
@@ -154,11 +158,14 @@ class QuantizedWeight:
         Raises:
             QuantizationError: a scale is zero or not finite, or what is stored contradicts itself.
         """
-        self.check_scales(arrays)
+        self.check_scales({name: array for name, array in arrays.items() if name != "input_scale"})
         packing, shape, matrices = self.packing, self._matrices(self._known()), self._matrices(box)
         assert packing is not None, f"{self.name} does not stay packed"
         try:
-            found = self.format.packed(role, arrays, matrices, shape, self._shapes())
+            if role == "input_scale":
+                found = self._input_scales(arrays[role], extent(matrices[:-2]))
+            else:
+                found = self.format.packed(role, arrays, matrices, shape, self._shapes())
         except QuantizationError as error:
             raise QuantizationError(f"{self.name!r}: {error}") from error
         if role != "values":
@@ -170,6 +177,28 @@ class QuantizedWeight:
                 if not np.array_equal(entries, np.arange(found.shape[axis])):
                     found = np.take(found, entries, axis=axis)
         return np.swapaxes(found, -1, -2) if self.format.transposed else found
+
+    def input_scale_problem(self) -> str | None:
+        """The reason why the weight has no scale of its inputs that could be used; None if it has."""
+        header, lead = self.stored.get("input_scale"), self._matrices(self._known())[:-2]
+        if header is None:
+            return "their scales are not in the checkpoint"
+        part = next(part for part in self.format.parts if part.role == "input_scale")
+        if header.dtype_name in part.dtypes and header.shape in ((), (1,), lead, (*lead, 1), (*lead, 1, 1)):
+            return None
+        return f"{header.name!r} is {header.dtype_name} of shape {header.shape}, and not one float for each matrix"
+
+    def _input_scales(self, stored: np.ndarray, lead: Shape) -> np.ndarray:
+        """The scales of the inputs of matrices [*lead, N, K], with the dims of a matrix of 1.
+
+        Raises:
+            QuantizationError: one is not finite, or not above zero.
+        """
+        scales = stored.astype(np.float32)
+        if not np.all(np.isfinite(scales) & (scales > 0)):
+            name = self.stored["input_scale"].name
+            raise QuantizationError(f"{name!r} must hold scales that are finite and above zero; it has others")
+        return np.broadcast_to(scales.reshape((1,) * len(lead) if scales.size == 1 else lead), lead)[..., None, None]
 
     def check_scales(self, arrays: Arrays) -> None:
         """Refuse scales with which no value can be right.

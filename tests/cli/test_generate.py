@@ -76,7 +76,7 @@ def test_options_reach_the_loader(checkpoint, capsys, tmp_path) -> None:
     (tmp_path / "placement.json").write_text(placement.to_json())
     argv = ["--mesh", "dp=2,ep=2,tp=2", "--placement", str(tmp_path / "placement.json"), "--dtype", "bfloat16"]
     argv += ["--dispatch", "replicated", "--kernels", "portable", "--check-finite", "--simulate", "8"]
-    argv += ["--adapter", "path/to/adapter", "--expert-axes", "ep,tp"]
+    argv += ["--adapter", "path/to/adapter", "--expert-axes", "ep,tp", "--activations", "checkpoint"]
     assert run(capsys, checkpoint.path, "--prompt-ids", "1", "--max-new-tokens", "1", *argv).status == 0
     (loaded,) = checkpoint.loaded
     assert dict(loaded.pop("mesh").shape) == {"dp": 2, "tp": 2, "ep": 2}
@@ -85,6 +85,7 @@ def test_options_reach_the_loader(checkpoint, capsys, tmp_path) -> None:
         "placement": placement,
         "dtype": "bfloat16",
         "quantized": None,
+        "activations": "checkpoint",
         "adapter": "path/to/adapter",
         "expert_axes": ("ep", "tp"),
         "dispatch": "replicated",

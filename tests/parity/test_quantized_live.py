@@ -8,6 +8,8 @@ import pytest
 import jaxmoe
 from tests.support.meshes import mesh_of
 from tests.support.quantized_checkpoints import write_pair, write_plain
+from tests.support.rounding import CASES as ROUNDING
+from tests.support.rounding import PRODUCTS, write_rounding
 
 torch = pytest.importorskip("torch", reason="live parity needs torch and transformers: scripts/test --parity")
 transformers = pytest.importorskip(
@@ -81,3 +83,28 @@ def logits_of(theirs) -> np.ndarray:
 def check_ours(path, expected: np.ndarray) -> None:
     model = jaxmoe.load(path, mesh=mesh_of(2, 2, 2), placement="round_robin", dtype="float32")
     assert np.abs(np.asarray(model(TOKENS)) - expected).max() < 1e-4 * np.abs(expected).max()
+
+
+# DeepSeek's kv_b_proj is decoded, and so its inputs are not rounded.
+@pytest.mark.parametrize("case", [case for case in ROUNDING if case[0] != "deepseek_v3"], ids=lambda case: case[-1])
+def test_rounded_activations_are_those_of_rounded_inputs_of_every_linear(case, tmp_path, monkeypatch) -> None:
+    """transformers rounds on GPUs only: here numpy does it, before each of its products with a quantized matrix."""
+    family, weights, block, form = case
+    quantized, plain = write_rounding(tmp_path, family, weights, block)
+    theirs = read(plain, experts_implementation="eager")
+    PRODUCTS.start(quantized, plain, form)
+    product = torch.nn.functional.linear
+
+    def linear(x, weight, bias=None):
+        matrices = [weight.numpy()]
+        if not PRODUCTS.knows(matrices[0]):
+            matrices = [half.numpy() for half in weight.chunk(2)]  # gate and up of an expert
+        return product(torch.from_numpy(PRODUCTS.round(x.numpy(), *matrices)), weight, bias)
+
+    monkeypatch.setattr(torch.nn.functional, "linear", linear)
+    expected = logits_of(theirs)
+    assert 2 * len(PRODUCTS.met) > len(PRODUCTS.scales)  # some experts get no token
+    load = {"mesh": mesh_of(2, 2, 2), "placement": "round_robin", "dtype": "float32"}
+    ours = np.asarray(jaxmoe.load(quantized, **load, activations="checkpoint")(TOKENS))
+    errors = np.abs(ours - expected).max(-1) / np.abs(expected).max()
+    assert np.median(errors) < 1e-4

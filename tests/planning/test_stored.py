@@ -63,6 +63,23 @@ def test_quantized_is_keep_or_dequantize(tmp_path) -> None:
         jaxmoe.plan(directory(tmp_path / "c", TINY), quantized="packed")
 
 
+def test_activations_that_a_checkpoint_asks_for_are_told(tmp_path, capsys) -> None:
+    path = str(directory(tmp_path / "c", TINY, quantization_config=FP8))
+    asked = "asks for activations in fp8 with a scale for each 128 inputs ("
+    for command, in_effect in (("inspect", False), ("plan", False), ("plan", True)):
+        assert main([command, path, *(["--activations", "checkpoint"] if in_effect else [])]) == 0
+        text = " ".join(capsys.readouterr().out.split())
+        assert asked in text
+        assert ("inputs in fp8" in text) == in_effect
+    found = jaxmoe.plan(path, activations="checkpoint")
+    assert all(form.endswith("inputs in fp8 with a scale for each 128 inputs") for form in found.held["routed experts"])
+    assert any(
+        "layers.*.attention.w_kv_b" in note and "goes with weights that stay packed" in note for note in found.notes
+    )
+    with pytest.raises(ValueError, match=r"activations is \"checkpoint\" or None; got 'fp8'"):
+        jaxmoe.plan(path, activations="fp8")
+
+
 def test_modules_of_a_wrapper_are_called_as_in_its_files(tmp_path) -> None:
     text = {key: value for key, value in TINY.items() if key not in ("model_type", "dtype")}
     config = {"model_type": "kimi_k25", "dtype": "bfloat16", "text_config": {**text, "model_type": "deepseek_v3"}}

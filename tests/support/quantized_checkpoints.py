@@ -87,7 +87,8 @@ def write_pair(
     rng = np.random.default_rng(0)
     stored, plain, count = {}, {}, 0
     for name, shape in shapes.items():
-        if re.fullmatch(STACKS if form == "mxfp4" else LINEAR, name) and shape[-1] % 32 == 0 and shape[-2] % 32 == 0:
+        fits = len(shape) > 1 and shape[-1] % 32 == 0 and shape[-2] % 32 == 0
+        if fits and re.fullmatch(STACKS if form == "mxfp4" else LINEAR, name):
             kind = form if ".experts." in name else BESIDE.get(form, form)
             example = example_of(kind, name, shape, rng)
             stored |= example.arrays

@@ -27,7 +27,7 @@ class DecodedTensor(TensorInfo):
 
     Attributes:
         weight: format of the weight, and the boxes of its parts.
-        parts: stored tensors by role.
+        parts: stored tensors by role; the scales of activations among them, which values do not depend on.
         splits: dims that each dim of the weight is split in; () where none is.
         order: dims of the weight, all of them split, in the order in which boxes have them; None where that is theirs.
     """
@@ -166,7 +166,7 @@ def dim_order_of(weight: QuantizedWeight, shape: tuple[int, ...]) -> tuple[int, 
 
 def _decoded(weight: QuantizedWeight, tensors: Mapping[str, TensorInfo]) -> DecodedTensor:
     roles = {part.role for part in weight.format.parts if part.decoded}
-    parts = {role: tensors[header.name] for role, header in weight.stored.items() if role in roles}
+    parts = {role: tensors[header.name] for role, header in weight.stored.items()}
     first = parts[weight.format.parts[0].role]
     return DecodedTensor(
         name=weight.name,
@@ -176,7 +176,7 @@ def _decoded(weight: QuantizedWeight, tensors: Mapping[str, TensorInfo]) -> Deco
         dim_order=dim_order_of(weight, weight.shape or ()),
         file=first.file,
         offset=first.offset,
-        nbytes=sum(part.nbytes for part in parts.values()),
+        nbytes=sum(part.nbytes for role, part in parts.items() if role in roles),
         weight=weight,
         parts=parts,
     )

@@ -17,7 +17,7 @@ from jaxmoe.checkpoint.loading.plan import LoadPlan, plan_packed
 from jaxmoe.checkpoint.loading.quantize import load_quantized
 from jaxmoe.checkpoint.loading.whole_modules import put_in_whole_modules
 from jaxmoe.checkpoint.lora import Adapter, open_adapter
-from jaxmoe.checkpoint.mapping import FamilyCheckpoint, PackingChoice, pack_model
+from jaxmoe.checkpoint.mapping import FamilyCheckpoint, PackingChoice, asked_activations, pack_model
 from jaxmoe.checks import flag, path_like
 from jaxmoe.config import RouterFunction, find_checkpoint
 from jaxmoe.distributed import check_same
@@ -40,6 +40,7 @@ def load(
     dtype: str | None = None,
     quantized: str | None = None,
     quantize: str | None = None,
+    activations: str | None = None,
     adapter: str | Path | None = None,
     router: RouterFunction | None = None,
     expert_axes: tuple[str, ...] = (EP,),
@@ -68,6 +69,9 @@ def load(
         quantize: format to quantize the linear layers of attention, MLPs and experts to, a name of
             `jaxmoe.quant.encode.TARGETS`; they stay packed. Routers, norms, embeddings and the head are left alone, and so
             are matrices that the model multiplies with in another way. `load_report.losses` has the errors.
+        activations: "checkpoint" rounds the inputs of packed weights to the form that the checkpoint asks for, such
+            as fp8 with a scale for each token; `load_report.held` has the form of each part, and `load_report.notes` tells
+            where no kernel has the one that is asked for. None leaves inputs as they are.
         adapter: directory of a LoRA adapter, as PEFT's ``save_pretrained`` writes it, to add to the weights. Tensors that it
             has whole (``modules_to_save``, the ends of a grown vocabulary) take the place of the checkpoint's.
         router: a function that chooses the experts in every layer instead of the family's router, see
@@ -99,6 +103,7 @@ def load(
     check_finite = flag("check_finite", check_finite)
     check_progress(progress)
     _check_quantized(quantized, quantize, adapter)
+    _check_activations(activations, quantized, quantize, adapter)
     path = find_checkpoint(path)
     found = FamilyCheckpoint.open(path)
     opened = None if adapter is None else open_adapter(adapter)
@@ -118,7 +123,9 @@ def load(
     mapped = found.onto(specs)
     choice = PackingChoice({}, {})
     if quantized != "dequantize" and adapter is None and quantize is None:
-        choice = pack_model(model, mapped)
+        choice = pack_model(model, mapped, rounding=activations is not None)
+    if activations is not None and not any(packing.activations for packing in choice.packings.values()):
+        _refuse_activations(path, choice)
     plan = plan_packed(mapped, choice.packings)
     if opened is not None:
         plan = merge_adapter(plan, checkpoint, opened, spellings=family.spellings, text_name=family.text_name)
@@ -129,6 +136,7 @@ def load(
             dtype,
             quantized,
             quantize,
+            activations,
             getattr(router, "__qualname__", type(router).__qualname__),
             expert_axes,
             dispatch,
@@ -148,6 +156,7 @@ def load(
         packed=packed,
         decoded=decoded,
         held=held_forms(model, model.dtype),
+        activations=asked_activations(mapped),
         notes=(*found.notes, *choice.notes()),
         renamed=dict(found.renamed),
     )
@@ -178,6 +187,36 @@ def _check_quantized(quantized: Any, quantize: Any, adapter: Any) -> None:
             'an adapter is added to plain numbers, and quantized="keep" holds packed ones; leave one of the two out, or '
             'decode the weights with quantized="dequantize"'
         )
+
+
+def _check_activations(activations: Any, quantized: Any, quantize: Any, adapter: Any) -> None:
+    if activations not in (None, "checkpoint"):
+        raise ValueError(
+            f'activations is "checkpoint", for the form that the checkpoint asks for, or None; got {activations!r}'
+        )
+    others = {
+        'quantized="dequantize"': quantized == "dequantize",
+        "quantize": quantize is not None,
+        "an adapter": adapter is not None,
+    }
+    if activations is not None and any(others.values()):
+        other = next(name for name, given in others.items() if given)
+        raise ValueError(
+            f'activations="checkpoint" rounds the inputs of weights that stay packed as they are in the checkpoint, and '
+            f"{other} leaves none; leave one of the two out"
+        )
+
+
+def _refuse_activations(path: Path, choice: PackingChoice) -> None:
+    """Refuse to round the inputs of no weight at all.
+
+    Raises:
+        ValueError: always, with the reasons.
+    """
+    reasons = dict.fromkeys(choice.not_rounded.values()) or ["its settings ask for no form of activations"]
+    raise ValueError(
+        f'{path}: activations="checkpoint" would round the inputs of no weight: {"; ".join(reasons)}; leave activations out'
+    )
 
 
 def _check_same_input(model: Decoder, found: FamilyCheckpoint, adapter: Adapter | None, settings: Any) -> None:

@@ -13,7 +13,14 @@ from jaxmoe.checkpoint.errors import Problems
 from jaxmoe.checkpoint.formats import Checkpoint, DecodedTensor, SafetensorsFile, Split, TensorInfo, TorchFile
 from jaxmoe.checkpoint.loading.report import AdapterReport
 from jaxmoe.checkpoint.lora import TensorDelta
-from jaxmoe.checkpoint.mapping import Block, IgnoreRule, MappedCheckpoint, hold_packed, is_expert_stack
+from jaxmoe.checkpoint.mapping import (
+    Block,
+    IgnoreRule,
+    MappedCheckpoint,
+    hold_packed,
+    is_expert_stack,
+    read_input_scales,
+)
 from jaxmoe.layers.param import ParamSpec
 from jaxmoe.quant.packing import Packing
 
@@ -201,7 +208,9 @@ def plan_packed(mapped: MappedCheckpoint, packings: Mapping[str, Packing]) -> Lo
     problems.raise_if_any()
     packed = hold_packed(mapped, packings)
     plan = plan_load(packed, expert_params=[path for path in packed.specs if is_expert_stack(path)])
-    return dataclasses.replace(plan, ignored=unused.ignored)
+    read = read_input_scales(mapped, packings)
+    ignored = {rule: tuple(name for name in names if name not in read) for rule, names in unused.ignored.items()}
+    return dataclasses.replace(plan, ignored={rule: names for rule, names in ignored.items() if names})
 
 
 def _local_parts(

@@ -46,7 +46,10 @@ class LoadReport:
         decoded: the same for those whose values are held as plain numbers. A scale that counts for two pieces of a weight
             is read for each, so `bytes_read` may be above `bytes_needed`.
         held: {part of the model: {packed form, or a dtype: matrices or stacks that the devices hold in it}}, as in a plan.
-        notes: sentences about the quantization, the reasons why weights are decoded among them.
+        activations: {form of activations that the checkpoint asks for, in words: parts of the model}; `held` has those that
+            are in effect.
+        notes: sentences about the quantization, the reasons why weights are decoded among them, and why activations stay as
+            they are where they were to be rounded.
         quantized: format that linear layers were quantized to while they were loaded, None where none were.
         losses: differences that this made, by layer and kind; replicas of an expert count each.
         renamed: {rule: tensors of the checkpoint that had other names than the family gives them}.
@@ -63,6 +66,7 @@ class LoadReport:
     packed: dict[str, int] = dataclasses.field(default_factory=dict)
     decoded: dict[str, int] = dataclasses.field(default_factory=dict)
     held: dict[str, dict[str, int]] = dataclasses.field(default_factory=dict)
+    activations: dict[str, tuple[str, ...]] = dataclasses.field(default_factory=dict)
     notes: tuple[str, ...] = ()
     quantized: str | None = None
     losses: tuple[QuantizationLoss, ...] = ()
@@ -78,13 +82,21 @@ class LoadReport:
         return dataclasses.asdict(self)
 
     def describe(self) -> str:
-        """The report in a few lines: what was read, which quantized weights stay packed, and which are decoded and why."""
+        """The report in a few lines: what was read, which quantized weights stay packed, and which are decoded and why.
+
+        What activations the checkpoint asks for is said too, and whether they are rounded so.
+        """
         rate = self.bytes_per_second / 1e9
         lines = [
             f"read {self.bytes_read:,} bytes of {self.tensors_read:,} tensors in {self.seconds:.3g} s ({rate:.2g} GB/s)"
         ]
         for what, formats in (("kept packed", self.packed), ("decoded", self.decoded)):
             lines += [f"{what}: {count:,} weights in {form}" for form, count in formats.items()]
+        for words, parts in self.activations.items():
+            held = {part: self.held.get(part, {}) for part in parts}
+            done = [part for part, forms in held.items() if any(form.endswith(f"inputs in {words}") for form in forms)]
+            effect = f"of {', '.join(done)} are rounded to it" if done else "stay as they are"
+            lines.append(f"the checkpoint asks for activations in {words} ({', '.join(parts)}): those {effect}")
         return "\n".join([*lines, *self.notes])
 
 

@@ -13,6 +13,7 @@ from jaxmoe.checkpoint.mapping.linear import linear_kind
 from jaxmoe.checkpoint.mapping.mapped import UNREAD_RULE, FamilyCheckpoint, MappedCheckpoint, Unused
 from jaxmoe.checkpoint.mapping.names import layer_index, written_blocks, written_form
 from jaxmoe.checkpoint.mapping.packed import PackingChoice, hold_packed, pack_model
+from jaxmoe.checkpoint.mapping.rounding import asked_activations, read_input_scales
 from jaxmoe.checkpoint.mapping.tied import TIED_RULE
 from jaxmoe.models.parts import is_expert_stack
 
@@ -27,6 +28,7 @@ __all__ = [
     "Unused",
     "abstract_model",
     "abstract_specs",
+    "asked_activations",
     "count_parameters",
     "detect_expert_layout",
     "expected_checkpoint",
@@ -39,6 +41,7 @@ __all__ = [
     "linear_kind",
     "pack_model",
     "per_expert_blocks",
+    "read_input_scales",
     "whole_tensor_blocks",
     "written_blocks",
     "written_form",

@@ -72,6 +72,9 @@ def _tensor(name: str, shape: tuple[int, ...], dtype: np.dtype, form: QuantForma
     matrices = swap_last(shape) if form.transposed else shape
     parts = [(part, form.shapes(part.role, matrices)) for part in form.parts if part.required and part.decoded]
     stored = {part.role: _Header(part.names(name)[0], part.dtypes[0], shapes[0]) for part, shapes in parts if shapes}
+    if form.activations is not None and form.activations.is_static:
+        part = next(part for part in form.parts if part.role == "input_scale")
+        stored[part.role] = _Header(part.names(name)[0], part.dtypes[0], matrices[:-2])
     return DecodedTensor(
         name=name,
         dtype_name=form.name,

@@ -20,10 +20,11 @@ from jaxmoe.checkpoint.boxes import Box
 from jaxmoe.checkpoint.formats import DecodedTensor, PackedTensor, TensorInfo
 from jaxmoe.checkpoint.mapping.blocks import Block
 from jaxmoe.checkpoint.mapping.mapped import MappedCheckpoint
+from jaxmoe.checkpoint.mapping.rounding import round_inputs
 from jaxmoe.layers.packed import pack_params, packable_params, part_specs
 from jaxmoe.layers.param import ParamSpec
 from jaxmoe.models import Decoder
-from jaxmoe.quant.packing import Packing
+from jaxmoe.quant.packing import OF_MATRICES, Packing
 
 
 class PackingChoice(NamedTuple):
@@ -32,23 +33,29 @@ class PackingChoice(NamedTuple):
     Attributes:
         packings: {path: form}, its block (N, K) in the order of the parameter's dims.
         decoded: {path: reason}.
+        not_rounded: {path: reason} of those whose inputs stay as they are though the checkpoint asks for another form.
     """
 
     packings: dict[str, Packing]
     decoded: dict[str, str]
+    not_rounded: Mapping[str, str] = {}
 
     def notes(self) -> tuple[str, ...]:
         """The reasons, each once and with the parameters that it is of counted and named, for a report."""
-        counts = Counter(self.decoded.values())
-        return tuple(
-            f"{count} quantized parameters are decoded ({', '.join(self._names(reason))}): {reason}"
-            for reason, count in counts.items()
+        return (
+            *_by_reason("quantized parameters are decoded", self.decoded),
+            *_by_reason("parameters multiply with activations as they are", self.not_rounded),
         )
 
-    def _names(self, reason: str) -> list[str]:
-        """The parameters that a reason is of, those of all layers as one."""
-        paths = [path for path, found in self.decoded.items() if found == reason]
-        return list(dict.fromkeys(re.sub(r"^layers\.\d+\.", "layers.*.", path) for path in paths))
+
+def _by_reason(what: str, reasons: Mapping[str, str]) -> list[str]:
+    """A sentence for each reason, the parameters of all layers named as one."""
+    found = []
+    for reason, count in Counter(reasons.values()).items():
+        paths = [path for path, own in reasons.items() if own == reason]
+        names = dict.fromkeys(re.sub(r"^layers\.\d+\.", "layers.*.", path) for path in paths)
+        found.append(f"{count} {what} ({', '.join(names)}): {reason}")
+    return found
 
 
 class _Cut(NamedTuple):
@@ -65,14 +72,18 @@ class _Cut(NamedTuple):
     innermost: bool
 
 
-def pack_model(model: Decoder, mapped: MappedCheckpoint) -> PackingChoice:
+def pack_model(model: Decoder, mapped: MappedCheckpoint, *, rounding: bool = False) -> PackingChoice:
     """Make the parameters of an abstract model packed ones, all that can stay so.
 
     Args:
         model: model without values, all of its parameters plain.
         mapped: checkpoint mapped to them.
+        rounding: whether their inputs are rounded as the checkpoint asks, where a kernel does so.
     """
     choice = choose_packings(mapped, packable_params(model), model.dtype)
+    if rounding:
+        packings, reasons = round_inputs(mapped, choice.packings, choice.decoded)
+        choice = PackingChoice(packings, choice.decoded, reasons)
     pack_params(model, mapped.specs.values(), choice.packings)
     return choice
 
@@ -234,7 +245,7 @@ def _part_block(
     tensor_units = [1, 1]
     for side, (unit, cut) in enumerate(zip(units, axes, strict=True)):
         sizes, inner = split[cut.tensor_dim], cut.place - sum(map(len, split[: cut.tensor_dim]))
-        if role == "matrix_scale" or (role != "values" and packing.block[side] is None):
+        if role in OF_MATRICES or (role != "values" and packing.block[side] is None):
             # One entry for the whole tensor, of which the parameter may be a part.
             unit = sizes[inner] if cut.innermost else 1
             tensor_start[cut.place] = 0

@@ -35,6 +35,7 @@ class OutputTensor:
         nbytes: bytes of data.
         values: function that makes its values, row-major; called once, when it is this tensor's turn.
         params: paths of the parameters that it has values of; none for a copy.
+        input_scale: static scale that the inputs of such a weight are rounded to fp8 by; None where it has none.
     """
 
     name: str
@@ -43,6 +44,7 @@ class OutputTensor:
     nbytes: int
     values: Callable[[], np.ndarray]
     params: tuple[str, ...] = ()
+    input_scale: float | None = None
 
     @property
     def dtype(self) -> np.dtype:
@@ -127,7 +129,14 @@ def _output(
         nbytes=volume(whole(shape)) * chosen.itemsize,
         values=gather,
         params=tuple(dict.fromkeys(block.param for block in blocks)),
+        input_scale=_input_scale(blocks, values),
     )
+
+
+def _input_scale(blocks: list[Block], values: Values) -> float | None:
+    scales = [values.input_scale(block.param, block.param_box) for block in blocks]
+    given = [scale for scale in scales if scale is not None]
+    return max(given) if len(given) == len(scales) else None
 
 
 def _written_dtype(blocks: list[Block], wide: Collection[str], values: Values, dtype: np.dtype | None) -> np.dtype:

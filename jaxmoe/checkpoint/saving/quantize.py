@@ -72,6 +72,7 @@ class QuantizedOutputs:
     Attributes:
         tensors: tensors to write, the parts of a weight next to each other.
         settings: block ``quantization_config`` of config.json.
+        input_scales: number of static scales of activations among the tensors: one of each weight, or none.
 
     Raises:
         CheckpointError: a weight cannot be quantized so, or an entry of `ignore` names none.
@@ -89,6 +90,7 @@ class QuantizedOutputs:
         self._errors: dict[tuple[int, str], list[ErrorSum]] = defaultdict(list)
         self.tensors: list[OutputTensor] = []
         problems, eligible = Problems(f"quantizing to {how.target}"), []
+        scales: list[OutputTensor | None] = []
         # A tied head has no tensor, and readers have a module all the same.
         left = [_module(name) for name in family.tensors["lm_head.weight"][:1]]
         for tensor in plain:
@@ -105,6 +107,7 @@ class QuantizedOutputs:
                 assert layer is not None, f"{tensor.name}: a {kind} weight of no layer"
                 self._errors[layer, kind].append(error)
                 self.tensors += _parts(tensor, encoder, error)
+                scales.append(_scale_of_inputs(tensor, encoder))
             else:
                 problems.add(problem)
         for entry in how.ignored.unused(eligible):
@@ -115,7 +118,11 @@ class QuantizedOutputs:
                 f"quantizing to {how.target} needs a weight to quantize; ignore names every one of them"
             )
         left += [_module(tensor.name) for tensor in carried if _may_be_linear(tensor)]
-        self.settings: dict[str, Any] = encoder.settings(list(dict.fromkeys(left)))
+        left = list(dict.fromkeys(left))
+        static = None if None in scales else encoder.static_settings(left)
+        self.settings: dict[str, Any] = static or encoder.settings(left)
+        self.input_scales = 0 if static is None else len(scales)
+        self.tensors += [scale for scale in scales if scale is not None] if static else []
 
     def losses(self) -> tuple[QuantizationLoss, ...]:
         """The differences by layer and kind, once all tensors are written."""
@@ -172,6 +179,22 @@ def _parts(tensor: OutputTensor, encoder: Encoder, error: ErrorSum) -> list[Outp
             )
         )
     return found
+
+
+def _scale_of_inputs(tensor: OutputTensor, encoder: Encoder) -> OutputTensor | None:
+    """The static scale of a weight's inputs as a tensor; None where it has none, or its format no place for one."""
+    part = next((part for part in encoder.format.parts if part.role == "input_scale"), None)
+    if part is None or tensor.input_scale is None:
+        return None
+    scale = np.array(tensor.input_scale, np.float32)
+    return OutputTensor(
+        name=part.names(tensor.name)[0],
+        dtype_name=DTYPE_NAMES[scale.dtype],
+        shape=scale.shape,
+        nbytes=scale.nbytes,
+        values=lambda: scale,
+        params=tensor.params,
+    )
 
 
 def _problem(tensor: OutputTensor, how: Quantizing, family: Family, encoder: Encoder) -> str | None:

@@ -49,6 +49,7 @@ class SaveReport:
         seconds: wall-clock time.
         quantized: name of the format that linear layers are quantized to; None where weights are plain.
         losses: differences that quantizing made, by layer and kind of weights.
+        input_scales: number of static scales of activations that were written beside quantized weights.
     """
 
     path: str
@@ -61,6 +62,7 @@ class SaveReport:
     seconds: float
     quantized: str | None = None
     losses: tuple[QuantizationLoss, ...] = ()
+    input_scales: int = 0
 
     @property
     def bytes_written(self) -> int:
@@ -101,7 +103,8 @@ def save(
     memory. config.json, tokenizer and the like are copied from the checkpoint that the model was loaded from, and so
     are the tensors that were ignored by rule. Of a multimodal checkpoint the text model alone is written, under its own
     names and with its own config.json. Weights that are held packed are decoded, or quantized again where `quantize` says
-    so. The directory appears when all of it is written.
+    so; with "fp8_block" the static fp8 scales of activations of a model that rounds by them are written too. The
+    directory appears when all of it is written.
 
     Args:
         model: model from `jaxmoe.load`, with all its devices in this process.
@@ -280,6 +283,7 @@ def _write(
         seconds=time.perf_counter() - start,
         quantized=None if options.quantizing is None else options.quantizing.target,
         losses=quantized.losses() if quantized else (),
+        input_scales=quantized.input_scales if quantized else 0,
     )
 
 

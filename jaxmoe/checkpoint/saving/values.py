@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxmoe.checkpoint.boxes import Box, box_of, box_shape, intersect
+from jaxmoe.checkpoint.boxes import Box, box_of, box_shape, intersect, whole
 from jaxmoe.checkpoint.formats import read_tensor
 from jaxmoe.checkpoint.mapping import Block, MappedCheckpoint
 from jaxmoe.layers.weights import PART_ENDINGS
@@ -27,6 +27,9 @@ class Values(Protocol):
     def dtype(self, path: str, box: Box) -> np.dtype:
         """The type that these values are held in."""
 
+    def input_scale(self, path: str, box: Box) -> float | None:
+        """The static scale that inputs of these values are rounded to fp8 by; None where they have none."""
+
 
 class ModelValues:
     """Values of a model on its mesh, fetched region by region; those of packed parameters are decoded in float32.
@@ -40,6 +43,7 @@ class ModelValues:
         self._parts = {path: _distinct_parts(array) for path, array in arrays.items()}
         self._shapes = {path: array.shape for path, array in arrays.items()}
         self._packings = packings or {}
+        self._input_scales: dict[str, np.ndarray] = {}
 
     def dtype(self, path: str, box: Box) -> np.dtype:
         """See `Values`."""
@@ -57,6 +61,18 @@ class ModelValues:
         return unpack(
             packing, {role: self._fetch(path + PART_ENDINGS[role], boxes[role]) for role in boxes}, box, shape
         )
+
+    def input_scale(self, path: str, box: Box) -> float | None:
+        """See `Values`."""
+        packing = self._packings.get(path)
+        if packing is None or packing.activations != "fp8_static":
+            return None
+        scales = path + PART_ENDINGS["input_scale"]
+        # A few bytes a layer, fetched once for all of its experts.
+        if scales not in self._input_scales:
+            self._input_scales[scales] = self._fetch(scales, whole(self._shapes[scales]))
+        found = self._input_scales[scales]
+        return float(np.max(found[_slices(box[: found.ndim], ((0, 0),) * found.ndim)]))
 
     def _held_dtype(self, path: str) -> np.dtype:
         _, data = self._parts[path][0]
@@ -100,6 +116,11 @@ class CheckpointValues:
             if block.tensor is not None:
                 result[_slices(common, box)] = self._read_block(block, common)
         return result
+
+    def input_scale(self, path: str, box: Box) -> float | None:
+        """See `Values`; values that are read from files have been decoded."""
+        del path, box
+        return None
 
     def _read_block(self, block: Block, part: Box) -> np.ndarray:
         """The values of `part` of the parameter, which lies in `block`, in the parameter's order of dims."""

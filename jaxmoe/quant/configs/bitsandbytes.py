@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
+from jaxmoe.quant.activations import Activations
 from jaxmoe.quant.base import QuantFormat
 from jaxmoe.quant.configs import settings
 from jaxmoe.quant.configs.settings import Block
@@ -17,7 +18,7 @@ def read(block: Block, config: Mapping[str, Any]) -> tuple[Rules, list[str]]:
     four, eight = (block.get(key) or block.get("_" + key) for key in ("load_in_4bit", "load_in_8bit"))
     if bool(four) == bool(eight):
         raise QuantizationError("a quantization of bitsandbytes must say load_in_4bit or load_in_8bit, one of them")
-    form: QuantFormat = BnbInt8()
+    form: QuantFormat = BnbInt8(activations=Activations("int8 with a scale for each token, outliers apart"))
     if four:
         kind = block.get("bnb_4bit_quant_type") or "fp4"
         if kind not in ("nf4", "fp4"):

@@ -1,8 +1,10 @@
 """compressed-tensors, which llm-compressor and others write: groups of modules, each with a format and its sizes."""
 
+import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
+from jaxmoe.quant.activations import of_arguments
 from jaxmoe.quant.base import QuantFormat
 from jaxmoe.quant.configs import settings
 from jaxmoe.quant.configs.settings import Block
@@ -35,6 +37,8 @@ def read(block: Block, config: Mapping[str, Any]) -> tuple[Rules, list[str]]:
         if not isinstance(group, dict):
             raise QuantizationError(f"config_groups must say an object for {name!r}; it says {group!r:.40}")
         form = _format_of(group, block)
+        if form is not None:
+            form = dataclasses.replace(form, activations=of_arguments(settings.table(group, "input_activations")))
         targets = settings.names(group, "targets") or ["Linear"]
         if "Linear" in targets:
             default = default or form

@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
+from jaxmoe.quant.activations import Activations, blocks_of
 from jaxmoe.quant.base import QuantFormat
 from jaxmoe.quant.configs import modelopt, settings
 from jaxmoe.quant.configs.settings import Block
@@ -20,7 +21,8 @@ def read(block: Block, config: Mapping[str, Any]) -> tuple[Rules, list[str]]:
     if block.get("scale_fmt") not in (None, "float", "ue8m0"):
         raise settings.refuse("scale_fmt", block["scale_fmt"], "scales that are floats or ue8m0")
     size = settings.pair(block, "weight_block_size")
-    default: QuantFormat = Fp8Tensor() if size is None else Fp8Block(size)
+    inputs = _activations(block, size)
+    default: QuantFormat = Fp8Tensor(activations=inputs) if size is None else Fp8Block(size, activations=inputs)
     notes = settings.cache_note(block)
     groups: list[tuple[Names, QuantFormat | None]] = []
     modules = modelopt.layers(block)
@@ -35,5 +37,19 @@ def read(block: Block, config: Mapping[str, Any]) -> tuple[Rules, list[str]]:
     if expert_dtype not in (None, "fp4", "fp8"):
         raise settings.refuse("expert_dtype", expert_dtype, "fp4 and fp8")
     if expert_dtype == "fp4":
-        groups.append((Names([EXPERTS]), DeepSeekFp4()))
+        groups.append((Names([EXPERTS]), DeepSeekFp4(activations=inputs)))
     return Rules(ignored=Names(ignored), modules=modules, groups=tuple(groups), default=default), notes
+
+
+def _activations(block: Block, size: tuple[int, int] | None) -> Activations | None:
+    """The form of inputs, which is dynamic where nothing is said."""
+    scheme = block.get("activation_scheme", "dynamic")
+    if scheme is None:
+        return None
+    if scheme == "static":
+        return Activations.of("fp8_static")
+    if scheme != "dynamic":
+        return Activations(f"fp8, activation_scheme {scheme!r:.40}")
+    if size is None:
+        return Activations.of("fp8_token")
+    return blocks_of(size[1], powers=block.get("scale_fmt") == "ue8m0")

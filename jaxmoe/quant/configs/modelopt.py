@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
+from jaxmoe.quant.activations import Activations, blocks_of
 from jaxmoe.quant.base import QuantFormat
 from jaxmoe.quant.configs import settings
 from jaxmoe.quant.configs.settings import Block
@@ -13,13 +14,17 @@ from jaxmoe.quant.rules import Rules
 
 _MIXED = "MIXED_PRECISION"
 _FLOAT8: dict[str, QuantFormat] = {
-    "FP8": Fp8Tensor(),
-    "FP8_PER_CHANNEL_PER_TOKEN": Fp8Channel(),
+    "FP8": Fp8Tensor(activations=Activations.of("fp8_static")),
+    "FP8_PER_CHANNEL_PER_TOKEN": Fp8Channel(activations=Activations.of("fp8_token")),
     "FP8_PB_WO": Fp8Block(),
-    "FP8_BLOCK_SCALES": Fp8Block(),
-    "MXFP8": Fp8Block((1, 32)),
+    "FP8_BLOCK_SCALES": Fp8Block(activations=blocks_of(128)),
+    "MXFP8": Fp8Block((1, 32), activations=blocks_of(32, powers=True)),
 }
-_NVFP4 = ("NVFP4", "W4A16_NVFP4", "W4A8_NVFP4_FP8")
+_NVFP4 = {
+    "NVFP4": Activations("4-bit floats in groups of 16, with the scales of the checkpoint"),
+    "W4A16_NVFP4": None,
+    "W4A8_NVFP4_FP8": Activations.of("fp8_static"),
+}
 # These divide a layer's inputs by factors of their own, pre_quant_scale.
 _RESCALED = ("NVFP4_AWQ", "W4A8_AWQ", "W4A16_AWQ", "INT4_AWQ", "NVFP4_SVDQUANT", "INT8_SQ", "W8A8_SQ_PER_CHANNEL")
 
@@ -51,8 +56,9 @@ def format_of(algorithm: Any, block: Block) -> QuantFormat:
     Raises:
         QuantizationError: it is another.
     """
-    if algorithm in _NVFP4:
-        return Nvfp4(settings.group_size(block, "group_size", default=16) or 16)
+    if isinstance(algorithm, str) and algorithm in _NVFP4:
+        size = settings.group_size(block, "group_size", default=16) or 16
+        return Nvfp4(size, activations=_NVFP4[algorithm])
     if algorithm in _RESCALED:
         raise QuantizationError(
             f"quant_algo {algorithm!r} rescales the inputs of its layers (pre_quant_scale), which jaxmoe does not: take an "

@@ -60,6 +60,10 @@ class Encoder(abc.ABC):
             ignored: names of the linear modules that are plain.
         """
 
+    def static_settings(self, ignored: Sequence[str]) -> dict[str, Any] | None:
+        """The same for weights with static fp8 scales of their inputs besides; None where readers take no such scales."""
+        return None
+
     def extras(self, shape: Shape) -> dict[str, np.ndarray]:
         """Tensors that files have beside the arrays, by role, for matrices of a shape."""
         return {}

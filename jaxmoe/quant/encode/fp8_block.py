@@ -47,6 +47,9 @@ class Fp8BlockEncoder(Encoder):
             "modules_to_not_convert": list(ignored),
         }
 
+    def static_settings(self, ignored: Sequence[str]) -> dict[str, Any]:
+        return self.settings(ignored) | {"activation_scheme": "static"}
+
 
 def scales_of(largest: np.ndarray, code: np.ndarray | np.float32, dtype: np.dtype) -> np.ndarray:
     """The scales with which the largest values become the largest code; no scale is zero, whatever the values are."""
