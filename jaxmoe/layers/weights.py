@@ -51,12 +51,12 @@ class WeightSpecs:
         return {name: self.value(module, name) for name in names}, {name: self.spec(module, name) for name in names}
 
     def value(self, module: nnx.Module, name: str) -> Weight:
-        """Give the value of one parameter, an array or a `QuantizedStack`."""
+        """Give the value of one parameter, an array or a `QuantizedStack`; shapes and dtypes of an abstract module."""
         packing = dict(self.packings).get(name)
-        values = getattr(module, name)[...]
+        values = _array_of(getattr(module, name))
         if packing is None:
             return values
-        arrays = {role: getattr(module, name + PART_ENDINGS[role])[...] for role in packing.roles[1:]}
+        arrays = {role: _array_of(getattr(module, name + PART_ENDINGS[role])) for role in packing.roles[1:]}
         return _stack(packing, values.shape, {"values": values, **arrays})
 
     def spec(self, module: nnx.Module, name: str) -> Any:
@@ -74,6 +74,11 @@ class WeightSpecs:
     def specs_as(self, module: nnx.Module, kind: type[Weights]) -> Weights:
         """Give the specs of `values_as`, a tree like it."""
         return kind._make([self.spec(module, name) if hasattr(module, name) else None for name in kind._fields])
+
+
+def _array_of(param: nnx.Param) -> Any:
+    value = param.get_value()
+    return value if isinstance(value, jax.ShapeDtypeStruct) else param[...]
 
 
 def _stack(packing: Packing, shape: tuple[int, ...], arrays: Mapping[str, Any]) -> QuantizedStack:
