@@ -227,7 +227,7 @@ def put(value: np.ndarray | np.generic, sharding: NamedSharding) -> Any:
 
     On a mesh of devices that are not there (an abstract one, or a topology to compile for) it is abstract as well.
     """
-    if isinstance(sharding.mesh, AbstractMesh) or not _exists(sharding.mesh.devices.flat[0]):
+    if isinstance(sharding.mesh, AbstractMesh) or not is_present(sharding.mesh.devices.flat[0]):
         return jax.ShapeDtypeStruct(np.shape(value), value.dtype, sharding=sharding)
     if sharding.is_fully_addressable:
         return jax.device_put(value, sharding)
@@ -236,7 +236,7 @@ def put(value: np.ndarray | np.generic, sharding: NamedSharding) -> Any:
     return jax.make_array_from_callback(whole.shape, sharding, lambda index: whole[index])
 
 
-def _exists(device: jax.Device) -> bool:
+def is_present(device: jax.Device) -> bool:
     """Whether a program can run on the device; those of a topology can only be compiled for."""
     try:
         return device in jax.devices(device.platform)

@@ -36,7 +36,7 @@ from scripts._bench.cases import OPERATIONS, ROUTINGS, TOKENS, Case, Shape, floo
 from scripts._bench.ceilings import Ceilings, measure_ceilings
 from scripts._bench.inputs import VARIANTS, Layer, exact_sample, make_layers, make_variants, to_float64
 from scripts._bench.options import add_shapes, new_file, picture
-from scripts._bench.report import check_finite, machine, plot_roofline, print_cases, reason, warn_if_busy, write_json
+from scripts._bench.report import check_error, machine, plot_roofline, print_cases, reason, warn_if_busy, write_json
 from scripts._bench.sides import SIDES_HELP, Side, Turn, all_sides
 from scripts._bench.timing import take_turns
 
@@ -101,7 +101,7 @@ def measure(
     for side in sides:
         try:
             turn = side.prepare(case, variants)
-            error = check_finite(sample.error(to_float64(turn(), sample.rows)))
+            error = check_error(sample.error(to_float64(turn(), sample.rows)), case.dtype)
         except Exception as refusal:  # whatever it is, it is listed
             lines[side.name] = {"side": side.name, "refused": reason(refusal)}
         else:

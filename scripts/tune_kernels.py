@@ -22,20 +22,23 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 import jax
+import jax.numpy as jnp
 
 from jaxmoe.cli.options import count
 from jaxmoe.kernels.grouped_matmul import check_backend, combine_halves
 from jaxmoe.kernels.grouped_matmul.backends import GPU_BACKENDS
-from jaxmoe.kernels.grouped_matmul.tile_table import TILE_TABLES, row_class, write_table
+from jaxmoe.kernels.grouped_matmul.tile_table import row_class, user_tables, write_table
 from scripts._bench.cases import TOKENS, Case
 from scripts._bench.inputs import Layer, Variant, make_layers, make_variants
 from scripts._bench.options import add_shapes
 from scripts._bench.tuning import Tuned, WithTiles, tune
 
+# A layer takes the sums of the second product as they are, for it adds them up over experts.
+DOWN_DTYPE = jnp.dtype(jnp.float32)
 # From a kernel's module, rows, matrices [G, halves·N, K], halves and kind of device to the tiles that may be good for them.
 CANDIDATES: dict[str, Callable[[Any, jax.Array, jax.Array, int, str], Sequence[Any]]] = {
     "mosaic_gpu": lambda kernel, rows, matrices, halves, device_kind: kernel.candidate_tiles(
-        kernel.problem_of(rows, matrices, halves, rows.dtype, device_kind)
+        kernel.problem_of(rows, matrices, halves, rows.dtype if halves == 2 else DOWN_DTYPE, device_kind)
     ),
     "triton": lambda kernel, rows, matrices, halves, device_kind: kernel.candidate_tiles(
         rows.shape[0], matrices.shape[0], matrices.shape[2], matrices.shape[1], rows.dtype.itemsize
@@ -74,7 +77,7 @@ def tune_case(
     try:
         candidates = list_candidates(args.kernel, kernel, case, variants[0], device.device_kind)
         tuned = tune(with_tiles(kernel, case, device.device_kind), candidates, case, variants, rounds=args.rounds)
-    except (NotImplementedError, MemoryError) as error:
+    except (NotImplementedError, MemoryError, ArithmeticError) as error:
         print(f"{where}: {error}", flush=True)
         return
     print(f"{where}: {len(tuned.seconds)} candidates, {len(tuned.refused)} refused", flush=True)
@@ -100,7 +103,7 @@ def with_tiles(kernel: ModuleType, case: Case, device_kind: str) -> WithTiles:
     def bind(tiles: Any) -> Callable[..., jax.Array]:
         def down(rows: jax.Array, matrices: jax.Array, sizes: jax.Array) -> jax.Array:
             return kernel.grouped_matmul(
-                rows, matrices, sizes, out_dtype=rows.dtype, device_kind=device_kind, tiles=tiles
+                rows, matrices, sizes, out_dtype=DOWN_DTYPE, device_kind=device_kind, tiles=tiles
             )
 
         def mlp(rows: jax.Array, up: jax.Array, down: jax.Array, sizes: jax.Array) -> jax.Array:
@@ -129,6 +132,7 @@ def entry(name: str, case: Case, tuned: Tuned) -> dict[str, Any]:
     return {
         "kernel": f"{name}.gate_up" if case.operation == "mlp" else name,
         "dtype": case.dtype,
+        "out_dtype": case.dtype if case.operation == "mlp" else DOWN_DTYPE.name,
         "K": K,
         "N": N,
         "row_class": row_class(case.rows / case.shape.experts),
@@ -150,7 +154,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--dtype", choices=["bfloat16", "float16"], default="bfloat16")
     parser.add_argument("--rounds", type=count, default=7, help="turns of each candidate (default: 7)")
     parser.add_argument(
-        "--tables", type=Path, default=TILE_TABLES, help="folder of the tables (default: the package's)"
+        "--tables", type=Path, default=user_tables(), help="folder of the tables (default: the user's own)"
     )
     return parser.parse_args(argv)
 

@@ -16,7 +16,7 @@ PACKAGE = Path(__file__).resolve().parent.parent / "jaxmoe"
 
 # Lowest first; two on one line never import each other. A new package gets its place here.
 ORDER = [
-    ["checks", "numerics", "progress", "rotary", "supervise"],
+    ["checks", "numerics", "progress", "rotary", "supervise", "user_files"],
     ["mesh", "hardware", "config", "distributed"],
     ["quant"],
     ["placement"],

@@ -28,6 +28,7 @@ from jaxmoe.layers.swap import by_rank, fill_slots
 from jaxmoe.layers.usable import mark_moved
 from jaxmoe.mesh import EP, check_mesh
 from jaxmoe.models import Decoder
+from jaxmoe.models.kernels import try_kernels
 from jaxmoe.models.parts import held_forms
 from jaxmoe.placement import ExpertPlacement
 from jaxmoe.quant.packing import Packing
@@ -81,6 +82,7 @@ def move(
     held = packings_of(model)
     packings = {path: _cut_to(plain[path], packing) for path, packing in held.items()}
     pack_params(moved, plain.values(), packings)
+    try_kernels(moved, mesh, model.dtype, model.kernels)
     now, new = {spec.path: spec for spec in param_specs(model)}, {spec.path: spec for spec in param_specs(moved)}
     # Scales are looked at in the blocks that they are to have.
     old = now | {
@@ -144,7 +146,7 @@ def _empty_on(
         dtype=model.dtype,
         origin=model.origin,
         expert_axes=(EP,) if first is None else first.expert_axes,
-        kernels="auto" if first is None else first.kernels,
+        kernels=model.kernels,
     )
     # A `with model.record_routing()` that is open goes on with the moved model, and ends for both.
     moved.record_with(model.recorder)

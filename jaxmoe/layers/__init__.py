@@ -2,6 +2,7 @@
 
 from jaxmoe.layers.attention import Attention, KVCache
 from jaxmoe.layers.cache import CacheArray
+from jaxmoe.layers.device_work import kernel_work
 from jaxmoe.layers.embedding import VocabTable
 from jaxmoe.layers.hyper import HyperConnection, HyperHead
 from jaxmoe.layers.logical import abstract_logical_state, load_logical_state, logical_state
@@ -40,6 +41,7 @@ __all__ = [
     "check_expert_axes",
     "check_swap",
     "check_usable",
+    "kernel_work",
     "load_logical_state",
     "logical_state",
     "make_token_mixer",

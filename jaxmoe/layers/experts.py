@@ -1,5 +1,6 @@
 """The experts of a layer: their weights, stacked by slot, and their application to rows that are grouped by slot."""
 
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -8,7 +9,7 @@ from jax.typing import DTypeLike
 
 from jaxmoe.config import MoEConfig
 from jaxmoe.dispatch import Experts
-from jaxmoe.kernels.grouped_matmul import combine_halves, expert_mlp
+from jaxmoe.kernels.grouped_matmul import Work, combine_halves, expert_mlp, local_stack
 from jaxmoe.layers.param import ParamFactory, zeros
 from jaxmoe.layers.weights import RoundingStack
 from jaxmoe.mesh import axes_size
@@ -70,6 +71,34 @@ def make_expert_stacks(
         return ExpertStacks(w_gate_up, w_down)
     b_gate_up = param((P, halves, F), expert_axes, None, width, init=zeros, slots=slots)
     return ExpertStacks(w_gate_up, w_down, b_gate_up, param((P, X), expert_axes, init=zeros, slots=slots))
+
+
+def expert_work(
+    stacks: ExpertStacks, specs: ExpertStacks, config: MoEConfig, *, axis_sizes: Mapping[str, int], dtype: DTypeLike
+) -> Work:
+    """What a device's kernels are asked for.
+
+    Args:
+        stacks: weights of the whole mesh, or what stands for them.
+        specs: their partition specs.
+        config: config of the layer.
+        axis_sizes: sizes of the mesh's axes.
+        dtype: dtype of the activations.
+    """
+    matrices, activations = [], "none"
+    for name in ("w_gate_up", "w_down"):
+        stack = local_stack(getattr(stacks, name), getattr(specs, name), axis_sizes)
+        if isinstance(stack, RoundingStack):
+            stack, activations = stack.stack, stack.activations
+        matrices.append(stack)
+    return Work.mlp(
+        dtype,
+        *matrices,
+        biases=stacks.b_down is not None,
+        activation=config.activation,
+        limit=config.activation_limit,
+        activations=activations,
+    )
 
 
 def local_experts(

@@ -18,9 +18,9 @@ from jaxmoe.dispatch import (
     explain_dispatch,
     get_dispatch,
 )
-from jaxmoe.kernels.grouped_matmul import check_backend
+from jaxmoe.kernels.grouped_matmul import Choice, Work, check_backend, choose_backend, hold_trials
 from jaxmoe.layers.expert_stack import ExpertStack
-from jaxmoe.layers.experts import ExpertStacks, make_expert_stacks
+from jaxmoe.layers.experts import ExpertStacks, expert_work, make_expert_stacks
 from jaxmoe.layers.explicit_mesh import apply_on_auto_axes
 from jaxmoe.layers.latent import LatentProjection, from_latent, make_latent_projection, to_latent
 from jaxmoe.layers.mlp import MLP
@@ -130,6 +130,8 @@ class MoE(nnx.Module):
             self.w_shared_gate = param((1, config.hidden_size))
         self._specs = WeightSpecs.of(self)
         self._set_tables(placement, ReplicaRule())
+        if kernels == "auto" and rngs is not None:
+            hold_trials(mesh, [self._kernel_work(self._dtype)])
 
     @property
     def placement(self) -> ExpertPlacement:
@@ -314,6 +316,22 @@ class MoE(nnx.Module):
         if name != "auto":
             get_dispatch(name, self._platform)
 
+    def _choose_kernels(self, T: int, dtype: Any) -> Choice:
+        if self.kernels != "auto":
+            return Choice(self.kernels, "as it was asked for")
+        rows_per_group = T * self.config.num_experts_per_tok / max(self.w_gate_up.shape[0], 1)
+        kind = self.mesh.devices.flat[0].device_kind
+        return choose_backend(self._kernel_work(dtype), kind, rows_per_group=rows_per_group)
+
+    def _kernel_work(self, dtype: Any) -> Work:
+        return expert_work(
+            self._specs.values_as(self, ExpertStacks),
+            self._specs.specs_as(self, ExpertStacks),
+            self.config,
+            axis_sizes=dict(self.mesh.shape),
+            dtype=dtype,
+        )
+
     def _plan(self, T: int, dtype: Any, dispatch: str | None = None) -> RoutedPlan:
         name = dispatch or self.dispatch
         # Public methods are not called from here: nnx.tabulate jits them all, and their results are no arrays.
@@ -323,7 +341,7 @@ class MoE(nnx.Module):
             mesh=auto_mesh(self.mesh),
             layout=self._layout,
             dispatch=backend,
-            kernels=self.kernels,
+            kernels=self._choose_kernels(T, dtype).backend,
             replica_choice=self.replica_choice,
             stack_specs=tuple(jax.tree.leaves(self._specs.specs_as(self, ExpertStacks))),
         )

@@ -77,12 +77,12 @@ class WeightSpecs:
         return {name: self.value(module, name) for name in names}, {name: self.spec(module, name) for name in names}
 
     def value(self, module: nnx.Module, name: str) -> Weight:
-        """Give the value of one parameter: an array, a `QuantizedStack`, or a `RoundingStack`."""
+        """Give the value of one parameter: an array, a `QuantizedStack` or a `RoundingStack`; abstract if it is."""
         packing = dict(self.packings).get(name)
-        values = getattr(module, name)[...]
+        values = _array_of(getattr(module, name))
         if packing is None:
             return values
-        arrays = {role: getattr(module, name + PART_ENDINGS[role])[...] for role in packing.roles[1:]}
+        arrays = {role: _array_of(getattr(module, name + PART_ENDINGS[role])) for role in packing.roles[1:]}
         return self._stack(name, packing, values.shape, {"values": values, **arrays})
 
     def spec(self, module: nnx.Module, name: str) -> Any:
@@ -113,6 +113,11 @@ class WeightSpecs:
             activations=packing.activations,
             split_over=(axes,) if isinstance(axes, str) else tuple(axes or ()),
         )
+
+
+def _array_of(param: nnx.Param) -> Any:
+    value = param.get_value()
+    return value if isinstance(value, jax.ShapeDtypeStruct) else param[...]
 
 
 def _stack(packing: Packing, shape: tuple[int, ...], arrays: Mapping[str, Any]) -> QuantizedStack:

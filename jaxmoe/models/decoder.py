@@ -35,6 +35,7 @@ from jaxmoe.models.belongings import Belongings
 from jaxmoe.models.checks import check_length, check_token_ids, check_tp
 from jaxmoe.models.decoder_layer import DecoderLayer
 from jaxmoe.models.describe import describe
+from jaxmoe.models.kernels import describe_kernels
 from jaxmoe.models.origin import Origin
 from jaxmoe.models.padding import bucket_length, prompt_positions
 from jaxmoe.models.parts import describe_packed
@@ -90,7 +91,7 @@ class Decoder(nnx.Module):
         self.config, self.mesh, self.dtype = config, mesh, jnp.dtype(dtype)
         self.origin = origin
         self._recorder: RoutingRecorder | None = None
-        self.dispatch = PhaseDispatch.of(dispatch)
+        self.dispatch, self.kernels = PhaseDispatch.of(dispatch), kernels
         param = ParamFactory(mesh, dtype, rngs, kernels=kernels)
         experts = [ffn.num_experts for layer in config.layers if isinstance(ffn := layer.feed_forward, MoEConfig)]
         placements = dict(
@@ -155,7 +156,7 @@ class Decoder(nnx.Module):
         return recorder if recorder is not None and recorder.records(self, self.embed.weight.get_value()) else None
 
     def describe(self, *, batch_size: int = 1, prompt_length: int = 512) -> str:
-        """The model on its mesh in a few lines: its packed weights, where its experts are, and how tokens travel to them.
+        """The model on its mesh in a few lines: packed weights, kernels, where experts are, and how tokens travel to them.
 
         Args:
             batch_size: sequences, for the choice of a dispatch.
@@ -169,6 +170,7 @@ class Decoder(nnx.Module):
             self.moe_layers,
             self.dispatch,
             describe_packed(self, self.dtype),
+            describe_kernels(self, self.mesh, self.dtype, self.kernels),
             batch_size=batch_size,
             prompt_length=prompt_length,
         )

@@ -20,11 +20,15 @@ def describe(
     moe_layers: Sequence[MoE],
     dispatch: PhaseDispatch,
     packed: str,
+    kernels: Sequence[str],
     *,
     batch_size: int,
     prompt_length: int,
 ) -> str:
-    """The lines of `Decoder.describe`, from the parts of the model that they are about; `packed` names packed weights."""
+    """The lines of `Decoder.describe`, from the parts of the model that they are about; `packed` names packed weights.
+
+    `kernels` are lines of their own.
+    """
     sizes = ", ".join(f"{axis}={size}" for axis, size in mesh.shape.items())
     platform = mesh.devices.flat[0].platform
     lines = [
@@ -34,6 +38,7 @@ def describe(
     ]
     if packed:
         lines.append(f"held packed: {packed}; other weights in {dtype.name}")
+    lines += kernels
     lines += _runs([_experts(moe) for moe in moe_layers])
     # What is computed, padding included, is what a dispatch is chosen for.
     rows = padded_batch(mesh, batch_size)

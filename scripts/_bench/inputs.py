@@ -16,8 +16,8 @@ from scripts._bench.cases import Case, Shape, draw_group_sizes
 VARIANTS = 4
 # Matrices may fill so much of the memory that is free.
 MEMORY_SHARE = 0.25
-# Rows whose result is compared with float64.
-SAMPLED_GROUPS, SAMPLED_ROWS = 4, 4
+# Groups whose results are compared with float64, and how many of the rows of each: all that there are, up to so many.
+SAMPLED_GROUPS, SAMPLED_ROWS = 4, 64
 
 
 @dataclasses.dataclass(frozen=True)
@@ -119,7 +119,7 @@ class Sample(NamedTuple):
 
 
 def exact_sample(case: Case, variant: Variant) -> Sample:
-    """The operation in float64 for the first and last rows of a few groups, of the largest among them."""
+    """The operation in float64 for rows of a few groups, the largest among them: all rows, or many from first to last."""
     ends_G = np.cumsum(variant.host_sizes)
     filled = np.flatnonzero(variant.host_sizes)
     groups = {

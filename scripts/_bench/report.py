@@ -14,6 +14,8 @@ import jax
 from rich.console import Console
 from rich.table import Table
 
+from jaxmoe.kernels.grouped_matmul.work import TOLERANCES
+
 # A side that cannot do a case says it in an exception; these are meant for people.
 SPOKEN = (NotImplementedError, MemoryError)
 PACKAGES = ("jax", "jaxlib", "jax-cuda13-plugin", "numpy", "torch", "transformers", "tokamax")
@@ -60,6 +62,17 @@ def check_finite(error: float) -> float:
     """
     if not math.isfinite(error):
         raise ArithmeticError("the result is not finite")
+    return error
+
+
+def check_error(error: float, dtype: str) -> float:
+    """An error of products of rows of that dtype that rounding explains, for the time of a wrong result says nothing.
+
+    Raises:
+        ArithmeticError: it is infinite or NaN, or more than that.
+    """
+    if check_finite(error) > TOLERANCES[dtype]:
+        raise ArithmeticError(f"the result is wrong: {error:.2g} of its norm, where {TOLERANCES[dtype]:.2g} is allowed")
     return error
 
 

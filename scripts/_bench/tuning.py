@@ -9,7 +9,7 @@ import jax
 
 from scripts._bench.cases import Case
 from scripts._bench.inputs import VARIANTS, Sample, Variant, exact_sample, to_float64
-from scripts._bench.report import reason
+from scripts._bench.report import check_error, reason
 from scripts._bench.sides import Turn, jax_turn
 from scripts._bench.timing import take_turns
 
@@ -60,14 +60,17 @@ def tune(
         budget_s: as for `timing.take_turns`.
 
     Raises:
-        Exception: whatever the kernel raises with its own choice of tiles.
+        ArithmeticError: the kernel is wrong with its own choice of tiles.
+        Exception: whatever else it raises with it.
     """
     sample = exact_sample(case, variants[0])
     default, default_error = _prepare(with_tiles(None), case, variants, sample)
     turns, refused = {None: default}, {}
+    check_error(default_error, case.dtype)
     for tiles in candidates:
         try:
             turn, error = _prepare(with_tiles(tiles), case, variants, sample)
+            check_error(error, case.dtype)
         except Exception as refusal:  # too much shared memory, registers, ...: compilers say so in many ways
             refused[tiles] = reason(refusal)
             continue

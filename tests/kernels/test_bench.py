@@ -20,7 +20,7 @@ from scripts import bench_kernels, bench_layer, tune_kernels
 from scripts._bench import inputs
 from scripts._bench.cases import ROUTINGS, SHAPES, Case, Shape, draw_group_sizes, floor_of, parse_shape
 from scripts._bench.inputs import exact_sample, make_layers, make_variants
-from scripts._bench.report import check_finite, write_json
+from scripts._bench.report import check_error, write_json
 from scripts._bench.sides import all_sides, jax_turn
 from scripts._bench.timing import take_turns
 from scripts._bench.tuning import tune
@@ -286,11 +286,13 @@ def test_what_was_measured_before_an_interruption_is_kept(tmp_path, monkeypatch)
     assert case["operation"] == "up"
 
 
-def test_a_result_that_is_not_finite_has_no_time():
-    assert check_finite(0.5) == 0.5
+def test_a_result_that_is_wrong_has_no_time():
+    assert check_error(0.01, "bfloat16") == 0.01
     for error in (math.nan, math.inf):
         with pytest.raises(ArithmeticError, match="the result is not finite"):
-            check_finite(error)
+            check_error(error, "bfloat16")
+    with pytest.raises(ArithmeticError, match="the result is wrong: 0.01 of its norm, where 0.0039 is allowed"):
+        check_error(0.01, "float32")
 
 
 @pytest.mark.parametrize(
@@ -411,7 +413,8 @@ def test_tune_kernels_writes_the_table(fake_times, monkeypatch, tmp_path, capsys
     tune_kernels.main(["--kernel", "triton", *options])
     assert capsys.readouterr().out.count("3 candidates, 2 refused") == 2
     device = jax.devices()[0].device_kind
-    common = {"dtype": "bfloat16", "rows_per_group": 2, "folder": tmp_path}
-    assert lookup(device, kernel="triton.gate_up", K=32, N=32, **common) == {"rows": 16}
-    assert lookup(device, kernel="triton", K=16, N=32, **common) == {"rows": 16}
-    assert lookup(device, kernel="triton", K=32, N=32, **common) is None
+    common = {"dtype": "bfloat16", "rows_per_group": 2, "folders": [tmp_path]}
+    up, down = {"kernel": "triton.gate_up", "out_dtype": "bfloat16"}, {"kernel": "triton", "out_dtype": "float32"}
+    assert lookup(device, **up, K=32, N=32, **common)["tiles"] == {"rows": 16}
+    assert lookup(device, **down, K=16, N=32, **common)["tiles"] == {"rows": 16}
+    assert lookup(device, **down, K=32, N=32, **common) is None

@@ -89,9 +89,10 @@ def test_what_a_model_says_of_itself() -> None:
         dispatch={"prefill": "auto", "decode": "replicated"},
     )
     text = model.describe(batch_size=4, prompt_length=256)
-    assert text.splitlines()[:4] == [
+    assert text.splitlines()[:5] == [
         "qwen3_moe in float32, 2 layers, 2 of them with routed experts",
         "mesh dp=1, tp=2, ep=4: 8 cpu devices",
+        "kernels: portable for experts (it runs everywhere, and no other was tried here)",
         "MoE layer 0: 11 experts, 3 to a token, in 12 slots (0 replicas, 1 padding), 3 on each of 4 devices along ep",
         "MoE layer 1: 11 experts, 3 to a token, in 16 slots (2 replicas, 3 padding), 4 on each of 4 devices along ep",
     ]

@@ -24,6 +24,7 @@ from jaxmoe.distributed import check_same
 from jaxmoe.layers import param_specs, params_by_path
 from jaxmoe.mesh import EP, check_mesh
 from jaxmoe.models import Decoder, Family, Origin
+from jaxmoe.models.kernels import try_kernels
 from jaxmoe.models.parts import held_forms
 from jaxmoe.placement import ExpertPlacement
 from jaxmoe.progress import ProgressCallback, byte_progress, check_progress
@@ -143,6 +144,8 @@ def load(
             kernels,
         )
         _check_same_input(model, found, opened, settings)
+    if quantize is None:
+        try_kernels(model, mesh, model.dtype, kernels)
     with byte_progress(f"loading {path.name}", progress) as report_bytes:
         if quantize is None:
             arrays, report = load_arrays(plan, check_finite=check_finite, progress=report_bytes)
@@ -150,6 +153,7 @@ def load(
             arrays, report = load_quantized(
                 model, mapped, quantize, plan, check_finite=check_finite, progress=report_bytes
             )
+            try_kernels(model, mesh, model.dtype, kernels)
     packed, decoded = mapped.formats(choice.packings)
     model.load_report = dataclasses.replace(
         report,

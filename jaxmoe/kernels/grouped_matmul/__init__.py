@@ -6,9 +6,12 @@ the tests; every other file is one backend or what backends share.
 
 from jaxmoe.kernels.grouped_matmul.api import expert_mlp, grouped_matmul
 from jaxmoe.kernels.grouped_matmul.backends import BACKENDS, GPU_BACKENDS, Kernels, check_backend
+from jaxmoe.kernels.grouped_matmul.choose import Choice, choose_backend
 from jaxmoe.kernels.grouped_matmul.combine import combine_halves
 from jaxmoe.kernels.grouped_matmul.quantized import QuantizedStack, dequantize
 from jaxmoe.kernels.grouped_matmul.quantized_rows import ROW_FORMATS, QuantizedRows, quantize_rows
+from jaxmoe.kernels.grouped_matmul.verdicts import hold_trials
+from jaxmoe.kernels.grouped_matmul.work import Work, local_stack
 from jaxmoe.numerics import ACTIVATIONS
 
 __all__ = [
@@ -16,13 +19,18 @@ __all__ = [
     "BACKENDS",
     "GPU_BACKENDS",
     "ROW_FORMATS",
+    "Choice",
     "Kernels",
     "QuantizedRows",
     "QuantizedStack",
+    "Work",
     "check_backend",
+    "choose_backend",
     "combine_halves",
     "dequantize",
     "expert_mlp",
     "grouped_matmul",
+    "hold_trials",
+    "local_stack",
     "quantize_rows",
 ]

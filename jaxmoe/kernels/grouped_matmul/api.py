@@ -11,9 +11,11 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 
 from jaxmoe.kernels.grouped_matmul.backends import load_backend
+from jaxmoe.kernels.grouped_matmul.choose import choose_backend
 from jaxmoe.kernels.grouped_matmul.combine import combine_halves
 from jaxmoe.kernels.grouped_matmul.quantized import Matrices, QuantizedStack, as_matrices
 from jaxmoe.kernels.grouped_matmul.quantized_rows import check_row_format
+from jaxmoe.kernels.grouped_matmul.work import Work
 
 
 def grouped_matmul(
@@ -46,7 +48,7 @@ def grouped_matmul(
         split_over: axes of the `shard_map` over which the columns of rows and matrices are split, for the scales of
             activations: they are those of whole rows. The result is a partial sum, as it is without.
         out_dtype: dtype of the result, lhs_RK's by default. Sums are float32 (float64 for float64 rows) whatever it is.
-        backend: name in `BACKENDS` or `GPU_BACKENDS`, or "auto".
+        backend: name in `BACKENDS` or `GPU_BACKENDS`; or "auto", for what `choose_backend` takes on devices of this kind.
         device_kind: `jax.Device.device_kind` of the devices that it will run on. A GPU backend takes the tiles that were
             measured to be fastest there; without it, or where nothing was measured, its own choice. "mosaic_gpu" has a
             kernel of its own for Blackwell, which it takes only where this says so.
@@ -68,6 +70,9 @@ def grouped_matmul(
     _check_rows(lhs_RK, group_sizes_G)
     _check_matrix("rhs", rhs_GNK, (rhs_GNK.shape[1], lhs_RK.shape[1]), lhs_RK, group_sizes_G)
     _check_activations(activations, input_scales_G, (len(group_sizes_G),), rhs=rhs_GNK)
+    if backend == "auto":
+        work = Work.product(lhs_RK.dtype, rhs_GNK, activations)
+        backend = _choose(work, device_kind, lhs_RK, group_sizes_G)
     kernels = load_backend(
         backend, rhs_GNK, activations=activations, input_scales=input_scales_G, split_over=split_over
     )
@@ -121,7 +126,7 @@ def expert_mlp(
         input_scales_p2: float32, the scales of static activations: of x at [:, 0], of h at [:, 1].
         split_over: axes of the `shard_map` over which F is split, for the scales of h, as in `grouped_matmul`.
         out_dtype: dtype of the result, x_RD's by default. Sums are float32 (float64 for float64 rows) whatever it is.
-        backend: name in `BACKENDS` or `GPU_BACKENDS`, or "auto".
+        backend: name in `BACKENDS` or `GPU_BACKENDS`; or "auto", for what `choose_backend` takes on devices of this kind.
         device_kind: `jax.Device.device_kind` of the devices that it will run on. A GPU backend takes the tiles that were
             measured to be fastest there; without it, or where nothing was measured, its own choice. "mosaic_gpu" has a
             kernel of its own for Blackwell, which it takes only where this says so.
@@ -157,6 +162,16 @@ def expert_mlp(
             raise ValueError(f"{name} must have shape {shape} to fit the matrices; got {bias.shape}.")
     _check_activations(activations, input_scales_p2, (p, 2), w_gate_up=w_gate_up_p2FD, w_down=w_down_pDF)
     stacks = w_gate_up_p2FD, w_down_pDF
+    if backend == "auto":
+        work = Work.mlp(
+            x_RD.dtype,
+            *stacks,
+            biases=b_gate_up_p2F is not None,
+            activation=activation,
+            limit=limit,
+            activations=activations,
+        )
+        backend = _choose(work, device_kind, x_RD, group_sizes_p)
     kernels = load_backend(
         backend, *stacks, activations=activations, input_scales=input_scales_p2, split_over=split_over
     )
@@ -171,6 +186,10 @@ def expert_mlp(
         out_dtype=jnp.dtype(out_dtype or x_RD.dtype),
         device_kind=device_kind,
     )
+
+
+def _choose(work: Work, device_kind: str | None, rows: jax.Array, group_sizes: jax.Array) -> str:
+    return choose_backend(work, device_kind, rows_per_group=len(rows) / max(len(group_sizes), 1)).backend
 
 
 def _flatten(stack: Matrices) -> Matrices:

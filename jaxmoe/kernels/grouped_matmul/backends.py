@@ -219,14 +219,14 @@ def check_backend(name: str, device: jax.Device) -> None:
         NotImplementedError: it cannot run there, or not with the installed jax.
     """
     load_backend(name)
-    if name in GPU_BACKENDS and _capability(device) not in GPU_BACKENDS[name].capabilities:
+    if name in GPU_BACKENDS and compute_capability(device) not in GPU_BACKENDS[name].capabilities:
         raise NotImplementedError(
             f"kernels {name!r} run on {GPU_BACKENDS[name].devices}; these devices are {device.device_kind} "
             f"({device.platform}): use 'portable' or 'auto'"
         )
 
 
-def _capability(device: jax.Device) -> int:
+def compute_capability(device: jax.Device) -> int:
     """The first number of an NVIDIA GPU's compute capability; 0 of any other device, such as "gfx942" of AMD's."""
     number = re.match(r"(\d+)\.\d", str(getattr(device, "compute_capability", "")))
     return int(number[1]) if number else 0

@@ -1,29 +1,34 @@
 """Tile sizes that were measured to be fastest, as JSON files: one file a kind of device.
 
-A kernel asks `lookup` and falls back to defaults of its own where the table is silent. Files are written by
-`scripts/tune_kernels.py` on the device itself; there is none for a device that nobody has measured. A file is
+A kernel asks `lookup` and falls back to defaults of its own where the tables are silent. Files are written by
+`scripts/tune_kernels.py` on the device itself; there is none for a device that nobody has measured. The user's own tables go
+before those of the package. A file is
 
-    {"device": "NVIDIA H100 80GB HBM3", "entries": [
-        {"kernel": "mosaic_gpu", "dtype": "bfloat16", "K": 4096, "N": 28672, "row_class": 128, "tiles": {...}, ...}]}
+    {"device": "NVIDIA H100 80GB HBM3", "entries": [{"kernel": "mosaic_gpu", "dtype": "bfloat16", "out_dtype": "float32",
+        "K": 14336, "N": 4096, "row_class": 128, "tiles": {...}, "seconds": 0.0012, ...}]}
 """
 
+import copy
 import json
 import math
 import os
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
+from jax.typing import DTypeLike
 
 from jaxmoe.kernels.grouped_matmul.quantized import Matrices, QuantizedStack
+from jaxmoe.user_files import data_folder
 
 TILE_TABLES = Path(__file__).with_name("tile_tables")
 
 # Names by whose values an entry is found.
-KEY = ("kernel", "dtype", "K", "N", "row_class")
+KEY = ("kernel", "dtype", "out_dtype", "K", "N", "row_class")
 
 
 def row_class(rows_per_group: float) -> int:
@@ -49,34 +54,45 @@ def lookup(
     *,
     kernel: str,
     dtype: str,
+    out_dtype: str,
     K: int,
     N: int,
     rows_per_group: float,
-    folder: Path = TILE_TABLES,
-) -> dict[str, int] | None:
-    """The tiles measured for matrices [N, K] with so many rows a group on average.
+    folders: Sequence[Path] | None = None,
+) -> dict[str, Any] | None:
+    """What was measured for matrices [N, K] with so many rows a group on average.
 
     Args:
         device_kind: kind of device, as `jax.Device.device_kind` has it.
         kernel: a backend, such as "triton"; or "triton.gate_up" for gate and up in one, with the activation.
         dtype: dtype of rows and matrices, such as "bfloat16".
+        out_dtype: dtype of the result.
         K: inner dimension.
         N: output dimension, of gate and up together.
         rows_per_group: allocated rows by groups, which shapes alone tell.
-        folder: folder of the tables.
+        folders: folders of the tables, of which the first with such an entry counts; None for the user's and the package's.
 
     Returns:
-        Arguments of the kernel's own type of tiles, or None where nothing was measured: use the kernel's defaults.
+        The entry, whose "tiles" are arguments of the kernel's own type of tiles; None where nothing was measured.
 
     Raises:
         ValueError: the device's file is no table, or one of another device.
     """
-    tiles = _read(device_kind, folder).get((kernel, dtype, K, N, row_class(rows_per_group)))
-    return None if tiles is None else dict(tiles)
+    key = (kernel, dtype, out_dtype, K, N, row_class(rows_per_group))
+    for folder in _all_tables() if folders is None else folders:
+        entry = _read(device_kind, folder).get(key)
+        if entry is not None:
+            return copy.deepcopy(entry)
+    return None
 
 
 def measured_tiles(
-    make: Callable[..., Any], device_kind: str | None, kernel: str, rows: jax.Array, matrices: Matrices
+    make: Callable[..., Any],
+    device_kind: str | None,
+    kernel: str,
+    rows: jax.Array,
+    matrices: Matrices,
+    out_dtype: DTypeLike,
 ) -> Any | None:
     """`lookup` for rows [R, K] and matrices [G, N, K], as what `make` makes of it; None for packed matrices.
 
@@ -86,19 +102,42 @@ def measured_tiles(
         kernel: name of the kernel, as for `lookup`.
         rows: rows that are multiplied; only shape and dtype matter.
         matrices: matrices that they are multiplied with; only shape and dtype matter.
+        out_dtype: dtype of the result.
     """
     if device_kind is None or isinstance(matrices, QuantizedStack):
         return None
     G, N, K = matrices.shape
-    per_group = rows.shape[0] / max(G, 1)
-    found = lookup(device_kind, kernel=kernel, dtype=rows.dtype.name, K=K, N=N, rows_per_group=per_group)
-    return None if found is None else make(**found)
+    found = lookup(
+        device_kind,
+        kernel=kernel,
+        dtype=rows.dtype.name,
+        out_dtype=jnp.dtype(out_dtype).name,
+        K=K,
+        N=N,
+        rows_per_group=rows.shape[0] / max(G, 1),
+    )
+    return None if found is None else make(**found["tiles"])
+
+
+def tuned_backends(device_kind: str) -> set[str]:
+    """The backends that the tables have tiles of, for a kind of device."""
+    keys = [key for folder in _all_tables() for key in _read(device_kind, folder)]
+    return {kernel.removesuffix(".gate_up") for kernel, *_ in keys}
+
+
+def user_tables() -> Path:
+    """The folder of the tables that the user made."""
+    return data_folder() / "tile_tables"
+
+
+def _all_tables() -> tuple[Path, ...]:
+    return user_tables(), TILE_TABLES
 
 
 @cache
-def _read(device_kind: str, folder: Path) -> dict[tuple[Any, ...], Mapping[str, int]]:
+def _read(device_kind: str, folder: Path) -> dict[tuple[Any, ...], dict[str, Any]]:
     entries = read_table(device_kind, folder)["entries"]
-    return {tuple(entry[name] for name in KEY): entry["tiles"] for entry in entries}
+    return {tuple(entry[name] for name in KEY): entry for entry in entries}
 
 
 def read_table(device_kind: str, folder: Path = TILE_TABLES) -> dict[str, Any]:

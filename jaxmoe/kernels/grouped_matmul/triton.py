@@ -112,7 +112,7 @@ def grouped_matmul(
     interpret: bool = False,
 ) -> jax.Array:
     """out[r] = rhs[g(r)] @ lhs[r]; see `Kernels.grouped_matmul`. `tiles` are looked up or chosen unless given."""
-    tiles = tiles or measured_tiles(Tiles, device_kind, "triton", lhs_RK, rhs_GNK)
+    tiles = tiles or measured_tiles(Tiles, device_kind, "triton", lhs_RK, rhs_GNK, out_dtype)
 
     def forward(arrays: Any, group_sizes_G: jax.Array) -> jax.Array:
         lhs_RK, rhs_GNK = arrays
@@ -145,8 +145,8 @@ def expert_mlp(
 
     `tiles` are those of the first and of the second product, looked up or chosen unless given.
     """
-    up_tiles = tiles[0] or measured_tiles(Tiles, device_kind, "triton.gate_up", x_RD, w_up_pND)
-    down_tiles = tiles[1] or measured_tiles(Tiles, device_kind, "triton", x_RD, w_down_pDF)
+    up_tiles = tiles[0] or measured_tiles(Tiles, device_kind, "triton.gate_up", x_RD, w_up_pND, x_RD.dtype)
+    down_tiles = tiles[1] or measured_tiles(Tiles, device_kind, "triton", x_RD, w_down_pDF, out_dtype)
 
     def forward(arrays: Any, group_sizes_p: jax.Array) -> jax.Array:
         x_RD, w_up, w_down, b_up, b_down = arrays

@@ -40,7 +40,7 @@ def grouped_matmul(
 
     `tiles` are looked up or chosen unless given. Rows are quantized first if `activations` are named.
     """
-    measured = measured_tiles(Tiles, device_kind, "mosaic_gpu", lhs_RK, rhs_GNK)
+    measured = measured_tiles(Tiles, device_kind, "mosaic_gpu", lhs_RK, rhs_GNK, out_dtype)
 
     def forward(arrays: Any, group_sizes_G: jax.Array) -> jax.Array:
         lhs_RK, rhs_GNK, scales_G = arrays
@@ -79,8 +79,8 @@ def expert_mlp(
     `tiles` are those of the first and of the second product, looked up or chosen unless given. x and h are quantized before
     them if `activations` are named.
     """
-    measured_up = measured_tiles(Tiles, device_kind, "mosaic_gpu.gate_up", x_RD, w_up_pND)
-    measured_down = measured_tiles(Tiles, device_kind, "mosaic_gpu", x_RD, w_down_pDF)
+    measured_up = measured_tiles(Tiles, device_kind, "mosaic_gpu.gate_up", x_RD, w_up_pND, x_RD.dtype)
+    measured_down = measured_tiles(Tiles, device_kind, "mosaic_gpu", x_RD, w_down_pDF, out_dtype)
     halves = 2 if combine.gated else 1
 
     def finish(*sums: jax.Array) -> jax.Array:
