@@ -5,12 +5,12 @@ from pathlib import Path
 
 
 def cache_folder() -> Path:
-    """What can be found out again, at some cost; it is not made."""
+    """Name the folder of what can be found out again, at some cost; it need not be there."""
     return _folder("XDG_CACHE_HOME", ".cache")
 
 
 def data_folder() -> Path:
-    """What the user asked to be kept; it is not made."""
+    """Name the folder of what the user asked to be kept; it need not be there."""
     return _folder("XDG_DATA_HOME", ".local/share")
 
 

@@ -1,4 +1,4 @@
-"""What a model asks of the kernels: the products of its experts, and those with packed matrices."""
+"""The work of a model for its kernels: the products of its experts, and those with packed matrices."""
 
 from typing import Any
 

@@ -76,7 +76,7 @@ def make_expert_stacks(
 def expert_work(
     stacks: ExpertStacks, specs: ExpertStacks, config: MoEConfig, *, axis_sizes: Mapping[str, int], dtype: DTypeLike
 ) -> Work:
-    """What a device's kernels are asked for.
+    """Name the work of a device's kernels.
 
     Args:
         stacks: weights of the whole mesh, or what stands for them.
@@ -87,7 +87,7 @@ def expert_work(
     """
     matrices, activations = [], "none"
     for name in ("w_gate_up", "w_down"):
-        stack = local_stack(getattr(stacks, name), getattr(specs, name), axis_sizes)
+        stack: Any = local_stack(getattr(stacks, name), getattr(specs, name), axis_sizes)
         if isinstance(stack, RoundingStack):
             stack, activations = stack.stack, stack.activations
         matrices.append(stack)

@@ -17,7 +17,7 @@ def try_kernels(model: nnx.Module, mesh: Mesh, dtype: DTypeLike, kernels: str) -
         model: model, with values or without.
         mesh: mesh that it is on.
         dtype: dtype of the activations.
-        kernels: what was asked for.
+        kernels: name of a backend that was asked for, or "auto".
     """
     if kernels == "auto":
         hold_trials(mesh, kernel_work(model, dtype).values())

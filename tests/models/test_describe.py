@@ -59,10 +59,12 @@ def test_a_quantized_model_says_what_it_holds_in_which_form(how, tmp_path, capsy
     packed = f"held packed: attention as {held} (4 of 8 matrices); routed experts as {held}; other weights in float32"
     assert (packed in text.splitlines()) == (how == "keep")
     assert (held in text) == (how == "keep")
-    (line,) = report.describe().splitlines()[1:]
+    line, *others = report.describe().splitlines()[1:]
     assert (
         line == f"{'kept packed' if how == 'keep' else 'decoded'}: {count} weights in fp8_block (block_size (24, 40))"
     )
+    asked = "the checkpoint asks for activations in fp8 with a scale for each 40 inputs"
+    assert [other.partition(" (")[0] for other in others] == ([asked] if how == "keep" else [])
 
     command = ["generate", str(quantized), "--mesh", "tp=2,ep=4", "--prompt-ids", "5", "--max-new-tokens", "1", "-v"]
     if how == "keep":

@@ -1,4 +1,4 @@
-"""What ``"auto"`` takes: a function of the tables of measured tiles and of the verdicts on backends, and of nothing else."""
+"""The choice of ``"auto"``: a function of the tables of measured tiles and the verdicts on backends alone."""
 
 from typing import NamedTuple
 

@@ -60,7 +60,7 @@ def lookup(
     rows_per_group: float,
     folders: Sequence[Path] | None = None,
 ) -> dict[str, Any] | None:
-    """What was measured for matrices [N, K] with so many rows a group on average.
+    """Find what was measured for matrices [N, K] with so many rows a group on average.
 
     Args:
         device_kind: kind of device, as `jax.Device.device_kind` has it.

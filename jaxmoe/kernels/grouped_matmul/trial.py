@@ -91,7 +91,7 @@ def exact(
     sizes: np.ndarray,
     scales: jax.Array | None,
 ) -> np.ndarray:
-    """The result in float64, on the host; rows that are rounded first are rounded here too.
+    """Compute the result in float64, on the host; rows that are rounded first are rounded here too.
 
     Args:
         work: products.

@@ -154,7 +154,7 @@ def run_in_processes(
 
 
 def _run(command: Sequence[str], work: str, device: jax.Device, limit: float) -> tuple[str, str, int | None]:
-    """What a program printed on stdout and stderr, and its exit status; None if its time was over."""
+    """Give what a program printed on stdout and stderr, and its exit status; None if its time was over."""
     environment = os.environ | {
         "XLA_PYTHON_CLIENT_PREALLOCATE": "false",
         "XLA_PYTHON_CLIENT_ALLOCATOR": "platform",

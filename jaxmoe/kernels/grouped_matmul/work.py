@@ -1,4 +1,4 @@
-"""What a backend is asked for, without its arrays, and what a trial may say of it.
+"""The work that a backend is asked for, without its arrays, and the words of a trial for it.
 
 Letters here, beside the common ones of docs/concepts/letters.md: G groups, N and K of a matrix [N, K].
 """
@@ -88,7 +88,7 @@ class MatrixKind:
         )
 
     def __str__(self) -> str:
-        """The form and the shape in a few words.
+        """Name the form and the shape in a few words.
 
         >>> str(MatrixKind((2, 768, 2048), "float8_e4m3fn", (128, 128), "float32"))
         'float8_e4m3fn in blocks of 128x128 [2, 768, 2048]'
@@ -152,14 +152,14 @@ class Work:
         return cls(**fields | {"matrices": tuple(MatrixKind(**tuples(kind)) for kind in fields["matrices"])})
 
     def __str__(self) -> str:
-        """What is multiplied with what, in a few words."""
+        """Name rows and matrices in a few words."""
         rounded = "" if self.activations == "none" else f" rounded to {self.activations}"
         return f"{self.rows} rows{rounded} by {' and '.join(map(str, self.matrices))}"
 
 
 @dataclasses.dataclass(frozen=True)
 class Outcome:
-    """What a trial says of a backend.
+    """The result of a trial.
 
     Attributes:
         verdict: "right", "wrong", "refused" by the backend itself, "crashed", "hung", or "untested", where the trial could
