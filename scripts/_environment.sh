@@ -10,6 +10,9 @@ python_versions="3.14 3.13 3.12 3.11"
 # Nothing from outside may change what the environment's Python imports.
 unset PYTHONHOME PYTHONPATH
 export PYTHONNOUSERSITE=1
+# pip leaves it to the first import to compile a module (see _environment.py). Where that is not kept, every process, of which
+# the tests start many, compiles jax and all else again.
+unset PYTHONDONTWRITEBYTECODE
 
 die() {
     echo "$(basename -- "$0"): $*" >&2

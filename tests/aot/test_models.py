@@ -167,8 +167,9 @@ CASES = {
 }
 
 
-# Cases whose layers are those of others in other sizes: these are of the full run.
+# Cases whose layers are those of others in other sizes, or on another mesh: these are of the full run.
 ALIKE = {
+    "deepseek-v3, ep 8",
     "granite-4-h-small, ep 8",
     "glm-4.7-flash, tp 2 ep 4",
     "solar-open-100b, ep 8",
@@ -197,7 +198,9 @@ def test_both_steps_compile(case, gpu_compiler) -> None:
 
 @pytest.mark.covering
 @pytest.mark.skipif(jax.__version_info__ < (0, 11, 2), reason="the kernel needs jax 0.11.2")
-@pytest.mark.parametrize("case", MOSAIC)
+@pytest.mark.parametrize(
+    "case", [pytest.param(case, marks=[pytest.mark.full] * case.endswith("on 4 hosts")) for case in MOSAIC]
+)
 def test_both_steps_compile_with_the_hopper_kernel(case, gpu_compiler) -> None:
     check_steps(*CASES[case][:-1], MOSAIC[case], kernels="mosaic_gpu")
 

@@ -19,6 +19,16 @@ from tests.support.quantized_checkpoints import CASES, DECODED, write_pair
 from tests.support.saved import read_all
 
 PACKED = [case for case in CASES if case[1] not in DECODED]
+# One of each way in which scales lie over a matrix: by blocks, one for all, by rows, by groups with zero points, by groups
+# of a stored stack, and by groups of single experts with a scale for the matrix too.
+WAYS = [
+    ("qwen3_moe", "fp8_block"),
+    ("qwen3_moe", "fp8_tensor"),
+    ("qwen3_moe", "int_quantized"),
+    ("deepseek_v3", "pack_quantized"),
+    ("gpt_oss", "mxfp4"),
+    ("glm4_moe", "nvfp4_pack"),
+]
 TOKENS = [[1, 2, 3, 4, 5]]
 EPS = 2e-7
 
@@ -96,6 +106,9 @@ def test_logits_are_those_of_decoded_weights(case, request) -> None:
 
 
 @pytest.mark.covering(most=1)
+@pytest.mark.parametrize(
+    "case", [case for case in PACKED if case[:2] in WAYS], ids=lambda case: "-".join(case[:2]), indirect=True
+)
 def test_packed_experts_go_wherever_others_go(case, tmp_path) -> None:
     """Rebalance, another mesh with other cuts, the loss of devices, a logical state and a save."""
     quantized, _, _ = case

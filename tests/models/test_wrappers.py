@@ -41,7 +41,7 @@ def test_logits_and_greedy_tokens(name, mesh_shape):
     expected = read_expected(name)
     model = jaxmoe.load(GOLDENS / name / "original", mesh=mesh_of(*mesh_shape), placement="round_robin")
     check_logits(model, expected)
-    if runs.full:
+    if runs.full and mesh_shape == (1, 2, 4):  # live parity generates on another
         check_greedy(model, expected)
 
 

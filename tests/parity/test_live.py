@@ -54,17 +54,19 @@ LAYOUTS = [
     ((2, 2, 2), "linear", "fused"),
     ((1, 1, 1), "linear", "original"),
     ((1, 1, 1), "linear", "fused"),
-    ((8, 1, 1), "linear", "fused"),
+    ((8, 1, 1), "linear", "original"),
     ((1, 2, 4), "linear", "original"),
     ((1, 2, 4), "round_robin", "fused"),
     ((1, 1, 8), "linear", "original"),
     ((1, 1, 8), "round_robin", "fused"),
 ]
+# Where each device has a number of experts of its own.
+OVER_EP = [layout for layout in LAYOUTS if layout[0][2] > 1]
 # The stored results cover the other families on other meshes; of some transformers writes one form only.
 CASES = [
     ((family, experts), *layout)
     for family in FAMILIES
-    for experts, layouts in (((8, LAYOUTS), (11, LAYOUTS)) if family in ON_EVERY_MESH else ((11, LAYOUTS[:2]),))
+    for experts, layouts in (((8, OVER_EP), (11, LAYOUTS)) if family in ON_EVERY_MESH else ((11, LAYOUTS[:2]),))
     for layout in layouts
     if layout[2] == "original" or (GOLDENS / family / "fused").is_dir()
 ]
@@ -76,7 +78,8 @@ def test_logits_and_greedy_tokens(case, mesh_shape, placement, form):
     family, directory, expected = case
     model = jaxmoe.load(directory / form, mesh=mesh_of(*mesh_shape), placement=placement)
     check_logits(model, expected)
-    if runs.full or family in EVERY_KIND:
+    # The other form is the same model, as tests/models/test_goldens.py has it.
+    if form == "original" and (runs.full or family in EVERY_KIND):
         check_greedy(model, expected)
 
 

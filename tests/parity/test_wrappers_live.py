@@ -67,7 +67,7 @@ def test_logits_and_greedy_tokens(name, tmp_path):
         if (tmp_path / form).is_dir():
             loaded = jaxmoe.load(tmp_path / form, mesh=mesh_of(*shape))
             check_logits(loaded, expected)
-            if runs.full:
+            if runs.full and form == "original":
                 check_greedy(loaded, expected)
 
 
