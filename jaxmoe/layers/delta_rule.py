@@ -148,8 +148,9 @@ def run_delta_rule(
     beta_BSH, log_decay_BSHd = jnp.where(seen_BS1, beta_BSH, 0), jnp.where(seen_BS1[..., None], log_decay_BSHd, 0)
     if state_BHkv is None:
         return chunked_delta_rule(q_BSHk, k_BSHk, v_BSHv, log_decay_BSHd, beta_BSH)
-    token = [array[:, 0] for array in (q_BSHk, k_BSHk, v_BSHv, log_decay_BSHd, beta_BSH)]
-    o_BHv, state_BHkv = delta_rule_step(*token, state_BHkv)
+    o_BHv, state_BHkv = delta_rule_step(
+        q_BSHk[:, 0], k_BSHk[:, 0], v_BSHv[:, 0], log_decay_BSHd[:, 0], beta_BSH[:, 0], state_BHkv
+    )
     return o_BHv[:, None], state_BHkv
 
 
