@@ -109,7 +109,7 @@ CASES = {
         8,
         1,
         {"ep": 8},
-        {"prefill": 9000, "decode": 900},
+        {"prefill": 400, "decode": 7},
     ),
     "ling-3-flash, tp 2 ep 4": (
         {
@@ -122,7 +122,7 @@ CASES = {
         8,
         1,
         {"tp": 2, "ep": 4},
-        {"prefill": 9000, "decode": 900},
+        {"prefill": 687, "decode": 63},
     ),
     "lfm2-8b, tp 2 ep 4": (
         {**first_layers(LFM2_8B, 2), "layer_types": ["full_attention", "conv"], "num_dense_layers": 1},
