@@ -131,9 +131,10 @@ def test_logits_and_greedy_tokens(case, mesh_shape, placement, form):
             "lfm2_moe",
             {"conv_bias": False, "use_expert_bias": False, "norm_topk_prob": False, "tie_word_embeddings": False},
         ),
+        ("kimi_linear", {"q_lora_rank": 20, "num_local_experts": 12, "n_group": 3, "topk_group": 2}),
         (
             "kimi_linear",
-            {"q_lora_rank": 20, "n_group": 3, "topk_group": 2, "num_local_experts": 12, "layer_types": None},
+            {"layer_types": None, "mlp_layer_types": None, "num_hidden_layers": 5, "norm_topk_prob": False},
         ),
         (
             "bailing_hybrid",
