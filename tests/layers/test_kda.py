@@ -83,14 +83,14 @@ def test_it_is_a_loop_over_tokens(tp, config):
 
 def test_states_are_float32_whatever_the_weights_are():
     mixer = KimiDeltaAttention(KIMI, D, EPS, param=ParamFactory(mesh_of(1, 1, 1), jnp.bfloat16, None))
+    exact = {spec.path for spec in param_specs(mixer) if spec.dtype == jnp.float32}
+    assert exact == {"a_log", "dt_bias", "conv_q", "conv_k", "conv_v"}
     fill(mixer)
     arrays = mixer.cache_arrays(1, 1000)
     assert (arrays.state.dtype, arrays.conv.dtype) == ("float32", None)
     cache = RecurrentCache(jnp.zeros(arrays.conv.shape, jnp.bfloat16), jnp.zeros(arrays.state.shape))
     y, kept = jax.jit(lambda x: mixer(x, np.arange(4)[None], cache, ()))(jnp.ones((1, 4, D), jnp.bfloat16))
     assert (y.dtype, kept.conv.dtype, kept.state.dtype) == (jnp.bfloat16, jnp.bfloat16, jnp.float32)
-    exact = {spec.path for spec in param_specs(mixer) if spec.dtype == jnp.float32}
-    assert exact == {"a_log", "dt_bias", "conv_q", "conv_k", "conv_v"}
 
 
 def test_what_a_config_refuses():
