@@ -13,6 +13,7 @@ from jaxmoe.config import (
     GroupedTopK,
     LayerConfig,
     Mamba2Config,
+    MLAConfig,
     MLPConfig,
     MoEConfig,
     QueryKeyNorm,
@@ -29,6 +30,9 @@ MOE = MoEConfig(
 )
 ATTENTION = AttentionConfig(num_heads=4, num_kv_heads=2, head_dim=4, rope=None)
 DELTA = GatedDeltaNetConfig(num_key_heads=2, num_value_heads=4, key_head_dim=4, value_head_dim=4, conv_kernel_size=4)
+MLA = MLAConfig(
+    num_heads=2, kv_rank=4, q_rank=None, nope_head_dim=4, v_head_dim=4, rope=None, shared_key_dim=2, scale=1.0
+)
 MAMBA2 = Mamba2Config(num_heads=4, head_dim=4, num_groups=2, state_size=4, conv_kernel_size=4)
 LAYER = LayerConfig(attention=ATTENTION, feed_forward=MOE)
 DECODER = DecoderConfig(
@@ -57,6 +61,7 @@ DECODER = DecoderConfig(
         (SlidingWindow(size=2), {"size": 1}, {"size": 0}, "at least 1; got 0"),
         (Chunks(size=2), {"size": 1}, {"size": 1.5}, r"at least 1; got 1\.5"),
         (DELTA, {"num_value_heads": 2}, {"num_value_heads": 3}, "num_value_heads=3 is no multiple of num_key_heads=2"),
+        (MLA, {"shared_key_dim": 1}, {"shared_key_dim": None}, "shared_key_dim says how many there are; got rope=None"),
         (MAMBA2, {"num_groups": 4}, {"num_groups": 3}, "num_heads=4 is no multiple of num_groups=3"),
         (LAYER, {"attention": None}, {"attention": None, "feed_forward": None}, "or both; got neither"),
         (LAYER, {"parallel_mlp": MLP}, {"parallel_mlp": MLP, "feed_forward": MLP}, "beside routed experts"),

@@ -43,6 +43,7 @@ from jaxmoe.config.routers import (
 from jaxmoe.config.token_mixers import (
     GatedDeltaNetConfig,
     IndexerConfig,
+    KDAConfig,
     Mamba2Config,
     MambaConfig,
     MLAConfig,
@@ -66,6 +67,7 @@ __all__ = [
     "GroupedTopK",
     "HyperConnectionConfig",
     "IndexerConfig",
+    "KDAConfig",
     "LayerConfig",
     "MLAConfig",
     "MLPConfig",

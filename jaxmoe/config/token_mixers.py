@@ -1,6 +1,7 @@
 """Configs of the layers through which a token sees the ones before it."""
 
 import dataclasses
+import math
 
 from jaxmoe.checks import check_flags, check_positive
 from jaxmoe.rotary import RopeConfig
@@ -63,11 +64,15 @@ class MLAConfig(TokenMixerConfig):
         q_rank: width of the latent that queries are made from; None for queries straight from the activations.
         nope_head_dim: number of dims of a head's query and key that carry no position.
         v_head_dim: number of dims of a head's value.
-        rope: rotary embedding of the dims that follow, all of which rotate; their key is one for all heads.
+        rope: rotary embedding of the dims that follow, all of which rotate; their key is one for all heads. None where
+            nothing rotates.
+        shared_key_dim: number of those dims, where none of them rotates; None where `rope` gives it.
         scale: factor of the scores.
         bias: whether the projections into the latents and the output projection have a bias.
         latent_norm_eps: epsilon of the latents' norms.
         indexer: choice of the positions that a token attends to; None for all up to its own.
+        head_gates: whether each head has one number from a projection of its own, whose sigmoid multiplies the head's
+            output.
     """
 
     num_heads: int
@@ -75,14 +80,23 @@ class MLAConfig(TokenMixerConfig):
     q_rank: int | None
     nope_head_dim: int
     v_head_dim: int
-    rope: RopeConfig
+    rope: RopeConfig | None
+    shared_key_dim: int | None = None
     scale: float
     bias: bool = False
     latent_norm_eps: float = 1e-6
     indexer: IndexerConfig | None = None
+    head_gates: bool = False
 
     def __post_init__(self) -> None:
         check_positive(self, "num_heads", "kv_rank", "nope_head_dim", "v_head_dim")
+        if (self.rope is None) == (self.shared_key_dim is None):
+            raise ValueError(
+                "the dims of the key that all heads share rotate, as rope says, or shared_key_dim says how many there are; "
+                f"got rope={self.rope!r:.80} and shared_key_dim={self.shared_key_dim}"
+            )
+        if self.shared_key_dim is not None:
+            check_positive(self, "shared_key_dim")
         if self.q_rank is not None:
             check_positive(self, "q_rank")
         elif self.indexer is not None:
@@ -97,8 +111,11 @@ class MLAConfig(TokenMixerConfig):
 
     @property
     def rope_head_dim(self) -> int:
-        """Dims of a head's query, and of the one key, that rotate."""
-        return self.rope.rotary_dim
+        """Dims of a head's query, and of the one key, that rotate where the layer has positions."""
+        if self.rope is not None:
+            return self.rope.rotary_dim
+        assert self.shared_key_dim is not None
+        return self.shared_key_dim
 
     def tp_faults(self, tp: int) -> list[str]:
         """List heads that do not split over tp; every rank has the latents."""
@@ -146,6 +163,50 @@ class GatedDeltaNetConfig(TokenMixerConfig):
     def tp_faults(self, tp: int) -> list[str]:
         """List key heads that do not split over tp; their value heads go with them."""
         return [f"linear_num_key_heads={self.num_key_heads}"] if self.num_key_heads % tp else []
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class KDAConfig(TokenMixerConfig):
+    """Kimi delta attention: a gated delta net in which every row of a head's memory has a decay of its own.
+
+    Kimi Team 2025 (arXiv:2510.26692), section 3.
+
+    Attributes:
+        num_heads: number of heads, each with queries, keys, values and a memory of its own.
+        head_dim: width of a query, of a key and of a value.
+        conv_kernel_size: number of taps of the convolution.
+        activation: name in `jaxmoe.numerics.ACTIVATIONS` of the function after the convolution.
+        decay_rank: width of the latent that decays are made from; None for decays straight from the activations.
+        gate_rank: the same for the gates of the outputs.
+        least_log_decay: logarithm of the strongest decay, below 0, which the sigmoid of a decay's rate is multiplied by;
+            None for decays without a bound.
+        wide_rates: whether the checkpoint has the heads' rates as [1, 1, H, 1] instead of [H].
+    """
+
+    num_heads: int
+    head_dim: int
+    conv_kernel_size: int
+    activation: str = "silu"
+    decay_rank: int | None = None
+    gate_rank: int | None = None
+    least_log_decay: float | None = None
+    wide_rates: bool = False
+
+    def __post_init__(self) -> None:
+        check_positive(self, "num_heads", "head_dim", "conv_kernel_size")
+        check_flags(self, "wide_rates")
+        for name in ("decay_rank", "gate_rank"):
+            if getattr(self, name) is not None:
+                check_positive(self, name)
+        if self.least_log_decay is not None and not -math.inf < self.least_log_decay < 0:
+            raise ValueError(
+                "a decay is a number between 0 and 1, and its logarithm is below 0; got "
+                f"least_log_decay={self.least_log_decay}"
+            )
+
+    def tp_faults(self, tp: int) -> list[str]:
+        """List heads that do not split over tp."""
+        return [f"linear_num_heads={self.num_heads}"] if self.num_heads % tp else []
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

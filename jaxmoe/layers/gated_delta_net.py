@@ -13,15 +13,13 @@ import jax.numpy as jnp
 from jaxmoe.config import GatedDeltaNetConfig
 from jaxmoe.layers.cache import CacheArray
 from jaxmoe.layers.conv import causal_conv
-from jaxmoe.layers.delta_rule import chunked_delta_rule, delta_rule_step
+from jaxmoe.layers.delta_rule import run_delta_rule, unit_heads
 from jaxmoe.layers.norm import rms_norm
 from jaxmoe.layers.param import ParamFactory, ones
-from jaxmoe.layers.recurrent import RecurrentCache, RecurrentMixer, is_token
+from jaxmoe.layers.recurrent import RecurrentCache, RecurrentMixer
 from jaxmoe.layers.weights import WeightSpecs
 from jaxmoe.mesh import TP
 from jaxmoe.numerics import ACTIVATIONS
-
-_UNIT_EPS = 1e-6
 
 
 class GatedDeltaNet(RecurrentMixer):
@@ -80,16 +78,9 @@ class GatedDeltaNet(RecurrentMixer):
         beta_BSH = jax.nn.sigmoid(b_BSH).astype(jnp.float32)
         rate_11H, bias_11H = -jnp.exp(w["a_log"])[None, None], w["dt_bias"][None, None]
         log_decay_BSH = rate_11H * jax.nn.softplus(a_BSH.astype(jnp.float32) + bias_11H)
-        # Padding neither fades the memory nor writes to it.
-        seen_BS1 = is_token(x_BSD.shape[1], lengths_B)
-        beta_BSH, log_decay_BSH = jnp.where(seen_BS1, beta_BSH, 0), jnp.where(seen_BS1, log_decay_BSH, 0)
-        if before is not None:
-            o_BHv, state = delta_rule_step(
-                q_BSHk[:, 0], k_BSHk[:, 0], v_BSHv[:, 0], log_decay_BSH[:, 0], beta_BSH[:, 0], before.state
-            )
-            o_BSHv = o_BHv[:, None]
-        else:
-            o_BSHv, state = chunked_delta_rule(q_BSHk, k_BSHk, v_BSHv, log_decay_BSH, beta_BSH)
+        o_BSHv, state = run_delta_rule(
+            q_BSHk, k_BSHk, v_BSHv, log_decay_BSH[..., None], beta_BSH, lengths_B, before.state if before else None
+        )
         o_BSHv = rms_norm(o_BSHv.astype(x_BSD.dtype), w["out_norm"], self.eps)
         o_BSHv = (o_BSHv.astype(jnp.float32) * jax.nn.silu(z_BSHv.astype(jnp.float32))).astype(x_BSD.dtype)
         return o_BSHv.reshape(*x_BSD.shape[:2], -1), RecurrentCache(conv, state)
@@ -122,8 +113,7 @@ class GatedDeltaNet(RecurrentMixer):
         q_BSA, k_BSA, v_BSA = jnp.split(qkv_BSA.astype(jnp.float32), [keys, 2 * keys], axis=-1)
 
         def unit(y_BSA: jax.Array) -> jax.Array:
-            y_BSGk = y_BSA.reshape(B, S, -1, config.key_head_dim)
-            y_BSGk *= jax.lax.rsqrt(jnp.sum(jnp.square(y_BSGk), axis=-1, keepdims=True) + _UNIT_EPS)
+            y_BSGk = unit_heads(y_BSA.reshape(B, S, -1, config.key_head_dim))
             return jnp.repeat(y_BSGk, config.value_heads_per_key_head, axis=2)
 
         q_BSHk = unit(q_BSA) * config.key_head_dim**-0.5

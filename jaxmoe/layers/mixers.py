@@ -13,6 +13,7 @@ from jaxmoe.config import (
     BlockSparseAttentionConfig,
     CompressedAttentionConfig,
     GatedDeltaNetConfig,
+    KDAConfig,
     Mamba2Config,
     MambaConfig,
     MLAConfig,
@@ -23,6 +24,7 @@ from jaxmoe.layers.attention import Attention
 from jaxmoe.layers.block_sparse import BlockSparseAttention
 from jaxmoe.layers.compressed_attention import CompressedAttention
 from jaxmoe.layers.gated_delta_net import GatedDeltaNet
+from jaxmoe.layers.kda import KimiDeltaAttention
 from jaxmoe.layers.mamba import Mamba
 from jaxmoe.layers.mamba2 import Mamba2
 from jaxmoe.layers.mla import LatentAttention
@@ -56,6 +58,7 @@ TOKEN_MIXERS: dict[type[TokenMixerConfig], Callable[..., TokenMixer]] = {
     BlockSparseAttentionConfig: BlockSparseAttention,
     CompressedAttentionConfig: CompressedAttention,
     GatedDeltaNetConfig: GatedDeltaNet,
+    KDAConfig: KimiDeltaAttention,
     Mamba2Config: Mamba2,
     MambaConfig: Mamba,
     MLAConfig: LatentAttention,

@@ -38,7 +38,7 @@ class LatentCache(NamedTuple):
 
     Attributes:
         latent: [B, C, L], normed; keys and values are made from it.
-        rope_key: [B, C, r], rotated.
+        rope_key: [B, C, r], rotated where the layer has positions.
         index_key: [B, C, h] of the layer's indexer; None where it has none.
     """
 
@@ -117,7 +117,7 @@ class LatentAttention(nnx.Module):
     """
 
     # The keys' and values' own matrix is taken apart by heads.
-    packable = ("w_q", "w_q_a", "w_q_b", "w_kv_a", "w_o")
+    packable = ("w_q", "w_q_a", "w_q_b", "w_kv_a", "w_head_gate", "w_o")
 
     def __init__(self, config: MLAConfig, hidden_size: int, eps: float, *, param: ParamFactory):
         # The latents' norms have an epsilon of their own, and the layer has no other norm.
@@ -133,6 +133,8 @@ class LatentAttention(nnx.Module):
         self.w_kv_a = param((L + r, hidden_size))
         self.kv_a_norm = param((L,), init=ones)
         self.w_kv_b = param((H * (n + v), L), TP, None)
+        if config.head_gates:
+            self.w_head_gate = param((H, hidden_size), TP, None)
         self.w_o = param((hidden_size, H * v), None, TP)
         if config.bias:
             if config.q_rank is not None:
@@ -216,6 +218,9 @@ class LatentAttention(nnx.Module):
         elif chosen is not None:
             attend = partial(attend_expanded, chosen=ChosenKeys.of(chosen))
         o_BSHv = attend(q_nope_BSHn, q_rope_BSHr, seen, w_kv_HaL, positions_BS, scale=config.scale)
+        if config.head_gates:
+            gates_BSH = jax.nn.sigmoid(self.linear(x_BSD, w["w_head_gate"]).astype(jnp.float32))
+            o_BSHv = o_BSHv * gates_BSH.astype(o_BSHv.dtype)[..., None]
         o_BSA = o_BSHv.reshape(*o_BSHv.shape[:2], -1)
         y_BSD = self.linear(o_BSA, w["w_o"], jnp.float32)
         y_BSD = jax.lax.psum(y_BSD, TP).astype(x_BSD.dtype)
@@ -255,7 +260,11 @@ class LatentAttention(nnx.Module):
         q_BSA = self.linear(source_BSQ, w["w_q" if config.q_rank is None else "w_q_b"])
         q_BSHh = q_BSA.reshape(*q_BSA.shape[:2], -1, config.nope_head_dim + config.rope_head_dim)
         q_nope_BSHn, q_rope_BSHr = jnp.split(q_BSHh, [config.nope_head_dim], axis=-1)
-        return q_nope_BSHn, apply_rope(q_rope_BSHr, positions_BS, config.rope)
+        return q_nope_BSHn, self._turned(q_rope_BSHr, positions_BS)
+
+    def _turned(self, y_BSHr: jax.Array, positions_BS: jax.Array) -> jax.Array:
+        """Rotated to their positions, or as they are where the layer has none."""
+        return y_BSHr if self.config.rope is None else apply_rope(y_BSHr, positions_BS, self.config.rope)
 
     def _latents(self, w: dict[str, Any], x_BSD: jax.Array, positions_BS: jax.Array) -> LatentCache:
         """The entries of the cache for these tokens."""
@@ -264,7 +273,7 @@ class LatentAttention(nnx.Module):
         both_BSA = both_BSA + w["b_kv_a"][None, None] if config.bias else both_BSA
         latent_BSL, rope_key_BSr = jnp.split(both_BSA, [config.kv_rank], axis=-1)
         # One key for all heads: as a single head to the rotation.
-        rope_key_BSr = apply_rope(rope_key_BSr[:, :, None], positions_BS, config.rope)[:, :, 0]
+        rope_key_BSr = self._turned(rope_key_BSr[:, :, None], positions_BS)[:, :, 0]
         latent_BSL = rms_norm(latent_BSL, w["kv_a_norm"], config.latent_norm_eps)
         if self.indexer is None:
             return LatentCache(latent_BSL, rope_key_BSr)

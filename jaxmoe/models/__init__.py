@@ -7,6 +7,7 @@ from typing import Any
 
 from jaxmoe.config import DecoderConfig, check_agreement, directory_of, find_checkpoint, read_config_json
 from jaxmoe.models.afmoe import AFMOE
+from jaxmoe.models.bailing_hybrid import BAILING_HYBRID
 from jaxmoe.models.dbrx import DBRX
 from jaxmoe.models.decoder import Decoder
 from jaxmoe.models.deepseek_v2 import DEEPSEEK_V2
@@ -27,6 +28,7 @@ from jaxmoe.models.granitemoeshared import GRANITEMOESHARED
 from jaxmoe.models.hunyuan_v1_moe import HUNYUAN_V1_MOE
 from jaxmoe.models.hy_v3 import HY_V3
 from jaxmoe.models.jamba import JAMBA
+from jaxmoe.models.kimi_linear import KIMI_LINEAR
 from jaxmoe.models.lfm2_moe import LFM2_MOE
 from jaxmoe.models.llama4 import LLAMA4_TEXT
 from jaxmoe.models.mimo_v2_flash import MIMO_V2_FLASH
@@ -65,6 +67,7 @@ FAMILIES: dict[str, Family] = {
     family.model_type: family
     for family in (
         AFMOE,
+        BAILING_HYBRID,
         DBRX,
         DEEPSEEK_V2,
         DEEPSEEK_V3,
@@ -85,6 +88,7 @@ FAMILIES: dict[str, Family] = {
         HY_V3,
         JAMBA,
         KIMI_K2,
+        KIMI_LINEAR,
         LFM2_MOE,
         MIMO_V2_FLASH,
         MINIMAX_M2,

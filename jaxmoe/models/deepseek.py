@@ -3,27 +3,22 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from jaxmoe.config import DecoderConfig, MLAConfig, RouterConfig, pick, read_common
+from jaxmoe.config import DecoderConfig, MLAConfig, RouterConfig, TokenMixerConfig, pick, read_common
 from jaxmoe.models.family import llama_tensors, mlp_tensors
 from jaxmoe.models.readers import make_layers, read_mlp, read_moe, sparse_from
 from jaxmoe.rotary import read_rope, rope_settings, yarn_mscale
 
 
-def read_mla(config: Mapping[str, Any], *, interleaved: bool) -> MLAConfig:
+def read_mla(config: Mapping[str, Any], *, interleaved: bool = False, rotates: bool = True) -> MLAConfig:
     """Read the settings of multi-head latent attention; `interleaved` as in `RopeConfig`.
 
-    YaRN's correction of the softmax temperature belongs to all dims of a head here, not only to those that rotate:
-    ``mscale_all_dim`` is what the scores are multiplied by, twice as queries and keys both have it.
+    Without `rotates` the dims that have positions elsewhere are dims of heads and of their one key like the others.
     """
     nope, turning = pick(config, "qk_nope_head_dim"), pick(config, "qk_rope_head_dim")
-    rotary = read_rope(config, head_dim=turning, default_theta=10000.0, interleaved=interleaved)
-    rope = rope_settings(config)
-    kind, mscale_all_dim = rope.get("rope_type") or rope.get("type") or "default", rope.get("mscale_all_dim")
-    scale = (nope + turning) ** -0.5
-    if kind != "default" and mscale_all_dim:
-        if rope.get("factor") is None:
-            raise ValueError(f"rope scaling {kind!r} with mscale_all_dim needs 'factor' in config.json's rope settings")
-        scale *= yarn_mscale(rope["factor"], mscale_all_dim) ** 2
+    rotary, scale = None, (nope + turning) ** -0.5
+    if rotates:
+        rotary = read_rope(config, head_dim=turning, default_theta=10000.0, interleaved=interleaved)
+        scale *= _temperature(config)
     return MLAConfig(
         num_heads=pick(config, "num_attention_heads"),
         kv_rank=pick(config, "kv_lora_rank"),
@@ -32,15 +27,30 @@ def read_mla(config: Mapping[str, Any], *, interleaved: bool) -> MLAConfig:
         nope_head_dim=nope,
         v_head_dim=pick(config, "v_head_dim"),
         rope=rotary,
+        shared_key_dim=None if rotates else turning,
         scale=scale,
         bias=pick(config, "attention_bias", default=False),
     )
 
 
+def _temperature(config: Mapping[str, Any]) -> float:
+    """YaRN's correction of the softmax temperature, which belongs to all dims of a head, not only to those that rotate.
+
+    ``mscale_all_dim`` is what the scores are multiplied by, twice as queries and keys both have it.
+    """
+    rope = rope_settings(config)
+    kind, mscale_all_dim = rope.get("rope_type") or rope.get("type") or "default", rope.get("mscale_all_dim")
+    if kind == "default" or not mscale_all_dim:
+        return 1.0
+    if rope.get("factor") is None:
+        raise ValueError(f"rope scaling {kind!r} with mscale_all_dim needs 'factor' in config.json's rope settings")
+    return yarn_mscale(rope["factor"], mscale_all_dim) ** 2
+
+
 def read_deepseek(
     config: Mapping[str, Any],
     *,
-    attention: MLAConfig | Sequence[MLAConfig],
+    attention: MLAConfig | Sequence[TokenMixerConfig],
     router: RouterConfig,
     shared_experts: int,
     first_sparse: int,

@@ -59,6 +59,7 @@ def _read_attention(config: Mapping[str, Any], *, interleaved: bool) -> MLAConfi
                 f"config.json has {config[name]!r}"
             )
     attention = read_mla(config, interleaved=True)
+    assert attention.rope is not None
     indexer = IndexerConfig(
         num_heads=pick(config, "index_n_heads"),
         head_dim=pick(config, "index_head_dim"),

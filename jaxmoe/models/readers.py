@@ -181,6 +181,19 @@ def read_swiglu_limit(config: Mapping[str, Any]) -> float:
     return float(pick(config, "swiglu_limit", default=7.0))
 
 
+def read_limits(config: Mapping[str, Any], name: str) -> list[float | None]:
+    """Read each layer's limit of a clamped activation from the list `name`; 0 and null are none.
+
+    Raises:
+        ValueError: it has another number of layers, or anything else in it.
+    """
+    count = pick(config, "num_hidden_layers")
+    limits: list[Any] = pick(config, name, default=[None] * count)
+    if len(limits) != count or any(limit is not None and type(limit) not in (int, float) for limit in limits):
+        raise ValueError(f"{name} in config.json has a number for each of the {count} layers; it is {limits!r:.80}")
+    return [float(limit) if limit else None for limit in limits]
+
+
 def read_moe(
     config: Mapping[str, Any],
     *experts: str,

@@ -20,7 +20,7 @@ from jaxmoe.config import (
     read_common,
 )
 from jaxmoe.models.family import MTP_LAYERS, ROTARY_BUFFERS, ExpertTensors, Family, llama_tensors, mlp_tensors
-from jaxmoe.models.readers import check_known, read_biases, rope_of_kind, sparse_by_list, window_of
+from jaxmoe.models.readers import check_known, read_biases, read_limits, rope_of_kind, sparse_by_list, window_of
 from jaxmoe.rotary import read_rope
 
 _FULL, _SLIDING = "full_attention", "sliding_attention"
@@ -48,7 +48,7 @@ def read_config(config: Mapping[str, Any]) -> DecoderConfig:
     count = pick(config, "num_hidden_layers")
     kinds = pick_layer_types(config, [_FULL] * count, _FULL, _SLIDING)
     heads = _read_heads(config, kinds)
-    limits = {name: _read_limits(config, name) for name in ("swiglu_limits", "swiglu_limits_shared")}
+    limits = {name: read_limits(config, name) for name in ("swiglu_limits", "swiglu_limits_shared")}
     layers = []
     for i, sparse in enumerate(_sparse_layers(config)):
         of_every_token = limits["swiglu_limits_shared"][i]
@@ -155,15 +155,6 @@ def _rope_settings(config: Mapping[str, Any], kinds: list[str], layer: int) -> d
         elif values is not None:
             settings[name] = values
     return settings
-
-
-def _read_limits(config: Mapping[str, Any], name: str) -> list[float | None]:
-    """Each layer's limit of a clamped activation; 0 and null are none."""
-    count = pick(config, "num_hidden_layers")
-    limits: list[Any] = pick(config, name, default=[None] * count)
-    if len(limits) != count or any(limit is not None and type(limit) not in (int, float) for limit in limits):
-        raise ValueError(f"{name} in config.json has a number for each of the {count} layers; it is {limits!r:.80}")
-    return [float(limit) if limit else None for limit in limits]
 
 
 def _activation(config: Mapping[str, Any], limit: float | None) -> dict[str, Any]:

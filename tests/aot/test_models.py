@@ -11,7 +11,7 @@ import pytest
 from jax.sharding import Mesh
 
 import jaxmoe
-from jaxmoe.config import DecoderConfig, Mamba2Config
+from jaxmoe.config import DecoderConfig, KDAConfig, Mamba2Config
 from jaxmoe.layers import param_specs
 from jaxmoe.models import Decoder, get_family
 from jaxmoe.planning.memory import Plan, plan_config
@@ -28,7 +28,9 @@ from tests.support.published import (
     GRANITE_4_H_SMALL,
     HY3_PREVIEW,
     K_EXAONE,
+    KIMI_LINEAR_48B,
     LFM2_8B,
+    LING_3_FLASH,
     MIMO_V2_FLASH,
     MINIMAX_M3,
     MIXTRAL_8X7B,
@@ -96,6 +98,31 @@ CASES = {
         1,
         {"ep": 8},
         {"prefill": 927, "decode": 25},
+    ),
+    "kimi-linear-48b, ep 8": (
+        {
+            **KIMI_LINEAR_48B,
+            "num_hidden_layers": 2,
+            "linear_attn_config": {**KIMI_LINEAR_48B["linear_attn_config"], "kda_layers": [1], "full_attn_layers": [2]},
+        },
+        "h100",
+        8,
+        1,
+        {"ep": 8},
+        {"prefill": 400, "decode": 7},
+    ),
+    "ling-3-flash, tp 2 ep 4": (
+        {
+            **first_layers(LING_3_FLASH, 2),
+            "first_k_dense_replace": 1,
+            "layer_types": ["linear_attention", "full_attention"],
+            "expert_swiglu_limit_list": [0.0, 4.0],
+        },
+        "h100",
+        8,
+        1,
+        {"tp": 2, "ep": 4},
+        {"prefill": 687, "decode": 63},
     ),
     "lfm2-8b, tp 2 ep 4": (
         {**first_layers(LFM2_8B, 2), "layer_types": ["full_attention", "conv"], "num_dense_layers": 1},
@@ -171,6 +198,8 @@ CASES = {
 ALIKE = {
     "deepseek-v3, ep 8",
     "granite-4-h-small, ep 8",
+    "kimi-linear-48b, ep 8",
+    "ling-3-flash, tp 2 ep 4",
     "glm-4.7-flash, tp 2 ep 4",
     "solar-open-100b, ep 8",
     "k-exaone-236b, tp 2 ep 8 on 2 hosts",
@@ -226,9 +255,11 @@ def check_arguments(step: CompiledStep, planned: Plan, unread: int) -> None:
 
 
 def states_of(config: DecoderConfig) -> int:
-    """Bytes of a sequence's states of Mamba layers: a prefill starts from none, and reads none."""
-    layers = [layer.attention for layer in config.layers if isinstance(layer.attention, Mamba2Config)]
-    return sum(2**15 + 4 * layer.num_channels * layer.state_size for layer in layers)
+    """Most bytes of the states of a device's sequences: a prefill starts from none, and reads none."""
+    mixers = [layer.attention for layer in config.layers]
+    mamba = [2**15 + 4 * mixer.num_channels * mixer.state_size for mixer in mixers if isinstance(mixer, Mamba2Config)]
+    kda = [2**18 + 8 * mixer.num_heads * mixer.head_dim**2 for mixer in mixers if isinstance(mixer, KDAConfig)]
+    return sum(mamba) + sum(kda)
 
 
 def check_experts_stay(step: CompiledStep, config: DecoderConfig, mesh: Mesh) -> None:

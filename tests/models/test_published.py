@@ -6,9 +6,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from jaxmoe.config import BlockSparseAttentionConfig, DecoderConfig, MoEConfig
+from jaxmoe.config import BlockSparseAttentionConfig, DecoderConfig, KDAConfig, MLAConfig, MoEConfig
 from jaxmoe.models import find_family
-from tests.support.published import MIMO_V2_FLASH, MINIMAX_M3, STEP_3_7_FLASH
+from jaxmoe.planning.memory import count_parameters
+from tests.support.published import KIMI_LINEAR_48B, LING_3_FLASH, MIMO_V2_FLASH, MINIMAX_M3, STEP_3_7_FLASH
 
 
 def read(raw: dict[str, Any]) -> DecoderConfig:
@@ -188,3 +189,108 @@ def test_step_is_the_same_in_the_spelling_of_transformers():
 def test_what_step_does_not_do_is_refused(changes, message):
     with pytest.raises(ValueError, match=message):
         read({**STEP_3_7_FLASH["text_config"], **changes})
+
+
+def test_layers_of_kimi_linear_are_by_two_lists_from_one_and_have_no_positions():
+    config = read(KIMI_LINEAR_48B)
+    full = [i for i, layer in enumerate(config.layers) if isinstance(layer.attention, MLAConfig)]
+    assert full == [3, 7, 11, 15, 19, 23, 26]
+    assert (config.layers[3].attention.rope, config.layers[3].attention.rope_head_dim) == (None, 64)
+    recurrent = KDAConfig(
+        num_heads=32, head_dim=128, conv_kernel_size=4, decay_rank=128, gate_rank=128, wide_rates=True
+    )
+    assert {layer.attention for i, layer in enumerate(config.layers) if i not in full} == {recurrent}
+    assert [isinstance(layer.feed_forward, MoEConfig) for layer in config.layers] == [False] + [True] * 26
+    assert config.max_position_embeddings == 1048576
+    # 48B-A3B, as its name says.
+    assert [round(count / 1e9) for count in count_parameters(config)] == [49, 3]
+
+
+def test_kimi_linear_is_the_same_in_the_spelling_of_transformers():
+    theirs = {
+        "layer_types": ["full_attention" if i in (3, 7, 11, 15, 19, 23, 26) else "linear_attention" for i in range(27)],
+        "mlp_layer_types": ["dense"] + ["sparse"] * 26,
+        "linear_head_dim": 128,
+        "linear_num_heads": 32,
+        "linear_conv_kernel_dim": 4,
+    }
+    of_their_own = ("linear_attn_config", "first_k_dense_replace", "rope_theta", "rope_scaling", "mla_use_nope")
+    rest = {name: value for name, value in KIMI_LINEAR_48B.items() if name not in of_their_own}
+    assert read({**rest, **theirs}) == read({**KIMI_LINEAR_48B, **theirs}) == read(KIMI_LINEAR_48B)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"moe_router_activation_func": "softmax"}, "moe_router_activation_func of kimi_linear can be sigmoid"),
+        ({"mla_use_nope": False}, "known with mla_use_nope=True alone"),
+        ({"n_shared_experts": 2}, "num_shared_experts=1"),
+        ({"moe_renormalize": True, "norm_topk_prob": False}, "norm_topk_prob=False and moe_renormalize=True"),
+        ({"layer_types": ["linear_attention"] * 27}, "layer_types by linear_attn_config"),
+        ({"linear_head_dim": 64}, "linear_head_dim=64 and linear_attn_config.head_dim=128"),
+        (
+            {"linear_attn_config": {"full_attn_layers": [1], "kda_layers": [0]}},
+            "each of the 27 layers once, counted from",
+        ),
+        # A text part of Kimi K3 calls itself kimi_linear.
+        ({"attn_res_block_size": 12}, "known with attn_res_block_size=None alone"),
+        ({"linear_attn_config": {"use_full_rank_gate": True}}, "known with use_full_rank_gate=False alone"),
+    ],
+)
+def test_what_kimi_linear_does_not_do_is_refused(changes, message):
+    with pytest.raises(ValueError, match=message):
+        read({**KIMI_LINEAR_48B, **changes})
+
+
+def test_layers_of_ling_3_come_in_groups_and_the_last_ones_have_limits():
+    config = read(LING_3_FLASH)
+    for i, layer in enumerate(config.layers):
+        attention, moe = layer.attention, layer.feed_forward
+        if i % 6 == 5:
+            assert (attention.head_gates, attention.rope.rotary_dim, attention.q_rank) == (True, 64, None)
+        else:
+            assert attention == KDAConfig(num_heads=32, head_dim=128, conv_kernel_size=4, least_log_decay=-5.0)
+        assert isinstance(moe, MoEConfig) == (i > 1)
+        if i > 1:
+            limits = (4.0 if i > 34 else None, 7.0 if i > 39 else 5.0 if i > 33 else None)
+            assert (moe.activation_limit, moe.shared.activation_limit) == limits
+            assert (moe.activation, moe.shared.activation) == tuple("capped_swiglu" if x else "silu" for x in limits)
+    assert config.num_mtp_layers == 1
+    # 5.1B of a token's parameters beside its row of the embedding, as published.
+    active = count_parameters(config)[1] - config.vocab_size * config.hidden_size
+    assert round(active / 1e9, 1) == 5.1
+
+
+def test_ling_3_is_the_same_in_the_spelling_of_transformers():
+    theirs = {
+        "architectures": ["BailingHybridForCausalLM"],
+        "head_dim": 64,  # of what rotates
+        "linear_head_dim": 128,
+        "linear_num_heads": 32,
+        "linear_conv_kernel_dim": 4,
+        "layer_types": ["linear_attention" if i % 6 < 5 else "full_attention" for i in range(42)],
+        "mlp_layer_types": ["dense"] * 2 + ["sparse"] * 40,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 6e6},
+    }
+    renamed = {"num_experts_per_tok": "num_experts_per_token", "n_group": "num_expert_group"}
+    rest = {renamed.get(name, name): value for name, value in LING_3_FLASH.items() if name != "partial_rotary_factor"}
+    assert read({**rest, **theirs}) == read(LING_3_FLASH)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"architectures": ["BailingMoeV2_5ForCausalLM"]}, "whose layers have lightning attention"),
+        ({"no_kda_lora": False}, "known with no_kda_lora=True alone"),
+        ({"score_function": "softmax"}, "score_function of bailing_hybrid can be sigmoid"),
+        ({"layer_group_size": 5}, "num_hidden_layers=42 and layer_group_size=5"),
+        ({"moe_shared_expert_intermediate_size": 512}, "moe_shared_expert_intermediate_size=512"),
+        ({"partial_rotary_factor": 0.25}, "rotate as a whole"),
+        ({"expert_swiglu_limit_list": [1.0] * 42}, "gives one to a dense layer"),
+        ({"expert_swiglu_limit_list": [0.0]}, "has a number for each of the 42 layers"),
+        ({"kda_lower_bound": 0.0}, "its logarithm is below 0"),
+    ],
+)
+def test_what_ling_3_does_not_do_is_refused(changes, message):
+    with pytest.raises(ValueError, match=message):
+        read({**LING_3_FLASH, **changes})

@@ -134,6 +134,16 @@ def test_logits_and_greedy_tokens(case, mesh_shape, placement, form):
             "lfm2_moe",
             {"conv_bias": False, "use_expert_bias": False, "norm_topk_prob": False, "tie_word_embeddings": False},
         ),
+        ("kimi_linear", {"q_lora_rank": 20, "num_local_experts": 12, "n_group": 3, "topk_group": 2}),
+        (
+            "kimi_linear",
+            {"layer_types": None, "mlp_layer_types": None, "num_hidden_layers": 5, "norm_topk_prob": False},
+        ),
+        (
+            "bailing_hybrid",
+            {"kda_safe_gate": False, "q_lora_rank": None, "attention_bias": True, "kda_lower_bound": -1.0},
+        ),
+        ("bailing_hybrid", {"layer_types": None, "layer_group_size": 3, "n_group": 1, "topk_group": 1}),
         ("granitemoehybrid", {"position_embedding_type": None, "mamba_proj_bias": False, "mamba_conv_bias": False}),
         ("granitemoehybrid", {"num_local_experts": 0, "mamba_n_groups": 1, "tie_word_embeddings": True}),
         ("granitemoeshared", {"shared_intermediate_size": 0, "attention_bias": True}),

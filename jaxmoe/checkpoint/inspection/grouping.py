@@ -24,7 +24,7 @@ _NAMES = (
         "router",
         r"router|e_score_correction_bias|\bexpert_bias|\bmoe_statics\b|(mlp|moe|mixer|feed_forward|ffn)\.gate\.",
     ),
-    ("routed experts", r"\bexperts\.|moe\.(input_linear|output_linear|gate_proj|up_proj|down_proj)\b"),
+    ("routed experts", r"\bexperts\.|moe\.(input_linear|output_linear)\b|\bmoe\.(gate|up|down)_proj\b"),
     ("hyper-connections", r"\bhc_(attn|ffn|head)_|\b(attn|ffn)_hc\.|\bhc_head\."),
     ("norms", r"norm(_?\d|_f)?(\.(weight|bias|scale))?$|\bln_\w+\.|\blayer_scalar$"),
     ("embedding", r"\b(embed_tokens|embed|embeddings|word_embeddings|wte|tok_embeddings)\."),
@@ -32,7 +32,8 @@ _NAMES = (
     # Nemotron-H calls every layer's one half a mixer.
     ("dense MLP", r"\bmixer\.(up|down|fc[12]_latent)_proj\."),
     ("attention", r"(attn|attention|mamba|mixer|\bconv)\w*\."),
-    ("dense MLP", r"(mlp|feed_forward|ffn)\."),
+    # transformers writes Kimi Linear's dense MLPs under the name of the MoE block.
+    ("dense MLP", r"(mlp|feed_forward|ffn|block_sparse_moe)\."),
 )
 
 _SCALES = (
