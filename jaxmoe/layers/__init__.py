@@ -3,7 +3,7 @@
 from jaxmoe.layers.attention import Attention, KVCache
 from jaxmoe.layers.cache import CacheArray
 from jaxmoe.layers.embedding import VocabTable
-from jaxmoe.layers.hyper import HyperConnection, HyperHead
+from jaxmoe.layers.hyper import HyperConnection, HyperHead, join_streams
 from jaxmoe.layers.logical import abstract_logical_state, load_logical_state, logical_state
 from jaxmoe.layers.mixers import TOKEN_MIXERS, make_token_mixer
 from jaxmoe.layers.mlp import MLP
@@ -40,6 +40,7 @@ __all__ = [
     "check_expert_axes",
     "check_swap",
     "check_usable",
+    "join_streams",
     "load_logical_state",
     "logical_state",
     "make_token_mixer",

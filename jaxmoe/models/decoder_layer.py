@@ -10,7 +10,7 @@ from flax import nnx
 
 from jaxmoe.config import ChosenByFunction, DecoderConfig, LayerConfig, MLPConfig, MoEConfig
 from jaxmoe.dispatch import PhaseDispatch
-from jaxmoe.layers import MLP, NORMS, HyperConnection, MoE, MoEStats, ParamFactory, make_token_mixer
+from jaxmoe.layers import MLP, NORMS, HyperConnection, MoE, MoEStats, ParamFactory, join_streams, make_token_mixer
 from jaxmoe.layers.param import ones
 from jaxmoe.mesh import named
 from jaxmoe.placement import ExpertPlacement
@@ -133,7 +133,8 @@ class DecoderLayer(nnx.Module):
     def _enter(self, x_BSD: jax.Array, half: str) -> tuple[jax.Array, Callable[[jax.Array], jax.Array]]:
         """The input of a half of the layer, and the function that brings its result into the residual stream."""
         if hasattr(self, f"{half}_hyper"):
-            return getattr(self, f"{half}_hyper")(x_BSD)
+            h_BSD, weights = getattr(self, f"{half}_hyper")(x_BSD)
+            return h_BSD, partial(join_streams, x_BSD, weights)
         return x_BSD, lambda y_BSD: x_BSD + y_BSD * self.residual_multiplier
 
     def _experts_by_token(self, token_ids_BS: jax.Array | None, given_BSK: jax.Array | None) -> jax.Array | None:
