@@ -116,8 +116,6 @@ class Family:
         ignored: rule name -> regular expression (of whole tensor names) for tensors that are
             rightly in a checkpoint and not in the model; ``{mtp_layers}`` stands for the indices of the
             multi-token-prediction layers, 61|62.
-        spellings: parts of names that mean the same, where transformers calls a module otherwise than files do: an
-            adapter's names are looked for in each spelling.
         written: form of the experts that is written whichever is asked for, where transformers reads one only; None for
             either. Both are read here.
         wrapper: multimodal model that a checkpoint is of; None where it is of the text model alone.
@@ -128,7 +126,6 @@ class Family:
     tensors: Mapping[str, tuple[str, ...]]
     experts: ExpertTensors
     ignored: Mapping[str, str]
-    spellings: tuple[tuple[str, ...], ...] = ()
     renamed_experts: ExpertTensors | None = None
     written: Form | None = None
     wrapper: Wrapper | None = None
