@@ -11,7 +11,7 @@ from jaxmoe.models.dbrx import DBRX
 from jaxmoe.models.decoder import Decoder
 from jaxmoe.models.deepseek_v2 import DEEPSEEK_V2
 from jaxmoe.models.deepseek_v3 import DEEPSEEK_V3, KIMI_K2
-from jaxmoe.models.deepseek_v4 import DEEPSEEK_V4
+from jaxmoe.models.deepseek_v4 import DEEPSEEK_REF, DEEPSEEK_V4
 from jaxmoe.models.deepseek_v32 import DEEPSEEK_V32, GLM_MOE_DSA
 from jaxmoe.models.ernie4_5_moe import ERNIE4_5_MOE
 from jaxmoe.models.exaone_moe import EXAONE_MOE
@@ -66,6 +66,7 @@ FAMILIES: dict[str, Family] = {
     for family in (
         AFMOE,
         DBRX,
+        DEEPSEEK_REF,
         DEEPSEEK_V2,
         DEEPSEEK_V3,
         DEEPSEEK_V32,
