@@ -10,12 +10,13 @@ from jaxmoe.config.attention import (
     AttentionMask,
     BlockSparseAttentionConfig,
     Chunks,
+    PooledBlockAttentionConfig,
     QueryKeyNorm,
     QueryTemperature,
     SlidingWindow,
 )
 from jaxmoe.config.compressed_attention import CompressedAttentionConfig, CompressionConfig
-from jaxmoe.config.decoder import DecoderConfig, HyperConnectionConfig, LayerConfig
+from jaxmoe.config.decoder import DecoderConfig, GatedStreamsConfig, HyperConnectionConfig, LayerConfig
 from jaxmoe.config.feed_forward import MLPConfig, MoEConfig
 from jaxmoe.config.places import directory_of, find_checkpoint, shard_of
 from jaxmoe.config.reading import (
@@ -63,6 +64,7 @@ __all__ = [
     "DecoderConfig",
     "ExpertChoice",
     "GatedDeltaNetConfig",
+    "GatedStreamsConfig",
     "GroupedTopK",
     "HyperConnectionConfig",
     "IndexerConfig",
@@ -74,6 +76,7 @@ __all__ = [
     "MoEConfig",
     "Normalization",
     "PNormNormalization",
+    "PooledBlockAttentionConfig",
     "QueryKeyNorm",
     "QueryTemperature",
     "RouterConfig",

@@ -69,6 +69,22 @@ class HyperConnectionConfig:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class GatedStreamsConfig:
+    """Several residual streams, which every half of a layer reads feature by feature and writes to with weights of its own.
+
+    Attributes:
+        streams: number of residual streams.
+        rank: width between the two projections that the weights of what is read come from.
+    """
+
+    streams: int
+    rank: int
+
+    def __post_init__(self) -> None:
+        check_positive(self, "streams", "rank")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class DecoderConfig:
     """A whole decoder, independent of the family it came from.
 
@@ -91,7 +107,8 @@ class DecoderConfig:
         lm_head_bias: whether the output projection, which is then not tied, has a bias.
         num_mtp_layers: number of layers for multi-token prediction that a checkpoint may have behind the model's own,
             and that are not loaded.
-        hyper_connections: residual streams where there are several; None for one, to which halves of layers are added.
+        streams: residual streams where there are several; None for one, to which halves of layers are added.
+        final_norm: whether there is a norm before the output projection.
     """
 
     model_type: str
@@ -109,7 +126,8 @@ class DecoderConfig:
     logits_softcap: float | None = None
     lm_head_bias: bool = False
     num_mtp_layers: int = 0
-    hyper_connections: HyperConnectionConfig | None = None
+    streams: HyperConnectionConfig | GatedStreamsConfig | None = None
+    final_norm: bool = True
 
     def __post_init__(self) -> None:
         check_positive(self, "vocab_size", "hidden_size", "max_position_embeddings")

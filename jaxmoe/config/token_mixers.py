@@ -1,6 +1,7 @@
 """Configs of the layers through which a token sees the ones before it."""
 
 import dataclasses
+from typing import Literal
 
 from jaxmoe.checks import check_flags, check_positive
 from jaxmoe.rotary import RopeConfig
@@ -118,6 +119,7 @@ class GatedDeltaNetConfig(TokenMixerConfig):
         value_head_dim: width of a value.
         conv_kernel_size: number of taps of the convolution.
         activation: name in `jaxmoe.numerics.ACTIVATIONS` of the function after the convolution.
+        gate: function of the gates of outputs.
         fused_projections: whether queries, keys, values and gates come from one projection, and decays and strengths from
             another, in which the rows of a key head and of its value heads are together; otherwise from one each.
     """
@@ -128,6 +130,7 @@ class GatedDeltaNetConfig(TokenMixerConfig):
     value_head_dim: int
     conv_kernel_size: int
     activation: str = "silu"
+    gate: Literal["silu", "sigmoid"] = "silu"
     fused_projections: bool = False
 
     def __post_init__(self) -> None:

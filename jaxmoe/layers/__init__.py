@@ -3,7 +3,6 @@
 from jaxmoe.layers.attention import Attention, KVCache
 from jaxmoe.layers.cache import CacheArray
 from jaxmoe.layers.embedding import VocabTable
-from jaxmoe.layers.hyper import HyperConnection, HyperHead, join_streams
 from jaxmoe.layers.logical import abstract_logical_state, load_logical_state, logical_state
 from jaxmoe.layers.mixers import TOKEN_MIXERS, make_token_mixer
 from jaxmoe.layers.mlp import MLP
@@ -16,17 +15,17 @@ from jaxmoe.layers.replicas import ReplicaRule
 from jaxmoe.layers.routed_experts import MoEStats
 from jaxmoe.layers.router import route
 from jaxmoe.layers.specs import param_specs, params_by_path
+from jaxmoe.layers.streams import STREAMS, join_streams
 from jaxmoe.layers.swap import MovedBytes, check_swap, swap_experts
 from jaxmoe.layers.usable import check_usable
 
 __all__ = [
     "MLP",
     "NORMS",
+    "STREAMS",
     "TOKEN_MIXERS",
     "Attention",
     "CacheArray",
-    "HyperConnection",
-    "HyperHead",
     "KVCache",
     "MoE",
     "MoEStats",

@@ -81,10 +81,3 @@ def _project(x_BSnD: jax.Array, w: jax.Array, eps: float) -> jax.Array:
 
 def _read(x_BSnD: jax.Array, read_BSn: jax.Array) -> jax.Array:
     return jnp.sum(read_BSn[..., None] * x_BSnD.astype(read_BSn.dtype), axis=2).astype(x_BSnD.dtype)
-
-
-def join_streams(x_BSnD: jax.Array, weights: tuple[jax.Array, jax.Array], y_BSD: jax.Array) -> jax.Array:
-    """Give the streams behind a half of a layer from those before it, the weights by `HyperConnection` and the result y."""
-    write_BSn, mix_BSmn = weights
-    written = write_BSn.astype(y_BSD.dtype)[..., None] * y_BSD[:, :, None]
-    return written + jnp.einsum("bsmn,bsmd->bsnd", mix_BSmn.astype(x_BSnD.dtype), x_BSnD)

@@ -41,6 +41,7 @@ from jaxmoe.models.qwen2_moe import QWEN2_MOE
 from jaxmoe.models.qwen3_5_moe import QWEN3_5_MOE_TEXT
 from jaxmoe.models.qwen3_moe import QWEN3_MOE
 from jaxmoe.models.qwen3_next import QWEN3_NEXT
+from jaxmoe.models.qwen4_exp import QWEN4_EXP_TEXT
 from jaxmoe.models.solar_open import SOLAR_OPEN
 from jaxmoe.models.step3p5 import STEP3P5
 from jaxmoe.models.wrappers import WRAPPERS, Wrapper
@@ -100,6 +101,7 @@ FAMILIES: dict[str, Family] = {
         QWEN3_5_MOE_TEXT,
         QWEN3_MOE,
         QWEN3_NEXT,
+        QWEN4_EXP_TEXT,
         SOLAR_OPEN,
         STEP3P5,
     )

@@ -10,7 +10,7 @@ from flax import nnx
 
 from jaxmoe.config import ChosenByFunction, DecoderConfig, LayerConfig, MLPConfig, MoEConfig
 from jaxmoe.dispatch import PhaseDispatch
-from jaxmoe.layers import MLP, NORMS, HyperConnection, MoE, MoEStats, ParamFactory, join_streams, make_token_mixer
+from jaxmoe.layers import MLP, NORMS, STREAMS, MoE, MoEStats, ParamFactory, join_streams, make_token_mixer
 from jaxmoe.layers.param import ones
 from jaxmoe.mesh import named
 from jaxmoe.placement import ExpertPlacement
@@ -19,7 +19,7 @@ from jaxmoe.placement import ExpertPlacement
 class DecoderLayer(nnx.Module):
     """x + attention(norm(x)), then x + feed_forward(norm(x)); a layer may have one of the two only.
 
-    With `DecoderConfig.hyper_connections` x is several streams, and the sums are what `HyperConnection` does instead. With
+    With `DecoderConfig.streams` x is several streams, and the sums are what their kind does instead (`STREAMS`). With
     `LayerConfig.experts_by_token` a table chooses a token's experts by its id, unless choices are given, or the config has a
     router function. With `LayerConfig.post_norms` a half's result is normalized before it is added, and without
     `LayerConfig.pre_norms` what goes into it is not. With `LayerConfig.parallel_mlp` the second half is
@@ -41,11 +41,11 @@ class DecoderLayer(nnx.Module):
         hidden_size, eps = decoder.hidden_size, decoder.norm_eps
         self.residual_multiplier = decoder.residual_multiplier
         self.config, self.dispatch = config, dispatch
-        if decoder.hyper_connections is not None:
+        if decoder.streams is not None:
+            past_half, _ = STREAMS[type(decoder.streams)]
             for half in ("attention", "feed_forward"):
                 if getattr(config, half) is not None:
-                    hyper = HyperConnection(decoder.hyper_connections, hidden_size, eps, param=param)
-                    setattr(self, f"{half}_hyper", hyper)
+                    setattr(self, f"{half}_hyper", past_half(decoder.streams, hidden_size, eps, param=param))
         if config.attention is not None:
             if config.pre_norms:
                 self.attention_norm = norm(hidden_size, eps, param=param)

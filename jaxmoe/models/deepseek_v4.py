@@ -50,7 +50,7 @@ def read_config(config: Mapping[str, Any]) -> DecoderConfig:
         ),
         norm="rms_float32",
         num_mtp_layers=pick(config, "num_nextn_predict_layers", default=1),
-        hyper_connections=HyperConnectionConfig(
+        streams=HyperConnectionConfig(
             streams=pick(config, "hc_mult"),
             iterations=pick(config, "hc_sinkhorn_iters"),
             eps=pick(config, "hc_eps", default=1e-6),

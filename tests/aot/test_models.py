@@ -11,7 +11,7 @@ import pytest
 from jax.sharding import Mesh
 
 import jaxmoe
-from jaxmoe.config import DecoderConfig, Mamba2Config
+from jaxmoe.config import DecoderConfig, GatedDeltaNetConfig, Mamba2Config
 from jaxmoe.layers import param_specs
 from jaxmoe.models import Decoder, get_family
 from jaxmoe.planning.memory import Plan, plan_config
@@ -33,6 +33,7 @@ from tests.support.published import (
     MINIMAX_M3,
     MIXTRAL_8X7B,
     QWEN3_30B,
+    QWEN4_EXP,
     SOLAR_OPEN_100B,
     STEP_3_7_FLASH,
     TRINITY_MINI,
@@ -164,6 +165,15 @@ CASES = {
         {"tp": 2, "ep": 4},
         {"prefill": 1390, "decode": 43},
     ),
+    "qwen4-exp, ep 8": (
+        # Fewer blocks are chosen than a prompt has.
+        QWEN4_EXP | {"num_hidden_layers": 2, "full_attention_interval": 2, "indexer_budget": 512},
+        "h100",
+        8,
+        1,
+        {"ep": 8},
+        {"prefill": 502, "decode": 1},
+    ),
 }
 
 
@@ -178,6 +188,7 @@ ALIKE = {
     "flex-olmo-7x7b, tp 2 ep 4",
     "hy3-preview, tp 4 ep 8 on 4 hosts",
     "step-3.7-flash, tp 4 ep 2",
+    "qwen4-exp, ep 8",
 }
 # The same with the Hopper kernel, which copies nothing.
 MOSAIC = {
@@ -223,9 +234,12 @@ def check_arguments(step: CompiledStep, planned: Plan, unread: int) -> None:
 
 
 def states_of(config: DecoderConfig) -> int:
-    """Bytes of a sequence's states of Mamba layers: a prefill starts from none, and reads none."""
-    layers = [layer.attention for layer in config.layers if isinstance(layer.attention, Mamba2Config)]
-    return sum(2**15 + 4 * layer.num_channels * layer.state_size for layer in layers)
+    """Bytes of a sequence's states of recurrent layers: a prefill starts from none, and reads none."""
+    mixers = [layer.attention for layer in config.layers]
+    sizes = [mixer.num_channels * mixer.state_size for mixer in mixers if isinstance(mixer, Mamba2Config)]
+    nets = [mixer for mixer in mixers if isinstance(mixer, GatedDeltaNetConfig)]
+    sizes += [net.num_value_heads * net.key_head_dim * net.value_head_dim for net in nets]
+    return sum(2**16 + 4 * size for size in sizes)
 
 
 def check_experts_stay(step: CompiledStep, config: DecoderConfig, mesh: Mesh) -> None:

@@ -6,8 +6,8 @@ import numpy as np
 from flax import nnx
 
 from jaxmoe.config import HyperConnectionConfig
-from jaxmoe.layers import HyperConnection, HyperHead, ParamFactory
-from jaxmoe.layers.hyper import doubly_stochastic, join_streams
+from jaxmoe.layers import ParamFactory, join_streams
+from jaxmoe.layers.hyper import HyperConnection, HyperHead, doubly_stochastic
 from tests.support.meshes import mesh_of
 
 N, D, EPS = 3, 5, 1e-3

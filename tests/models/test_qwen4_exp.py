@@ -1,0 +1,49 @@
+"""Qwen4-Exp beside what the goldens compare: its configs, and how many parameters it has."""
+
+import json
+
+import pytest
+
+import jaxmoe
+from jaxmoe.config import GatedDeltaNetConfig, PooledBlockAttentionConfig
+from jaxmoe.models import FAMILIES
+from tests.support.goldens import GOLDENS
+from tests.support.published import QWEN4_EXP
+
+SAVED = json.loads((GOLDENS / "qwen4_exp_text" / "original" / "config.json").read_text())
+
+
+def read(config):
+    return FAMILIES["qwen4_exp_text"].read_config(config)
+
+
+def test_released_files_call_attention_with_an_indexer_full():
+    kinds = ["linear_attention", "full_attention", "full_attention"]
+    assert read(SAVED | {"layer_types": kinds}) == read(SAVED)
+    usual = read(SAVED | {"layer_types": None, "num_hidden_layers": 8, "output_gate_type": None}).layers
+    assert [type(layer.attention) for layer in usual] == [*[GatedDeltaNetConfig] * 3, PooledBlockAttentionConfig] * 2
+    assert (read(SAVED).layers[0].attention.gate, usual[0].attention.gate) == ("sigmoid", "silu")
+
+
+def test_parameters_are_as_many_as_in_transformers(tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps(QWEN4_EXP))
+    plan = jaxmoe.plan(tmp_path, ep=8, device="h200", max_length=4096)
+    assert plan.parameters == 67_366_196_352
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"ple_layer_ids": [1]}, r"layers \[1\] of qwen4_exp_text add embeddings of n-grams \(ple_layer_ids\)"),
+        ({"indexer_kv_heads": 2}, "known with indexer_kv_heads=1 alone; config.json gives 2"),
+        ({"indexer_budget": 7}, "fill blocks of indexer_compress_ratio=3; config.json has indexer_budget=7"),
+        ({"indexer_head_dim": None}, "config.json needs indexer_head_dim; it is not there"),
+        ({"output_gate_type": "gelu"}, "are silu or sigmoid; config.json has 'gelu'"),
+        ({"layer_types": ["mamba"] * 3}, "layer_types of qwen4_exp_text are .* has 'mamba'"),
+        ({"hc_count": 0}, "streams"),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else None,
+)
+def test_what_a_config_is_refused_for(changes, message):
+    with pytest.raises(ValueError, match=message):
+        read(SAVED | changes)
