@@ -18,6 +18,7 @@ from jaxmoe.config.attention import (
 from jaxmoe.config.compressed_attention import CompressedAttentionConfig, CompressionConfig
 from jaxmoe.config.decoder import DecoderConfig, GatedStreamsConfig, HyperConnectionConfig, LayerConfig
 from jaxmoe.config.feed_forward import MLPConfig, MoEConfig
+from jaxmoe.config.ngrams import NGramConfig
 from jaxmoe.config.places import directory_of, find_checkpoint, shard_of
 from jaxmoe.config.reading import (
     pick,
@@ -74,6 +75,7 @@ __all__ = [
     "Mamba2Config",
     "MambaConfig",
     "MoEConfig",
+    "NGramConfig",
     "Normalization",
     "PNormNormalization",
     "PooledBlockAttentionConfig",

@@ -8,6 +8,7 @@ from jaxmoe.layers.mixers import TOKEN_MIXERS, make_token_mixer
 from jaxmoe.layers.mlp import MLP
 from jaxmoe.layers.moe import MoE
 from jaxmoe.layers.moe_checks import check_expert_axes
+from jaxmoe.layers.ngrams import NGrams
 from jaxmoe.layers.norm import NORMS, RMSNorm
 from jaxmoe.layers.packed import pack_params, packable_params, packings_of, part_specs, unpacked_specs
 from jaxmoe.layers.param import ParamFactory, ParamSpec
@@ -30,6 +31,7 @@ __all__ = [
     "MoE",
     "MoEStats",
     "MovedBytes",
+    "NGrams",
     "ParamFactory",
     "ParamSpec",
     "RMSNorm",

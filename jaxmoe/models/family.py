@@ -110,7 +110,8 @@ class Family:
         tensors: parameter path -> the checkpoint's names for it, the first that exists is used;
             ``{layer}`` stands for the layer's index in both. Parameters a model does not have
             (biases, a tied output projection) are left out of it. Parameters of one name are one
-            tensor, the rows of each after those of the one before (queries, keys and values).
+            tensor, the rows of each after those of the one before (queries, keys and values). A name with ``{part}`` is
+            of several tensors, which have the rows of a parameter one after another (`ParamSpec.parts`).
         experts: names of the routed experts.
         renamed_experts: names that a checkpoint may have for them instead, where the fused tensors have two spellings.
         ignored: rule name -> regular expression (of whole tensor names) for tensors that are

@@ -8,6 +8,7 @@ from jaxmoe.config import (
     DecoderConfig,
     GatedStreamsConfig,
     LayerConfig,
+    NGramConfig,
     PooledBlockAttentionConfig,
     TokenMixerConfig,
     pick,
@@ -24,21 +25,18 @@ def read_config(config: Mapping[str, Any]) -> DecoderConfig:
     """Read the config.json of a qwen4_exp_text checkpoint.
 
     Raises:
-        ValueError: a setting is missing, or asks for what is not known here, as embeddings of n-grams.
+        ValueError: a setting is missing, or asks for what is not known here.
     """
-    if layers := pick(config, "ple_layer_ids", default=[]):
-        raise ValueError(
-            f"layers {layers!r:.80} of qwen4_exp_text add embeddings of n-grams (ple_layer_ids), which jaxmoe does not "
-            "compute; without them the model would be another one"
-        )
     check_known(config, indexer_kv_heads=1)
     moe = read_moe_with_gated_expert(config, renormalize=pick(config, "norm_topk_prob", default=True))
+    mixers = _read_token_mixers(config)
     return DecoderConfig(
         **read_common(config, norm_eps=1e-6),
         norm="rms_zero_centered",
         final_norm=False,
         layers=tuple(
-            LayerConfig(attention=mixer, feed_forward=moe, pre_norms=False) for mixer in _read_token_mixers(config)
+            LayerConfig(attention=mixer, feed_forward=moe, pre_norms=False, ngrams=ngrams)
+            for mixer, ngrams in zip(mixers, _read_ngrams(config, len(mixers)), strict=True)
         ),
         streams=GatedStreamsConfig(
             streams=pick(config, "hc_count", default=4), rank=pick(config, "hc_lowrank", default=320)
@@ -72,9 +70,40 @@ def _read_token_mixers(config: Mapping[str, Any]) -> list[TokenMixerConfig]:
     return [kinds[name] for name in pick_layer_types(config, usual, *kinds)]
 
 
+def _read_ngrams(config: Mapping[str, Any], count: int) -> list[NGramConfig | None]:
+    """The embeddings of n-grams of every layer; ``ple_layer_ids`` counts layers from 1."""
+    layers: list[Any] = sorted(set(pick(config, "ple_layer_ids", default=[])))
+    if any(type(layer) is not int or not 1 <= layer <= count for layer in layers):
+        raise ValueError(f"ple_layer_ids are layers, counted from 1 to {count}; config.json has {layers!r:.80}")
+    if not layers:
+        return [None] * count
+    end = config.get("eos_token_id")
+    end = end[0] if isinstance(end, list) and end else end
+    if type(end) is not int:
+        raise ValueError(f"n-grams end at eos_token_id, an integer or a list of some; config.json has {end!r:.80}")
+    ngrams = NGramConfig(
+        ngram_size=pick(config, "ngram_size", default=3),
+        heads=pick(config, "heads_per_ngram", default=8),
+        width=pick(config, "ple_embed_dim", default=pick(config, "hidden_size")),
+        vocab_size=pick(config, "vocab_size"),
+        least_rows=pick(config, "ngram_vocab_size_base", default=20_000_000),
+        rows_multiple=pick(config, "make_ngram_vocab_size_divisible_by", default=128),
+        seed=pick(config, "seed", default=1234),
+        place=0,
+        end_token=end,
+        conv_kernel_size=pick(config, "ple_conv_kernel_size", default=4),
+        parts=pick(config, "split_ngram_parts", default=512),
+    )
+    return [
+        dataclasses.replace(ngrams, place=layers.index(layer)) if layer in layers else None
+        for layer in range(1, count + 1)
+    ]
+
+
 _STREAMS = {"norm": "hc_norm", "w_down": "input_mix_weight_down", "w_up": "input_mix_weight_up"}
 _LAYER = "layers.{layer}"
 _INDEXER = f"model.{_LAYER}.self_attn.indexer"
+_NGRAMS = f"model.{_LAYER}.ple"
 
 QWEN4_EXP_TEXT = Family(
     model_type="qwen4_exp_text",
@@ -89,11 +118,23 @@ QWEN4_EXP_TEXT = Family(
             for half, short in (("attention", "attn"), ("feed_forward", "mlp"))
             for ours, theirs in {**_STREAMS, "w_write": "block_inject_weight"}.items()
         },
+        f"{_LAYER}.ngrams.table.weight": (
+            f"{_NGRAMS}.ple_embedding.ngram_embedding.shard_{{part}}.weight",
+            f"{_NGRAMS}.ple_embedding.ngram_embedding.weight",
+        ),
+        **{f"{_LAYER}.ngrams.w_{name}": (f"{_NGRAMS}.{name}_proj.weight",) for name in ("key", "value")},
+        **{f"{_LAYER}.ngrams.{name}_norm": (f"{_NGRAMS}.norm_{name}.weight",) for name in ("key", "query", "conv")},
+        f"{_LAYER}.ngrams.conv": (f"{_NGRAMS}.conv1d.weight",),
         **{
             f"hyper_head.{ours}": (f"model.hyper_connection_mixer.{theirs}.weight",)
             for ours, theirs in _STREAMS.items()
         },
     },
     experts=QWEN3_5_MOE_TEXT.experts,
-    ignored=QWEN3_5_MOE_TEXT.ignored,
+    # What config.json says as well.
+    ignored={
+        **QWEN3_5_MOE_TEXT.ignored,
+        "numbers of the hash of n-grams": r"model\.layers\.\d+\.ple\.ple_embedding\."
+        r"(layer_multipliers|ngram_heads_vocab_sizes|ngram_heads_offsets)",
+    },
 )

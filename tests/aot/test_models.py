@@ -166,13 +166,15 @@ CASES = {
         {"prefill": 1390, "decode": 43},
     ),
     "qwen4-exp, ep 8": (
-        # Fewer blocks are chosen than a prompt has.
-        QWEN4_EXP | {"num_hidden_layers": 2, "full_attention_interval": 2, "indexer_budget": 512},
+        # Fewer blocks are chosen than a prompt has, and the table of n-grams is smaller.
+        QWEN4_EXP
+        | {"num_hidden_layers": 2, "full_attention_interval": 2, "indexer_budget": 512}
+        | {"ple_layer_ids": [1], "ngram_vocab_size_base": 1_000_000, "eos_token_id": 0},
         "h100",
         8,
         1,
         {"ep": 8},
-        {"prefill": 502, "decode": 1},
+        {"prefill": 502, "decode": 2},
     ),
 }
 

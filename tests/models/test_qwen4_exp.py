@@ -34,7 +34,11 @@ def test_parameters_are_as_many_as_in_transformers(tmp_path):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"ple_layer_ids": [1]}, r"layers \[1\] of qwen4_exp_text add embeddings of n-grams \(ple_layer_ids\)"),
+        ({"ple_layer_ids": [0]}, r"are layers, counted from 1 to 3; config.json has \[0\]"),
+        ({"eos_token_id": None}, "n-grams end at eos_token_id, .*; config.json has None"),
+        ({"ple_embed_dim": 10}, "split evenly over 4 heads .* a width of 10"),
+        ({"ngram_size": 1}, "two tokens or more; got ngram_size=1"),
+        ({"ngram_vocab_size_base": 2**28}, r"less than 2\^31 rows, and a head less than 2\^28; got 268435456 rows"),
         ({"indexer_kv_heads": 2}, "known with indexer_kv_heads=1 alone; config.json gives 2"),
         ({"indexer_budget": 7}, "fill blocks of indexer_compress_ratio=3; config.json has indexer_budget=7"),
         ({"indexer_head_dim": None}, "config.json needs indexer_head_dim; it is not there"),

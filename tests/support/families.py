@@ -471,6 +471,12 @@ FAMILIES: dict[str, dict[str, Any]] = {
         "indexer_head_dim": 10,
         "indexer_budget": 6,
         "indexer_compress_ratio": 3,
+        "ple_layer_ids": [1],
+        "ple_embed_dim": 12,
+        "heads_per_ngram": 2,
+        "ngram_vocab_size_base": 20,
+        "make_ngram_vocab_size_divisible_by": 8,
+        "split_ngram_parts": 5,
         "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.5},
     },
     "gemma4_text": {

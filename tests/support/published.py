@@ -463,7 +463,7 @@ HY3_PREVIEW = {
     "rms_norm_eps": 1e-5,
     "dtype": "bfloat16",
 }
-# The sizes that transformers takes where config.json has none, without embeddings of n-grams, and with an indexer.
+# The sizes that transformers takes where config.json has none, and with an indexer, which that asks for.
 QWEN4_EXP = {
     "model_type": "qwen4_exp_text",
     "vocab_size": 248320,

@@ -26,6 +26,7 @@ _NAMES = (
     ),
     ("routed experts", r"\bexperts\.|moe\.(input_linear|output_linear|gate_proj|up_proj|down_proj)\b"),
     ("hyper-connections", r"\bhc_(attn|ffn|head)_|\b(attn|ffn)_hc\.|\bhc_head\.|hyper_connection"),
+    ("embedding", r"\.ple\."),
     ("norms", r"norm(_?\d|_f)?(\.(weight|bias|scale))?$|\bln_\w+\.|\blayer_scalar$"),
     ("embedding", r"\b(embed_tokens|embed|embeddings|word_embeddings|wte|tok_embeddings)\."),
     ("head", r"\b(lm_head|embed_out|output|head)\."),
