@@ -121,8 +121,9 @@ def test_logits_and_greedy_tokens(case, mesh_shape, placement, form):
         ("qwen4_exp_text", {"layer_types": None, "full_attention_interval": 2, "output_gate_type": None}),
         (
             "qwen4_exp_text",
-            {"layer_types": ["linear_attention"] * 3, "ple_layer_ids": [3, 1], "ngram_size": 4, "heads_per_ngram": 1}
-            | {"ple_embed_dim": 15, "ple_conv_kernel_size": 2, "seed": 7, "eos_token_id": [5, 2]},
+            {"layer_types": ["linear_attention", "full_attention", "linear_attention"], "ngram_size": 4}
+            | {"ple_layer_ids": [3, 1], "heads_per_ngram": 1}
+            | {"ple_embed_dim": 15, "ple_conv_kernel_size": 2, "eos_token_id": [5, 2]},
         ),
         ("qwen4_exp_text", {"attention_bias": True, "norm_topk_prob": False, "hc_count": 2, "ple_layer_ids": None}),
         ("gemma4_text", {"attention_bias": True, "attention_k_eq_v": False, "final_logit_softcapping": None}),
