@@ -174,7 +174,7 @@ CASES = {
         8,
         1,
         {"ep": 8},
-        {"prefill": 502, "decode": 2},
+        {"prefill": 537, "decode": 2},
     ),
 }
 
@@ -241,7 +241,10 @@ def states_of(config: DecoderConfig) -> int:
     sizes = [mixer.num_channels * mixer.state_size for mixer in mixers if isinstance(mixer, Mamba2Config)]
     nets = [mixer for mixer in mixers if isinstance(mixer, GatedDeltaNetConfig)]
     sizes += [net.num_value_heads * net.key_head_dim * net.value_head_dim for net in nets]
-    return sum(2**16 + 4 * size for size in sizes)
+    ngrams = [layer.ngrams for layer in config.layers if layer.ngrams is not None]
+    streams = 1 if config.streams is None else config.streams.streams
+    taps = sum(each.ngram_size * (each.conv_kernel_size - 1) for each in ngrams)
+    return sum(2**16 + 4 * size for size in sizes) + 2 * taps * streams * config.hidden_size
 
 
 def check_experts_stay(step: CompiledStep, config: DecoderConfig, mesh: Mesh) -> None:
