@@ -25,10 +25,15 @@ def test_released_files_call_attention_with_an_indexer_full():
     assert (read(SAVED).layers[0].attention.gate, usual[0].attention.gate) == ("sigmoid", "silu")
 
 
-def test_parameters_are_as_many_as_in_transformers(tmp_path):
-    (tmp_path / "config.json").write_text(json.dumps(QWEN4_EXP))
+@pytest.mark.parametrize(
+    ("changes", "parameters"),
+    [({}, 67_366_196_352), ({"ple_layer_ids": [1, 3], "eos_token_id": 0}, 149_329_106_048)],
+    ids=["no n-grams", "n-grams"],
+)
+def test_parameters_are_as_many_as_in_transformers(changes, parameters, tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps(QWEN4_EXP | changes))
     plan = jaxmoe.plan(tmp_path, ep=8, device="h200", max_length=4096)
-    assert plan.parameters == 67_366_196_352
+    assert plan.parameters == parameters
 
 
 @pytest.mark.parametrize(
