@@ -58,7 +58,7 @@ def test_proportional_turns_whole_pairs():
     assert [frequency > 0 for frequency in frequencies] == [True, True, False, False, False]
 
 
-PARTIAL = {"glm4_moe", "minimax_m2", "minimax_m3_vl_text", "qwen3_next", "qwen3_5_moe_text"}
+PARTIAL = {"glm4_moe", "minimax_m2", "minimax_m3_vl_text", "qwen3_next", "qwen3_5_moe_text", "qwen4_exp_text"}
 BY_KIND_OF_LAYER = {"gemma4_text", "mimo_v2_flash"}
 NO_POSITIONS = {"nemotron_h", "jamba", "kimi_linear"}
 TRAILING_DIMS = {"deepseek_v4"}  # a part at the end of a head, with tests of its own

@@ -10,13 +10,15 @@ from jaxmoe.config.attention import (
     AttentionMask,
     BlockSparseAttentionConfig,
     Chunks,
+    PooledBlockAttentionConfig,
     QueryKeyNorm,
     QueryTemperature,
     SlidingWindow,
 )
 from jaxmoe.config.compressed_attention import CompressedAttentionConfig, CompressionConfig
-from jaxmoe.config.decoder import DecoderConfig, HyperConnectionConfig, LayerConfig
+from jaxmoe.config.decoder import DecoderConfig, GatedStreamsConfig, HyperConnectionConfig, LayerConfig
 from jaxmoe.config.feed_forward import MLPConfig, MoEConfig
+from jaxmoe.config.ngrams import NGramConfig
 from jaxmoe.config.places import directory_of, find_checkpoint, shard_of
 from jaxmoe.config.reading import (
     pick,
@@ -64,6 +66,7 @@ __all__ = [
     "DecoderConfig",
     "ExpertChoice",
     "GatedDeltaNetConfig",
+    "GatedStreamsConfig",
     "GroupedTopK",
     "HyperConnectionConfig",
     "IndexerConfig",
@@ -74,8 +77,10 @@ __all__ = [
     "Mamba2Config",
     "MambaConfig",
     "MoEConfig",
+    "NGramConfig",
     "Normalization",
     "PNormNormalization",
+    "PooledBlockAttentionConfig",
     "QueryKeyNorm",
     "QueryTemperature",
     "RouterConfig",

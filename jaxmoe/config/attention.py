@@ -192,3 +192,31 @@ class BlockSparseAttentionConfig(AttentionConfig):
                 f"the indexer's queries and key rotate as heads do, in their first {self.rope.rotary_dim} dims; got "
                 f"index_head_dim={self.index_head_dim}"
             )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PooledBlockAttentionConfig(AttentionConfig):
+    """Grouped-query attention to the blocks of keys that an indexer chooses by their mean, the same for all heads.
+
+    A token sees the best of the blocks that end at it or before it, and the positions behind the last of those.
+
+    Attributes:
+        index_heads: number of heads of the indexer, which share one key.
+        index_head_dim: width of each.
+        block_size: number of positions of a block.
+        top_blocks: number of whole blocks that a token sees.
+    """
+
+    index_heads: int
+    index_head_dim: int
+    block_size: int
+    top_blocks: int
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_positive(self, "index_heads", "index_head_dim", "block_size", "top_blocks")
+        if self.rope is not None and self.rope.rotary_dim > self.index_head_dim:
+            raise ValueError(
+                f"the indexer's queries and key rotate as heads do, in their first {self.rope.rotary_dim} dims; got "
+                f"index_head_dim={self.index_head_dim}"
+            )

@@ -5,6 +5,7 @@ from typing import Literal
 
 from jaxmoe.checks import check_positive
 from jaxmoe.config.feed_forward import MLPConfig, MoEConfig
+from jaxmoe.config.ngrams import NGramConfig
 from jaxmoe.config.routers import ChosenByFunction, RouterFunction
 from jaxmoe.config.token_mixers import MLAConfig, TokenMixerConfig
 
@@ -26,6 +27,8 @@ class LayerConfig:
             the layer's norms; their results are normalized, each on its own, and added. None for none.
         output_scale: whether the layer's result is multiplied by a learned number.
         experts_by_token: whether a token's routed experts are those that a table has for its id; the router weights them.
+        ngrams: embeddings of the last tokens together, which are added to the residual streams before all else; None for
+            none.
     """
 
     attention: TokenMixerConfig | None
@@ -35,6 +38,7 @@ class LayerConfig:
     parallel_mlp: MLPConfig | None = None
     output_scale: bool = False
     experts_by_token: bool = False
+    ngrams: NGramConfig | None = None
 
     def __post_init__(self) -> None:
         if self.attention is None and self.feed_forward is None:
@@ -69,6 +73,22 @@ class HyperConnectionConfig:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class GatedStreamsConfig:
+    """Several residual streams, which every half of a layer reads feature by feature and writes to with weights of its own.
+
+    Attributes:
+        streams: number of residual streams.
+        rank: width between the two projections that the weights of what is read come from.
+    """
+
+    streams: int
+    rank: int
+
+    def __post_init__(self) -> None:
+        check_positive(self, "streams", "rank")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class DecoderConfig:
     """A whole decoder, independent of the family it came from.
 
@@ -91,7 +111,8 @@ class DecoderConfig:
         lm_head_bias: whether the output projection, which is then not tied, has a bias.
         num_mtp_layers: number of layers for multi-token prediction that a checkpoint may have behind the model's own,
             and that are not loaded.
-        hyper_connections: residual streams where there are several; None for one, to which halves of layers are added.
+        streams: residual streams where there are several; None for one, to which halves of layers are added.
+        final_norm: whether there is a norm before the output projection.
     """
 
     model_type: str
@@ -109,7 +130,8 @@ class DecoderConfig:
     logits_softcap: float | None = None
     lm_head_bias: bool = False
     num_mtp_layers: int = 0
-    hyper_connections: HyperConnectionConfig | None = None
+    streams: HyperConnectionConfig | GatedStreamsConfig | None = None
+    final_norm: bool = True
 
     def __post_init__(self) -> None:
         check_positive(self, "vocab_size", "hidden_size", "max_position_embeddings")
@@ -131,6 +153,10 @@ class DecoderConfig:
                     "a layer reuses positions that a layer before it has chosen: the first layer with an indexer has one "
                     "of its own (indexer_types)"
                 )
+        if self.streams is None and any(layer.ngrams for layer in self.layers):
+            raise ValueError(
+                "embeddings of n-grams are added to several residual streams; the decoder has one (streams)"
+            )
         if self.tie_word_embeddings and self.lm_head_bias:
             raise ValueError(
                 "a tied output projection has no bias; config.json has tie_word_embeddings and a bias (lm_head_bias, or "

@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+from typing import Literal
 
 from jaxmoe.checks import check_flags, check_positive
 from jaxmoe.rotary import RopeConfig
@@ -135,6 +136,7 @@ class GatedDeltaNetConfig(TokenMixerConfig):
         value_head_dim: width of a value.
         conv_kernel_size: number of taps of the convolution.
         activation: name in `jaxmoe.numerics.ACTIVATIONS` of the function after the convolution.
+        gate: function of the gates of outputs.
         fused_projections: whether queries, keys, values and gates come from one projection, and decays and strengths from
             another, in which the rows of a key head and of its value heads are together; otherwise from one each.
     """
@@ -145,6 +147,7 @@ class GatedDeltaNetConfig(TokenMixerConfig):
     value_head_dim: int
     conv_kernel_size: int
     activation: str = "silu"
+    gate: Literal["silu", "sigmoid"] = "silu"
     fused_projections: bool = False
 
     def __post_init__(self) -> None:

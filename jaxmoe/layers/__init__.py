@@ -4,12 +4,12 @@ from jaxmoe.layers.attention import Attention, KVCache
 from jaxmoe.layers.cache import CacheArray
 from jaxmoe.layers.device_work import kernel_work
 from jaxmoe.layers.embedding import VocabTable
-from jaxmoe.layers.hyper import HyperConnection, HyperHead
 from jaxmoe.layers.logical import abstract_logical_state, load_logical_state, logical_state
 from jaxmoe.layers.mixers import TOKEN_MIXERS, make_token_mixer
 from jaxmoe.layers.mlp import MLP
 from jaxmoe.layers.moe import MoE
 from jaxmoe.layers.moe_checks import check_expert_axes
+from jaxmoe.layers.ngrams import NGrams
 from jaxmoe.layers.norm import NORMS, RMSNorm
 from jaxmoe.layers.packed import pack_params, packable_params, packings_of, part_specs, unpacked_specs
 from jaxmoe.layers.param import ParamFactory, ParamSpec
@@ -17,21 +17,22 @@ from jaxmoe.layers.replicas import ReplicaRule
 from jaxmoe.layers.routed_experts import MoEStats
 from jaxmoe.layers.router import route
 from jaxmoe.layers.specs import param_specs, params_by_path
+from jaxmoe.layers.streams import STREAMS, join_streams
 from jaxmoe.layers.swap import MovedBytes, check_swap, swap_experts
 from jaxmoe.layers.usable import check_usable
 
 __all__ = [
     "MLP",
     "NORMS",
+    "STREAMS",
     "TOKEN_MIXERS",
     "Attention",
     "CacheArray",
-    "HyperConnection",
-    "HyperHead",
     "KVCache",
     "MoE",
     "MoEStats",
     "MovedBytes",
+    "NGrams",
     "ParamFactory",
     "ParamSpec",
     "RMSNorm",
@@ -41,6 +42,7 @@ __all__ = [
     "check_expert_axes",
     "check_swap",
     "check_usable",
+    "join_streams",
     "kernel_work",
     "load_logical_state",
     "logical_state",

@@ -19,12 +19,19 @@ class VocabTable(nnx.Module):
     """
 
     def __init__(
-        self, vocab_size: int, hidden_size: int, *, param: ParamFactory, bias: bool = False, embeds: bool = True
+        self,
+        vocab_size: int,
+        hidden_size: int,
+        *,
+        param: ParamFactory,
+        bias: bool = False,
+        embeds: bool = True,
+        parts: int | None = None,
     ):
         tp = param.mesh.shape[TP]
         padded = -(-vocab_size // tp) * tp
         rows = RowMap(vocab_size, padding=padded - vocab_size) if padded > vocab_size else None
-        self.weight = param((padded, hidden_size), TP, None, rows=rows)
+        self.weight = param((padded, hidden_size), TP, None, rows=rows, parts=parts)
         if bias:
             self.bias = param((padded,), TP, init=zeros, rows=rows)
         self.vocab_size, self.specs = vocab_size, WeightSpecs.of(self)

@@ -21,11 +21,13 @@ from jaxmoe.layers.weights import WeightSpecs
 from jaxmoe.mesh import TP
 from jaxmoe.numerics import ACTIVATIONS
 
+_GATES = {"silu": jax.nn.silu, "sigmoid": jax.nn.sigmoid}
+
 
 class GatedDeltaNet(RecurrentMixer):
     """The gated delta rule behind a short convolution, its outputs normalized and gated (Yang et al. 2024, section 3.4).
 
-    y = out(norm(o) · silu(z)), o = `chunked_delta_rule`(unit(q) / sqrt(k), unit(k), v) where q, k and v have gone
+    y = out(norm(o) · gate(z)), o = `chunked_delta_rule`(unit(q) / sqrt(k), unit(k), v) where q, k and v have gone
     through the convolution and an activation, with decay exp(-exp(a_log) softplus(a + dt_bias)) and strength
     sigmoid(b). Projections in the form `GatedDeltaNetConfig.fused_projections` says.
     """
@@ -82,7 +84,7 @@ class GatedDeltaNet(RecurrentMixer):
             q_BSHk, k_BSHk, v_BSHv, log_decay_BSH[..., None], beta_BSH, lengths_B, before.state if before else None
         )
         o_BSHv = rms_norm(o_BSHv.astype(x_BSD.dtype), w["out_norm"], self.eps)
-        o_BSHv = (o_BSHv.astype(jnp.float32) * jax.nn.silu(z_BSHv.astype(jnp.float32))).astype(x_BSD.dtype)
+        o_BSHv = (o_BSHv.astype(jnp.float32) * _GATES[self.config.gate](z_BSHv.astype(jnp.float32))).astype(x_BSD.dtype)
         return o_BSHv.reshape(*x_BSD.shape[:2], -1), RecurrentCache(conv, state)
 
     def _project(self, w: dict[str, Any], x_BSD: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:

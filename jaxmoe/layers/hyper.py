@@ -3,9 +3,6 @@
 Letters here, beside the common ones of docs/concepts/letters.md: n streams.
 """
 
-from collections.abc import Callable
-from functools import partial
-
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -44,8 +41,8 @@ class HyperConnection(nnx.Module):
         self.bias = param((n * (n + 2),), init=zeros, dtype=dtype)
         self.scale = param((3,), init=ones, dtype=dtype)
 
-    def __call__(self, x_BSnD: jax.Array) -> tuple[jax.Array, Callable[[jax.Array], jax.Array]]:
-        """Give the input [B, S, D] of the half, and the function from its result to the new streams."""
+    def __call__(self, x_BSnD: jax.Array) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+        """Give the input [B, S, D] of the half, and write [B, S, n] and mix [B, S, n, n] for `join_streams`."""
         n, config = self.config.streams, self.config
         weights = _project(x_BSnD, self.w[...], self.eps)
         scale, bias = self.scale[...], self.bias[...]
@@ -57,8 +54,7 @@ class HyperConnection(nnx.Module):
         )
         mix = jax.nn.softmax(mix.reshape(*mix.shape[:2], n, n), axis=-1) + config.eps
         mix = doubly_stochastic(mix, config.iterations, config.eps)
-        join = partial(_join, x_BSnD, 2 * jax.nn.sigmoid(write), mix)
-        return _read(x_BSnD, jax.nn.sigmoid(read) + config.eps), join
+        return _read(x_BSnD, jax.nn.sigmoid(read) + config.eps), (2 * jax.nn.sigmoid(write), mix)
 
 
 class HyperHead(nnx.Module):
@@ -85,8 +81,3 @@ def _project(x_BSnD: jax.Array, w: jax.Array, eps: float) -> jax.Array:
 
 def _read(x_BSnD: jax.Array, read_BSn: jax.Array) -> jax.Array:
     return jnp.sum(read_BSn[..., None] * x_BSnD.astype(read_BSn.dtype), axis=2).astype(x_BSnD.dtype)
-
-
-def _join(x_BSnD: jax.Array, write_BSn: jax.Array, mix_BSmn: jax.Array, y_BSD: jax.Array) -> jax.Array:
-    written = write_BSn.astype(y_BSD.dtype)[..., None] * y_BSD[:, :, None]
-    return written + jnp.einsum("bsmn,bsmd->bsnd", mix_BSmn.astype(x_BSnD.dtype), x_BSnD)

@@ -17,6 +17,7 @@ from jaxmoe.config import (
     Mamba2Config,
     MambaConfig,
     MLAConfig,
+    PooledBlockAttentionConfig,
     ShortConvConfig,
     TokenMixerConfig,
 )
@@ -29,6 +30,7 @@ from jaxmoe.layers.mamba import Mamba
 from jaxmoe.layers.mamba2 import Mamba2
 from jaxmoe.layers.mla import LatentAttention
 from jaxmoe.layers.param import ParamFactory
+from jaxmoe.layers.pooled_blocks import PooledBlockAttention
 from jaxmoe.layers.short_conv import ShortConv
 
 
@@ -62,6 +64,7 @@ TOKEN_MIXERS: dict[type[TokenMixerConfig], Callable[..., TokenMixer]] = {
     Mamba2Config: Mamba2,
     MambaConfig: Mamba,
     MLAConfig: LatentAttention,
+    PooledBlockAttentionConfig: PooledBlockAttention,
     ShortConvConfig: ShortConv,
 }
 

@@ -29,6 +29,7 @@ class ParamSpec:
             ``len(rows)`` equal groups; group i is filled from group ``rows[i]`` of the tensor's dim 0, or with zeros
             where it is -1 (expert slots, repeated key/value heads, vocabulary padding).
         source_groups: number of groups of dim 0 of the checkpoint's tensor; None where `rows` is.
+        parts: number of tensors that a checkpoint may have its rows in, one after another; None for one alone.
     """
 
     path: str
@@ -37,6 +38,7 @@ class ParamSpec:
     sharding: NamedSharding
     rows: tuple[int, ...] | None = None
     source_groups: int | None = None
+    parts: int | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -114,6 +116,7 @@ class ParamFactory:
         dtype: Any = None,
         rows: RowMap | None = None,
         slots: tuple[int, ...] | None = None,
+        parts: int | None = None,
     ) -> nnx.Param:
         """Make one parameter of `shape`, sharded over the mesh axes named in `dims`; its metadata has them as `spec`.
 
@@ -124,6 +127,7 @@ class ParamFactory:
             dtype: dtype of this one; None for that of the weights.
             rows: groups that a checkpoint fills, where it is not filled row by row.
             slots: expert in each slot for now, of an expert stack.
+            parts: number of tensors that a checkpoint may have it in, see `ParamSpec`.
         """
         dtype = jnp.dtype(self.dtype if dtype is None else dtype)
         sharding = named(self.mesh, *dims)
@@ -134,7 +138,7 @@ class ParamFactory:
             make = jax.jit(_initial, static_argnums=(1, 2, 3, 4), out_shardings=sharding)
             value = make(self.rngs.params(), shape, dtype, init, rows.rows if rows else slots)
         if slots is None:
-            return nnx.Param(value, rows=rows, spec=sharding.spec)
+            return nnx.Param(value, rows=rows, spec=sharding.spec, parts=parts)
         return ExpertStack(value, rows=rows, spec=sharding.spec, filled_by=SlotOrder(slots))
 
 

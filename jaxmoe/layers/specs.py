@@ -32,6 +32,7 @@ def param_specs(module: nnx.Module) -> Iterator[ParamSpec]:
             sharding=value.sharding,
             rows=rows,
             source_groups=source_groups,
+            parts=param.get_metadata().get("parts"),
         )
 
 

@@ -12,7 +12,7 @@ from jaxmoe.models.dbrx import DBRX
 from jaxmoe.models.decoder import Decoder
 from jaxmoe.models.deepseek_v2 import DEEPSEEK_V2
 from jaxmoe.models.deepseek_v3 import DEEPSEEK_V3, KIMI_K2
-from jaxmoe.models.deepseek_v4 import DEEPSEEK_V4
+from jaxmoe.models.deepseek_v4 import DEEPSEEK_REF, DEEPSEEK_V4
 from jaxmoe.models.deepseek_v32 import DEEPSEEK_V32, GLM_MOE_DSA
 from jaxmoe.models.ernie4_5_moe import ERNIE4_5_MOE
 from jaxmoe.models.exaone_moe import EXAONE_MOE
@@ -43,6 +43,7 @@ from jaxmoe.models.qwen2_moe import QWEN2_MOE
 from jaxmoe.models.qwen3_5_moe import QWEN3_5_MOE_TEXT
 from jaxmoe.models.qwen3_moe import QWEN3_MOE
 from jaxmoe.models.qwen3_next import QWEN3_NEXT
+from jaxmoe.models.qwen4_exp import QWEN4_EXP_TEXT
 from jaxmoe.models.solar_open import SOLAR_OPEN
 from jaxmoe.models.step3p5 import STEP3P5
 from jaxmoe.models.wrappers import WRAPPERS, Wrapper
@@ -69,6 +70,7 @@ FAMILIES: dict[str, Family] = {
         AFMOE,
         BAILING_HYBRID,
         DBRX,
+        DEEPSEEK_REF,
         DEEPSEEK_V2,
         DEEPSEEK_V3,
         DEEPSEEK_V32,
@@ -103,6 +105,7 @@ FAMILIES: dict[str, Family] = {
         QWEN3_5_MOE_TEXT,
         QWEN3_MOE,
         QWEN3_NEXT,
+        QWEN4_EXP_TEXT,
         SOLAR_OPEN,
         STEP3P5,
     )

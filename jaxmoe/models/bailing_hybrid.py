@@ -193,10 +193,4 @@ BAILING_HYBRID = Family(
     },
     experts=MLP_EXPERTS,
     ignored={**ROTARY_BUFFERS, **MTP_LAYERS},
-    spellings=(
-        (".self_attn.o_proj.", ".attention.dense."),
-        (".self_attn.forget_gate.", ".attention."),
-        (".self_attn.", ".attention."),
-        ("model.embed_tokens.", "model.word_embeddings."),
-    ),
 )

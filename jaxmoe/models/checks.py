@@ -65,6 +65,8 @@ def _tp_faults(layer: LayerConfig, tp: int, expert_axes: tuple[str, ...]) -> lis
     for dense in (ffn.shared if isinstance(ffn, MoEConfig) else ffn, layer.parallel_mlp):
         if dense is not None and dense.intermediate_size % tp:
             found.append(f"intermediate_size={dense.intermediate_size}")
+    if layer.ngrams is not None and layer.ngrams.rows % tp:
+        found.append(f"the rows of the table of n-grams {layer.ngrams.rows}")
     if isinstance(ffn, MoEConfig) and TP not in expert_axes and ffn.moe_intermediate_size % tp:
         found.append(f"the expert width {ffn.moe_intermediate_size}")
     return found

@@ -17,8 +17,8 @@ from jaxmoe.config import DecoderConfig, MoEConfig
 from jaxmoe.dispatch import PhaseDispatch
 from jaxmoe.layers import (
     NORMS,
+    STREAMS,
     CacheArray,
-    HyperHead,
     MoE,
     MoEStats,
     MovedBytes,
@@ -114,9 +114,11 @@ class Decoder(nnx.Module):
             )
             for i, layer in enumerate(config.layers)
         )
-        if config.hyper_connections is not None:
-            self.hyper_head = HyperHead(config.hyper_connections, config.hidden_size, config.norm_eps, param=param)
-        self.norm = NORMS[config.norm](config.hidden_size, config.norm_eps, param=param)
+        if config.streams is not None:
+            _, one_of_all = STREAMS[type(config.streams)]
+            self.hyper_head = one_of_all(config.streams, config.hidden_size, config.norm_eps, param=param)
+        if config.final_norm:
+            self.norm = NORMS[config.norm](config.hidden_size, config.norm_eps, param=param)
         if not config.tie_word_embeddings:
             self.lm_head = VocabTable(
                 config.vocab_size, config.hidden_size, param=param, bias=config.lm_head_bias, embeds=False
@@ -469,8 +471,8 @@ class Decoder(nnx.Module):
         check_usable(self)
         batch = batch_axes(self.mesh, tokens_BS.shape[0])
         x_BSD = self.embed.embed(tokens_BS, batch) * self.config.embedding_multiplier
-        if self.config.hyper_connections is not None:
-            x_BSD = jnp.repeat(x_BSD[:, :, None], self.config.hyper_connections.streams, axis=2)
+        if self.config.streams is not None:
+            x_BSD = jnp.repeat(x_BSD[:, :, None], self.config.streams.streams, axis=2)
         choices = iter(of_layers(expert_ids_BSLK, [moe.config for moe in self.moe_layers], tokens_BS.shape))
         caches, stats, chosen = [], [], None
         for i, layer in enumerate(self.layers):
@@ -490,9 +492,9 @@ class Decoder(nnx.Module):
             caches.append(layer_cache)
             if layer_stats is not None:
                 stats.append(layer_stats)
-        if self.config.hyper_connections is not None:
+        if self.config.streams is not None:
             x_BSD = self.hyper_head(x_BSD)
-        return self.norm(x_BSD), tuple(caches), tuple(stats)
+        return self.norm(x_BSD) if self.config.final_norm else x_BSD, tuple(caches), tuple(stats)
 
     def _logits(self, x_BSD: jax.Array) -> jax.Array:
         table = self.embed if self.config.tie_word_embeddings else self.lm_head

@@ -10,7 +10,7 @@ from flax import nnx
 
 from jaxmoe.config import ChosenByFunction, DecoderConfig, LayerConfig, MLPConfig, MoEConfig
 from jaxmoe.dispatch import PhaseDispatch
-from jaxmoe.layers import MLP, NORMS, HyperConnection, MoE, MoEStats, ParamFactory, make_token_mixer
+from jaxmoe.layers import MLP, NORMS, STREAMS, MoE, MoEStats, NGrams, ParamFactory, join_streams, make_token_mixer
 from jaxmoe.layers.param import ones
 from jaxmoe.mesh import named
 from jaxmoe.placement import ExpertPlacement
@@ -19,7 +19,7 @@ from jaxmoe.placement import ExpertPlacement
 class DecoderLayer(nnx.Module):
     """x + attention(norm(x)), then x + feed_forward(norm(x)); a layer may have one of the two only.
 
-    With `DecoderConfig.hyper_connections` x is several streams, and the sums are what `HyperConnection` does instead. With
+    With `DecoderConfig.streams` x is several streams, and the sums are what their kind does instead (`STREAMS`). With
     `LayerConfig.experts_by_token` a table chooses a token's experts by its id, unless choices are given, or the config has a
     router function. With `LayerConfig.post_norms` a half's result is normalized before it is added, and without
     `LayerConfig.pre_norms` what goes into it is not. With `LayerConfig.parallel_mlp` the second half is
@@ -41,11 +41,14 @@ class DecoderLayer(nnx.Module):
         hidden_size, eps = decoder.hidden_size, decoder.norm_eps
         self.residual_multiplier = decoder.residual_multiplier
         self.config, self.dispatch = config, dispatch
-        if decoder.hyper_connections is not None:
+        if decoder.streams is not None:
+            past_half, _ = STREAMS[type(decoder.streams)]
             for half in ("attention", "feed_forward"):
                 if getattr(config, half) is not None:
-                    hyper = HyperConnection(decoder.hyper_connections, hidden_size, eps, param=param)
-                    setattr(self, f"{half}_hyper", hyper)
+                    setattr(self, f"{half}_hyper", past_half(decoder.streams, hidden_size, eps, param=param))
+        if config.ngrams is not None:
+            assert decoder.streams is not None
+            self.ngrams = NGrams(config.ngrams, decoder.streams.streams, hidden_size, eps, param=param)
         if config.attention is not None:
             if config.pre_norms:
                 self.attention_norm = norm(hidden_size, eps, param=param)
@@ -99,13 +102,18 @@ class DecoderLayer(nnx.Module):
 
         `expert_ids_BSK` are choices to take instead of the router's own, see `jaxmoe.MoE`; `chosen` are the positions that
         the layers before have chosen to attend to, see `jaxmoe.layers.mixers.TokenMixer`.
-        `token_ids_BS` are asked for where experts are chosen by token.
+        `token_ids_BS` are asked for where experts are chosen by token, or the layer has embeddings of n-grams.
 
         Returns:
             x as it came, [B, S, D] (with streams [B, S, n, D]), the layer's cache, what its routed experts did (None where
             it has none), and the chosen positions.
         """
-        stats = None
+        stats, ngram_cache = None, None
+        if self.config.ngrams is not None:
+            assert token_ids_BS is not None
+            cache, ngram_cache = (None, None) if cache is None else cache
+            y_BSD, ngram_cache = self.ngrams(x_BSD, token_ids_BS, positions_BS, ngram_cache, batch, decode=decode)
+            x_BSD = x_BSD + y_BSD
         if self.config.attention is not None:
             h_BSD, join = self._enter(x_BSD, "attention")
             normed_BSD = self.attention_norm(h_BSD) if self.config.pre_norms else h_BSD
@@ -128,12 +136,13 @@ class DecoderLayer(nnx.Module):
             x_BSD = join(y_BSD)
         if self.config.output_scale:
             x_BSD = x_BSD * jax.lax.broadcast_to_rank(self.output_scale[...], x_BSD.ndim)
-        return x_BSD, cache, stats, chosen
+        return x_BSD, cache if ngram_cache is None else (cache, ngram_cache), stats, chosen
 
     def _enter(self, x_BSD: jax.Array, half: str) -> tuple[jax.Array, Callable[[jax.Array], jax.Array]]:
         """The input of a half of the layer, and the function that brings its result into the residual stream."""
         if hasattr(self, f"{half}_hyper"):
-            return getattr(self, f"{half}_hyper")(x_BSD)
+            h_BSD, weights = getattr(self, f"{half}_hyper")(x_BSD)
+            return h_BSD, partial(join_streams, x_BSD, weights)
         return x_BSD, lambda y_BSD: x_BSD + y_BSD * self.residual_multiplier
 
     def _experts_by_token(self, token_ids_BS: jax.Array | None, given_BSK: jax.Array | None) -> jax.Array | None:
@@ -169,7 +178,8 @@ class DecoderLayer(nnx.Module):
 
     def cache_arrays(self, batch_size: int, max_length: int) -> Any:
         """The layer's cache of the tokens seen, a pytree of `CacheArray`; None for a layer that looks at none."""
-        return None if self.config.attention is None else self.attention.cache_arrays(batch_size, max_length)
+        arrays = None if self.config.attention is None else self.attention.cache_arrays(batch_size, max_length)
+        return arrays if self.config.ngrams is None else (arrays, self.ngrams.cache_arrays(batch_size))
 
 
 def _turns(key: jax.Array, shape: tuple[int, ...], dtype: Any, *, num_experts: int) -> jax.Array:

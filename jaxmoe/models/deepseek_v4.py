@@ -50,12 +50,28 @@ def read_config(config: Mapping[str, Any]) -> DecoderConfig:
         ),
         norm="rms_float32",
         num_mtp_layers=pick(config, "num_nextn_predict_layers", default=1),
-        hyper_connections=HyperConnectionConfig(
+        streams=HyperConnectionConfig(
             streams=pick(config, "hc_mult"),
             iterations=pick(config, "hc_sinkhorn_iters"),
             eps=pick(config, "hc_eps", default=1e-6),
         ),
     )
+
+
+def read_reference_config(config: Mapping[str, Any]) -> DecoderConfig:
+    """Read the config.json of a deepseek_ref checkpoint, which is DeepSeek-V4 with few of its settings written down.
+
+    All that is left out is the same in every release but one number, which is asked for.
+
+    Raises:
+        ValueError: that number is missing, or as for `read_config`.
+    """
+    if config.get("routed_scaling_factor") is None:
+        raise ValueError(
+            "config.json of deepseek_ref has no routed_scaling_factor, in which DeepSeek-V4's releases differ: it is 1.5 in "
+            "DeepSeek-V4-Flash and 2.5 in DeepSeek-V4-Pro; write that of the model into config.json"
+        )
+    return read_config(config)
 
 
 def _read_attention(config: Mapping[str, Any], kind: str) -> CompressedAttentionConfig:
@@ -235,3 +251,5 @@ DEEPSEEK_V4 = Family(
     renamed_experts=_experts("model."),
     ignored={**ROTARY_BUFFERS, "multi-token prediction": r"(model\.)?mtp\..*"},
 )
+
+DEEPSEEK_REF = dataclasses.replace(DEEPSEEK_V4, model_type="deepseek_ref", read_config=read_reference_config)

@@ -110,14 +110,13 @@ class Family:
         tensors: parameter path -> the checkpoint's names for it, the first that exists is used;
             ``{layer}`` stands for the layer's index in both. Parameters a model does not have
             (biases, a tied output projection) are left out of it. Parameters of one name are one
-            tensor, the rows of each after those of the one before (queries, keys and values).
+            tensor, the rows of each after those of the one before (queries, keys and values). A name with ``{part}`` is
+            of several tensors, which have the rows of a parameter one after another (`ParamSpec.parts`).
         experts: names of the routed experts.
         renamed_experts: names that a checkpoint may have for them instead, where the fused tensors have two spellings.
         ignored: rule name -> regular expression (of whole tensor names) for tensors that are
             rightly in a checkpoint and not in the model; ``{mtp_layers}`` stands for the indices of the
             multi-token-prediction layers, 61|62.
-        spellings: parts of names that mean the same, where transformers calls a module otherwise than files do: an
-            adapter's names are looked for in each spelling.
         written: form of the experts that is written whichever is asked for, where transformers reads one only; None for
             either. Both are read here.
         wrapper: multimodal model that a checkpoint is of; None where it is of the text model alone.
@@ -128,7 +127,6 @@ class Family:
     tensors: Mapping[str, tuple[str, ...]]
     experts: ExpertTensors
     ignored: Mapping[str, str]
-    spellings: tuple[tuple[str, ...], ...] = ()
     renamed_experts: ExpertTensors | None = None
     written: Form | None = None
     wrapper: Wrapper | None = None

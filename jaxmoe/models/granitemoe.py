@@ -109,9 +109,4 @@ GRANITEMOE = Family(
         fused_down=f"{_LAYER}.block_sparse_moe.experts.down_proj",
     ),
     ignored=ROTARY_BUFFERS,
-    spellings=(
-        (".experts.gate_up_proj", ".input_linear.weight"),
-        (".experts.down_proj", ".output_linear.weight"),
-        (".router.weight", ".router.layer.weight"),
-    ),
 )

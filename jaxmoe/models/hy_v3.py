@@ -69,5 +69,4 @@ HY_V3 = Family(
     ),
     experts=MLP_EXPERTS,
     ignored={**ROTARY_BUFFERS, **MTP_LAYERS},
-    spellings=((".mlp.shared_mlp.", ".mlp.shared_experts."), (".mlp.router.gate.", ".mlp.gate.")),
 )

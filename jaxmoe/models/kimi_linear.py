@@ -154,5 +154,4 @@ KIMI_LINEAR = Family(
     },
     experts=BLOCK_SPARSE_EXPERTS,
     ignored={**ROTARY_BUFFERS, **MTP_LAYERS},
-    spellings=((".mlp.", ".block_sparse_moe."), (".forget_gate.", ".")),
 )

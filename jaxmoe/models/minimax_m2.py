@@ -69,5 +69,4 @@ MINIMAX_M2 = Family(
     ),
     experts=BLOCK_SPARSE_EXPERTS,
     ignored=ROTARY_BUFFERS,
-    spellings=((".mlp.", ".block_sparse_moe."),),
 )

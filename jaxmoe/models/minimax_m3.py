@@ -163,11 +163,6 @@ MINIMAX_M3 = Family(
     # The names of released files mean something to the whole model only.
     written="fused",
     ignored={**ROTARY_BUFFERS, "multi-token prediction": r"(.*\.)?mtp\..*"},
-    spellings=(
-        (".mlp.", ".block_sparse_moe."),
-        (".self_attn.indexer.", ".self_attn.index_"),
-        (".block_sparse_moe.gate.e_score", ".block_sparse_moe.e_score"),
-    ),
 )
 
 # As config.json of the text part alone has it.

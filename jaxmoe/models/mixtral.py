@@ -40,5 +40,4 @@ MIXTRAL = Family(
     ),
     experts=BLOCK_SPARSE_EXPERTS,
     ignored=ROTARY_BUFFERS,
-    spellings=((".mlp.", ".block_sparse_moe."),),
 )

@@ -162,5 +162,4 @@ NEMOTRON_H = Family(
         fused_layout="stacked",
     ),
     ignored={**ROTARY_BUFFERS, "multi-token prediction": r"mtp\..*"},
-    spellings=(("backbone.", "model."),),
 )

@@ -86,5 +86,4 @@ PHIMOE = Family(
     ),
     experts=BLOCK_SPARSE_EXPERTS,
     ignored=ROTARY_BUFFERS,
-    spellings=((".mlp.router.", ".block_sparse_moe.gate."), (".mlp.", ".block_sparse_moe.")),
 )

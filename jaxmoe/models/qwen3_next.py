@@ -46,37 +46,47 @@ def read_token_mixers(config: Mapping[str, Any], *, fused_projections: bool) -> 
     Raises:
         ValueError: ``layer_types`` names another kind.
     """
-    head_dim = pick(config, "head_dim", default=256)
     kinds: dict[str, TokenMixerConfig] = {
-        "full_attention": AttentionConfig(
-            num_heads=pick(config, "num_attention_heads"),
-            num_kv_heads=pick(config, "num_key_value_heads"),
-            head_dim=head_dim,
-            # Settings of three-dimensional positions are about images: all three of a text token are the same.
-            rope=read_rope(
-                config,
-                head_dim=head_dim,
-                default_theta=10000.0,
-                partial=True,
-                rope={"partial_rotary_factor": 0.25, **rope_settings(config)},
-            ),
-            qk_norm=QueryKeyNorm(weight="zero_centered"),
-            biases=read_biases(config),
-            output_gate=True,
-        ),
-        "linear_attention": GatedDeltaNetConfig(
-            num_key_heads=pick(config, "linear_num_key_heads"),
-            num_value_heads=pick(config, "linear_num_value_heads"),
-            key_head_dim=pick(config, "linear_key_head_dim"),
-            value_head_dim=pick(config, "linear_value_head_dim"),
-            conv_kernel_size=pick(config, "linear_conv_kernel_dim", default=4),
-            activation=pick(config, "hidden_act", default="silu"),
-            fused_projections=fused_projections,
-        ),
+        "full_attention": read_gated_attention(config, rotary_part=0.25),
+        "linear_attention": read_delta_net(config, fused_projections=fused_projections),
     }
     interval, count = pick(config, "full_attention_interval", default=4), pick(config, "num_hidden_layers")
     usual = ["linear_attention" if (i + 1) % interval else "full_attention" for i in range(count)]
     return [kinds[name] for name in pick_layer_types(config, usual, *kinds)]
+
+
+def read_gated_attention(config: Mapping[str, Any], *, rotary_part: float) -> AttentionConfig:
+    """Read attention with a gate for each head, which rotates `rotary_part` of a head where config.json says nothing."""
+    head_dim = pick(config, "head_dim", default=256)
+    return AttentionConfig(
+        num_heads=pick(config, "num_attention_heads"),
+        num_kv_heads=pick(config, "num_key_value_heads"),
+        head_dim=head_dim,
+        # Settings of three-dimensional positions are about images: all three of a text token are the same.
+        rope=read_rope(
+            config,
+            head_dim=head_dim,
+            default_theta=10000.0,
+            partial=True,
+            rope={"partial_rotary_factor": rotary_part, **rope_settings(config)},
+        ),
+        qk_norm=QueryKeyNorm(weight="zero_centered"),
+        biases=read_biases(config),
+        output_gate=True,
+    )
+
+
+def read_delta_net(config: Mapping[str, Any], *, fused_projections: bool) -> GatedDeltaNetConfig:
+    """Read a gated delta net; see `GatedDeltaNetConfig` for `fused_projections`."""
+    return GatedDeltaNetConfig(
+        num_key_heads=pick(config, "linear_num_key_heads"),
+        num_value_heads=pick(config, "linear_num_value_heads"),
+        key_head_dim=pick(config, "linear_key_head_dim"),
+        value_head_dim=pick(config, "linear_value_head_dim"),
+        conv_kernel_size=pick(config, "linear_conv_kernel_dim", default=4),
+        activation=pick(config, "hidden_act", default="silu"),
+        fused_projections=fused_projections,
+    )
 
 
 _DELTA_NET = "model.layers.{layer}.linear_attn"

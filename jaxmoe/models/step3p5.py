@@ -226,9 +226,4 @@ STEP3P5 = Family(
         fused_down=f"{_LAYER}.mlp.experts.down_proj",
     ),
     ignored={**ROTARY_BUFFERS, **MTP_LAYERS},
-    spellings=(
-        (".mlp.shared_experts.", ".share_expert."),
-        (".mlp.experts.", ".moe."),
-        (".mlp.gate.weight", ".moe.gate.weight"),
-    ),
 )

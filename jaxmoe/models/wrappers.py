@@ -173,6 +173,13 @@ WRAPPERS: dict[str, Wrapper] = {
             prefixes=(("model.language_model.", "model."),),
             ignored={"vision part": r"model\.visual\..*"},
         ),
+        Wrapper(
+            model_type="qwen4_exp",
+            text="qwen4_exp_text",
+            architecture="Qwen4ExpForCausalLM",
+            prefixes=(("model.language_model.", "model."),),
+            ignored={"vision part": r"model\.visual\..*"},
+        ),
         _QWEN3_OMNI_THINKER,
         # Qwen3-Omni as released, with the parts that speak.
         dataclasses.replace(

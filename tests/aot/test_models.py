@@ -11,7 +11,7 @@ import pytest
 from jax.sharding import Mesh
 
 import jaxmoe
-from jaxmoe.config import DecoderConfig, KDAConfig, Mamba2Config
+from jaxmoe.config import DecoderConfig, GatedDeltaNetConfig, KDAConfig, Mamba2Config
 from jaxmoe.layers import param_specs
 from jaxmoe.models import Decoder, get_family
 from jaxmoe.planning.memory import Plan, plan_config
@@ -35,6 +35,7 @@ from tests.support.published import (
     MINIMAX_M3,
     MIXTRAL_8X7B,
     QWEN3_30B,
+    QWEN4_EXP,
     SOLAR_OPEN_100B,
     STEP_3_7_FLASH,
     TRINITY_MINI,
@@ -191,6 +192,17 @@ CASES = {
         {"tp": 2, "ep": 4},
         {"prefill": 1390, "decode": 43},
     ),
+    "qwen4-exp, ep 8": (
+        # Fewer blocks are chosen than a prompt has, and the table of n-grams is smaller.
+        QWEN4_EXP
+        | {"num_hidden_layers": 2, "full_attention_interval": 2, "indexer_budget": 512}
+        | {"ple_layer_ids": [1], "ngram_vocab_size_base": 1_000_000, "eos_token_id": 0},
+        "h100",
+        8,
+        1,
+        {"ep": 8},
+        {"prefill": 537, "decode": 2},
+    ),
 }
 
 
@@ -208,6 +220,7 @@ ALIKE = {
     "flex-olmo-7x7b, tp 2 ep 4",
     "hy3-preview, tp 4 ep 8 on 4 hosts",
     "step-3.7-flash, tp 4 ep 2",
+    "qwen4-exp, ep 8",
 }
 # The same with the Hopper kernel, which copies nothing.
 MOSAIC = {
@@ -255,11 +268,16 @@ def check_arguments(step: CompiledStep, planned: Plan, unread: int) -> None:
 
 
 def states_of(config: DecoderConfig) -> int:
-    """Most bytes of the states of a device's sequences: a prefill starts from none, and reads none."""
+    """Most bytes of a sequence's states of recurrent layers: a prefill starts from none, and reads none."""
     mixers = [layer.attention for layer in config.layers]
-    mamba = [2**15 + 4 * mixer.num_channels * mixer.state_size for mixer in mixers if isinstance(mixer, Mamba2Config)]
+    sizes = [mixer.num_channels * mixer.state_size for mixer in mixers if isinstance(mixer, Mamba2Config)]
     kda = [2**18 + 8 * mixer.num_heads * mixer.head_dim**2 for mixer in mixers if isinstance(mixer, KDAConfig)]
-    return sum(mamba) + sum(kda)
+    nets = [mixer for mixer in mixers if isinstance(mixer, GatedDeltaNetConfig)]
+    sizes += [net.num_value_heads * net.key_head_dim * net.value_head_dim for net in nets]
+    ngrams = [layer.ngrams for layer in config.layers if layer.ngrams is not None]
+    streams = 1 if config.streams is None else config.streams.streams
+    taps = sum(each.ngram_size * (each.conv_kernel_size - 1) for each in ngrams)
+    return sum(2**16 + 4 * size for size in sizes) + sum(kda) + 2 * taps * streams * config.hidden_size
 
 
 def check_experts_stay(step: CompiledStep, config: DecoderConfig, mesh: Mesh) -> None:

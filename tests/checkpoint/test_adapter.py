@@ -243,8 +243,9 @@ def test_base_weights_in_a_torch_file_that_are_stored_transposed(tmp_path) -> No
     plain, _ = load_arrays(plan)
     matrix, experts = factors("layer", 6, 4), factors("experts", 2, 3, R * 4)
     adapter = write_adapter(tmp_path / "adapter", matrix | experts, target_parameters=["experts.permuted"])
-    spellings = (("layer.weight", "transposed"), ("experts.permuted", "permuted"))
-    arrays, _ = load_arrays(merge_adapter(plan, checkpoint, open_adapter(adapter), spellings=spellings))
+    names = {"layer.weight": "transposed", "experts.permuted": "permuted"}
+    opened = open_adapter(adapter)
+    arrays, _ = load_arrays(merge_adapter(plan, checkpoint, opened, rename=lambda name: names.get(name, name)))
     a, b = matrix.values()
     np.testing.assert_allclose(arrays["transposed"], plain["transposed"] + 1.5 * b @ a, rtol=1e-5, atol=1e-5)
     a, b = experts.values()

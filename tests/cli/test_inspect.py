@@ -36,7 +36,8 @@ def test_known_families(path, capsys) -> None:
     assert (found["experts"], found["experts_per_token"]) == (moes[0].num_experts, moes[0].num_experts_per_tok)
     assert found["quantization"] is None
     assert found["bytes"] == sum(found["dtypes"].values()) == sum(group["bytes"] for group in found["groups"].values())
-    assert found["parameters"] == sum(group["parameters"] for group in found["groups"].values())
+    assert found["parameters"] == sum(group["parameters"] or 0 for group in found["groups"].values())
+    assert ("ignored by rule" in found["groups"]) == (path.parent.name == "qwen4_exp_text")
     assert "other" not in found["groups"]
     unused = 0
     for moe in moes:

@@ -6,8 +6,8 @@ import numpy as np
 from flax import nnx
 
 from jaxmoe.config import HyperConnectionConfig
-from jaxmoe.layers import HyperConnection, HyperHead, ParamFactory
-from jaxmoe.layers.hyper import doubly_stochastic
+from jaxmoe.layers import ParamFactory, join_streams
+from jaxmoe.layers.hyper import HyperConnection, HyperHead, doubly_stochastic
 from tests.support.meshes import mesh_of
 
 N, D, EPS = 3, 5, 1e-3
@@ -46,7 +46,7 @@ def test_streams_are_read_written_and_mixed():
     module, (w, bias, scale) = made(HyperConnection)
     rng = np.random.default_rng(1)
     x, y = rng.normal(size=(2, 4, N, D)), rng.normal(size=(2, 4, D))
-    read_x, join = module(jnp.float32(x))
+    read_x, given = module(jnp.float32(x))
     weights = normed(x) @ w.T
     parts = [weights[..., :N], weights[..., N : 2 * N], weights[..., 2 * N :]]
     biases = [bias[:N], bias[N : 2 * N], bias[2 * N :]]
@@ -59,7 +59,7 @@ def test_streams_are_read_written_and_mixed():
         mix /= mix.sum(-1, keepdims=True) + 1e-2
         mix /= mix.sum(-2, keepdims=True) + 1e-2
     expected = 2 * sigmoid(write)[..., None] * y[:, :, None] + np.einsum("bsmn,bsmd->bsnd", mix, x)
-    np.testing.assert_allclose(join(jnp.float32(y)), expected, rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(join_streams(jnp.float32(x), given, jnp.float32(y)), expected, rtol=1e-4, atol=1e-5)
 
 
 def test_the_head_makes_one_stream():

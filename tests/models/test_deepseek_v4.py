@@ -1,5 +1,6 @@
 """DeepSeek-V4 beside what the goldens compare: its configs, its publisher's names, and experts by a table."""
 
+import dataclasses
 import json
 import shutil
 from typing import Any
@@ -111,6 +112,21 @@ def test_missing_settings_are_the_families_defaults():
     assert [layer.attention.compression.rate for layer in layers] == [128, 128, 128, 4, 128]
     assert [layer.experts_by_token for layer in layers] == [True] * 3 + [False] * 2
     assert layers[0].feed_forward == read(FLASH).layers[0].feed_forward
+
+
+def test_the_same_model_under_the_name_of_its_reference():
+    """Without the number that releases differ in it is refused, and with it the same as with all its settings."""
+    short = {**FLASH, "model_type": "deepseek_ref"}
+    for name in ("rope_theta", "swiglu_limit", "routed_scaling_factor"):
+        del short[name]
+    family = FAMILIES["deepseek_ref"]
+    with pytest.raises(
+        ValueError, match=r"1\.5 in DeepSeek-V4-Flash and 2\.5 in DeepSeek-V4-Pro; write that of the model"
+    ):
+        family.read_config(short)
+    expected = dataclasses.replace(read(FLASH), model_type="deepseek_ref")
+    assert family.read_config({**short, "routed_scaling_factor": 1.5}) == expected
+    assert family.tensors == FAMILIES["deepseek_v4"].tensors
 
 
 @pytest.mark.parametrize(

@@ -149,3 +149,11 @@ def test_tabulate_of_a_model_and_the_model_after_it(model, want) -> None:
     assert "[2,6,97]" in table
     assert "[100,32]" in table
     check(model, want)
+
+
+@pytest.mark.full
+def test_tabulate_of_a_model_of_several_streams() -> None:
+    streams = jaxmoe.load(GOLDENS / "deepseek_v4" / "original", mesh=mesh_of(1, 1, 1))
+    table = nnx.tabulate(streams, jnp.asarray(TOKENS), console_kwargs={"width": 200})
+    assert "HyperConnection" in table
+    assert "[2,6,97]" in table

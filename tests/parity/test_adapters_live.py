@@ -18,11 +18,7 @@ from tests.support.adapters import check_equal, params  # noqa: E402
 PEFT_REFUSES = {"nemotron_h": ("out_proj",)}
 
 
-# Its checkpoints have the publisher's names, which an adapter that was made with transformers does not.
-OTHER_NAMES = "deepseek_v4"
-
-
-@pytest.mark.parametrize("family", [family for family in (*FAMILIES, *WRAPPERS) if family != OTHER_NAMES])
+@pytest.mark.parametrize("family", [*FAMILIES, *WRAPPERS])
 def test_merging_equals_pefts(family, tmp_path):
     model = make_model(family, seed=7)
     save_forms(model, tmp_path / "base")

@@ -121,6 +121,14 @@ def test_logits_and_greedy_tokens(case, mesh_shape, placement, form):
         ("flex_olmo", {"attention_bias": True, "norm_topk_prob": True, "tie_word_embeddings": True}),
         ("hy_v3", {"attention_bias": True, "mlp_bias": False, "mlp_layer_types": ["sparse", "dense"]}),
         ("qwen3_next", {"attention_bias": True, "norm_topk_prob": False, "mlp_only_layers": []}),
+        ("qwen4_exp_text", {"layer_types": None, "full_attention_interval": 2, "output_gate_type": None}),
+        (
+            "qwen4_exp_text",
+            {"layer_types": ["linear_attention", "full_attention", "linear_attention"], "ngram_size": 4}
+            | {"ple_layer_ids": [3, 1], "heads_per_ngram": 1}
+            | {"ple_embed_dim": 15, "ple_conv_kernel_size": 2, "eos_token_id": [5, 2]},
+        ),
+        ("qwen4_exp_text", {"attention_bias": True, "norm_topk_prob": False, "hc_count": 2, "ple_layer_ids": None}),
         ("gemma4_text", {"attention_bias": True, "attention_k_eq_v": False, "final_logit_softcapping": None}),
         ("gemma4_text", {"enable_moe_block": False, "tie_word_embeddings": False, "rope_parameters": None}),
         ("mimo_v2_flash", {"attention_bias": False, "attention_value_scale": None, "sliding_window_size": 3}),

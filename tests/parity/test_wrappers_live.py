@@ -55,6 +55,13 @@ SIZES = {
         "vision_end_token_id": 100,
         **TOKENS,
     },
+    "qwen4_exp": {
+        "text_config": FAMILIES["qwen4_exp_text"],
+        "vision_config": {**VISION, "num_position_embeddings": 16},
+        "vision_start_token_id": 99,
+        "vision_end_token_id": 100,
+        **TOKENS,
+    },
 }
 
 

@@ -548,6 +548,35 @@ HY3_PREVIEW = {
     "rms_norm_eps": 1e-5,
     "dtype": "bfloat16",
 }
+# The sizes that transformers takes where config.json has none, and with an indexer, which that asks for.
+QWEN4_EXP = {
+    "model_type": "qwen4_exp_text",
+    "vocab_size": 248320,
+    "hidden_size": 2048,
+    "num_hidden_layers": 40,
+    "num_attention_heads": 16,
+    "num_key_value_heads": 2,
+    "head_dim": 256,
+    "linear_conv_kernel_dim": 4,
+    "linear_key_head_dim": 128,
+    "linear_value_head_dim": 128,
+    "linear_num_key_heads": 16,
+    "linear_num_value_heads": 32,
+    "moe_intermediate_size": 512,
+    "shared_expert_intermediate_size": 512,
+    "num_experts_per_tok": 10,
+    "num_experts": 512,
+    "hc_count": 4,
+    "hc_lowrank": 320,
+    "indexer_n_heads": 16,
+    "indexer_kv_heads": 1,
+    "indexer_head_dim": 128,
+    "indexer_budget": 2048,
+    "indexer_compress_ratio": 16,
+    "max_position_embeddings": 32768,
+    "rope_parameters": {"rope_type": "default", "rope_theta": 10000000.0, "partial_rotary_factor": 0.25},
+    "dtype": "bfloat16",
+}
 QWEN3_OMNI_30B = {
     "model_type": "qwen3_omni_moe",
     "thinker_config": {

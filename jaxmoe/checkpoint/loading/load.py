@@ -17,7 +17,7 @@ from jaxmoe.checkpoint.loading.plan import LoadPlan, plan_packed
 from jaxmoe.checkpoint.loading.quantize import load_quantized
 from jaxmoe.checkpoint.loading.whole_modules import put_in_whole_modules
 from jaxmoe.checkpoint.lora import Adapter, open_adapter
-from jaxmoe.checkpoint.mapping import FamilyCheckpoint, PackingChoice, asked_activations, pack_model
+from jaxmoe.checkpoint.mapping import FamilyCheckpoint, PackingChoice, Spellings, asked_activations, pack_model
 from jaxmoe.checks import flag, path_like
 from jaxmoe.config import RouterFunction, find_checkpoint
 from jaxmoe.distributed import check_same
@@ -129,7 +129,8 @@ def load(
         _refuse_activations(path, choice)
     plan = plan_packed(mapped, choice.packings)
     if opened is not None:
-        plan = merge_adapter(plan, checkpoint, opened, spellings=family.spellings, text_name=family.text_name)
+        spellings = Spellings(family)
+        plan = merge_adapter(plan, checkpoint, opened, rename=lambda name: spellings.find(name, checkpoint.tensors))
         if found.untied:
             _refuse_untied_ends(plan, family)
     if mesh.is_multi_process:

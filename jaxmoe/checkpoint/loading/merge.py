@@ -7,7 +7,7 @@ is read has its part of the update added, in float32, before it is cast to the p
 import dataclasses
 import re
 from collections import Counter, defaultdict
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Collection
 
 import numpy as np
 
@@ -26,8 +26,7 @@ def merge_adapter(
     checkpoint: Checkpoint,
     adapter: Adapter,
     *,
-    spellings: Sequence[tuple[str, ...]] = (),
-    text_name: Callable[[str], str] = str,
+    rename: Callable[[str], str] = str,
 ) -> LoadPlan:
     """Make a load plan that merges an adapter, which gives what PEFT's ``merge_and_unload`` does.
 
@@ -38,9 +37,7 @@ def merge_adapter(
         plan: plan of the checkpoint without the adapter.
         checkpoint: checkpoint that the plan was made for.
         adapter: adapter from `open_adapter`.
-        spellings: parts of names that mean the same, see `Family`.
-        text_name: function from a name in a multimodal model to that in its text part, see `Family.text_name`. An
-            adapter may have been trained on either.
+        rename: function from the name that the adapter has for a tensor to the checkpoint's, see `Spellings.find`.
 
     Raises:
         CheckpointError: not every tensor of the adapter belongs to a tensor that the model uses and can be added to;
@@ -58,7 +55,7 @@ def merge_adapter(
             adapter.config,
             {name: tensor.shape for name, tensor in adapter.factors.items()},
             shapes,
-            rename=lambda name: spelled_as_in(shapes, text_name(name), spellings),
+            rename=rename,
         )
         by_tensor: dict[str, list[LowRankUpdate]] = defaultdict(list)
         for update in updates:
@@ -83,19 +80,6 @@ def merge_adapter(
         merged=dict(sorted(Counter(re.sub(r"\b\d+\b", "*", name) for name in by_tensor).items())),
     )
     return dataclasses.replace(plan, deltas=deltas, adapter=report)
-
-
-def spelled_as_in(names: Collection[str], name: str, spellings: Iterable[tuple[str, ...]]) -> str:
-    """`name`, or another spelling of it if it is that which is one of `names`.
-
-    Example:
-        >>> spelled_as_in({"layers.0.moe.gate"}, "layers.0.mlp.gate", [(".mlp.", ".moe.")])
-        'layers.0.moe.gate'
-    """
-    if name in names:
-        return name
-    candidates = (name.replace(part, other) for parts in spellings for part in parts for other in parts)
-    return next((candidate for candidate in candidates if candidate in names), name)
 
 
 def _check_targets(by_tensor: dict[str, list[LowRankUpdate]], plan: LoadPlan, checkpoint: Checkpoint) -> None:

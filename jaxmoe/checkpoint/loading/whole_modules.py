@@ -7,9 +7,8 @@ import dataclasses
 
 from jaxmoe.checkpoint.errors import CheckpointError, Problems
 from jaxmoe.checkpoint.formats import TensorInfo
-from jaxmoe.checkpoint.loading.merge import spelled_as_in
 from jaxmoe.checkpoint.lora import Adapter
-from jaxmoe.checkpoint.mapping import FamilyCheckpoint
+from jaxmoe.checkpoint.mapping import FamilyCheckpoint, Spellings
 from jaxmoe.checkpoint.nearest import nearest_name
 
 _ENDS = ("embed.weight", "lm_head.weight")
@@ -37,9 +36,9 @@ def put_in_whole_modules(found: FamilyCheckpoint, adapter: Adapter) -> FamilyChe
         return found
     family, tensors, problems = found.family, dict(found.checkpoint.tensors), Problems(str(adapter.path))
     known = {*tensors, *[name for path in _ENDS for name in family.tensors[path]]}
-    ends: dict[str, TensorInfo] = {}
+    spellings, ends = Spellings(family), dict[str, TensorInfo]()
     for name, tensor in adapter.whole.items():
-        target = spelled_as_in(known, family.text_name(name), family.spellings)
+        target = spellings.find(name, known)
         end = next((path for path in _ENDS if target in family.tensors[path]), None)
         old = tensors.get(target)
         if end is not None:

@@ -14,6 +14,7 @@ from jaxmoe.checkpoint.mapping.mapped import UNREAD_RULE, FamilyCheckpoint, Mapp
 from jaxmoe.checkpoint.mapping.names import layer_index, written_blocks, written_form
 from jaxmoe.checkpoint.mapping.packed import PackingChoice, hold_packed, pack_model
 from jaxmoe.checkpoint.mapping.rounding import asked_activations, read_input_scales
+from jaxmoe.checkpoint.mapping.spellings import Spellings
 from jaxmoe.checkpoint.mapping.tied import TIED_RULE
 from jaxmoe.models.parts import is_expert_stack
 
@@ -25,6 +26,7 @@ __all__ = [
     "IgnoreRule",
     "MappedCheckpoint",
     "PackingChoice",
+    "Spellings",
     "Unused",
     "abstract_model",
     "abstract_specs",

@@ -116,6 +116,36 @@ def whole_tensor_blocks(
     return blocks
 
 
+def part_names(spec: ParamSpec, name: str) -> list[str]:
+    """The tensors that have the rows of a parameter one after another, by a name with ``{part}`` in it."""
+    return [name.replace("{part}", str(part)) for part in range(len(_part_rows(spec)))]
+
+
+def part_blocks(spec: ParamSpec, name: str) -> list[Block]:
+    """Blocks of a parameter whose rows are in several tensors, of equally many each but for the last."""
+    starts = itertools.accumulate(_part_rows(spec), initial=0)
+    return [
+        Block(
+            param=spec.path,
+            param_start=(start, *[0] * len(spec.shape[1:])),
+            shape=(rows, *spec.shape[1:]),
+            tensor=tensor,
+            tensor_shape=(rows, *spec.shape[1:]),
+            tensor_start=(0,) * len(spec.shape),
+            dims=tuple(range(len(spec.shape))),
+        )
+        for tensor, start, rows in zip(part_names(spec, name), starts, _part_rows(spec), strict=False)
+    ]
+
+
+def _part_rows(spec: ParamSpec) -> list[int]:
+    """Rows of each part, as torch.chunk has them."""
+    assert spec.parts is not None, f"{spec.path}: a name with {{part}} without parts"
+    assert spec.rows is None, f"{spec.path}: parts of rows that are not the tensor's"
+    size = -(-spec.shape[0] // spec.parts)
+    return [min(size, spec.shape[0] - start) for start in range(0, spec.shape[0], size)]
+
+
 def rows_on_disk(spec: ParamSpec) -> int:
     """Size of dim 0 of the checkpoint's tensor for a parameter, see `ParamSpec.rows`."""
     if spec.rows is None:

@@ -11,7 +11,7 @@ from collections import defaultdict
 from collections.abc import Collection, Iterator, Mapping
 
 from jaxmoe.checkpoint.formats import TensorInfo
-from jaxmoe.checkpoint.mapping.blocks import Block, rows_on_disk, whole_tensor_blocks
+from jaxmoe.checkpoint.mapping.blocks import Block, part_blocks, part_names, rows_on_disk, whole_tensor_blocks
 from jaxmoe.checkpoint.mapping.experts import expert_blocks
 from jaxmoe.checkpoint.mapping.layouts import PATTERNS, shape_of
 from jaxmoe.layers import ParamSpec
@@ -35,7 +35,10 @@ def model_blocks(
     """
     whole = {path: spec for path, spec in specs.items() if not is_expert_stack(path)}
     spellings = {path: tensor_names(family, path) for path in whole}
-    names = {path: next((name for name in own if name in tensors), own[0]) for path, own in spellings.items()}
+    names = {
+        path: next((name for name in own if name.replace("{part}", "0") in tensors), own[0])
+        for path, own in spellings.items()
+    }
     joined = _joined_rows(whole, family, names)
     for path, spec in specs.items():
         if path.endswith(".moe.w_gate_up"):
@@ -51,6 +54,8 @@ def model_blocks(
                 gate_up_bias=specs.get(f"{layer}b_gate_up"),
                 down_bias=specs.get(f"{layer}b_down"),
             )
+        elif path in whole and "{part}" in names[path]:
+            yield from part_blocks(spec, names[path])
         elif path in whole:
             yield from whole_tensor_blocks(spec, names[path], tensors.get(names[path]), joined=joined.get(path))
 
@@ -86,7 +91,8 @@ def wanted_names(
             spellings = tensor_names(family, path)
             found = next((source[name] for name in spellings if name in source), None)
             # Families list the released spelling first and last the one that goes with fused experts.
-            wanted[spellings[-1] if both_forms and form == "fused" else spellings[0]] = found
+            name = spellings[-1] if both_forms and form == "fused" else spellings[0]
+            wanted |= dict.fromkeys(part_names(specs[path], name) if "{part}" in name else [name], found)
     return wanted
 
 
@@ -112,7 +118,7 @@ def written_form(family: Family, form: Form) -> Form:
 def tensor_names(family: Family, path: str) -> list[str]:
     """A family's spellings of the tensor of a parameter that is no expert stack, the preferred first."""
     index = layer_index(path)
-    return [name.format(layer=index) for name in family.tensors[_template(path)]]
+    return [name.replace("{layer}", str(index)) for name in family.tensors[_template(path)]]
 
 
 def _template(path: str) -> str:
