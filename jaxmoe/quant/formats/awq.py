@@ -6,16 +6,10 @@ from collections.abc import Mapping
 import numpy as np
 
 from jaxmoe.quant.base import Arrays, Box, Part, QuantFormat, Shape, Shapes, ceil_div
-from jaxmoe.quant.codes import (
-    apply_grid,
-    nibbles_to_float32,
-    to_float32,
-    transpose_nibbles,
-    transpose_words,
-    unpack_words,
-)
+from jaxmoe.quant.codes import apply_grid, nibbles_to_float32, to_float32
 from jaxmoe.quant.grid import check_group_size, group_block, groups_of
 from jaxmoe.quant.packing import Packing, scale_dtype
+from jaxmoe.quant.words import transpose_nibbles, transpose_words, unpack_words
 
 # The output, of eight, whose code is at place i of a word; and where each of them is.
 _OUTPUTS = (0, 2, 4, 6, 1, 3, 5, 7)

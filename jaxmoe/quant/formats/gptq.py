@@ -7,20 +7,11 @@ from typing import ClassVar
 import numpy as np
 
 from jaxmoe.quant.base import Arrays, Box, Part, QuantFormat, Shape, Shapes, ceil_div
-from jaxmoe.quant.codes import (
-    apply_grid,
-    apply_rows,
-    check_groups,
-    columns_to_float32,
-    to_float32,
-    transpose_into,
-    transpose_words,
-    unpack_words,
-    words_to_float32,
-)
+from jaxmoe.quant.codes import apply_grid, apply_rows, check_groups, to_float32, words_to_float32
 from jaxmoe.quant.errors import QuantizationError
 from jaxmoe.quant.grid import check_group_size, group_block, groups_of
 from jaxmoe.quant.packing import Packing, scale_dtype
+from jaxmoe.quant.words import columns_to_float32, transpose_into, transpose_words, unpack_words
 
 BITS = (2, 3, 4, 8)
 
