@@ -6,8 +6,6 @@ import numpy as np
 
 from jaxmoe.quant.base import ceil_div
 
-_ROWS_AT_ONCE = 64
-
 
 def unpack_words(words: np.ndarray, bits: int, *, straddling: bool = True) -> np.ndarray:
     """Codes of words, lowest bits first: uint8 [..., as many as there are].
@@ -21,49 +19,59 @@ def unpack_words(words: np.ndarray, bits: int, *, straddling: bool = True) -> np
     lead, count = words.shape[:-1], words.shape[-1]
     if bits == 8:
         return words.view(np.uint8)
+    if bits in (2, 4):
+        bytes_ = words.view(np.uint8)
+        return _spread(bytes_.astype(np.uint16 if bits == 4 else np.uint32), bits).view(np.uint8)
     if not straddling or 32 % bits == 0:
         fields = 32 // bits
         codes = np.empty((*words.shape, fields), np.uint8)
         for field in range(fields):
             codes[..., field] = (words >> np.uint32(bits * field)) & np.uint32(2**bits - 1)
         return codes.reshape(*lead, count * fields)
-    groups = eights(words.view(np.uint8), bits)
-    codes = np.empty((*groups.shape, 8), np.uint8)
-    for field in range(8):
-        codes[..., field] = (groups >> np.uint64(bits * field)) & np.uint64(2**bits - 1)
-    return codes.reshape(*lead, -1)[..., : count * 32 // bits]
+    return _spread(_eights(words.view(np.uint8), bits), bits).view(np.uint8)[..., : count * 32 // bits]
 
 
-def columns_to_float32(words: np.ndarray, bits: int) -> np.ndarray:
-    """Codes that follow one another down the columns of words, lowest bits first: float32 [codes, n].
+def _spread(numbers: np.ndarray, bits: int) -> np.ndarray:
+    """Codes side by side in the lowest bits of numbers, moved apart until each has a byte of its own, in place.
+
+    The upper half of the codes moves away from the lower, then the upper half of each half, for all of a number at once.
+    """
+    count, of = numbers.dtype.itemsize, numbers.dtype.type
+    while count > 1:
+        half = count // 2
+        upper = sum(
+            (2 ** (bits * half) - 1) << (8 * first + bits * half) for first in range(0, numbers.dtype.itemsize, count)
+        )
+        moved = numbers & of(upper)
+        numbers ^= moved
+        moved <<= of((8 - bits) * half)
+        numbers |= moved
+        count = half
+    return numbers
+
+
+def unpack_columns(words: np.ndarray, bits: int) -> np.ndarray:
+    """Codes that follow one another down the columns of words, lowest bits first: uint8 [codes, n].
 
     Args:
         words: int32 [words, n], of as many rows as codes fill to the last bit.
         bits: bits of a code, 1 to 8; it may lie in two words.
     """
     together, n = bits // math.gcd(bits, 32), words.shape[-1]
-    units = words.view(np.uint32).reshape(-1, together, n)
-    numbers = np.empty((len(units), 32 * together // bits, n), np.float32)
-    codes = np.empty((len(units), n), np.uint32)
-    for field in range(numbers.shape[1]):
+    units = np.ascontiguousarray(words).view(np.uint32).reshape(-1, together, n)
+    codes = np.empty((len(units), 32 * together // bits, n), np.uint8)
+    shifted = np.empty((len(units), n), np.uint32)
+    for field in range(codes.shape[1]):
         word, shift = divmod(field * bits, 32)
-        np.right_shift(units[:, word], np.uint32(shift), out=codes)
+        np.right_shift(units[:, word], np.uint32(shift), out=shifted)
         if shift + bits > 32:
-            codes |= units[:, word + 1] << np.uint32(32 - shift)
-        codes &= np.uint32(2**bits - 1)
-        # Numbers with a sign are cast by one instruction.
-        numbers[:, field] = codes.view(np.int32)
-    return numbers.reshape(-1, n)
+            shifted |= units[:, word + 1] << np.uint32(32 - shift)
+        np.copyto(codes[:, field], shifted, casting="unsafe")
+    codes &= np.uint8(2**bits - 1)
+    return codes.reshape(-1, n)
 
 
-def transpose_into(out: np.ndarray, values: np.ndarray) -> None:
-    """Put values [k, n] into an array [n, k], some rows at a time: as many as a core's first cache has lines for."""
-    for row in range(0, len(values), _ROWS_AT_ONCE):
-        rows = slice(row, row + _ROWS_AT_ONCE)
-        np.copyto(out[:, rows], values[rows].T)
-
-
-def eights(stream: np.ndarray, bits: int) -> np.ndarray:
+def _eights(stream: np.ndarray, bits: int) -> np.ndarray:
     """Bytes in which codes follow one another as numbers of eight codes each, uint64 [..., groups]."""
     groups = ceil_div(stream.shape[-1], bits)
     if stream.shape[-1] != groups * bits:
