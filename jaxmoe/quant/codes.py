@@ -1,10 +1,9 @@
-"""Codes of a few bits and numbers of a few bits: unpacking, tables of values, and grids of scales. NumPy alone.
+"""Codes of a few bits as numbers, by tables of values, and grids of scales. NumPy alone.
 
 Tables whose entries are several float32 values turn a byte into all the numbers in it by one look-up, which is what makes
 decoding fast: `np.take` moves entries of 8 and 16 bytes as fast as those of 4.
 """
 
-import math
 from collections.abc import Callable
 from functools import lru_cache
 
@@ -13,6 +12,7 @@ import numpy as np
 
 from jaxmoe.quant.base import Box, ceil_div
 from jaxmoe.quant.errors import QuantizationError
+from jaxmoe.quant.words import unpack_words
 
 # Dtypes whose 256 codes are looked up: a cast of theirs takes five times as long.
 _BYTE_FLOATS = frozenset(
@@ -20,7 +20,8 @@ _BYTE_FLOATS = frozenset(
 )
 # Codes that are looked up at a time: NumPy makes wider numbers of them, in memory that is not to be mapped for each.
 _AT_ONCE = 1 << 13
-_ROWS_AT_ONCE = 64
+# Rows that become columns at a time, so that what is computed of them stays in a core's cache.
+_ROWS_AT_ONCE = 256
 FLOAT4 = np.arange(16, dtype=np.uint8).view(ml_dtypes.float4_e2m1fn).astype(np.float32)
 """Values of OCP e2m1 by code: 0, 0.5, 1, 1.5, 2, 3, 4, 6, and the same below zero."""
 
@@ -84,32 +85,32 @@ def nibbles_to_float32(
 
 
 def words_to_float32(
-    words: np.ndarray, bits: int, less: float, out: np.ndarray | None = None, *, straddling: bool = True
+    words: np.ndarray, bits: int, out: np.ndarray | None = None, *, straddling: bool = True
 ) -> np.ndarray:
-    """Codes of words, less a number, as float32 [..., as many as there are]; see `unpack_words`, `nibbles_to_float32`."""
-    values = np.arange(2**bits, dtype=np.float32) - np.float32(less)
-    stream = np.ascontiguousarray(words).view(np.uint8)
-    if bits == 8 or not (straddling or 32 % bits == 0):
-        codes = unpack_words(words, bits, straddling=straddling)
-        numbers = to_float32(codes, _result(codes.shape, out))
-        numbers -= np.float32(less)
-        return numbers
-    if bits == 4:
-        return nibbles_to_float32(stream, values, out)
-    # As many codes at a time as a table of them stays in a core's cache for.
-    together = 4 if bits < 4 else 2
-    table = _table(tuple(values.tolist()), bits, together)
-    if bits == 2:
-        index = stream
-    else:
-        eights, width = _eights(stream, bits), np.uint64(bits * together)
-        index = np.empty((*eights.shape, 8 // together), np.uint16)
-        for place in range(8 // together):
-            index[..., place] = (eights >> np.uint64(place) * width) & ((np.uint64(1) << width) - np.uint64(1))
-    index = index.reshape(*words.shape[:-1], -1)
-    numbers = _result((*index.shape[:-1], index.shape[-1] * together), out)
-    _look_up(table, index, numbers)
-    return numbers[..., : words.shape[-1] * 32 // bits]
+    """Codes of words, less half of their range, as float32 [..., as many as there are]; see `unpack_words`."""
+    codes = unpack_words(words, bits, straddling=straddling)
+    # As bytes with a sign, so that only the last step has four bytes for each.
+    signed = np.subtract(codes, np.uint8(2 ** (bits - 1))).view(np.int8)
+    return to_float32(signed, _result(codes.shape, out))
+
+
+def codes_to_float32(
+    codes: np.ndarray, bits: int, zeros: np.ndarray, box: Box, blocks: tuple[int, int], out: np.ndarray | None = None
+) -> np.ndarray:
+    """Codes less the zero points of their blocks, as float32; `box` and `blocks` as for `apply_grid`.
+
+    Args:
+        codes: uint8 [n, k]; of fewer than 8 bits they are overwritten.
+        bits: bits of a code.
+        zeros: uint8 [blocks of rows, blocks of columns].
+        box: place of `codes` in the whole array.
+        blocks: rows and columns of a block.
+        out: contiguous float32 array that is used where it has the result's shape.
+    """
+    # Differences of fewer bits fit into bytes.
+    differences = codes.astype(np.int16) if bits == 8 else codes.view(np.int8)
+    apply_grid(np.subtract, differences, zeros.astype(differences.dtype), box, blocks)
+    return to_float32(differences, _result(codes.shape, out))
 
 
 def _result(shape: tuple[int, ...], out: np.ndarray | None) -> np.ndarray:
@@ -122,99 +123,7 @@ def _look_up(table: np.ndarray, codes: np.ndarray, out: np.ndarray) -> None:
     for first in range(0, len(flat), _AT_ONCE):
         # With this mode and an output it writes there at once; no code is outside of the table.
         part = slice(first, first + _AT_ONCE)
-        np.take(table, flat[part], out=entries[part], mode="clip")
-
-
-def unpack_words(words: np.ndarray, bits: int, *, straddling: bool = True) -> np.ndarray:
-    """Codes of words, lowest bits first: uint8 [..., as many as there are].
-
-    Args:
-        words: int32 [..., words].
-        bits: bits of a code, 1 to 8.
-        straddling: whether a code may lie in two words; else each word holds 32 // bits codes and unused bits.
-    """
-    words = np.ascontiguousarray(words).view(np.uint32)
-    lead, count = words.shape[:-1], words.shape[-1]
-    if bits == 8:
-        return words.view(np.uint8)
-    if not straddling or 32 % bits == 0:
-        fields = 32 // bits
-        codes = np.empty((*words.shape, fields), np.uint8)
-        for field in range(fields):
-            codes[..., field] = (words >> np.uint32(bits * field)) & np.uint32(2**bits - 1)
-        return codes.reshape(*lead, count * fields)
-    eights = _eights(words.view(np.uint8), bits)
-    codes = np.empty((*eights.shape, 8), np.uint8)
-    for field in range(8):
-        codes[..., field] = (eights >> np.uint64(bits * field)) & np.uint64(2**bits - 1)
-    return codes.reshape(*lead, -1)[..., : count * 32 // bits]
-
-
-def columns_to_float32(words: np.ndarray, bits: int) -> np.ndarray:
-    """Codes that follow one another down the columns of words, lowest bits first: float32 [codes, n].
-
-    Args:
-        words: int32 [words, n], of as many rows as codes fill to the last bit.
-        bits: bits of a code, 1 to 8; it may lie in two words.
-    """
-    together, n = bits // math.gcd(bits, 32), words.shape[-1]
-    units = words.view(np.uint32).reshape(-1, together, n)
-    numbers = np.empty((len(units), 32 * together // bits, n), np.float32)
-    codes = np.empty((len(units), n), np.uint32)
-    for field in range(numbers.shape[1]):
-        word, shift = divmod(field * bits, 32)
-        np.right_shift(units[:, word], np.uint32(shift), out=codes)
-        if shift + bits > 32:
-            codes |= units[:, word + 1] << np.uint32(32 - shift)
-        codes &= np.uint32(2**bits - 1)
-        # Numbers with a sign are cast by one instruction.
-        numbers[:, field] = codes.view(np.int32)
-    return numbers.reshape(-1, n)
-
-
-def transpose_into(out: np.ndarray, values: np.ndarray) -> None:
-    """Put values [k, n] into an array [n, k], some rows at a time: as many as a core's first cache has lines for."""
-    for row in range(0, len(values), _ROWS_AT_ONCE):
-        rows = slice(row, row + _ROWS_AT_ONCE)
-        np.copyto(out[:, rows], values[rows].T)
-
-
-def _eights(stream: np.ndarray, bits: int) -> np.ndarray:
-    """Bytes in which codes follow one another as numbers of eight codes each, uint64 [..., groups]."""
-    groups = ceil_div(stream.shape[-1], bits)
-    if stream.shape[-1] != groups * bits:
-        padded = np.zeros((*stream.shape[:-1], groups * bits), np.uint8)
-        padded[..., : stream.shape[-1]] = stream
-        stream = padded
-    eights = np.zeros((*stream.shape[:-1], groups), np.uint64)
-    for byte in range(bits):
-        eights |= stream[..., byte::bits].astype(np.uint64) << np.uint64(8 * byte)
-    return eights
-
-
-def transpose_words(words: np.ndarray) -> np.ndarray:
-    """Words [a, b] as [b, a], both steps of it along rows."""
-    # Read as a part of a wide array whose rows are a power of two apart, they would fall on the same lines of a cache.
-    return np.ascontiguousarray(np.ascontiguousarray(words).T)
-
-
-def transpose_nibbles(words: np.ndarray) -> np.ndarray:
-    """Swap which of eight words a code of four bits is in and which place it has there.
-
-    Args:
-        words: uint32 [8, ...].
-
-    Returns:
-        uint32 [8, ...]: place j of word i is what place i of word j was.
-    """
-    words = words.copy()
-    for step, shift, mask in ((4, 16, 0x0000FFFF), (2, 8, 0x00FF00FF), (1, 4, 0x0F0F0F0F)):
-        pairs = words.reshape(8 // (2 * step), 2, step, *words.shape[1:])
-        first, second = pairs[:, 0], pairs[:, 1]
-        differ = ((first >> np.uint32(shift)) ^ second) & np.uint32(mask)
-        second ^= differ
-        first ^= differ << np.uint32(shift)
-    return words
+        table.take(flat[part], out=entries[part], mode="clip")
 
 
 def apply_grid(
@@ -272,22 +181,34 @@ def apply_groups(
             operation(rows, found, out=rows)
 
 
-def apply_rows(operation: Callable[..., np.ndarray], values: np.ndarray, grid: np.ndarray, groups: np.ndarray) -> None:
-    """Combine values [k, n] with a grid [groups, n] by the group of each row, in place; rows are gathered as wholes.
+def put_columns(out: np.ndarray, codes: np.ndarray, zeros: np.ndarray, scales: np.ndarray, groups: np.ndarray) -> None:
+    """Put (codes - zeros) · scales of inputs that lie in rows into columns, some rows at a time.
 
     Args:
-        operation: NumPy's `multiply` or `subtract`.
-        values: float32 [k, n].
-        grid: float32 [groups, n].
+        out: float32 [..., k], whose leading dims are n together.
+        codes: uint8 [k, n].
+        zeros: uint8 [groups, n].
+        scales: float32 [groups, n].
         groups: int [k], of each row, all of them there.
     """
-    step, index = max(1, 4 * _AT_ONCE // max(values.shape[-1], 1)), groups.astype(np.intp)
-    taken = np.empty((step, values.shape[-1]), np.float32)
-    for row in range(0, len(values), step):
-        rows = values[row : row + step]
-        found = taken[: len(rows)]
-        np.take(grid, index[row : row + step], axis=0, out=found, mode="clip")
-        operation(rows, found, out=rows)
+    index, by_row, n = groups.astype(np.intp), np.moveaxis(out, -1, 0), codes.shape[-1]
+    zeros, step = zeros.astype(np.int16), _ROWS_AT_ONCE
+    # Memory for all steps: what is made anew for each would have to be mapped anew.
+    integers, own = np.empty((2, step, n), np.int16)
+    numbers, factors = np.empty((2, step, n), np.float32)
+    # Rows that are not a power of two apart, so that those of a column do not fall on the same lines of a cache.
+    apart = np.empty((step, n + 16), np.float32)[:, :n]
+    for row in range(0, len(codes), step):
+        # A group's row is gathered as a whole, where an entry for each column would be looked up.
+        of = index[row : row + step]
+        count = len(of)
+        np.copyto(integers[:count], codes[row : row + count])
+        zeros.take(of, axis=0, out=own[:count], mode="clip")
+        scales.take(of, axis=0, out=factors[:count], mode="clip")
+        np.subtract(integers, own, out=integers)
+        np.copyto(numbers, integers)
+        np.multiply(numbers, factors, out=apart)
+        np.copyto(by_row[row : row + count], apart[:count].reshape(count, *out.shape[:-1]))
 
 
 def check_groups(groups: np.ndarray, count: int, name: str) -> None:

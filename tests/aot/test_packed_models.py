@@ -4,21 +4,17 @@ As in test_models.py each is cut down to the few layers that have one of every k
 """
 
 import json
-import math
-import re
-from collections import Counter
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import pytest
 
 import jaxmoe
-from jaxmoe.config import DecoderConfig, MoEConfig
 from jaxmoe.models import read_model_config
-from jaxmoe.planning.memory import Plan, plan
-from jaxmoe.planning.steps import CompiledStep, compile_steps
+from jaxmoe.planning.memory import plan
+from jaxmoe.planning.steps import compile_steps
 from jaxmoe.planning.topology import gpu_topology
+from tests.support.packed_programs import check_arguments, check_nothing_is_decoded
 from tests.support.published import DEEPSEEK_V3_FP8, GPT_OSS_120B_MXFP4, QWEN3_30B_FP8
 
 MB = 2**20
@@ -39,17 +35,6 @@ CASES = [
     pytest.param("gpt-oss-120b", "auto", {"prefill": (0, 449), "decode": (0, 23)}, marks=pytest.mark.full),
     ("qwen3-30b-a3b-fp8", "auto", {"prefill": (0, 293), "decode": (0, 24)}),
 ]
-# Views of the arguments cost nothing.
-VIEWS = {"parameter", "get-tuple-element", "tuple", "bitcast", "while", "call", "conditional", "opt-barrier"}
-_PARAMETER = re.compile(r" = (?P<dtype>\w+)\[(?P<dims>[\d,]*)\]\S* parameter\(")
-_NAMES = {
-    "f8e4m3fn": "float8_e4m3fn",
-    "bf16": "bfloat16",
-    "f32": "float32",
-    "u8": "uint8",
-    "s32": "int32",
-    "pred": "bool",
-}
 
 
 @pytest.mark.covering
@@ -71,27 +56,3 @@ def test_both_steps_compile_packed(model, kernels, expected, gpu_compiler, tmp_p
         check_arguments(step, planned)
         check_nothing_is_decoded(step, read_model_config(tmp_path)[1], mesh.size)
         assert step.temp_bytes <= bound * MB
-
-
-def check_arguments(step: CompiledStep, planned: Plan) -> None:
-    """The program takes the very bytes that the plan counts, and a few integers besides."""
-    found: Counter[str] = Counter()
-    for parameter in _PARAMETER.finditer(step.text[step.text.index("\nENTRY ") :]):
-        dtype = jnp.dtype(_NAMES[parameter["dtype"]])
-        found[dtype.name] += math.prod(map(int, filter(None, parameter["dims"].split(",")))) * dtype.itemsize
-    integers = found.pop("int32") + found.pop("bool", 0)
-    assert {*planned.bytes_per_device.values()} == {found.total()}
-    assert integers < MB
-    assert 0 <= step.argument_bytes - found.total() - integers < MB
-
-
-def check_nothing_is_decoded(step: CompiledStep, config: DecoderConfig, devices: int) -> None:
-    """No instruction makes an array of as many numbers as a device has in a layer's stack of experts."""
-    moe = config.layers[-1].feed_forward
-    assert isinstance(moe, MoEConfig)
-    numbers = moe.num_experts // devices * moe.hidden_size * moe.moe_intermediate_size
-    # The head is plain, and read by a fusion that widens what it has read.
-    head = config.vocab_size, config.hidden_size
-    made = {op for op, shape in step.arrays if math.prod(shape) >= numbers and shape != head}
-    assert made <= VIEWS
-    assert step.temp_bytes < numbers * 2

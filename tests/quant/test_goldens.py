@@ -9,8 +9,9 @@ import pytest
 
 from jaxmoe.checkpoint.formats.dtypes import ELEMENT_TYPES
 from jaxmoe.quant import QuantizedWeight, find_quantization, match_tensors
-from jaxmoe.quant.codes import FLOAT4, to_float32, transpose_nibbles, unpack_words
+from jaxmoe.quant.codes import FLOAT4, to_float32
 from jaxmoe.quant.formats import AwqGemm, Gptq, Mxfp4Blocks, PackQuantized
+from jaxmoe.quant.words import transpose_nibbles, unpack_words
 from tests.support.quantized import Tensor, header, pack_awq, pack_nibbles, pack_words, whole
 
 GOLDENS = sorted((Path(__file__).resolve().parent.parent / "goldens" / "quant").glob("*.safetensors"))

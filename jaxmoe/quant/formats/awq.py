@@ -6,21 +6,14 @@ from collections.abc import Mapping
 import numpy as np
 
 from jaxmoe.quant.base import Arrays, Box, Part, QuantFormat, Shape, Shapes, ceil_div
-from jaxmoe.quant.codes import (
-    apply_grid,
-    nibbles_to_float32,
-    to_float32,
-    transpose_nibbles,
-    transpose_words,
-    unpack_words,
-)
+from jaxmoe.quant.codes import apply_grid, codes_to_float32, to_float32
 from jaxmoe.quant.grid import check_group_size, group_block, groups_of
 from jaxmoe.quant.packing import Packing, scale_dtype
+from jaxmoe.quant.words import transpose_nibbles, transpose_words, unpack_words
 
 # The output, of eight, whose code is at place i of a word; and where each of them is.
 _OUTPUTS = (0, 2, 4, 6, 1, 3, 5, 7)
 _PLACES = (0, 4, 1, 5, 2, 6, 3, 7)
-_FOUR_BITS = np.arange(16, dtype=np.float32)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,10 +62,9 @@ class AwqGemm(QuantFormat):
     def values(self, arrays: Arrays, box: Box, shape: Shape, stored: Shapes, out: np.ndarray) -> np.ndarray:
         (row, row_end), (column, column_end) = box
         size = self.group_size or shape[1]
-        packed = _by_output(arrays["values"])
-        numbers = nibbles_to_float32(packed, _FOUR_BITS, out)[row % 8 : row % 8 + row_end - row, : column_end - column]
-        zeros = np.ascontiguousarray(to_float32(_zeros(arrays["zero_point"], row, row_end)))
-        apply_grid(np.subtract, numbers, zeros, box, (1, size))
+        codes = unpack_words(_by_output(arrays["values"]), 4)[row % 8 : row % 8 + row_end - row, : column_end - column]
+        zeros = np.ascontiguousarray(_zeros(arrays["zero_point"], row, row_end))
+        numbers = codes_to_float32(codes, 4, zeros, box, (1, size), out)
         apply_grid(np.multiply, numbers, np.ascontiguousarray(to_float32(arrays["scale"]).T), box, (1, size))
         return numbers
 
@@ -83,7 +75,7 @@ class AwqGemm(QuantFormat):
     def packed(self, role: str, arrays: Arrays, box: Box, shape: Shape, stored: Shapes) -> np.ndarray:
         (row, row_end), (column, column_end) = box
         if role == "values":
-            packed = _by_output(arrays["values"])
+            packed = _by_output(arrays["values"]).view(np.uint8)
             return packed[row % 8 : row % 8 + row_end - row, : (column_end - column) // 2]
         return _zeros(arrays["zero_point"], row, row_end) if role == "zero_point" else arrays["scale"].T
 
@@ -96,7 +88,7 @@ def _zeros(words: np.ndarray, start: int, stop: int) -> np.ndarray:
 
 
 def _by_output(words_KN: np.ndarray) -> np.ndarray:
-    """Codes of each output in order, two a byte: uint8 [N, K / 2], and more of K where it does not fill words.
+    """Codes of each output in order, in words: uint32 [N, K / 8], and more of K where it does not fill words.
 
     Words of eight outputs and one input become words of one output and eight inputs, which are then moved as wholes.
     """
@@ -110,4 +102,4 @@ def _by_output(words_KN: np.ndarray) -> np.ndarray:
     by_output = np.empty((words, 8, by_place.shape[-1]), np.uint32)
     for place, output in enumerate(_OUTPUTS):
         by_output[:, output] = by_place[place]
-    return by_output.reshape(8 * words, -1).view(np.uint8)
+    return by_output.reshape(8 * words, -1)

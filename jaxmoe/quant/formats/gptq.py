@@ -7,20 +7,11 @@ from typing import ClassVar
 import numpy as np
 
 from jaxmoe.quant.base import Arrays, Box, Part, QuantFormat, Shape, Shapes, ceil_div
-from jaxmoe.quant.codes import (
-    apply_grid,
-    apply_rows,
-    check_groups,
-    columns_to_float32,
-    to_float32,
-    transpose_into,
-    transpose_words,
-    unpack_words,
-    words_to_float32,
-)
+from jaxmoe.quant.codes import apply_grid, check_groups, codes_to_float32, put_columns, to_float32
 from jaxmoe.quant.errors import QuantizationError
 from jaxmoe.quant.grid import check_group_size, group_block, groups_of
 from jaxmoe.quant.packing import Packing, scale_dtype
+from jaxmoe.quant.words import transpose_words, unpack_columns, unpack_words
 
 BITS = (2, 3, 4, 8)
 
@@ -107,8 +98,9 @@ class Gptq(QuantFormat):
                 return self._reordered(arrays["values"], zeros, scales, arrays["g_idx"], column, out)
             groups = slice(column // size, ceil_div(column_end, size))
             zeros, scales = zeros[groups], scales[groups]
-        numbers = self._codes(transpose_words(arrays["values"]), column, column_end, out)
-        apply_grid(np.subtract, numbers, np.ascontiguousarray(zeros.T), box, (1, size))
+        # Words transposed have the codes of an output in order.
+        codes = self._own(unpack_words(transpose_words(arrays["values"]), self.bits), column, column_end)
+        numbers = codes_to_float32(codes, self.bits, np.ascontiguousarray(zeros.T), box, (1, size), out)
         apply_grid(np.multiply, numbers, np.ascontiguousarray(scales.T), box, (1, size))
         return numbers
 
@@ -116,11 +108,8 @@ class Gptq(QuantFormat):
         self, words: np.ndarray, zeros: np.ndarray, scales: np.ndarray, groups: np.ndarray, start: int, out: np.ndarray
     ) -> np.ndarray:
         # Inputs by outputs, as words and grids are stored, a group is of whole rows.
-        first = start % self._unit()[0]
-        numbers = columns_to_float32(words, self.bits)[first : first + len(groups)]
-        apply_rows(np.subtract, numbers, zeros, groups)
-        apply_rows(np.multiply, numbers, scales, groups)
-        transpose_into(out, numbers)
+        codes = self._own(unpack_columns(words, self.bits).T, start, start + len(groups)).T
+        put_columns(out, codes, zeros, scales, groups)
         return out
 
     def _in_order(self, groups: np.ndarray, start: int, size: int) -> bool:
@@ -142,7 +131,7 @@ class Gptq(QuantFormat):
         # Beside an order of inputs all groups are read.
         groups = slice(column // size, ceil_div(column_end, size)) if "g_idx" in stored else slice(None)
         if role == "zero_point":
-            return self._zeros(arrays["zero_point"][groups], row, row_end).astype(np.uint8).T
+            return self._zeros(arrays["zero_point"][groups], row, row_end).T
         if "g_idx" in arrays and not self._in_order(arrays["g_idx"], column, size):
             raise QuantizationError(
                 "g_idx must have inputs in the order of their groups where desc_act is false; it has another order; decode "
@@ -150,15 +139,14 @@ class Gptq(QuantFormat):
             )
         return arrays["scale"][groups].T
 
-    def _codes(self, words: np.ndarray, start: int, stop: int, out: np.ndarray) -> np.ndarray:
-        # Words transposed have the codes of an output in order.
-        numbers = words_to_float32(words, self.bits, 0, out)
-        first = start % self._unit()[0]
-        return numbers[:, first : first + stop - start]
-
     def _zeros(self, words: np.ndarray, start: int, stop: int) -> np.ndarray:
+        """Zero points of a range of outputs, uint8 [groups, outputs]."""
         codes = unpack_words(words, self.bits)
         if self.version == 1:
             codes = (codes + np.uint8(1)) & np.uint8(2**self.bits - 1)
+        return self._own(codes, start, stop)
+
+    def _own(self, codes: np.ndarray, start: int, stop: int) -> np.ndarray:
+        """Codes from `start` to `stop`, of those along the last dim that fill whole words around them."""
         first = start % self._unit()[0]
-        return to_float32(codes[:, first : first + stop - start])
+        return codes[..., first : first + stop - start]

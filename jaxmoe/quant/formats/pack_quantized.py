@@ -106,7 +106,7 @@ class PackQuantized(GridFormat):
         self, words: np.ndarray, codes: tuple[int, int], shape: Shape, stored: Shapes, out: np.ndarray | None = None
     ) -> np.ndarray:
         """Codes of a range that these words hold, less their offset, as float32 [..., codes]."""
-        numbers = words_to_float32(words, self.bits, 2 ** (self.bits - 1), out, straddling=self._dense(shape, stored))
+        numbers = words_to_float32(words, self.bits, out, straddling=self._dense(shape, stored))
         first = codes[0] % self._unit(shape, stored)[0]
         return numbers[..., first : first + codes[1] - codes[0]]
 

@@ -5,6 +5,7 @@ Letters here, beside the common ones of docs/concepts/letters.md: G groups, N an
 
 import dataclasses
 from collections.abc import Callable
+from functools import lru_cache, partial
 from typing import Any
 
 import jax
@@ -82,9 +83,7 @@ def expert_mlp(
     measured_up = measured_tiles(Tiles, device_kind, "mosaic_gpu.gate_up", x_RD, w_up_pND, x_RD.dtype)
     measured_down = measured_tiles(Tiles, device_kind, "mosaic_gpu", x_RD, w_down_pDF, out_dtype)
     halves = 2 if combine.gated else 1
-
-    def finish(*sums: jax.Array) -> jax.Array:
-        return combine.halves(*sums, activations=KERNEL_ACTIVATIONS)
+    finish = _combined(combine)
 
     def forward(arrays: Any, group_sizes_p: jax.Array) -> jax.Array:
         x_RD, w_up, w_down, b_up, b_down, scales_p2 = arrays
@@ -232,6 +231,12 @@ def _owned_only(out_RN: jax.Array, group_sizes_G: jax.Array) -> jax.Array:
     return jnp.where(
         (jnp.arange(len(out_RN), dtype=jnp.int32) < jnp.sum(group_sizes_G, dtype=jnp.int32))[:, None], out_RN, 0
     )
+
+
+@lru_cache
+def _combined(combine: Combine) -> Callable[..., jax.Array]:
+    """The step between the products as a kernel has it; the same function each time, by which kernels are told apart."""
+    return partial(combine.halves, activations=KERNEL_ACTIVATIONS)
 
 
 def _identity(sums: jax.Array) -> jax.Array:

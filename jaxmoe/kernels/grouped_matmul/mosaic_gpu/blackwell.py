@@ -54,6 +54,7 @@ class Call:
     biased: bool
 
 
+@partial(jax.jit, static_argnames=("tiles", "finish", "out_dtype", "interpret"))
 def multiply(
     rows_RK: jax.Array,
     matrices_GHNK: jax.Array,
@@ -67,7 +68,8 @@ def multiply(
 ) -> jax.Array:
     """finish(W[g, 0] x + b[g, 0], ...) of each row x, with g its group; rows that no group owns hold anything.
 
-    R is a multiple of 8 here.
+    R is a multiple of 8 here. Products of the same sizes and `finish` are one function of a program, so that its layers
+    have the kernel made once.
     """
     R = rows_RK.shape[0]
     _, H, N, _ = matrices_GHNK.shape

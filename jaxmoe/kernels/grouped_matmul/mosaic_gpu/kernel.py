@@ -44,6 +44,7 @@ MULTIPROCESSORS = GPUS["h100"].multiprocessors
 _LOADER_REGISTERS, _COMPUTE_REGISTERS = 40, 232
 
 
+@partial(jax.jit, static_argnames=("tiles", "finish", "out_dtype", "interpret"))
 def multiply(
     rows_RK: jax.Array | QuantizedRows,
     matrices_GHNK: jax.Array | QuantizedStack,
@@ -57,7 +58,8 @@ def multiply(
 ) -> jax.Array:
     """finish(W[g, 0] x + b[g, 0], ...) of each row x, with g its group; rows that no group owns hold anything.
 
-    R is a multiple of 8 here.
+    R is a multiple of 8 here. Products of the same sizes and `finish` are one function of a program, so that its layers
+    have the kernel made once.
     """
     quantized = rows_RK if isinstance(rows_RK, QuantizedRows) else None
     if isinstance(rows_RK, QuantizedRows):
