@@ -15,7 +15,7 @@ from jaxmoe.config.attention import (
     SlidingWindow,
 )
 from jaxmoe.config.compressed_attention import CompressedAttentionConfig, CompressionConfig
-from jaxmoe.config.decoder import DecoderConfig, HyperConnectionConfig, LayerConfig
+from jaxmoe.config.decoder import DecoderConfig, HyperConnectionConfig, LayerConfig, MTPConfig
 from jaxmoe.config.feed_forward import MLPConfig, MoEConfig
 from jaxmoe.config.places import directory_of, find_checkpoint, shard_of
 from jaxmoe.config.reading import (
@@ -69,6 +69,7 @@ __all__ = [
     "LayerConfig",
     "MLAConfig",
     "MLPConfig",
+    "MTPConfig",
     "Mamba2Config",
     "MambaConfig",
     "MoEConfig",

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxmoe.checkpoint.mapping import abstract_model, count_parameters, is_expert_stack, layer_index, pack_model
-from jaxmoe.checks import integer
+from jaxmoe.checks import flag, integer
 from jaxmoe.config import DecoderConfig
 from jaxmoe.hardware import get_gpu
 from jaxmoe.layers import CacheArray, param_specs
@@ -91,6 +91,7 @@ def plan(
     expert_axes: tuple[str, ...] = (EP,),
     dtype: str | None = None,
     quantized: str = "keep",
+    mtp: bool = False,
     batch_size: int = 1,
     max_length: int | None = None,
     device: str | None = None,
@@ -106,6 +107,7 @@ def plan(
         dtype: type of weights and cache, "float32", "bfloat16" or "float16"; None for the config's own, or bfloat16.
         quantized: "keep" for quantized weights that stay packed where they can, "dequantize" for decoded ones, as for
             `jaxmoe.load`.
+        mtp: whether layers for multi-token prediction are loaded too, as for `jaxmoe.load`.
         batch_size: number of sequences to have room for.
         max_length: number of tokens of each; None for 4096, or as many positions as the model has where those are fewer.
         device: name in `jaxmoe.hardware.GPUS`, to compare with its memory.
@@ -120,7 +122,7 @@ def plan(
         >>> report.bytes_per_device[0], report.fits
         (9028136960, True)
     """
-    checkpoint = PlannedCheckpoint.read(path)
+    checkpoint = PlannedCheckpoint.read(path, mtp=flag("mtp", mtp))
     if quantized not in ("keep", "dequantize"):
         raise ValueError(f'quantized is "keep" or "dequantize"; got {quantized!r}')
     return plan_config(
