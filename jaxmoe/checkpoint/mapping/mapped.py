@@ -164,9 +164,10 @@ def _check_mtp(checkpoint: Checkpoint, family: Family, config: DecoderConfig) ->
         names = tensor_names(family, f"layers.{layer}.prediction.w_in")
         if not any(name in checkpoint.tensors for name in names):
             raise CheckpointError(
-                f"{checkpoint.path}: mtp=True loads {len(config.layers) - config.num_main_layers} layers for multi-token "
-                f"prediction, and the checkpoint has no tensor {names[0]!r} (transformers leaves these layers out when it "
-                "saves a model); load it without, or take the files that the publisher released"
+                f"{checkpoint.path}: mtp=True (--mtp, --speculate mtp) loads layers for multi-token prediction, here "
+                f"{len(config.layers) - config.num_main_layers}, and the checkpoint has no tensor {names[0]!r} "
+                "(transformers leaves these layers out when it saves a model); load it without, or take the files that the "
+                "publisher released"
             )
 
 
