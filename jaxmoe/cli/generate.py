@@ -48,6 +48,12 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--seed", type=int, metavar="N", help="same seed and prompt, same text (default: fresh)")
     group.add_argument("--stop", action="append", metavar="TEXT", help="end the text here (repeatable)")
     group.add_argument("--ignore-eos", action="store_true", help="go on to --max-new-tokens")
+    group.add_argument(
+        "--speculate",
+        choices=("mtp",),
+        help="guess tokens with the layers for multi-token prediction, which are then loaded too (greedy only)",
+    )
+    group.add_argument("--num-drafts", type=options.count, metavar="K", help="guesses in a step (one by each layer)")
 
     options.add_mesh_options(parser)
     processes.add_options(parser)
@@ -70,6 +76,10 @@ def run(args: argparse.Namespace) -> None:
         args.usage_error("--system goes with --chat")
     if args.chat and args.prompt_ids:
         args.usage_error("--chat is for text: --prompt or --prompt-file")
+    if args.num_drafts and not args.speculate:
+        args.usage_error("--num-drafts goes with --speculate")
+    if args.speculate and (args.temperature > 0 or args.repetition_penalty != 1 or args.record_routing):
+        args.usage_error("--speculate goes with none of --temperature, --repetition-penalty and --record-routing")
     if processes.is_one_of_several(args) and "-" in [args.prompt_file, *(args.prompt or ())]:
         args.usage_error("every process reads the prompts, and stdin is one's alone: give a file in place of -")
     with processes.joined(args):
@@ -117,6 +127,8 @@ def _generate_together(args: argparse.Namespace) -> None:
                 ignore_eos=args.ignore_eos,
                 stream=_print_piece if live else None,
                 stats=stats,
+                speculate=args.speculate,
+                num_drafts=args.num_drafts,
             )
             total += stats
             for index, output in enumerate(outputs, start):
@@ -161,6 +173,7 @@ def _load(args: argparse.Namespace, mesh: "Mesh") -> Any:
         quantized=args.quantized,
         activations=args.activations,
         adapter=args.adapter,
+        mtp=args.speculate == "mtp",
         expert_axes=args.expert_axes,
         dispatch=args.dispatch,
         kernels=args.kernels,

@@ -23,6 +23,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "checkpoint", metavar="PATH", help="a checkpoint directory, one file of weights, or a name in the hub's cache"
     )
+    options.add_mtp(parser)
     parser.add_argument("--json", action="store_true", help="everything as one JSON object")
     parser.add_argument(
         "--mapping",
@@ -47,7 +48,7 @@ def run(args: argparse.Namespace) -> None:
         return
     from jaxmoe.checkpoint.inspection import summarize
 
-    summary = summarize(args.checkpoint)
+    summary = summarize(args.checkpoint, mtp=args.mtp)
     if args.json:
         print(json.dumps(summary.to_dict()))
     else:

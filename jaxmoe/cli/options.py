@@ -57,6 +57,11 @@ def add_activations(parser: argparse._ActionsContainer) -> None:
     )
 
 
+def add_mtp(parser: argparse._ActionsContainer) -> None:
+    """Add ``--mtp``."""
+    parser.add_argument("--mtp", action="store_true", help="with the layers for multi-token prediction")
+
+
 def make_mesh(args: argparse.Namespace) -> "Mesh":
     """Make the mesh that ``--mesh`` and ``--simulate`` ask for."""
     from jaxmoe.mesh import make_mesh, simulate_devices

@@ -33,6 +33,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--dtype", help="of weights and cache (default: the config's own)")
     options.add_quantized(parser, default="keep")
     options.add_activations(parser)
+    options.add_mtp(parser)
     parser.add_argument("--batch-size", type=options.count, default=1, metavar="B", help="sequences to hold (1)")
     parser.add_argument("--max-length", type=options.count, metavar="C", help="tokens of each (4096)")
     parser.add_argument("--json", action="store_true", help="everything as one JSON object")
@@ -50,6 +51,7 @@ def run(args: argparse.Namespace) -> None:
         dtype=args.dtype,
         quantized=args.quantized,
         activations=args.activations,
+        mtp=args.mtp,
         batch_size=args.batch_size,
         max_length=args.max_length,
         device=args.device,

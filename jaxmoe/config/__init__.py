@@ -16,7 +16,7 @@ from jaxmoe.config.attention import (
     SlidingWindow,
 )
 from jaxmoe.config.compressed_attention import CompressedAttentionConfig, CompressionConfig
-from jaxmoe.config.decoder import DecoderConfig, GatedStreamsConfig, HyperConnectionConfig, LayerConfig
+from jaxmoe.config.decoder import DecoderConfig, GatedStreamsConfig, HyperConnectionConfig, LayerConfig, MTPConfig
 from jaxmoe.config.feed_forward import MLPConfig, MoEConfig
 from jaxmoe.config.ngrams import NGramConfig
 from jaxmoe.config.places import directory_of, find_checkpoint, shard_of
@@ -74,6 +74,7 @@ __all__ = [
     "LayerConfig",
     "MLAConfig",
     "MLPConfig",
+    "MTPConfig",
     "Mamba2Config",
     "MambaConfig",
     "MoEConfig",

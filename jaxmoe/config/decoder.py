@@ -89,6 +89,23 @@ class GatedStreamsConfig:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class MTPConfig:
+    """The layers for multi-token prediction that a decoder has, each of which guesses one token further ahead.
+
+    Attributes:
+        num_layers: number of them; they are the last of `DecoderConfig.layers`.
+        passes: hidden state that the next guess starts from: "stream", the layer's result; "normed", the same after the
+            layer's last norm; or "main", the result of the model itself, which the first one starts from.
+    """
+
+    num_layers: int
+    passes: Literal["stream", "normed", "main"] = "stream"
+
+    def __post_init__(self) -> None:
+        check_positive(self, "num_layers")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class DecoderConfig:
     """A whole decoder, independent of the family it came from.
 
@@ -96,7 +113,8 @@ class DecoderConfig:
         model_type: name of the family in ``config.json``.
         vocab_size: number of tokens that the model knows.
         hidden_size: model width D.
-        layers: configs of the layers, first to last.
+        layers: configs of the layers, first to last; those for multi-token prediction, where they are loaded, behind the
+            model's own.
         norm_eps: epsilon of every norm.
         norm: kind of every norm: "rms", "rms_float32", which rounds after the weight and not before it too,
             "rms_zero_centered", which does the same and multiplies by 1 + weight, "layer" with mean and bias, or
@@ -109,8 +127,8 @@ class DecoderConfig:
         logits_scaling: divisor of the logits.
         logits_softcap: bound of the logits, which become softcap · tanh(logits / softcap); None for none.
         lm_head_bias: whether the output projection, which is then not tied, has a bias.
-        num_mtp_layers: number of layers for multi-token prediction that a checkpoint may have behind the model's own,
-            and that are not loaded.
+        num_mtp_layers: number of layers for multi-token prediction that a checkpoint may have behind the model's own.
+        mtp: those that are loaded; None where none is.
         streams: residual streams where there are several; None for one, to which halves of layers are added.
         final_norm: whether there is a norm before the output projection.
     """
@@ -130,6 +148,7 @@ class DecoderConfig:
     logits_softcap: float | None = None
     lm_head_bias: bool = False
     num_mtp_layers: int = 0
+    mtp: MTPConfig | None = None
     streams: HyperConnectionConfig | GatedStreamsConfig | None = None
     final_norm: bool = True
 
@@ -162,6 +181,11 @@ class DecoderConfig:
                 "a tied output projection has no bias; config.json has tie_word_embeddings and a bias (lm_head_bias, or "
                 "use_bias); no released model has both"
             )
+
+    @property
+    def num_main_layers(self) -> int:
+        """Number of the layers that a token goes through; those for multi-token prediction come behind them."""
+        return len(self.layers) - (0 if self.mtp is None else self.mtp.num_layers)
 
     @property
     def moe_layers(self) -> tuple[int, ...]:

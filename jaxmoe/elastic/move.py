@@ -201,7 +201,11 @@ def _read_lost(
         if is_expert_stack(path) and _layer(path) in lost_slots:
             index = _layer(path)
             wanted[path] = _fewer_slots(spec, by_rank(lost_slots[index], moved.layers[index].moe.placement))
-    mapped = FamilyCheckpoint.open(model.origin.path).onto({**plain, **wanted}).part(wanted)
+    mapped = (
+        FamilyCheckpoint.open(model.origin.path, mtp=model.config.mtp is not None)
+        .onto({**plain, **wanted})
+        .part(wanted)
+    )
     return load_arrays(plan_load(hold_packed(mapped, {path: packings[path] for path in wanted if path in packings})))
 
 

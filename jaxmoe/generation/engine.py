@@ -3,7 +3,7 @@
 import dataclasses
 import time
 from collections.abc import Callable, Collection, Sequence
-from typing import Literal, NamedTuple, cast
+from typing import Any, Literal, NamedTuple, cast
 
 import jax
 import numpy as np
@@ -13,6 +13,7 @@ from jaxmoe.generation.model import Model
 from jaxmoe.generation.params import SamplingParams
 from jaxmoe.generation.programs import Leaves, Record, Sampled, Shape, programs_of
 from jaxmoe.generation.sampling import Controls, Mode, seed_words
+from jaxmoe.generation.speculative import SpeculativeBatch, SpeculativeStep
 from jaxmoe.generation.stats import GenerationStats
 from jaxmoe.layers import check_usable
 from jaxmoe.models.padding import bucket_length
@@ -67,6 +68,7 @@ class Engine:
         on_token: OnToken | None = None,
         stats: GenerationStats | None = None,
         balancer: Balancer | None = None,
+        num_drafts: int = 0,
     ) -> list[Row]:
         """Generate one batch.
 
@@ -84,6 +86,8 @@ class Engine:
             stats: object to which counts and times are added.
             balancer: balancer that is told of every step's routing; where it proposes a placement, the model is
                 rebalanced between two steps.
+            num_drafts: number of tokens that each step guesses and checks, by the model's layers for multi-token
+                prediction; 0 for none. With drafts `params` are greedy, and nothing is replayed or recorded by token.
 
         Returns:
             One row per prompt.
@@ -97,26 +101,39 @@ class Engine:
         replay = None if self._replay is None else self._replay.steps()
         if replay is not None:
             replay.check_length(max_new_tokens)
-        batch = _Batch(self, prompts, params, max_new_tokens, seeds, self._record(balancer), replay)
+        batch: _Batch | SpeculativeBatch
+        if num_drafts:
+            batch = SpeculativeBatch(
+                self.programs, self._leaves, self._model, prompts, max_new_tokens, num_drafts, self._record(balancer)
+            )
+        else:
+            batch = _Batch(self, prompts, params, max_new_tokens, seeds, self._record(balancer), replay)
         stats.prompts += len(prompts)
         stats.prompt_tokens += sum(map(len, prompts))
         stats.compile_seconds += self.programs.compile_seconds - compiled_before
 
         ready = first = time.perf_counter()
-        coming = batch.prefill()
+        coming: _Step | SpeculativeStep = batch.prefill()
         for step in range(1, max_new_tokens + 1):
             arrived = coming
             if step < max_new_tokens:
-                coming = batch.decode(arrived)
-            tokens = np.asarray(arrived.sampled.token).tolist()
+                coming = batch.decode(cast(Any, arrived))
+            tokens = arrived.tokens()
             if step == 1:
                 first = time.perf_counter()
                 stats.prefill_seconds += first - ready
             running = [index for index, row in enumerate(rows) if row.finish_reason is None]
-            for index in running:
-                _extend(rows[index], index, tokens[index], step == max_new_tokens, eos_token_ids, on_token)
-            stats.generated_tokens += len(running)
-            stats.decode_tokens += len(running) if step > 1 else 0
+            handed_out = [
+                _extend(rows[index], index, tokens[index], max_new_tokens, eos_token_ids, on_token) for index in running
+            ]
+            stats.generated_tokens += sum(handed_out)
+            if step > 1:
+                stats.decode_steps += 1
+                stats.decode_tokens += sum(handed_out)
+                stats.drafted_tokens += num_drafts * len(running)
+                # The last token of a row is the model's own.
+                drafts = (len(tokens[index]) - 1 for index in running)
+                stats.accepted_tokens += sum(map(min, handed_out, drafts))
             moved = arrived.routing is not None and self._watch(arrived.routing, balancer)
             # `on_token` may have rebalanced or trained the model as well: its old arrays are let go.
             if moved or self._has_changed():
@@ -168,15 +185,25 @@ class Engine:
 
 
 def _extend(
-    row: Row, index: int, token: int, last: bool, eos_token_ids: Collection[int], on_token: OnToken | None
-) -> None:
-    row.token_ids.append(token)
-    if token in eos_token_ids:
-        row.finish_reason = "stop"
-    elif last:
-        row.finish_reason = "length"
-    if on_token is not None and on_token(index, token, row.finish_reason):
-        row.finish_reason = "stop"
+    row: Row,
+    index: int,
+    tokens: Sequence[int],
+    max_new_tokens: int,
+    eos_token_ids: Collection[int],
+    on_token: OnToken | None,
+) -> int:
+    """Hand out a step's tokens of a row until it ends, and tell how many they were."""
+    for count, token in enumerate(tokens, 1):
+        row.token_ids.append(token)
+        if token in eos_token_ids:
+            row.finish_reason = "stop"
+        elif len(row.token_ids) == max_new_tokens:
+            row.finish_reason = "length"
+        if on_token is not None and on_token(index, token, row.finish_reason):
+            row.finish_reason = "stop"
+        if row.finish_reason is not None:
+            return count
+    return len(tokens)
 
 
 class _Step(NamedTuple):
@@ -184,6 +211,10 @@ class _Step(NamedTuple):
 
     sampled: Sampled
     routing: Routing | None
+
+    def tokens(self) -> list[list[int]]:
+        """The token of each row."""
+        return [[token] for token in np.asarray(self.sampled.token).tolist()]
 
 
 class _Batch:

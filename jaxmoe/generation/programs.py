@@ -21,6 +21,7 @@ from jaxmoe.generation import sampling
 from jaxmoe.generation.model import Model
 from jaxmoe.generation.params import SamplingParams
 from jaxmoe.mesh import batch_axes, named, put
+from jaxmoe.models import Decoder, speculation
 from jaxmoe.models.belongings import Belongings
 from jaxmoe.models.routing import Routing, routing_of
 
@@ -74,7 +75,7 @@ class Programs:
         self._graphdef: Any = None
         self._treedef: Any = None
         self._signature: Any = None
-        self._cache_specs: dict[tuple[int, int], Any] = {}
+        self._cache_specs: dict[tuple, Any] = {}
 
     def bind(self, model: Model) -> Leaves:
         """Take the model's arrays as they are now, in the order in which the programs take them.
@@ -94,18 +95,21 @@ class Programs:
 
     def init_cache(self, leaves: Leaves, shape: Shape) -> Callable[[Leaves], Any]:
         """Compile ``(leaves) -> cache``."""
-        key = ("init_cache", shape.rows, shape.cache)
+
+        def init(leaves: Leaves) -> Any:
+            return self._model(leaves).init_cache(shape.rows, shape.cache)
+
+        return self._compile_cache(("init_cache", shape.rows, shape.cache), init, leaves)
+
+    def _compile_cache(self, key: tuple, init: Callable[[Leaves], Any], leaves: Leaves) -> Callable[[Leaves], Any]:
+        """Compile a function that makes a cache, and remember how what it makes is laid out."""
         if key not in self.compiled:
             start = time.perf_counter()
-
-            def init(leaves: Leaves) -> Any:
-                return self._model(leaves).init_cache(shape.rows, shape.cache)
-
             lowered = jax.jit(init).lower(leaves)
             compiled = self.compiled[key] = lowered.compile()
             # Prefill and decode hand the cache on exactly as it was laid out here, so that it can be donated
             # and the next step finds what it was compiled for.
-            self._cache_specs[shape.rows, shape.cache] = jax.tree.map(
+            self._cache_specs[key] = jax.tree.map(
                 lambda info, sharding: jax.ShapeDtypeStruct(info.shape, info.dtype, sharding=sharding),
                 lowered.out_info,
                 compiled.output_shardings,
@@ -124,7 +128,7 @@ class Programs:
         ) -> tuple:
             model = self._model(leaves)
             logits, cache, stats = model.prefill_and_stats(tokens, lengths, cache, expert_ids)
-            return logits, cache, self._routing(stats, record)
+            return logits, cache, self._routing(model, stats, record)
 
         expert_ids = None if replay is None else self._spec(jnp.int32, shape.rows, shape.prompt, *replay)
         args = (self._spec(jnp.int32, shape.rows, shape.prompt), self._spec(jnp.int32, shape.rows), expert_ids)
@@ -146,7 +150,7 @@ class Programs:
         ) -> tuple:
             model = self._model(leaves)
             logits, cache, stats = model.decode_and_stats(token, position, cache, active, expert_ids)
-            return logits, cache, self._routing(stats, record)
+            return logits, cache, self._routing(model, stats, record)
 
         args = (
             self._spec(jnp.int32, shape.rows),
@@ -156,8 +160,64 @@ class Programs:
         )
         return self._model_step(("decode", shape.rows, shape.cache, record, replay), decode, leaves, shape, args)
 
-    def _routing(self, stats: Any, record: Record) -> Routing | None:
-        return None if record == "nothing" else routing_of(stats, self.mesh, token_ids=record == "token_ids")
+    def _routing(self, model: Model, stats: Any, record: Record) -> Routing | None:
+        if record == "nothing":
+            return None
+        # Layers for multi-token prediction may not be among those that were run.
+        num_layers = len(model.moe_layers) if isinstance(model, Decoder) else len(stats)
+        return routing_of(stats, self.mesh, token_ids=record == "token_ids", num_layers=num_layers)
+
+    def init_speculation(self, leaves: Leaves, shape: Shape, num_drafts: int) -> Callable[[Leaves], Any]:
+        """Compile ``(leaves) -> SpeculationCache``."""
+
+        def init(leaves: Leaves) -> Any:
+            return speculation.init_cache(self._decoder(leaves), shape.rows, shape.cache, num_drafts)
+
+        return self._compile_cache(("init_speculation", shape.rows, shape.cache, num_drafts), init, leaves)
+
+    def begin(self, leaves: Leaves, shape: Shape, num_drafts: int, record: Record) -> Callable[..., tuple]:
+        """Compile ``(leaves, tokens_BS, lengths_B, cache) -> (Checked, Progress, cache, routing)``; the cache is donated."""
+
+        def begin(leaves: Leaves, tokens: jax.Array, lengths: jax.Array, cache: Any) -> tuple:
+            model = self._decoder(leaves)
+            *result, stats = speculation.begin(model, tokens, lengths, cache, num_drafts)
+            return (*result, self._routing(model, stats, record))
+
+        args = (self._spec(jnp.int32, shape.rows, shape.prompt), self._spec(jnp.int32, shape.rows))
+        return self._speculate(("begin", *shape, num_drafts, record), begin, leaves, shape, num_drafts, args)
+
+    def advance(
+        self, leaves: Leaves, shape: Shape, num_drafts: int, record: Record, width: int, dtype: Any
+    ) -> Callable[..., tuple]:
+        """Compile ``(leaves, active_B, Progress, cache) -> (Checked, Progress, cache, routing)``; the cache is donated.
+
+        `width` and `dtype` are those of the model's hidden states.
+        """
+
+        def advance(leaves: Leaves, active: jax.Array, progress: speculation.Progress, cache: Any) -> tuple:
+            model = self._decoder(leaves)
+            *result, stats = speculation.advance(model, progress, active, cache)
+            return (*result, self._routing(model, stats, record))
+
+        B, k = shape.rows, num_drafts
+        hidden = jax.ShapeDtypeStruct((B, k - 1, width), dtype, sharding=self._rows(B))
+        tokens: Any = self._spec(jnp.int32, B, k)
+        progress = speculation.Progress(self._spec(jnp.int32, B), tokens, tokens, hidden)  # type: ignore[arg-type]
+        args = (self._spec(jnp.bool_, B), progress)
+        key = ("advance", shape.rows, shape.cache, num_drafts, record)
+        return self._speculate(key, advance, leaves, shape, num_drafts, args)
+
+    def _speculate(
+        self, key: tuple, step: Callable, leaves: Leaves, shape: Shape, num_drafts: int, args: tuple
+    ) -> Callable[..., tuple]:
+        everywhere, cache = named(self.mesh), self._cache_specs["init_speculation", shape.rows, shape.cache, num_drafts]
+        state: tuple[Any, ...] = (everywhere, everywhere, everywhere, self._rows(shape.rows))
+        progress, checked = speculation.Progress(*state), speculation.Checked(*state[:2])
+        out = (checked, progress, jax.tree.map(lambda spec: spec.sharding, cache), None)
+        return self._compile(key, step, (leaves, *args, cache), out, donate=(len(args) + 1,))
+
+    def _decoder(self, leaves: Leaves) -> Decoder:
+        return cast(Decoder, self._model(leaves))
 
     def sampler(self, shape: Shape, vocab_size: int, mode: sampling.Mode) -> Callable[..., Sampled]:
         """Compile ``(logits_BV, seeds_B2, position_B, step, seen_BV | None, controls) -> Sampled``; `seen` is donated."""
@@ -203,7 +263,7 @@ class Programs:
         return nnx.merge(self._graphdef, jax.tree.unflatten(self._treedef, leaves))
 
     def _model_step(self, key: tuple, step: Callable, leaves: Leaves, shape: Shape, args: tuple) -> Callable:
-        cache = self._cache_specs[shape.rows, shape.cache]
+        cache = self._cache_specs["init_cache", shape.rows, shape.cache]
         out = (self._rows(shape.rows), jax.tree.map(lambda spec: spec.sharding, cache), None)
         return self._compile(key, step, (leaves, *args, cache), out, donate=(len(args) + 1,))
 

@@ -1,7 +1,7 @@
 """The parts a decoder is composed of, as Flax nnx modules and the pure functions they call."""
 
 from jaxmoe.layers.attention import Attention, KVCache
-from jaxmoe.layers.cache import CacheArray
+from jaxmoe.layers.cache import CacheArray, accepted
 from jaxmoe.layers.device_work import kernel_work
 from jaxmoe.layers.embedding import VocabTable
 from jaxmoe.layers.logical import abstract_logical_state, load_logical_state, logical_state
@@ -39,6 +39,7 @@ __all__ = [
     "ReplicaRule",
     "VocabTable",
     "abstract_logical_state",
+    "accepted",
     "check_expert_axes",
     "check_swap",
     "check_usable",

@@ -179,14 +179,14 @@ class Attention(nnx.Module):
         *,
         decode: bool = False,
     ) -> tuple[jax.Array, KVCache | None]:
-        """Attend within a prompt, or from one new token to the cache.
+        """Attend within a prompt, or from new tokens to the cache.
 
         Args:
             x_BSD: normed activations, the batch dim sharded over the axes `batch`.
-            positions_BS: int32, position of each token; 0..S-1 unless `decode`.
+            positions_BS: int32, position of each token; 0..S-1 unless `decode`, then from each row's own first one on.
             cache: cache that gets the new keys and values; None for none.
             batch: mesh axes of the batch dim.
-            decode: whether S is 1 and the token attends to the cache at its position and before.
+            decode: whether the tokens attend to the cache at their positions and before.
 
         Returns:
             [B, S, D], and the cache with the new tokens in it.

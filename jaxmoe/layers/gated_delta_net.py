@@ -65,8 +65,8 @@ class GatedDeltaNet(RecurrentMixer):
         channels = 2 * config.num_key_heads * config.key_head_dim + config.num_value_heads * config.value_head_dim
         state = (batch_size, config.num_value_heads, config.key_head_dim, config.value_head_dim)
         return RecurrentCache(
-            conv=CacheArray((batch_size, config.conv_kernel_size - 1, channels), (None, TP)),
-            state=CacheArray(state, (TP,), "float32"),
+            conv=CacheArray((batch_size, config.conv_kernel_size - 1, channels), (None, TP), by_position=False),
+            state=CacheArray(state, (TP,), "float32", by_position=False),
         )
 
     def _run(

@@ -65,8 +65,8 @@ class KimiDeltaAttention(RecurrentMixer):
         del max_length
         H, k = self.config.num_heads, self.config.head_dim
         return RecurrentCache(
-            conv=CacheArray((batch_size, self.config.conv_kernel_size - 1, 3 * H * k), (None, TP)),
-            state=CacheArray((batch_size, H, k, k), (TP,), "float32"),
+            conv=CacheArray((batch_size, self.config.conv_kernel_size - 1, 3 * H * k), (None, TP), by_position=False),
+            state=CacheArray((batch_size, H, k, k), (TP,), "float32", by_position=False),
         )
 
     def _run(

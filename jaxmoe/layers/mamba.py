@@ -62,8 +62,10 @@ class Mamba(RecurrentMixer):
         del max_length
         config = self.config
         return RecurrentCache(
-            conv=CacheArray((batch_size, config.conv_kernel_size - 1, config.num_channels), (None, TP)),
-            state=CacheArray((batch_size, config.num_channels, config.state_size), (TP,), "float32"),
+            conv=CacheArray(
+                (batch_size, config.conv_kernel_size - 1, config.num_channels), (None, TP), by_position=False
+            ),
+            state=CacheArray((batch_size, config.num_channels, config.state_size), (TP,), "float32", by_position=False),
         )
 
     def _run(

@@ -68,8 +68,8 @@ class Mamba2(RecurrentMixer):
         channels = config.num_channels + 2 * self.groups * config.state_size
         state = (batch_size, config.num_heads, config.head_dim, config.state_size)
         return RecurrentCache(
-            conv=CacheArray((batch_size, config.conv_kernel_size - 1, channels), (None, TP)),
-            state=CacheArray(state, (TP,), "float32"),
+            conv=CacheArray((batch_size, config.conv_kernel_size - 1, channels), (None, TP), by_position=False),
+            state=CacheArray(state, (TP,), "float32", by_position=False),
         )
 
     def _run(

@@ -47,7 +47,9 @@ class TokenMixer(Protocol):
         """Mix the tokens of each row: returns [B, S, D], and the cache (where given) with the new tokens in it.
 
         Rows are padded on the right, and padding stands where a row's last token does: a row's
-        length is its largest position + 1. In `decode` S is 1 and the cache holds all tokens before.
+        length is its largest position + 1. In `decode` the cache holds all tokens before, and S is 1. Attention, latent
+        attention and the recurrent layers take several tokens at once too, at positions that follow each other, from each
+        row's own first one on; see `jaxmoe.layers.cache.accepted`.
 
         A layer whose config says that it `chooses_positions` is also given those that the layers before have chosen, as
         `chosen`, and gives those that it has attended to as a third result.

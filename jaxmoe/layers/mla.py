@@ -88,13 +88,15 @@ def attend_absorbed(
     *,
     scale: float,
     at_BSC: jax.Array | None = None,
+    among_BSC: jax.Array | None = None,
 ) -> jax.Array:
     """Compute `attend_expanded` without any head's keys or values: W_k is applied to the query, W_v to the sum.
 
         W_v (softmax(scale · ((q_nope W_k) cᵀ + q_rope rope_keyᵀ) + causal mask) c)
 
     DeepSeek-V2 (arXiv:2405.04434), section 2.1.2. Best for a new token, which reads the cache and nothing wider.
-    `at_BSC` are the positions of the cache's entries, where these are not their indices.
+    `at_BSC` are the positions of the cache's entries, where these are not their indices, and `among_BSC` tells which of
+    them a token sees, where it does not see all.
     """
     n = q_nope_BSHn.shape[-1]
     q_latent_BSHL = jnp.einsum("bshn,hnl->bshl", q_nope_BSHn, w_kv_HaL[:, :n])
@@ -103,6 +105,8 @@ def attend_absorbed(
     if at_BSC is None:
         at_BSC = jnp.arange(scores_BHSC.shape[-1], dtype=jnp.int32)[None, None]
     seen_BSC = at_BSC <= positions_BS[..., None]
+    if among_BSC is not None:
+        seen_BSC &= among_BSC
     scores_BHSC = jnp.where(seen_BSC[:, None], scores_BHSC * scale, -jnp.inf)
     probabilities = jax.nn.softmax(scores_BHSC, axis=-1).astype(cache.latent.dtype)
     o_latent_BSHL = jnp.einsum("bhsc,bcl->bshl", probabilities, cache.latent)
@@ -164,16 +168,16 @@ class LatentAttention(nnx.Module):
         decode: bool = False,
         chosen: jax.Array | None = None,
     ) -> tuple[Any, ...]:
-        """Attend within a prompt, or from one new token to the cache.
+        """Attend within a prompt, or from new tokens to the cache.
 
         Args:
             x_BSD: normed activations, the batch dim sharded over the axes `batch`.
-            positions_BS: int32, position of each token; 0..S-1 unless `decode`.
+            positions_BS: int32, position of each token; 0..S-1 unless `decode`, then from each row's own first one on.
             cache: cache that gets the new latents and rotated keys; None for none.
             batch: mesh axes of the batch dim.
-            decode: whether S is 1 and the token attends to the cache at its position and before.
-            chosen: positions that the last layer with an indexer has chosen: bool [B, S, S] for a prompt, int32 [B, 1, k]
-                in `decode`; None where it chose all of them.
+            decode: whether the tokens attend to the cache at their positions and before.
+            chosen: positions that the last layer with an indexer has chosen, as bool [B, S, C], or for one token in `decode`
+                as int32 [B, 1, k]; None where it chose all of them.
 
         Returns:
             [B, S, D], and the cache with the new tokens in it; with an indexer the chosen positions as well.
@@ -212,7 +216,9 @@ class LatentAttention(nnx.Module):
             chosen = self._choose(self.indexer, w, x_BSD, latent_BSQ, positions_BS, seen, decode)
         w_kv_HaL = w["w_kv_b"].reshape(-1, config.nope_head_dim + config.v_head_dim, config.kv_rank)
         attend = attend_absorbed if decode else attend_expanded
-        if chosen is not None and decode:
+        if chosen is not None and decode and x_BSD.shape[1] > 1:
+            attend = partial(attend_absorbed, among_BSC=chosen)
+        elif chosen is not None and decode:
             seen = jax.tree.map(lambda array: jnp.take_along_axis(array, chosen[:, 0, :, None], axis=1), seen)
             attend = partial(attend_absorbed, at_BSC=chosen)
         elif chosen is not None:
@@ -240,7 +246,7 @@ class LatentAttention(nnx.Module):
         if seen.index_key.shape[1] <= config.topk:
             return None
         queries = indexer_queries(indexer_weights(w), x_BSD, latent_BSQ, positions_BS, config)
-        choose = choose_for_token if decode else choose_for_prompt
+        choose = choose_for_token if decode and x_BSD.shape[1] == 1 else choose_for_prompt
         return choose(queries, seen.index_key, positions_BS, config.topk)
 
     def _query_latent(self, w: dict[str, Any], x_BSD: jax.Array) -> jax.Array | None:

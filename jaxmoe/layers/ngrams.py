@@ -105,8 +105,8 @@ class NGrams(nnx.Module):
         config = self.config
         kept = config.ngram_size * (config.conv_kernel_size - 1)
         return NGramCache(
-            tokens=CacheArray((batch_size, config.ngram_size - 1), dtype="int32"),
-            conv=CacheArray((batch_size, kept, self.conv.shape[0])),
+            tokens=CacheArray((batch_size, config.ngram_size - 1), dtype="int32", by_position=False),
+            conv=CacheArray((batch_size, kept, self.conv.shape[0]), by_position=False),
         )
 
     def __call__(

@@ -73,26 +73,31 @@ class RecurrentMixer(nnx.Module):
         *,
         decode: bool = False,
     ) -> tuple[jax.Array, RecurrentCache | None]:
-        """Run a prompt from empty states, or one new token from the cache's.
+        """Run a prompt from empty states, or new tokens from the cache's.
 
         Args:
             x_BSD: normed activations, the batch dim sharded over the axes `batch`.
             positions_BS: int32, positions as `TokenMixer` has them: they tell a prompt's tokens from its padding.
             cache: cache before the tokens; None for none.
             batch: mesh axes of the batch dim.
-            decode: whether S is 1 and the cache holds what the tokens before have left.
+            decode: whether the cache holds what the tokens before have left.
 
         Returns:
-            [B, S, D], and the cache after each row's last token.
+            [B, S, D], and the cache after each row's last token; of several tokens in `decode` after each, [B, S, ...].
         """
         weights, specs = self.specs.weights(self)
         cache_spec = None if cache is None else cache_specs(self.cache_arrays(1, 1), batch)
+        several = decode and cache is not None and x_BSD.shape[1] > 1
+        out_spec = jax.tree.map(lambda spec: P(spec[0], None, *spec[1:]), cache_spec) if several else cache_spec
 
         def local(
             w: dict[str, Any], x_BSD: jax.Array, positions_BS: jax.Array, cache: RecurrentCache | None
         ) -> tuple[jax.Array, RecurrentCache | None]:
-            lengths_B = jnp.ones(len(x_BSD), jnp.int32) if decode else jnp.max(positions_BS, axis=1) + 1
-            y_BSA, kept = self._run(w, x_BSD, lengths_B, cache if decode else None)
+            if several and cache is not None:
+                y_BSA, kept = self._run_each(w, x_BSD, cache)
+            else:
+                lengths_B = jnp.ones(len(x_BSD), jnp.int32) if decode else jnp.max(positions_BS, axis=1) + 1
+                y_BSA, kept = self._run(w, x_BSD, lengths_B, cache if decode else None)
             y_BSD = self.linear(y_BSA, w["w_out"], jnp.float32)
             y_BSD = jax.lax.psum(y_BSD, TP).astype(x_BSD.dtype)
             y_BSD = y_BSD + w["b_out"][None, None] if "b_out" in w else y_BSD
@@ -102,9 +107,21 @@ class RecurrentMixer(nnx.Module):
             local,
             mesh=self.mesh,
             in_specs=(specs, P(batch), P(batch), cache_spec),
-            out_specs=(P(batch), cache_spec),
+            out_specs=(P(batch), out_spec),
             check_vma=False,
         )(weights, x_BSD, positions_BS, cache)
+
+    def _run_each(self, w: dict[str, Any], x_BSD: jax.Array, cache: RecurrentCache) -> tuple[jax.Array, RecurrentCache]:
+        """Run tokens one after the other, and keep what each of them leaves, [B, S, ...]."""
+        lengths_B = jnp.ones(len(x_BSD), jnp.int32)
+
+        def one(before: RecurrentCache, x_BD: jax.Array) -> tuple[RecurrentCache, tuple[jax.Array, RecurrentCache]]:
+            y_B1A, kept = self._run(w, x_BD[:, None], lengths_B, before)
+            kept = RecurrentCache(kept.conv.astype(before.conv.dtype), kept.state)
+            return kept, (y_B1A[:, 0], kept)
+
+        _, each = jax.lax.scan(one, cache, jnp.moveaxis(x_BSD, 1, 0))
+        return jax.tree.map(lambda array: jnp.moveaxis(array, 0, 1), each)
 
 
 def is_token(S: int, lengths_B: jax.Array) -> jax.Array:

@@ -43,7 +43,7 @@ class ShortConv(RecurrentMixer):
         """The layer's cache, as a `RecurrentCache` of a `CacheArray`; `max_length` makes no difference."""
         del max_length
         kept = (batch_size, self.config.conv_kernel_size - 1, self.hidden_size)
-        return RecurrentCache(conv=CacheArray(kept, (None, TP)), state=None)
+        return RecurrentCache(conv=CacheArray(kept, (None, TP), by_position=False), state=None)
 
     def _run(
         self, w: dict[str, Any], x_BSD: jax.Array, lengths_B: jax.Array, before: RecurrentCache | None

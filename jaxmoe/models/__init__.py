@@ -150,17 +150,21 @@ def _check(config: Mapping[str, Any], text: Mapping[str, Any] | None) -> None:
     check_rope_agreement(config, text)
 
 
-def read_model_config(directory: str | Path) -> tuple[Family, DecoderConfig]:
-    """Read the family and the config of a checkpoint, given as for `find_checkpoint`, from its config.json alone.
+def read_model_config(directory: str | Path, *, mtp: bool = False) -> tuple[Family, DecoderConfig]:
+    """Read the family and the config of a checkpoint from its config.json alone.
+
+    Args:
+        directory: checkpoint, given as for `find_checkpoint`.
+        mtp: whether the model has its layers for multi-token prediction, see `Family.with_mtp`.
 
     Raises:
-        FileNotFoundError: there is none.
-        ValueError: it is not readable, of no known family, or lacks what the family needs.
+        FileNotFoundError: there is no config.json.
+        ValueError: it is not readable, of no known family, lacks what the family needs, or has no such layers.
     """
     directory = directory_of(find_checkpoint(directory))
     raw_config = read_config_json(directory)
     try:
         family, text_config = find_family(raw_config)
-        return family, family.read_config(text_config)
+        return family.read(text_config, mtp=mtp)
     except ValueError as error:
         raise ValueError(f"{directory / 'config.json'}: {error}") from error

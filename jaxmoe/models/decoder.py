@@ -4,7 +4,7 @@ import contextlib
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -36,6 +36,7 @@ from jaxmoe.models.checks import check_length, check_token_ids, check_tp
 from jaxmoe.models.decoder_layer import DecoderLayer
 from jaxmoe.models.describe import describe
 from jaxmoe.models.kernels import describe_kernels
+from jaxmoe.models.mtp import PredictionLayer
 from jaxmoe.models.origin import Origin
 from jaxmoe.models.padding import bucket_length, prompt_positions
 from jaxmoe.models.parts import describe_packed
@@ -103,7 +104,7 @@ class Decoder(nnx.Module):
         )
         self.embed = VocabTable(config.vocab_size, config.hidden_size, param=param)
         self.layers = nnx.List(
-            DecoderLayer(
+            (DecoderLayer if i < config.num_main_layers else PredictionLayer)(
                 layer,
                 config,
                 param=param,
@@ -142,8 +143,13 @@ class Decoder(nnx.Module):
         _LOAD_REPORTS.give(self, report)
 
     @property
+    def prediction_layers(self) -> list[PredictionLayer]:
+        """The layers for multi-token prediction, which no token goes through on its way to the logits."""
+        return [cast(PredictionLayer, layer) for layer in self.layers[self.config.num_main_layers :]]
+
+    @property
     def moe_layers(self) -> list[MoE]:
-        """The layers of routed experts, first to last."""
+        """The layers of routed experts, first to last, those for multi-token prediction too."""
         return [layer.moe for layer in self.layers if hasattr(layer, "moe")]
 
     @property
@@ -378,7 +384,11 @@ class Decoder(nnx.Module):
     def init_cache(self, batch_size: int, max_length: int) -> Cache:
         """An empty cache for `batch_size` sequences (see `padded_batch`) of up to `max_length` tokens."""
         check_length(self.config, max_length)
-        arrays = tuple(layer.cache_arrays(batch_size, max_length) for layer in self.layers)
+        return self.empty_cache(self.layers[: self.config.num_main_layers], batch_size, max_length)
+
+    def empty_cache(self, layers: Sequence[DecoderLayer], batch_size: int, max_length: int) -> Cache:
+        """An empty cache for each of some layers."""
+        arrays = tuple(layer.cache_arrays(batch_size, max_length) for layer in layers)
         return _empty(arrays, self.dtype, self.mesh, batch_axes(self.mesh, batch_size))
 
     def padded_batch(self, batch_size: int) -> int:
@@ -404,9 +414,9 @@ class Decoder(nnx.Module):
         """`prefill`, and what each MoE layer did; with choices to take, as for `logits_and_stats`."""
         S = tokens_BS.shape[1]
         positions_BS, mask_BS = prompt_positions(lengths_B, S)
-        x_BSD, cache, stats = self._hidden(tokens_BS, positions_BS, mask_BS, cache, expert_ids_BSLK)
+        x_BSD, cache, stats = self.hidden_and_stats(tokens_BS, positions_BS, mask_BS, cache, expert_ids_BSLK)
         last_B1D = jnp.take_along_axis(x_BSD, jnp.maximum(lengths_B - 1, 0)[:, None, None], axis=1)
-        return self._logits(last_B1D)[:, 0], cache, stats
+        return self.logits_of(last_B1D)[:, 0], cache, stats
 
     def decode(
         self, tokens_B: jax.Array, positions_B: jax.Array, cache: Cache, active_B: jax.Array | None = None
@@ -435,10 +445,10 @@ class Decoder(nnx.Module):
         """`decode`, and what each MoE layer did; with choices to take, one token's for each row."""
         mask_B1 = jnp.ones((len(tokens_B), 1), bool) if active_B is None else active_B[:, None]
         ids_B1LK = None if expert_ids_BLK is None else expert_ids_BLK[:, None]
-        x_B1D, cache, stats = self._hidden(
+        x_B1D, cache, stats = self.hidden_and_stats(
             tokens_B[:, None], positions_B[:, None], mask_B1, cache, ids_B1LK, decode=True
         )
-        return self._logits(x_B1D)[:, 0], cache, stats
+        return self.logits_of(x_B1D)[:, 0], cache, stats
 
     def logits_and_stats(
         self, tokens_BS: jax.Array, lengths_B: jax.Array, expert_ids_BSLK: jax.Array | None = None
@@ -455,27 +465,44 @@ class Decoder(nnx.Module):
             float32 [B, S, vocab_size], and one `MoEStats` per MoE layer.
         """
         positions_BS, mask_BS = prompt_positions(lengths_B, tokens_BS.shape[1])
-        x_BSD, _, stats = self._hidden(tokens_BS, positions_BS, mask_BS, None, expert_ids_BSLK)
-        return self._logits(x_BSD), stats
+        x_BSD, _, stats = self.hidden_and_stats(tokens_BS, positions_BS, mask_BS, None, expert_ids_BSLK)
+        return self.logits_of(x_BSD), stats
 
-    def _hidden(
+    def embedded(self, tokens_BS: jax.Array) -> jax.Array:
+        """Embed tokens, [B, S, D], as the first layer sees them."""
+        return self.embed.embed(tokens_BS, batch_axes(self.mesh, len(tokens_BS))) * self.config.embedding_multiplier
+
+    def hidden_and_stats(
         self,
         tokens_BS: jax.Array,
         positions_BS: jax.Array,
         mask_BS: jax.Array,
         cache: Cache | None,
-        expert_ids_BSLK: jax.Array | None,
+        expert_ids_BSLK: jax.Array | None = None,
         *,
         decode: bool = False,
     ) -> tuple[jax.Array, Cache, tuple[MoEStats, ...]]:
+        """Run tokens through the model's own layers and its last norm.
+
+        Args:
+            tokens_BS: int32.
+            positions_BS: int32, as `TokenMixer` has them.
+            mask_BS: bool, False for tokens that go to no routed expert.
+            cache: cache that gets the tokens; None for none.
+            expert_ids_BSLK: choices to take, as for `logits_and_stats`.
+            decode: whether the cache holds all positions before. With S > 1 it comes back with what `accepted` chooses from.
+
+        Returns:
+            [B, S, D], the cache, and one `MoEStats` for each MoE layer that a token goes through.
+        """
         check_usable(self)
         batch = batch_axes(self.mesh, tokens_BS.shape[0])
-        x_BSD = self.embed.embed(tokens_BS, batch) * self.config.embedding_multiplier
+        x_BSD = self.embedded(tokens_BS)
         if self.config.streams is not None:
             x_BSD = jnp.repeat(x_BSD[:, :, None], self.config.streams.streams, axis=2)
         choices = iter(of_layers(expert_ids_BSLK, [moe.config for moe in self.moe_layers], tokens_BS.shape))
         caches, stats, chosen = [], [], None
-        for i, layer in enumerate(self.layers):
+        for i, layer in enumerate(self.layers[: self.config.num_main_layers]):
             layer_cache = None if cache is None else cache[i]
             ids_BSK = next(choices) if hasattr(layer, "moe") else None
             x_BSD, layer_cache, layer_stats, chosen = layer(
@@ -496,7 +523,8 @@ class Decoder(nnx.Module):
             x_BSD = self.hyper_head(x_BSD)
         return self.norm(x_BSD) if self.config.final_norm else x_BSD, tuple(caches), tuple(stats)
 
-    def _logits(self, x_BSD: jax.Array) -> jax.Array:
+    def logits_of(self, x_BSD: jax.Array) -> jax.Array:
+        """Project what the last norm gives, [B, S, D], to float32 [B, S, vocab_size]."""
         table = self.embed if self.config.tie_word_embeddings else self.lm_head
         logits_BSV = table.logits(x_BSD, batch_axes(self.mesh, x_BSD.shape[0])) / self.config.logits_scaling
         softcap = self.config.logits_softcap
@@ -515,7 +543,9 @@ def _all_logits(
     model = nnx.merge(graphdef, *states)
     model.record_with(None)  # This program hands out its routing itself.
     logits_BSV, stats = model.logits_and_stats(tokens_BS, lengths_B, expert_ids_BSLK)
-    return logits_BSV, None if token_ids is None else routing_of(stats, model.mesh, token_ids=token_ids)
+    if token_ids is None:
+        return logits_BSV, None
+    return logits_BSV, routing_of(stats, model.mesh, token_ids=token_ids, num_layers=len(model.moe_layers))
 
 
 @partial(jax.jit, static_argnums=(0, 1, 2, 3))

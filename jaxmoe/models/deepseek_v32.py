@@ -6,7 +6,7 @@ from typing import Any
 
 from jaxmoe.config import DecoderConfig, IndexerConfig, MLAConfig, pick, pick_layer_types
 from jaxmoe.models.deepseek import DEEPSEEK_TENSORS, check_setting, read_deepseek, read_mla
-from jaxmoe.models.family import MLP_EXPERTS, MTP_LAYERS, ROTARY_BUFFERS, Family
+from jaxmoe.models.family import MLP_EXPERTS, MTP_BEHIND, MTP_LAYERS, ROTARY_BUFFERS, Family
 from jaxmoe.models.readers import read_grouped_sigmoid_router
 
 
@@ -101,6 +101,7 @@ DEEPSEEK_V32 = Family(
     },
     experts=MLP_EXPERTS,
     ignored={**ROTARY_BUFFERS, **MTP_LAYERS},
+    mtp=MTP_BEHIND,
 )
 
 GLM_MOE_DSA = dataclasses.replace(DEEPSEEK_V32, model_type="glm_moe_dsa", read_config=read_glm_config)

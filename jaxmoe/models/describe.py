@@ -31,9 +31,10 @@ def describe(
     """
     sizes = ", ".join(f"{axis}={size}" for axis, size in mesh.shape.items())
     platform = mesh.devices.flat[0].platform
+    predicting = "" if config.mtp is None else f", the last {config.mtp.num_layers} for multi-token prediction"
     lines = [
         f"{config.model_type} in {dtype.name}, {len(config.layers)} layers, "
-        f"{len(moe_layers)} of them with routed experts",
+        f"{len(moe_layers)} of them with routed experts{predicting}",
         f"mesh {sizes}: {mesh.size} {platform} device{'s' if mesh.size > 1 else ''}",
     ]
     if packed:

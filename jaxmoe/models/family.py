@@ -1,10 +1,10 @@
 """The contract of a model family: the reading of its config, and the names of its tensors."""
 
 import dataclasses
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, Literal
 
-from jaxmoe.config import DecoderConfig
+from jaxmoe.config import DecoderConfig, LayerConfig, MLAConfig, MTPConfig
 from jaxmoe.models.wrappers import Wrapper
 
 ExpertLayout = Literal[
@@ -66,9 +66,13 @@ class ExpertTensors:
 
     def for_layer(self, layer: int) -> "ExpertTensors":
         """Fill in the layer's index."""
+        return self.map(lambda name: name.replace("{layer}", str(layer)))
+
+    def map(self, change: Callable[[str], str]) -> "ExpertTensors":
+        """Change every name."""
         names = {key: name for key, name in dataclasses.asdict(self).items() if isinstance(name, str)}
-        filled: dict[str, Any] = {key: name.replace("{layer}", str(layer)) for key, name in names.items()}
-        return dataclasses.replace(self, **filled)
+        changed: dict[str, Any] = {key: change(name) for key, name in names.items() if key != "fused_layout"}
+        return dataclasses.replace(self, **changed)
 
     def per_expert(self, expert: int) -> tuple[str, ...]:
         """List the names of one expert's gate, if it has one, up and down tensors; () if the family has none."""
@@ -101,6 +105,38 @@ class ExpertTensors:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class MTPTensors:
+    """The layers for multi-token prediction of a family: their configs, and the names of their tensors.
+
+    A name has ``{layer}``, the index behind the model's own layers, or ``{mtp}``, the index among these alone.
+
+    Attributes:
+        layers: function of config.json and the decoder's config to the configs of these layers.
+        tensors: names of what `jaxmoe.models.mtp.PredictionInput` and the last norm are made of, as in `Family.tensors`.
+        layer: beginning of the names of a layer's tensors, which the family's own names begin with "model.layers.{layer}".
+        renamed: pairs of a part of a family's own name and what stands there instead in these layers.
+        copies: regular expression for tensors that are the model's embedding and output projection again.
+        passes: hidden state that the next layer starts from, see `MTPConfig`.
+    """
+
+    layers: Callable[[Mapping[str, Any], DecoderConfig], Sequence[LayerConfig]]
+    tensors: Mapping[str, tuple[str, ...]]
+    layer: str = "model.layers.{layer}"
+    renamed: tuple[tuple[str, str], ...] = ()
+    copies: str | None = None
+    passes: Literal["stream", "normed", "main"] = "stream"
+
+    def name(self, name: str) -> str:
+        """Give the name that a family's own name, with ``{layer}`` in it, has in one of these layers."""
+        own = "model.layers.{layer}"
+        if not name.startswith(own):
+            return name
+        for old, new in self.renamed:
+            name = name.replace(old, new)
+        return self.layer + name.removeprefix(own)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Family:
     """One model family.
 
@@ -120,6 +156,8 @@ class Family:
         written: form of the experts that is written whichever is asked for, where transformers reads one only; None for
             either. Both are read here.
         wrapper: multimodal model that a checkpoint is of; None where it is of the text model alone.
+        mtp: layers for multi-token prediction; None for a family whose layers for it are not known here, or that has none.
+        mtp_from: index of the first of them, where they are loaded (`with_mtp`); None where they are not.
     """
 
     model_type: str
@@ -130,13 +168,62 @@ class Family:
     renamed_experts: ExpertTensors | None = None
     written: Form | None = None
     wrapper: Wrapper | None = None
+    mtp: MTPTensors | None = None
+    mtp_from: int | None = None
+
+    def read(self, config_json: Mapping[str, Any], *, mtp: bool = False) -> tuple["Family", DecoderConfig]:
+        """Read a config.json; with `mtp` the model has its layers for multi-token prediction, see `with_mtp`."""
+        config = self.read_config(config_json)
+        return self.with_mtp(config_json, config) if mtp else (self, config)
+
+    def with_mtp(self, config_json: Mapping[str, Any], config: DecoderConfig) -> tuple["Family", DecoderConfig]:
+        """Add the layers for multi-token prediction to a model's config, and their names to the family.
+
+        Args:
+            config_json: dictionary that `config` was read from.
+            config: config of the model without these layers.
+
+        Raises:
+            ValueError: the family's are not known, or config.json says that there is none.
+        """
+        if self.mtp is None:
+            raise ValueError(
+                "mtp=True loads layers for multi-token prediction, which jaxmoe knows of some families, and "
+                f"{self.model_type} is none of them; load it without"
+            )
+        layers = tuple(self.mtp.layers(config_json, config))
+        if not layers:
+            raise ValueError(
+                "mtp=True loads layers for multi-token prediction, and config.json says that the model has none "
+                "(num_nextn_predict_layers is 0); load it without"
+            )
+        mtp = MTPConfig(num_layers=len(layers), passes=self.mtp.passes)
+        family = dataclasses.replace(
+            self, tensors={**self.tensors, **self.mtp.tensors}, mtp_from=config.num_main_layers
+        )
+        return family, dataclasses.replace(config, layers=config.layers + layers, mtp=mtp)
+
+    def name_in_layer(self, name: str, layer: int) -> str:
+        """Fill a layer's index into one of the names, for a layer for multi-token prediction as `MTPTensors` says."""
+        if self.mtp is None or self.mtp_from is None or layer < self.mtp_from:
+            return name.replace("{layer}", str(layer))
+        filled = self.mtp.name(name).replace("{layer}", str(layer))
+        return filled.replace("{mtp}", str(layer - self.mtp_from))
+
+    def experts_in_layer(self, names: ExpertTensors, layer: int) -> ExpertTensors:
+        """Fill a layer's index into names of experts, as `name_in_layer` does."""
+        return names.map(lambda name: self.name_in_layer(name, layer))
 
     def ignored_in(self, config: DecoderConfig) -> dict[str, str]:
         """Fill in `ignored` for a model of that config, with the rules of a multimodal model around it."""
-        behind = range(len(config.layers), len(config.layers) + config.num_mtp_layers)
-        own = {
-            name: pattern.replace("{mtp_layers}", "|".join(map(str, behind))) for name, pattern in self.ignored.items()
-        }
+        first = config.num_main_layers
+        behind = "|".join(map(str, range(first, first + config.num_mtp_layers)))
+        rules = dict(self.ignored)
+        if self.mtp is not None and config.mtp is not None:
+            del rules[MTP_RULE]
+            if self.mtp.copies is not None:
+                rules["embedding and output projection again"] = self.mtp.copies
+        own = {name: pattern.replace("{mtp_layers}", behind) for name, pattern in rules.items()}
         return {**own, **(self.wrapper.ignored if self.wrapper else {})}
 
     def text_name(self, name: str) -> str:
@@ -215,5 +302,31 @@ MAMBA2_NAMES = {
 # Buffers that old exporters wrote beside the weights.
 ROTARY_BUFFERS = {"rotary buffers": r".*\.rotary_emb\.inv_freq"}
 
+MTP_RULE = "multi-token prediction"
+
 # Layers that predict the tokens after the next one stand behind the model's own.
-MTP_LAYERS = {"multi-token prediction": r"model\.layers\.({mtp_layers})\..*"}
+MTP_LAYERS = {MTP_RULE: r"model\.layers\.({mtp_layers})\..*"}
+
+
+def last_moe_layer_again(config_json: Mapping[str, Any], config: DecoderConfig) -> list[LayerConfig]:
+    """Make layers for multi-token prediction like the model's last one with routed experts, with an indexer of their own."""
+    del config_json
+    last = config.layers[config.moe_layers[-1] if config.moe_layers else -1]
+    if isinstance(last.attention, MLAConfig) and last.attention.indexer is not None:
+        indexer = dataclasses.replace(last.attention.indexer, reuses=False)
+        last = dataclasses.replace(last, attention=dataclasses.replace(last.attention, indexer=indexer))
+    return [last] * config.num_mtp_layers
+
+
+# The names that DeepSeek-V3 set. A checkpoint has the embedding and the output projection in each of these layers again,
+# which are shared with the model's (DeepSeek-AI 2024, arXiv:2412.19437, section 2.2).
+MTP_BEHIND = MTPTensors(
+    layers=last_moe_layer_again,
+    tensors={
+        "layers.{layer}.prediction.embed_norm.weight": ("model.layers.{layer}.enorm.weight",),
+        "layers.{layer}.prediction.hidden_norm.weight": ("model.layers.{layer}.hnorm.weight",),
+        "layers.{layer}.prediction.w_in": ("model.layers.{layer}.eh_proj.weight",),
+        "layers.{layer}.prediction.out_norm.weight": ("model.layers.{layer}.shared_head.norm.weight",),
+    },
+    copies=r"model\.layers\.({mtp_layers})\.(embed_tokens|shared_head\.head)\.weight",
+)

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from jaxmoe.config import DecoderConfig, QueryKeyNorm, pick, read_common
-from jaxmoe.models.family import MLP_EXPERTS, MTP_LAYERS, ROTARY_BUFFERS, Family, llama_tensors, mlp_tensors
+from jaxmoe.models.family import MLP_EXPERTS, MTP_BEHIND, MTP_LAYERS, ROTARY_BUFFERS, Family, llama_tensors, mlp_tensors
 from jaxmoe.models.readers import (
     make_layers,
     read_attention,
@@ -56,4 +56,5 @@ GLM4_MOE = Family(
     ),
     experts=MLP_EXPERTS,
     ignored={**ROTARY_BUFFERS, **MTP_LAYERS},
+    mtp=MTP_BEHIND,
 )

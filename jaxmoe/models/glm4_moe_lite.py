@@ -5,7 +5,7 @@ from typing import Any
 
 from jaxmoe.config import DecoderConfig, pick
 from jaxmoe.models.deepseek import DEEPSEEK_TENSORS, check_setting, read_deepseek, read_mla
-from jaxmoe.models.family import MLP_EXPERTS, MTP_LAYERS, ROTARY_BUFFERS, Family
+from jaxmoe.models.family import MLP_EXPERTS, MTP_BEHIND, MTP_LAYERS, ROTARY_BUFFERS, Family
 from jaxmoe.models.readers import read_grouped_sigmoid_router
 
 
@@ -34,4 +34,5 @@ GLM4_MOE_LITE = Family(
     tensors=DEEPSEEK_TENSORS,
     experts=MLP_EXPERTS,
     ignored={**ROTARY_BUFFERS, **MTP_LAYERS},
+    mtp=MTP_BEHIND,
 )

@@ -9,13 +9,22 @@ from typing import Any
 from jaxmoe.config import (
     AttentionConfig,
     DecoderConfig,
+    LayerConfig,
     SlidingWindow,
     pick,
     pick_layer_flags,
     pick_layer_types,
     read_common,
 )
-from jaxmoe.models.family import MLP_EXPERTS, ROTARY_BUFFERS, Family, llama_tensors, mlp_tensors
+from jaxmoe.models.family import (
+    MLP_EXPERTS,
+    MTP_RULE,
+    ROTARY_BUFFERS,
+    Family,
+    MTPTensors,
+    llama_tensors,
+    mlp_tensors,
+)
 from jaxmoe.models.readers import (
     check_known,
     make_layers,
@@ -50,6 +59,7 @@ def read_config(config: Mapping[str, Any]) -> DecoderConfig:
             moe,
             read_mlp(config, pick(config, "intermediate_size")),
         ),
+        num_mtp_layers=pick(config, "num_nextn_predict_layers", default=3),
     )
 
 
@@ -122,6 +132,15 @@ def _window(config: Mapping[str, Any]) -> int:
     return size
 
 
+def _prediction_layers(config: Mapping[str, Any], decoder: DecoderConfig) -> list[LayerConfig]:
+    """The layers for multi-token prediction, of which config.json says nothing: with a window, and dense."""
+    dense = read_mlp(config, pick(config, "intermediate_size"))
+    layer = LayerConfig(attention=_read_attention(config, _SLIDING), feed_forward=dense)
+    return [layer] * decoder.num_mtp_layers
+
+
+_PREDICTION = "model.mtp.layers.{mtp}"
+
 MIMO_V2_FLASH = Family(
     model_type="mimo_v2_flash",
     read_config=read_config,
@@ -137,5 +156,17 @@ MIMO_V2_FLASH = Family(
         }
     ),
     experts=MLP_EXPERTS,
-    ignored={**ROTARY_BUFFERS, "multi-token prediction": r"model\.mtp\..*"},
+    ignored={**ROTARY_BUFFERS, MTP_RULE: r"model\.mtp\..*"},
+    mtp=MTPTensors(
+        layers=_prediction_layers,
+        layer=_PREDICTION,
+        renamed=(("post_attention_layernorm", "pre_mlp_layernorm"),),
+        tensors={
+            "layers.{layer}.prediction.embed_norm.weight": (f"{_PREDICTION}.enorm.weight",),
+            "layers.{layer}.prediction.hidden_norm.weight": (f"{_PREDICTION}.hnorm.weight",),
+            "layers.{layer}.prediction.w_in": (f"{_PREDICTION}.eh_proj.weight",),
+            "layers.{layer}.prediction.out_norm.weight": (f"{_PREDICTION}.final_layernorm.weight",),
+        },
+        passes="main",
+    ),
 )

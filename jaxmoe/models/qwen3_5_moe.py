@@ -5,7 +5,7 @@ from typing import Any
 
 from jaxmoe.config import DecoderConfig, LayerConfig, read_common
 from jaxmoe.models.family import MLP_EXPERTS, Family, llama_tensors
-from jaxmoe.models.qwen3_next import DELTA_NET_TENSORS, IGNORED, MOE_TENSORS, read_token_mixers
+from jaxmoe.models.qwen3_next import DELTA_NET_TENSORS, IGNORED, MOE_TENSORS, make_prediction_tensors, read_token_mixers
 from jaxmoe.models.readers import read_moe_with_gated_expert
 
 
@@ -43,4 +43,5 @@ QWEN3_5_MOE_TEXT = Family(
     ),
     experts=MLP_EXPERTS,
     ignored=IGNORED,
+    mtp=make_prediction_tensors(renormalize=True),
 )

@@ -7,14 +7,24 @@ from jaxmoe.config import (
     AttentionConfig,
     DecoderConfig,
     GatedDeltaNetConfig,
+    LayerConfig,
     QueryKeyNorm,
     TokenMixerConfig,
     pick,
     pick_layer_types,
     read_common,
 )
-from jaxmoe.models.family import MLP_EXPERTS, ROTARY_BUFFERS, Family, llama_tensors, mlp_tensors
+from jaxmoe.models.family import (
+    MLP_EXPERTS,
+    MTP_RULE,
+    ROTARY_BUFFERS,
+    Family,
+    MTPTensors,
+    llama_tensors,
+    mlp_tensors,
+)
 from jaxmoe.models.readers import (
+    check_known,
     make_layers,
     read_biases,
     read_mlp,
@@ -107,7 +117,39 @@ MOE_TENSORS = {
     **mlp_tensors("moe.shared", "mlp.shared_expert"),
 }
 
-IGNORED = {**ROTARY_BUFFERS, "multi-token prediction": r"mtp\..*"}
+IGNORED = {**ROTARY_BUFFERS, MTP_RULE: r"mtp\..*"}
+
+
+def make_prediction_tensors(*, renormalize: bool | None = None) -> MTPTensors:
+    """Make the part for multi-token prediction: a layer with full attention and routed experts, whatever the model has.
+
+    Args:
+        renormalize: whether the weights of a token's experts add up to one; None for what config.json says.
+    """
+
+    def layers(config: Mapping[str, Any], decoder: DecoderConfig) -> list[LayerConfig]:
+        check_known(config, mtp_use_dedicated_embeddings=False)
+        count = pick(config, "mtp_num_hidden_layers", "num_nextn_predict_layers", default=1)
+        if count not in (0, 1):
+            raise ValueError(f"released models have one layer for multi-token prediction; config.json asks for {count}")
+        one = {**config, "num_hidden_layers": 1, "layer_types": ["full_attention"]}
+        [attention] = read_token_mixers(one, fused_projections=True)
+        weights_add_up = pick(config, "norm_topk_prob", default=True) if renormalize is None else renormalize
+        moe = read_moe_with_gated_expert(config, renormalize=weights_add_up)
+        return [LayerConfig(attention=attention, feed_forward=moe)] * count
+
+    return MTPTensors(
+        layers=layers,
+        layer="mtp.layers.{mtp}",
+        tensors={
+            "layers.{layer}.prediction.embed_norm.weight": ("mtp.pre_fc_norm_embedding.weight",),
+            "layers.{layer}.prediction.hidden_norm.weight": ("mtp.pre_fc_norm_hidden.weight",),
+            "layers.{layer}.prediction.w_in": ("mtp.fc.weight",),
+            "layers.{layer}.prediction.out_norm.weight": ("mtp.norm.weight",),
+        },
+        passes="normed",
+    )
+
 
 QWEN3_NEXT = Family(
     model_type="qwen3_next",
@@ -123,4 +165,5 @@ QWEN3_NEXT = Family(
     ),
     experts=MLP_EXPERTS,
     ignored=IGNORED,
+    mtp=make_prediction_tensors(),
 )

@@ -26,8 +26,15 @@ class Routing(NamedTuple):
     expert_ids: jax.Array | None
 
 
-def routing_of(stats: Sequence[MoEStats], mesh: Mesh, *, token_ids: bool) -> Routing:
+def routing_of(stats: Sequence[MoEStats], mesh: Mesh, *, token_ids: bool, num_layers: int | None = None) -> Routing:
     """Gather the layers' statistics; layers with fewer experts or choices are filled up with zeros or -1.
+
+    Args:
+        stats: statistics of the layers that were run, first to last.
+        mesh: mesh that they are on.
+        token_ids: whether each token's choices are wanted.
+        num_layers: number of MoE layers of the model, of which the last may not have been run: no token went to their
+            experts. None for as many as `stats`.
 
     Raises:
         ValueError: there is no MoE layer.
@@ -35,7 +42,9 @@ def routing_of(stats: Sequence[MoEStats], mesh: Mesh, *, token_ids: bool) -> Rou
     if not stats:
         raise ValueError("no layer of this model has routed experts: there is no routing to record or to balance")
     E = max(layer.expert_counts.shape[0] for layer in stats)
+    idle = max(num_layers or 0, len(stats)) - len(stats)
     counts = jnp.stack([jnp.pad(layer.expert_counts, (0, E - layer.expert_counts.shape[0])) for layer in stats])
+    counts = jnp.pad(counts, ((0, idle), (0, 0)))
     if not token_ids:
         return Routing(counts, None)
     K = max(layer.expert_ids.shape[1] for layer in stats)
@@ -43,7 +52,8 @@ def routing_of(stats: Sequence[MoEStats], mesh: Mesh, *, token_ids: bool) -> Rou
         jnp.pad(layer.expert_ids, ((0, 0), (0, K - layer.expert_ids.shape[1])), constant_values=-1) for layer in stats
     ]
     # On every device, so that each process can read all of them.
-    return Routing(counts, jax.lax.with_sharding_constraint(jnp.stack(ids, axis=1), named(mesh)))
+    ids_TLK = jnp.pad(jnp.stack(ids, axis=1), ((0, 0), (0, idle), (0, 0)), constant_values=-1)
+    return Routing(counts, jax.lax.with_sharding_constraint(ids_TLK, named(mesh)))
 
 
 class RoutingRecorder:

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxmoe.checkpoint.mapping import abstract_model, count_parameters, is_expert_stack, layer_index, pack_model
-from jaxmoe.checks import integer
+from jaxmoe.checks import flag, integer
 from jaxmoe.config import DecoderConfig
 from jaxmoe.hardware import get_gpu
 from jaxmoe.layers import CacheArray, param_specs
@@ -92,6 +92,7 @@ def plan(
     dtype: str | None = None,
     quantized: str = "keep",
     activations: str | None = None,
+    mtp: bool = False,
     batch_size: int = 1,
     max_length: int | None = None,
     device: str | None = None,
@@ -109,6 +110,7 @@ def plan(
             `jaxmoe.load`.
         activations: "checkpoint" to count static scales of activations and name the form of inputs, None for weights
             alone, as for `jaxmoe.load`.
+        mtp: whether layers for multi-token prediction are loaded too, as for `jaxmoe.load`.
         batch_size: number of sequences to have room for.
         max_length: number of tokens of each; None for 4096, or as many positions as the model has where those are fewer.
         device: name in `jaxmoe.hardware.GPUS`, to compare with its memory.
@@ -123,7 +125,7 @@ def plan(
         >>> report.bytes_per_device[0], report.fits
         (9028136960, True)
     """
-    checkpoint = PlannedCheckpoint.read(path)
+    checkpoint = PlannedCheckpoint.read(path, mtp=flag("mtp", mtp))
     if quantized not in ("keep", "dequantize"):
         raise ValueError(f'quantized is "keep" or "dequantize"; got {quantized!r}')
     if activations not in (None, "checkpoint"):

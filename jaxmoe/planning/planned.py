@@ -20,15 +20,17 @@ class PlannedCheckpoint(NamedTuple):
         family: family of the model.
         config: config of the model.
         quantization: settings of a quantization that its files declare; None where they declare none.
+        mtp: whether the model has its layers for multi-token prediction.
     """
 
     directory: Path
     family: Family
     config: DecoderConfig
     quantization: Quantization | None
+    mtp: bool = False
 
     @classmethod
-    def read(cls, path: str | Path) -> "PlannedCheckpoint":
+    def read(cls, path: str | Path, *, mtp: bool = False) -> "PlannedCheckpoint":
         """Read the config of a checkpoint that is given as for `jaxmoe.load`, and the file beside it if there is one.
 
         Raises:
@@ -37,8 +39,8 @@ class PlannedCheckpoint(NamedTuple):
         """
         path_like("path", path)
         directory = directory_of(find_checkpoint(path))
-        family, config = read_model_config(directory)
-        return cls(directory, family, config, read_quantization(directory))
+        family, config = read_model_config(directory, mtp=mtp)
+        return cls(directory, family, config, read_quantization(directory), mtp)
 
     def onto(self, specs: Mapping[str, ParamSpec]) -> MappedCheckpoint:
         """Map its tensors to parameters: those that its headers tell of, or those that its config promises.
@@ -47,6 +49,6 @@ class PlannedCheckpoint(NamedTuple):
             specs: parameters of the model, as plain arrays.
         """
         try:
-            return FamilyCheckpoint.open(self.directory).onto(specs)
+            return FamilyCheckpoint.open(self.directory, mtp=self.mtp).onto(specs)
         except FileNotFoundError:  # no weights, or not all of them
             return expected_checkpoint(specs, self.family, self.config, self.quantization, self.directory)

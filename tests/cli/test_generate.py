@@ -87,12 +87,19 @@ def test_options_reach_the_loader(checkpoint, capsys, tmp_path) -> None:
         "quantized": None,
         "activations": "checkpoint",
         "adapter": "path/to/adapter",
+        "mtp": False,
         "expert_axes": ("ep", "tp"),
         "dispatch": "replicated",
         "kernels": "portable",
         "progress": False,
         "check_finite": True,
     }
+
+
+def test_speculation_loads_what_it_needs(checkpoint, capsys) -> None:
+    result = run(capsys, checkpoint.path, "--prompt-ids", "1", "--speculate", "mtp")
+    assert (result.status, checkpoint.loaded[0]["mtp"]) == (1, True)
+    assert "this model has none; load it with mtp=True" in result.err  # the fake has no such layers
 
 
 def test_text_prompts(with_tokenizer, capsys) -> None:
@@ -227,6 +234,8 @@ def test_a_bug_is_not_dressed_up_as_bad_input(checkpoint, monkeypatch) -> None:
         ["generate", "dir", "--prompt", "a", "--simulate", "0"],
         ["generate", "dir", "--prompt", "a", "--system", "b"],
         ["generate", "dir", "--prompt-ids", "1", "--chat"],
+        ["generate", "dir", "--prompt-ids", "1", "--num-drafts", "2"],
+        ["generate", "dir", "--prompt-ids", "1", "--speculate", "mtp", "--temperature", "0.5"],
     ],
 )
 def test_wrong_usage_is_status_2(argv, capsys) -> None:

@@ -10,7 +10,7 @@ from jaxmoe.checkpoint.formats import SAFETENSORS, find_size
 from jaxmoe.checkpoint.inspection.grouping import GROUPS, group_of
 from jaxmoe.checkpoint.inspection.holding import describe_holding
 from jaxmoe.checkpoint.mapping import abstract_specs, count_parameters, expected_checkpoint
-from jaxmoe.config import MoEConfig, read_json
+from jaxmoe.config import DecoderConfig, MoEConfig, read_json
 from jaxmoe.models import Family
 from jaxmoe.quant import read_quantization
 
@@ -25,7 +25,12 @@ def has_weights(path: Path) -> bool:
 
 
 def facts_of_config(
-    directory: Path, config: Mapping[str, Any], family: Family | None, text_config: Mapping[str, Any]
+    directory: Path,
+    config: Mapping[str, Any],
+    family: Family | None,
+    text_config: Mapping[str, Any],
+    *,
+    mtp: bool = False,
 ) -> dict[str, Any]:
     """Fields of a `CheckpointSummary` that a config.json fills without weights.
 
@@ -34,6 +39,7 @@ def facts_of_config(
         config: contents of config.json.
         family: family of the model; None where it is not known.
         text_config: part of the config that the family reads.
+        mtp: whether layers for multi-token prediction are a part of the model.
     """
     index = read_json(directory / SAFETENSORS.index)
     files = index.get("weight_map")
@@ -53,7 +59,7 @@ def facts_of_config(
     }
     if family is not None:
         try:
-            facts |= _of_family(directory, family, text_config)
+            facts |= _of_family(directory, *family.read(text_config, mtp=mtp))
         except ValueError as error:
             facts["problems"] = (str(error),)
     metadata = index.get("metadata")
@@ -61,8 +67,7 @@ def facts_of_config(
     return facts | ({"bytes": size} if type(size) is int and size > 0 else {})
 
 
-def _of_family(directory: Path, family: Family, text_config: Mapping[str, Any]) -> dict[str, Any]:
-    model = family.read_config(text_config)
+def _of_family(directory: Path, family: Family, model: DecoderConfig) -> dict[str, Any]:
     moes = [layer.feed_forward for layer in model.layers if isinstance(layer.feed_forward, MoEConfig)]
     parameters, active = count_parameters(model)
     facts: dict[str, Any] = {

@@ -20,7 +20,7 @@ from jaxmoe.checkpoint.formats import (
 from jaxmoe.checkpoint.inspection.config_only import facts_of_config, has_weights
 from jaxmoe.checkpoint.inspection.grouping import GROUPS, group_of, quantized_base
 from jaxmoe.checkpoint.inspection.holding import describe_holding
-from jaxmoe.checkpoint.mapping import FamilyCheckpoint, Unused, abstract_specs, detect_expert_layout
+from jaxmoe.checkpoint.mapping import FamilyCheckpoint, Unused, abstract_specs, detect_expert_layout, layer_index
 from jaxmoe.config import DecoderConfig, MoEConfig, directory_of, find_checkpoint, read_json
 from jaxmoe.models import FAMILIES, WRAPPERS, Family, find_family
 
@@ -87,12 +87,13 @@ class CheckpointSummary:
         return dataclasses.asdict(self)
 
 
-def summarize(path: str | os.PathLike[str]) -> CheckpointSummary:
+def summarize(path: str | os.PathLike[str], *, mtp: bool = False) -> CheckpointSummary:
     """Look at a checkpoint without reading a weight.
 
     Args:
         path: checkpoint, given as for `jaxmoe.load`. A family that jaxmoe does not know, a missing config.json and missing
             weights beside a config.json leave some entries None; that is no error.
+        mtp: whether its layers for multi-token prediction are a part of the model, as for `jaxmoe.load`.
 
     Raises:
         CheckpointError: a file breaks a rule of its format.
@@ -105,7 +106,7 @@ def summarize(path: str | os.PathLike[str]) -> CheckpointSummary:
     family, text_config, unknown = _find_family(config)
     quantization = find_quantization(directory, config)
     if not has_weights(path):
-        facts = facts_of_config(directory, config, family, text_config)
+        facts = facts_of_config(directory, config, family, text_config, mtp=mtp)
         facts["problems"] = (*([unknown] if family is None else []), *facts["problems"])
         return CheckpointSummary(
             path=str(path),
@@ -130,7 +131,7 @@ def summarize(path: str | os.PathLike[str]) -> CheckpointSummary:
     else:
         try:
             decoded = decode_checkpoint(checkpoint)
-            found = FamilyCheckpoint.of(decoded, family, family.read_config(text_config))
+            found = FamilyCheckpoint.of(decoded, *family.read(text_config, mtp=mtp))
             checkpoint, renamed = found.checkpoint, dict(found.renamed)
             mapped = _map(found)
             problems += mapped.problems
@@ -138,6 +139,7 @@ def summarize(path: str | os.PathLike[str]) -> CheckpointSummary:
             problems.append(str(error))
     ignored = {rule: list(names) for rule, names in mapped.unused.ignored.items()} if mapped else {}
     shapes = mapped.needed if mapped else _stored_shapes(checkpoint)
+    met = {name: shape for name, shape in (shapes or {}).items() if not mapped or name not in mapped.predicting}
     layouts = _layouts(checkpoint, config, {name for names in ignored.values() for name in names})
     moe = _MoESizes.known(mapped.config) if mapped else _MoESizes.guessed(config)
     return CheckpointSummary(
@@ -155,7 +157,7 @@ def summarize(path: str | os.PathLike[str]) -> CheckpointSummary:
         dtypes=_bytes_by_dtype(stored),
         quantization=quantization,
         parameters=None if shapes is None else sum(map(math.prod, shapes.values())),
-        active_parameters=None if shapes is None or (not mapped and _hidden(shapes, moe)) else _active(shapes, moe),
+        active_parameters=None if shapes is None or (not mapped and _hidden(shapes, moe)) else _active(met, moe),
         bytes=stored.nbytes,
         groups=_groups(checkpoint, shapes, ignored),
         ignored=ignored,
@@ -181,10 +183,14 @@ def _find_family(config: Mapping[str, Any]) -> tuple[Family | None, Mapping[str,
 
 @dataclasses.dataclass
 class _Findings:
-    """Results of mapping a checkpoint: the shapes of the tensors that its model needs, and what is left over or wrong."""
+    """Results of mapping a checkpoint: the shapes of the tensors that its model needs, and what is left over or wrong.
+
+    `predicting` are the tensors of layers for multi-token prediction, which no token goes through.
+    """
 
     config: DecoderConfig
     needed: Shapes
+    predicting: frozenset[str]
     unused: Unused
     problems: list[str]
     held: tuple[str, ...]
@@ -225,8 +231,10 @@ def _map(found: FamilyCheckpoint) -> _Findings:
         mapped = found.onto(specs, form="per_expert")
     unused = mapped.check(problems)
     needed = {name: block.tensor_shape for name, block in mapped.used_blocks()}
+    behind = range(found.config.num_main_layers, len(found.config.layers))
+    predicting = frozenset([name for name, block in mapped.used_blocks() if layer_index(block.param) in behind])
     held = () if problems.found else describe_holding(found.config, mapped)
-    return _Findings(found.config, needed, unused, problems.found, held)
+    return _Findings(found.config, needed, predicting, unused, problems.found, held)
 
 
 def _stored_shapes(checkpoint: Checkpoint) -> Shapes | None:

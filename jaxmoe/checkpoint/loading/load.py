@@ -44,6 +44,7 @@ def load(
     activations: str | None = None,
     adapter: str | Path | None = None,
     router: RouterFunction | None = None,
+    mtp: bool = False,
     expert_axes: tuple[str, ...] = (EP,),
     dispatch: str | Mapping[str, str] = "auto",
     kernels: str = "auto",
@@ -77,6 +78,8 @@ def load(
             has whole (``modules_to_save``, the ends of a grown vocabulary) take the place of the checkpoint's.
         router: a function that chooses the experts in every layer instead of the family's router, see
             `jaxmoe.config.ChosenByFunction`.
+        mtp: whether layers for multi-token prediction are loaded too, for ``generate(..., speculate="mtp")``; otherwise
+            they are ignored by a rule. Their experts have a placement like those of other layers, behind them.
         expert_axes: mesh axes that share the experts, see `jaxmoe.MoE`.
         dispatch: a backend of `jaxmoe.dispatch` or "auto", or one for each phase, {"prefill": ..., "decode": ...}.
         kernels: a backend of `jaxmoe.kernels.grouped_matmul`, or "auto".
@@ -101,12 +104,12 @@ def load(
     check_mesh(mesh)
     if adapter is not None:
         path_like("adapter", adapter)
-    check_finite = flag("check_finite", check_finite)
+    check_finite, mtp = flag("check_finite", check_finite), flag("mtp", mtp)
     check_progress(progress)
     _check_quantized(quantized, quantize, adapter)
     _check_activations(activations, quantized, quantize, adapter)
     path = find_checkpoint(path)
-    found = FamilyCheckpoint.open(path)
+    found = FamilyCheckpoint.open(path, mtp=mtp)
     opened = None if adapter is None else open_adapter(adapter)
     if opened is not None:
         found = put_in_whole_modules(found, opened)

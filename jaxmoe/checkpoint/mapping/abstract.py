@@ -45,14 +45,17 @@ def count_parameters(config: DecoderConfig) -> tuple[int, int]:
         config: config of the model.
 
     Returns:
-        All of them, and all but the routed experts that a token does not go to. The embedding is counted whole, as is usual.
+        All of them, and all but the routed experts that a token does not go to and the layers for multi-token prediction.
+        The embedding is counted whole, as is usual.
     """
     total = active = 0
     for path, spec in abstract_specs(config).items():
         count = math.prod(spec.shape)
         total += count
+        index = layer_index(path)
+        if index is not None and index >= config.num_main_layers:
+            continue
         if is_expert_stack(path):
-            index = layer_index(path)
             assert index is not None, f"{path}: experts outside a layer"
             moe = config.layers[index].feed_forward
             assert isinstance(moe, MoEConfig), f"{path}: a stack of no experts"

@@ -35,7 +35,7 @@ from jaxmoe.checkpoint.formats import (
 from jaxmoe.checkpoint.mapping.blocks import Block
 from jaxmoe.checkpoint.mapping.checks import check_filled_once, check_tensors, check_used_whole
 from jaxmoe.checkpoint.mapping.ignore import IgnoreRule
-from jaxmoe.checkpoint.mapping.names import model_blocks, wanted_names
+from jaxmoe.checkpoint.mapping.names import model_blocks, tensor_names, wanted_names
 from jaxmoe.checkpoint.mapping.other_experts import find_other_experts
 from jaxmoe.checkpoint.mapping.prefixes import find_prefix
 from jaxmoe.checkpoint.mapping.tied import settle_tied
@@ -74,15 +74,19 @@ class FamilyCheckpoint:
     other_experts: ExpertTensors | None
 
     @classmethod
-    def open(cls, path: Path) -> "FamilyCheckpoint":
+    def open(cls, path: Path, *, mtp: bool = False) -> "FamilyCheckpoint":
         """Open a checkpoint to read weights from, a directory or one file with its directory's config.json.
+
+        Args:
+            path: checkpoint.
+            mtp: whether its layers for multi-token prediction are a part of the model.
 
         Raises:
             FileNotFoundError: there is no checkpoint, or a part of it is missing.
             ValueError: config.json is of no known family, or a file breaks a rule, or the checkpoint is quantized in a way
-                that is not decoded.
+                that is not decoded, or `mtp` and it has no such layers.
         """
-        family, config = read_model_config(path)
+        family, config = read_model_config(path, mtp=mtp)
         return cls.of(decode_checkpoint(open_checkpoint(path)), family, config)
 
     @classmethod
@@ -100,13 +104,14 @@ class FamilyCheckpoint:
         inner = decoded.checkpoint.renamed(family.text_name)
         prefix = find_prefix(inner.tensors, family, config)
         settled = settle_tied(inner.renamed(prefix.rename), family, config)
+        _check_mtp(settled.checkpoint, family, settled.config)
         other = find_other_experts(settled.checkpoint.tensors, family, config)
         own = [IgnoreRule(name=name, pattern=pattern) for name, pattern in family.ignored_in(settled.config).items()]
         names = frozenset([prefix.rename(family.text_name(name)) for name in decoded.unread])
         unread = [IgnoreRule(name=UNREAD_RULE, names=names)]
         renamed = {prefix.rule: sum(prefix.rename(name) != name for name in inner.tensors)} if prefix.rule else {}
         if other is not None:
-            renamed[other.rule] = _count_experts(settled.checkpoint.tensors, other.names, config)
+            renamed[other.rule] = _count_experts(settled.checkpoint.tensors, other.names, family, config)
         return cls(
             checkpoint=settled.checkpoint,
             family=family,
@@ -149,11 +154,28 @@ class FamilyCheckpoint:
         return MappedCheckpoint.of(_bound(self.checkpoint, blocks), specs.values(), blocks, self.rules)
 
 
-def _count_experts(tensors: Collection[str], names: ExpertTensors, config: DecoderConfig) -> int:
+def _check_mtp(checkpoint: Checkpoint, family: Family, config: DecoderConfig) -> None:
+    """Refuse a checkpoint that lacks layers for multi-token prediction which are to be loaded.
+
+    Raises:
+        CheckpointError: names the first tensor that is missing.
+    """
+    for layer in range(config.num_main_layers, len(config.layers)):
+        names = tensor_names(family, f"layers.{layer}.prediction.w_in")
+        if not any(name in checkpoint.tensors for name in names):
+            raise CheckpointError(
+                f"{checkpoint.path}: mtp=True (--mtp, --speculate mtp) loads layers for multi-token prediction, here "
+                f"{len(config.layers) - config.num_main_layers}, and the checkpoint has no tensor {names[0]!r} "
+                "(transformers leaves these layers out when it saves a model); load it without, or take the files that the "
+                "publisher released"
+            )
+
+
+def _count_experts(tensors: Collection[str], names: ExpertTensors, family: Family, config: DecoderConfig) -> int:
     """Number of tensors of routed experts under these names."""
     found = 0
     for layer in config.moe_layers:
-        own, moe = names.for_layer(layer), config.layers[layer].feed_forward
+        own, moe = family.experts_in_layer(names, layer), config.layers[layer].feed_forward
         assert isinstance(moe, MoEConfig)
         for expert in range(moe.num_experts):
             found += sum(name in tensors for name in own.per_expert(expert) + own.per_expert_biases(expert))

@@ -118,7 +118,8 @@ def written_form(family: Family, form: Form) -> Form:
 def tensor_names(family: Family, path: str) -> list[str]:
     """A family's spellings of the tensor of a parameter that is no expert stack, the preferred first."""
     index = layer_index(path)
-    return [name.replace("{layer}", str(index)) for name in family.tensors[_template(path)]]
+    names = family.tensors[_template(path)]
+    return list(names) if index is None else [family.name_in_layer(name, index) for name in names]
 
 
 def _template(path: str) -> str:
@@ -152,10 +153,10 @@ def _expert_tensors(family: Family, path: str, tensors: Collection[str] = ()) ->
     index = layer_index(path)
     assert index is not None, f"{path}: experts outside a layer"
     if family.renamed_experts is not None:
-        renamed = family.renamed_experts.for_layer(index)
+        renamed = family.experts_in_layer(family.renamed_experts, index)
         if renamed.are_in(tensors):
             return renamed
-    return family.experts.for_layer(index)
+    return family.experts_in_layer(family.experts, index)
 
 
 def _oriented(names: ExpertTensors, down: ParamSpec, tensors: Mapping[str, TensorInfo | None]) -> ExpertTensors:

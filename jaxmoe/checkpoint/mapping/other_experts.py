@@ -40,12 +40,12 @@ def find_other_experts(tensors: Collection[str], family: Family, config: Decoder
     """
     own = [family.experts, *([family.renamed_experts] if family.renamed_experts else [])]
     for layer in config.moe_layers:
-        if any(names.for_layer(layer).are_in(tensors) for names in own):
+        if any(family.experts_in_layer(names, layer).are_in(tensors) for names in own):
             continue
         moe = config.layers[layer].feed_forward
         assert isinstance(moe, MoEConfig)
         for other in _known_names(family.experts, biased=moe.bias):
-            names = other.names.for_layer(layer)
+            names = family.experts_in_layer(other.names, layer)
             wanted = names.fused or [name for expert in range(moe.num_experts) for name in names.per_expert(expert)]
             if all(name in tensors for name in wanted):
                 return other

@@ -66,7 +66,7 @@ def find_prefix(names: Collection[str], family: Family, config: DecoderConfig) -
 def _layer_names(family: Family, config: DecoderConfig) -> set[str]:
     """Names of the family's tensors in layers, routed experts left out."""
     spellings = {name for own in family.tensors.values() for name in own if "{layer}" in name}
-    return {name.replace("{layer}", str(layer)) for name in spellings for layer in range(len(config.layers))}
+    return {family.name_in_layer(name, layer) for name in spellings for layer in range(config.num_main_layers)}
 
 
 def _all_begin(names: Collection[str], prefix: str) -> bool:

@@ -153,7 +153,7 @@ def save(
     packings = packings_of(model)
     specs = {spec.path: spec for spec in unpacked_specs(param_specs(model), packings, model.dtype)}
     source = model.origin.path
-    family, config = read_model_config(source)
+    family, config = read_model_config(source, mtp=model.config.mtp is not None)
     ignored = _carried(dict(model.origin.ignored), family)
     checkpoint = _open_source(source, family, config, needed=bool(ignored))
     with open_files(checkpoint.files if ignored and checkpoint else ()) as descriptors:
