@@ -44,6 +44,11 @@ class Names:
         self._whole = frozenset(entry for entry in self.entries if not _is_pattern(entry))
         self._lengths = {entry.count(".") + 1 for entry in self._whole}
         self._patterns = {entry: _compile(entry) for entry in self.entries if _is_pattern(entry)}
+        # Lists have hundreds of names with `*`, and models ten thousands of modules: all of them are one expression.
+        globs = [pattern.pattern for entry, pattern in self._patterns.items() if not entry.startswith("re:")]
+        self._expressions = [pattern for entry, pattern in self._patterns.items() if entry.startswith("re:")]
+        if globs:
+            self._expressions.append(re.compile("|".join(globs)))
 
     def __bool__(self) -> bool:
         return bool(self.entries)
@@ -51,7 +56,7 @@ class Names:
     def matches(self, module: str) -> bool:
         """Whether an entry names this module or one that it is in."""
         return any(run in self._whole for run in self._runs(module)) or any(
-            pattern.match(module) for pattern in self._patterns.values()
+            expression.match(module) for expression in self._expressions
         )
 
     def unused(self, modules: Iterable[str]) -> list[str]:
