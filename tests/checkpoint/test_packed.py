@@ -164,6 +164,10 @@ def test_a_block_that_a_device_s_part_cuts_becomes_smaller(tmp_path, width) -> N
         assert_same_values(
             model, jaxmoe.load(quantized, mesh=mesh_of(1, 4, 1), dtype="float32", quantized="dequantize")
         )
+        # Moved there, three blocks of a device become the smaller ones of four.
+        assert_same_values(
+            jaxmoe.move(jaxmoe.load(quantized, mesh=mesh_of(1, 1, 1), dtype="float32"), mesh=mesh_of(1, 4, 1)), model
+        )
         down = packings_of(model)["layers.0.moe.w_down"]
         assert down.block == (math.gcd(most[0], 64), math.gcd(most[1], width // 4))
         assert model.layers[0].moe.w_down_scale.shape[-1] == width // down.block[1]

@@ -1,5 +1,6 @@
 """Weights that stay packed: their arrays stand for the same values, in any box and with any finer block."""
 
+import dataclasses
 import math
 
 import ml_dtypes
@@ -10,6 +11,7 @@ from hypothesis import strategies as st
 
 from jaxmoe.kernels.grouped_matmul.quantized import FORMATS as KERNEL_FORMATS
 from jaxmoe.quant.packing import PACKED_DTYPES, Packing
+from jaxmoe.quant.unpack import unpack as unpack_on_host
 from tests.support.quantized import E2M1, EXAMPLES, Example, example, whole
 
 
@@ -69,6 +71,11 @@ def check(one: Example, box, block: tuple[int, int]) -> None:
     values = unpack(arrays, packing, block)
     expected = one.values[tuple(slice(*edges) for edges in box)]
     np.testing.assert_allclose(np.swapaxes(values, -1, -2) if turned else values, expected, rtol=2e-7, atol=0)
+    if packing.matrix_scales:
+        arrays["matrix_scale"] = arrays["matrix_scale"][..., 0, 0]
+    ours = dataclasses.replace(packing, block=block)
+    found = unpack_on_host(ours, arrays, tuple((0, size) for size in shape), shape)
+    np.testing.assert_allclose(found, values, rtol=2e-7, atol=0)
 
 
 def cuts(name: str) -> tuple[Example, tuple[int, int], tuple[int, ...]]:
