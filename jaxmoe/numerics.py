@@ -26,6 +26,16 @@ ACTIVATIONS: dict[str, Activation] = {
 }
 
 
+def zeros_behind(x: jax.Array, shape: tuple[int, ...], dtype: DTypeLike) -> jax.Array:
+    """Make zeros for a loop to fill, once `x` is there.
+
+    XLA makes zeros that wait for nothing at the start of a program, those of all layers at once, and there they stay until
+    each layer comes to its own.
+    """
+    zero, _ = jax.lax.optimization_barrier((jnp.zeros((), dtype), x))
+    return jnp.broadcast_to(zero, shape)
+
+
 def sum_dtype(dtype: DTypeLike) -> jnp.dtype:
     """The dtype of sums over numbers of `dtype`: float64 for float64, else float32, however JAX is set up."""
     return jnp.dtype(jnp.float64 if jnp.dtype(dtype) == jnp.float64 else jnp.float32)

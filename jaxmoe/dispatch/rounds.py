@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from jaxmoe.numerics import sum_dtype
+from jaxmoe.numerics import sum_dtype, zeros_behind
 
 # (index of the round, what a gradient is taken of, everything else that is traced) -> what the round adds to the sum.
 Body = Callable[[jax.Array, Any, Any], jax.Array]
@@ -49,7 +49,8 @@ def _sum_rounds(bodies: Bodies, once: bool, rounds: jax.Array, inputs: Any, cons
     body = bodies.forward
     if once:
         return body(jnp.int32(0), inputs, constants)
-    return _add_up(lambda index: body(index, inputs, constants), rounds, first_apart=bodies.first_apart)
+    first = jax.tree.leaves(inputs)[0]
+    return _add_up(lambda index: body(index, inputs, constants), rounds, first, first_apart=bodies.first_apart)
 
 
 def _forward(
@@ -70,6 +71,7 @@ def _backward(bodies: Bodies, once: bool, residuals: tuple[Any, ...], dy: jax.Ar
     sums = _add_up(
         lambda index: jax.tree.map(lambda x: x.astype(sum_dtype(x.dtype)), pull_back(index)),
         rounds,
+        dy,
         first_apart=bodies.first_apart,
     )
     return None, jax.tree.map(lambda total, x: total.astype(x.dtype), sums, inputs), None
@@ -78,7 +80,9 @@ def _backward(bodies: Bodies, once: bool, residuals: tuple[Any, ...], dy: jax.Ar
 _sum_rounds.defvjp(_forward, _backward)
 
 
-def _add_up(term: Callable[[jax.Array], Any], rounds: int | jax.Array, *, first_apart: bool) -> Any:
+def _add_up(term: Callable[[jax.Array], Any], rounds: int | jax.Array, behind: jax.Array, *, first_apart: bool) -> Any:
+    """Σ_{i < rounds} term(i), from zeros that wait for `behind` unless the first term stands apart."""
+
     def step(state: tuple[jax.Array, Any]) -> tuple[jax.Array, Any]:
         index, sums = state
         return index + 1, jax.tree.map(jnp.add, sums, term(index))
@@ -87,5 +91,5 @@ def _add_up(term: Callable[[jax.Array], Any], rounds: int | jax.Array, *, first_
         start = (jnp.int32(1), term(jnp.int32(0)))
     else:
         out = jax.eval_shape(term, jax.ShapeDtypeStruct((), jnp.int32))
-        start = (jnp.int32(0), jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), out))
+        start = (jnp.int32(0), jax.tree.map(lambda x: zeros_behind(behind, x.shape, x.dtype), out))
     return jax.lax.while_loop(lambda state: state[0] < rounds, step, start)[1]

@@ -19,6 +19,7 @@ from jaxmoe.layers.norm import rms_norm, zero_centered_rms_norm
 from jaxmoe.layers.param import ParamFactory, RowMap, ones, zeros
 from jaxmoe.layers.weights import WeightSpecs
 from jaxmoe.mesh import TP
+from jaxmoe.numerics import zeros_behind
 from jaxmoe.rotary.apply import apply_rope
 
 # Queries of a long prompt are taken this many at a time, which bounds the score matrix.
@@ -98,14 +99,17 @@ def by_query_blocks(block: Callable[..., jax.Array], *queries: jax.Array) -> jax
     if S <= _QUERY_BLOCK:
         return block(*queries)
     blocks = -(-S // _QUERY_BLOCK)
-    padding = blocks * _QUERY_BLOCK - S
+    padded = [jnp.pad(x, [(0, 0), (0, blocks * _QUERY_BLOCK - S)] + [(0, 0)] * (x.ndim - 2)) for x in queries]
 
-    def split(x: jax.Array) -> jax.Array:
-        padded = jnp.pad(x, [(0, 0), (0, padding)] + [(0, 0)] * (x.ndim - 2))
-        return jnp.moveaxis(padded.reshape(B, blocks, _QUERY_BLOCK, *x.shape[2:]), 1, 0)
+    def apply(i: jax.Array) -> jax.Array:
+        return block(*[jax.lax.dynamic_slice_in_dim(x, i * _QUERY_BLOCK, _QUERY_BLOCK, axis=1) for x in padded])
 
-    out = jnp.moveaxis(jax.lax.map(lambda args: block(*args), tuple(map(split, queries))), 0, 1)
-    return out.reshape(B, -1, *out.shape[3:])[:, :S]
+    def put(i: jax.Array, out: jax.Array) -> jax.Array:
+        return jax.lax.dynamic_update_slice_in_dim(out, apply(i), i * _QUERY_BLOCK, axis=1)
+
+    one = jax.eval_shape(apply, jax.ShapeDtypeStruct((), jnp.int32))
+    out = zeros_behind(queries[0], (B, blocks * _QUERY_BLOCK, *one.shape[2:]), one.dtype)
+    return jax.lax.fori_loop(0, blocks, put, out)[:, :S]
 
 
 def _softmax(scores_BGqSC: jax.Array, sinks_H: jax.Array | None) -> jax.Array:
