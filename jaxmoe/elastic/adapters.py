@@ -43,8 +43,8 @@ def plan_factors(
         for adapter in places:
             if adapter is not None and not adapter.path.is_dir():
                 raise ValueError(
-                    f"the lost devices alone had a part of the adapter {adapter.name!r}, and {adapter.path} is no longer there "
-                    "to read it again; remove the adapter with jaxmoe.remove_adapter, or bring the directory back"
+                    f"the lost devices alone had a part of the adapter {adapter.name!r}, and {adapter.path} is no longer "
+                    "there to read it again; remove the adapter with jaxmoe.remove_adapter, or bring the directory back"
                 )
     return plan
 

@@ -43,7 +43,7 @@ class LoadReport:
         ignored: {rule name: tensors of the checkpoint that were not needed}.
         adapter: adapter that was merged, None where none was.
         adapters: adapters that are held beside the weights, by name.
-        adapter_bytes_per_device: {device id: bytes of the factors of those, free places included}; no part of the bytes above.
+        adapter_bytes_per_device: {device id: bytes of their factors, free places included}; no part of the bytes above.
         packed: {quantized format and its settings: weights of the checkpoint in it that are held packed}.
         decoded: the same for those whose values are held as plain numbers. A scale that counts for two pieces of a weight
             is read for each, so `bytes_read` may be above `bytes_needed`.
