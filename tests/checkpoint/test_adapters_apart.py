@@ -110,6 +110,9 @@ def test_rows_of_one_batch_have_the_logits_of_merged_models(case, adapters, merg
         for shard in array.addressable_shards:
             per_device[shard.device.id] += shard.data.nbytes
     assert model.load_report.adapter_bytes_per_device == per_device
+    sizes = dict(zip(("dp", "tp", "ep"), shape, strict=True))
+    plan = jaxmoe.plan(QWEN, **sizes, placement=placement, expert_axes=axes, adapters=adapters)
+    assert plan.parts["adapters"].tolist() == list(per_device.values())
     assert model.load_report.adapters["some"].merged["model.layers.*.mlp.experts.*.up_proj.weight"] == 2
 
 
@@ -176,7 +179,7 @@ FORMS = sorted(
 
 
 def adapter_of_all(model, directory) -> Arrays:
-    """Factors of every matrix that may have adapters, under the names of the files; those of fused experts as PEFT has them."""
+    """Factors of every matrix that may have adapters, under the names of the files; of fused experts as PEFT has them."""
     specs = {spec.path: spec for spec in param_specs(model)}
     mapped = FamilyCheckpoint.open(directory).onto(specs)
     adaptable, arrays = adaptable_params(model), {}

@@ -1,8 +1,11 @@
 """LoRA adapters beside the weights of a running model: added and removed without reading the weights again."""
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
 
 from jaxmoe.checkpoint.errors import CheckpointError
 from jaxmoe.checkpoint.loading.merge import count_by_kind, read_factors, updates_of
@@ -12,7 +15,6 @@ from jaxmoe.checkpoint.mapping import FamilyCheckpoint, MappedCheckpoint
 from jaxmoe.checks import instance_of, integer, path_like
 from jaxmoe.distributed import check_same
 from jaxmoe.layers import (
-    ParamSpec,
     adaptable_params,
     check_usable,
     held_factors,
@@ -81,13 +83,10 @@ def add_adapters(
     specs = {spec.path: spec for spec in unpacked_specs(param_specs(model), packings_of(model), model.dtype)}
     found = FamilyCheckpoint.open(model.origin.path)
     mapped = found.onto(specs)
-    adaptable = {path: spec for path, spec in specs.items() if path in adaptable_params(model)}
-    read = {name: _read(adapter, mapped, found.family, adaptable) for name, adapter in opened.items()}
+    params = {name: _params_of(model, adapter, mapped, found.family) for name, adapter in opened.items()}
+    read = {name: _read(adapter, params[name]) for name, adapter in opened.items()}
 
-    ranks = held_ranks(model)
-    for one in read.values():
-        for path, factors in one.params.items():
-            ranks[path] = max(ranks.get(path, 0), factors.pairs * max(factors.rank, rank))
+    ranks = _ranks(params.values(), held_ranks(model), rank)
     free = [number for number, adapter in enumerate(places) if adapter is None]
     places += [None] * max(len(opened) - len(free), room - len(places))
     make_room(model, specs, ranks, len(places))
@@ -95,7 +94,8 @@ def add_adapters(
     reports = {}
     for name, one in read.items():
         number = next(numbers)
-        write_adapter(model, specs, one.values(ranks), number)
+        values = {path: held.values(one.factors, ranks[path]) for path, held in params[name].params.items()}
+        write_adapter(model, specs, values, number)
         places[number] = HeldAdapter(name, opened[name].path)
         reports[name] = one.report
     model.adapter_places = AdapterPlaces(places)
@@ -120,32 +120,50 @@ def remove_adapter(model: Decoder, name: str) -> None:
     _report(model, {other: report for other, report in _reports(model).items() if other != name})
 
 
-@dataclasses.dataclass(frozen=True)
-class _ReadAdapter:
+def plan_ranks(
+    model: Decoder, adapters: Mapping[str, str | Path], mapped: MappedCheckpoint, family: Family
+) -> dict[str, int]:
+    """Tell the rank that the factors of each parameter would have with these adapters; headers alone are read.
+
+    Args:
+        model: model without weights.
+        adapters: directories by name.
+        mapped: checkpoint mapped to the model's parameters as plain arrays.
+        family: family of the model.
+
+    Raises:
+        FileNotFoundError, CheckpointError: as `add_adapter`.
+    """
+    return _ranks([_params_of(model, open_adapter(path), mapped, family) for path in adapters.values()], {}, 0)
+
+
+class _Changes(NamedTuple):
+    """What an adapter changes: tensors of the checkpoint, and parameters by path."""
+
+    updates: list[LowRankUpdate]
+    params: dict[str, ParamFactors]
+
+
+class _ReadAdapter(NamedTuple):
     """An adapter whose factors have been read."""
 
-    params: dict[str, ParamFactors]
-    factors: Mapping
+    factors: Mapping[str, np.ndarray]
     report: AdapterReport
 
-    def values(self, ranks: Mapping[str, int]) -> dict:
-        """The factors by path of the parameter, see `write_adapter`."""
-        return {path: factors.values(self.factors, ranks[path]) for path, factors in self.params.items()}
 
-
-def _read(
-    adapter: Adapter, mapped: MappedCheckpoint, family: Family, adaptable: Mapping[str, ParamSpec]
-) -> _ReadAdapter:
+def _params_of(model: Decoder, adapter: Adapter, mapped: MappedCheckpoint, family: Family) -> _Changes:
     if adapter.whole:
         raise CheckpointError(
             f"{adapter.path}: an adapter beside the weights has low-rank factors only; this one has whole tensors, such as "
             f"{next(iter(adapter.whole))!r} (modules_to_save); merge it: jaxmoe.load(..., adapter=DIR)"
         )
+    adaptable = adaptable_params(model)
+    specs = {path: spec for path, spec in mapped.specs.items() if path in adaptable}
     try:
         updates = updates_of(adapter, mapped.checkpoint, spellings=family.spellings, text_name=family.text_name)
-        blocks = [block for _, block in mapped.used_blocks()]
-        _check_used(updates, {name for name, _ in mapped.used_blocks()})
-        params = factors_of_params(updates, blocks, adaptable)
+        used = list(mapped.used_blocks())
+        _check_used(updates, {name for name, _ in used})
+        params = factors_of_params(updates, [block for _, block in used], specs)
     except CheckpointError as error:
         raise CheckpointError(f"{adapter.path}: {error}") from None
     highest = max((factors.rank for factors in params.values()), default=0)
@@ -154,14 +172,28 @@ def _read(
             f"{adapter.path}: an adapter beside the weights has ranks up to {MAX_RANK}; this one has {highest}; merge it: "
             "jaxmoe.load(..., adapter=DIR)"
         )
-    factors, bytes_read = read_factors(adapter.file, {name for update in updates for name in (update.a, update.b)})
+    return _Changes(updates, params)
+
+
+def _ranks(adapters: Iterable[_Changes], held: Mapping[str, int], rank: int) -> dict[str, int]:
+    """The rank to make room for, by path: a matrix that has several pairs of factors has room for `rank` of each."""
+    ranks = dict(held)
+    for changes in adapters:
+        for path, factors in changes.params.items():
+            ranks[path] = max(ranks.get(path, 0), factors.pairs * max(factors.rank, rank))
+    return ranks
+
+
+def _read(adapter: Adapter, changes: _Changes) -> _ReadAdapter:
+    names = {name for update in changes.updates for name in (update.a, update.b)}
+    factors, bytes_read = read_factors(adapter.file, names)
     report = AdapterReport(
         path=str(adapter.path),
         factors=len(adapter.factors),
         bytes_read=bytes_read,
-        merged=count_by_kind(update.target for update in updates),
+        merged=count_by_kind(update.target for update in changes.updates),
     )
-    return _ReadAdapter(params, factors, report)
+    return _ReadAdapter(factors, report)
 
 
 def _check_used(updates: list[LowRankUpdate], used: set[str]) -> None:
