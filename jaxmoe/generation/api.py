@@ -67,7 +67,7 @@ def generate(
         temperature, top_k, top_p, min_p, repetition_penalty: the same settings one by one, see `SamplingParams`.
         seed: integer for every prompt alike, so that a prompt's text depends on nothing else; or one
             for each prompt; None draws a fresh one for each.
-        adapters: for each prompt the name of an adapter that the model holds, see `jaxmoe.add_adapter`, or None for the
+        adapters: name of an adapter for each prompt, of those that the model holds (`jaxmoe.add_adapter`), or None for the
             model as it is; None for all as it is. One batch may have any mixture.
         eos_token_id: token or tokens that end the text; None for those that
             generation_config.json, else config.json, names.

@@ -377,7 +377,7 @@ class Decoder(nnx.Module):
 
         Args:
             token_ids: int32 [B, S], any B and S.
-            adapters: for each row the name of an adapter, or None for the model as it is; None for all as it is.
+            adapters: name of an adapter for each row, or None for the model as it is; None for all as it is.
 
         Returns:
             float32 [B, S, vocab_size].

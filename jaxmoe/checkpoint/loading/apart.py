@@ -51,10 +51,6 @@ def add_adapter(
         FileNotFoundError: no adapter there, or a file of it is missing.
         ValueError: the adapter is not of this model, or it is more than low-rank updates of matrices inside of layers; or
             the name is taken.
-
-    Example:
-        >>> jaxmoe.add_adapter(model, "sql", "adapters/sql", room=4, rank=16)
-        >>> outs = jaxmoe.generate(model, prompts, adapters=["sql", None])
     """
     path_like("path", path)
     add_adapters(model, {name: path}, room=room, rank=rank)
@@ -138,7 +134,7 @@ def plan_ranks(
 
 
 class _Changes(NamedTuple):
-    """What an adapter changes: tensors of the checkpoint, and parameters by path."""
+    """The tensors of a checkpoint that an adapter changes, and the factors of parameters by path."""
 
     updates: list[LowRankUpdate]
     params: dict[str, ParamFactors]

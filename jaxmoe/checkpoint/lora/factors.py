@@ -23,7 +23,7 @@ class _Entry:
 
     Attributes:
         lead: index of the matrix along the slots of a stack; () of a parameter that is one matrix.
-        outs: for each dim between slots and inputs, the rows of the parameter that the update reaches.
+        outs: rows of the parameter that the update reaches, for each dim between slots and inputs.
         rows: rows of the adapter's B for these, of the same extents.
         ins: columns of the parameter.
         columns: columns of the adapter's A for these.
@@ -53,7 +53,7 @@ class _Entry:
 
 
 class ParamFactors:
-    """What an adapter has for one parameter."""
+    """The factors that an adapter has for one parameter."""
 
     def __init__(self, spec: ParamSpec, entries: Sequence[_Entry]) -> None:
         self._spec, self._entries = spec, entries
