@@ -131,6 +131,11 @@ def generate(
     texts = _text_streams(len(token_ids), model, tokenizer, stop)
     eos_token_ids = frozenset[int]() if ignore_eos else _eos_token_ids(model, given_eos)
     adapter_ids = _adapter_ids(model, adapters, len(token_ids))
+    if drafts and adapter_ids is not None:
+        raise ValueError(
+            "layers for multi-token prediction guess for the model as it is, and a prompt has chosen an adapter; leave "
+            "speculate out, or merge the adapter: jaxmoe.load(..., adapter=DIR)"
+        )
     given_seeds = _seeds(seed, len(token_ids))
     seeds = None if params.greedy else given_seeds
     if model.mesh.is_multi_process:

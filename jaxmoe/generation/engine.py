@@ -247,8 +247,8 @@ class _Batch:
         choices = None if replay is None else replay.choices_shape
         self._replay = replay
         adapted = adapter_ids is not None
-        self._prefill = programs.prefill(leaves, shape, record, choices, adapted=adapted)
-        self._decode = programs.decode(leaves, shape, record, choices, adapted=adapted) if max_new_tokens > 1 else None
+        self._prefill = programs.prefill(leaves, shape, record, choices, adapted)
+        self._decode = programs.decode(leaves, shape, record, choices, adapted) if max_new_tokens > 1 else None
         self._sample = programs.sampler(shape, config.vocab_size, mode)
 
         tokens = np.zeros((shape.rows, shape.prompt), np.int32)

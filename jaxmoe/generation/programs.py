@@ -118,7 +118,7 @@ class Programs:
         return self.compiled[key]
 
     def prefill(
-        self, leaves: Leaves, shape: Shape, record: Record, replay: Choices | None = None, *, adapted: bool = False
+        self, leaves: Leaves, shape: Shape, record: Record, replay: Choices | None = None, adapted: bool = False
     ) -> Step:
         """Compile ``(leaves, tokens_BS, lengths_B, expert_ids_BSLK, adapter_ids_B, cache) -> (logits_BV, cache, routing)``.
 
@@ -145,7 +145,7 @@ class Programs:
         return self._model_step(("prefill", *shape, record, replay, adapted), prefill, leaves, shape, args)
 
     def decode(
-        self, leaves: Leaves, shape: Shape, record: Record, replay: Choices | None = None, *, adapted: bool = False
+        self, leaves: Leaves, shape: Shape, record: Record, replay: Choices | None = None, adapted: bool = False
     ) -> Step:
         """Compile ``(leaves, token_B, position_B, active_B, expert_ids_BLK, adapter_ids_B, cache)``.
 

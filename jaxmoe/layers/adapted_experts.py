@@ -16,6 +16,7 @@ from jaxmoe.config import MoEConfig
 from jaxmoe.dispatch import Experts
 from jaxmoe.kernels.grouped_matmul import combine_halves, grouped_matmul
 from jaxmoe.kernels.grouped_matmul.quantized import QuantizedStack, as_matrices
+from jaxmoe.layers.experts import expert_matrices
 from jaxmoe.numerics import sum_dtype
 
 
@@ -80,17 +81,22 @@ def _expert_mlp(
     low_rank = _grouped_low_rank(sizes.reshape(-1, L + 1), owned_R1 & (group_R % (L + 1) > 0)[:, None], kernels)
     sizes_p = jnp.sum(sizes.reshape(-1, L + 1), axis=1, dtype=jnp.int32)
 
-    def project(x_RK: jax.Array, name: str) -> jax.Array:
-        w, b = getattr(stacks, f"w_{name}"), getattr(stacks, f"b_{name}")
-        y_RN = grouped_matmul(x_RK, _matrices(w), sizes_p, out_dtype=sums, **kernels)
+    up, down, rounding = expert_matrices(stacks)
+
+    def project(x_RK: jax.Array, name: str, w: Any, b: jax.Array | None, rounding: dict[str, Any]) -> jax.Array:
+        y_RN = grouped_matmul(x_RK, _matrices(w), sizes_p, out_dtype=sums, **rounding, **kernels)
         if b is not None:
             y_RN = y_RN + jnp.where(owned_R1, b.reshape(len(b), -1)[slot_R], 0).astype(sums)
         factor_a, factor_b = (getattr(factors, f"w_{name}_lora_{side}") for side in "ab")
         return y_RN if factor_a is None else y_RN + low_rank(x_RK, factor_a, factor_b)
 
     combine = combine_halves(config.activation, config.activation_limit, gated=config.gated)
-    h_RF = combine(project(rows_RX, "gate_up")).astype(rows_RX.dtype)
-    return project(h_RF, "down")
+    # Inputs are rounded for the packed base alone; of the two products only that of h may have its columns split.
+    scales_p2, split_over = rounding.pop("input_scales_p2", None), rounding.pop("split_over", ())
+    scales = ({}, {}) if scales_p2 is None else [{"input_scales_G": scales_p2[:, side]} for side in range(2)]
+    both_RN = project(rows_RX, "gate_up", up, stacks.b_gate_up, {**rounding, **scales[0]})
+    h_RF = combine(both_RN).astype(rows_RX.dtype)
+    return project(h_RF, "down", down, stacks.b_down, {**rounding, **scales[1], "split_over": split_over})
 
 
 def _grouped_low_rank(

@@ -534,6 +534,7 @@ class Decoder(nnx.Module):
             mask_BS: bool, False for tokens that go to no routed expert.
             cache: cache that gets the tokens; None for none.
             expert_ids_BSLK: choices to take, as for `logits_and_stats`.
+            adapter_ids_B: adapters of the rows, as for `logits_and_stats`.
             decode: whether the cache holds all positions before. With S > 1 it comes back with what `accepted` chooses from.
 
         Returns:

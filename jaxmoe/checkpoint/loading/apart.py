@@ -11,7 +11,7 @@ from jaxmoe.checkpoint.errors import CheckpointError
 from jaxmoe.checkpoint.loading.merge import count_by_kind, read_factors, updates_of
 from jaxmoe.checkpoint.loading.report import AdapterReport, bytes_per_device
 from jaxmoe.checkpoint.lora import Adapter, LowRankUpdate, ParamFactors, factors_of_params, open_adapter
-from jaxmoe.checkpoint.mapping import FamilyCheckpoint, MappedCheckpoint
+from jaxmoe.checkpoint.mapping import FamilyCheckpoint, MappedCheckpoint, Spellings
 from jaxmoe.checks import instance_of, integer, path_like
 from jaxmoe.distributed import check_same
 from jaxmoe.layers import (
@@ -77,7 +77,7 @@ def add_adapters(
         check_same({"adapters": [(name, one.config, sorted(one.file.tensors)) for name, one in opened.items()]})
 
     specs = {spec.path: spec for spec in unpacked_specs(param_specs(model), packings_of(model), model.dtype)}
-    found = FamilyCheckpoint.open(model.origin.path)
+    found = FamilyCheckpoint.open(model.origin.path, mtp=model.config.mtp is not None)
     mapped = found.onto(specs)
     params = {name: _params_of(model, adapter, mapped, found.family) for name, adapter in opened.items()}
     read = {name: _read(adapter, params[name]) for name, adapter in opened.items()}
@@ -156,7 +156,8 @@ def _params_of(model: Decoder, adapter: Adapter, mapped: MappedCheckpoint, famil
     adaptable = adaptable_params(model)
     specs = {path: spec for path, spec in mapped.specs.items() if path in adaptable}
     try:
-        updates = updates_of(adapter, mapped.checkpoint, spellings=family.spellings, text_name=family.text_name)
+        spellings, tensors = Spellings(family), mapped.checkpoint.tensors
+        updates = updates_of(adapter, mapped.checkpoint, lambda name: spellings.find(name, tensors))
         used = list(mapped.used_blocks())
         _check_used(updates, {name for name, _ in used})
         params = factors_of_params(updates, [block for _, block in used], specs)

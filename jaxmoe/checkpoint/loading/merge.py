@@ -7,7 +7,7 @@ is read has its part of the update added, in float32, before it is cast to the p
 import dataclasses
 import re
 from collections import Counter, defaultdict
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterable
 
 import numpy as np
 
