@@ -451,7 +451,9 @@ class Decoder(nnx.Module):
         """`prefill`, and what each MoE layer did; with choices to take and adapters, as for `logits_and_stats`."""
         S = tokens_BS.shape[1]
         positions_BS, mask_BS = prompt_positions(lengths_B, S)
-        x_BSD, cache, stats = self.hidden_and_stats(tokens_BS, positions_BS, mask_BS, cache, expert_ids_BSLK, adapter_ids_B)
+        x_BSD, cache, stats = self.hidden_and_stats(
+            tokens_BS, positions_BS, mask_BS, cache, expert_ids_BSLK, adapter_ids_B
+        )
         last_B1D = jnp.take_along_axis(x_BSD, jnp.maximum(lengths_B - 1, 0)[:, None, None], axis=1)
         return self.logits_of(last_B1D)[:, 0], cache, stats
 

@@ -76,9 +76,7 @@ def merge_adapter(
     return dataclasses.replace(plan, deltas=deltas, adapter=report)
 
 
-def updates_of(
-    adapter: Adapter, checkpoint: Checkpoint, rename: Callable[[str], str] = str
-) -> list[LowRankUpdate]:
+def updates_of(adapter: Adapter, checkpoint: Checkpoint, rename: Callable[[str], str] = str) -> list[LowRankUpdate]:
     """Find what the factors of an adapter change in a checkpoint; arguments as for `merge_adapter`.
 
     Raises:
