@@ -15,6 +15,8 @@ from jaxmoe.layers import adaptable_params, held_factors, param_specs
 from tests.support.adapters import Arrays, factors, params, write_adapter
 from tests.support.goldens import GOLDENS
 from tests.support.meshes import mesh_id, mesh_of
+from tests.support.rounding import CASES as ROUNDING
+from tests.support.rounding import write_rounding
 
 QWEN = GOLDENS / "qwen3_moe" / "original"
 R, E, D, F = 2, 11, 32, 24
@@ -288,3 +290,26 @@ def test_the_command_tells_the_adapter_of_each_prompt(adapters, capsys) -> None:
             main([*argv, *wrong])
         assert exit_.value.code == 2
         assert message in capsys.readouterr().err
+
+
+@pytest.mark.covering(most=1)
+@pytest.mark.parametrize("case", ROUNDING, ids=[f"{family}-{form}" for family, *_, form in ROUNDING])
+def test_inputs_of_packed_weights_are_rounded_beside_adapters_too(case, tmp_path) -> None:
+    """Rows without an adapter are rounded in a mixed batch as they are in one without adapters."""
+    family, weights, block, _ = case
+    quantized, _ = write_rounding(tmp_path, family, weights, block)
+    load = {"mesh": mesh_of(1, 2, 2), "dtype": "float32"}
+    model = jaxmoe.load(quantized, **load, activations="checkpoint")
+    down = "block_sparse_moe.experts.{}.w2" if family == "mixtral" else "mlp.experts.{}.down_proj"
+    parts = {down.format(expert): model.moe_layers[-1].w_down.shape[1:] for expert in range(3)}
+    parts["self_attn.o_proj"] = model.layers[1].attention.w_o.shape
+    tensors = {
+        name: value for part, size in parts.items() for name, value in factors(f"model.layers.1.{part}", *size).items()
+    }
+    expected = np.asarray(model(TOKENS))
+    jaxmoe.add_adapter(model, "one", write_adapter(tmp_path / "adapter", tensors))
+    logits = np.asarray(model(TOKENS, adapters=["one", None, None, "one"]))
+    error = np.abs(logits - expected).max(-1) / np.abs(expected).max()
+    # A number that lies between two of its form may go either way, and takes its sequence along.
+    assert np.median(error[1:3]) < 2e-5
+    assert np.max(error[[0, 3]]) > 1e-3
