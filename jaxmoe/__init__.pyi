@@ -3,8 +3,10 @@
 
 from jaxmoe.checkpoint import CheckpointError as CheckpointError
 from jaxmoe.checkpoint import LoadReport as LoadReport
+from jaxmoe.checkpoint import add_adapter as add_adapter
 from jaxmoe.checkpoint import convert as convert
 from jaxmoe.checkpoint import load as load
+from jaxmoe.checkpoint import remove_adapter as remove_adapter
 from jaxmoe.checkpoint import save as save
 from jaxmoe.config import MoEConfig as MoEConfig
 from jaxmoe.config import RouterConfig as RouterConfig

@@ -19,11 +19,13 @@ from jaxmoe.checkpoint.loading import (
     AdapterReport,
     LoadPlan,
     LoadReport,
+    add_adapter,
     load,
     load_arrays,
     load_shards,
     make_load_plan,
     merge_adapter,
+    remove_adapter,
 )
 from jaxmoe.checkpoint.lora import Adapter, open_adapter
 from jaxmoe.checkpoint.mapping import (
@@ -49,6 +51,7 @@ __all__ = [
     "SafetensorsFile",
     "SaveReport",
     "TensorInfo",
+    "add_adapter",
     "convert",
     "expert_blocks",
     "find_expert_layout",
@@ -62,6 +65,7 @@ __all__ = [
     "open_checkpoint",
     "per_expert_blocks",
     "read_safetensors",
+    "remove_adapter",
     "save",
     "whole_tensor_blocks",
 ]

@@ -34,6 +34,12 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         metavar="FILE",
         help='one prompt a line, or .jsonl with {"prompt": ...}; - for stdin',
     )
+    parser.add_argument(
+        "--use-adapter",
+        action="append",
+        metavar="NAME",
+        help="adapter of all prompts, or (given for each) of one; none for the model as it is (none)",
+    )
     parser.add_argument("--chat", action="store_true", help="put prompts through the chat template")
     parser.add_argument("--system", metavar="TEXT", help="system message, with --chat")
     parser.add_argument("--batch-size", type=options.count, default=32, metavar="N", help="prompts at a time (32)")
@@ -96,6 +102,7 @@ def _generate_together(args: argparse.Namespace) -> None:
     from jaxmoe.generation import GenerationStats, encode, generate
     from jaxmoe.models import read_model_config
 
+    adapters = _adapter_of_each(args, len(prompts))
     # All prompts are checked before the weights are read, which may take minutes.
     source = directory_of(find_checkpoint(args.checkpoint))
     outline: Any = SimpleNamespace(config=read_model_config(source)[1], source=source)
@@ -123,6 +130,7 @@ def _generate_together(args: argparse.Namespace) -> None:
                 min_p=args.min_p,
                 repetition_penalty=args.repetition_penalty,
                 seed=args.seed,
+                adapters=adapters[batch] if any(adapters) else None,
                 stop=args.stop,
                 ignore_eos=args.ignore_eos,
                 stream=_print_piece if live else None,
@@ -148,7 +156,13 @@ def _add_load_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--dtype", help="of weights and activations (default: the checkpoint's own)")
     options.add_quantized(group)
     options.add_activations(group)
-    options.add_adapter(group)
+    group.add_argument(
+        "--adapter",
+        action="append",
+        default=[],
+        metavar="DIR|NAME=DIR",
+        help="a LoRA adapter to merge into the weights, or to hold beside them under a name (repeatable)",
+    )
     options.add_expert_axes(group)
     group.add_argument(
         "--dispatch",
@@ -162,9 +176,37 @@ def _add_load_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--no-progress", action="store_true", help="draw no progress bar")
 
 
+def _adapters(args: argparse.Namespace) -> tuple[str | None, dict[str, str]]:
+    """Tell the adapter to merge, and those to hold beside the weights by name; a directory may have = in its name."""
+    named = {text.partition("=")[0]: text.partition("=")[2] for text in args.adapter if _is_named(text)}
+    merged = [text for text in args.adapter if not _is_named(text)]
+    if len(merged) > 1 or len(named) + len(merged) < len(args.adapter):
+        args.usage_error("--adapter is one DIR to merge, and NAME=DIR of names that differ; give each once")
+    return (merged[0] if merged else None), named
+
+
+def _is_named(text: str) -> bool:
+    return "=" in text and not Path(text).is_dir()
+
+
+def _adapter_of_each(args: argparse.Namespace, count: int) -> list[str | None]:
+    """Give the adapter's name for each prompt."""
+    _, named = _adapters(args)
+    chosen = args.use_adapter or ["none"]
+    if len(chosen) not in (1, count):
+        args.usage_error(f"--use-adapter is given once, or for each of the {count} prompts; got {len(chosen)}")
+    if unknown := [name for name in chosen if name != "none" and name not in named]:
+        args.usage_error(
+            f"--use-adapter names one of --adapter NAME=DIR; {unknown[0]} is none of {', '.join(named) or 'none'}"
+        )
+    names = [None if name == "none" else name for name in chosen]
+    return names * count if len(names) == 1 else names
+
+
 def _load(args: argparse.Namespace, mesh: "Mesh") -> Any:
     import jaxmoe
 
+    adapter, adapters = _adapters(args)
     return jaxmoe.load(
         args.checkpoint,
         mesh=mesh,
@@ -172,7 +214,8 @@ def _load(args: argparse.Namespace, mesh: "Mesh") -> Any:
         dtype=args.dtype,
         quantized=args.quantized,
         activations=args.activations,
-        adapter=args.adapter,
+        adapter=adapter,
+        adapters=adapters or None,
         mtp=args.speculate == "mtp",
         expert_axes=args.expert_axes,
         dispatch=args.dispatch,
@@ -223,6 +266,7 @@ def _record(prompt: Any, output: "Output", stats: "GenerationStats") -> dict[str
         "token_ids": output.token_ids,
         "text": output.text,
         "finish_reason": output.finish_reason,
+        "adapter": output.adapter,
         "timing": stats.to_dict(),
     }
 

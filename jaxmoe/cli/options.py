@@ -151,6 +151,14 @@ def integers(text: str) -> list[int]:
         raise argparse.ArgumentTypeError(f"integers between commas, one a device; got {text!r}") from error
 
 
+def named_adapter(text: str) -> tuple[str, str]:
+    """Type of options that are an adapter with a name: the name, and the directory."""
+    name, _, directory = text.partition("=")
+    if not name or not directory:
+        raise argparse.ArgumentTypeError(f"a name and a directory, as sql=path/to/adapter; got {text!r}")
+    return name, directory
+
+
 def names(text: str) -> list[str]:
     """Type of options that are several names."""
     found = [part.strip() for part in text.split(",") if part.strip()]

@@ -36,6 +36,14 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     options.add_mtp(parser)
     parser.add_argument("--batch-size", type=options.count, default=1, metavar="B", help="sequences to hold (1)")
     parser.add_argument("--max-length", type=options.count, metavar="C", help="tokens of each (4096)")
+    parser.add_argument(
+        "--adapter",
+        action="append",
+        type=options.named_adapter,
+        default=[],
+        metavar="NAME=DIR",
+        help="a LoRA adapter to hold beside the weights (repeatable)",
+    )
     parser.add_argument("--json", action="store_true", help="everything as one JSON object")
 
 
@@ -55,6 +63,7 @@ def run(args: argparse.Namespace) -> None:
         batch_size=args.batch_size,
         max_length=args.max_length,
         device=args.device,
+        adapters=dict(args.adapter),
     )
     if args.json:
         print(json.dumps(report.to_dict()))

@@ -12,6 +12,7 @@ from jax.sharding import Mesh
 from jaxmoe.checkpoint.loading import LoadReport, bytes_per_device, load_arrays, plan_load
 from jaxmoe.checkpoint.mapping import FamilyCheckpoint, hold_packed, is_expert_stack, layer_index
 from jaxmoe.checks import instance_of
+from jaxmoe.elastic.adapters import move_adapters, plan_factors
 from jaxmoe.elastic.assemble import assemble
 from jaxmoe.elastic.relocate import Relocation, plan_relocation
 from jaxmoe.layers import (
@@ -84,10 +85,11 @@ def move(
     pack_params(moved, plain.values(), packings)
     try_kernels(moved, mesh, model.dtype, model.kernels)
     now, new = {spec.path: spec for spec in param_specs(model)}, {spec.path: spec for spec in param_specs(moved)}
+    plain_now = {spec.path: spec for spec in unpacked_specs(now.values(), held, model.dtype)}
     # Scales are looked at in the blocks that they are to have.
     old = now | {
         part.path: part
-        for spec in unpacked_specs(now.values(), held, model.dtype)
+        for spec in plain_now.values()
         if spec.path in packings
         for part in part_specs(spec, packings[spec.path]).values()
     }
@@ -95,6 +97,8 @@ def move(
     lost = {path for path, relocation in relocations.items() if relocation.lost}
     lost_slots = _lost_slots(relocations)
     read, report = _read_lost(model, moved, plain, packings, lost, lost_slots)
+
+    factors = plan_factors(model, plain_now, plain, lost_devices)
 
     old_params, new_params = params_by_path(model), params_by_path(moved)
     mark_moved(model)
@@ -119,6 +123,7 @@ def move(
         bytes_per_device=bytes_per_device(arrays.values()),
         expert_bytes_per_device=bytes_per_device(arrays[path] for path in arrays if is_expert_stack(path)),
     )
+    move_adapters(model, moved, factors)
     return moved
 
 

@@ -16,7 +16,7 @@ from jaxmoe.distributed import broadcast, check_same
 from jaxmoe.generation.detokenize import TextStream
 from jaxmoe.generation.engine import Engine, FinishReason, Row
 from jaxmoe.generation.eos import eos_token_ids as read_eos_token_ids
-from jaxmoe.generation.model import Model, Outline
+from jaxmoe.generation.model import HoldsAdapters, Model, Outline
 from jaxmoe.generation.output import Output, TokenEvent
 from jaxmoe.generation.params import SamplingParams, sampling_params_of
 from jaxmoe.generation.prompts import Prompt, check_prompts, encode_prompts
@@ -40,6 +40,7 @@ def generate(
     min_p: float | None = None,
     repetition_penalty: float | None = None,
     seed: int | Sequence[int] | None = None,
+    adapters: Sequence[str | None] | None = None,
     eos_token_id: int | Sequence[int] | None = None,
     ignore_eos: bool = False,
     stop: str | Sequence[str] | None = None,
@@ -66,6 +67,8 @@ def generate(
         temperature, top_k, top_p, min_p, repetition_penalty: the same settings one by one, see `SamplingParams`.
         seed: integer for every prompt alike, so that a prompt's text depends on nothing else; or one
             for each prompt; None draws a fresh one for each.
+        adapters: name of an adapter for each prompt, of those that the model holds (`jaxmoe.add_adapter`), or None for the
+            model as it is; None for all as it is. One batch may have any mixture.
         eos_token_id: token or tokens that end the text; None for those that
             generation_config.json, else config.json, names.
         ignore_eos: whether to generate max_new_tokens whatever comes.
@@ -88,8 +91,8 @@ def generate(
 
     Raises:
         ValueError: a setting is out of range or given twice with two values, a prompt is empty or of no known kind, a
-            token is outside the vocabulary, there are more positions than the model has, a replayed trace is of
-            another generation, or speculation does not go with the model or the settings.
+            token is outside the vocabulary, there are more positions than the model has, the model holds no adapter of a
+            name, a replayed trace is of another generation, or speculation does not go with the model or the settings.
         TypeError: `model`, `sampling_params`, `stream`, `stats` or `balancer` is something else.
         FileNotFoundError: text prompts or stop strings, and the checkpoint has no tokenizer.json.
 
@@ -127,12 +130,18 @@ def generate(
     )
     texts = _text_streams(len(token_ids), model, tokenizer, stop)
     eos_token_ids = frozenset[int]() if ignore_eos else _eos_token_ids(model, given_eos)
+    adapter_ids = _adapter_ids(model, adapters, len(token_ids))
+    if drafts and adapter_ids is not None:
+        raise ValueError(
+            "layers for multi-token prediction guess for the model as it is, and a prompt has chosen an adapter; leave "
+            "speculate out, or merge the adapter: jaxmoe.load(..., adapter=DIR)"
+        )
     given_seeds = _seeds(seed, len(token_ids))
     seeds = None if params.greedy else given_seeds
     if model.mesh.is_multi_process:
         if balancer is not None:
             raise NotImplementedError("experts are not rebalanced between processes: leave balancer out")
-        settings = (params, max_new_tokens, sorted(eos_token_ids), stop, drafts)
+        settings = (params, max_new_tokens, sorted(eos_token_ids), stop, drafts, adapters)
         seeds = _agree(model, seeds, token_ids, settings, drawn=seed is None)
     stats = GenerationStats() if stats is None else stats
     compiled_before = stats.compile_seconds
@@ -157,13 +166,19 @@ def generate(
         max_new_tokens=max_new_tokens,
         eos_token_ids=eos_token_ids,
         seeds=seeds,
+        adapter_ids=adapter_ids,
         on_token=on_token,
         stats=stats,
         balancer=balancer,
         num_drafts=drafts,
     )
     return [
-        _output(prompt, row, None if texts is None else texts[index].text)
+        _output(
+            prompt,
+            row,
+            None if texts is None else texts[index].text,
+            None if adapters is None else adapters[index],
+        )
         for index, (prompt, row) in enumerate(zip(token_ids, rows, strict=True))
     ]
 
@@ -236,9 +251,23 @@ def _stop_strings(stop: str | Sequence[str] | None) -> list[str]:
     return stop
 
 
-def _output(prompt: list[int], row: Row, text: str | None) -> Output:
+def _output(prompt: list[int], row: Row, text: str | None, adapter: str | None) -> Output:
     assert row.finish_reason is not None
-    return Output(prompt_token_ids=prompt, token_ids=row.token_ids, text=text, finish_reason=row.finish_reason)
+    return Output(
+        prompt_token_ids=prompt,
+        token_ids=row.token_ids,
+        text=text,
+        finish_reason=row.finish_reason,
+        adapter=adapter,
+    )
+
+
+def _adapter_ids(model: Model, adapters: Sequence[str | None] | None, count: int) -> np.ndarray | None:
+    if adapters is None:
+        return None
+    if not isinstance(model, HoldsAdapters):
+        raise TypeError(f"adapters are chosen of a model from jaxmoe.load; got {type(model).__name__}")
+    return model.adapter_ids(adapters, count)
 
 
 def _seeds(seed: Any, count: int) -> list[int]:

@@ -65,6 +65,7 @@ class Engine:
         max_new_tokens: int,
         eos_token_ids: Collection[int] = (),
         seeds: Sequence[int] | None = None,
+        adapter_ids: np.ndarray | None = None,
         on_token: OnToken | None = None,
         stats: GenerationStats | None = None,
         balancer: Balancer | None = None,
@@ -82,6 +83,7 @@ class Engine:
             max_new_tokens: number of tokens after which a row ends with reason "length".
             eos_token_ids: tokens at which a row ends with reason "stop"; they stay in it.
             seeds: seeds, one per prompt; needed unless greedy.
+            adapter_ids: int32, number of each prompt's adapter, -1 for none; None for none at all.
             on_token: function that is told of every token, see `OnToken`; a row that it ends has reason "stop".
             stats: object to which counts and times are added.
             balancer: balancer that is told of every step's routing; where it proposes a placement, the model is
@@ -107,7 +109,7 @@ class Engine:
                 self.programs, self._leaves, self._model, prompts, max_new_tokens, num_drafts, self._record(balancer)
             )
         else:
-            batch = _Batch(self, prompts, params, max_new_tokens, seeds, self._record(balancer), replay)
+            batch = _Batch(self, prompts, params, max_new_tokens, seeds, self._record(balancer), replay, adapter_ids)
         stats.prompts += len(prompts)
         stats.prompt_tokens += sum(map(len, prompts))
         stats.compile_seconds += self.programs.compile_seconds - compiled_before
@@ -229,6 +231,7 @@ class _Batch:
         seeds: Sequence[int] | None,
         record: Record,
         replay: ReplayedSteps | None,
+        adapter_ids: np.ndarray | None,
     ):
         model, programs, leaves = engine._model, engine.programs, engine._leaves
         config = model.config
@@ -243,8 +246,9 @@ class _Batch:
         self.leaves = leaves
         choices = None if replay is None else replay.choices_shape
         self._replay = replay
-        self._prefill = programs.prefill(leaves, shape, record, choices)
-        self._decode = programs.decode(leaves, shape, record, choices) if max_new_tokens > 1 else None
+        adapted = adapter_ids is not None
+        self._prefill = programs.prefill(leaves, shape, record, choices, adapted)
+        self._decode = programs.decode(leaves, shape, record, choices, adapted) if max_new_tokens > 1 else None
         self._sample = programs.sampler(shape, config.vocab_size, mode)
 
         tokens = np.zeros((shape.rows, shape.prompt), np.int32)
@@ -256,6 +260,9 @@ class _Batch:
         self._tokens, self._lengths = programs.put(tokens), programs.put(lengths)
         self._controls = jax.tree.map(programs.put, Controls.of(params))
         padding = [0] * (shape.rows - len(prompts))
+        self._adapter_ids = None
+        if adapter_ids is not None:
+            self._adapter_ids = programs.put(np.pad(adapter_ids, (0, len(padding)), constant_values=-1))
         self._seeds = programs.put(seed_words([*(seeds or [0] * len(prompts)), *padding]))
         # The sampler advances by one, so it starts one before the first generated token.
         self._position, self._step = programs.put(lengths - 1), programs.put(np.int32(0))
@@ -273,7 +280,9 @@ class _Batch:
 
     def prefill(self) -> _Step:
         expert_ids = self._replayed(self._is_prompt)
-        logits, self._cache, routing = self._prefill(self.leaves, self._tokens, self._lengths, expert_ids, self._cache)
+        logits, self._cache, routing = self._prefill(
+            self.leaves, self._tokens, self._lengths, expert_ids, self._adapter_ids, self._cache
+        )
         return _Step(self._choose(logits, self._position, self._step, self._seen), routing)
 
     def decode(self, last: _Step) -> _Step:
@@ -281,7 +290,7 @@ class _Batch:
         token, position, step, seen = last.sampled
         expert_ids = self._replayed(self._active)
         logits, self._cache, routing = self._decode(
-            self.leaves, token, position, self._active_on_device, expert_ids, self._cache
+            self.leaves, token, position, self._active_on_device, expert_ids, self._adapter_ids, self._cache
         )
         return _Step(self._choose(logits, position, step, seen), routing)
 

@@ -1,9 +1,11 @@
 """`Model`: all that generation asks of a model."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
 import jax
+import numpy as np
 from jax.sharding import Mesh
 
 from jaxmoe.models.replay import RoutingReplay
@@ -36,6 +38,15 @@ class Outline(Protocol):
     @property
     def source(self) -> Path | None:
         """Directory with the model's tokenizer and EOS tokens; None where it comes from no checkpoint."""
+        ...
+
+
+@runtime_checkable
+class HoldsAdapters(Protocol):
+    """A model with adapters beside its weights: its array methods take ``adapter_ids_B`` too, int32 [B], -1 for none."""
+
+    def adapter_ids(self, adapters: Sequence[str | None] | None, count: int) -> np.ndarray | None:
+        """Numbers of the adapters by name, int32 [count], -1 for None; None where no sequence has one."""
         ...
 
 
@@ -83,12 +94,17 @@ class Model(Outline, Protocol):
         ...
 
     def prefill_and_stats(
-        self, tokens_BS: jax.Array, lengths_B: jax.Array, cache: Any, expert_ids_BSLK: jax.Array | None
+        self,
+        tokens_BS: jax.Array,
+        lengths_B: jax.Array,
+        cache: Any,
+        expert_ids_BSLK: jax.Array | None,
     ) -> tuple[jax.Array, Any, Any]:
         """Logits [B, V] of each row's last token, the filled cache, and one `MoEStats` per MoE layer.
 
         Rows are padded on the right; a row of length 0 is no prompt. The experts of `expert_ids_BSLK`, where there are
-        any, are taken instead of the routers' own.
+        any, are taken instead of the routers' own. A model that `HoldsAdapters` is given ``adapter_ids_B`` too, where a row
+        has an adapter.
         """
         ...
 

@@ -15,12 +15,14 @@ class Output:
         text: `token_ids` as text without special tokens, cut before a stop string; None where
             the checkpoint has no tokenizer.
         finish_reason: reason of the end, "stop" for an EOS token or a stop string, "length" for max_new_tokens.
+        adapter: name of the adapter that the prompt has chosen; None for the model as it is.
     """
 
     prompt_token_ids: list[int]
     token_ids: list[int]
     text: str | None
     finish_reason: Literal["length", "stop"]
+    adapter: str | None = None
 
 
 @dataclasses.dataclass(frozen=True)

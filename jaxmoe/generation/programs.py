@@ -117,27 +117,40 @@ class Programs:
             self.compile_seconds += time.perf_counter() - start
         return self.compiled[key]
 
-    def prefill(self, leaves: Leaves, shape: Shape, record: Record, replay: Choices | None = None) -> Step:
-        """Compile ``(leaves, tokens_BS, lengths_B, expert_ids_BSLK, cache) -> (logits_BV, cache, routing)``.
+    def prefill(
+        self, leaves: Leaves, shape: Shape, record: Record, replay: Choices | None = None, adapted: bool = False
+    ) -> Step:
+        """Compile ``(leaves, tokens_BS, lengths_B, expert_ids_BSLK, adapter_ids_B, cache) -> (logits_BV, cache, routing)``.
 
-        The cache is donated; `expert_ids_BSLK` are choices of `replay`'s shape, or None without one.
+        The cache is donated; `expert_ids_BSLK` are choices of `replay`'s shape, or None without one, and `adapter_ids_B` are
+        None unless some row is `adapted`.
         """
 
         def prefill(
-            leaves: Leaves, tokens: jax.Array, lengths: jax.Array, expert_ids: jax.Array | None, cache: Any
+            leaves: Leaves,
+            tokens: jax.Array,
+            lengths: jax.Array,
+            expert_ids: jax.Array | None,
+            adapter_ids: jax.Array | None,
+            cache: Any,
         ) -> tuple:
-            model = self._model(leaves)
-            logits, cache, stats = model.prefill_and_stats(tokens, lengths, cache, expert_ids)
+            model: Any = self._model(leaves)
+            chosen = {} if adapter_ids is None else {"adapter_ids_B": adapter_ids}
+            logits, cache, stats = model.prefill_and_stats(tokens, lengths, cache, expert_ids, **chosen)
             return logits, cache, self._routing(model, stats, record)
 
         expert_ids = None if replay is None else self._spec(jnp.int32, shape.rows, shape.prompt, *replay)
-        args = (self._spec(jnp.int32, shape.rows, shape.prompt), self._spec(jnp.int32, shape.rows), expert_ids)
-        return self._model_step(("prefill", *shape, record, replay), prefill, leaves, shape, args)
+        rows = self._spec(jnp.int32, shape.rows)
+        args = (self._spec(jnp.int32, shape.rows, shape.prompt), rows, expert_ids, rows if adapted else None)
+        return self._model_step(("prefill", *shape, record, replay, adapted), prefill, leaves, shape, args)
 
-    def decode(self, leaves: Leaves, shape: Shape, record: Record, replay: Choices | None = None) -> Step:
-        """Compile ``(leaves, token_B, position_B, active_B, expert_ids_BLK, cache) -> (logits_BV, cache, routing)``.
+    def decode(
+        self, leaves: Leaves, shape: Shape, record: Record, replay: Choices | None = None, adapted: bool = False
+    ) -> Step:
+        """Compile ``(leaves, token_B, position_B, active_B, expert_ids_BLK, adapter_ids_B, cache)``.
 
-        The cache is donated; `expert_ids_BLK` are choices of `replay`'s shape, or None without one.
+        It gives the same as `prefill`. The cache is donated; `expert_ids_BLK` are choices of `replay`'s shape, or None
+        without one.
         """
 
         def decode(
@@ -146,10 +159,12 @@ class Programs:
             position: jax.Array,
             active: jax.Array,
             expert_ids: jax.Array | None,
+            adapter_ids: jax.Array | None,
             cache: Any,
         ) -> tuple:
-            model = self._model(leaves)
-            logits, cache, stats = model.decode_and_stats(token, position, cache, active, expert_ids)
+            model: Any = self._model(leaves)
+            chosen = {} if adapter_ids is None else {"adapter_ids_B": adapter_ids}
+            logits, cache, stats = model.decode_and_stats(token, position, cache, active, expert_ids, **chosen)
             return logits, cache, self._routing(model, stats, record)
 
         args = (
@@ -157,8 +172,10 @@ class Programs:
             self._spec(jnp.int32, shape.rows),
             self._spec(jnp.bool_, shape.rows),
             None if replay is None else self._spec(jnp.int32, shape.rows, *replay),
+            self._spec(jnp.int32, shape.rows) if adapted else None,
         )
-        return self._model_step(("decode", shape.rows, shape.cache, record, replay), decode, leaves, shape, args)
+        key = ("decode", shape.rows, shape.cache, record, replay, adapted)
+        return self._model_step(key, decode, leaves, shape, args)
 
     def _routing(self, model: Model, stats: Any, record: Record) -> Routing | None:
         if record == "nothing":

@@ -1,5 +1,14 @@
 """The parts a decoder is composed of, as Flax nnx modules and the pure functions they call."""
 
+from jaxmoe.layers.adapters import (
+    adaptable_params,
+    factor_specs,
+    held_factors,
+    held_ranks,
+    hold_factor,
+    make_room,
+    write_adapter,
+)
 from jaxmoe.layers.attention import Attention, KVCache
 from jaxmoe.layers.cache import CacheArray, accepted
 from jaxmoe.layers.device_work import kernel_work
@@ -40,13 +49,19 @@ __all__ = [
     "VocabTable",
     "abstract_logical_state",
     "accepted",
+    "adaptable_params",
     "check_expert_axes",
     "check_swap",
     "check_usable",
+    "factor_specs",
+    "held_factors",
+    "held_ranks",
+    "hold_factor",
     "join_streams",
     "kernel_work",
     "load_logical_state",
     "logical_state",
+    "make_room",
     "make_token_mixer",
     "pack_params",
     "packable_params",
@@ -57,4 +72,5 @@ __all__ = [
     "route",
     "swap_experts",
     "unpacked_specs",
+    "write_adapter",
 ]

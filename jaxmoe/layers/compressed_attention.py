@@ -105,6 +105,7 @@ class CompressedAttention(nnx.Module):
         batch: tuple[str, ...],
         *,
         decode: bool = False,
+        adapter_ids_B: jax.Array | None = None,
     ) -> tuple[jax.Array, CompressedCache | None]:
         """Attend within a prompt, or from one new token to the cache.
 
@@ -114,11 +115,12 @@ class CompressedAttention(nnx.Module):
             cache: cache before the tokens; None for none.
             batch: mesh axes of the batch dim.
             decode: whether S is 1 and the cache holds what the tokens before have left.
+            adapter_ids_B: int32, adapter of each row, -1 for none; None for none at all.
 
         Returns:
             [B, S, D], and the cache with the new tokens in it.
         """
-        weights, specs = self.specs.weights(self)
+        weights, specs = self.specs.weights(self, adapter_ids_B, batch)
         cache_spec = None if cache is None else cache_specs(self.cache_arrays(1, 1), batch)
         return jax.shard_map(
             partial(self._local, decode=decode),

@@ -119,7 +119,7 @@ def local_experts(
         stacks = stacks._replace(b_down=jnp.where(first, stacks.b_down, 0))
 
     def apply(stacks: ExpertStacks, rows_RD: jax.Array, sizes_p: jax.Array, dtype: DTypeLike) -> jax.Array:
-        up, down, rounding = _matrices(stacks)
+        up, down, rounding = expert_matrices(stacks)
         return expert_mlp(
             rows_RD,
             up,
@@ -138,7 +138,7 @@ def local_experts(
     return Experts(apply, stacks)
 
 
-def _matrices(stacks: ExpertStacks) -> tuple[Any, Any, dict[str, Any]]:
+def expert_matrices(stacks: ExpertStacks) -> tuple[Any, Any, dict[str, Any]]:
     """The two stacks as `expert_mlp` takes them, and its arguments for inputs that are rounded."""
     up, down = stacks.w_gate_up, stacks.w_down
     if not isinstance(up, RoundingStack) or not isinstance(down, RoundingStack):

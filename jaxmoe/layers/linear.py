@@ -9,6 +9,7 @@ from jax.sharding import Mesh
 from jax.typing import DTypeLike
 
 from jaxmoe.kernels.grouped_matmul import QuantizedStack, grouped_matmul
+from jaxmoe.layers.low_rank import AdaptedMatrix, low_rank_product
 from jaxmoe.layers.weights import RoundingStack, Weight
 
 
@@ -24,14 +25,17 @@ class Linear:
     mesh: Mesh
     kernels: str = "auto"
 
-    def __call__(self, x: jax.Array, weight: Weight, out_dtype: DTypeLike | None = None) -> jax.Array:
+    def __call__(self, x: jax.Array, weight: Weight | AdaptedMatrix, out_dtype: DTypeLike | None = None) -> jax.Array:
         """Multiply, [..., N]; a packed matrix is decoded as it is multiplied with, its inputs rounded where it says so.
 
         Args:
             x: [..., K].
-            weight: [N, K], of x's dtype or packed.
+            weight: [N, K], of x's dtype or packed, or one with adapters, where x is [B, ..., K].
             out_dtype: dtype of the sums and of the result; None for x's.
         """
+        if isinstance(weight, AdaptedMatrix):
+            y = self(x, weight.base, out_dtype)
+            return y + low_rank_product(x, weight).astype(y.dtype)
         rounding: dict[str, Any] = {}
         if isinstance(weight, RoundingStack):
             rounding = {"activations": weight.activations, "split_over": weight.split_over}

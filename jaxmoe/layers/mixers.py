@@ -42,7 +42,14 @@ class TokenMixer(Protocol):
         ...
 
     def __call__(
-        self, x_BSD: jax.Array, positions_BS: jax.Array, cache: Any, batch: tuple[str, ...], *, decode: bool = False
+        self,
+        x_BSD: jax.Array,
+        positions_BS: jax.Array,
+        cache: Any,
+        batch: tuple[str, ...],
+        *,
+        decode: bool = False,
+        adapter_ids_B: jax.Array | None = None,
     ) -> tuple[jax.Array, Any]:
         """Mix the tokens of each row: returns [B, S, D], and the cache (where given) with the new tokens in it.
 
@@ -50,6 +57,8 @@ class TokenMixer(Protocol):
         length is its largest position + 1. In `decode` the cache holds all tokens before, and S is 1. Attention, latent
         attention and the recurrent layers take several tokens at once too, at positions that follow each other, from each
         row's own first one on; see `jaxmoe.layers.cache.accepted`.
+
+        `adapter_ids_B` are the adapters of the rows, see `jaxmoe.layers.weights.WeightSpecs.weights`.
 
         A layer whose config says that it `chooses_positions` is also given those that the layers before have chosen, as
         `chosen`, and gives those that it has attended to as a third result.

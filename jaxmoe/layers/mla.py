@@ -167,6 +167,7 @@ class LatentAttention(nnx.Module):
         *,
         decode: bool = False,
         chosen: jax.Array | None = None,
+        adapter_ids_B: jax.Array | None = None,
     ) -> tuple[Any, ...]:
         """Attend within a prompt, or from new tokens to the cache.
 
@@ -178,11 +179,12 @@ class LatentAttention(nnx.Module):
             decode: whether the tokens attend to the cache at their positions and before.
             chosen: positions that the last layer with an indexer has chosen, as bool [B, S, C], or for one token in `decode`
                 as int32 [B, 1, k]; None where it chose all of them.
+            adapter_ids_B: int32, adapter of each row, -1 for none; None for none at all.
 
         Returns:
             [B, S, D], and the cache with the new tokens in it; with an indexer the chosen positions as well.
         """
-        weights, specs = self.specs.weights(self)
+        weights, specs = self.specs.weights(self, adapter_ids_B, batch)
         cache_spec = None if cache is None else cache_specs(self.cache_arrays(1, 1), batch)
         y_BSD, cache, chosen = jax.shard_map(
             partial(self._local, decode=decode and cache is not None),

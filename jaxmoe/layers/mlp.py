@@ -33,11 +33,11 @@ class MLP(nnx.Module):
         self.config, self.specs, self.linear = config, WeightSpecs.of(self), param.linear
         self.mesh, self.tp_axes = auto_mesh(param.mesh), param.axes.tp
 
-    def __call__(self, x_BSD: jax.Array, batch: tuple[str, ...]) -> jax.Array:
-        """Map x [B, S, D], its batch dim sharded over the axes `batch`, to [B, S, D]."""
+    def __call__(self, x_BSD: jax.Array, batch: tuple[str, ...], adapter_ids_B: jax.Array | None = None) -> jax.Array:
+        """Map x [B, S, D], its batch dim sharded over the axes `batch`, to [B, S, D], each row with its adapter."""
         config = self.config
         combine = combine_halves(config.activation, config.activation_limit, gated=config.gated)
-        weights, specs = self.specs.weights(self)
+        weights, specs = self.specs.weights(self, adapter_ids_B, batch)
 
         def local(w: dict[str, Any], x_BSD: jax.Array) -> jax.Array:
             def project(name: str) -> jax.Array:

@@ -1,5 +1,6 @@
 """The Mixture-of-Experts layer: router, placement, dispatch and experts composed over the mesh."""
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -19,10 +20,12 @@ from jaxmoe.dispatch import (
     get_dispatch,
 )
 from jaxmoe.kernels.grouped_matmul import Choice, Work, check_backend, choose_backend, hold_trials
+from jaxmoe.layers.adapted_experts import ExpertFactors
 from jaxmoe.layers.expert_stack import ExpertStack
 from jaxmoe.layers.experts import ExpertStacks, expert_work, make_expert_stacks
 from jaxmoe.layers.explicit_mesh import apply_on_auto_axes
 from jaxmoe.layers.latent import LatentProjection, from_latent, make_latent_projection, to_latent
+from jaxmoe.layers.low_rank import FACTOR_ENDINGS
 from jaxmoe.layers.mlp import MLP
 from jaxmoe.layers.moe_checks import (
     check_made_of,
@@ -164,6 +167,10 @@ class MoE(nnx.Module):
         """The parameters whose dim 0 is the physical slots."""
         return [param for param in vars(self).values() if isinstance(param, ExpertStack)]
 
+    def expert_factors(self) -> list[nnx.Variable]:
+        """The factors of adapters of the routed experts, whose dim 0 is the physical slots too."""
+        return [getattr(self, name) for name in ExpertFactors._fields if hasattr(self, name)]
+
     def set_placement(self, placement: ExpertPlacement) -> None:
         """Say that the stacks hold what `placement` says; `jaxmoe.layers.swap_experts` brings them there."""
         last_load = np.asarray(self.last_load[...]) if hasattr(self, "last_load") else None
@@ -201,6 +208,7 @@ class MoE(nnx.Module):
         *,
         expert_ids: jax.Array | None = None,
         dispatch: str | None = None,
+        adapter_ids: jax.Array | None = None,
     ) -> tuple[jax.Array, MoEStats]:
         """Apply the layer.
 
@@ -214,6 +222,8 @@ class MoE(nnx.Module):
                 gradients reach it through them. Inside a program of your own the numbers cannot be checked; one that is
                 no expert's makes NaN.
             dispatch: name of a dispatch for this call; None for the layer's own.
+            adapter_ids: int32 [...], adapter of each token, of those that the layer holds factors of, -1 for none; None for
+                none at all.
 
         Returns:
             y [..., D] in x's dtype, and the call's statistics. On a mesh with axes of type Explicit y is sharded like x.
@@ -233,7 +243,7 @@ class MoE(nnx.Module):
         def apply(layer: MoE, *arrays: Any) -> tuple[jax.Array, MoEStats]:
             return layer._apply(*arrays, dispatch=dispatch)
 
-        return apply_on_auto_axes(apply, self, self.mesh, x, token_mask, router_x, expert_ids)
+        return apply_on_auto_axes(apply, self, self.mesh, x, token_mask, router_x, expert_ids, adapter_ids)
 
     def _apply(
         self,
@@ -241,6 +251,7 @@ class MoE(nnx.Module):
         token_mask: jax.Array | None,
         router_x: jax.Array | None,
         expert_ids: jax.Array | None,
+        adapter_ids: jax.Array | None,
         *,
         dispatch: str | None,
     ) -> tuple[jax.Array, MoEStats]:
@@ -253,12 +264,16 @@ class MoE(nnx.Module):
             # Before anything multiplies by them: a cotangent of zero times NaN is NaN.
             x_TD, router_TD = (jnp.where(mask_T[:, None], y_TD, 0) for y_TD in (x_TD, router_TD))
         plan, latent = self._plan(x_TD.shape[0], x.dtype, dispatch), held(self, LatentProjection)
+        weights, adapter_ids_T = self._routed_weights(), None
+        if adapter_ids is not None:
+            adapter_ids_T = adapter_ids.reshape(-1)
+            weights, plan = self._with_factors(weights, plan)
         y_TX, stats = routed_experts(
-            to_latent(x_TD, latent), router_TD, mask_T, ids_TK, self._routed_weights(), plan=plan
+            to_latent(x_TD, latent), router_TD, mask_T, ids_TK, weights, adapter_ids_T, plan=plan
         )
         y_TD = from_latent(y_TX, latent)
         if self.config.shared is not None:
-            y_TD = y_TD + self._shared(x_TD)
+            y_TD = y_TD + self._shared(x_TD, adapter_ids_T)
         if token_mask is not None:
             y_TD = jnp.where(mask_T[:, None], y_TD, 0)
         return y_TD.reshape(x.shape), stats
@@ -267,11 +282,26 @@ class MoE(nnx.Module):
         stacks = self._specs.values_as(self, ExpertStacks)
         return RoutedWeights(held(self, RouterWeights), stacks, held(self, PlacementTables))
 
-    def _shared(self, x_TD: jax.Array) -> jax.Array:
+    def _with_factors(self, weights: RoutedWeights, plan: RoutedPlan) -> tuple[RoutedWeights, RoutedPlan]:
+        """The same with the factors of adapters, where the layer has some of its routed experts."""
+        specs: dict[str, Any] = {}
+        for name in ("w_gate_up", "w_down"):
+            if hasattr(self, name + FACTOR_ENDINGS[0]):
+                names = [name + ending for ending in FACTOR_ENDINGS]
+                specs |= zip(names, self._specs.factor_specs(self, name), strict=True)
+        if not specs:
+            return weights, plan
+        plan = dataclasses.replace(plan, factor_specs=ExpertFactors(**specs))
+        return weights._replace(factors=held(self, ExpertFactors)), plan
+
+    def _shared(self, x_TD: jax.Array, adapter_ids_T: jax.Array | None) -> jax.Array:
         """The sum of the experts that serve every token; it depends on no exchange, so it can overlap one."""
         T = x_TD.shape[0]
-        padded_TD = jnp.pad(x_TD, ((0, padded_batch(self.mesh, T, self.axes) - T), (0, 0)))
-        y_TD = self.shared(padded_TD[:, None], batch_axes(self.mesh, T, self.axes))[:T, 0]
+        padding = padded_batch(self.mesh, T, self.axes) - T
+        padded_TD = jnp.pad(x_TD, ((0, padding), (0, 0)))
+        if adapter_ids_T is not None:
+            adapter_ids_T = jnp.pad(adapter_ids_T, (0, padding), constant_values=-1)
+        y_TD = self.shared(padded_TD[:, None], batch_axes(self.mesh, T, self.axes), adapter_ids_T)[:T, 0]
         if not self.config.shared_gate:
             return y_TD
         return jax.nn.sigmoid(x_TD @ self.w_shared_gate[...].T) * y_TD

@@ -72,6 +72,7 @@ class RecurrentMixer(nnx.Module):
         batch: tuple[str, ...],
         *,
         decode: bool = False,
+        adapter_ids_B: jax.Array | None = None,
     ) -> tuple[jax.Array, RecurrentCache | None]:
         """Run a prompt from empty states, or new tokens from the cache's.
 
@@ -81,11 +82,12 @@ class RecurrentMixer(nnx.Module):
             cache: cache before the tokens; None for none.
             batch: mesh axes of the batch dim.
             decode: whether the cache holds what the tokens before have left.
+            adapter_ids_B: int32, adapter of each row, -1 for none; None for none at all.
 
         Returns:
             [B, S, D], and the cache after each row's last token; of several tokens in `decode` after each, [B, S, ...].
         """
-        weights, specs = self.specs.weights(self)
+        weights, specs = self.specs.weights(self, adapter_ids_B, batch)
         cache_spec = None if cache is None else cache_specs(self.cache_arrays(1, 1), batch)
         several = decode and cache is not None and x_BSD.shape[1] > 1
         out_spec = jax.tree.map(lambda spec: P(spec[0], None, *spec[1:]), cache_spec) if several else cache_spec

@@ -14,6 +14,7 @@ from jax.sharding import PartitionSpec as P
 
 from jaxmoe.config import MoEConfig
 from jaxmoe.dispatch import Dispatch, DispatchLayout
+from jaxmoe.layers.adapted_experts import ExpertFactors, adapted_experts, fine_slots
 from jaxmoe.layers.experts import ExpertStacks, local_experts
 from jaxmoe.layers.losses import RouterSums, load_balancing_loss, router_sums, router_z_loss
 from jaxmoe.layers.placement_table import table_specs
@@ -57,11 +58,13 @@ class RoutedWeights(NamedTuple):
         router: weights of the router.
         stacks: weights of the experts.
         tables: placement and replica choice.
+        factors: factors of the experts' adapters; None where no token of the call has an adapter.
     """
 
     router: RouterWeights
     stacks: ExpertStacks
     tables: PlacementTables
+    factors: ExpertFactors | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,6 +79,7 @@ class RoutedPlan:
         kernels: backend of the grouped matmul, or "auto".
         replica_choice: name of the rule among replicas.
         stack_specs: partition specs of the arrays of the expert stacks, in the order of their tree.
+        factor_specs: partition specs of the adapters' factors, where a call has some.
     """
 
     config: MoEConfig
@@ -85,6 +89,7 @@ class RoutedPlan:
     kernels: str
     replica_choice: str
     stack_specs: tuple[P, ...]
+    factor_specs: ExpertFactors | None = None
 
     @property
     def token_axes(self) -> tuple[str, ...]:
@@ -95,7 +100,7 @@ class RoutedPlan:
         """The partition specs of the program's weights; the router is whole on every device."""
         router = RouterWeights._make([P()] * len(RouterWeights._fields))
         stacks = jax.tree.unflatten(jax.tree.structure(weights.stacks), self.stack_specs)
-        return RoutedWeights(router, stacks, table_specs(self.layout.expert_axes))
+        return RoutedWeights(router, stacks, table_specs(self.layout.expert_axes), self.factor_specs)
 
     @property
     def stats_specs(self) -> MoEStats:
@@ -112,6 +117,7 @@ def routed_experts(
     mask_T: jax.Array,
     expert_ids_TK: jax.Array | None,
     weights: RoutedWeights,
+    adapter_ids_T: jax.Array | None = None,
     *,
     plan: RoutedPlan,
 ) -> tuple[jax.Array, MoEStats]:
@@ -123,6 +129,7 @@ def routed_experts(
         mask_T: bool, False for tokens that go to no expert.
         expert_ids_TK: choices to take instead of the router's own, -1 for none; None for all of the router's own.
         weights: arrays of the layer.
+        adapter_ids_T: int32, adapter of each token, -1 for none; where `weights` have factors.
         plan: plan of the call.
 
     Returns:
@@ -134,13 +141,15 @@ def routed_experts(
     mask_T = jnp.pad(mask_T, (0, padding))
     if expert_ids_TK is not None:
         expert_ids_TK = jnp.pad(expert_ids_TK, ((0, padding), (0, 0)), constant_values=-1)
+    if adapter_ids_T is not None:
+        adapter_ids_T = jnp.pad(adapter_ids_T, (0, padding), constant_values=-1)
     y_TX, stats = jax.shard_map(
         partial(_on_one_device, plan=plan),
         mesh=plan.mesh,
-        in_specs=(*[P(token_axes)] * 4, plan.weight_specs(weights)),
+        in_specs=(*[P(token_axes)] * 4, plan.weight_specs(weights), P(token_axes)),
         out_specs=(P(token_axes), plan.stats_specs),
         check_vma=False,
-    )(x_TX, router_TD, mask_T, expert_ids_TK, weights)
+    )(x_TX, router_TD, mask_T, expert_ids_TK, weights, adapter_ids_T)
     return y_TX[:T], stats._replace(expert_ids=stats.expert_ids[:T])
 
 
@@ -150,6 +159,7 @@ def _on_one_device(
     mask_T: jax.Array,
     given_TK: jax.Array | None,
     weights: RoutedWeights,
+    adapter_ids_T: jax.Array | None,
     *,
     plan: RoutedPlan,
 ) -> tuple[jax.Array, MoEStats]:
@@ -173,7 +183,20 @@ def _on_one_device(
         kernels=plan.kernels,
         device_kind=plan.mesh.devices.flat[0].device_kind,
     )
-    y_TX, dispatched = plan.dispatch.run(x_TX, slots_TK, weights_TK, experts, plan.layout, config.weights_on_input)
+    layout = plan.layout
+    if weights.factors is not None:
+        assert adapter_ids_T is not None
+        adapters = weights.factors.adapters
+        slots_TK = fine_slots(slots_TK, adapter_ids_T, adapters)
+        layout = dataclasses.replace(layout, num_slots=layout.num_slots * (adapters + 1))
+        experts = adapted_experts(
+            experts,
+            weights.factors,
+            config,
+            backend=plan.kernels,
+            device_kind=plan.mesh.devices.flat[0].device_kind,
+        )
+    y_TX, dispatched = plan.dispatch.run(x_TX, slots_TK, weights_TK, experts, layout, config.weights_on_input)
     sums: RouterSums = jax.lax.psum(router_sums(logits_TE, ids_TK, mask_T), token_axes)
     return y_TX.astype(x_TX.dtype), MoEStats(
         expert_counts=sums.expert_counts,

@@ -104,7 +104,7 @@ def _swap_stacks(moe: MoE, placement: ExpertPlacement, num_nodes: int) -> MovedB
     moves = plan_migration(moe.placement, placement, num_nodes=num_nodes).moves
     moved, swapped = MovedBytes(), []
     try:
-        for stack in moe.expert_stacks():
+        for stack in (*moe.expert_stacks(), *moe.expert_factors()):
             stack.set_value(_swap(stack.get_value(), moves, moe, moved))
             swapped.append(stack)
     except BaseException:

@@ -13,6 +13,7 @@ from flax import nnx
 from jax.sharding import PartitionSpec as P
 
 from jaxmoe.kernels.grouped_matmul import QuantizedStack
+from jaxmoe.layers.low_rank import FACTOR_ENDINGS, AdaptedMatrix, factor_partitions
 from jaxmoe.quant.packing import Packing
 
 Weights = TypeVar("Weights", bound=NamedTuple)
@@ -70,11 +71,31 @@ class WeightSpecs:
         specs = tuple((name, param.get_metadata("spec")) for name, param in params.items())
         return cls(specs, tuple(sorted((packings or {}).items())))
 
-    def weights(self, module: nnx.Module) -> tuple[dict[str, Any], dict[str, Any]]:
-        """Give the values of the module's parameters by name, and the specs of the same."""
+    def weights(
+        self, module: nnx.Module, adapter_ids_B: jax.Array | None = None, batch: tuple[str, ...] = ()
+    ) -> tuple[dict[str, Any], dict[str, Any]]:
+        """Give the values of the module's parameters by name, and the specs of the same.
+
+        Args:
+            module: module that the specs were noted of.
+            adapter_ids_B: int32, adapter of each row of the batch, -1 for none: matrices come as `AdaptedMatrix` where the
+                module holds factors for them. None for the matrices alone.
+            batch: mesh axes of the batch dim.
+        """
         parts = {name + PART_ENDINGS[role] for name, form in self.packings for role in form.roles[1:]}
         names = [name for name, _ in self.by_name if name not in parts]
-        return {name: self.value(module, name) for name in names}, {name: self.spec(module, name) for name in names}
+        values: dict[str, Any] = {name: self.value(module, name) for name in names}
+        specs = {name: self.spec(module, name) for name in names}
+        for name in names if adapter_ids_B is not None else ():
+            if factors := factor_values(module, name):
+                (a, b), (a_spec, b_spec) = factors, self.factor_specs(module, name)
+                values[name] = AdaptedMatrix(values[name], a, b, adapter_ids_B)
+                specs[name] = AdaptedMatrix(specs[name], a_spec, b_spec, P(batch))
+        return values, specs
+
+    def factor_specs(self, module: nnx.Module, name: str) -> tuple[P, P]:
+        """Give the specs of the factors that adapters of one parameter have."""
+        return factor_partitions(dict(self.by_name)[name], getattr(module, name).get_value().ndim)
 
     def value(self, module: nnx.Module, name: str) -> Weight:
         """Give the value of one parameter: an array, a `QuantizedStack` or a `RoundingStack`; abstract if it is."""
@@ -130,6 +151,12 @@ def _stack(packing: Packing, shape: tuple[int, ...], arrays: Mapping[str, Any]) 
         format=packing.format,
         block=packing.units("scale", (*shape[:-1], shape[-1] * packing.per_byte)),
     )
+
+
+def factor_values(module: nnx.Module, name: str) -> tuple[jax.Array, ...]:
+    """Give the factors A and B that a module holds for one of its parameters; none where it holds none."""
+    names = [name + ending for ending in FACTOR_ENDINGS]
+    return tuple([getattr(module, factor)[...] for factor in names]) if hasattr(module, names[0]) else ()
 
 
 def hold(module: nnx.Module, weights: NamedTuple) -> None:

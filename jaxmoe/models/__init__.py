@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from jaxmoe.config import DecoderConfig, check_agreement, directory_of, find_checkpoint, read_config_json
+from jaxmoe.models.adapters import AdapterPlaces, HeldAdapter
 from jaxmoe.models.afmoe import AFMOE
 from jaxmoe.models.bailing_hybrid import BAILING_HYBRID
 from jaxmoe.models.dbrx import DBRX
@@ -52,11 +53,13 @@ from jaxmoe.rotary import check_rope_agreement
 __all__ = [
     "FAMILIES",
     "WRAPPERS",
+    "AdapterPlaces",
     "Decoder",
     "ExpertLayout",
     "ExpertTensors",
     "Family",
     "Form",
+    "HeldAdapter",
     "Origin",
     "Wrapper",
     "find_family",

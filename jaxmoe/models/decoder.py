@@ -31,6 +31,7 @@ from jaxmoe.layers import (
     swap_experts,
 )
 from jaxmoe.mesh import EP, TP, axes_size, batch_axes, check_mesh, named, padded_batch
+from jaxmoe.models.adapters import AdapterPlaces
 from jaxmoe.models.belongings import Belongings
 from jaxmoe.models.checks import check_length, check_token_ids, check_tp
 from jaxmoe.models.decoder_layer import DecoderLayer
@@ -71,6 +72,8 @@ class Decoder(nnx.Module):
     # While a trace is replayed, an attribute of the module: its arrays are then in the module's state, and reach programs
     # that are compiled around a call of the model.
     replay: RoutingReplay | None = None
+    # An attribute of the module once adapters are held beside the weights.
+    adapter_places: AdapterPlaces | None = None
 
     def __init__(
         self,
@@ -156,6 +159,24 @@ class Decoder(nnx.Module):
     def placements(self) -> list[ExpertPlacement]:
         """The placement of every MoE layer."""
         return [moe.placement for moe in self.moe_layers]
+
+    @property
+    def adapters(self) -> tuple[str, ...]:
+        """The names of the adapters that are held beside the weights, see `jaxmoe.add_adapter`."""
+        return () if self.adapter_places is None else self.adapter_places.names
+
+    def adapter_ids(self, adapters: Sequence[str | None] | None, count: int) -> np.ndarray | None:
+        """Give the number of each sequence's adapter, int32 [count], -1 for none; None where no sequence has one.
+
+        Args:
+            adapters: name or None for each sequence; None for none at all.
+            count: number of sequences.
+
+        Raises:
+            ValueError: there are more or fewer names, or one is of no adapter of the model.
+        """
+        places = AdapterPlaces() if self.adapter_places is None else self.adapter_places
+        return None if adapters is None else places.numbers(adapters, count)
 
     @property
     def recorder(self) -> RoutingRecorder | None:
@@ -346,18 +367,24 @@ class Decoder(nnx.Module):
         for moe, rule in zip(self.moe_layers, rules, strict=True):
             moe.choose_replicas(choice, devices_per_node=devices_per_node, last_load=rule.last_load)
 
-    def __call__(self, token_ids: jax.Array | np.ndarray | Sequence[Sequence[int]]) -> jax.Array:
+    def __call__(
+        self,
+        token_ids: jax.Array | np.ndarray | Sequence[Sequence[int]],
+        *,
+        adapters: Sequence[str | None] | None = None,
+    ) -> jax.Array:
         """Logits of every position.
 
         Args:
             token_ids: int32 [B, S], any B and S.
+            adapters: name of an adapter for each row, or None for the model as it is; None for all as it is.
 
         Returns:
             float32 [B, S, vocab_size].
 
         Raises:
-            ValueError: not two dims, no token, an id outside the vocabulary, a replayed trace of another size, or a
-                sequence that the model's rotary frequencies do not hold for.
+            ValueError: not two dims, no token, an id outside the vocabulary, a replayed trace of another size, an adapter
+                that the model does not hold, or a sequence that the model's rotary frequencies do not hold for.
             RuntimeError: see `record_routing` and `replay_routing`.
         """
         check_usable(self)
@@ -371,12 +398,17 @@ class Decoder(nnx.Module):
         tokens_BS = jnp.pad(jnp.asarray(token_ids, jnp.int32), ((0, rows - B), (0, length - S)))
         lengths_B = jnp.where(jnp.arange(rows, dtype=jnp.int32) < B, jnp.int32(S), 0)
         expert_ids = None if self.replay is None else self.replay.of_call(B, S, rows, length)
+        adapter_ids = self.adapter_ids(adapters, B)
+        if adapter_ids is not None:
+            adapter_ids = np.pad(adapter_ids, (0, rows - B), constant_values=-1)
         graphdef, replay, *rest = nnx.split(self, ReplayedRouting, ...)
         # The program takes the choices as they are padded, and no array of each trace's own size.
         replay = jax.tree.map(lambda _: jnp.int32(0), replay)
         recorder = self.recorder
         record = None if recorder is None else recorder.token_ids
-        logits_BSV, routing = _all_logits(graphdef, record, (replay, *rest), tokens_BS, lengths_B, expert_ids)
+        logits_BSV, routing = _all_logits(
+            graphdef, record, (replay, *rest), tokens_BS, lengths_B, expert_ids, adapter_ids
+        )
         if recorder is not None:
             recorder.add(routing)
         return logits_BSV[:B, :S]
@@ -409,12 +441,19 @@ class Decoder(nnx.Module):
         return self.prefill_and_stats(tokens_BS, lengths_B, cache)[:2]
 
     def prefill_and_stats(
-        self, tokens_BS: jax.Array, lengths_B: jax.Array, cache: Cache, expert_ids_BSLK: jax.Array | None = None
+        self,
+        tokens_BS: jax.Array,
+        lengths_B: jax.Array,
+        cache: Cache,
+        expert_ids_BSLK: jax.Array | None = None,
+        adapter_ids_B: jax.Array | None = None,
     ) -> tuple[jax.Array, Cache, tuple[MoEStats, ...]]:
-        """`prefill`, and what each MoE layer did; with choices to take, as for `logits_and_stats`."""
+        """`prefill`, and what each MoE layer did; with choices to take and adapters, as for `logits_and_stats`."""
         S = tokens_BS.shape[1]
         positions_BS, mask_BS = prompt_positions(lengths_B, S)
-        x_BSD, cache, stats = self.hidden_and_stats(tokens_BS, positions_BS, mask_BS, cache, expert_ids_BSLK)
+        x_BSD, cache, stats = self.hidden_and_stats(
+            tokens_BS, positions_BS, mask_BS, cache, expert_ids_BSLK, adapter_ids_B
+        )
         last_B1D = jnp.take_along_axis(x_BSD, jnp.maximum(lengths_B - 1, 0)[:, None, None], axis=1)
         return self.logits_of(last_B1D)[:, 0], cache, stats
 
@@ -441,17 +480,22 @@ class Decoder(nnx.Module):
         cache: Cache,
         active_B: jax.Array | None = None,
         expert_ids_BLK: jax.Array | None = None,
+        adapter_ids_B: jax.Array | None = None,
     ) -> tuple[jax.Array, Cache, tuple[MoEStats, ...]]:
-        """`decode`, and what each MoE layer did; with choices to take, one token's for each row."""
+        """`decode`, and what each MoE layer did; with choices to take, one token's for each row, and adapters."""
         mask_B1 = jnp.ones((len(tokens_B), 1), bool) if active_B is None else active_B[:, None]
         ids_B1LK = None if expert_ids_BLK is None else expert_ids_BLK[:, None]
         x_B1D, cache, stats = self.hidden_and_stats(
-            tokens_B[:, None], positions_B[:, None], mask_B1, cache, ids_B1LK, decode=True
+            tokens_B[:, None], positions_B[:, None], mask_B1, cache, ids_B1LK, adapter_ids_B, decode=True
         )
         return self.logits_of(x_B1D)[:, 0], cache, stats
 
     def logits_and_stats(
-        self, tokens_BS: jax.Array, lengths_B: jax.Array, expert_ids_BSLK: jax.Array | None = None
+        self,
+        tokens_BS: jax.Array,
+        lengths_B: jax.Array,
+        expert_ids_BSLK: jax.Array | None = None,
+        adapter_ids_B: jax.Array | None = None,
     ) -> tuple[jax.Array, tuple[MoEStats, ...]]:
         """Logits of every position, and what each MoE layer did; pure and traceable, for training and measuring.
 
@@ -460,12 +504,13 @@ class Decoder(nnx.Module):
             lengths_B: int32, tokens of each row; 0 for a padding row.
             expert_ids_BSLK: int32, choices to take instead of the routers' own, for the L MoE layers and the largest of
                 their K, see `jaxmoe.MoE`; what it has of padding counts for nothing.
+            adapter_ids_B: int32, adapter of each row as `adapter_ids` numbers them, -1 for none; None for none at all.
 
         Returns:
             float32 [B, S, vocab_size], and one `MoEStats` per MoE layer.
         """
         positions_BS, mask_BS = prompt_positions(lengths_B, tokens_BS.shape[1])
-        x_BSD, _, stats = self.hidden_and_stats(tokens_BS, positions_BS, mask_BS, None, expert_ids_BSLK)
+        x_BSD, _, stats = self.hidden_and_stats(tokens_BS, positions_BS, mask_BS, None, expert_ids_BSLK, adapter_ids_B)
         return self.logits_of(x_BSD), stats
 
     def embedded(self, tokens_BS: jax.Array) -> jax.Array:
@@ -479,6 +524,7 @@ class Decoder(nnx.Module):
         mask_BS: jax.Array,
         cache: Cache | None,
         expert_ids_BSLK: jax.Array | None = None,
+        adapter_ids_B: jax.Array | None = None,
         *,
         decode: bool = False,
     ) -> tuple[jax.Array, Cache, tuple[MoEStats, ...]]:
@@ -490,6 +536,7 @@ class Decoder(nnx.Module):
             mask_BS: bool, False for tokens that go to no routed expert.
             cache: cache that gets the tokens; None for none.
             expert_ids_BSLK: choices to take, as for `logits_and_stats`.
+            adapter_ids_B: adapters of the rows, as for `logits_and_stats`.
             decode: whether the cache holds all positions before. With S > 1 it comes back with what `accepted` chooses from.
 
         Returns:
@@ -515,6 +562,7 @@ class Decoder(nnx.Module):
                 decode=decode,
                 chosen=chosen,
                 token_ids_BS=tokens_BS,
+                adapter_ids_B=adapter_ids_B,
             )
             caches.append(layer_cache)
             if layer_stats is not None:
@@ -539,10 +587,11 @@ def _all_logits(
     tokens_BS: jax.Array,
     lengths_B: jax.Array,
     expert_ids_BSLK: jax.Array | None,
+    adapter_ids_B: jax.Array | None,
 ) -> tuple[jax.Array, Routing | None]:
     model = nnx.merge(graphdef, *states)
     model.record_with(None)  # This program hands out its routing itself.
-    logits_BSV, stats = model.logits_and_stats(tokens_BS, lengths_B, expert_ids_BSLK)
+    logits_BSV, stats = model.logits_and_stats(tokens_BS, lengths_B, expert_ids_BSLK, adapter_ids_B)
     if token_ids is None:
         return logits_BSV, None
     return logits_BSV, routing_of(stats, model.mesh, token_ids=token_ids, num_layers=len(model.moe_layers))

@@ -97,12 +97,14 @@ class DecoderLayer(nnx.Module):
         decode: bool = False,
         chosen: jax.Array | None = None,
         token_ids_BS: jax.Array | None = None,
+        adapter_ids_B: jax.Array | None = None,
     ) -> tuple[jax.Array, Any, MoEStats | None, jax.Array | None]:
         """Apply the layer; tokens where `mask_BS` is False reach no routed expert.
 
         `expert_ids_BSK` are choices to take instead of the router's own, see `jaxmoe.MoE`; `chosen` are the positions that
         the layers before have chosen to attend to, see `jaxmoe.layers.mixers.TokenMixer`.
         `token_ids_BS` are asked for where experts are chosen by token, or the layer has embeddings of n-grams.
+        `adapter_ids_B` are the adapters of the rows, -1 for none; None for none at all.
 
         Returns:
             x as it came, [B, S, D] (with streams [B, S, n, D]), the layer's cache, what its routed experts did (None where
@@ -117,7 +119,9 @@ class DecoderLayer(nnx.Module):
         if self.config.attention is not None:
             h_BSD, join = self._enter(x_BSD, "attention")
             normed_BSD = self.attention_norm(h_BSD) if self.config.pre_norms else h_BSD
-            mix: Any = partial(self.attention, normed_BSD, positions_BS, cache, batch, decode=decode)
+            mix: Any = partial(
+                self.attention, normed_BSD, positions_BS, cache, batch, decode=decode, adapter_ids_B=adapter_ids_B
+            )
             if self.config.attention.chooses_positions:
                 y_BSD, cache, chosen = mix(chosen=chosen)
             else:
@@ -130,7 +134,7 @@ class DecoderLayer(nnx.Module):
             if self.config.experts_by_token:
                 expert_ids_BSK = self._experts_by_token(token_ids_BS, expert_ids_BSK)
             h_BSD, join = self._enter(x_BSD, "feed_forward")
-            y_BSD, stats = self._feed_forward(h_BSD, mask_BS, batch, expert_ids_BSK, dispatch)
+            y_BSD, stats = self._feed_forward(h_BSD, mask_BS, batch, expert_ids_BSK, dispatch, adapter_ids_B)
             if self.config.post_norms:
                 y_BSD = self.feed_forward_post_norm(y_BSD)
             x_BSD = join(y_BSD)
@@ -161,19 +165,21 @@ class DecoderLayer(nnx.Module):
         batch: tuple[str, ...],
         expert_ids_BSK: jax.Array | None,
         dispatch: str,
+        adapter_ids_B: jax.Array | None,
     ) -> tuple[jax.Array, MoEStats | None]:
         """The second half without what it is added to."""
         normed_BSD = self.feed_forward_norm(x_BSD) if self.config.pre_norms else x_BSD
         if not isinstance(self.config.feed_forward, MoEConfig):
-            return self.mlp(normed_BSD, batch), None
-        moe = partial(self.moe, token_mask=mask_BS, expert_ids=expert_ids_BSK, dispatch=dispatch)
+            return self.mlp(normed_BSD, batch, adapter_ids_B), None
+        ids_BS = None if adapter_ids_B is None else jnp.broadcast_to(adapter_ids_B[:, None], mask_BS.shape)
+        moe = partial(self.moe, token_mask=mask_BS, expert_ids=expert_ids_BSK, dispatch=dispatch, adapter_ids=ids_BS)
         if self.config.parallel_mlp is None:
             y_BSD, stats = moe(normed_BSD)
         else:
             y_BSD, stats = moe(self.moe_norm(x_BSD), router_x=x_BSD)
         y_BSD = jax.lax.with_sharding_constraint(y_BSD, named(self.moe.mesh, batch))
         if self.config.parallel_mlp is not None:
-            y_BSD = self.mlp_post_norm(self.mlp(normed_BSD, batch)) + self.moe_post_norm(y_BSD)
+            y_BSD = self.mlp_post_norm(self.mlp(normed_BSD, batch, adapter_ids_B)) + self.moe_post_norm(y_BSD)
         return y_BSD, stats
 
     def cache_arrays(self, batch_size: int, max_length: int) -> Any:

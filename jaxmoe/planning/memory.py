@@ -2,7 +2,7 @@
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,11 +10,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxmoe.checkpoint.loading import plan_ranks
 from jaxmoe.checkpoint.mapping import abstract_model, count_parameters, is_expert_stack, layer_index, pack_model
 from jaxmoe.checks import flag, integer
 from jaxmoe.config import DecoderConfig
 from jaxmoe.hardware import get_gpu
-from jaxmoe.layers import CacheArray, param_specs
+from jaxmoe.layers import CacheArray, ParamSpec, factor_specs, param_specs
 from jaxmoe.mesh import AXES, EP, batch_axes, named, padded_batch
 from jaxmoe.models import Decoder
 from jaxmoe.models.parts import held_forms, part_of
@@ -96,6 +97,7 @@ def plan(
     batch_size: int = 1,
     max_length: int | None = None,
     device: str | None = None,
+    adapters: Mapping[str, str | Path] | None = None,
 ) -> Plan:
     """Tell what each device would hold of a model, without devices and without weights.
 
@@ -114,6 +116,7 @@ def plan(
         batch_size: number of sequences to have room for.
         max_length: number of tokens of each; None for 4096, or as many positions as the model has where those are fewer.
         device: name in `jaxmoe.hardware.GPUS`, to compare with its memory.
+        adapters: directories of LoRA adapters that are to be held beside the weights, by name, as for `jaxmoe.load`.
 
     Raises:
         FileNotFoundError: there is no config.json.
@@ -144,6 +147,7 @@ def plan(
         checkpoint=checkpoint,
         keep=quantized == "keep",
         rounding=activations is not None,
+        adapters=adapters,
     )
 
 
@@ -162,8 +166,12 @@ def plan_config(
     checkpoint: PlannedCheckpoint | None = None,
     keep: bool = False,
     rounding: bool = False,
+    adapters: Mapping[str, str | Path] | None = None,
 ) -> Plan:
-    """Plan a config that has been read, see `plan`; its weights are plain where there is no `checkpoint`, or no `keep`."""
+    """Plan a config that has been read, see `plan`; its weights are plain where there is no `checkpoint`, or no `keep`.
+
+    Adapters are of a checkpoint.
+    """
     if max_length is None:
         max_length = min(4096, config.max_position_embeddings)
     sizes = {name: integer(name, size, least=1) for name, size in {"dp": dp, "tp": tp, "ep": ep}.items()}
@@ -182,10 +190,14 @@ def plan_config(
     parameters, active = count_parameters(config)
     stored: StoredWeights | None = None
     notes: tuple[str, ...] = ()
+    beside: dict[str, np.ndarray] = {}
     if checkpoint is not None:
         mapped = checkpoint.onto({spec.path: spec for spec in param_specs(model)})
         method = None if checkpoint.quantization is None else checkpoint.quantization.method
         stored = stored_weights(mapped, method)
+        if adapters:
+            ranks = plan_ranks(model, adapters, mapped, checkpoint.family)
+            beside["adapters"] = np.full(model.mesh.size, _factor_bytes(mapped.specs, ranks, len(adapters)), np.float64)
         notes = pack_model(model, mapped, rounding=rounding).notes() if keep else ()
     return Plan(
         model_type=config.model_type,
@@ -193,7 +205,7 @@ def plan_config(
         dtype=name,
         batch_size=batch_size,
         max_length=max_length,
-        parts={**_weights(model), "key/value cache and state": _cache(model, batch_size, max_length)},
+        parts={**_weights(model), **beside, "key/value cache and state": _cache(model, batch_size, max_length)},
         device=device,
         capacity=None if gpu is None else gpu.memory,
         parameters=parameters,
@@ -222,6 +234,12 @@ def _weights(model: Decoder) -> dict[str, np.ndarray]:
         for use, slots_n in moe.placement.slot_uses.items():
             parts[_PART_OF_USE[use]] += slots_n[_expert_rank(model, moe.expert_axes)] * per_slot
     return {name: part for name, part in parts.items() if part.any()}
+
+
+def _factor_bytes(specs: Mapping[str, ParamSpec], ranks: Mapping[str, int], adapters: int) -> int:
+    """Bytes of adapters' factors on a device, those of padding slots among them; the same on every one."""
+    factors = [spec for path, rank in ranks.items() for spec in factor_specs(specs[path], adapters, rank)]
+    return sum(math.prod(spec.sharding.shard_shape(spec.shape)) * spec.dtype.itemsize for spec in factors)
 
 
 def _expert_rank(model: Decoder, expert_axes: tuple[str, ...]) -> np.ndarray:

@@ -88,6 +88,7 @@ def test_options_reach_the_loader(checkpoint, capsys, tmp_path) -> None:
         "activations": "checkpoint",
         "adapter": "path/to/adapter",
         "mtp": False,
+        "adapters": None,
         "expert_axes": ("ep", "tp"),
         "dispatch": "replicated",
         "kernels": "portable",

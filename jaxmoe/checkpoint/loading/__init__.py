@@ -1,5 +1,6 @@
 """Loading: the plan of every byte and where it goes, and the threads that carry it out, from files to devices."""
 
+from jaxmoe.checkpoint.loading.apart import add_adapter, add_adapters, plan_ranks, remove_adapter
 from jaxmoe.checkpoint.loading.buffers import aligned_array
 from jaxmoe.checkpoint.loading.execute import load_arrays, load_shards
 from jaxmoe.checkpoint.loading.load import load
@@ -12,6 +13,8 @@ __all__ = [
     "AdapterReport",
     "LoadPlan",
     "LoadReport",
+    "add_adapter",
+    "add_adapters",
     "aligned_array",
     "bytes_per_device",
     "load",
@@ -21,5 +24,7 @@ __all__ = [
     "merge_adapter",
     "plan_load",
     "plan_packed",
+    "plan_ranks",
+    "remove_adapter",
     "run_in_threads",
 ]

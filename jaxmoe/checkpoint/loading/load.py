@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
+from jaxmoe.checkpoint.loading.apart import add_adapters
 from jaxmoe.checkpoint.loading.execute import load_arrays
 from jaxmoe.checkpoint.loading.merge import merge_adapter
 from jaxmoe.checkpoint.loading.plan import LoadPlan, plan_packed
@@ -43,6 +44,7 @@ def load(
     quantize: str | None = None,
     activations: str | None = None,
     adapter: str | Path | None = None,
+    adapters: Mapping[str, str | Path] | None = None,
     router: RouterFunction | None = None,
     mtp: bool = False,
     expert_axes: tuple[str, ...] = (EP,),
@@ -76,6 +78,8 @@ def load(
             where no kernel has the one that is asked for. None leaves inputs as they are.
         adapter: directory of a LoRA adapter, as PEFT's ``save_pretrained`` writes it, to add to the weights. Tensors that it
             has whole (``modules_to_save``, the ends of a grown vocabulary) take the place of the checkpoint's.
+        adapters: directories of LoRA adapters by name, to hold beside the weights, packed or not, for prompts to choose
+            from; see `jaxmoe.add_adapter`.
         router: a function that chooses the experts in every layer instead of the family's router, see
             `jaxmoe.config.ChosenByFunction`.
         mtp: whether layers for multi-token prediction are loaded too, for ``generate(..., speculate="mtp")``; otherwise
@@ -104,6 +108,8 @@ def load(
     check_mesh(mesh)
     if adapter is not None:
         path_like("adapter", adapter)
+    for directory in (adapters or {}).values():
+        path_like("adapters", directory)
     check_finite, mtp = flag("check_finite", check_finite), flag("mtp", mtp)
     check_progress(progress)
     _check_quantized(quantized, quantize, adapter)
@@ -174,6 +180,8 @@ def load(
         check_same({"weights": _fingerprint(arrays)})
     for name, param in params_by_path(model).items():
         param.set_value(arrays[name])
+    if adapters:
+        add_adapters(model, adapters)
     return model
 
 

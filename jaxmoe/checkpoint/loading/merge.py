@@ -7,7 +7,7 @@ is read has its part of the update added, in float32, before it is cast to the p
 import dataclasses
 import re
 from collections import Counter, defaultdict
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterable
 
 import numpy as np
 
@@ -43,7 +43,6 @@ def merge_adapter(
         CheckpointError: not every tensor of the adapter belongs to a tensor that the model uses and can be added to;
             or the adapter's file changed since it was opened, or could not be read.
     """
-    shapes = {name: tensor.shape for name, tensor in checkpoint.tensors.items()}
     replaced = sorted(name for name, tensor in checkpoint.tensors.items() if tensor.file == adapter.file.path)
     if adapter.whole and not replaced:
         raise CheckpointError(
@@ -51,12 +50,7 @@ def merge_adapter(
             "the checkpoint's before a plan is made; load it with jaxmoe.load"
         )
     try:
-        updates = find_updates(
-            adapter.config,
-            {name: tensor.shape for name, tensor in adapter.factors.items()},
-            shapes,
-            rename=rename,
-        )
+        updates = updates_of(adapter, checkpoint, rename)
         by_tensor: dict[str, list[LowRankUpdate]] = defaultdict(list)
         for update in updates:
             by_tensor[update.target].append(update)
@@ -66,7 +60,7 @@ def merge_adapter(
 
     read = {read.tensor.name for read in plan.reads}
     names = {name for update in updates if update.target in read for name in (update.a, update.b)}
-    factors, bytes_read = _read_factors(adapter.file, names)
+    factors, bytes_read = read_factors(adapter.file, names)
     deltas = {}
     for name, own in by_tensor.items():
         if name in read:
@@ -77,9 +71,28 @@ def merge_adapter(
         factors=len(adapter.factors),
         replaced=tuple(replaced),
         bytes_read=bytes_read,
-        merged=dict(sorted(Counter(re.sub(r"\b\d+\b", "*", name) for name in by_tensor).items())),
+        merged=count_by_kind(by_tensor),
     )
     return dataclasses.replace(plan, deltas=deltas, adapter=report)
+
+
+def updates_of(adapter: Adapter, checkpoint: Checkpoint, rename: Callable[[str], str] = str) -> list[LowRankUpdate]:
+    """Find what the factors of an adapter change in a checkpoint; arguments as for `merge_adapter`.
+
+    Raises:
+        CheckpointError: see `find_updates`.
+    """
+    return find_updates(
+        adapter.config,
+        {name: tensor.shape for name, tensor in adapter.factors.items()},
+        {name: tensor.shape for name, tensor in checkpoint.tensors.items()},
+        rename=rename,
+    )
+
+
+def count_by_kind(names: Iterable[str]) -> dict[str, int]:
+    """Count names of tensors with * for the numbers of layers and experts, each once."""
+    return dict(sorted(Counter(re.sub(r"\b\d+\b", "*", name) for name in set(names)).items()))
 
 
 def _check_targets(by_tensor: dict[str, list[LowRankUpdate]], plan: LoadPlan, checkpoint: Checkpoint) -> None:
@@ -101,7 +114,7 @@ def _check_targets(by_tensor: dict[str, list[LowRankUpdate]], plan: LoadPlan, ch
     problems.raise_if_any()
 
 
-def _read_factors(file: SafetensorsFile | TorchFile, names: Collection[str]) -> tuple[dict[str, np.ndarray], int]:
+def read_factors(file: SafetensorsFile | TorchFile, names: Collection[str]) -> tuple[dict[str, np.ndarray], int]:
     """The named tensors of an adapter's file, and the bytes that were read for them."""
     factors, count = {}, 0
     with open_files([file]) as descriptors:

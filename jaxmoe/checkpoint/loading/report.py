@@ -16,7 +16,7 @@ class AdapterReport:
 
     Attributes:
         path: the adapter's directory.
-        factors: tensors of low-rank updates in the adapter; every one of them is merged.
+        factors: tensors of low-rank updates in the adapter; every one of them is merged, or held beside the weights.
         bytes_read: bytes of those that this process read.
         merged: {name of a tensor, with * for the numbers of layers and experts: count of that name that were changed}.
         replaced: tensors of the model that the adapter has whole, and that were read from its file.
@@ -42,6 +42,8 @@ class LoadReport:
         expert_bytes_per_device: {device id: bytes of expert stacks on it, padding slots included}.
         ignored: {rule name: tensors of the checkpoint that were not needed}.
         adapter: adapter that was merged, None where none was.
+        adapters: adapters that are held beside the weights, by name.
+        adapter_bytes_per_device: {device id: bytes of their factors, free places included}; no part of the bytes above.
         packed: {quantized format and its settings: weights of the checkpoint in it that are held packed}.
         decoded: the same for those whose values are held as plain numbers. A scale that counts for two pieces of a weight
             is read for each, so `bytes_read` may be above `bytes_needed`.
@@ -63,6 +65,8 @@ class LoadReport:
     expert_bytes_per_device: dict[int, int]
     ignored: dict[str, tuple[str, ...]]
     adapter: AdapterReport | None = None
+    adapters: dict[str, AdapterReport] = dataclasses.field(default_factory=dict)
+    adapter_bytes_per_device: dict[int, int] = dataclasses.field(default_factory=dict)
     packed: dict[str, int] = dataclasses.field(default_factory=dict)
     decoded: dict[str, int] = dataclasses.field(default_factory=dict)
     held: dict[str, dict[str, int]] = dataclasses.field(default_factory=dict)
@@ -97,6 +101,11 @@ class LoadReport:
             done = [part for part, forms in held.items() if any(form.endswith(f"inputs in {words}") for form in forms)]
             effect = f"of {', '.join(done)} are rounded to it" if done else "stay as they are"
             lines.append(f"the checkpoint asks for activations in {words} ({', '.join(parts)}): those {effect}")
+        if self.adapters:
+            most = max(self.adapter_bytes_per_device.values(), default=0)
+            lines.append(
+                f"adapters beside the weights: {', '.join(self.adapters)}; {most:,} bytes on the fullest device"
+            )
         return "\n".join([*lines, *self.notes])
 
 
