@@ -35,6 +35,7 @@ def main() -> None:
     parser.add_argument("--ep", type=int, default=1, help="GPUs along ep (default 1)")
     parser.add_argument("--layers", type=int, help="first layers alone (default: all)")
     parser.add_argument("--kernels", default="mosaic_gpu", help="grouped matmul (default mosaic_gpu)")
+    parser.add_argument("--activations", choices=("checkpoint",), help="round inputs as the checkpoint asks")
     parser.add_argument("--batch-size", type=int, default=8, help="sequences (default 8)")
     parser.add_argument("--prompt-length", type=int, default=256, help="tokens of the prefill (default 256)")
     parser.add_argument("--max-length", type=int, default=512, help="tokens that the cache holds (default 512)")
@@ -48,16 +49,16 @@ def main() -> None:
 def compile_and_check(checkpoint: Path, args: argparse.Namespace) -> None:
     """Compile both steps of a checkpoint, check what they take and make, and print a line for each."""
     sizes = {"tp": args.tp, "ep": args.ep}
-    planned = jaxmoe.plan(checkpoint, **sizes, batch_size=args.batch_size, max_length=args.max_length, dtype="bfloat16")
+    shared = {"batch_size": args.batch_size, "max_length": args.max_length, "activations": args.activations}
+    planned = jaxmoe.plan(checkpoint, **sizes, **shared, dtype="bfloat16")
     mesh = jaxmoe.make_mesh(**sizes, devices=list(jaxmoe.gpu_topology(args.chip, args.tp * args.ep)))
     before = os.times()
     steps = jaxmoe.compile_steps(
         checkpoint,
         mesh,
         kernels=args.kernels,
-        batch_size=args.batch_size,
         prompt_length=args.prompt_length,
-        max_length=args.max_length,
+        **shared,
     )
     after = os.times()
     config = read_model_config(checkpoint)[1]

@@ -90,7 +90,7 @@ def run(args: argparse.Namespace) -> None:
     if args.json:
         print(json.dumps(report.to_dict()))
         return
-    print(_sentence(report))
+    print("\n".join([_sentence(report), *report.notes]))
     if report.losses:
         _print_losses(report)
 

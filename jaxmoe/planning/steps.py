@@ -66,6 +66,7 @@ def compile_steps(
     dispatch: str | Mapping[str, str] = "auto",
     kernels: str = "auto",
     dtype: Any = jnp.bfloat16,
+    activations: str | None = None,
     batch_size: int,
     prompt_length: int,
     max_length: int,
@@ -78,6 +79,8 @@ def compile_steps(
         mesh: mesh over devices from `gpu_topology`, or any others.
         placement, expert_axes, dispatch, kernels, dtype: arguments of `jaxmoe.load`. In one process "mosaic_gpu"
             compiles for one generation of GPUs, the first that it was asked for.
+        activations: "checkpoint" for a checkpoint's packed weights whose inputs are rounded as it asks, None for inputs as
+            they are, as for `jaxmoe.load`.
         batch_size: number of sequences.
         prompt_length: number of tokens of each in the prefill.
         max_length: number of tokens of each that the cache holds.
@@ -86,12 +89,19 @@ def compile_steps(
         The programs "prefill" and "decode".
 
     Raises:
-        ValueError: model, mesh and arguments do not fit together.
+        ValueError: model, mesh and arguments do not fit together, or `activations` would round the inputs of no weight.
     """
+    if activations not in (None, "checkpoint"):
+        raise ValueError(f'activations is "checkpoint" or None; got {activations!r}')
     checkpoint = None
     if not isinstance(config, DecoderConfig):
         checkpoint = PlannedCheckpoint.read(config)
         config = checkpoint.config
+    elif activations is not None:
+        raise ValueError(
+            'activations="checkpoint" rounds as a checkpoint asks; got a config, whose weights are plain; give the '
+            "checkpoint's path, or leave activations out"
+        )
     if batch_size < 1 or not 1 <= prompt_length <= max_length <= config.max_position_embeddings:
         raise ValueError(
             "there is at least one sequence, with at least one token, and 1 <= prompt_length <= max_length <= "
@@ -108,7 +118,10 @@ def compile_steps(
         dtype=dtype,
     )
     if checkpoint is not None:
-        pack_model(model, checkpoint.onto({spec.path: spec for spec in param_specs(model)}))
+        mapped = checkpoint.onto({spec.path: spec for spec in param_specs(model)})
+        choice = pack_model(model, mapped, rounding=activations is not None)
+        if activations is not None:
+            choice.check_rounding(checkpoint.directory)
     programs = Programs(mesh)
     leaves = programs.bind(model)
     shape = Shape(rows=model.padded_batch(batch_size), prompt=prompt_length, cache=max_length)

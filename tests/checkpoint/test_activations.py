@@ -63,6 +63,7 @@ def test_static_scales_go_wherever_weights_go(tmp_path) -> None:
     family, weights, block, _ = CASES[0]
     quantized, _ = write_rounding(tmp_path, family, weights, block)
     stored = read_all(quantized)
+    names = [name for name in stored if name.endswith(".input_scale")]
     load = {"dtype": "float32", "activations": "checkpoint"}
     model = jaxmoe.load(quantized, mesh=mesh_of(1, 2, 2), **load)
     assert not model.load_report.ignored
@@ -70,8 +71,8 @@ def test_static_scales_go_wherever_weights_go(tmp_path) -> None:
     expert = "model.layers.1.block_sparse_moe.experts.{}.{}.input_scale"
     for slot, number in enumerate(model.placements[1].slot_to_expert.tolist()):
         found = [*before["layers.1.moe.w_gate_up_input_scale"][slot], before["layers.1.moe.w_down_input_scale"][slot]]
-        names = [expert.format(number, name) for name in ("w1", "w3", "w2")]
-        assert found == ([0, 0, 0] if number < 0 else [stored[name] for name in names])
+        own = [stored[expert.format(number, name)] for name in ("w1", "w3", "w2")] if number >= 0 else [0, 0, 0]
+        assert found == own
     assert before["layers.0.attention.w_o_input_scale"] == stored["model.layers.0.self_attn.o_proj.input_scale"]
 
     plan = jaxmoe.plan(quantized, tp=2, ep=2, **load)
@@ -98,10 +99,22 @@ def test_static_scales_go_wherever_weights_go(tmp_path) -> None:
         jax.tree.map(np.testing.assert_array_equal, input_scales(model), input_scales(there))
         assert packings_of(model) == packings_of(there)
 
+    of = "(attention, routed experts)"
+    lost = f"static scales of activations {of} are not written: "
+    assert jaxmoe.save(model, tmp_path / "decoded").notes == (
+        f"quantized weights {of} are written as plain numbers; quantize= writes quantized ones",
+        lost + "a plain checkpoint has none",
+    )
+    [note] = jaxmoe.save(model, tmp_path / "integers", quantize="int8").notes
+    assert note.startswith(lost + 'quantize="fp8_block" alone writes them')
+    assert jaxmoe.convert(quantized, tmp_path / "converted", quantize="int8").notes == (
+        f"{len(names)} tensors are not written, scales that no weight depends on, such as {names[0]}",
+    )
     report = jaxmoe.save(model, tmp_path / "saved", quantize="fp8_block")
+    assert not report.notes
     saved = read_all(tmp_path / "saved")
     scales = {name: array for name, array in saved.items() if name.endswith(".input_scale")}
-    assert report.input_scales == len(scales) == sum(name.endswith(".input_scale") for name in stored)
+    assert report.input_scales == len(scales) == len(names)
     assert all(stored[name] == scale for name, scale in scales.items())
     config = json.loads((tmp_path / "saved" / "config.json").read_text())
     assert config["quantization_config"]["activation_scheme"] == "static"

@@ -9,7 +9,7 @@ import pytest
 from tests.support import runs
 from tests.support.distributed_worker import results
 from tests.support.processes import ROOT, environment, finish, start
-from tests.support.quantized_checkpoints import CASES, write_pair
+from tests.support.rounding import CASES, write_rounding
 
 MESH = {"dp": 2, "tp": 2, "ep": 2}
 MIXTRAL = str(ROOT / "tests/goldens/mixtral/original")
@@ -17,11 +17,11 @@ MIXTRAL = str(ROOT / "tests/goldens/mixtral/original")
 
 @pytest.fixture(scope="module")
 def checkpoints(tmp_path_factory) -> list[str]:
-    """A plain checkpoint; in the full run also one with a tokenizer, and one whose weights stay packed."""
+    """A plain checkpoint; in the full run also one with a tokenizer, and one of packed weights with static scales."""
     if not runs.full:
         return [MIXTRAL]
-    family, form, block = next(case for case in CASES if case[1] == "int_quantized")
-    packed, _, _ = write_pair(tmp_path_factory.mktemp("packed"), family, form, block)
+    family, form, block, _ = next(case for case in CASES if case[3] == "fp8_static")
+    packed, _ = write_rounding(tmp_path_factory.mktemp("packed"), family, form, block)
     return [MIXTRAL, str(ROOT / "demo"), str(packed)]
 
 
@@ -46,7 +46,8 @@ def test_tokens_and_bytes(count, checkpoints, alone) -> None:
         for own, one in zip(process["results"], alone, strict=True):
             assert own["greedy"] == one["greedy"]
             assert own["sampled"] == one["sampled"]
-            assert own["logits"] == pytest.approx(one["logits"], rel=1e-4)
+            # Processes add in another order, and a number that lies between two of fp8 may then go either way.
+            assert own["logits"] == pytest.approx(one["logits"], rel=1e-3 if one["rounded"] else 1e-4)
             assert own["bytes_read"] == own["bytes_needed"]
             assert sorted(map(int, own["expert_bytes"])) == sorted(process["local_devices"])
     for index, one in enumerate(alone):

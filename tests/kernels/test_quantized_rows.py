@@ -183,6 +183,7 @@ def test_quantize_rows_wants_a_format() -> None:
 KERNEL_CASES = [
     ("float8_e4m3fn", (128, 128), "fp8_block", 256),
     ("float8_e4m3fn", (64, 64), "fp8_block", 192),  # the last block of a row is half of one
+    ("float8_e4m3fn", (128, 128), "fp8_block_e8m0", 256),
     ("float8_e4m3fn", (1, 256), "fp8_token", 256),
     ("float8_e4m3fn", (128, 128), "fp8_static", 256),
     ("int8", (1, 256), "int8_token", 256),

@@ -38,6 +38,7 @@ WORKS = {
     "float32": Work("float32", (MatrixKind((24, 64), "float32"),)),
     "fp8": Work("bfloat16", FP8, activation="silu"),
     "fp8 by fp8": Work("bfloat16", FP8, activation="silu", activations="fp8_block"),
+    "fp8 by fp8, powers of two": Work("bfloat16", FP8, activation="silu", activations="fp8_block_e8m0"),
     "static": Work("bfloat16", FP8, activation="silu", activations="fp8_static"),
     "int8 by int8": Work("bfloat16", (packed("int8", (1, 64), "float32", 24, 64),), activations="int8_token"),
     "int4": Work("bfloat16", (packed("int4", (1, 32), "bfloat16", 24, 64, zero_points=True),)),

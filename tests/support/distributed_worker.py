@@ -2,6 +2,7 @@
 
 import argparse
 import json
+from pathlib import Path
 
 import jaxmoe
 import jaxmoe.distributed
@@ -10,8 +11,9 @@ PROMPTS = [[5, 6, 7], [8, 9], [3]]
 
 
 def results(checkpoint: str, **mesh: int) -> dict:
-    """Tokens, and what was read, of one checkpoint on all devices there are."""
-    model = jaxmoe.load(checkpoint, mesh=jaxmoe.make_mesh(**mesh))
+    """Tokens, and what was read, of one checkpoint on all devices there are; inputs of packed weights are rounded."""
+    quantized = "quantization_config" in json.loads((Path(checkpoint) / "config.json").read_text())
+    model = jaxmoe.load(checkpoint, mesh=jaxmoe.make_mesh(**mesh), activations="checkpoint" if quantized else None)
 
     def tokens(**settings) -> list[list[int]]:
         return [output.token_ids for output in jaxmoe.generate(model, PROMPTS, max_new_tokens=6, **settings)]
@@ -21,6 +23,7 @@ def results(checkpoint: str, **mesh: int) -> dict:
         "greedy": tokens(),
         "sampled": tokens(temperature=1.0, seed=7, top_k=20),
         "drawn": tokens(temperature=1.0, top_k=20),
+        "rounded": quantized,
         "logits": float(abs(model(PROMPTS[:1])).sum()),
         "bytes_read": report.bytes_read,
         "bytes_needed": report.bytes_needed,

@@ -134,8 +134,8 @@ def load(
     choice = PackingChoice({}, {})
     if quantized != "dequantize" and adapter is None and quantize is None:
         choice = pack_model(model, mapped, rounding=activations is not None)
-    if activations is not None and not any(packing.activations for packing in choice.packings.values()):
-        _refuse_activations(path, choice)
+    if activations is not None:
+        choice.check_rounding(path)
     plan = plan_packed(mapped, choice.packings)
     if opened is not None:
         spellings = Spellings(family)
@@ -221,18 +221,6 @@ def _check_activations(activations: Any, quantized: Any, quantize: Any, adapter:
             f'activations="checkpoint" rounds the inputs of weights that stay packed as they are in the checkpoint, and '
             f"{other} leaves none; leave one of the two out"
         )
-
-
-def _refuse_activations(path: Path, choice: PackingChoice) -> None:
-    """Refuse to round the inputs of no weight at all.
-
-    Raises:
-        ValueError: always, with the reasons.
-    """
-    reasons = dict.fromkeys(choice.not_rounded.values()) or ["its settings ask for no form of activations"]
-    raise ValueError(
-        f'{path}: activations="checkpoint" would round the inputs of no weight: {"; ".join(reasons)}; leave activations out'
-    )
 
 
 def _check_same_input(model: Decoder, found: FamilyCheckpoint, adapter: Adapter | None, settings: Any) -> None:

@@ -12,6 +12,7 @@ import math
 import re
 from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -45,6 +46,23 @@ class PackingChoice(NamedTuple):
         return (
             *_by_reason("quantized parameters are decoded", self.decoded),
             *_by_reason("parameters multiply with activations as they are", self.not_rounded),
+        )
+
+    def check_rounding(self, path: Path) -> None:
+        """Refuse to round the inputs of no weight at all.
+
+        Args:
+            path: checkpoint, for the message.
+
+        Raises:
+            ValueError: no weight stays packed in a form whose inputs are rounded; with the reasons.
+        """
+        if any(packing.activations for packing in self.packings.values()):
+            return
+        reasons = dict.fromkeys(self.not_rounded.values()) or ["its settings ask for no form of activations"]
+        raise ValueError(
+            f'{path}: activations="checkpoint" would round the inputs of no weight: {"; ".join(reasons)}; leave '
+            "activations out"
         )
 
 

@@ -6,7 +6,7 @@ import time
 from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
-from typing import Any, get_args
+from typing import get_args
 
 import jax.numpy as jnp
 import numpy as np
@@ -24,6 +24,7 @@ from jaxmoe.checkpoint.mapping import (
 from jaxmoe.checkpoint.saving.directory import copy_side_files, new_directory
 from jaxmoe.checkpoint.saving.outputs import OutputTensor, copied_tensor, output_tensors
 from jaxmoe.checkpoint.saving.quantize import QuantizedOutputs, Quantizing
+from jaxmoe.checkpoint.saving.report import SaveReport, quantized_params
 from jaxmoe.checkpoint.saving.values import CheckpointValues, ModelValues
 from jaxmoe.checkpoint.saving.write import divide_into_files, parse_size, write_files
 from jaxmoe.checks import flag, instance_of, path_like
@@ -31,47 +32,6 @@ from jaxmoe.config import DecoderConfig, directory_of, find_checkpoint
 from jaxmoe.layers import check_usable, packings_of, param_specs, params_by_path, unpacked_specs
 from jaxmoe.models import Decoder, Family, Form, read_model_config
 from jaxmoe.progress import ProgressCallback, byte_progress, check_progress
-from jaxmoe.quant.encode import QuantizationLoss
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class SaveReport:
-    """The files, tensors and bytes that were written.
-
-    Attributes:
-        path: directory of the checkpoint.
-        form: form of its experts.
-        files: {name of a file of weights: its tensors' bytes}.
-        tensors: number of tensors.
-        dtypes: {element type: bytes}, as safetensors names them.
-        carried: tensors that the model does not use, copied as they were.
-        left_out: files and folders of the source that are not in the copy. The tokenizer and chat templates always are.
-        seconds: wall-clock time.
-        quantized: name of the format that linear layers are quantized to; None where weights are plain.
-        losses: differences that quantizing made, by layer and kind of weights.
-        input_scales: number of static scales of activations that were written beside quantized weights.
-    """
-
-    path: str
-    form: Form
-    files: dict[str, int]
-    tensors: int
-    dtypes: dict[str, int]
-    carried: int
-    left_out: tuple[str, ...]
-    seconds: float
-    quantized: str | None = None
-    losses: tuple[QuantizationLoss, ...] = ()
-    input_scales: int = 0
-
-    @property
-    def bytes_written(self) -> int:
-        """Bytes of tensor data."""
-        return sum(self.files.values())
-
-    def to_dict(self) -> dict[str, Any]:
-        """The same as plain types, for JSON."""
-        return {**dataclasses.asdict(self), "bytes_written": self.bytes_written}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -163,7 +123,9 @@ def save(
         # An adapter may have made the vocabulary another one.
         vocab_size = None if model.config.vocab_size == config.vocab_size else model.config.vocab_size
         names = _file_names(checkpoint)
-        return _write(source, Path(directory), tensors, carried, target, family, options, names, vocab_size)
+        report = _write(source, Path(directory), tensors, carried, target, family, options, names, vocab_size)
+    static = [path for path, packing in packings.items() if packing.input_scales]
+    return report.with_notes(packings, static, dict(model.origin.ignored))
 
 
 def convert(
@@ -219,13 +181,15 @@ def convert(
     specs = abstract_specs(found.config, model_dtype)
     mapped = found.onto(specs)
     problems = Problems(f"the conversion of {checkpoint.path}")
-    ignored = _carried(mapped.check(problems).ignored, family)
+    unused = mapped.check(problems).ignored
+    ignored = _carried(unused, family)
     problems.raise_if_any()
     with open_files(checkpoint.files) as descriptors:
         blocks = written_blocks(specs, family, form, checkpoint.tensors)
         tensors = output_tensors(specs, blocks, CheckpointValues(mapped, descriptors), target, model_dtype)
         carried = [copied_tensor(checkpoint.tensors[name], descriptors) for name in ignored]
-        return _write(source, Path(directory), tensors, carried, target, family, options, _file_names(checkpoint))
+        report = _write(source, Path(directory), tensors, carried, target, family, options, _file_names(checkpoint))
+    return report.with_notes(quantized_params(mapped), (), unused)
 
 
 def _file_names(checkpoint: Checkpoint | None) -> set[str]:
