@@ -224,7 +224,7 @@ class Family:
             if self.mtp.copies is not None:
                 rules["embedding and output projection again"] = self.mtp.copies
         own = {name: pattern.replace("{mtp_layers}", behind) for name, pattern in rules.items()}
-        return {**own, **(self.wrapper.ignored if self.wrapper else {})}
+        return {**own, **(self.wrapper.ignored_in(config) if self.wrapper else {})}
 
     def text_name(self, name: str) -> str:
         """Give the name that `tensors` has for a tensor of a checkpoint; see `Wrapper.text_name`."""

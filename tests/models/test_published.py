@@ -9,7 +9,15 @@ import pytest
 from jaxmoe.config import BlockSparseAttentionConfig, DecoderConfig, KDAConfig, MLAConfig, MoEConfig
 from jaxmoe.models import find_family
 from jaxmoe.planning.memory import count_parameters
-from tests.support.published import KIMI_LINEAR_48B, LING_3_FLASH, MIMO_V2_FLASH, MINIMAX_M3, STEP_3_7_FLASH
+from tests.support.published import (
+    ERNIE_4_5_VL_28B,
+    ERNIE_4_5_VL_424B,
+    KIMI_LINEAR_48B,
+    LING_3_FLASH,
+    MIMO_V2_FLASH,
+    MINIMAX_M3,
+    STEP_3_7_FLASH,
+)
 
 
 def read(raw: dict[str, Any]) -> DecoderConfig:
@@ -294,3 +302,42 @@ def test_ling_3_is_the_same_in_the_spelling_of_transformers():
 def test_what_ling_3_does_not_do_is_refused(changes, message):
     with pytest.raises(ValueError, match=message):
         read({**LING_3_FLASH, **changes})
+
+
+@pytest.mark.parametrize(
+    ("released", "dense", "experts"), [(ERNIE_4_5_VL_28B, 1, (6, 1536, 3072)), (ERNIE_4_5_VL_424B, 3, (8, 3584, None))]
+)
+def test_layers_of_ernie_vl_have_the_experts_of_text(released, dense, experts):
+    config = read(released)
+    routed = [layer.feed_forward for layer in config.layers if isinstance(layer.feed_forward, MoEConfig)]
+    assert config.moe_layers == tuple(range(dense, released["num_hidden_layers"]))
+    shared = routed[0].shared and routed[0].shared.intermediate_size
+    assert (routed[0].num_experts_per_tok, routed[0].moe_intermediate_size, shared) == experts
+    assert {moe.num_experts for moe in routed} == {64}
+    # For text alone the three parts of the rotary positions are one.
+    rope = config.layers[0].attention.rope
+    assert rope.interleaved
+    np.testing.assert_allclose(rope.frequencies, 5e5 ** (-np.arange(0, 128, 2) / 128), rtol=1e-6)
+
+
+def test_ernie_vl_is_the_same_in_the_spelling_of_transformers():
+    of_their_own = ("moe_layer_start_index", "moe_layer_end_index", "moe_layer_interval", "model_type", "vision_config")
+    text = {name: value for name, value in ERNIE_4_5_VL_28B.items() if name not in of_their_own}
+    text |= {"moe_num_experts": 64, "mlp_layer_types": ["dense"] + ["sparse"] * 27}
+    assert read({"model_type": "ernie4_5_vl_moe", "text_config": text}) == read(ERNIE_4_5_VL_28B)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"moe_num_experts": [64, 32]}, r"moe_num_experts .* is the same for text and vision, .* it is \[64, 32\]"),
+        ({"moe_layer_start_index": [1, 2]}, "moe_layer_start_index of ernie4_5_vl_moe is the same for text and vision"),
+        ({"moe_layer_end_index": [27, 20]}, "moe_layer_end_index of ernie4_5_vl_moe is the same for text and vision"),
+        ({"moe_intermediate_size": [1536]}, "is an integer for text and one for vision; it is \\[1536\\]"),
+        ({"mlp_layer_types": ["dense", "sparse"] * 14}, "follow one another; mlp_layer_types has 'sparse' for .1, 3"),
+        ({"mlp_layer_types": ["dense"] * 28}, "follow one another; mlp_layer_types has 'sparse' for none"),
+    ],
+)
+def test_what_ernie_vl_does_not_do_is_refused(changes, message):
+    with pytest.raises(ValueError, match=message):
+        read({**ERNIE_4_5_VL_28B, **changes})
