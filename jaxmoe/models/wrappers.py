@@ -158,7 +158,7 @@ _ERNIE4_5_VL = Wrapper(
     ignored={
         "vision part": r"(model\.)?(vision_model|vision_tower|resampler_model)\..*",
         "vision experts": rf"model\.layers\.\d+\.mlp\.(vision_moe\..*|gate\.weight_1|experts\.({VISION_EXPERTS})\..*)",
-        "vision row": r"model\.layers\.\d+\.mlp\.moe_statics\.e_score_correction_bias\[1\]",
+        "vision row": r"model\.layers\.\d+\.mlp\.moe_statics\.e_score_correction_bias\[rest\]",
     },
     spell=text_settings,
     spellings=((".mlp.text_moe.gate.", ".mlp.gate."), (".mlp.text_moe.experts.", ".mlp.experts.")),

@@ -32,6 +32,7 @@ from tests.support.published import (
     KIMI_LINEAR_48B,
     LFM2_8B,
     LING_3_FLASH,
+    LONGCAT_FLASH_CHAT,
     MIMO_V2_FLASH,
     MINIMAX_M3,
     MIXTRAL_8X7B,
@@ -193,6 +194,14 @@ CASES = {
         {"tp": 2, "ep": 4},
         {"prefill": 546, "decode": 15},
     ),
+    "longcat-flash, tp 4 ep 8 on 4 hosts": (
+        LONGCAT_FLASH_CHAT | {"num_layers": 1},
+        "h100",
+        32,
+        4,
+        {"tp": 4, "ep": 8},
+        {"prefill": 1271, "decode": 5},
+    ),
     "deepseek-v4-flash, tp 2 ep 4": (
         DEEPSEEK_V4_FLASH,
         "h100",
@@ -231,6 +240,7 @@ ALIKE = {
     "step-3.7-flash, tp 4 ep 2",
     "qwen4-exp, ep 8",
     "ernie-4.5-vl-28b, tp 2 ep 4",
+    "longcat-flash, tp 4 ep 8 on 4 hosts",
 }
 # The same with the Hopper kernel, which copies nothing.
 MOSAIC = {

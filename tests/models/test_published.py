@@ -14,6 +14,7 @@ from tests.support.published import (
     ERNIE_4_5_VL_424B,
     KIMI_LINEAR_48B,
     LING_3_FLASH,
+    LONGCAT_FLASH_CHAT,
     MIMO_V2_FLASH,
     MINIMAX_M3,
     STEP_3_7_FLASH,
@@ -341,3 +342,39 @@ def test_ernie_vl_is_the_same_in_the_spelling_of_transformers():
 def test_what_ernie_vl_does_not_do_is_refused(changes, message):
     with pytest.raises(ValueError, match=message):
         read({**ERNIE_4_5_VL_28B, **changes})
+
+
+def test_layers_of_longcat_are_pairs_with_experts_beside_the_second():
+    config = read(LONGCAT_FLASH_CHAT)
+    assert (len(config.layers), config.moe_layers) == (56, tuple(range(0, 56, 2)))
+    first, second = config.layers[:2]
+    assert first.shortcut_mlp == second.feed_forward
+    assert (first.feed_forward.num_choices, first.feed_forward.num_experts) == (768, 512)
+    assert first.attention.scale == pytest.approx(192**-0.5 * 2)
+    assert first.attention.latent_scale == pytest.approx(12**0.5)
+    np.testing.assert_allclose(first.attention.rope.frequencies[-1], 1e7 ** (-62 / 64), rtol=1e-6)
+    # Published as 560B with 18.6B to 31.3B, 27B on average, without the embedding.
+    total, active = count_parameters(config)
+    expert, embedding = 28 * 3 * 6144 * 2048, 131072 * 6144
+    assert total // 10**9 == 560
+    assert [(active - embedding + more * expert) // 10**8 for more in (-8, 0, 4)] == [186, 271, 313]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"mla_scale_q_lora": False}, "longcat_flash is known with mla_scale_q_lora=True alone"),
+        ({"zero_expert_type": "zero"}, "longcat_flash is known with zero_expert_type='identity' alone"),
+        ({"q_lora_rank": None}, "queries of longcat_flash are made from a latent; config.json has q_lora_rank=null"),
+        (
+            {"num_hidden_layers": 30},
+            "num_hidden_layers of longcat_flash is num_layers, or twice that; they are 30 and 28",
+        ),
+        ({"num_layers": None, "num_hidden_layers": 3}, "counts two for each layer; it is 3"),
+    ],
+)
+def test_what_longcat_does_not_do_is_refused(changes, message):
+    with pytest.raises(ValueError, match=message):
+        read({**LONGCAT_FLASH_CHAT, **changes})
+    halves = {"num_layers": None, "num_hidden_layers": 56}
+    assert read({**LONGCAT_FLASH_CHAT, **halves}) == read(LONGCAT_FLASH_CHAT)

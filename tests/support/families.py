@@ -543,6 +543,23 @@ FAMILIES: dict[str, dict[str, Any]] = {
         "pad_token_id": 0,
         "tie_word_embeddings": True,
     },
+    "longcat_flash": {
+        **{name: size for name, size in SMALL.items() if name not in ("num_hidden_layers", "num_key_value_heads")},
+        "num_layers": 2,
+        "q_lora_rank": 20,
+        "kv_lora_rank": 12,
+        "qk_nope_head_dim": 10,
+        "qk_rope_head_dim": 8,
+        "v_head_dim": 14,
+        "ffn_hidden_size": 40,
+        "expert_ffn_hidden_size": 24,
+        "n_routed_experts": 11,
+        "head_dim": 8,  # transformers makes the frequencies of that many dims
+        "zero_expert_num": 5,
+        "moe_topk": 4,
+        "routed_scaling_factor": 1.5,
+        "pad_token_id": 0,
+    },
     "mimo_v2_flash": {
         **SMALL,
         "num_hidden_layers": 3,

@@ -635,6 +635,36 @@ ERNIE_4_5_VL_424B = ERNIE_4_5_VL_28B | {
     "tie_word_embeddings": False,
 }
 
+LONGCAT_FLASH_CHAT = {
+    "model_type": "longcat_flash",
+    "vocab_size": 131072,
+    "hidden_size": 6144,
+    "num_layers": 28,
+    "num_attention_heads": 64,
+    "q_lora_rank": 1536,
+    "kv_lora_rank": 512,
+    "qk_nope_head_dim": 128,
+    "qk_rope_head_dim": 64,
+    "v_head_dim": 128,
+    "mla_scale_q_lora": True,
+    "mla_scale_kv_lora": True,
+    "attention_method": "MLA",
+    "attention_bias": False,
+    "ffn_hidden_size": 12288,
+    "expert_ffn_hidden_size": 2048,
+    "n_routed_experts": 512,
+    "zero_expert_num": 256,
+    "zero_expert_type": "identity",
+    "moe_topk": 12,
+    "norm_topk_prob": False,
+    "router_bias": False,
+    "routed_scaling_factor": 6.0,
+    "rope_theta": 10000000.0,
+    "rms_norm_eps": 1e-5,
+    "max_position_embeddings": 131072,
+    "torch_dtype": "bfloat16",
+}
+
 # The same as they are published quantized; lists of modules are those of the layers above.
 GPT_OSS_120B_MXFP4 = GPT_OSS_120B | {
     "quantization_config": {
@@ -697,6 +727,8 @@ WHOLE: dict[str, tuple[dict[str, Any], int]] = {
     # Their text parts; the whole models have 29 399 294 336 and 423 526 285 184.
     "ERNIE-4.5-VL-28B-A3B": (ERNIE_4_5_VL_28B, 21_825_437_888),
     "ERNIE-4.5-VL-424B-A47B": (ERNIE_4_5_VL_424B, 299_484_163_264),
+    # Without what transformers makes for zero experts and never reads.
+    "LongCat-Flash-Chat": (LONGCAT_FLASH_CHAT, 560_664_980_480),
     "granite-4.0-h-small": (GRANITE_4_H_SMALL, 32_207_337_984),
 }
 
