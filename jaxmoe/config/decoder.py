@@ -25,6 +25,8 @@ class LayerConfig:
         post_norms: whether the result of a half is normalized before it is added to the residual stream.
         parallel_mlp: dense MLP beside the routed experts, on the same residual stream, which the router sees without
             the layer's norms; their results are normalized, each on its own, and added. None for none.
+        shortcut_mlp: dense MLP in the place of the routed experts, whose own result is added behind the next layer instead,
+            so that they can run beside it (shortcut-connected experts, arXiv:2404.05019). None for none.
         output_scale: whether the layer's result is multiplied by a learned number.
         experts_by_token: whether a token's routed experts are those that a table has for its id; the router weights them.
         ngrams: embeddings of the last tokens together, which are added to the residual streams before all else; None for
@@ -36,6 +38,7 @@ class LayerConfig:
     pre_norms: bool = True
     post_norms: bool = False
     parallel_mlp: MLPConfig | None = None
+    shortcut_mlp: MLPConfig | None = None
     output_scale: bool = False
     experts_by_token: bool = False
     ngrams: NGramConfig | None = None
@@ -47,6 +50,12 @@ class LayerConfig:
             raise ValueError("a parallel MLP stands beside routed experts; the layer has none")
         if self.parallel_mlp is not None and not self.pre_norms:
             raise ValueError("a parallel MLP has a norm before it; got pre_norms=False")
+        if self.shortcut_mlp is not None and (
+            not isinstance(self.feed_forward, MoEConfig) or self.parallel_mlp is not None or self.post_norms
+        ):
+            raise ValueError(
+                "a shortcut's MLP stands in the place of routed experts, without another MLP beside them or a norm behind it"
+            )
         if self.experts_by_token and not isinstance(self.feed_forward, MoEConfig):
             raise ValueError("a table of the tokens' experts needs routed experts; the layer has none")
 
@@ -175,6 +184,12 @@ class DecoderConfig:
         if self.streams is None and any(layer.ngrams for layer in self.layers):
             raise ValueError(
                 "embeddings of n-grams are added to several residual streams; the decoder has one (streams)"
+            )
+        shortcuts = [i for i, layer in enumerate(self.layers) if layer.shortcut_mlp is not None]
+        if shortcuts and (self.streams is not None or shortcuts[-1] == len(self.layers) - 1):
+            raise ValueError(
+                "the experts of a shortcut are added to one residual stream behind the next layer: the last layer has none, "
+                "and no model with several streams does"
             )
         if self.tie_word_embeddings and self.lm_head_bias:
             raise ValueError(

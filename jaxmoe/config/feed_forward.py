@@ -2,7 +2,7 @@
 
 import dataclasses
 
-from jaxmoe.checks import check_flags, check_positive, instance_of, real_number
+from jaxmoe.checks import check_flags, check_positive, instance_of, integer, real_number
 from jaxmoe.config.routers import RouterConfig
 
 
@@ -39,6 +39,8 @@ class MoEConfig:
     Attributes:
         num_experts: number of logical experts, E.
         num_experts_per_tok: number of experts that each token goes to, K.
+        zero_experts: number of choices of the router besides, ids E and above, that give back their input and so cost no
+            computation: a token is nowhere sent for them. "Experts" that have weights are the `num_experts` alone.
         hidden_size: model width D.
         moe_intermediate_size: expert width F.
         activation: name in `jaxmoe.numerics.ACTIVATIONS`.
@@ -54,11 +56,12 @@ class MoEConfig:
         latent_bias: whether these two projections have a bias.
 
     Raises:
-        ValueError: a size below 1, K above E, or E not divisible by the router's groups.
+        ValueError: a size below 1, K above the number of choices, or that not divisible by the router's groups.
     """
 
     num_experts: int
     num_experts_per_tok: int
+    zero_experts: int = 0
     hidden_size: int
     moe_intermediate_size: int
     activation: str = "silu"
@@ -84,20 +87,32 @@ class MoEConfig:
                     f"experts that serve every token have the layer's width: hidden_size={self.hidden_size}, and that of "
                     f"shared is {self.shared.hidden_size}"
                 )
-        if self.num_experts_per_tok > self.num_experts:
+        integer("MoEConfig.zero_experts", self.zero_experts, least=0)
+        besides = f" with zero_experts={self.zero_experts}" if self.zero_experts else ""
+        if self.num_experts_per_tok > self.num_choices:
             raise ValueError(
                 f"a token goes to at most all experts: num_experts_per_tok={self.num_experts_per_tok} is above "
-                f"num_experts={self.num_experts}"
+                f"num_experts={self.num_experts}{besides}"
             )
-        if self.num_experts % self.router.choice.expert_groups:
+        if self.num_choices % self.router.choice.expert_groups:
             raise ValueError(
-                f"expert groups are of equal size: num_experts={self.num_experts} is no multiple of "
+                f"expert groups are of equal size: num_experts={self.num_experts}{besides} is no multiple of "
                 f"num_groups={self.router.choice.expert_groups}"
             )
         if self.latent_size is not None:
             check_positive(self, "latent_size")
         elif self.latent_bias:
             raise ValueError("latent_bias is of the projections to latent_size, which is None")
+
+    @property
+    def num_choices(self) -> int:
+        """Number of what the router chooses from, experts and zero experts."""
+        return self.num_experts + self.zero_experts
+
+    @property
+    def experts_met(self) -> float:
+        """Mean number of experts that a token meets where the router chooses all alike: K without zero experts."""
+        return self.num_experts_per_tok * self.num_experts / self.num_choices
 
     @property
     def expert_input_size(self) -> int:

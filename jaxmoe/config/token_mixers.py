@@ -71,6 +71,7 @@ class MLAConfig(TokenMixerConfig):
         scale: factor of the scores.
         bias: whether the projections into the latents and the output projection have a bias.
         latent_norm_eps: epsilon of the latents' norms.
+        latent_scale: factor of the latent that keys and values are made from, behind its norm.
         indexer: choice of the positions that a token attends to; None for all up to its own.
         head_gates: whether each head has one number from a projection of its own, whose sigmoid multiplies the head's
             output.
@@ -86,6 +87,7 @@ class MLAConfig(TokenMixerConfig):
     scale: float
     bias: bool = False
     latent_norm_eps: float = 1e-6
+    latent_scale: float = 1.0
     indexer: IndexerConfig | None = None
     head_gates: bool = False
 

@@ -37,7 +37,7 @@ class LatentCache(NamedTuple):
     Also holds what describes the two: their shapes, or their partition specs.
 
     Attributes:
-        latent: [B, C, L], normed; keys and values are made from it.
+        latent: [B, C, L], normed and scaled; keys and values are made from it.
         rope_key: [B, C, r], rotated where the layer has positions.
         index_key: [B, C, h] of the layer's indexer; None where it has none.
     """
@@ -283,6 +283,8 @@ class LatentAttention(nnx.Module):
         # One key for all heads: as a single head to the rotation.
         rope_key_BSr = self._turned(rope_key_BSr[:, :, None], positions_BS)[:, :, 0]
         latent_BSL = rms_norm(latent_BSL, w["kv_a_norm"], config.latent_norm_eps)
+        if config.latent_scale != 1:
+            latent_BSL = latent_BSL * config.latent_scale
         if self.indexer is None:
             return LatentCache(latent_BSL, rope_key_BSr)
         index_key_BSh = indexer_keys(indexer_weights(w), x_BSD, positions_BS, self.indexer)

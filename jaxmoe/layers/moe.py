@@ -52,7 +52,8 @@ class MoE(nnx.Module):
 
     y = Σ_k weight_k · expert_{id_k}(x), with expert(x) = W_down (act(W_gate x) · W_up x); or
     Σ_k expert_{id_k}(weight_k · x) with `MoEConfig.weights_on_input`. With `MoEConfig.latent_size` the experts see
-    W_in x, and W_out brings their sum back: rows of that width X instead of D travel.
+    W_in x, and W_out brings their sum back: rows of that width X instead of D travel. Of `MoEConfig.zero_experts`, which
+    are chosen like the others, expert(x) = x, and no row travels.
     The stacks `w_gate_up` [P, 2, F, D] and `w_down` [P, D, F] are sharded over `expert_axes`
     on their slot dim, and over tp on F unless tp is one of `expert_axes`.
 

@@ -150,5 +150,5 @@ def checked_choices(expert_ids: Any, x: jax.Array, config: MoEConfig) -> jax.Arr
             f"{jnp.result_type(expert_ids)} {list(jnp.shape(expert_ids))}"
         )
     if not isinstance(expert_ids, jax.core.Tracer):
-        check_choices(np.asarray(expert_ids).reshape(-1, K), config.num_experts)
+        check_choices(np.asarray(expert_ids).reshape(-1, K), config.num_choices)
     return jnp.asarray(expert_ids, jnp.int32)

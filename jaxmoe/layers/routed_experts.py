@@ -27,12 +27,14 @@ class MoEStats(NamedTuple):
 
     Attributes:
         expert_counts: int32 [E], number of (token, choice) pairs that went to each logical expert.
-        expert_ids: int32 [T, K], logical experts of each token, -1 where `token_mask` is False.
+        expert_ids: int32 [T, K], logical experts of each token, E and above for zero experts; -1 where `token_mask` is
+            False.
         dispatch_rounds: int32, number of exchanges the dispatch needed; 0 where it exchanges no rows.
         rows_sent: int32 [dp, tp, ep, n], rows of activations that the device at (dp, tp, ep) sent to each of the n
             devices that it shares the experts with, by their number along `expert_axes`; its own stay where they are.
         load_balancing_loss: float32 (float64 for float64), `jaxmoe.layers.losses.load_balancing_loss`; differentiable.
         router_z_loss: number of that dtype, `jaxmoe.layers.losses.router_z_loss`; differentiable.
+        zero_counts: int32 [zero experts], the same as `expert_counts` of each of them; None where the layer has none.
     """
 
     expert_counts: jax.Array
@@ -41,6 +43,7 @@ class MoEStats(NamedTuple):
     rows_sent: jax.Array
     load_balancing_loss: jax.Array
     router_z_loss: jax.Array
+    zero_counts: jax.Array | None = None
 
 
 # By number, as in a plain tuple: nnx.tabulate cannot print a tuple with names inside another one.
@@ -123,6 +126,8 @@ def routed_experts(
 ) -> tuple[jax.Array, MoEStats]:
     """Compute Σ_k weight_k · expert_{id_k}(x) in one `shard_map` over all axes; tokens are padded to split evenly.
 
+    A zero expert gives x, which needs no dispatch: the token's device adds weight · x where it gets the sum of the others.
+
     Args:
         x_TX: inputs of the experts.
         router_TD: inputs of the router.
@@ -164,18 +169,19 @@ def _on_one_device(
     plan: RoutedPlan,
 ) -> tuple[jax.Array, MoEStats]:
     """Serve one device's tokens by the experts of all, inside the `shard_map`."""
-    config, token_axes = plan.config, plan.token_axes
+    config, token_axes, E = plan.config, plan.token_axes, plan.config.num_experts
     logits_TE = router_logits(router_TD, weights.router, config.router)
     ids_TK, weights_TK = choose_experts(logits_TE, weights.router, config.num_experts_per_tok, config.router, given_TK)
     slots_TK = choose_replicas(
         x_TX,
-        ids_TK,
+        jnp.minimum(ids_TK, E - 1) if config.zero_experts else ids_TK,
         weights.tables,
         choice=plan.replica_choice,
         first_token=jax.lax.axis_index(token_axes) * len(ids_TK) if token_axes else 0,
         own_tokens=set(plan.layout.expert_axes) <= set(token_axes),
     )
-    slots_TK = jnp.where(mask_T[:, None], slots_TK, -1)
+    sent_TK = mask_T[:, None] & (ids_TK < E) if config.zero_experts else mask_T[:, None]
+    slots_TK = jnp.where(sent_TK, slots_TK, -1)
     experts = local_experts(
         weights.stacks,
         config,
@@ -197,12 +203,16 @@ def _on_one_device(
             device_kind=plan.mesh.devices.flat[0].device_kind,
         )
     y_TX, dispatched = plan.dispatch.run(x_TX, slots_TK, weights_TK, experts, layout, config.weights_on_input)
+    if config.zero_experts:
+        weights_T1 = jnp.sum(jnp.where(ids_TK < E, 0, weights_TK), axis=1, keepdims=True)
+        y_TX = y_TX + weights_T1 * x_TX.astype(weights_T1.dtype)
     sums: RouterSums = jax.lax.psum(router_sums(logits_TE, ids_TK, mask_T), token_axes)
     return y_TX.astype(x_TX.dtype), MoEStats(
-        expert_counts=sums.expert_counts,
+        expert_counts=sums.expert_counts[:E],
         expert_ids=jnp.where(mask_T[:, None], ids_TK, -1),
         dispatch_rounds=dispatched.rounds,
         rows_sent=dispatched.rows_sent_n[None, None, None],
         load_balancing_loss=load_balancing_loss(sums),
         router_z_loss=router_z_loss(sums),
+        zero_counts=sums.expert_counts[E:] if config.zero_experts else None,
     )

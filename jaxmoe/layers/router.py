@@ -20,6 +20,8 @@ class RouterWeights(NamedTuple):
 
     Also holds what describes them: their parameters, or their partition specs. The layer's parameters have these names.
 
+    E counts `MoEConfig.zero_experts` here, behind the others.
+
     Attributes:
         w_router: [E, D], the projection to logits.
         b_router: [E], its bias.
@@ -37,7 +39,7 @@ class RouterWeights(NamedTuple):
 
 def make_router_weights(config: MoEConfig, *, param: ParamFactory) -> RouterWeights:
     """Make the parameters that a layer's router has, in float32, or float64 where the layer's are."""
-    E, D, router, dtype = config.num_experts, config.hidden_size, config.router, sum_dtype(param.dtype)
+    E, D, router, dtype = config.num_choices, config.hidden_size, config.router, sum_dtype(param.dtype)
     return RouterWeights(
         w_router=param((E, D), dtype=dtype),
         b_router=param((E,), init=zeros, dtype=dtype) if router.logit_bias else None,

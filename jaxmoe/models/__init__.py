@@ -32,6 +32,7 @@ from jaxmoe.models.jamba import JAMBA
 from jaxmoe.models.kimi_linear import KIMI_LINEAR
 from jaxmoe.models.lfm2_moe import LFM2_MOE
 from jaxmoe.models.llama4 import LLAMA4_TEXT
+from jaxmoe.models.longcat_flash import LONGCAT_FLASH
 from jaxmoe.models.mimo_v2_flash import MIMO_V2_FLASH
 from jaxmoe.models.minimax_m2 import MINIMAX_M2
 from jaxmoe.models.minimax_m3 import MINIMAX_M3, MINIMAX_M3_TEXT
@@ -95,6 +96,7 @@ FAMILIES: dict[str, Family] = {
         KIMI_K2,
         KIMI_LINEAR,
         LFM2_MOE,
+        LONGCAT_FLASH,
         MIMO_V2_FLASH,
         MINIMAX_M2,
         MINIMAX_M3,

@@ -62,7 +62,7 @@ def check_tp(config: DecoderConfig, tp: int, expert_axes: tuple[str, ...]) -> No
 def _tp_faults(layer: LayerConfig, tp: int, expert_axes: tuple[str, ...]) -> list[str]:
     found = [] if layer.attention is None else layer.attention.tp_faults(tp)
     ffn = layer.feed_forward
-    for dense in (ffn.shared if isinstance(ffn, MoEConfig) else ffn, layer.parallel_mlp):
+    for dense in (ffn.shared if isinstance(ffn, MoEConfig) else ffn, layer.parallel_mlp, layer.shortcut_mlp):
         if dense is not None and dense.intermediate_size % tp:
             found.append(f"intermediate_size={dense.intermediate_size}")
     if layer.ngrams is not None and layer.ngrams.rows % tp:

@@ -34,7 +34,7 @@ from jaxmoe.mesh import EP, TP, axes_size, batch_axes, check_mesh, named, padded
 from jaxmoe.models.adapters import AdapterPlaces
 from jaxmoe.models.belongings import Belongings
 from jaxmoe.models.checks import check_length, check_token_ids, check_tp
-from jaxmoe.models.decoder_layer import DecoderLayer
+from jaxmoe.models.decoder_layer import DecoderLayer, Passed
 from jaxmoe.models.describe import describe
 from jaxmoe.models.kernels import describe_kernels
 from jaxmoe.models.mtp import PredictionLayer
@@ -548,11 +548,11 @@ class Decoder(nnx.Module):
         if self.config.streams is not None:
             x_BSD = jnp.repeat(x_BSD[:, :, None], self.config.streams.streams, axis=2)
         choices = iter(of_layers(expert_ids_BSLK, [moe.config for moe in self.moe_layers], tokens_BS.shape))
-        caches, stats, chosen = [], [], None
+        caches, stats, passed = [], [], Passed()
         for i, layer in enumerate(self.layers[: self.config.num_main_layers]):
             layer_cache = None if cache is None else cache[i]
             ids_BSK = next(choices) if hasattr(layer, "moe") else None
-            x_BSD, layer_cache, layer_stats, chosen = layer(
+            x_BSD, layer_cache, layer_stats, passed = layer(
                 x_BSD,
                 positions_BS,
                 mask_BS,
@@ -560,7 +560,7 @@ class Decoder(nnx.Module):
                 batch,
                 expert_ids_BSK=ids_BSK,
                 decode=decode,
-                chosen=chosen,
+                passed=passed,
                 token_ids_BS=tokens_BS,
                 adapter_ids_B=adapter_ids_B,
             )

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -16,6 +16,21 @@ from jaxmoe.mesh import named
 from jaxmoe.placement import ExpertPlacement
 
 
+class Passed(NamedTuple):
+    """Arrays that a layer passes on to the ones after it, beside the residual stream.
+
+    Attributes:
+        chosen: positions that a layer has chosen to attend to, see `jaxmoe.layers.mixers.TokenMixer`; None where none has.
+        shortcut: result of routed experts, [B, S, D], that is added behind the next layer; None for none.
+    """
+
+    chosen: jax.Array | None = None
+    shortcut: jax.Array | None = None
+
+
+_NOTHING = Passed()
+
+
 class DecoderLayer(nnx.Module):
     """x + attention(norm(x)), then x + feed_forward(norm(x)); a layer may have one of the two only.
 
@@ -23,7 +38,8 @@ class DecoderLayer(nnx.Module):
     `LayerConfig.experts_by_token` a table chooses a token's experts by its id, unless choices are given, or the config has a
     router function. With `LayerConfig.post_norms` a half's result is normalized before it is added, and without
     `LayerConfig.pre_norms` what goes into it is not. With `LayerConfig.parallel_mlp` the second half is
-    norm(mlp(norm(x))) + norm(moe(norm(x))), and the router sees x itself.
+    norm(mlp(norm(x))) + norm(moe(norm(x))), and the router sees x itself. With `LayerConfig.shortcut_mlp` it is
+    mlp(norm(x)), and moe(norm(x)) is added behind the next layer.
     """
 
     def __init__(
@@ -72,7 +88,7 @@ class DecoderLayer(nnx.Module):
                 table = (decoder.vocab_size, config.feed_forward.num_experts_per_tok)
                 init = partial(_turns, num_experts=config.feed_forward.num_experts)
                 self.token_experts = param(table, init=init, dtype=jnp.int32)
-        if isinstance(dense := config.parallel_mlp or config.feed_forward, MLPConfig):
+        if isinstance(dense := config.parallel_mlp or config.shortcut_mlp or config.feed_forward, MLPConfig):
             self.mlp = MLP(dense, param=param)
         if config.post_norms and config.attention is not None:
             self.attention_post_norm = norm(hidden_size, eps, param=param)
@@ -95,22 +111,21 @@ class DecoderLayer(nnx.Module):
         *,
         expert_ids_BSK: jax.Array | None = None,
         decode: bool = False,
-        chosen: jax.Array | None = None,
+        passed: Passed = _NOTHING,
         token_ids_BS: jax.Array | None = None,
         adapter_ids_B: jax.Array | None = None,
-    ) -> tuple[jax.Array, Any, MoEStats | None, jax.Array | None]:
+    ) -> tuple[jax.Array, Any, MoEStats | None, Passed]:
         """Apply the layer; tokens where `mask_BS` is False reach no routed expert.
 
-        `expert_ids_BSK` are choices to take instead of the router's own, see `jaxmoe.MoE`; `chosen` are the positions that
-        the layers before have chosen to attend to, see `jaxmoe.layers.mixers.TokenMixer`.
-        `token_ids_BS` are asked for where experts are chosen by token, or the layer has embeddings of n-grams.
+        `expert_ids_BSK` are choices to take instead of the router's own, see `jaxmoe.MoE`; `passed` is what the layer before
+        has passed on. `token_ids_BS` are asked for where experts are chosen by token, or there are embeddings of n-grams.
         `adapter_ids_B` are the adapters of the rows, -1 for none; None for none at all.
 
         Returns:
             x as it came, [B, S, D] (with streams [B, S, n, D]), the layer's cache, what its routed experts did (None where
-            it has none), and the chosen positions.
+            it has none), and what it passes on.
         """
-        stats, ngram_cache = None, None
+        stats, ngram_cache, chosen, shortcut = None, None, passed.chosen, None
         if self.config.ngrams is not None:
             assert token_ids_BS is not None
             cache, ngram_cache = (None, None) if cache is None else cache
@@ -134,13 +149,15 @@ class DecoderLayer(nnx.Module):
             if self.config.experts_by_token:
                 expert_ids_BSK = self._experts_by_token(token_ids_BS, expert_ids_BSK)
             h_BSD, join = self._enter(x_BSD, "feed_forward")
-            y_BSD, stats = self._feed_forward(h_BSD, mask_BS, batch, expert_ids_BSK, dispatch, adapter_ids_B)
+            y_BSD, stats, shortcut = self._feed_forward(h_BSD, mask_BS, batch, expert_ids_BSK, dispatch, adapter_ids_B)
             if self.config.post_norms:
                 y_BSD = self.feed_forward_post_norm(y_BSD)
             x_BSD = join(y_BSD)
+        if passed.shortcut is not None:
+            x_BSD = x_BSD + passed.shortcut * self.residual_multiplier
         if self.config.output_scale:
             x_BSD = x_BSD * jax.lax.broadcast_to_rank(self.output_scale[...], x_BSD.ndim)
-        return x_BSD, cache if ngram_cache is None else (cache, ngram_cache), stats, chosen
+        return x_BSD, cache if ngram_cache is None else (cache, ngram_cache), stats, Passed(chosen, shortcut)
 
     def _enter(self, x_BSD: jax.Array, half: str) -> tuple[jax.Array, Callable[[jax.Array], jax.Array]]:
         """The input of a half of the layer, and the function that brings its result into the residual stream."""
@@ -166,11 +183,11 @@ class DecoderLayer(nnx.Module):
         expert_ids_BSK: jax.Array | None,
         dispatch: str,
         adapter_ids_B: jax.Array | None,
-    ) -> tuple[jax.Array, MoEStats | None]:
-        """The second half without what it is added to."""
+    ) -> tuple[jax.Array, MoEStats | None, jax.Array | None]:
+        """The second half without what it is added to, and the experts' part that comes behind the next layer."""
         normed_BSD = self.feed_forward_norm(x_BSD) if self.config.pre_norms else x_BSD
         if not isinstance(self.config.feed_forward, MoEConfig):
-            return self.mlp(normed_BSD, batch, adapter_ids_B), None
+            return self.mlp(normed_BSD, batch, adapter_ids_B), None, None
         ids_BS = None if adapter_ids_B is None else jnp.broadcast_to(adapter_ids_B[:, None], mask_BS.shape)
         moe = partial(self.moe, token_mask=mask_BS, expert_ids=expert_ids_BSK, dispatch=dispatch, adapter_ids=ids_BS)
         if self.config.parallel_mlp is None:
@@ -180,7 +197,9 @@ class DecoderLayer(nnx.Module):
         y_BSD = jax.lax.with_sharding_constraint(y_BSD, named(self.moe.mesh, batch))
         if self.config.parallel_mlp is not None:
             y_BSD = self.mlp_post_norm(self.mlp(normed_BSD, batch, adapter_ids_B)) + self.moe_post_norm(y_BSD)
-        return y_BSD, stats
+        if self.config.shortcut_mlp is not None:
+            return self.mlp(normed_BSD, batch, adapter_ids_B), stats, y_BSD
+        return y_BSD, stats, None
 
     def cache_arrays(self, batch_size: int, max_length: int) -> Any:
         """The layer's cache of the tokens seen, a pytree of `CacheArray`; None for a layer that looks at none."""

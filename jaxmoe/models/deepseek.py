@@ -9,15 +9,17 @@ from jaxmoe.models.readers import make_layers, read_mlp, read_moe, sparse_from
 from jaxmoe.rotary import read_rope, rope_settings, yarn_mscale
 
 
-def read_mla(config: Mapping[str, Any], *, interleaved: bool = False, rotates: bool = True) -> MLAConfig:
-    """Read the settings of multi-head latent attention; `interleaved` as in `RopeConfig`.
+def read_mla(
+    config: Mapping[str, Any], *, interleaved: bool = False, rotates: bool = True, default_theta: float = 10000.0
+) -> MLAConfig:
+    """Read the settings of multi-head latent attention; `interleaved` and `default_theta` as for `read_rope`.
 
     Without `rotates` the dims that have positions elsewhere are dims of heads and of their one key like the others.
     """
     nope, turning = pick(config, "qk_nope_head_dim"), pick(config, "qk_rope_head_dim")
     rotary, scale = None, (nope + turning) ** -0.5
     if rotates:
-        rotary = read_rope(config, head_dim=turning, default_theta=10000.0, interleaved=interleaved)
+        rotary = read_rope(config, head_dim=turning, default_theta=default_theta, interleaved=interleaved)
         scale *= _temperature(config)
     return MLAConfig(
         num_heads=pick(config, "num_attention_heads"),

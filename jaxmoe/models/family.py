@@ -4,7 +4,7 @@ import dataclasses
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, Literal
 
-from jaxmoe.config import DecoderConfig, LayerConfig, MLAConfig, MTPConfig
+from jaxmoe.config import DecoderConfig, LayerConfig, MLAConfig, MoEConfig, MTPConfig
 from jaxmoe.models.wrappers import Wrapper
 
 ExpertLayout = Literal[
@@ -35,8 +35,8 @@ Form = Literal["per_expert", "fused"]
 class ExpertTensors:
     """Names of the routed experts in a checkpoint: one tensor each per expert, or fused, all experts in one tensor.
 
-    Every name has ``{layer}`` in it until `for_layer` fills it in, the per-expert ones ``{expert}``
-    too. A family has names for one of the two ways or for both, and then the names that exist decide
+    Every name has ``{layer}`` in it, or what else `in_layer` knows, until `for_layer` fills it in, the per-expert ones
+    ``{expert}`` too. A family has names for one of the two ways or for both, and then the names that exist decide
     which of them a layer uses. Orders of dims that share their names are told apart by the family alone.
 
     Attributes:
@@ -66,7 +66,7 @@ class ExpertTensors:
 
     def for_layer(self, layer: int) -> "ExpertTensors":
         """Fill in the layer's index."""
-        return self.map(lambda name: name.replace("{layer}", str(layer)))
+        return self.map(lambda name: in_layer(name, layer))
 
     def map(self, change: Callable[[str], str]) -> "ExpertTensors":
         """Change every name."""
@@ -144,7 +144,7 @@ class Family:
         model_type: name of the family in config.json.
         read_config: function from the dictionary of config.json to the decoder's config.
         tensors: parameter path -> the checkpoint's names for it, the first that exists is used;
-            ``{layer}`` stands for the layer's index in both. Parameters a model does not have
+            ``{layer}`` stands for the layer's index in both, see `in_layer`. Parameters a model does not have
             (biases, a tied output projection) are left out of it. Parameters of one name are one
             tensor, the rows of each after those of the one before (queries, keys and values). A name with ``{part}`` is
             of several tensors, which have the rows of a parameter one after another (`ParamSpec.parts`).
@@ -152,9 +152,11 @@ class Family:
         renamed_experts: names that a checkpoint may have for them instead, where the fused tensors have two spellings.
         ignored: rule name -> regular expression (of whole tensor names) for tensors that are
             rightly in a checkpoint and not in the model; ``{mtp_layers}`` stands for the indices of the
-            multi-token-prediction layers, 61|62.
+            multi-token-prediction layers, 61|62, and ``{zero_experts}`` for the numbers of zero experts.
         written: form of the experts that is written whichever is asked for, where transformers reads one only; None for
             either. Both are read here.
+        padded_experts: regular expression of whole names of fused tensors that have rows for zero experts too, behind those
+            of the experts; None where there are none.
         wrapper: multimodal model that a checkpoint is of; None where it is of the text model alone.
         mtp: layers for multi-token prediction; None for a family whose layers for it are not known here, or that has none.
         mtp_from: index of the first of them, where they are loaded (`with_mtp`); None where they are not.
@@ -167,6 +169,7 @@ class Family:
     ignored: Mapping[str, str]
     renamed_experts: ExpertTensors | None = None
     written: Form | None = None
+    padded_experts: str | None = None
     wrapper: Wrapper | None = None
     mtp: MTPTensors | None = None
     mtp_from: int | None = None
@@ -206,7 +209,7 @@ class Family:
     def name_in_layer(self, name: str, layer: int) -> str:
         """Fill a layer's index into one of the names, for a layer for multi-token prediction as `MTPTensors` says."""
         if self.mtp is None or self.mtp_from is None or layer < self.mtp_from:
-            return name.replace("{layer}", str(layer))
+            return in_layer(name, layer)
         filled = self.mtp.name(name).replace("{layer}", str(layer))
         return filled.replace("{mtp}", str(layer - self.mtp_from))
 
@@ -223,8 +226,13 @@ class Family:
             del rules[MTP_RULE]
             if self.mtp.copies is not None:
                 rules["embedding and output projection again"] = self.mtp.copies
-        own = {name: pattern.replace("{mtp_layers}", behind) for name, pattern in rules.items()}
-        return {**own, **(self.wrapper.ignored if self.wrapper else {})}
+        moes = [moe for layer in config.layers if isinstance(moe := layer.feed_forward, MoEConfig)]
+        zero = sorted({expert for moe in moes for expert in range(moe.num_experts, moe.num_choices)})
+        filled = {"{mtp_layers}": behind, ZERO_EXPERTS: "|".join(map(str, zero))}
+        own = rules
+        for place, numbers in filled.items():
+            own = {name: pattern.replace(place, numbers) for name, pattern in own.items()}
+        return {**own, **(self.wrapper.ignored_in(config) if self.wrapper else {})}
 
     def text_name(self, name: str) -> str:
         """Give the name that `tensors` has for a tensor of a checkpoint; see `Wrapper.text_name`."""
@@ -233,6 +241,19 @@ class Family:
     def stored_names(self, name: str) -> list[str]:
         """Give the names that a tensor of `tensors` may have in a checkpoint, the usual one first."""
         return [*(self.wrapper.stored_names(name) if self.wrapper else ()), name]
+
+
+def in_layer(name: str, layer: int) -> str:
+    """Fill in the place of a layer: its index, or that of the pair that it is in and its half of that.
+
+    Example:
+        >>> in_layer("model.layers.{pair}.self_attn.{half}.o_proj.weight", 5)
+        'model.layers.2.self_attn.1.o_proj.weight'
+    """
+    places = {"{layer}": layer, "{pair}": layer // 2, "{half}": layer % 2}
+    for place, index in places.items():
+        name = name.replace(place, str(index))
+    return name
 
 
 def llama_tensors(feed_forward: Mapping[str, tuple[str, ...]]) -> dict[str, tuple[str, ...]]:
@@ -303,6 +324,9 @@ MAMBA2_NAMES = {
 ROTARY_BUFFERS = {"rotary buffers": r".*\.rotary_emb\.inv_freq"}
 
 MTP_RULE = "multi-token prediction"
+
+# Stands in a rule for the numbers of zero experts, which are behind those of the experts.
+ZERO_EXPERTS = "{zero_experts}"
 
 # Layers that predict the tokens after the next one stand behind the model's own.
 MTP_LAYERS = {MTP_RULE: r"model\.layers\.({mtp_layers})\..*"}

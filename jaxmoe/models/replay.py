@@ -140,6 +140,11 @@ def check_trace(trace: RoutingTrace, layers: Sequence[MoEConfig]) -> tuple[np.nd
     """
     if not layers:
         raise ValueError("no layer of this model has routed experts: there is no routing to replay")
+    if any(layer.zero_experts for layer in layers):
+        raise ValueError(
+            "a replay needs all choices of a token, and a trace has none of zero experts, which this model has; give "
+            "choices to model.logits_and_stats, whose statistics have them all"
+        )
     if trace.expert_ids is None or trace.window_sizes is None:
         raise ValueError(
             "a replay needs the choices of every token, and this trace has counts only; record it with "

@@ -19,7 +19,8 @@ class Routing(NamedTuple):
 
     Attributes:
         counts: int32 [L, E], number of (token, choice) pairs that went to each logical expert of each MoE layer.
-        expert_ids: int32 [T, L, K], choices of each token, -1 for none; None where only counts are wanted.
+        expert_ids: int32 [T, L, K], choices of each token, -1 for none and -2 for a zero expert; None where only counts are
+            wanted.
     """
 
     counts: jax.Array
@@ -48,9 +49,9 @@ def routing_of(stats: Sequence[MoEStats], mesh: Mesh, *, token_ids: bool, num_la
     if not token_ids:
         return Routing(counts, None)
     K = max(layer.expert_ids.shape[1] for layer in stats)
-    ids = [
-        jnp.pad(layer.expert_ids, ((0, 0), (0, K - layer.expert_ids.shape[1])), constant_values=-1) for layer in stats
-    ]
+    # A trace is of experts that are somewhere.
+    chosen = [jnp.where(layer.expert_ids < layer.expert_counts.shape[0], layer.expert_ids, -2) for layer in stats]
+    ids = [jnp.pad(ids_TK, ((0, 0), (0, K - ids_TK.shape[1])), constant_values=-1) for ids_TK in chosen]
     # On every device, so that each process can read all of them.
     ids_TLK = jnp.pad(jnp.stack(ids, axis=1), ((0, 0), (0, idle), (0, 0)), constant_values=-1)
     return Routing(counts, jax.lax.with_sharding_constraint(ids_TLK, named(mesh)))
@@ -145,5 +146,5 @@ class RoutingRecorder:
 
 
 def _chosen(ids_TLK: np.ndarray) -> np.ndarray:
-    """Leave out tokens that chose nothing, as padding does."""
-    return ids_TLK[(ids_TLK >= 0).any(axis=(1, 2))]
+    """Leave out tokens that chose nothing, as padding does; zero experts become -1, for they are no choice of an expert."""
+    return np.maximum(ids_TLK[(ids_TLK != -1).any(axis=(1, 2))], -1)

@@ -6,9 +6,12 @@ wrapper is an entry of `WRAPPERS`.
 """
 
 import dataclasses
-from collections.abc import Mapping
+import re
+from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
+from jaxmoe.config import DecoderConfig, MoEConfig
+from jaxmoe.models.ernie4_5_vl import VISION_EXPERTS, text_settings
 from jaxmoe.rotary import rope_settings
 
 
@@ -26,10 +29,16 @@ class Wrapper:
         architecture: class of transformers for the text part alone.
         prefixes: pairs of a prefix that names of the text part have in a checkpoint and the family's own; the first that
             fits counts.
-        ignored: rule name -> regular expression (of whole tensor names) for tensors outside of the text part.
+        ignored: rule name -> regular expression (of whole tensor names) for tensors outside of the text part;
+            ``{vision_experts}`` stands for as many numbers of experts behind the text part's.
         tied_by: config whose ``tie_word_embeddings`` counts, the one that the output projection belongs to.
         fused_either_way: whether fused experts may be (out, in) or (in, out); their shapes tell.
         flat: whether config.json may have the text part's settings beside its own, without a ``text_config``.
+        spell: function from the text part's settings to those of `text`, where the two spell them otherwise; None where they
+            do not.
+        spellings: pairs of a part of a name and of the family's own for it, behind the prefix.
+        turned: regular expression of whole names in the checkpoint of matrices that are stored (in, out).
+        shared_rows: the same of tensors of two rows, of which the first is the text part's.
     """
 
     model_type: str
@@ -44,6 +53,10 @@ class Wrapper:
     usual: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     fused_either_way: bool = False
     flat: bool = False
+    spell: Callable[[Mapping[str, Any]], dict[str, Any]] | None = None
+    spellings: tuple[tuple[str, str], ...] = ()
+    turned: str | None = None
+    shared_rows: str | None = None
 
     def text_name(self, name: str) -> str:
         """Give the family's name for a tensor of the text part; any other name stays as it is.
@@ -54,7 +67,10 @@ class Wrapper:
         """
         for prefix, own in self.prefixes:
             if name.startswith(prefix):
-                return own + name.removeprefix(prefix)
+                name = own + name.removeprefix(prefix)
+                break
+        for theirs, own in self.spellings:
+            name = name.replace(theirs, own)
         return name
 
     def stored_names(self, name: str) -> list[str]:
@@ -64,7 +80,25 @@ class Wrapper:
             >>> WRAPPERS["llama4"].stored_names("model.norm.weight")
             ['language_model.model.norm.weight']
         """
-        return [prefix + name.removeprefix(own) for prefix, own in self.prefixes if name.startswith(own)]
+        names = [prefix + name.removeprefix(own) for prefix, own in self.prefixes if name.startswith(own)]
+        return names + [
+            stored.replace(own, theirs) for theirs, own in self.spellings for stored in names if own in stored
+        ]
+
+    def ignored_in(self, config: DecoderConfig) -> dict[str, str]:
+        """Fill in `ignored` for a text part of that config: the vision part's experts have numbers behind its own."""
+        layers = [layer.feed_forward for layer in config.layers]
+        sizes = {moe.num_experts for moe in layers if isinstance(moe, MoEConfig)}
+        numbers = "|".join(str(expert) for size in sorted(sizes) for expert in range(size, 2 * size))
+        return {name: pattern.replace(VISION_EXPERTS, numbers) for name, pattern in self.ignored.items()}
+
+    def is_turned(self, name: str) -> bool:
+        """Tell whether a tensor, by its name from before `text_name`, is a matrix that is stored (in, out)."""
+        return self.turned is not None and re.fullmatch(self.turned, name) is not None
+
+    def shares_rows(self, name: str) -> bool:
+        """Tell whether a tensor, by its name from before `text_name`, has one row of the text part and one that is not."""
+        return self.shared_rows is not None and re.fullmatch(self.shared_rows, name) is not None
 
     def parts(self, config: Mapping[str, Any]) -> tuple[Mapping[str, Any], Mapping[str, Any]]:
         """Give the config of the multimodal model, and in it the text model's.
@@ -97,6 +131,7 @@ class Wrapper:
         outer = {key: level[key] for level in (multimodal, config) for key in keys if level.get(key) is not None}
         given = rope_settings(text) | {key: value for key, value in text.items() if value is not None}
         text = {**text, **{key: value for key, value in self.usual.items() if key not in given}}
+        text = text if self.spell is None else self.spell(text)
         own = text.get("model_type", self.text)
         model_type = self.text if own in self.aliases else own
         return {**text, **self.settings, **outer, "model_type": model_type, "architectures": [self.architecture]}
@@ -113,6 +148,24 @@ _QWEN3_OMNI_THINKER = Wrapper(
     ignored={"vision part": r"(model\.)?visual\..*", "audio part": r"(model\.)?audio_tower\..*"},
 )
 
+# ERNIE-4.5-VL, as transformers 5 has it. As released all experts are in one list, those of the text part first.
+_ERNIE4_5_VL = Wrapper(
+    model_type="ernie4_5_vl_moe",
+    text="ernie4_5_moe",
+    aliases=("ernie4_5_vl_moe_text",),
+    architecture="Ernie4_5_MoeForCausalLM",
+    prefixes=(("model.language_model.", "model."),),
+    ignored={
+        "vision part": r"(model\.)?(vision_model|vision_tower|resampler_model)\..*",
+        "vision experts": rf"model\.layers\.\d+\.mlp\.(vision_moe\..*|gate\.weight_1|experts\.({VISION_EXPERTS})\..*)",
+        "vision row": r"model\.layers\.\d+\.mlp\.moe_statics\.e_score_correction_bias\[rest\]",
+    },
+    spell=text_settings,
+    spellings=((".mlp.text_moe.gate.", ".mlp.gate."), (".mlp.text_moe.experts.", ".mlp.experts.")),
+    turned=r"model\.layers\.\d+\.mlp\.gate\.weight",
+    shared_rows=r"model\.layers\.\d+\.mlp\.moe_statics\.e_score_correction_bias",
+)
+
 WRAPPERS: dict[str, Wrapper] = {
     wrapper.model_type: wrapper
     for wrapper in (
@@ -126,6 +179,9 @@ WRAPPERS: dict[str, Wrapper] = {
                 "audio part": r"model\.(audio_tower|embed_audio)\..*",
             },
         ),
+        _ERNIE4_5_VL,
+        # The same as released: settings of the text part are beside those of the model.
+        dataclasses.replace(_ERNIE4_5_VL, model_type="ernie4_5_moe_vl", flat=True),
         # GLM-4.5V. For text alone the three parts of its rotary positions are one.
         Wrapper(
             model_type="glm4v_moe",

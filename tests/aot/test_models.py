@@ -13,7 +13,7 @@ from jax.sharding import Mesh
 import jaxmoe
 from jaxmoe.config import DecoderConfig, GatedDeltaNetConfig, KDAConfig, Mamba2Config
 from jaxmoe.layers import param_specs
-from jaxmoe.models import Decoder, get_family
+from jaxmoe.models import Decoder, find_family, get_family
 from jaxmoe.planning.memory import Plan, plan_config
 from jaxmoe.planning.steps import CompiledStep, compile_steps
 from jaxmoe.planning.topology import gpu_topology
@@ -21,6 +21,7 @@ from tests.support.published import (
     DEEPSEEK_V3,
     DEEPSEEK_V4_FLASH,
     DEEPSEEK_V32,
+    ERNIE_4_5_VL_28B,
     FLEX_OLMO_7X7B,
     GLM_4_7_FLASH,
     GLM_5,
@@ -31,6 +32,7 @@ from tests.support.published import (
     KIMI_LINEAR_48B,
     LFM2_8B,
     LING_3_FLASH,
+    LONGCAT_FLASH_CHAT,
     MIMO_V2_FLASH,
     MINIMAX_M3,
     MIXTRAL_8X7B,
@@ -184,6 +186,22 @@ CASES = {
         {"tp": 4, "ep": 8},
         {"prefill": 650, "decode": 14},
     ),
+    "ernie-4.5-vl-28b, tp 2 ep 4": (
+        ERNIE_4_5_VL_28B | {"num_hidden_layers": 2},
+        "h100",
+        8,
+        1,
+        {"tp": 2, "ep": 4},
+        {"prefill": 546, "decode": 15},
+    ),
+    "longcat-flash, tp 4 ep 8 on 4 hosts": (
+        LONGCAT_FLASH_CHAT | {"num_layers": 1},
+        "h100",
+        32,
+        4,
+        {"tp": 4, "ep": 8},
+        {"prefill": 1271, "decode": 5},
+    ),
     "deepseek-v4-flash, tp 2 ep 4": (
         DEEPSEEK_V4_FLASH,
         "h100",
@@ -221,6 +239,8 @@ ALIKE = {
     "hy3-preview, tp 4 ep 8 on 4 hosts",
     "step-3.7-flash, tp 4 ep 2",
     "qwen4-exp, ep 8",
+    "ernie-4.5-vl-28b, tp 2 ep 4",
+    "longcat-flash, tp 4 ep 8 on 4 hosts",
 }
 # The same with the Hopper kernel, which copies nothing.
 MOSAIC = {
@@ -248,7 +268,8 @@ def test_both_steps_compile_with_the_hopper_kernel(case, gpu_compiler) -> None:
 
 
 def check_steps(raw, chip, count, hosts, sizes, bounds, *, kernels) -> None:
-    config = get_family(raw["model_type"]).read_config(raw)
+    family, text = find_family(raw)
+    config = family.read_config(text)
     mesh = jaxmoe.make_mesh(**sizes, devices=list(gpu_topology(chip, count, hosts=hosts)))
     steps = compile_steps(config, mesh, kernels=kernels, batch_size=BATCH, prompt_length=PROMPT, max_length=LENGTH)
     assert steps.keys() == bounds.keys() == {"prefill", "decode"}

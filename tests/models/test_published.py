@@ -9,7 +9,16 @@ import pytest
 from jaxmoe.config import BlockSparseAttentionConfig, DecoderConfig, KDAConfig, MLAConfig, MoEConfig
 from jaxmoe.models import find_family
 from jaxmoe.planning.memory import count_parameters
-from tests.support.published import KIMI_LINEAR_48B, LING_3_FLASH, MIMO_V2_FLASH, MINIMAX_M3, STEP_3_7_FLASH
+from tests.support.published import (
+    ERNIE_4_5_VL_28B,
+    ERNIE_4_5_VL_424B,
+    KIMI_LINEAR_48B,
+    LING_3_FLASH,
+    LONGCAT_FLASH_CHAT,
+    MIMO_V2_FLASH,
+    MINIMAX_M3,
+    STEP_3_7_FLASH,
+)
 
 
 def read(raw: dict[str, Any]) -> DecoderConfig:
@@ -294,3 +303,78 @@ def test_ling_3_is_the_same_in_the_spelling_of_transformers():
 def test_what_ling_3_does_not_do_is_refused(changes, message):
     with pytest.raises(ValueError, match=message):
         read({**LING_3_FLASH, **changes})
+
+
+@pytest.mark.parametrize(
+    ("released", "dense", "experts"), [(ERNIE_4_5_VL_28B, 1, (6, 1536, 3072)), (ERNIE_4_5_VL_424B, 3, (8, 3584, None))]
+)
+def test_layers_of_ernie_vl_have_the_experts_of_text(released, dense, experts):
+    config = read(released)
+    routed = [layer.feed_forward for layer in config.layers if isinstance(layer.feed_forward, MoEConfig)]
+    assert config.moe_layers == tuple(range(dense, released["num_hidden_layers"]))
+    shared = routed[0].shared and routed[0].shared.intermediate_size
+    assert (routed[0].num_experts_per_tok, routed[0].moe_intermediate_size, shared) == experts
+    assert {moe.num_experts for moe in routed} == {64}
+    # For text alone the three parts of the rotary positions are one.
+    rope = config.layers[0].attention.rope
+    assert rope.interleaved
+    np.testing.assert_allclose(rope.frequencies, 5e5 ** (-np.arange(0, 128, 2) / 128), rtol=1e-6)
+
+
+def test_ernie_vl_is_the_same_in_the_spelling_of_transformers():
+    of_their_own = ("moe_layer_start_index", "moe_layer_end_index", "moe_layer_interval", "model_type", "vision_config")
+    text = {name: value for name, value in ERNIE_4_5_VL_28B.items() if name not in of_their_own}
+    text |= {"moe_num_experts": 64, "mlp_layer_types": ["dense"] + ["sparse"] * 27}
+    assert read({"model_type": "ernie4_5_vl_moe", "text_config": text}) == read(ERNIE_4_5_VL_28B)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"moe_num_experts": [64, 32]}, r"moe_num_experts .* is the same for text and vision, .* it is \[64, 32\]"),
+        ({"moe_layer_start_index": [1, 2]}, "moe_layer_start_index of ernie4_5_vl_moe is the same for text and vision"),
+        ({"moe_layer_end_index": [27, 20]}, "moe_layer_end_index of ernie4_5_vl_moe is the same for text and vision"),
+        ({"moe_intermediate_size": [1536]}, "is an integer for text and one for vision; it is \\[1536\\]"),
+        ({"mlp_layer_types": ["dense", "sparse"] * 14}, "follow one another; mlp_layer_types has 'sparse' for .1, 3"),
+        ({"mlp_layer_types": ["dense"] * 28}, "follow one another; mlp_layer_types has 'sparse' for none"),
+    ],
+)
+def test_what_ernie_vl_does_not_do_is_refused(changes, message):
+    with pytest.raises(ValueError, match=message):
+        read({**ERNIE_4_5_VL_28B, **changes})
+
+
+def test_layers_of_longcat_are_pairs_with_experts_beside_the_second():
+    config = read(LONGCAT_FLASH_CHAT)
+    assert (len(config.layers), config.moe_layers) == (56, tuple(range(0, 56, 2)))
+    first, second = config.layers[:2]
+    assert first.shortcut_mlp == second.feed_forward
+    assert (first.feed_forward.num_choices, first.feed_forward.num_experts) == (768, 512)
+    assert first.attention.scale == pytest.approx(192**-0.5 * 2)
+    assert first.attention.latent_scale == pytest.approx(12**0.5)
+    np.testing.assert_allclose(first.attention.rope.frequencies[-1], 1e7 ** (-62 / 64), rtol=1e-6)
+    # Published as 560B with 18.6B to 31.3B, 27B on average, without the embedding.
+    total, active = count_parameters(config)
+    expert, embedding = 28 * 3 * 6144 * 2048, 131072 * 6144
+    assert total // 10**9 == 560
+    assert [(active - embedding + more * expert) // 10**8 for more in (-8, 0, 4)] == [186, 271, 313]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"mla_scale_q_lora": False}, "longcat_flash is known with mla_scale_q_lora=True alone"),
+        ({"zero_expert_type": "zero"}, "longcat_flash is known with zero_expert_type='identity' alone"),
+        ({"q_lora_rank": None}, "queries of longcat_flash are made from a latent; config.json has q_lora_rank=null"),
+        (
+            {"num_hidden_layers": 30},
+            "num_hidden_layers of longcat_flash is num_layers, or twice that; they are 30 and 28",
+        ),
+        ({"num_layers": None, "num_hidden_layers": 3}, "counts two for each layer; it is 3"),
+    ],
+)
+def test_what_longcat_does_not_do_is_refused(changes, message):
+    with pytest.raises(ValueError, match=message):
+        read({**LONGCAT_FLASH_CHAT, **changes})
+    halves = {"num_layers": None, "num_hidden_layers": 56}
+    assert read({**LONGCAT_FLASH_CHAT, **halves}) == read(LONGCAT_FLASH_CHAT)

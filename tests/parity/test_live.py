@@ -152,6 +152,7 @@ def test_logits_and_greedy_tokens(case, mesh_shape, placement, form):
             {"kda_safe_gate": False, "q_lora_rank": None, "attention_bias": True, "kda_lower_bound": -1.0},
         ),
         ("bailing_hybrid", {"layer_types": None, "layer_group_size": 3, "n_group": 1, "topk_group": 1}),
+        ("longcat_flash", {"num_layers": 1, "zero_expert_num": 0, "tie_word_embeddings": True, "moe_topk": 11}),
         ("granitemoehybrid", {"position_embedding_type": None, "mamba_proj_bias": False, "mamba_conv_bias": False}),
         ("granitemoehybrid", {"num_local_experts": 0, "mamba_n_groups": 1, "tie_word_embeddings": True}),
         ("granitemoeshared", {"shared_intermediate_size": 0, "attention_bias": True}),

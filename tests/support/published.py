@@ -594,6 +594,77 @@ QWEN3_OMNI_30B = {
     },
 }
 
+# As released: settings of the text part are on top, with one for each modality where they have experts of their own.
+ERNIE_4_5_VL_28B = {
+    "model_type": "ernie4_5_moe_vl",
+    "vocab_size": 103424,
+    "hidden_size": 2560,
+    "num_hidden_layers": 28,
+    "num_attention_heads": 20,
+    "num_key_value_heads": 4,
+    "intermediate_size": 12288,
+    "moe_num_experts": [64, 64],
+    "moe_intermediate_size": [1536, 512],
+    "moe_num_shared_experts": 2,
+    "moe_k": 6,
+    "moe_layer_start_index": [1, 1],
+    "moe_layer_end_index": [29, 28],
+    "moe_layer_interval": 1,
+    "use_bias": False,
+    "rope_theta": 500000,
+    "rope_scaling": {"type": "default", "mrope_section": [22, 22, 20]},
+    "rope_3d": True,
+    "freq_allocation": 20,
+    "rms_norm_eps": 1e-5,
+    "max_position_embeddings": 131072,
+    "tie_word_embeddings": True,
+    "torch_dtype": "bfloat16",
+    "vision_config": {"depth": 32, "hidden_size": 1280},
+}
+ERNIE_4_5_VL_424B = ERNIE_4_5_VL_28B | {
+    "hidden_size": 8192,
+    "num_hidden_layers": 54,
+    "num_attention_heads": 64,
+    "num_key_value_heads": 8,
+    "intermediate_size": 28672,
+    "moe_intermediate_size": [3584, 1536],
+    "moe_num_shared_experts": 0,
+    "moe_k": 8,
+    "moe_layer_start_index": [3, 3],
+    "moe_layer_end_index": [53, 53],
+    "tie_word_embeddings": False,
+}
+
+LONGCAT_FLASH_CHAT = {
+    "model_type": "longcat_flash",
+    "vocab_size": 131072,
+    "hidden_size": 6144,
+    "num_layers": 28,
+    "num_attention_heads": 64,
+    "q_lora_rank": 1536,
+    "kv_lora_rank": 512,
+    "qk_nope_head_dim": 128,
+    "qk_rope_head_dim": 64,
+    "v_head_dim": 128,
+    "mla_scale_q_lora": True,
+    "mla_scale_kv_lora": True,
+    "attention_method": "MLA",
+    "attention_bias": False,
+    "ffn_hidden_size": 12288,
+    "expert_ffn_hidden_size": 2048,
+    "n_routed_experts": 512,
+    "zero_expert_num": 256,
+    "zero_expert_type": "identity",
+    "moe_topk": 12,
+    "norm_topk_prob": False,
+    "router_bias": False,
+    "routed_scaling_factor": 6.0,
+    "rope_theta": 10000000.0,
+    "rms_norm_eps": 1e-5,
+    "max_position_embeddings": 131072,
+    "torch_dtype": "bfloat16",
+}
+
 # The same as they are published quantized; lists of modules are those of the layers above.
 GPT_OSS_120B_MXFP4 = GPT_OSS_120B | {
     "quantization_config": {
@@ -653,6 +724,11 @@ WHOLE: dict[str, tuple[dict[str, Any], int]] = {
     "Kimi-Linear-48B-A3B": (KIMI_LINEAR_48B, 49_122_681_728),
     "Ling-3.0-flash": (LING_3_FLASH, 124_414_211_552),
     "LFM2-8B-A1B": (LFM2_8B, 8_339_930_560),
+    # Their text parts; the whole models have 29 399 294 336 and 423 526 285 184.
+    "ERNIE-4.5-VL-28B-A3B": (ERNIE_4_5_VL_28B, 21_825_437_888),
+    "ERNIE-4.5-VL-424B-A47B": (ERNIE_4_5_VL_424B, 299_484_163_264),
+    # Without what transformers makes for zero experts and never reads.
+    "LongCat-Flash-Chat": (LONGCAT_FLASH_CHAT, 560_664_980_480),
     "granite-4.0-h-small": (GRANITE_4_H_SMALL, 32_207_337_984),
 }
 

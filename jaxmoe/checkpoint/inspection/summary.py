@@ -207,12 +207,14 @@ class _MoESizes:
     @classmethod
     def known(cls, config: DecoderConfig) -> "_MoESizes":
         moes = {i: layer.feed_forward for i, layer in enumerate(config.layers)}
-        sizes = {i: (moe.num_experts, moe.num_experts_per_tok) for i, moe in moes.items() if isinstance(moe, MoEConfig)}
-        experts = max((e for e, _ in sizes.values()), default=None)
-        per_token = max((k for _, k in sizes.values()), default=None)
+        routed = {i: moe for i, moe in moes.items() if isinstance(moe, MoEConfig)}
+        experts = max((moe.num_experts for moe in routed.values()), default=None)
+        per_token = max((moe.num_experts_per_tok for moe in routed.values()), default=None)
+        shares = {i: moe.experts_met / moe.num_experts for i, moe in routed.items()}
 
         def share(layer: int | None) -> float | None:
-            return sizes[layer][1] / sizes[layer][0] if layer in sizes else None
+            # A family may count layers otherwise in names; where all are alike, that makes no difference.
+            return next(iter(shares.values())) if len(set(shares.values())) == 1 else shares.get(layer or 0)
 
         return cls(experts, per_token, share)
 

@@ -12,6 +12,7 @@ from jaxmoe.checkpoint.mapping.layouts import detect_expert_layout
 from jaxmoe.checkpoint.mapping.linear import linear_kind
 from jaxmoe.checkpoint.mapping.mapped import UNREAD_RULE, FamilyCheckpoint, MappedCheckpoint, Unused
 from jaxmoe.checkpoint.mapping.names import layer_index, written_blocks, written_form
+from jaxmoe.checkpoint.mapping.own_part import REST
 from jaxmoe.checkpoint.mapping.packed import PackingChoice, hold_packed, pack_model
 from jaxmoe.checkpoint.mapping.rounding import asked_activations, read_input_scales
 from jaxmoe.checkpoint.mapping.spellings import Spellings
@@ -19,6 +20,7 @@ from jaxmoe.checkpoint.mapping.tied import TIED_RULE
 from jaxmoe.models.parts import is_expert_stack
 
 __all__ = [
+    "REST",
     "TIED_RULE",
     "UNREAD_RULE",
     "Block",

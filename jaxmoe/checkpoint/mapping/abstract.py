@@ -46,7 +46,7 @@ def count_parameters(config: DecoderConfig) -> tuple[int, int]:
 
     Returns:
         All of them, and all but the routed experts that a token does not go to and the layers for multi-token prediction.
-        The embedding is counted whole, as is usual.
+        Where it may go to zero experts it is the mean, of all chosen as often. The embedding is counted whole, as is usual.
     """
     total = active = 0
     for path, spec in abstract_specs(config).items():
@@ -59,7 +59,7 @@ def count_parameters(config: DecoderConfig) -> tuple[int, int]:
             assert index is not None, f"{path}: experts outside a layer"
             moe = config.layers[index].feed_forward
             assert isinstance(moe, MoEConfig), f"{path}: a stack of no experts"
-            count = count // moe.num_experts * moe.num_experts_per_tok
+            count = round(count // moe.num_experts * moe.experts_met)
         active += count
     return total, active
 

@@ -4,8 +4,9 @@ Loading, saving, converting, moving and inspecting all start here. No value is r
 
 1. `open_checkpoint` finds it in the header of a file: its dtype, its shape, the place of its bytes. Those that are the
    parts of one quantized weight become one tensor with the shape of that weight (`decode_checkpoint`).
-2. `Family.text_name` gives it the name that it has in a text model, where it comes from a multimodal one. Where that is
-   none of the family's, `find_prefix` and `find_other_experts` look for what other tools made of these.
+2. `Family.text_name` gives it the name that it has in a text model, where it comes from a multimodal one, and `own_part`
+   leaves it the rows that are the model's. Where the name is none of the family's, `find_prefix` and `find_other_experts`
+   look for what other tools made of these.
 3. `settle_tied` decides, where it is one end of a tied model, whether both ends are one tensor.
 4. `FamilyCheckpoint.onto` finds the regions of parameters that it fills (`Block`).
 5. `MappedCheckpoint.check` proves that all of it is used, or that a named rule ignores it, and that every parameter is
@@ -37,6 +38,7 @@ from jaxmoe.checkpoint.mapping.checks import check_filled_once, check_tensors, c
 from jaxmoe.checkpoint.mapping.ignore import IgnoreRule
 from jaxmoe.checkpoint.mapping.names import model_blocks, tensor_names, wanted_names
 from jaxmoe.checkpoint.mapping.other_experts import find_other_experts
+from jaxmoe.checkpoint.mapping.own_part import own_part
 from jaxmoe.checkpoint.mapping.prefixes import find_prefix
 from jaxmoe.checkpoint.mapping.tied import settle_tied
 from jaxmoe.config import DecoderConfig, MoEConfig
@@ -101,7 +103,7 @@ class FamilyCheckpoint:
         Raises:
             CheckpointError: two tensors would have one name.
         """
-        inner = decoded.checkpoint.renamed(family.text_name)
+        inner = own_part(decoded.checkpoint, family, config).renamed(family.text_name)
         prefix = find_prefix(inner.tensors, family, config)
         settled = settle_tied(inner.renamed(prefix.rename), family, config)
         _check_mtp(settled.checkpoint, family, settled.config)

@@ -65,7 +65,7 @@ def find_prefix(names: Collection[str], family: Family, config: DecoderConfig) -
 
 def _layer_names(family: Family, config: DecoderConfig) -> set[str]:
     """Names of the family's tensors in layers, routed experts left out."""
-    spellings = {name for own in family.tensors.values() for name in own if "{layer}" in name}
+    spellings = {name for own in family.tensors.values() for name in own if "{layer}" in name or "{pair}" in name}
     return {family.name_in_layer(name, layer) for name in spellings for layer in range(config.num_main_layers)}
 
 

@@ -14,6 +14,7 @@ import numpy as np
 from jaxmoe.checkpoint.errors import Problems
 from jaxmoe.checkpoint.formats import Checkpoint, can_cast, decode_checkpoint, open_checkpoint, open_files
 from jaxmoe.checkpoint.mapping import (
+    REST,
     TIED_RULE,
     UNREAD_RULE,
     FamilyCheckpoint,
@@ -280,9 +281,10 @@ def _plain_dtype(name: str | None) -> np.dtype | None:
 
 
 def _carried(ignored: Mapping[str, Sequence[str]], family: Family) -> list[str]:
-    """The ignored tensors that are copied: all but those beside a multimodal model's text part, and the embedding again."""
+    """The ignored tensors that are copied: no others of a multimodal model, no embedding again, and no rest of a tensor."""
     left_out = {TIED_RULE, UNREAD_RULE, *(family.wrapper.ignored if family.wrapper else ())}
-    return [name for rule, names in ignored.items() if rule not in left_out for name in names]
+    names = [name for rule, names in ignored.items() if rule not in left_out for name in names]
+    return [name for name in names if not name.endswith(REST)]
 
 
 def _open_source(source: Path, family: Family, config: DecoderConfig, *, needed: bool) -> Checkpoint | None:
