@@ -25,6 +25,9 @@ ACTIVATIONS: dict[str, Activation] = {
     "relu2": relu2,
 }
 
+# Bound of the half without a gate in the activation "situ", a constant of the released model.
+SITU_UP_LIMIT = 25.0
+
 
 def sum_dtype(dtype: DTypeLike) -> jnp.dtype:
     """The dtype of sums over numbers of `dtype`: float64 for float64, else float32, however JAX is set up."""
