@@ -25,6 +25,9 @@ ACTIVATIONS: dict[str, Activation] = {
     "relu2": relu2,
 }
 
+# Bound of the half without a gate in the activation "situ", a constant of the released model.
+SITU_UP_LIMIT = 25.0
+
 
 def zeros_behind(x: jax.Array, shape: tuple[int, ...], dtype: DTypeLike) -> jax.Array:
     """Make zeros for a loop to fill, once `x` is there.

@@ -31,6 +31,7 @@ class LayerConfig:
         experts_by_token: whether a token's routed experts are those that a table has for its id; the router weights them.
         ngrams: embeddings of the last tokens together, which are added to the residual streams before all else; None for
             none.
+        starts_block: whether the layer is the first of a block in the sense of `BlockResidualsConfig`.
     """
 
     attention: TokenMixerConfig | None
@@ -42,6 +43,7 @@ class LayerConfig:
     output_scale: bool = False
     experts_by_token: bool = False
     ngrams: NGramConfig | None = None
+    starts_block: bool = False
 
     def __post_init__(self) -> None:
         if self.attention is None and self.feed_forward is None:
@@ -95,6 +97,21 @@ class GatedStreamsConfig:
 
     def __post_init__(self) -> None:
         check_positive(self, "streams", "rank")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class BlockResidualsConfig:
+    """A residual stream for each block of layers, which every half of a layer reads as a mean by weights of its own.
+
+    The embedding is a stream as well. A half's result is added to the last stream, but for the attention of a layer that
+    starts a block (`LayerConfig.starts_block`), whose result is a new one: the attention
+    residuals of Kimi K3.
+    """
+
+    @property
+    def streams(self) -> int:
+        """Number of residual streams before the first layer."""
+        return 1
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -158,7 +175,7 @@ class DecoderConfig:
     lm_head_bias: bool = False
     num_mtp_layers: int = 0
     mtp: MTPConfig | None = None
-    streams: HyperConnectionConfig | GatedStreamsConfig | None = None
+    streams: HyperConnectionConfig | GatedStreamsConfig | BlockResidualsConfig | None = None
     final_norm: bool = True
 
     def __post_init__(self) -> None:
@@ -181,6 +198,10 @@ class DecoderConfig:
                     "a layer reuses positions that a layer before it has chosen: the first layer with an indexer has one "
                     "of its own (indexer_types)"
                 )
+        if not isinstance(self.streams, BlockResidualsConfig) and any(layer.starts_block for layer in self.layers):
+            raise ValueError(
+                "a layer starts a block of layers where blocks have residual streams (BlockResidualsConfig)"
+            )
         if self.streams is None and any(layer.ngrams for layer in self.layers):
             raise ValueError(
                 "embeddings of n-grams are added to several residual streams; the decoder has one (streams)"

@@ -54,6 +54,7 @@ class MoEConfig:
         latent_size: width of a projection of x that the routed experts work on, their sum being projected back; None for
             x itself. Router and shared experts see x either way.
         latent_bias: whether these two projections have a bias.
+        latent_norm_eps: epsilon of a norm of the sum before it is projected back; None for no norm.
 
     Raises:
         ValueError: a size below 1, K above the number of choices, or that not divisible by the router's groups.
@@ -74,6 +75,7 @@ class MoEConfig:
     shared_gate: bool = False
     latent_size: int | None = None
     latent_bias: bool = False
+    latent_norm_eps: float | None = None
 
     def __post_init__(self) -> None:
         check_positive(self, "num_experts", "num_experts_per_tok", "hidden_size", "moe_intermediate_size")
@@ -101,8 +103,8 @@ class MoEConfig:
             )
         if self.latent_size is not None:
             check_positive(self, "latent_size")
-        elif self.latent_bias:
-            raise ValueError("latent_bias is of the projections to latent_size, which is None")
+        elif self.latent_bias or self.latent_norm_eps is not None:
+            raise ValueError("latent_bias and latent_norm_eps are of the projections to latent_size, which is None")
 
     @property
     def num_choices(self) -> int:

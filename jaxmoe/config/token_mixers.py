@@ -75,6 +75,8 @@ class MLAConfig(TokenMixerConfig):
         indexer: choice of the positions that a token attends to; None for all up to its own.
         head_gates: whether each head has one number from a projection of its own, whose sigmoid multiplies the head's
             output.
+        output_gate: whether every number of the heads' outputs has a gate from a projection of its own, whose sigmoid
+            multiplies it.
     """
 
     num_heads: int
@@ -90,6 +92,7 @@ class MLAConfig(TokenMixerConfig):
     latent_scale: float = 1.0
     indexer: IndexerConfig | None = None
     head_gates: bool = False
+    output_gate: bool = False
 
     def __post_init__(self) -> None:
         check_positive(self, "num_heads", "kv_rank", "nope_head_dim", "v_head_dim")
@@ -186,6 +189,7 @@ class KDAConfig(TokenMixerConfig):
         least_log_decay: logarithm of the strongest decay, below 0, which the sigmoid of a decay's rate is multiplied by;
             None for decays without a bound.
         wide_rates: whether the checkpoint has the heads' rates as [1, 1, H, 1] instead of [H].
+        spare_rates: number of entries behind the heads' rates in the checkpoint that belong to no head.
     """
 
     num_heads: int
@@ -196,10 +200,16 @@ class KDAConfig(TokenMixerConfig):
     gate_rank: int | None = None
     least_log_decay: float | None = None
     wide_rates: bool = False
+    spare_rates: int = 0
 
     def __post_init__(self) -> None:
         check_positive(self, "num_heads", "head_dim", "conv_kernel_size")
         check_flags(self, "wide_rates")
+        if self.spare_rates < 0 or (self.spare_rates and self.wide_rates):
+            raise ValueError(
+                "entries behind the heads' rates are 0 or more, and none where the rates are [1, 1, H, 1]; got "
+                f"spare_rates={self.spare_rates} and wide_rates={self.wide_rates}"
+            )
         for name in ("decay_rank", "gate_rank"):
             if getattr(self, name) is not None:
                 check_positive(self, name)

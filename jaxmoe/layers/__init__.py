@@ -26,7 +26,7 @@ from jaxmoe.layers.replicas import ReplicaRule
 from jaxmoe.layers.routed_experts import MoEStats
 from jaxmoe.layers.router import route
 from jaxmoe.layers.specs import param_specs, params_by_path
-from jaxmoe.layers.streams import STREAMS, join_streams
+from jaxmoe.layers.streams import STREAMS, append_stream, join_streams
 from jaxmoe.layers.swap import MovedBytes, check_swap, swap_experts
 from jaxmoe.layers.usable import check_usable
 
@@ -50,6 +50,7 @@ __all__ = [
     "abstract_logical_state",
     "accepted",
     "adaptable_params",
+    "append_stream",
     "check_expert_axes",
     "check_swap",
     "check_usable",

@@ -15,7 +15,7 @@ from jaxmoe.layers.cache import CacheArray
 from jaxmoe.layers.conv import causal_conv
 from jaxmoe.layers.delta_rule import run_delta_rule, unit_heads
 from jaxmoe.layers.norm import rms_norm
-from jaxmoe.layers.param import ParamFactory, ones
+from jaxmoe.layers.param import ParamFactory, ones, zeros
 from jaxmoe.layers.recurrent import RecurrentCache, RecurrentMixer
 from jaxmoe.layers.weights import WeightSpecs
 from jaxmoe.mesh import TP
@@ -55,6 +55,9 @@ class KimiDeltaAttention(RecurrentMixer):
             self.a_log = param((1, 1, H, 1), None, None, TP, None, init=_log_uniform, dtype=jnp.float32)
         else:
             self.a_log = param((H,), TP, init=_log_uniform, dtype=jnp.float32)
+        if config.spare_rates:
+            # Kept so that what is saved has them again; nothing is computed with them.
+            self.a_log_spare = param((config.spare_rates,), init=zeros, dtype=jnp.float32)
         self.dt_bias = param((A,), TP, init=ones, dtype=jnp.float32)
         self.out_norm = param((config.head_dim,), init=ones)
         self.w_out = param((hidden_size, A), None, TP)

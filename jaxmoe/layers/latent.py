@@ -5,7 +5,8 @@ from typing import Any, NamedTuple
 import jax
 
 from jaxmoe.config import MoEConfig
-from jaxmoe.layers.param import ParamFactory, zeros
+from jaxmoe.layers.norm import rms_norm
+from jaxmoe.layers.param import ParamFactory, ones, zeros
 
 
 class LatentProjection(NamedTuple):
@@ -18,12 +19,14 @@ class LatentProjection(NamedTuple):
         w_latent_out: [D, X].
         b_latent_in: [X]; None without biases.
         b_latent_out: [D]; None without biases.
+        latent_norm: [X]; None without a norm before the way back.
     """
 
     w_latent_in: Any = None
     w_latent_out: Any = None
     b_latent_in: Any = None
     b_latent_out: Any = None
+    latent_norm: Any = None
 
 
 def make_latent_projection(config: MoEConfig, *, param: ParamFactory) -> LatentProjection:
@@ -32,9 +35,10 @@ def make_latent_projection(config: MoEConfig, *, param: ParamFactory) -> LatentP
         return LatentProjection()
     X, D = config.latent_size, config.hidden_size
     w_in, w_out = param((X, D)), param((D, X))
+    norm = None if config.latent_norm_eps is None else param((X,), init=ones)
     if not config.latent_bias:
-        return LatentProjection(w_in, w_out)
-    return LatentProjection(w_in, w_out, param((X,), init=zeros), param((D,), init=zeros))
+        return LatentProjection(w_in, w_out, latent_norm=norm)
+    return LatentProjection(w_in, w_out, param((X,), init=zeros), param((D,), init=zeros), norm)
 
 
 def to_latent(x_TD: jax.Array, weights: LatentProjection) -> jax.Array:
@@ -42,8 +46,10 @@ def to_latent(x_TD: jax.Array, weights: LatentProjection) -> jax.Array:
     return _project(x_TD, weights.w_latent_in, weights.b_latent_in)
 
 
-def from_latent(y_TX: jax.Array, weights: LatentProjection) -> jax.Array:
-    """W_out y + b_out, [T, D]; y where there is no projection."""
+def from_latent(y_TX: jax.Array, weights: LatentProjection, norm_eps: float | None) -> jax.Array:
+    """W_out norm(y) + b_out, [T, D], without the norm where `norm_eps` is None; y where there is no projection."""
+    if norm_eps is not None:
+        y_TX = rms_norm(y_TX, weights.latent_norm, norm_eps)
     return _project(y_TX, weights.w_latent_out, weights.b_latent_out)
 
 

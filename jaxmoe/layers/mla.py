@@ -121,7 +121,7 @@ class LatentAttention(nnx.Module):
     """
 
     # The keys' and values' own matrix is taken apart by heads.
-    packable = ("w_q", "w_q_a", "w_q_b", "w_kv_a", "w_head_gate", "w_o")
+    packable = ("w_q", "w_q_a", "w_q_b", "w_kv_a", "w_head_gate", "w_gate", "w_o")
 
     def __init__(self, config: MLAConfig, hidden_size: int, eps: float, *, param: ParamFactory):
         # The latents' norms have an epsilon of their own, and the layer has no other norm.
@@ -139,6 +139,8 @@ class LatentAttention(nnx.Module):
         self.w_kv_b = param((H * (n + v), L), TP, None)
         if config.head_gates:
             self.w_head_gate = param((H, hidden_size), TP, None)
+        if config.output_gate:
+            self.w_gate = param((H * v, hidden_size), TP, None)
         self.w_o = param((hidden_size, H * v), None, TP)
         if config.bias:
             if config.q_rank is not None:
@@ -230,6 +232,8 @@ class LatentAttention(nnx.Module):
             gates_BSH = jax.nn.sigmoid(self.linear(x_BSD, w["w_head_gate"]).astype(jnp.float32))
             o_BSHv = o_BSHv * gates_BSH.astype(o_BSHv.dtype)[..., None]
         o_BSA = o_BSHv.reshape(*o_BSHv.shape[:2], -1)
+        if config.output_gate:
+            o_BSA = o_BSA * jax.nn.sigmoid(self.linear(x_BSD, w["w_gate"]))
         y_BSD = self.linear(o_BSA, w["w_o"], jnp.float32)
         y_BSD = jax.lax.psum(y_BSD, TP).astype(x_BSD.dtype)
         return y_BSD + w["b_o"][None, None] if config.bias else y_BSD, cache, chosen

@@ -52,8 +52,8 @@ class MoE(nnx.Module):
 
     y = Σ_k weight_k · expert_{id_k}(x), with expert(x) = W_down (act(W_gate x) · W_up x); or
     Σ_k expert_{id_k}(weight_k · x) with `MoEConfig.weights_on_input`. With `MoEConfig.latent_size` the experts see
-    W_in x, and W_out brings their sum back: rows of that width X instead of D travel. Of `MoEConfig.zero_experts`, which
-    are chosen like the others, expert(x) = x, and no row travels.
+    W_in x, and W_out brings their sum back, normalized with `MoEConfig.latent_norm_eps`: rows of that width X instead of D
+    travel. Of `MoEConfig.zero_experts`, which are chosen like the others, expert(x) = x, and no row travels.
     The stacks `w_gate_up` [P, 2, F, D] and `w_down` [P, D, F] are sharded over `expert_axes`
     on their slot dim, and over tp on F unless tp is one of `expert_axes`.
 
@@ -272,7 +272,7 @@ class MoE(nnx.Module):
         y_TX, stats = routed_experts(
             to_latent(x_TD, latent), router_TD, mask_T, ids_TK, weights, adapter_ids_T, plan=plan
         )
-        y_TD = from_latent(y_TX, latent)
+        y_TD = from_latent(y_TX, latent, self.config.latent_norm_eps)
         if self.config.shared is not None:
             y_TD = y_TD + self._shared(x_TD, adapter_ids_T)
         if token_mask is not None:

@@ -10,7 +10,18 @@ from flax import nnx
 
 from jaxmoe.config import ChosenByFunction, DecoderConfig, LayerConfig, MLPConfig, MoEConfig
 from jaxmoe.dispatch import PhaseDispatch
-from jaxmoe.layers import MLP, NORMS, STREAMS, MoE, MoEStats, NGrams, ParamFactory, join_streams, make_token_mixer
+from jaxmoe.layers import (
+    MLP,
+    NORMS,
+    STREAMS,
+    MoE,
+    MoEStats,
+    NGrams,
+    ParamFactory,
+    append_stream,
+    join_streams,
+    make_token_mixer,
+)
 from jaxmoe.layers.param import ones
 from jaxmoe.mesh import named
 from jaxmoe.placement import ExpertPlacement
@@ -163,6 +174,8 @@ class DecoderLayer(nnx.Module):
         """The input of a half of the layer, and the function that brings its result into the residual stream."""
         if hasattr(self, f"{half}_hyper"):
             h_BSD, weights = getattr(self, f"{half}_hyper")(x_BSD)
+            if self.config.starts_block and half == "attention":
+                return h_BSD, partial(append_stream, x_BSD)
             return h_BSD, partial(join_streams, x_BSD, weights)
         return x_BSD, lambda y_BSD: x_BSD + y_BSD * self.residual_multiplier
 

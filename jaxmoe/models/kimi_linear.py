@@ -1,11 +1,19 @@
-"""Kimi Linear: Kimi delta attention, latent attention without positions now and then, and DeepSeek's MoE."""
+"""Kimi Linear: Kimi delta attention, latent attention without positions now and then, and DeepSeek's MoE.
 
+The text part of Kimi K3 calls itself the same. What it has besides are settings of their own: gates behind latent attention,
+full-rank gates and bounded decays, residual streams of blocks of layers, narrower experts, and the activation "situ".
+"""
+
+import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
 from jaxmoe.config import (
+    BlockResidualsConfig,
     DecoderConfig,
     KDAConfig,
+    LayerConfig,
+    MoEConfig,
     TokenMixerConfig,
     check_equal,
     pick,
@@ -14,6 +22,7 @@ from jaxmoe.config import (
 from jaxmoe.models.deepseek import DEEPSEEK_TENSORS, check_setting, read_deepseek, read_mla
 from jaxmoe.models.family import BLOCK_SPARSE_EXPERTS, MTP_LAYERS, ROTARY_BUFFERS, Family, mlp_tensors
 from jaxmoe.models.readers import check_known, read_grouped_sigmoid_router
+from jaxmoe.numerics import SITU_UP_LIMIT
 
 _LINEAR, _FULL = "linear_attention", "full_attention"
 
@@ -35,19 +44,13 @@ def read_config(config: Mapping[str, Any]) -> DecoderConfig:
     """
     config = as_deepseek(config)
     check_setting(config, "moe_router_activation_func", "sigmoid")
-    # What Kimi K3 has besides: gated latent attention, residuals of several layers, and narrower experts.
-    check_known(
-        config,
-        mla_use_nope=True,
-        rope_scaling=None,
-        mla_use_output_gate=False,
-        attn_res_block_size=None,
-        routed_expert_hidden_size=None,
-        latent_moe_use_norm=False,
+    check_known(config, mla_use_nope=True, rope_scaling=None)
+    full = dataclasses.replace(
+        read_mla({"q_lora_rank": None, **config}, rotates=False),
+        output_gate=pick(config, "mla_use_output_gate", default=False),
     )
-    full = read_mla({"q_lora_rank": None, **config}, rotates=False)
     kinds: dict[str, TokenMixerConfig] = {_LINEAR: _read_kda(config), _FULL: full}
-    return read_deepseek(
+    decoder = read_deepseek(
         config,
         attention=[kinds[kind] for kind in _read_kinds(config)],
         router=read_grouped_sigmoid_router(config, scale=2.446),
@@ -56,6 +59,43 @@ def read_config(config: Mapping[str, Any]) -> DecoderConfig:
         norm_eps=1e-5,
         num_mtp_layers=pick(config, "num_nextn_predict_layers", default=0),
     )
+    layers = [_with_own_feed_forward(config, layer, decoder.norm_eps) for layer in decoder.layers]
+    block = config.get("attn_res_block_size")
+    if block is None:
+        return dataclasses.replace(decoder, layers=tuple(layers))
+    block = pick(config, "attn_res_block_size")
+    layers = [dataclasses.replace(layer, starts_block=i % block == 0) for i, layer in enumerate(layers)]
+    return dataclasses.replace(decoder, layers=tuple(layers), streams=BlockResidualsConfig())
+
+
+def _with_own_feed_forward(config: Mapping[str, Any], layer: LayerConfig, norm_eps: float) -> LayerConfig:
+    """The layer with bounds of the activation "situ", and with experts that work on a latent.
+
+    Raises:
+        ValueError: the settings of either contradict each other, or the bound of the half without a gate is another one.
+    """
+    ffn = layer.feed_forward
+    assert ffn is not None
+    if ffn.activation == "situ":
+        limit, up_limit = (config.get(f"activation_situ_{name}") for name in ("beta", "linear_beta"))
+        if limit is None or up_limit != SITU_UP_LIMIT:
+            raise ValueError(
+                f"{config['model_type']} is known with hidden_act='situ' beside an activation_situ_beta and "
+                f"activation_situ_linear_beta={SITU_UP_LIMIT}; config.json gives {limit!r} and {up_limit!r}"
+            )
+        ffn = dataclasses.replace(ffn, activation_limit=limit)
+        if isinstance(ffn, MoEConfig) and ffn.shared is not None:
+            ffn = dataclasses.replace(ffn, shared=dataclasses.replace(ffn.shared, activation_limit=limit))
+    latent = config.get("routed_expert_hidden_size")
+    normed = pick(config, "latent_moe_use_norm", default=False)
+    if latent is None and normed:
+        raise ValueError(
+            "latent_moe_use_norm is of experts that work on a latent; config.json gives no routed_expert_hidden_size"
+        )
+    if isinstance(ffn, MoEConfig) and latent is not None:
+        size = pick(config, "routed_expert_hidden_size")
+        ffn = dataclasses.replace(ffn, latent_size=size, latent_norm_eps=norm_eps if normed else None)
+    return dataclasses.replace(layer, feed_forward=ffn)
 
 
 def as_deepseek(config: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -70,21 +110,32 @@ def as_deepseek(config: Mapping[str, Any]) -> Mapping[str, Any]:
 
 def _read_kda(config: Mapping[str, Any]) -> KDAConfig:
     inner = {"model_type": config["model_type"], **pick(config, "linear_attn_config", default={})}
-    check_known(inner, gate_lower_bound=None, use_full_rank_gate=False)
+    full_rank = pick(inner, "use_full_rank_gate", default=False)
+    bound = None if inner.get("gate_lower_bound") is None else float(pick(inner, "gate_lower_bound", default=-5.0))
+    if full_rank != (bound is not None):
+        raise ValueError(
+            f"{config['model_type']} is known with use_full_rank_gate and gate_lower_bound together, as Kimi K3 has them, "
+            f"or without both; linear_attn_config gives use_full_rank_gate={full_rank} and gate_lower_bound={bound}"
+        )
 
     def size(name: str, inner_name: str, default: int) -> int:
         check_equal([(name, config.get(name)), (f"linear_attn_config.{inner_name}", inner.get(inner_name))])
         return int(pick(config, name, default=pick(inner, inner_name, default=default)))
 
-    head_dim = size("linear_head_dim", "head_dim", 128)
+    head_dim, num_heads = size("linear_head_dim", "head_dim", 128), size("linear_num_heads", "num_heads", 32)
+    activation = pick(config, "hidden_act", default="silu")
     return KDAConfig(
-        num_heads=size("linear_num_heads", "num_heads", 32),
+        num_heads=num_heads,
         head_dim=head_dim,
         conv_kernel_size=size("linear_conv_kernel_dim", "short_conv_kernel_size", 4),
-        activation=pick(config, "hidden_act", default="silu"),
+        # "situ" is a function of two halves, and a convolution has one.
+        activation="silu" if activation == "situ" else activation,
         decay_rank=head_dim,
-        gate_rank=head_dim,
-        wide_rates=True,
+        gate_rank=None if full_rank else head_dim,
+        least_log_decay=bound,
+        wide_rates=not full_rank,
+        # The released A_log has as many entries as a head is wide, zeros behind those of the heads.
+        spare_rates=max(0, head_dim - num_heads) if full_rank else 0,
     )
 
 
@@ -113,6 +164,18 @@ def _read_kinds(config: Mapping[str, Any]) -> list[str]:
 
 _ATTENTION = "model.layers.{layer}.self_attn"
 _MOE = "model.layers.{layer}.block_sparse_moe"
+
+
+_LATENT = {
+    "w_latent_in": "routed_expert_down_proj",
+    "latent_norm": "routed_expert_norm",
+    "w_latent_out": "routed_expert_up_proj",
+}
+_RESIDUALS = {
+    "layers.{layer}.attention_hyper": "model.layers.{layer}.self_attention_res",
+    "layers.{layer}.feed_forward_hyper": "model.layers.{layer}.mlp_res",
+    "hyper_head": "model.output_attn_res",
+}
 
 
 def gate_tensors(*parts: str) -> dict[str, str]:
@@ -146,11 +209,22 @@ KIMI_LINEAR = Family(
             f"layers.{{layer}}.attention.{path}": (f"{_ATTENTION}.{name}", f"{_ATTENTION}.forget_gate.{name}")
             for path, name in gate_tensors("f_a", "f_b").items()
         },
+        # The same tensor as a_log, which is before it here: its rows come behind.
+        "layers.{layer}.attention.a_log_spare": (f"{_ATTENTION}.A_log", f"{_ATTENTION}.forget_gate.A_log"),
         "layers.{layer}.attention.w_b": (f"{_ATTENTION}.b_proj.weight",),
         "layers.{layer}.attention.w_g_a": (f"{_ATTENTION}.g_a_proj.weight",),
         "layers.{layer}.attention.w_g_b": (f"{_ATTENTION}.g_b_proj.weight",),
+        # A layer has one of the two.
+        "layers.{layer}.attention.w_g": (f"{_ATTENTION}.g_proj.weight",),
+        "layers.{layer}.attention.w_gate": (f"{_ATTENTION}.g_proj.weight",),
         "layers.{layer}.attention.out_norm": (f"{_ATTENTION}.o_norm.weight",),
         "layers.{layer}.attention.w_out": (f"{_ATTENTION}.o_proj.weight",),
+        **{f"layers.{{layer}}.moe.{path}": (f"{_MOE}.{name}.weight",) for path, name in _LATENT.items()},
+        **{
+            f"{path}.{ours}": (f"{module}_{theirs}.weight",)
+            for path, module in _RESIDUALS.items()
+            for ours, theirs in (("norm", "norm"), ("w", "proj"))
+        },
     },
     experts=BLOCK_SPARSE_EXPERTS,
     ignored={**ROTARY_BUFFERS, **MTP_LAYERS},

@@ -205,6 +205,14 @@ WRAPPERS: dict[str, Wrapper] = {
             ),
             ignored={"vision part": r"(model\.)?(vision_tower|mm_projector|multi_modal_projector)\..*"},
         ),
+        # As released, which is the only form that there is.
+        Wrapper(
+            model_type="kimi_k3",
+            text="kimi_linear",
+            architecture="KimiLinearForCausalLM",
+            prefixes=(("language_model.", ""),),
+            ignored={"vision part": r"(vision_tower|mm_projector)\..*"},
+        ),
         Wrapper(
             model_type="llama4",
             text="llama4_text",

@@ -29,6 +29,7 @@ from tests.support.published import (
     GRANITE_4_H_SMALL,
     HY3_PREVIEW,
     K_EXAONE,
+    KIMI_K3,
     KIMI_LINEAR_48B,
     LFM2_8B,
     LING_3_FLASH,
@@ -113,6 +114,22 @@ CASES = {
         1,
         {"ep": 8},
         {"prefill": 400, "decode": 7},
+    ),
+    "kimi-k3, tp 2 ep 4": (
+        {
+            **KIMI_K3["text_config"],
+            "num_hidden_layers": 2,
+            "linear_attn_config": {
+                **KIMI_K3["text_config"]["linear_attn_config"],
+                "kda_layers": [1],
+                "full_attn_layers": [2],
+            },
+        },
+        "h200",
+        8,
+        1,
+        {"tp": 2, "ep": 4},
+        {"prefill": 1872, "decode": 64},
     ),
     "ling-3-flash, tp 2 ep 4": (
         {
@@ -228,6 +245,7 @@ CASES = {
 ALIKE = {
     "deepseek-v3, ep 8",
     "granite-4-h-small, ep 8",
+    "kimi-k3, tp 2 ep 4",
     "kimi-linear-48b, ep 8",
     "ling-3-flash, tp 2 ep 4",
     "glm-4.7-flash, tp 2 ep 4",

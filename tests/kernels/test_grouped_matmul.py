@@ -62,6 +62,7 @@ def test_reference_is_a_loop_over_rows():
         ("clamped_swiglu", 0.7, True),
         ("limited_swiglu", 0.7, True),
         ("capped_swiglu", 0.3, True),
+        ("situ", 0.3, True),
     ],
 )
 def test_biases_and_other_expert_functions(backend, R, activation, limit, gated):
@@ -79,6 +80,9 @@ def test_biases_and_other_expert_functions(backend, R, activation, limit, gated)
             h_F = (up + more) * gate / (1 + np.exp(-slope * gate))
         elif activation == "capped_swiglu":
             h_F = np.minimum(halves_F[0] / (1 + np.exp(-halves_F[0])), limit) * np.clip(halves_F[1], -limit, limit)
+        elif activation == "situ":
+            gate, up = halves_F
+            h_F = limit * np.tanh(gate / limit) / (1 + np.exp(-gate)) * 25 * np.tanh(up / 25)
         else:
             first = halves_F[0]
             h_F = first / (1 + np.exp(-first)) if activation == "silu" else np.maximum(first, 0) ** 2

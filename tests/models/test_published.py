@@ -241,9 +241,8 @@ def test_kimi_linear_is_the_same_in_the_spelling_of_transformers():
             {"linear_attn_config": {"full_attn_layers": [1], "kda_layers": [0]}},
             "each of the 27 layers once, counted from",
         ),
-        # A text part of Kimi K3 calls itself kimi_linear.
-        ({"attn_res_block_size": 12}, "known with attn_res_block_size=None alone"),
-        ({"linear_attn_config": {"use_full_rank_gate": True}}, "known with use_full_rank_gate=False alone"),
+        # A text part of Kimi K3 calls itself kimi_linear; what it has is known together alone.
+        ({"linear_attn_config": {"use_full_rank_gate": True}}, "use_full_rank_gate=True and gate_lower_bound=None"),
     ],
 )
 def test_what_kimi_linear_does_not_do_is_refused(changes, message):

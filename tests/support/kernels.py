@@ -23,6 +23,7 @@ MLPS = [
     pytest.param("gelu", None, True, marks=pytest.mark.full),
     ("clamped_swiglu", 1.5, True),
     pytest.param("limited_swiglu", 1.5, True, marks=pytest.mark.full),
+    pytest.param("situ", 0.5, True, marks=pytest.mark.full),
     ("relu2", None, False),
 ]
 

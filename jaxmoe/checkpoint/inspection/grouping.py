@@ -25,7 +25,7 @@ _NAMES = (
         r"router|e_score_correction_bias|\bexpert_bias|\bmoe_statics\b|(mlp|moe|mixer|feed_forward|ffn)\.gate\.",
     ),
     ("routed experts", r"\bexperts\.|moe\.(input_linear|output_linear)\b|\bmoe\.(gate|up|down)_proj\b"),
-    ("hyper-connections", r"\bhc_(attn|ffn|head)_|\b(attn|ffn)_hc\.|\bhc_head\.|hyper_connection"),
+    ("hyper-connections", r"\bhc_(attn|ffn|head)_|\b(attn|ffn)_hc\.|\bhc_head\.|hyper_connection|_res_proj\."),
     ("embedding", r"\.ple\."),
     ("norms", r"norm(_?\d|_f)?(\.(weight|bias|scale))?$|\bln_\w+\.|\blayer_scalar$"),
     ("embedding", r"\b(embed_tokens|embed|embeddings|word_embeddings|wte|tok_embeddings)\."),

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 import jax
 import jax.numpy as jnp
 
-from jaxmoe.numerics import ACTIVATIONS, Activation
+from jaxmoe.numerics import ACTIVATIONS, SITU_UP_LIMIT, Activation
 
 
 def gelu_without_erf(x: jax.Array) -> jax.Array:
@@ -47,11 +47,18 @@ def capped_swiglu(gate: jax.Array, up: jax.Array, limit: float) -> jax.Array:
     return jnp.minimum(jax.nn.silu(gate), limit) * jnp.clip(up, -limit, limit)
 
 
+def situ(gate: jax.Array, up: jax.Array, limit: float) -> jax.Array:
+    """β tanh(g / β) · sigmoid(g) · λ tanh(u / λ), with β the `limit` and λ = 25: that of Kimi K3."""
+    bounded = limit * jnp.tanh(gate / limit) * jax.nn.sigmoid(gate)
+    return bounded * (SITU_UP_LIMIT * jnp.tanh(up / SITU_UP_LIMIT))
+
+
 # Functions of gate, up and a limit, where the two halves are not simply act(gate) · up.
 CLAMPED: dict[str, Callable[[jax.Array, jax.Array, float], jax.Array]] = {
     "clamped_swiglu": clamped_swiglu,
     "limited_swiglu": limited_swiglu,
     "capped_swiglu": capped_swiglu,
+    "situ": situ,
 }
 
 
