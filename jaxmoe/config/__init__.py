@@ -16,7 +16,14 @@ from jaxmoe.config.attention import (
     SlidingWindow,
 )
 from jaxmoe.config.compressed_attention import CompressedAttentionConfig, CompressionConfig
-from jaxmoe.config.decoder import DecoderConfig, GatedStreamsConfig, HyperConnectionConfig, LayerConfig, MTPConfig
+from jaxmoe.config.decoder import (
+    AveragedStreamsConfig,
+    DecoderConfig,
+    GatedStreamsConfig,
+    HyperConnectionConfig,
+    LayerConfig,
+    MTPConfig,
+)
 from jaxmoe.config.feed_forward import MLPConfig, MoEConfig
 from jaxmoe.config.ngrams import NGramConfig
 from jaxmoe.config.places import directory_of, find_checkpoint, shard_of
@@ -58,6 +65,7 @@ __all__ = [
     "SPELLINGS",
     "AttentionConfig",
     "AttentionMask",
+    "AveragedStreamsConfig",
     "BlockSparseAttentionConfig",
     "ChosenByFunction",
     "Chunks",

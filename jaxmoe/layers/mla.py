@@ -24,6 +24,7 @@ from jaxmoe.layers.indexer import (
     indexer_weights,
     make_indexer_weights,
 )
+from jaxmoe.layers.key_pools import choose_pools_for_prompt, choose_pools_for_token, pool_keys
 from jaxmoe.layers.norm import rms_norm
 from jaxmoe.layers.param import ParamFactory, ones, zeros
 from jaxmoe.layers.weights import WeightSpecs, hold
@@ -39,7 +40,7 @@ class LatentCache(NamedTuple):
     Attributes:
         latent: [B, C, L], normed; keys and values are made from it.
         rope_key: [B, C, r], rotated where the layer has positions.
-        index_key: [B, C, h] of the layer's indexer; None where it has none.
+        index_key: [B, C, h] of the layer's indexer, or [B, C, 2h] with the gates of its pools; None where it has none.
     """
 
     latent: Any
@@ -155,7 +156,9 @@ class LatentAttention(nnx.Module):
     def cache_arrays(self, batch_size: int, max_length: int) -> LatentCache:
         """The layer's cache, as a `LatentCache` of `CacheArray`."""
         config = self.config
-        widths = (config.kv_rank, config.rope_head_dim, *([] if self.indexer is None else [self.indexer.head_dim]))
+        widths = [config.kv_rank, config.rope_head_dim]
+        if self.indexer is not None:
+            widths.append(self.indexer.head_dim * (1 if self.indexer.pool_size is None else 2))
         return LatentCache(*(CacheArray((batch_size, max_length, width)) for width in widths))
 
     def __call__(
@@ -177,7 +180,7 @@ class LatentAttention(nnx.Module):
             batch: mesh axes of the batch dim.
             decode: whether the tokens attend to the cache at their positions and before.
             chosen: positions that the last layer with an indexer has chosen, as bool [B, S, C], or for one token in `decode`
-                as int32 [B, 1, k]; None where it chose all of them.
+                as int32 [B, 1, k], of which those behind the token are not seen; None where it chose all of them.
 
         Returns:
             [B, S, D], and the cache with the new tokens in it; with an indexer the chosen positions as well.
@@ -219,7 +222,8 @@ class LatentAttention(nnx.Module):
         if chosen is not None and decode and x_BSD.shape[1] > 1:
             attend = partial(attend_absorbed, among_BSC=chosen)
         elif chosen is not None and decode:
-            seen = jax.tree.map(lambda array: jnp.take_along_axis(array, chosen[:, 0, :, None], axis=1), seen)
+            at_Bk1 = chosen[:, 0, :, None]
+            seen = jax.tree.map(lambda array: jnp.take_along_axis(array, at_Bk1, axis=1, mode="clip"), seen)
             attend = partial(attend_absorbed, at_BSC=chosen)
         elif chosen is not None:
             attend = partial(attend_expanded, chosen=ChosenKeys.of(chosen))
@@ -243,11 +247,16 @@ class LatentAttention(nnx.Module):
         decode: bool,
     ) -> jax.Array | None:
         """The positions to attend to among `seen`; None where there are no more than may be chosen."""
-        if seen.index_key.shape[1] <= config.topk:
+        weights, length, one = indexer_weights(w), seen.index_key.shape[1], decode and x_BSD.shape[1] == 1
+        if length <= config.most_seen:
             return None
-        queries = indexer_queries(indexer_weights(w), x_BSD, latent_BSQ, positions_BS, config)
-        choose = choose_for_token if decode and x_BSD.shape[1] == 1 else choose_for_prompt
-        return choose(queries, seen.index_key, positions_BS, config.topk)
+        queries = indexer_queries(weights, x_BSD, latent_BSQ, positions_BS, config)
+        if config.pool_size is None:
+            choose = choose_for_token if one else choose_for_prompt
+            return choose(queries, seen.index_key, positions_BS, config.topk)
+        k_BWh, size = pool_keys(seen.index_key, weights.b_index_gate), config.pool_size
+        choose_pools = choose_pools_for_token if one else choose_pools_for_prompt
+        return choose_pools(queries, k_BWh, positions_BS, size=size, count=config.topk // size, length=length)
 
     def _query_latent(self, w: dict[str, Any], x_BSD: jax.Array) -> jax.Array | None:
         """The normed latent [B, S, Q] that queries are made from; None where they are made from the activations."""

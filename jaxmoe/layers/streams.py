@@ -9,11 +9,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jaxmoe.config import GatedStreamsConfig, HyperConnectionConfig
+from jaxmoe.config import AveragedStreamsConfig, GatedStreamsConfig, HyperConnectionConfig
 from jaxmoe.layers.gated_streams import GatedStreams, GatedStreamsHead
-from jaxmoe.layers.hyper import HyperConnection, HyperHead
+from jaxmoe.layers.hyper import AveragingHead, HyperConnection, HyperHead
 
 STREAMS: dict[type[Any], tuple[Callable[..., Any], Callable[..., Any]]] = {
+    AveragedStreamsConfig: (HyperConnection, AveragingHead),
     GatedStreamsConfig: (GatedStreams, GatedStreamsHead),
     HyperConnectionConfig: (HyperConnection, HyperHead),
 }

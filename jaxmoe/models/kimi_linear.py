@@ -45,8 +45,10 @@ def read_config(config: Mapping[str, Any]) -> DecoderConfig:
         routed_expert_hidden_size=None,
         latent_moe_use_norm=False,
     )
+    inner = pick(config, "linear_attn_config", default={})
+    check_known({"model_type": config["model_type"], **inner}, gate_lower_bound=None, use_full_rank_gate=False)
     full = read_mla({"q_lora_rank": None, **config}, rotates=False)
-    kinds: dict[str, TokenMixerConfig] = {_LINEAR: _read_kda(config), _FULL: full}
+    kinds: dict[str, TokenMixerConfig] = {_LINEAR: read_kda(config, num_heads=32, wide_rates=True), _FULL: full}
     return read_deepseek(
         config,
         attention=[kinds[kind] for kind in _read_kinds(config)],
@@ -68,9 +70,18 @@ def as_deepseek(config: Mapping[str, Any]) -> Mapping[str, Any]:
     return {**config, **{name: value for name, value in found.items() if value is not None}}
 
 
-def _read_kda(config: Mapping[str, Any]) -> KDAConfig:
-    inner = {"model_type": config["model_type"], **pick(config, "linear_attn_config", default={})}
-    check_known(inner, gate_lower_bound=None, use_full_rank_gate=False)
+def read_kda(config: Mapping[str, Any], *, num_heads: int, **fields: Any) -> KDAConfig:
+    """Read Kimi delta attention, whose sizes stand in config.json or in its ``linear_attn_config``.
+
+    Args:
+        config: dictionary of config.json.
+        num_heads: number of heads of the family, where config.json gives none.
+        fields: fields of the `KDAConfig` that are read elsewhere.
+
+    Raises:
+        ValueError: a size is there twice, with two values.
+    """
+    inner = pick(config, "linear_attn_config", default={})
 
     def size(name: str, inner_name: str, default: int) -> int:
         check_equal([(name, config.get(name)), (f"linear_attn_config.{inner_name}", inner.get(inner_name))])
@@ -78,13 +89,13 @@ def _read_kda(config: Mapping[str, Any]) -> KDAConfig:
 
     head_dim = size("linear_head_dim", "head_dim", 128)
     return KDAConfig(
-        num_heads=size("linear_num_heads", "num_heads", 32),
+        num_heads=size("linear_num_heads", "num_heads", num_heads),
         head_dim=head_dim,
         conv_kernel_size=size("linear_conv_kernel_dim", "short_conv_kernel_size", 4),
         activation=pick(config, "hidden_act", default="silu"),
         decay_rank=head_dim,
         gate_rank=head_dim,
-        wide_rates=True,
+        **fields,
     )
 
 
