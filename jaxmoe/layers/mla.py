@@ -39,7 +39,7 @@ class LatentCache(NamedTuple):
 
     Attributes:
         latent: [B, C, L], normed; keys and values are made from it.
-        rope_key: [B, C, r], rotated where the layer has positions.
+        rope_key: [B, C, r], rotated where the layer has positions; None where r is 0.
         index_key: [B, C, h] of the layer's indexer, or [B, C, 2h] with the gates of its pools; None where it has none.
     """
 
@@ -69,10 +69,14 @@ def attend_expanded(
     """
     n = q_nope_BSHn.shape[-1]
     kv_BHCa = jnp.einsum("bcl,hal->bhca", cache.latent, w_kv_HaL)
-    rope_key_BHCr = jnp.broadcast_to(cache.rope_key[:, None], (*kv_BHCa.shape[:3], cache.rope_key.shape[-1]))
+    q_BSHh, k_BHCh = q_nope_BSHn, kv_BHCa[..., :n]
+    if cache.rope_key is not None:
+        rope_key_BHCr = jnp.broadcast_to(cache.rope_key[:, None], (*kv_BHCa.shape[:3], cache.rope_key.shape[-1]))
+        q_BSHh = jnp.concatenate([q_nope_BSHn, q_rope_BSHr], axis=-1)
+        k_BHCh = jnp.concatenate([k_BHCh, rope_key_BHCr], axis=-1)
     return attend(
-        jnp.concatenate([q_nope_BSHn, q_rope_BSHr], axis=-1),
-        jnp.concatenate([kv_BHCa[..., :n], rope_key_BHCr], axis=-1),
+        q_BSHh,
+        k_BHCh,
         kv_BHCa[..., n:],
         positions_BS,
         scale=scale,
@@ -102,7 +106,8 @@ def attend_absorbed(
     n = q_nope_BSHn.shape[-1]
     q_latent_BSHL = jnp.einsum("bshn,hnl->bshl", q_nope_BSHn, w_kv_HaL[:, :n])
     scores_BHSC = jnp.einsum("bshl,bcl->bhsc", q_latent_BSHL, cache.latent, preferred_element_type=jnp.float32)
-    scores_BHSC += jnp.einsum("bshr,bcr->bhsc", q_rope_BSHr, cache.rope_key, preferred_element_type=jnp.float32)
+    if cache.rope_key is not None:
+        scores_BHSC += jnp.einsum("bshr,bcr->bhsc", q_rope_BSHr, cache.rope_key, preferred_element_type=jnp.float32)
     if at_BSC is None:
         at_BSC = jnp.arange(scores_BHSC.shape[-1], dtype=jnp.int32)[None, None]
     seen_BSC = at_BSC <= positions_BS[..., None]
@@ -156,10 +161,11 @@ class LatentAttention(nnx.Module):
     def cache_arrays(self, batch_size: int, max_length: int) -> LatentCache:
         """The layer's cache, as a `LatentCache` of `CacheArray`."""
         config = self.config
-        widths = [config.kv_rank, config.rope_head_dim]
+        index_width = 0
         if self.indexer is not None:
-            widths.append(self.indexer.head_dim * (1 if self.indexer.pool_size is None else 2))
-        return LatentCache(*(CacheArray((batch_size, max_length, width)) for width in widths))
+            index_width = self.indexer.head_dim * (1 if self.indexer.pool_size is None else 2)
+        widths = (config.kv_rank, config.rope_head_dim, index_width)
+        return LatentCache(*(CacheArray((batch_size, max_length, width)) if width else None for width in widths))
 
     def __call__(
         self,
@@ -288,9 +294,8 @@ class LatentAttention(nnx.Module):
         both_BSA = both_BSA + w["b_kv_a"][None, None] if config.bias else both_BSA
         latent_BSL, rope_key_BSr = jnp.split(both_BSA, [config.kv_rank], axis=-1)
         # One key for all heads: as a single head to the rotation.
-        rope_key_BSr = self._turned(rope_key_BSr[:, :, None], positions_BS)[:, :, 0]
+        rope_key = self._turned(rope_key_BSr[:, :, None], positions_BS)[:, :, 0] if config.rope_head_dim else None
         latent_BSL = rms_norm(latent_BSL, w["kv_a_norm"], config.latent_norm_eps)
         if self.indexer is None:
-            return LatentCache(latent_BSL, rope_key_BSr)
-        index_key_BSh = indexer_keys(indexer_weights(w), x_BSD, positions_BS, self.indexer)
-        return LatentCache(latent_BSL, rope_key_BSr, index_key_BSh)
+            return LatentCache(latent_BSL, rope_key)
+        return LatentCache(latent_BSL, rope_key, indexer_keys(indexer_weights(w), x_BSD, positions_BS, self.indexer))

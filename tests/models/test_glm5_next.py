@@ -6,9 +6,10 @@ import pytest
 
 import jaxmoe
 from jaxmoe.config import KDAConfig, MLAConfig
-from jaxmoe.models import FAMILIES, find_family
+from jaxmoe.models import FAMILIES, WRAPPERS, find_family
 from tests.support.goldens import GOLDENS
 from tests.support.published import GLM_5_3_FLASH
+from tests.support.saved import assert_equal_tensors, read_all
 
 RAW = json.loads((GOLDENS / "glm5_next" / "original" / "config.json").read_text())
 SAVED = RAW["text_config"]
@@ -63,6 +64,14 @@ def test_parameters_are_as_many_as_in_transformers(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(GLM_5_3_FLASH))
     plan = jaxmoe.plan(tmp_path, ep=8, device="h200", max_length=4096)
     assert plan.parameters == 313_326_828_862
+
+
+@pytest.mark.parametrize(("form", "theirs"), [("per_expert", "original"), ("fused", "fused")])
+def test_the_text_part_is_saved_with_the_names_of_transformers(form, theirs, tmp_path):
+    jaxmoe.convert(GOLDENS / "glm5_next" / "original", tmp_path / "out", form=form)
+    text_name, saved = WRAPPERS["glm5_next"].text_name, read_all(GOLDENS / "glm5_next" / theirs)
+    expected = {text_name(name): tensor for name, tensor in saved.items() if ".visual." not in name}
+    assert_equal_tensors(read_all(tmp_path / "out"), expected)
 
 
 @pytest.mark.parametrize(
