@@ -78,7 +78,10 @@ def indexer_weights(weights: Mapping[str, jax.Array]) -> IndexerWeights:
 
 
 def indexer_keys(w: IndexerWeights, x_BSD: jax.Array, positions_BS: jax.Array, config: IndexerConfig) -> jax.Array:
-    """What the cache holds of each token: a key, [B, S, h], normed and rotated, with pools its gates beside it, [B, S, 2h]."""
+    """One key for each token, [B, S, h], normed and rotated: what the cache holds.
+
+    With pools the token's gates stand beside it, [B, S, 2h].
+    """
     k_BSh = jnp.einsum("bsd,hd->bsh", x_BSD, w.w_index_k)
     k_BSh = layer_norm(k_BSh, w.index_k_norm, w.b_index_k_norm, config.key_norm_eps)
     k_BSh = _turned(k_BSh[:, :, None], positions_BS, config)[:, :, 0]
