@@ -126,7 +126,7 @@ CASES = {
         {"tp": 2, "ep": 4},
         {"prefill": 687, "decode": 63},
     ),
-    "glm-5.3-flash, tp 2 ep 8 on 2 hosts": (
+    "glm-5.3-flash, tp 2 ep 4": (
         {
             **first_layers(GLM_5_3_FLASH, 2),
             "layer_types": ["linear_attention", "indexed_attention"],
@@ -134,9 +134,9 @@ CASES = {
             "index_topk": 512,
         },
         "h100",
-        16,
-        2,
-        {"tp": 2, "ep": 8},
+        8,
+        1,
+        {"tp": 2, "ep": 4},
         {"prefill": 9000, "decode": 900},
     ),
     "lfm2-8b, tp 2 ep 4": (
@@ -226,7 +226,7 @@ ALIKE = {
     "granite-4-h-small, ep 8",
     "kimi-linear-48b, ep 8",
     "ling-3-flash, tp 2 ep 4",
-    "glm-5.3-flash, tp 2 ep 8 on 2 hosts",
+    "glm-5.3-flash, tp 2 ep 4",
     "glm-4.7-flash, tp 2 ep 4",
     "solar-open-100b, ep 8",
     "k-exaone-236b, tp 2 ep 8 on 2 hosts",
