@@ -137,7 +137,7 @@ CASES = {
         8,
         1,
         {"tp": 2, "ep": 4},
-        {"prefill": 9000, "decode": 900},
+        {"prefill": 930, "decode": 18},
     ),
     "lfm2-8b, tp 2 ep 4": (
         {**first_layers(LFM2_8B, 2), "layer_types": ["full_attention", "conv"], "num_dense_layers": 1},
