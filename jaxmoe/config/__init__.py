@@ -17,6 +17,7 @@ from jaxmoe.config.attention import (
 )
 from jaxmoe.config.compressed_attention import CompressedAttentionConfig, CompressionConfig
 from jaxmoe.config.decoder import (
+    AveragedStreamsConfig,
     BlockResidualsConfig,
     DecoderConfig,
     GatedStreamsConfig,
@@ -65,6 +66,7 @@ __all__ = [
     "SPELLINGS",
     "AttentionConfig",
     "AttentionMask",
+    "AveragedStreamsConfig",
     "BlockResidualsConfig",
     "BlockSparseAttentionConfig",
     "ChosenByFunction",

@@ -26,6 +26,11 @@ class CompressionConfig:
     def __post_init__(self) -> None:
         check_positive(self, "rate")
         check_flags(self, "overlap")
+        if self.indexer is not None and (self.indexer.rope is None or self.indexer.pool_size is not None):
+            raise ValueError(
+                "an indexer of entries rotates its keys and chooses entries one by one; got "
+                f"rope={self.indexer.rope!r:.80} and pool_size={self.indexer.pool_size}"
+            )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -84,6 +84,11 @@ class HyperConnectionConfig:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class AveragedStreamsConfig(HyperConnectionConfig):
+    """Hyper-connections whose streams are averaged after the last layer, where others have learned weights."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class GatedStreamsConfig:
     """Several residual streams, which every half of a layer reads feature by feature and writes to with weights of its own.
 

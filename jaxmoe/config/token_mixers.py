@@ -4,7 +4,7 @@ import dataclasses
 import math
 from typing import Literal
 
-from jaxmoe.checks import check_flags, check_positive
+from jaxmoe.checks import check_flags, check_positive, integer
 from jaxmoe.rotary import RopeConfig
 
 
@@ -31,26 +31,42 @@ class IndexerConfig:
         num_heads: number of heads that score positions.
         head_dim: width of each.
         topk: number of positions that a token attends to; all of them where there are no more.
-        rope: rotary embedding of the leading dims of queries and keys.
+        rope: rotary embedding of the leading dims of queries and keys; None for no positions.
         reuses: whether the choice is that of the last layer before which makes one; such a layer has no indexer of its own.
         key_norm_eps: epsilon of the norm of the keys.
+        pool_size: number of positions of a pool, which has one key and is chosen as a whole. A token attends to the best of
+            the pools that end at it or before it, `topk` positions, and to the positions behind the last such pool. None
+            for positions that are chosen one by one.
     """
 
     num_heads: int
     head_dim: int
     topk: int
-    rope: RopeConfig
+    rope: RopeConfig | None
     reuses: bool = False
     key_norm_eps: float = 1e-6
+    pool_size: int | None = None
 
     def __post_init__(self) -> None:
         check_positive(self, "num_heads", "head_dim", "topk")
         check_flags(self, "reuses")
-        if self.rope.rotary_dim > self.head_dim:
+        if self.pool_size is not None:
+            check_positive(self, "pool_size")
+            if self.topk % self.pool_size:
+                raise ValueError(
+                    f"chosen positions (index_topk) fill pools of pool_size={self.pool_size} (index_kpool); got "
+                    f"topk={self.topk}"
+                )
+        if self.rope is not None and self.rope.rotary_dim > self.head_dim:
             raise ValueError(
                 f"the dims of an indexer's head that rotate are some of it: {self.rope.rotary_dim} of "
                 f"head_dim={self.head_dim}"
             )
+
+    @property
+    def most_seen(self) -> int:
+        """Number of positions that a token may attend to; where there are no more, it attends to all."""
+        return self.topk if self.pool_size is None else self.topk + self.pool_size - 1
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -67,7 +83,7 @@ class MLAConfig(TokenMixerConfig):
         v_head_dim: number of dims of a head's value.
         rope: rotary embedding of the dims that follow, all of which rotate; their key is one for all heads. None where
             nothing rotates.
-        shared_key_dim: number of those dims, where none of them rotates; None where `rope` gives it.
+        shared_key_dim: number of those dims, where none of them rotates, perhaps 0; None where `rope` gives it.
         scale: factor of the scores.
         bias: whether the projections into the latents and the output projection have a bias.
         latent_norm_eps: epsilon of the latents' norms.
@@ -102,7 +118,7 @@ class MLAConfig(TokenMixerConfig):
                 f"got rope={self.rope!r:.80} and shared_key_dim={self.shared_key_dim}"
             )
         if self.shared_key_dim is not None:
-            check_positive(self, "shared_key_dim")
+            integer("shared_key_dim", self.shared_key_dim, least=0)
         if self.q_rank is not None:
             check_positive(self, "q_rank")
         elif self.indexer is not None:

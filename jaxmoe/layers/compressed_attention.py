@@ -85,6 +85,7 @@ class CompressedAttention(nnx.Module):
         if config.compression is not None:
             found["entry"] = Compressor(config.compression, config.head_dim, config.rope, self.eps)
             if indexer is not None:
+                assert indexer.rope is not None
                 found["index"] = Compressor(config.compression, indexer.head_dim, indexer.rope, self.eps)
         return found
 
@@ -240,6 +241,7 @@ class CompressedAttention(nnx.Module):
     ) -> IndexerQueries:
         indexer = self._indexer
         assert indexer is not None
+        assert indexer.rope is not None
         q_BSA = jnp.einsum("bsq,aq->bsa", latent_BSQ, w["w_index_q"])
         q_BSIh = q_BSA.reshape(*q_BSA.shape[:2], indexer.num_heads, indexer.head_dim)
         return IndexerQueries(rotate_tail(q_BSIh, positions_BS, indexer.rope), head_shares(x_BSD, w["w_index_heads"]))

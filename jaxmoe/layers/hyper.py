@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from jaxmoe.config import HyperConnectionConfig
+from jaxmoe.config import AveragedStreamsConfig, HyperConnectionConfig
 from jaxmoe.layers.norm import rms_norm
 from jaxmoe.layers.param import ParamFactory, ones, zeros
 from jaxmoe.numerics import sum_dtype
@@ -72,6 +72,18 @@ class HyperHead(nnx.Module):
         weights = _project(x_BSnD, self.w[...], self.eps)
         read = jax.nn.sigmoid(weights * self.scale[...][None, None] + self.bias[...][None, None])
         return _read(x_BSnD, read + self.config.eps)
+
+
+class AveragingHead(nnx.Module):
+    """One stream from all, after the last layer: their mean."""
+
+    def __init__(self, config: AveragedStreamsConfig, hidden_size: int, eps: float, *, param: ParamFactory):
+        # It has no weights.
+        del config, hidden_size, eps, param
+
+    def __call__(self, x_BSnD: jax.Array) -> jax.Array:
+        """Give [B, S, D]."""
+        return jnp.mean(x_BSnD, axis=2)
 
 
 def _project(x_BSnD: jax.Array, w: jax.Array, eps: float) -> jax.Array:

@@ -1,8 +1,8 @@
 """The choice of the positions that a token attends to, by small heads of their own (DeepSeek sparse attention).
 
 Letters here, beside the common ones of docs/concepts/letters.md: I heads of the indexer, h width of one, Q width of the
-queries' latent, C positions to choose from, k positions that are chosen. Every tp rank has the whole indexer, and so makes
-the same choice.
+queries' latent, C positions to choose from, k positions that are chosen, r positions of a pool. Every tp rank has
+the whole indexer, and so makes the same choice.
 """
 
 from collections.abc import Mapping
@@ -31,6 +31,8 @@ class IndexerWeights(NamedTuple):
         index_k_norm: [h], scale of the keys' norm.
         b_index_k_norm: [h], its bias.
         w_index_heads: [I, D], the projection to the heads' shares of the score; not rounded with the other weights.
+        w_index_gate: [h, D], to the gates of the keys in a pool; None for positions that are chosen one by one.
+        b_index_gate: [r, h], added to the gates; None likewise.
     """
 
     w_index_q: Any
@@ -38,6 +40,8 @@ class IndexerWeights(NamedTuple):
     index_k_norm: Any
     b_index_k_norm: Any
     w_index_heads: Any
+    w_index_gate: Any = None
+    b_index_gate: Any = None
 
 
 class IndexerQueries(NamedTuple):
@@ -56,26 +60,34 @@ def make_indexer_weights(
     config: IndexerConfig, hidden_size: int, q_rank: int, *, param: ParamFactory
 ) -> IndexerWeights:
     """Make the parameters of an indexer, each whole on every device."""
-    heads, h = config.num_heads, config.head_dim
+    heads, h, r = config.num_heads, config.head_dim, config.pool_size
     return IndexerWeights(
         w_index_q=param((heads * h, q_rank)),
         w_index_k=param((h, hidden_size)),
         index_k_norm=param((h,), init=ones),
         b_index_k_norm=param((h,), init=zeros),
         w_index_heads=param((heads, hidden_size), dtype=sum_dtype(param.dtype)),
+        w_index_gate=None if r is None else param((h, hidden_size)),
+        b_index_gate=None if r is None else param((r, h), init=zeros, dtype=sum_dtype(param.dtype)),
     )
 
 
 def indexer_weights(weights: Mapping[str, jax.Array]) -> IndexerWeights:
     """Pick the indexer's weights out of a layer's."""
-    return IndexerWeights(*(weights[name] for name in IndexerWeights._fields))
+    return IndexerWeights(*(weights.get(name) for name in IndexerWeights._fields))
 
 
 def indexer_keys(w: IndexerWeights, x_BSD: jax.Array, positions_BS: jax.Array, config: IndexerConfig) -> jax.Array:
-    """One key for each token, [B, S, h], normed and rotated: what the cache holds."""
+    """One key for each token, [B, S, h], normed and rotated: what the cache holds.
+
+    With pools the token's gates stand beside it, [B, S, 2h].
+    """
     k_BSh = jnp.einsum("bsd,hd->bsh", x_BSD, w.w_index_k)
     k_BSh = layer_norm(k_BSh, w.index_k_norm, w.b_index_k_norm, config.key_norm_eps)
-    return apply_rope(k_BSh[:, :, None], positions_BS, config.rope)[:, :, 0]
+    k_BSh = _turned(k_BSh[:, :, None], positions_BS, config)[:, :, 0]
+    if w.w_index_gate is None:
+        return k_BSh
+    return jnp.concatenate([k_BSh, jnp.einsum("bsd,hd->bsh", x_BSD, w.w_index_gate)], axis=-1)
 
 
 def indexer_queries(
@@ -84,7 +96,11 @@ def indexer_queries(
     """The queries, from the latent that the attention's own are made from, and the heads' shares, from the activations."""
     q_BSA = jnp.einsum("bsq,aq->bsa", latent_BSQ, w.w_index_q)
     q_BSIh = q_BSA.reshape(*q_BSA.shape[:2], config.num_heads, config.head_dim)
-    return IndexerQueries(apply_rope(q_BSIh, positions_BS, config.rope), head_shares(x_BSD, w.w_index_heads))
+    return IndexerQueries(_turned(q_BSIh, positions_BS, config), head_shares(x_BSD, w.w_index_heads))
+
+
+def _turned(y_BSIh: jax.Array, positions_BS: jax.Array, config: IndexerConfig) -> jax.Array:
+    return y_BSIh if config.rope is None else apply_rope(y_BSIh, positions_BS, config.rope)
 
 
 def head_shares(x_BSD: jax.Array, w_ID: jax.Array) -> jax.Array:

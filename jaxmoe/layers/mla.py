@@ -24,6 +24,7 @@ from jaxmoe.layers.indexer import (
     indexer_weights,
     make_indexer_weights,
 )
+from jaxmoe.layers.key_pools import choose_pools_for_prompt, choose_pools_for_token, pool_keys
 from jaxmoe.layers.norm import rms_norm
 from jaxmoe.layers.param import ParamFactory, ones, zeros
 from jaxmoe.layers.weights import WeightSpecs, hold
@@ -38,8 +39,8 @@ class LatentCache(NamedTuple):
 
     Attributes:
         latent: [B, C, L], normed and scaled; keys and values are made from it.
-        rope_key: [B, C, r], rotated where the layer has positions.
-        index_key: [B, C, h] of the layer's indexer; None where it has none.
+        rope_key: [B, C, r], rotated where the layer has positions; None where r is 0.
+        index_key: [B, C, h] of the layer's indexer, or [B, C, 2h] with the gates of its pools; None where it has none.
     """
 
     latent: Any
@@ -68,10 +69,14 @@ def attend_expanded(
     """
     n = q_nope_BSHn.shape[-1]
     kv_BHCa = jnp.einsum("bcl,hal->bhca", cache.latent, w_kv_HaL)
-    rope_key_BHCr = jnp.broadcast_to(cache.rope_key[:, None], (*kv_BHCa.shape[:3], cache.rope_key.shape[-1]))
+    q_BSHh, k_BHCh = q_nope_BSHn, kv_BHCa[..., :n]
+    if cache.rope_key is not None:
+        rope_key_BHCr = jnp.broadcast_to(cache.rope_key[:, None], (*kv_BHCa.shape[:3], cache.rope_key.shape[-1]))
+        q_BSHh = jnp.concatenate([q_nope_BSHn, q_rope_BSHr], axis=-1)
+        k_BHCh = jnp.concatenate([k_BHCh, rope_key_BHCr], axis=-1)
     return attend(
-        jnp.concatenate([q_nope_BSHn, q_rope_BSHr], axis=-1),
-        jnp.concatenate([kv_BHCa[..., :n], rope_key_BHCr], axis=-1),
+        q_BSHh,
+        k_BHCh,
         kv_BHCa[..., n:],
         positions_BS,
         scale=scale,
@@ -101,7 +106,8 @@ def attend_absorbed(
     n = q_nope_BSHn.shape[-1]
     q_latent_BSHL = jnp.einsum("bshn,hnl->bshl", q_nope_BSHn, w_kv_HaL[:, :n])
     scores_BHSC = jnp.einsum("bshl,bcl->bhsc", q_latent_BSHL, cache.latent, preferred_element_type=jnp.float32)
-    scores_BHSC += jnp.einsum("bshr,bcr->bhsc", q_rope_BSHr, cache.rope_key, preferred_element_type=jnp.float32)
+    if cache.rope_key is not None:
+        scores_BHSC += jnp.einsum("bshr,bcr->bhsc", q_rope_BSHr, cache.rope_key, preferred_element_type=jnp.float32)
     if at_BSC is None:
         at_BSC = jnp.arange(scores_BHSC.shape[-1], dtype=jnp.int32)[None, None]
     seen_BSC = at_BSC <= positions_BS[..., None]
@@ -157,8 +163,11 @@ class LatentAttention(nnx.Module):
     def cache_arrays(self, batch_size: int, max_length: int) -> LatentCache:
         """The layer's cache, as a `LatentCache` of `CacheArray`."""
         config = self.config
-        widths = (config.kv_rank, config.rope_head_dim, *([] if self.indexer is None else [self.indexer.head_dim]))
-        return LatentCache(*(CacheArray((batch_size, max_length, width)) for width in widths))
+        index_width = 0
+        if self.indexer is not None:
+            index_width = self.indexer.head_dim * (1 if self.indexer.pool_size is None else 2)
+        widths = (config.kv_rank, config.rope_head_dim, index_width)
+        return LatentCache(*(CacheArray((batch_size, max_length, width)) if width else None for width in widths))
 
     def __call__(
         self,
@@ -180,7 +189,7 @@ class LatentAttention(nnx.Module):
             batch: mesh axes of the batch dim.
             decode: whether the tokens attend to the cache at their positions and before.
             chosen: positions that the last layer with an indexer has chosen, as bool [B, S, C], or for one token in `decode`
-                as int32 [B, 1, k]; None where it chose all of them.
+                as int32 [B, 1, k], of which those behind the token are not seen; None where it chose all of them.
             adapter_ids_B: int32, adapter of each row, -1 for none; None for none at all.
 
         Returns:
@@ -223,7 +232,8 @@ class LatentAttention(nnx.Module):
         if chosen is not None and decode and x_BSD.shape[1] > 1:
             attend = partial(attend_absorbed, among_BSC=chosen)
         elif chosen is not None and decode:
-            seen = jax.tree.map(lambda array: jnp.take_along_axis(array, chosen[:, 0, :, None], axis=1), seen)
+            at_Bk1 = chosen[:, 0, :, None]
+            seen = jax.tree.map(lambda array: jnp.take_along_axis(array, at_Bk1, axis=1, mode="clip"), seen)
             attend = partial(attend_absorbed, at_BSC=chosen)
         elif chosen is not None:
             attend = partial(attend_expanded, chosen=ChosenKeys.of(chosen))
@@ -249,11 +259,16 @@ class LatentAttention(nnx.Module):
         decode: bool,
     ) -> jax.Array | None:
         """The positions to attend to among `seen`; None where there are no more than may be chosen."""
-        if seen.index_key.shape[1] <= config.topk:
+        weights, length, one = indexer_weights(w), seen.index_key.shape[1], decode and x_BSD.shape[1] == 1
+        if length <= config.most_seen:
             return None
-        queries = indexer_queries(indexer_weights(w), x_BSD, latent_BSQ, positions_BS, config)
-        choose = choose_for_token if decode and x_BSD.shape[1] == 1 else choose_for_prompt
-        return choose(queries, seen.index_key, positions_BS, config.topk)
+        queries = indexer_queries(weights, x_BSD, latent_BSQ, positions_BS, config)
+        if config.pool_size is None:
+            choose = choose_for_token if one else choose_for_prompt
+            return choose(queries, seen.index_key, positions_BS, config.topk)
+        k_BWh, size = pool_keys(seen.index_key, weights.b_index_gate), config.pool_size
+        choose_pools = choose_pools_for_token if one else choose_pools_for_prompt
+        return choose_pools(queries, k_BWh, positions_BS, size=size, count=config.topk // size, length=length)
 
     def _query_latent(self, w: dict[str, Any], x_BSD: jax.Array) -> jax.Array | None:
         """The normed latent [B, S, Q] that queries are made from; None where they are made from the activations."""
@@ -285,11 +300,10 @@ class LatentAttention(nnx.Module):
         both_BSA = both_BSA + w["b_kv_a"][None, None] if config.bias else both_BSA
         latent_BSL, rope_key_BSr = jnp.split(both_BSA, [config.kv_rank], axis=-1)
         # One key for all heads: as a single head to the rotation.
-        rope_key_BSr = self._turned(rope_key_BSr[:, :, None], positions_BS)[:, :, 0]
+        rope_key = self._turned(rope_key_BSr[:, :, None], positions_BS)[:, :, 0] if config.rope_head_dim else None
         latent_BSL = rms_norm(latent_BSL, w["kv_a_norm"], config.latent_norm_eps)
         if config.latent_scale != 1:
             latent_BSL = latent_BSL * config.latent_scale
         if self.indexer is None:
-            return LatentCache(latent_BSL, rope_key_BSr)
-        index_key_BSh = indexer_keys(indexer_weights(w), x_BSD, positions_BS, self.indexer)
-        return LatentCache(latent_BSL, rope_key_BSr, index_key_BSh)
+            return LatentCache(latent_BSL, rope_key)
+        return LatentCache(latent_BSL, rope_key, indexer_keys(indexer_weights(w), x_BSD, positions_BS, self.indexer))

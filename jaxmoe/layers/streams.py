@@ -9,12 +9,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jaxmoe.config import BlockResidualsConfig, GatedStreamsConfig, HyperConnectionConfig
+from jaxmoe.config import AveragedStreamsConfig, BlockResidualsConfig, GatedStreamsConfig, HyperConnectionConfig
 from jaxmoe.layers.block_residuals import BlockResiduals, BlockResidualsHead
 from jaxmoe.layers.gated_streams import GatedStreams, GatedStreamsHead
-from jaxmoe.layers.hyper import HyperConnection, HyperHead
+from jaxmoe.layers.hyper import AveragingHead, HyperConnection, HyperHead
 
 STREAMS: dict[type[Any], tuple[Callable[..., Any], Callable[..., Any]]] = {
+    AveragedStreamsConfig: (HyperConnection, AveragingHead),
     BlockResidualsConfig: (BlockResiduals, BlockResidualsHead),
     GatedStreamsConfig: (GatedStreams, GatedStreamsHead),
     HyperConnectionConfig: (HyperConnection, HyperHead),

@@ -22,6 +22,7 @@ from jaxmoe.models.flex_olmo import FLEX_OLMO
 from jaxmoe.models.gemma4 import GEMMA4_TEXT
 from jaxmoe.models.glm4_moe import GLM4_MOE
 from jaxmoe.models.glm4_moe_lite import GLM4_MOE_LITE
+from jaxmoe.models.glm5_next import GLM5_NEXT_TEXT
 from jaxmoe.models.gpt_oss import GPT_OSS
 from jaxmoe.models.granitemoe import GRANITEMOE
 from jaxmoe.models.granitemoehybrid import GRANITEMOEHYBRID
@@ -85,6 +86,7 @@ FAMILIES: dict[str, Family] = {
         GEMMA4_TEXT,
         GLM4_MOE,
         GLM4_MOE_LITE,
+        GLM5_NEXT_TEXT,
         GLM_MOE_DSA,
         GPT_OSS,
         GRANITEMOE,

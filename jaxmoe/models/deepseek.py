@@ -16,7 +16,8 @@ def read_mla(
 
     Without `rotates` the dims that have positions elsewhere are dims of heads and of their one key like the others.
     """
-    nope, turning = pick(config, "qk_nope_head_dim"), pick(config, "qk_rope_head_dim")
+    nope = pick(config, "qk_nope_head_dim")
+    turning = 0 if not rotates and config.get("qk_rope_head_dim") == 0 else pick(config, "qk_rope_head_dim")
     rotary, scale = None, (nope + turning) ** -0.5
     if rotates:
         rotary = read_rope(config, head_dim=turning, default_theta=default_theta, interleaved=interleaved)

@@ -30,7 +30,7 @@ def read_glm_config(config: Mapping[str, Any]) -> DecoderConfig:
     attention = _read_attention(config, interleaved=True)
     assert attention.indexer is not None
     reuses = dataclasses.replace(attention, indexer=dataclasses.replace(attention.indexer, reuses=True))
-    layers = [reuses if kind == "shared" else attention for kind in _indexer_types(config)]
+    layers = [reuses if kind == "shared" else attention for kind in read_indexer_types(config)]
     return _read(config, layers, num_groups=1, topk_groups=1, norm_eps=1e-5)
 
 
@@ -69,8 +69,12 @@ def _read_attention(config: Mapping[str, Any], *, interleaved: bool) -> MLAConfi
     return dataclasses.replace(attention, indexer=indexer)
 
 
-def _indexer_types(config: Mapping[str, Any]) -> list[str]:
-    """The kind of each layer, "full" or "shared": as a list, as a word of F and S, or each so many layers one."""
+def read_indexer_types(config: Mapping[str, Any]) -> list[str]:
+    """Read the kind of each layer, "full" or "shared": as a list, as a word of F and S, or each so many layers one.
+
+    Raises:
+        ValueError: the list is of another length, or has something else in it.
+    """
     count, kinds = pick(config, "num_hidden_layers"), {"F": "full", "S": "shared"}
     every = pick(config, "index_topk_freq", default=1)
     first = pick(config, "index_skip_topk_offset", default=2)

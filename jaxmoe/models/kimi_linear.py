@@ -117,25 +117,40 @@ def _read_kda(config: Mapping[str, Any]) -> KDAConfig:
             f"{config['model_type']} is known with use_full_rank_gate and gate_lower_bound together, as Kimi K3 has them, "
             f"or without both; linear_attn_config gives use_full_rank_gate={full_rank} and gate_lower_bound={bound}"
         )
+    kda = read_kda(config, num_heads=32, least_log_decay=bound, wide_rates=not full_rank)
+    if not full_rank:
+        return kda
+    # The released A_log has as many entries as a head is wide, zeros behind those of the heads.
+    return dataclasses.replace(kda, gate_rank=None, spare_rates=max(0, kda.head_dim - kda.num_heads))
+
+
+def read_kda(config: Mapping[str, Any], *, num_heads: int, **fields: Any) -> KDAConfig:
+    """Read Kimi delta attention, whose sizes stand in config.json or in its ``linear_attn_config``.
+
+    Args:
+        config: dictionary of config.json.
+        num_heads: number of heads of the family, where config.json gives none.
+        fields: fields of the `KDAConfig` that are read elsewhere.
+
+    Raises:
+        ValueError: a size is there twice, with two values.
+    """
+    inner = pick(config, "linear_attn_config", default={})
 
     def size(name: str, inner_name: str, default: int) -> int:
         check_equal([(name, config.get(name)), (f"linear_attn_config.{inner_name}", inner.get(inner_name))])
         return int(pick(config, name, default=pick(inner, inner_name, default=default)))
 
-    head_dim, num_heads = size("linear_head_dim", "head_dim", 128), size("linear_num_heads", "num_heads", 32)
-    activation = pick(config, "hidden_act", default="silu")
+    head_dim, activation = size("linear_head_dim", "head_dim", 128), pick(config, "hidden_act", default="silu")
     return KDAConfig(
-        num_heads=num_heads,
+        num_heads=size("linear_num_heads", "num_heads", num_heads),
         head_dim=head_dim,
         conv_kernel_size=size("linear_conv_kernel_dim", "short_conv_kernel_size", 4),
         # "situ" is a function of two halves, and a convolution has one.
         activation="silu" if activation == "situ" else activation,
         decay_rank=head_dim,
-        gate_rank=None if full_rank else head_dim,
-        least_log_decay=bound,
-        wide_rates=not full_rank,
-        # The released A_log has as many entries as a head is wide, zeros behind those of the heads.
-        spare_rates=max(0, head_dim - num_heads) if full_rank else 0,
+        gate_rank=head_dim,
+        **fields,
     )
 
 

@@ -192,6 +192,15 @@ WRAPPERS: dict[str, Wrapper] = {
             prefixes=(("model.language_model.", "model."),),
             ignored={"vision part": r"model\.visual\..*"},
         ),
+        # GLM-5.3-Flash. transformers has no class for the text part alone that has an output projection.
+        Wrapper(
+            model_type="glm5_next",
+            text="glm5_next_text",
+            architecture="Glm5NextForConditionalGeneration",
+            prefixes=(("model.language_model.", "model."),),
+            ignored={"vision part": r"model\.visual\..*"},
+            flat=True,
+        ),
         # Kimi-K2.5. As transformers 5 saves it in that form, as it saves it in its own, and as released.
         Wrapper(
             model_type="kimi_k25",

@@ -157,3 +157,10 @@ def test_the_cache_is_a_window_and_entries_on_every_tp_rank():
     assert (cache.scored.entries.shape, cache.scored.gate.shape) == ((8, 34, 10), (8, 6, 20))
     assert layer_of(mesh_of(1, 1, 1), "window").cache_arrays(8, 100).entries is None
     assert layer.config.tp_faults(8) == ["o_groups=4"]
+
+
+@pytest.mark.parametrize("changes", [{"rope": None}, {"pool_size": 2}], ids=str)
+def test_an_indexer_of_entries_rotates_and_has_no_pools(changes):
+    indexer = IndexerConfig(**{"num_heads": 9, "head_dim": 10, "topk": TOPK, "rope": ROPE, **changes})
+    with pytest.raises(ValueError, match="rotates its keys and chooses entries one by one"):
+        CompressionConfig(rate=3, overlap=True, indexer=indexer)

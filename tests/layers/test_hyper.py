@@ -5,8 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from jaxmoe.config import HyperConnectionConfig
-from jaxmoe.layers import ParamFactory, join_streams
+from jaxmoe.config import AveragedStreamsConfig, HyperConnectionConfig
+from jaxmoe.layers import STREAMS, ParamFactory, join_streams
 from jaxmoe.layers.hyper import HyperConnection, HyperHead, doubly_stochastic
 from tests.support.meshes import mesh_of
 
@@ -67,3 +67,13 @@ def test_the_head_makes_one_stream():
     x = np.random.default_rng(1).normal(size=(2, 4, N, D))
     read = sigmoid(normed(x) @ w.T * scale + bias) + 1e-2
     np.testing.assert_allclose(module(jnp.float32(x)), np.einsum("bsn,bsnd->bsd", read, x), rtol=1e-4, atol=1e-5)
+
+
+def test_streams_may_be_averaged_in_the_end():
+    past_half, one_of_all = STREAMS[AveragedStreamsConfig]
+    assert past_half is HyperConnection
+    config = AveragedStreamsConfig(streams=N, iterations=4, eps=1e-2)
+    head = one_of_all(config, D, EPS, param=ParamFactory(mesh_of(1, 1, 1), jnp.float32, nnx.Rngs(0)))
+    assert not jax.tree.leaves(nnx.state(head))
+    x = np.random.default_rng(1).normal(size=(2, 4, N, D))
+    np.testing.assert_allclose(head(jnp.float32(x)), x.mean(axis=2), rtol=1e-5, atol=1e-6)

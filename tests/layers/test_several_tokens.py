@@ -41,6 +41,17 @@ CONFIGS: dict[str, TokenMixerConfig] = {
         scale=0.3,
         indexer=IndexerConfig(num_heads=3, head_dim=14, topk=4, rope=ROPE),
     ),
+    "pools of keys": MLAConfig(
+        num_heads=8,
+        kv_rank=12,
+        q_rank=20,
+        nope_head_dim=10,
+        v_head_dim=6,
+        rope=None,
+        shared_key_dim=0,
+        scale=0.3,
+        indexer=IndexerConfig(num_heads=12, head_dim=14, topk=4, rope=None, pool_size=2),
+    ),
     "delta net": GatedDeltaNetConfig(
         num_key_heads=2, num_value_heads=4, key_head_dim=4, value_head_dim=5, conv_kernel_size=4, fused_projections=True
     ),

@@ -78,8 +78,40 @@ def test_logits_and_greedy_tokens(name, tmp_path):
                 check_greedy(loaded, expected)
 
 
+@pytest.mark.parametrize(
+    ("name", "changes"),
+    [
+        (
+            "glm5_next",
+            {
+                "linear_lower_bound": None,
+                "attention_bias": True,
+                "norm_topk_prob": False,
+                "n_routed_experts": 12,
+                "n_group": 3,
+                "topk_group": 2,
+                "n_shared_experts": 2,
+                "index_kpool": 2,
+                "index_topk": 4,
+            },
+        ),
+        (
+            "glm5_next",
+            {"layer_types": None, "indexer_types": None, "mlp_layer_types": None, "index_kpool": 1, "hc_mult": 2},
+        ),
+    ],
+)
+def test_other_settings_of_a_text_part(name, changes, tmp_path):
+    """Of families whose text part transformers does not have alone, which `test_live` cannot compare."""
+    sizes = {**WRAPPERS[name], "text_config": {**WRAPPERS[name]["text_config"], **changes}}
+    model = make_model(name, seed=9, **sizes)
+    expected = arrays_of(model, seed=9)
+    model.save_pretrained(tmp_path)
+    check_logits(jaxmoe.load(tmp_path, mesh=mesh_of(2, 2, 2)), expected)
+
+
 # Those of which transformers has no class for the text part alone.
-WHOLE = {"step3p7"}
+WHOLE = {"glm5_next", "step3p7"}
 
 
 @pytest.mark.parametrize("name", sorted({*WRAPPERS, *SIZES} - WHOLE))
