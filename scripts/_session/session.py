@@ -85,7 +85,8 @@ class Session:
             "PYTHONPATH": str(ROOT),
             "PYTHONUNBUFFERED": "1",
             "SESSION_SECONDS": str(max(0.0, job.seconds - SPARE_SECONDS)),
-            "SESSION_FOLDER": str(self.records.folder.resolve()),
+            # Tables of tiles that this session makes, and none that the user has.
+            "XDG_DATA_HOME": str(self.records.folder.resolve()),
         }
         if self.tiny:
             environment |= {"SESSION_TINY": "1", "JAX_PLATFORMS": "cpu"}

@@ -58,6 +58,14 @@ def _correctness(lines: Sequence[Line]) -> str:
 
 
 def _speeds(lines: Sequence[Line]) -> str:
+    rates = next(iter(_of(lines, "ceilings")), None)
+
+    def floor(line: Line) -> str:
+        if rates is None:
+            return ""
+        seconds = max(line["flops"] / rates["flops_per_second"], line["bytes"] / rates["bytes_per_second"])
+        return f"  floor {seconds * 1e6:9.1f} us"
+
     ceilings = [
         f"ceilings {line['flops_per_second'] / 1e12:.0f} TFLOP/s, {line['bytes_per_second'] / 1e9:.0f} GB/s"
         for line in _of(lines, "ceilings")
@@ -68,12 +76,16 @@ def _speeds(lines: Sequence[Line]) -> str:
     )
     clocks = sorted({line["clock"] for line in measured})
     rows = [
-        f"{line['shape']:18} {line['routing']:8} {line['tokens']:6} tokens  {line['side']:20} "
-        f"{line['seconds'] * 1e6:10.1f} us  floor {line['floor_seconds'] * 1e6:9.1f} us"
+        f"{line['shape']:18} {line['routing']:8} {line['tokens']:6} tokens  {_side(line):20} "
+        f"{line['seconds'] * 1e6:10.1f} us{floor(line)}"
         f"{'  tuned' if line['tuned'] else ''}"
         for line in measured
     ]
     return _section("expert MLPs", [*ceilings, *(f"times from {clock}" for clock in clocks), *rows])
+
+
+def _side(line: Line) -> str:
+    return f"{line['side']}, fused" if line.get("fusion") else line["side"]
 
 
 def _tuned(lines: Sequence[Line]) -> str:

@@ -1,5 +1,7 @@
 """The parent of scripts/gpu_session with jobs that hang, crash, print garbage and fill the disk; no GPU, no jax."""
 
+import dataclasses
+import importlib
 import json
 import os
 import subprocess
@@ -7,6 +9,7 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from scripts import gpu_session
@@ -234,3 +237,98 @@ def test_command_writes_few_files_and_its_summary_can_be_had_again(
     assert summary in printed
     assert "bad: garbled, it printed no result" in summary
     assert json.loads((tmp_path / "out/results.jsonl").read_text().splitlines()[0])["verdict"] == "right"
+
+
+def test_every_planned_job_is_there_and_gpu_works_are_products_that_can_be_asked_for() -> None:
+    from scripts._session import correctness
+    from scripts._session.jobs import JOBS
+
+    for planned in (*gpu_jobs(), *tiny_jobs()):
+        name = planned.command[3]
+        assert callable(getattr(importlib.import_module(f"scripts._session.{JOBS[name]}"), name))
+    works = [*correctness.plain_works(), *correctness.packed_works()]
+    assert len({name for name, _ in works}) == len(works)
+    for name, work in works:
+        assert all(kind.random(np.random.default_rng(0), 2) is not None for kind in work.matrices if "2880" not in name)
+
+
+def test_cost_model_prefers_small_tiles_for_few_rows_and_keeps_the_kernels_own_choice() -> None:
+    from jaxmoe.kernels.grouped_matmul.mosaic_gpu.tiles import Tiles
+    from scripts._bench.cases import SHAPES, Case
+    from scripts._session.tuned import cheapest, cost
+
+    small, large = Tiles(m=16, n=128, k=64, stages=4, swapped=True), Tiles(m=128, n=128, k=64, stages=4, swapped=True)
+    few, many = (Case("q", SHAPES["qwen3-30b-a3b"], "down", T, "uniform", "bfloat16") for T in (32, 16384))
+    assert cost(small, few, 132) < cost(large, few, 132)
+    assert cost(large, many, 132) < cost(small, many, 132)
+    others = [dataclasses.replace(small, band=band) for band in range(20)]
+    assert cheapest([large, *others], few, 132) == [large, *others[:11]]
+
+
+def test_summary_has_every_kind_of_result() -> None:
+    speed = {"shape": "q", "routing": "uniform", "tokens": 32, "side": "triton", "tuned": False, "fusion": False}
+    text = summarize(
+        [
+            {
+                "kind": "machine",
+                "device": "a GPU",
+                "multiprocessors": 132,
+                "driver": "1",
+                "versions": {"jax": "0.11.2"},
+            },
+            {"job": "x", "kind": "check", "case": "tails", "verdict": "wrong", "detail": "off"},
+            {"kind": "ceilings", "flops_per_second": 8e14, "bytes_per_second": 3e12},
+            {"kind": "speed", **speed, "seconds": 2e-4, "clock": "CUPTI", "flops": 1e9, "bytes": 3e8},
+            {"kind": "tuned", "case": "c", "seconds": 1e-4, "tiles": "T", "default_seconds": 2e-4, "candidates": 12},
+            {
+                "kind": "layer",
+                "shape": "q",
+                "tokens": 32,
+                "kernels": "triton",
+                "seconds": 1e-3,
+                "by_kernel": [["k", 1e-4]],
+            },
+            {
+                "kind": "model",
+                "layers": 48,
+                "step": "decode",
+                "batch": 8,
+                "tokens": 1,
+                "kernels": "triton",
+                "seconds": 0.02,
+                "tokens_per_second": 400.0,
+            },
+            {"job": "y", "left_out": "2 of 3 for want of time"},
+        ]
+    )
+    for words in (
+        "a GPU, 132 multiprocessors, driver 1; jax 0.11.2",
+        "0 of 1 checks right",
+        "x: wrong, tails: off",
+        "ceilings 800 TFLOP/s, 3000 GB/s",
+        "200.0 us  floor     100.0 us",
+        "c: 100.0 us by T, 200.0 us by its own choice, 12 candidates",
+        "q, 32 tokens, triton: 1000.0 us",
+        "48 layers, decode of 8 x 1 by triton: 20.00 ms, 400 tokens/s",
+        "y: left out, 2 of 3 for want of time",
+    ):
+        assert words in text
+
+
+@pytest.mark.full
+def test_whole_tiny_session(tmp_path: Path) -> None:
+    """Every job on a CPU, with tiny sizes."""
+    command = [sys.executable, "scripts/gpu_session.py", "--tiny", "--minutes", "15", "--out", str(tmp_path / "out")]
+    printed = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    lines = read_results(tmp_path / "out")
+    assert ends(lines) == {job.name: "done" for job in tiny_jobs()}, printed
+    assert {line["kind"] for line in lines if "kind" in line} >= {
+        "machine",
+        "check",
+        "ceilings",
+        "speed",
+        "layer",
+        "model",
+    }
+    assert all(line["verdict"] == "right" for line in lines if line.get("kind") == "check")
+    assert sum(path.is_file() for path in (tmp_path / "out").rglob("*")) <= MOST_FILES
