@@ -313,22 +313,3 @@ def test_summary_has_every_kind_of_result() -> None:
         "y: left out, 2 of 3 for want of time",
     ):
         assert words in text
-
-
-@pytest.mark.full
-def test_whole_tiny_session(tmp_path: Path) -> None:
-    """Every job on a CPU, with tiny sizes."""
-    command = [sys.executable, "scripts/gpu_session.py", "--tiny", "--minutes", "15", "--out", str(tmp_path / "out")]
-    printed = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
-    lines = read_results(tmp_path / "out")
-    assert ends(lines) == {job.name: "done" for job in tiny_jobs()}, printed
-    assert {line["kind"] for line in lines if "kind" in line} >= {
-        "machine",
-        "check",
-        "ceilings",
-        "speed",
-        "layer",
-        "model",
-    }
-    assert all(line["verdict"] == "right" for line in lines if line.get("kind") == "check")
-    assert sum(path.is_file() for path in (tmp_path / "out").rglob("*")) <= MOST_FILES
