@@ -4,6 +4,7 @@ import gc
 import importlib.util
 import itertools
 import os
+import sys
 from importlib.metadata import version
 from pathlib import Path
 
@@ -15,9 +16,11 @@ def add_xla_flag(name: str, value: str) -> None:
         os.environ["XLA_FLAGS"] = f"{flags} --{name}={value}".strip()
 
 
-# Before the first import of jax.
+# Before the first import of jax. `scripts/test --gpu` leaves the platform alone; pytest has not read its options yet.
+ON_GPU = "--gpu" in sys.argv
 add_xla_flag("xla_force_host_platform_device_count", "8")
-os.environ["JAX_PLATFORMS"] = "cpu"
+if not ON_GPU:
+    os.environ["JAX_PLATFORMS"] = "cpu"
 # Two threads a device, however few cores there are: see `jaxmoe.simulate_devices`.
 os.environ.setdefault("PJRT_NPROC", "16")
 
@@ -39,6 +42,7 @@ RUNS = {
     "--full": "everything: whole products of cases, more random ones, and what takes long",
     "--parity": "live comparisons with torch and transformers",
     "--aot": "kernels and models compiled for GPUs that need not be there",
+    "--gpu": "kernels on the GPU at hand",
 }
 
 
@@ -46,6 +50,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     """`--full` for everything; `--dispatch-cases`, see tests/dispatch/test_routings.py; `--aot`, see tests/aot."""
     parser.addoption("--full", action="store_true", help="run everything, not the short run's choice of it")
     parser.addoption("--dispatch-cases", type=int, default=None, help="routings drawn for the dispatch backends")
+    parser.addoption("--gpu", action="store_true", help="leave the platform to jax, and run tests/gpu")
     parser.addoption(
         "--aot", action="store_true", help="fail where the compiler for GPUs is missing, instead of skipping"
     )
@@ -61,7 +66,7 @@ def pytest_configure(config: pytest.Config) -> None:
     # Tracing makes many objects that stay, over which the collector would go again and again: an eighth of the time.
     gc.freeze()
     gc.set_threshold(200_000, 50, 1000)
-    if config.getoption("--aot"):
+    if config.getoption("--aot") or config.getoption("--gpu"):
         return
     add_xla_flag("xla_backend_optimization_level", "0")
     add_xla_flag("xla_llvm_disable_expensive_passes", "true")
@@ -100,6 +105,8 @@ def why_not(item: pytest.Item, config: pytest.Config) -> str | None:
     """The option that a test of another run waits for; None for a test of this run."""
     if "tests/aot" in item.path.as_posix() and not config.getoption("--aot"):
         return "--aot"
+    if "tests/gpu/" in item.path.as_posix() and not config.getoption("--gpu"):
+        return "--gpu"
     if item.get_closest_marker("parity") and not HAS_PARITY:
         return "--parity"
     return None

@@ -118,8 +118,14 @@ class Sample(NamedTuple):
         return float(np.linalg.norm(actual - self.exact) / np.linalg.norm(self.exact))
 
 
-def exact_sample(case: Case, variant: Variant) -> Sample:
-    """The operation in float64 for rows of a few groups, the largest among them: all rows, or many from first to last."""
+def exact_sample(case: Case, variant: Variant, *, most_rows: int = SAMPLED_ROWS) -> Sample:
+    """The operation in float64 for rows of a few groups, the largest among them: all rows, or many from first to last.
+
+    Args:
+        case: the operation.
+        variant: its arrays.
+        most_rows: rows of a group that are enough.
+    """
     ends_G = np.cumsum(variant.host_sizes)
     filled = np.flatnonzero(variant.host_sizes)
     groups = {
@@ -129,7 +135,8 @@ def exact_sample(case: Case, variant: Variant) -> Sample:
     rows, exact = [], []
     for group in sorted(map(int, groups)):
         own = np.arange(ends_G[group] - variant.host_sizes[group], ends_G[group])
-        own = np.unique(own[np.linspace(0, len(own) - 1, SAMPLED_ROWS).astype(int)])
+        if len(own) > most_rows:
+            own = np.unique(own[np.linspace(0, len(own) - 1, most_rows).astype(int)])
         rows.append(own)
         exact.append(_exact_rows(case, to_float64(variant.rows, own), variant.layer, group))
     return Sample(np.concatenate(rows), np.concatenate(exact))

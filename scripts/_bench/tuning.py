@@ -3,12 +3,13 @@
 import dataclasses
 import statistics
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import jax
 
 from scripts._bench.cases import Case
-from scripts._bench.inputs import VARIANTS, Sample, Variant, exact_sample, to_float64
+from scripts._bench.inputs import VARIANTS, Variant, exact_sample, to_float64
 from scripts._bench.report import check_error, reason
 from scripts._bench.sides import Turn, jax_turn
 from scripts._bench.timing import take_turns
@@ -48,6 +49,7 @@ def tune(
     *,
     rounds: int = 7,
     budget_s: float = 2.0,
+    threads: int = 1,
 ) -> Tuned:
     """Time every candidate of a kernel, and its own choice, in turns.
 
@@ -58,18 +60,23 @@ def tune(
         variants: the calls of a turn.
         rounds: turns of each.
         budget_s: as for `timing.take_turns`.
+        threads: candidates that are compiled at once.
 
     Raises:
         ArithmeticError: the kernel is wrong with its own choice of tiles.
         Exception: whatever else it raises with it.
     """
     sample = exact_sample(case, variants[0])
-    default, default_error = _prepare(with_tiles(None), case, variants, sample)
+    default = _compile(with_tiles(None), case, variants)
+    default_error = sample.error(to_float64(default(), sample.rows))
     turns, refused = {None: default}, {}
     check_error(default_error, case.dtype)
-    for tiles in candidates:
+    with ThreadPoolExecutor(threads) as pool:
+        compiling = {tiles: pool.submit(_compile, with_tiles(tiles), case, variants) for tiles in candidates}
+    for tiles, compiled in compiling.items():
         try:
-            turn, error = _prepare(with_tiles(tiles), case, variants, sample)
+            turn = compiled.result()
+            error = sample.error(to_float64(turn(), sample.rows))
             check_error(error, case.dtype)
         except Exception as refusal:  # too much shared memory, registers, ...: compilers say so in many ways
             refused[tiles] = reason(refusal)
@@ -84,11 +91,7 @@ def tune(
     return Tuned(default_seconds, dict(sorted(seconds.items(), key=lambda item: item[1])), refused)
 
 
-def _prepare(
-    function: Callable[..., jax.Array], case: Case, variants: Sequence[Variant], sample: Sample
-) -> tuple[Turn, float]:
-    """A turn, and the error of its result."""
+def _compile(function: Callable[..., jax.Array], case: Case, variants: Sequence[Variant]) -> Turn:
     inputs = [(v.rows, *v.layer.matrices(case.operation), v.group_sizes) for v in variants]
     (device,) = variants[0].rows.devices()
-    turn = jax_turn(function, inputs, device)
-    return turn, sample.error(to_float64(turn(), sample.rows))
+    return jax_turn(function, inputs, device)

@@ -12,6 +12,7 @@ Letters here, beside the common ones of docs/concepts/letters.md: G groups, N an
 import dataclasses
 import json
 import sys
+from collections.abc import Sequence
 from functools import partial
 
 import jax
@@ -33,18 +34,27 @@ ROUNDED_TOLERANCE = 2.0**-3
 LARGEST_TOLERANCE = 2.0**-2
 
 
-def try_work(work: Work, backend: str, *, device_kind: str | None = None, repeats: int = REPEATS) -> Outcome:
+def try_work(
+    work: Work,
+    backend: str,
+    *,
+    device_kind: str | None = None,
+    repeats: int = REPEATS,
+    groups: Sequence[tuple[Sequence[int], int]] = (FEW, MANY),
+) -> Outcome:
     """Hold a backend's products against float64, on the device that jax takes by default.
 
     Args:
         work: products to try.
         backend: name in `BACKENDS` or `GPU_BACKENDS`.
         device_kind: kind of the device, by which tiles are chosen.
-        repeats: calls of the case of many rows whose results have to be the same bits.
+        repeats: calls of the last case whose results have to be the same bits.
+        groups: cases, each the rows of its groups and rows in all.
     """
     multiply = partial(_multiply, work, backend, device_kind)
     worst = 0.0
-    for (sizes, R), calls in ((FEW, 1), (MANY, repeats)):
+    for number, (sizes, R) in enumerate(groups, 1):
+        calls = repeats if number == len(groups) else 1
         rng = np.random.default_rng(R)
         stacks = [kind.random(rng, len(sizes)) for kind in work.matrices]
         biases = [_biases(rng, work, stack) if work.biases else None for stack in stacks]
@@ -66,6 +76,8 @@ def try_work(work: Work, backend: str, *, device_kind: str | None = None, repeat
             if not np.all(np.isfinite(first[:owned])):
                 return Outcome("wrong", f"{case}: a result is not finite")
             difference = np.abs(first[:owned] - expected)
+            if not owned:
+                continue
             of_rows = np.linalg.norm(difference, axis=1) / np.linalg.norm(expected, axis=1)
             of_numbers = np.max(difference, axis=1) / np.max(np.abs(expected), axis=1)
             if np.max(of_rows) > _tolerance(work) or np.max(of_numbers) > LARGEST_TOLERANCE:

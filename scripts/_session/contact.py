@@ -1,0 +1,82 @@
+"""The first contact: what is there, whether it multiplies, and whether each kind of kernel runs at all."""
+
+import importlib.util
+import shutil
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from scripts._bench.report import machine as described
+from scripts._session.inside import TINY, device, emit
+
+LIBRARIES = ("jax", "flax", "numpy", "rich", "torch", "triton", "tokamax", "transformers")
+
+
+def machine() -> None:
+    """Emit versions, driver and multiprocessors.
+
+    Raises:
+        RuntimeError: jax sees no GPU.
+    """
+    here = device()
+    if here.platform != "gpu" and not TINY:
+        raise RuntimeError(f"jax runs on {here.platform!r}: a session wants a GPU, and --tiny is for a CPU")
+    driver = Path("/proc/driver/nvidia/version")
+    memory = here.memory_stats() or {}
+    emit(
+        "machine",
+        **described(here),
+        multiprocessors=getattr(here, "core_count", None),
+        compute_capability=getattr(here, "compute_capability", None),
+        driver=driver.read_text().splitlines()[0] if driver.exists() else None,
+        platform_version=here.client.platform_version,
+        memory=memory.get("bytes_limit"),
+        ptxas=shutil.which("ptxas"),
+        missing=[name for name in LIBRARIES if importlib.util.find_spec(name) is None],
+    )
+
+
+def alive() -> None:
+    """Emit that a product by XLA is right.
+
+    Raises:
+        ArithmeticError: it is wrong.
+    """
+    numbers = np.arange(64 * 64, dtype=np.float32).reshape(64, 64) % 7
+    product = np.asarray(jnp.matmul(numbers, numbers, precision="highest"))
+    if not np.array_equal(product, numbers @ numbers):
+        raise ArithmeticError("a product of small integers is wrong")
+    emit("alive", right=True)
+
+
+def trivial_kernel(kernel: str) -> None:
+    """Emit that a kernel which adds one to 256 numbers, compiled the way of `kernel`, is right.
+
+    Raises:
+        ArithmeticError: it is wrong.
+    """
+    added = np.asarray(add_one(kernel)(jnp.arange(256, dtype=jnp.float32)))
+    if not np.array_equal(added, np.arange(1, 257)):
+        raise ArithmeticError(f"one added to 256 numbers gives {added[:4]} ... {added[-4:]}")
+    emit("check", case="one added to 256 numbers", verdict="right", detail="")
+
+
+def add_one(kernel: str) -> Any:
+    """The function of float32 [256] that adds one, as a Pallas kernel by Mosaic GPU or Triton."""
+    from jax.experimental import pallas as pl
+
+    def body(x: Any, out: Any) -> None:
+        out[...] = x[...] + 1.0
+
+    if kernel == "mosaic_gpu":
+        from jax.experimental.pallas import mosaic_gpu
+
+        options: Any = mosaic_gpu.CompilerParams()
+    else:
+        from jax.experimental.pallas import triton
+
+        options = triton.CompilerParams(num_warps=4, num_stages=1)
+    return jax.jit(pl.pallas_call(body, out_shape=jax.ShapeDtypeStruct((256,), jnp.float32), compiler_params=options))
