@@ -51,7 +51,7 @@ DECODER = DecoderConfig(
     [
         (MOE, {"num_experts_per_tok": 8}, {"num_experts_per_tok": 9}, "at most all experts: num_experts_per_tok=9"),
         (MOE, {"num_experts": 12}, {"num_experts": 10}, "num_experts=10 is no multiple of num_groups=4"),
-        (MOE, {"latent_size": 3, "latent_bias": True}, {"latent_bias": True}, "latent_bias is of the projections"),
+        (MOE, {"latent_size": 3, "latent_bias": True}, {"latent_bias": True}, "latent_norm_eps are of the projections"),
         (MOE, {"moe_intermediate_size": 1}, {"moe_intermediate_size": 0}, "at least 1; got 0"),
         (MLP, {"intermediate_size": 1}, {"intermediate_size": True}, "at least 1; got True"),
         (MLP, {"hidden_size": 1}, {"hidden_size": 8.0}, r"at least 1; got 8\.0"),

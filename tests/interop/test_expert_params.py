@@ -162,6 +162,10 @@ def test_every_expert_tensor_of_a_family_fills_its_part_once(path: Path) -> None
     assert mapped.keys() == set(names)
     places = [(param, row.is_fused, row.expert_id, row.shard_id) for found in mapped.values() for param, row in found]
     assert len(places) == len(set(places))
+    if path.parent.name == "longcat_flash":
+        # transformers makes gate and up for zero experts too.
+        experts = {place[2] for place in places if place[-1] == "w2"}
+        places = [place for place in places if place[2] in experts]
     # Whatever the layout, a layer has w2 for each w1, and as many w3, or none where experts have no gate.
     shards = [[place for place in places if place[-1] == shard] for shard in ("w1", "w2", "w3")]
     assert len(shards[0]) == len(shards[1])
