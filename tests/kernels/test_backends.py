@@ -101,6 +101,7 @@ def test_gradient(module, options) -> None:
     check_gradient(backend_of(module), **options)
 
 
+@pytest.mark.covering(most=2)
 @backends("mosaic_gpu, Blackwell", *TAKE_NONE_PACKED)  # the public functions refuse those by name
 @pytest.mark.parametrize(("format", "block", "scale_dtype", "has_zeros"), PACKED, ids=str)
 def test_packed_product(module, options, format, block, scale_dtype, has_zeros) -> None:

@@ -110,7 +110,7 @@ def test_random_group_sizes(backend, R, data):
     check_against_reference(backend, R, np.diff([0, *cuts]))
 
 
-@pytest.mark.covering
+@pytest.mark.covering(most=6)
 @each_backend
 @pytest.mark.parametrize(
     ("sizes", "R", "N", "K"),
@@ -168,6 +168,7 @@ def test_out_dtype_keeps_the_float32_sums(backend, R):
     np.testing.assert_array_equal(wide.astype(jnp.bfloat16), narrow)
 
 
+@pytest.mark.covering(most=2)
 @each_backend
 @each_regime
 @pytest.mark.parametrize("check_vma", [True, False])
@@ -196,6 +197,7 @@ def test_inside_shard_map(backend, R, check_vma):
         assert_close(y_eRD[e], expected, s)
 
 
+@pytest.mark.covering(most=1)
 @each_backend
 def test_inside_a_while_loop(backend):
     x_RD, *weights = mlp_arrays(23)
