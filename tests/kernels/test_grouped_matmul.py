@@ -110,7 +110,7 @@ def test_random_group_sizes(backend, R, data):
     check_against_reference(backend, R, np.diff([0, *cuts]))
 
 
-@pytest.mark.covering(most=6)
+@pytest.mark.covering
 @each_backend
 @pytest.mark.parametrize(
     ("sizes", "R", "N", "K"),
