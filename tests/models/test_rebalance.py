@@ -6,6 +6,7 @@ import pytest
 import jaxmoe
 from jaxmoe.generation.programs import programs_of
 from jaxmoe.placement.migration import migration_bytes
+from tests.support import runs
 from tests.support.goldens import GOLDENS, check_greedy, check_logits, read_expected
 from tests.support.meshes import mesh_of
 
@@ -88,7 +89,7 @@ def test_rebalanced_model_computes_the_same_and_compiles_nothing(model) -> None:
     check_logits(model, expected)
     check_greedy(model, expected)
     programs, expert_bytes = set(programs_of(model).compiled), 3 * 32 * 24 * 4
-    for seed in range(3):
+    for seed in range(runs.examples(1, 3)):
         before = model.placements
         after = [placement_with_replicas(2 * seed), placement_with_replicas(2 * seed + 1)]
         moved = model.rebalance(after, num_nodes=2)
