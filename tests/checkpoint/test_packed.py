@@ -63,7 +63,7 @@ def bytes_on(model) -> dict[int, int]:
     return total
 
 
-@pytest.mark.covering(most=8)
+@pytest.mark.covering
 @pytest.mark.parametrize("shape", [(1, 1, 1), (2, 2, 2), (1, 4, 2)], ids=mesh_id)
 @pytest.mark.parametrize("placement", ["linear", "round_robin"])
 def test_what_is_held_stands_for_the_decoded_values(case, shape, placement, tmp_path) -> None:
