@@ -95,7 +95,7 @@ def test_mlp_with_biases(module, options, activation, limit, gated) -> None:
     check_mlp(backend_of(module), activation, limit, gated, **options)
 
 
-@pytest.mark.covering(most=1)
+@pytest.mark.full
 @backends("reference")
 def test_gradient(module, options) -> None:
     check_gradient(backend_of(module), **options)

@@ -136,6 +136,7 @@ def test_the_cache_is_the_latents_alone_on_every_tp_rank(mesh):
     assert jax.tree.map(lambda a: (a.shape, a.dtype), written) == jax.tree.map(lambda a: (a.shape, a.dtype), cache)
 
 
+@pytest.mark.full
 def test_decoding_makes_no_heads_keys_or_values():
     layer = make_layer(mesh_of(1, 1, 1), mla_config())
     B, C = 2, 37

@@ -120,6 +120,7 @@ def test_each_device_holds_its_own_experts_only(mesh, expert_axes):
     np.testing.assert_allclose(np.asarray(layer(jnp.asarray(x))[0]), expected(layer, x), atol=3e-6)
 
 
+@pytest.mark.full
 def test_output_keeps_tokens_on_their_devices():
     """Each tp rank works on a part of the tokens that its device had; no token moves to another one."""
     mesh = mesh_of(2, 2, 2)
