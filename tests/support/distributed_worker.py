@@ -18,10 +18,10 @@ def results(checkpoint: str, *, full: bool, **mesh: int) -> dict:
 
     report = model.load_report
     return {
-        "greedy": tokens() if full else None,
+        "greedy": tokens() if full else [],
         "sampled": tokens(temperature=1.0, seed=7, top_k=20),
         "drawn": tokens(temperature=1.0, top_k=20),
-        "logits": float(abs(model(PROMPTS[:1])).sum()) if full else None,
+        "logits": [float(abs(model(PROMPTS[:1])).sum())] if full else [],
         "bytes_read": report.bytes_read,
         "bytes_needed": report.bytes_needed,
         "expert_bytes": report.expert_bytes_per_device,
