@@ -119,7 +119,7 @@ def test_mlp_with_biases(activation, limit, gated, dtype, sizes) -> None:
     np.testing.assert_array_equal(y[sum(sizes) :], 0)
 
 
-@pytest.mark.covering(most=1)
+@pytest.mark.full
 @pytest.mark.parametrize("gated", [True, False])
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 def test_every_activation(activation, gated) -> None:

@@ -103,7 +103,7 @@ def test_misfits_are_refused_before_anything_moves() -> None:
     assert layer.placement == ExpertPlacement.linear(E, 8)
 
 
-@pytest.mark.covering(most=1)
+@pytest.mark.full
 @pytest.mark.parametrize("calls", [0, 1, 2, 5, 8])
 def test_a_swap_that_fails_leaves_the_layer_as_it_was(monkeypatch, calls) -> None:
     before = ExpertPlacement(E, 4, [*range(E), 0, 1, 2, -1, -1])

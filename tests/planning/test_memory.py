@@ -75,7 +75,7 @@ def test_a_published_model_on_more_devices_than_there_are(qwen_30b) -> None:
     assert json.loads(json.dumps(report.to_dict()))["fits"] is True
 
 
-@pytest.mark.covering(most=4)
+@pytest.mark.covering(most=2)
 @pytest.mark.parametrize("name", WHOLE)
 def test_published_models_have_as_many_parameters_as_in_transformers(name, tmp_path) -> None:
     config, parameters = WHOLE[name]
