@@ -162,7 +162,7 @@ def test_a_stage_read_into_registers_is_fenced_before_it_is_given_back(format, b
     jax.eval_shape(lambda *args: mosaic_gpu.grouped_matmul(*args, **options), rows, as_matrices(stack), sizes)
     given_back = [i for i, name in enumerate(steps) if name == "barrier_arrive"]
     assert given_back
-    assert all(steps[i - 1] == "commit_smem" for i in given_back)
+    assert all(i > 0 and steps[i - 1] == "commit_smem" for i in given_back)
 
 
 @pytest.mark.full
