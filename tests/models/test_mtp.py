@@ -18,8 +18,8 @@ from tests.support.mtp import LAYOUTS, prediction_logits, write_checkpoint
 CONFIGS = GOLDENS.parent.parent / "docs" / "configs"
 
 
-# The short run has one with names of its own, and one without experts.
-SHORT = ("qwen3_next", "mimo_v2_flash")
+# The short run has a layer behind the model's own, one with names of its own, and one without experts.
+SHORT = ("deepseek_v3", "qwen3_next", "mimo_v2_flash")
 CASES = [
     pytest.param(family, shape, marks=() if family in SHORT and shape == (2, 2, 2) else pytest.mark.full)
     for family in LAYOUTS
