@@ -84,6 +84,7 @@ def int32(*shape):
     return jax.ShapeDtypeStruct(shape, jnp.int32)
 
 
+@pytest.mark.covering(most=1)
 @pytest.mark.parametrize("family", GOLDENS)
 def test_every_family(family, careful):
     for dtype in ("float32", "bfloat16"):

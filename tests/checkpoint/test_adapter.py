@@ -183,6 +183,7 @@ def load_merged(directory: Path, specs: dict, adapter: Path, *, ignore=(), **opt
     return load_arrays(merge_adapter(plan, checkpoint, open_adapter(adapter)), **options)
 
 
+@pytest.mark.covering(most=1)
 @pytest.mark.parametrize("path", PATHS)
 def test_large_tensors_are_merged_piece_by_piece(path, tmp_path) -> None:
     mesh, rng = mesh_of(2, 2, 2), np.random.default_rng(0)

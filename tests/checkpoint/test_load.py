@@ -110,6 +110,7 @@ def test_experts_over_other_axes(path, tmp_path):
     check_arrays(case, arrays)
 
 
+@pytest.mark.covering(most=1)
 @pytest.mark.parametrize("path", PATHS)
 def test_large_shards_are_put_together_from_chunks(path, tmp_path):
     mesh, case, rng = mesh_of(2, 2, 2), Case(), np.random.default_rng(0)

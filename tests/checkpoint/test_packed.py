@@ -105,7 +105,7 @@ def test_logits_are_those_of_decoded_weights(case, request) -> None:
     np.testing.assert_allclose(ours, theirs, atol=1e-5 * np.abs(theirs).max())
 
 
-@pytest.mark.covering(most=1)
+@pytest.mark.full
 @pytest.mark.parametrize(
     "case", [case for case in PACKED if case[:2] in WAYS], ids=lambda case: "-".join(case[:2]), indirect=True
 )

@@ -71,6 +71,7 @@ def test_two_sets_of_shards_are_ambiguous(tmp_path):
         open_checkpoint(tmp_path)
 
 
+@pytest.mark.covering(most=1)
 @pytest.mark.parametrize("name", ["model-00001-of-00001.safetensors", "weights.safetensors"])
 def test_one_file_of_another_name_is_loaded_with_its_config(name, tmp_path):
     shutil.copytree(SOURCE, tmp_path / "c", ignore=shutil.ignore_patterns("*.safetensors"))

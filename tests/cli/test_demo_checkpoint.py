@@ -17,6 +17,7 @@ def run(*argv: str) -> subprocess.CompletedProcess:
     return subprocess.run(command, capture_output=True, text=True, env=environment(), cwd=DEMO.parent, timeout=300)
 
 
+@pytest.mark.full
 def test_from_prompt_to_text_on_simulated_devices() -> None:
     argv = ["--prompt", "Hello", "--prompt-ids", "5"]
     assert run(str(DEMO), *argv).returncode == 2

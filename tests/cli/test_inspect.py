@@ -374,6 +374,7 @@ def test_a_mapping_needs_experts(tmp_path, capsys) -> None:
     assert stopped.value.code == 2
 
 
+@pytest.mark.full
 def test_no_weight_is_read_and_no_backend_starts(tmp_path) -> None:
     """What reads tensors is taken away, and JAX never wakes."""
     shutil.copytree(DEMO, tmp_path / "c")

@@ -40,6 +40,7 @@ def test_a_killed_process_stops_the_other(victim, tmp_path) -> None:
     assert f"process {victim}" in line.partition("error: ")[2]
 
 
+@pytest.mark.full
 def test_an_input_error_in_one_process_ends_all_with_its_message() -> None:
     argv = ["--prompt-ids", "5,6,7", *GENERATE]
     processes = start(2, "jaxmoe", "generate", *argv, per_process={0: [TINY], 1: ["nowhere/at/all"]})

@@ -28,14 +28,14 @@ def checkpoints(tmp_path_factory) -> list[str]:
 @pytest.fixture(scope="module")
 def alone(checkpoints) -> list[dict]:
     """The results of this process, with its eight devices."""
-    return [results(checkpoint, **MESH) for checkpoint in checkpoints]
+    return [results(checkpoint, full=runs.full, **MESH) for checkpoint in checkpoints]
 
 
 @pytest.mark.parametrize("count", [2, pytest.param(4, marks=pytest.mark.full)])
 def test_tokens_and_bytes(count, checkpoints, alone) -> None:
     if count == 4:
         checkpoints, alone = checkpoints[::2], alone[::2]  # two processes have seen to the tokenizer
-    argv = [*checkpoints, "--mesh", json.dumps(MESH), "--simulate", str(8 // count)]
+    argv = [*checkpoints, "--mesh", json.dumps(MESH), "--simulate", str(8 // count), *["--full"] * runs.full]
     ended = finish(start(count, "tests.support.distributed_worker", *argv))
     assert [process.returncode for process in ended] == [0] * count, "\n".join(process.stderr for process in ended)
     lines = [line for process in ended for line in process.stdout.splitlines() if line.startswith("RESULT ")]

@@ -27,6 +27,7 @@ def tokens(model: nnx.Module, prompts=PROMPTS, params=GREEDY, max_new_tokens=12,
     return [row.token_ids for row in Engine(model).run(prompts, params, max_new_tokens=max_new_tokens, **kwargs)]
 
 
+@pytest.mark.covering(most=3)
 @pytest.mark.parametrize("shape", [(1, 1, 1), (2, 2, 2), (1, 1, 8), (1, 8, 1)])
 @pytest.mark.parametrize("count", [1, 5])
 def test_every_row_is_what_it_is_alone(shape, count) -> None:

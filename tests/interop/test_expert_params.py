@@ -162,7 +162,7 @@ def test_every_expert_tensor_of_a_family_fills_its_part_once(path: Path) -> None
     assert mapped.keys() == set(names)
     places = [(param, row.is_fused, row.expert_id, row.shard_id) for found in mapped.values() for param, row in found]
     assert len(places) == len(set(places))
-    if path.parent.name == "longcat_flash":
+    if path.parent.name == "longcat_flash" and path.name == "original":
         # transformers makes gate and up for zero experts too.
         experts = {place[2] for place in places if place[-1] == "w2"}
         places = [place for place in places if place[2] in experts]

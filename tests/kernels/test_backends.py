@@ -81,6 +81,7 @@ def test_arguments_are_those_of_the_contract(module, options, product) -> None:
     assert all(given[name].default is not inspect.Parameter.empty for name in more)
 
 
+@pytest.mark.full
 @backends()
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 @pytest.mark.parametrize(("sizes", "R"), SIZES, ids=str)
@@ -95,12 +96,13 @@ def test_mlp_with_biases(module, options, activation, limit, gated) -> None:
     check_mlp(backend_of(module), activation, limit, gated, **options)
 
 
-@pytest.mark.covering(most=1)
+@pytest.mark.full
 @backends("reference")
 def test_gradient(module, options) -> None:
     check_gradient(backend_of(module), **options)
 
 
+@pytest.mark.full
 @backends("mosaic_gpu, Blackwell", *TAKE_NONE_PACKED)  # the public functions refuse those by name
 @pytest.mark.parametrize(("format", "block", "scale_dtype", "has_zeros"), PACKED, ids=str)
 def test_packed_product(module, options, format, block, scale_dtype, has_zeros) -> None:

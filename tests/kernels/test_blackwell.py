@@ -57,6 +57,7 @@ def test_mlp_with_biases(activation, limit, gated, m) -> None:
     check_mlp(mosaic_gpu, activation, limit, gated, tiles=tiles, device_kind=DEVICE, interpret=True)
 
 
+@pytest.mark.full
 def test_single_rows_end_with_the_matrix(monkeypatch) -> None:
     assert widths_of_single_rows(136, tiles_of(16), monkeypatch, device_kind=DEVICE) == {128, 8}
 

@@ -52,7 +52,7 @@ def check_mlp_gradients(backend, R, sizes):
         np.testing.assert_array_equal(dw[np.asarray(sizes) == 0], 0)
 
 
-@pytest.mark.covering(most=2)
+@pytest.mark.covering(most=1)
 @each_backend
 @each_regime
 @pytest.mark.parametrize(
@@ -85,6 +85,7 @@ def test_all_patterns_of_empty_groups(backend, R):
         check_mlp_gradients(backend, R, np.array(pattern) * (R // G))
 
 
+@pytest.mark.full
 @each_regime
 def test_the_oracle_keeps_to_it_too(R):
     check_mlp_gradients("reference", R, np.array([2, 0, 4, 1, 0, 3]))
@@ -97,6 +98,7 @@ def test_all_rows_to_one_group(backend, R, group):
     check_mlp_gradients(backend, R, R * np.eye(G, dtype=int)[group])
 
 
+@pytest.mark.covering(most=1)
 @each_backend
 @each_regime
 @settings(max_examples=25)
@@ -148,6 +150,7 @@ def test_bfloat16_rounds_once(backend, R):
         np.testing.assert_allclose(a.astype(jnp.float32), e, rtol=2**-8, atol=1e-5)
 
 
+@pytest.mark.covering(most=1)
 @each_backend
 @each_regime
 @pytest.mark.parametrize("check_vma", [True, False])

@@ -172,6 +172,7 @@ def test_out_dtype_keeps_the_float32_sums(backend, R):
     np.testing.assert_array_equal(wide.astype(jnp.bfloat16), narrow)
 
 
+@pytest.mark.covering(most=2)
 @each_backend
 @each_regime
 @pytest.mark.parametrize("check_vma", [True, False])
@@ -200,6 +201,7 @@ def test_inside_shard_map(backend, R, check_vma):
         assert_close(y_eRD[e], expected, s)
 
 
+@pytest.mark.covering(most=1)
 @each_backend
 def test_inside_a_while_loop(backend):
     x_RD, *weights = mlp_arrays(23)

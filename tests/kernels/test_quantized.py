@@ -174,6 +174,7 @@ def test_edge_shapes(case, sizes, R, N, K, backend):
     assert_close(actual, product_oracle(lhs_RK, exact, sizes), sizes)
 
 
+@pytest.mark.covering(most=1)
 @each_backend
 @each_regime
 @one_case_a_format
@@ -279,7 +280,7 @@ def test_gradients(cases, variant, R):
             np.testing.assert_allclose(a, e, rtol=2e-5, atol=2e-5 * float(jnp.abs(e).max()))
 
 
-@pytest.mark.covering(most=1)
+@pytest.mark.full
 @each_regime
 def test_gradient_of_rows_inside_shard_map(R):
     """Rows over dp and ep; the gradient of a row adds up over tp."""
@@ -307,6 +308,7 @@ def test_gradient_of_rows_inside_shard_map(R):
         np.testing.assert_allclose(actual[d, e], expected, rtol=2e-5, atol=2e-5 * float(jnp.abs(expected).max()))
 
 
+@pytest.mark.covering(most=1)
 @each_backend
 @pytest.mark.parametrize("case", [CASES[0], CASES[9]], ids=str)
 def test_packed_matrices_are_constants(case, backend):
@@ -319,7 +321,7 @@ def test_packed_matrices_are_constants(case, backend):
         assert array.dtype == jax.dtypes.float0 or not np.any(array.astype(np.float32))
 
 
-@pytest.mark.covering(most=2)
+@pytest.mark.covering(most=1)
 @each_case
 @pytest.mark.parametrize("R", [32, 160], ids=REGIMES)
 def test_no_decoded_stack(case, R):
@@ -333,6 +335,7 @@ def test_no_decoded_stack(case, R):
         assert function.lower(*args).compile().memory_analysis().temp_size_in_bytes < 2 * N * K * 4
 
 
+@pytest.mark.covering(most=1)
 @one_case_a_format
 @pytest.mark.parametrize("R", [32, 160], ids=REGIMES)
 def test_no_decoded_stack_of_an_mlp(case, R):

@@ -101,7 +101,7 @@ def silu(x):
 
 @each_backend
 @each_format
-@pytest.mark.covering(most=2)
+@pytest.mark.covering(most=1)
 def test_products_of_rounded_rows(format, backend) -> None:
     """Rows and h of an MLP are rounded, each by its own group's scale where that is given."""
     sizes, R, G, D, F = [5, 0, 18, 1], 30, 4, 192, 64
@@ -133,6 +133,7 @@ def test_products_of_rounded_rows(format, backend) -> None:
     assert not np.asarray(y)[sum(sizes) :].any()
 
 
+@pytest.mark.full
 def test_gradients_are_as_if_nothing_were_rounded() -> None:
     stack, sizes = packed_stack("float8_e4m3fn", (1, 128), "float32", 2, 64, 128), int32([3, 5])
     x, weights = rows_and_matrices(8, (2, 64, 128))[0], np.random.default_rng(0).normal(size=(8, 64))
@@ -191,7 +192,7 @@ KERNEL_CASES = [
 
 
 @needs_mosaic
-@pytest.mark.covering(most=2)
+@pytest.mark.covering(most=1)
 @pytest.mark.parametrize(("format", "block", "activations", "K"), KERNEL_CASES, ids=str)
 def test_hopper_multiplies_them_as_they_are(format, block, activations, K) -> None:
     """In the interpreter, both for few rows and for many: sums of exact products, as the portable backend has them."""

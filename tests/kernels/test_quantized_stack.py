@@ -78,6 +78,7 @@ def test_every_nvfp4_scale():
     np.testing.assert_array_equal(numbers, np.repeat(scales.astype(np.float32), 2, 1))
 
 
+@pytest.mark.covering(most=1)
 @pytest.mark.parametrize("shape", [(2, 3), (2, 3, 2)], ids=["one a matrix", "two a matrix"])
 def test_matrix_scales_are_applied_where_matrices_stand_in_one(shape):
     """As `as_matrices` puts them for backends, and for each half of a matrix's outputs."""

@@ -61,6 +61,7 @@ def test_product(sizes, R, N, K, dtype) -> None:
     np.testing.assert_array_equal(out[sum(sizes) :], 0)
 
 
+@pytest.mark.covering(most=1)
 @pytest.mark.parametrize("R", [40, 170])
 def test_all_patterns_of_empty_groups(R) -> None:
     rows, matrices = arrays((R, 45), (4, 90, 45))
@@ -93,6 +94,7 @@ def mlp_arrays(R, halves, *, groups=3, D=90, F=45, dtype=jnp.float32):
     return rows_and_matrices(R, (groups, halves * F, D), (groups, D, F), (groups, halves * F), (groups, D), dtype=dtype)
 
 
+@pytest.mark.covering(most=2)
 @pytest.mark.parametrize("sizes", [[7, 0, 20], [7, 0, 120]], ids=["few rows", "many rows"])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize(
@@ -125,7 +127,7 @@ def test_mlp_with_biases(activation, limit, gated, dtype, sizes) -> None:
     np.testing.assert_array_equal(y[sum(sizes) :], 0)
 
 
-@pytest.mark.covering(most=2)
+@pytest.mark.full
 @pytest.mark.parametrize("gated", [True, False])
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 def test_every_activation(activation, gated) -> None:
@@ -144,6 +146,7 @@ def test_gelu_without_erf() -> None:
     assert (error <= 2e-7 * np.abs(x)).all()
 
 
+@pytest.mark.full
 def test_out_dtype_keeps_the_float32_sums() -> None:
     x, up, down, b_up, b_down = mlp_arrays(30, 2, dtype=jnp.bfloat16)
     combine = combine_halves("silu", None, gated=True)
@@ -227,6 +230,7 @@ def test_inside_shard_map() -> None:
     assert jax.tree.map(jnp.shape, checked) == jax.tree.map(jnp.shape, expected)
 
 
+@pytest.mark.full
 def test_inside_a_while_loop() -> None:
     x, up, down, b_up, b_down = mlp_arrays(30, 2)
     options = {"b_up_pN": b_up, "b_down_pD": b_down, "combine": combine_halves("silu", None, gated=True)}

@@ -28,6 +28,7 @@ def expected_keys(q: np.ndarray, k: np.ndarray, position: int, *, size: int, top
     return {key for block in chosen for key in range(block * size, min((block + 1) * size, len(k)))}
 
 
+@pytest.mark.covering(most=2)
 @pytest.mark.parametrize(("size", "top", "local"), [(3, 2, 1), (1, 4, 0), (4, 2, 2), (3, 9, 1), (16, 1, 1)])
 def test_blocks_are_those_with_the_best_keys(size, top, local):
     rng = np.random.default_rng(0)
@@ -41,6 +42,7 @@ def test_blocks_are_those_with_the_best_keys(size, top, local):
         assert set(np.flatnonzero(found[b, g, s])) == keys
 
 
+@pytest.mark.full
 def test_more_queries_than_are_taken_at_a_time():
     rng = np.random.default_rng(1)
     q, k, v = (jnp.float32(rng.normal(size=shape)) for shape in ((1, 515, 1, 2), (1, 1, 515, 2), (1, 1, 515, 2)))

@@ -111,7 +111,7 @@ def test_entries_are_a_loop_over_runs(kind):
     )
 
 
-@pytest.mark.covering(most=2)
+@pytest.mark.covering(most=1)
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("mesh_shape", [(1, 1, 1), (2, 2, 2)], ids=mesh_id)
 def test_decoding_continues_prompts_of_different_lengths(mesh_shape, kind):
@@ -132,6 +132,7 @@ def test_decoding_continues_prompts_of_different_lengths(mesh_shape, kind):
         np.testing.assert_allclose(y_B1D[:, 0], np.asarray(whole)[np.arange(B), at], rtol=2e-4, atol=2e-5)
 
 
+@pytest.mark.covering(most=2)
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_token_sees_its_window_and_runs_that_have_ended(kind):
     """A change of one token reaches no token before it, and beyond the window only those after the end of its run."""
@@ -149,6 +150,7 @@ def test_a_token_sees_its_window_and_runs_that_have_ended(kind):
     assert not moved[:7].any()
 
 
+@pytest.mark.full
 def test_the_cache_is_a_window_and_entries_on_every_tp_rank():
     layer = layer_of(mesh_of(1, 2, 4), "sparse")
     cache = layer.cache_arrays(8, 100)

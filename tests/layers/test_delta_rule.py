@@ -91,6 +91,7 @@ def test_float32_over_many_chunks_stays_near_the_recurrence(log_decay, decays):
     assert np.abs(state - after).max() < 2e-5 * np.abs(after).max()
 
 
+@pytest.mark.full
 def test_a_sequence_in_parts_is_the_whole_sequence():
     *args, _ = draw(3, 2, 40, 3, 4, 5)
     args = [jnp.asarray(x, jnp.float32) for x in args]

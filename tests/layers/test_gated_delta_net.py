@@ -50,7 +50,7 @@ def draw(rows, length):
     return np.random.default_rng(rows * length).normal(size=(rows, length, D)).astype(np.float32)
 
 
-@pytest.mark.covering(most=1)
+@pytest.mark.full
 @pytest.mark.parametrize("shape", [(1, 1, 1), (2, 2, 2)])
 def test_decode_after_prefill_is_one_long_prefill(shape):
     """Prompts of all lengths in one batch, some shorter than the convolution; padding changes nothing."""

@@ -88,6 +88,7 @@ def test_a_prompt_and_a_token_choose_alike():
         assert sum(chosen <= t) == min(t + 1, TOPK)
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("mesh_shape", [(1, 1, 1), (2, 2, 2)], ids=mesh_id)
 def test_decoding_continues_prompts_on_both_sides_of_the_limit(mesh_shape):
     mesh = mesh_of(*mesh_shape)

@@ -80,7 +80,7 @@ CHOICES = {"modulo": {}, "local_first": {"devices_per_node": 2}, "least_loaded":
 
 
 @given(data=st.data())
-@settings(max_examples=examples(7, 25))
+@settings(max_examples=examples(4, 25))
 def test_any_sequence_leaves_every_layer_as_the_oracle_says(data) -> None:
     layers = [make(LINEAR, seed=0, dispatch="all_to_all"), make(REPLICAS, seed=1, dispatch="all_to_all")]
     wants, variables = [dense(layer) for layer in layers], [0, 1]  # of each layer the number of its set of variables
@@ -145,6 +145,7 @@ def test_a_rebalance_compiles_nothing_again() -> None:
     assert (len(TRACED), routed_experts._cache_size()) == (traced, compiled)
 
 
+@pytest.mark.full
 def test_a_replica_choice_is_part_of_the_program_and_its_loads_of_the_state() -> None:
     layer = make(REPLICAS)
     layer.choose_replicas("least_loaded", last_load=[9, 1, 5, 3])

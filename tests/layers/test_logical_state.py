@@ -132,6 +132,7 @@ def test_no_device_holds_a_whole_stack_on_the_way(config, part) -> None:
         assert "f32[12,2,4,16]" not in text
 
 
+@pytest.mark.full
 def test_floats_of_8_bits_go_as_bytes() -> None:
     """Not all GPUs have collectives of float8; and all codes come back as they were, NaN and minus zero too."""
     placement = ExpertPlacement(5, 4, [4, -1, 3, -1, 2, -1, 1, 0])

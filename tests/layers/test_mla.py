@@ -107,7 +107,7 @@ def test_decoding_continues_prompts_of_different_lengths(mesh_shape, q_rank):
         np.testing.assert_allclose(y_B1D[:, 0], np.asarray(whole)[np.arange(B), at], rtol=2e-4, atol=2e-5)
 
 
-@pytest.mark.covering(most=1)
+@pytest.mark.full
 def test_the_cache_is_the_latents_alone_on_every_tp_rank(mesh):
     layer = LayerConfig(attention=mla_config(), feed_forward=MLPConfig(hidden_size=D, intermediate_size=16))
     config = DecoderConfig(
@@ -136,6 +136,7 @@ def test_the_cache_is_the_latents_alone_on_every_tp_rank(mesh):
     assert jax.tree.map(lambda a: (a.shape, a.dtype), written) == jax.tree.map(lambda a: (a.shape, a.dtype), cache)
 
 
+@pytest.mark.full
 def test_decoding_makes_no_heads_keys_or_values():
     layer = make_layer(mesh_of(1, 1, 1), mla_config())
     B, C = 2, 37

@@ -69,7 +69,7 @@ def test_masked_tokens_come_back_as_zeros_and_change_nothing(mesh, dispatch):
     np.testing.assert_allclose(np.asarray(y), np.where(mask[:, None], expected(layer, x), 0), atol=3e-6)
 
 
-@pytest.mark.covering(most=1)
+@pytest.mark.full
 @pytest.mark.parametrize("dispatch", ["replicated", "all_gather", "all_to_all"])
 def test_replicas_and_padding_anywhere(dispatch):
     slots = [4, -1, 0, 1, 2, 3, 4, -1, 5, 6, 7, 8, 9, 10, 4, 0]
@@ -98,7 +98,7 @@ def test_weights_on_the_input(mesh, dispatch):
     np.testing.assert_allclose(np.asarray(y), outs.reshape(13, 3, 16).sum(axis=1), atol=3e-6)
 
 
-@pytest.mark.covering(most=2)
+@pytest.mark.covering(most=1)
 @pytest.mark.parametrize("expert_axes", [("ep",), ("ep", "tp"), ("dp", "ep")])
 def test_each_device_holds_its_own_experts_only(mesh, expert_axes):
     layer = jaxmoe.MoE(CONFIG, mesh=mesh, expert_axes=expert_axes, rngs=nnx.Rngs(0))
@@ -120,6 +120,7 @@ def test_each_device_holds_its_own_experts_only(mesh, expert_axes):
     np.testing.assert_allclose(np.asarray(layer(jnp.asarray(x))[0]), expected(layer, x), atol=3e-6)
 
 
+@pytest.mark.full
 def test_output_keeps_tokens_on_their_devices():
     """Each tp rank works on a part of the tokens that its device had; no token moves to another one."""
     mesh = mesh_of(2, 2, 2)

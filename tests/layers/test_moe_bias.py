@@ -29,6 +29,7 @@ def expected(layer: MoE, x_TD: np.ndarray, stats) -> np.ndarray:
     return y_TD
 
 
+@pytest.mark.covering(most=1)
 @pytest.mark.parametrize("dispatch", ["replicated", "all_gather", "all_to_all"])
 def test_biases_are_added_once(dispatch):
     layer = MoE(CONFIG, mesh=mesh_of(1, 2, 2), dispatch=dispatch, rngs=nnx.Rngs(0))

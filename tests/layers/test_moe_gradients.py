@@ -31,7 +31,7 @@ def dense_gradients(dy_TD, *inputs):
     return jax.grad(lambda *inputs: jnp.sum(dense(*inputs) * dy_TD), argnums=(0, 1, 2, 3))(*inputs)
 
 
-@pytest.mark.covering(most=1)
+@pytest.mark.full
 @pytest.mark.parametrize(
     ("mesh_shape", "expert_axes"),
     [((1, 1, 8), ("ep",)), ((2, 2, 2), ("ep",)), ((2, 2, 2), ("dp", "ep")), ((1, 2, 4), ("ep", "tp"))],

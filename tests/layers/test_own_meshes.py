@@ -119,7 +119,7 @@ def test_values_and_gradients(name, kind):
         assert jax.typeof(y).sharding == jax.typeof(x).sharding
 
 
-@pytest.mark.covering(most=1)
+@pytest.mark.full
 @pytest.mark.parametrize("kind", KINDS)
 def test_inside_a_model_on_the_mesh_of_the_program(kind):
     """A dense layer in front with shardings of its own, under `jax.set_mesh`; the experts then move."""

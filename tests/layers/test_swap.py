@@ -59,7 +59,7 @@ def test_any_pair_of_placements(shape, axes, data) -> None:
     assert vars(moved) == wanted
 
 
-@pytest.mark.covering(most=1)
+@pytest.mark.full
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float32], ids=["bfloat16", "float32"])
 def test_biases_go_along(dtype) -> None:
     rng = np.random.default_rng(0)
@@ -103,6 +103,7 @@ def test_misfits_are_refused_before_anything_moves() -> None:
     assert layer.placement == ExpertPlacement.linear(E, 8)
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("calls", [0, 1, 2, 5, 8])
 def test_a_swap_that_fails_leaves_the_layer_as_it_was(monkeypatch, calls) -> None:
     before = ExpertPlacement(E, 4, [*range(E), 0, 1, 2, -1, -1])
@@ -125,6 +126,7 @@ def test_a_swap_that_fails_leaves_the_layer_as_it_was(monkeypatch, calls) -> Non
     np.testing.assert_allclose(layer(tokens())[0], y_before, atol=1e-5)
 
 
+@pytest.mark.full
 def test_ctrl_c_waits_for_the_layer(monkeypatch) -> None:
     class Interrupted(swap.ThreadPoolExecutor):
         def submit(self, *args):

@@ -41,6 +41,7 @@ def loss(layer: MoE, x: jax.Array) -> jax.Array:
     return jnp.sum(layer(x)[0] ** 2)
 
 
+@pytest.mark.full
 def test_tabulate_and_display(layer, capsys) -> None:
     table = nnx.tabulate(layer, X, console_kwargs={"width": 200})
     assert "w_gate_up" in table
@@ -79,6 +80,7 @@ def test_gradients_under_jit_remat_and_checkpoint_are_those_of_the_plain_call(la
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), gradients, plain)
 
 
+@pytest.mark.full
 def test_layers_stacked_by_vmap_and_run_by_vmap_and_scan(stacked) -> None:
     layers = [one_of(stacked, index) for index in range(3)]
     assert [each.placement for each in layers] == [PLACEMENT] * 3
@@ -98,6 +100,7 @@ def test_layers_stacked_by_vmap_and_run_by_vmap_and_scan(stacked) -> None:
         stacked.placement  # noqa: B018
 
 
+@pytest.mark.full
 def test_an_exported_program_takes_another_placement_with_the_state(layer) -> None:
     graphdef, state = nnx.split(layer)
     leaves, treedef = jax.tree.flatten(state)

@@ -28,7 +28,7 @@ V3 = GOLDENS / "deepseek_v3" / "original"
 TINY = {
     family: json.loads((GOLDENS / family / "original" / "config.json").read_text())
     for family in FAMILIES
-    if ("deepseek" in family or "dsa" in family) and (GOLDENS / family).exists()
+    if ("deepseek" in family or "dsa" in family) and (GOLDENS / family).is_dir()
 }
 
 YARN = {"type": "yarn", "factor": 40, "original_max_position_embeddings": 4096, "beta_fast": 32, "beta_slow": 1}

@@ -47,7 +47,7 @@ def test_unknown_backends_are_refused_at_once(dispatch) -> None:
         jaxmoe.load(QWEN, mesh=mesh_of(1, 1, 4), dispatch=dispatch)
 
 
-@pytest.mark.covering(most=1)
+@pytest.mark.full
 @pytest.mark.parametrize("how", ["keep", "dequantize"])
 def test_a_quantized_model_says_what_it_holds_in_which_form(how, tmp_path, capsys) -> None:
     family, form, block = next(case for case in CASES if case[:2] == ("qwen3_moe", "fp8_block"))

@@ -49,6 +49,7 @@ def test_a_copy_and_its_original_are_rebalanced_one_by_one(model, want, arrays) 
         check(each, want)
 
 
+@pytest.mark.full
 def test_a_recording_is_of_one_model_object(model) -> None:
     other = nnx.clone(model)
     with model.record_routing() as routing:
@@ -62,6 +63,7 @@ def test_a_recording_is_of_one_model_object(model) -> None:
     assert model.recorder is other.recorder is None
 
 
+@pytest.mark.full
 def test_one_jit_of_two_models_leaves_each_its_own(model) -> None:
     config = read_config({**FAMILIES["qwen3_moe"], "model_type": "qwen3_moe"})
     first, second = (
@@ -90,6 +92,7 @@ def test_a_rebalanced_copy_is_saved_whole(model, tmp_path) -> None:
         np.testing.assert_array_equal(value, saved[path])
 
 
+@pytest.mark.covering(most=1)
 @pytest.mark.parametrize("family", ["qwen3_moe", "gpt_oss"])
 def test_heads_vocabulary_and_experts_are_the_same_on_every_mesh(family) -> None:
     """On tp=8 key/value heads are copied and the vocabulary is padded; the way there is that of a load."""
@@ -142,6 +145,7 @@ def test_generation_after_the_parameters_were_donated_is_refused(model) -> None:
     assert outs[0][0].token_ids == outs[1][0].token_ids
 
 
+@pytest.mark.full
 def test_tabulate_of_a_model_and_the_model_after_it(model, want) -> None:
     """On four tp ranks key/value heads are copied and the vocabulary is padded, which the table shows."""
     wide = jaxmoe.load(GOLDENS / "qwen3_moe" / "original", mesh=mesh_of(1, 4, 1))

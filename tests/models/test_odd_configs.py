@@ -37,6 +37,7 @@ def changed(config: dict[str, Any], path: tuple[str, ...], value: Any) -> dict[s
     return result
 
 
+@pytest.mark.covering(most=12)
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")
 @pytest.mark.parametrize("name", CONFIGS)
 def test_no_value_of_a_setting_is_a_crash(name):

@@ -6,6 +6,7 @@ import pytest
 import jaxmoe
 from jaxmoe.generation.programs import programs_of
 from jaxmoe.placement.migration import migration_bytes
+from tests.support import runs
 from tests.support.goldens import GOLDENS, check_greedy, check_logits, read_expected
 from tests.support.meshes import mesh_of
 
@@ -16,9 +17,20 @@ PROMPTS = [[5, 6, 7], [8, 9, 10, 11, 12], [13]]
 K, LAYERS, EXPERTS = 3, 2, 11
 
 
+LINEAR = jaxmoe.ExpertPlacement.linear(EXPERTS, 4, num_slots=16)
+
+
+@pytest.fixture(scope="module")
+def loaded():
+    return jaxmoe.load(QWEN, mesh=mesh_of(1, 2, 4), placement=LINEAR)
+
+
 @pytest.fixture
-def model():
-    return jaxmoe.load(QWEN, mesh=mesh_of(1, 2, 4), placement=jaxmoe.ExpertPlacement.linear(EXPERTS, 4, num_slots=16))
+def model(loaded):
+    """One model for all tests, which compiles its programs once; each finds its experts where they were."""
+    if loaded.placements != [LINEAR] * LAYERS:
+        loaded.rebalance([LINEAR] * LAYERS)
+    return loaded
 
 
 def placement_with_replicas(seed: int) -> jaxmoe.ExpertPlacement:
@@ -77,7 +89,7 @@ def test_rebalanced_model_computes_the_same_and_compiles_nothing(model) -> None:
     check_logits(model, expected)
     check_greedy(model, expected)
     programs, expert_bytes = set(programs_of(model).compiled), 3 * 32 * 24 * 4
-    for seed in range(3):
+    for seed in range(runs.examples(1, 3)):
         before = model.placements
         after = [placement_with_replicas(2 * seed), placement_with_replicas(2 * seed + 1)]
         moved = model.rebalance(after, num_nodes=2)
@@ -113,7 +125,7 @@ def test_balancer_moves_experts_between_steps(model) -> None:
     assert moved
     assert all(decision.step % 4 == 0 for decision in balancer.history)
     assert all(decision.after < decision.before for decision in moved)
-    assert model.placements != [jaxmoe.ExpertPlacement.linear(EXPERTS, 4, num_slots=16)] * LAYERS
+    assert model.placements != [LINEAR] * LAYERS
 
 
 @pytest.mark.full

@@ -36,6 +36,7 @@ def cache_bytes(model: Decoder, batch_size: int, max_length: int) -> dict[int, i
     return held
 
 
+@pytest.mark.covering(most=5)
 @pytest.mark.parametrize("shape", MESH_SHAPES, ids=str)
 @pytest.mark.parametrize("family", ["qwen3_moe", "gpt_oss"])
 def test_a_load_holds_what_the_plan_says(family, shape) -> None:
@@ -74,6 +75,7 @@ def test_a_published_model_on_more_devices_than_there_are(qwen_30b) -> None:
     assert json.loads(json.dumps(report.to_dict()))["fits"] is True
 
 
+@pytest.mark.covering(most=2)
 @pytest.mark.parametrize("name", WHOLE)
 def test_published_models_have_as_many_parameters_as_in_transformers(name, tmp_path) -> None:
     config, parameters = WHOLE[name]

@@ -122,6 +122,7 @@ def test_the_scale_tells_what_it_cuts_off(most, arrow) -> None:
     assert matrix.colorbar.extend == ("max" if arrow else "neither")
 
 
+@pytest.mark.covering(most=1)
 @pytest.mark.parametrize("size", [8, 144, 256])
 def test_labels_of_a_matrix_are_within_the_figure(size) -> None:
     values = np.random.default_rng(0).random((size, size))
@@ -132,6 +133,7 @@ def test_labels_of_a_matrix_are_within_the_figure(size) -> None:
         assert max(box.x1 for box in boxes) <= ax.figure.bbox.x1
 
 
+@pytest.mark.covering(most=1)
 @pytest.mark.parametrize("devices", [1, 4, 8, 144])
 def test_a_legend_leaves_room_for_the_bars(devices) -> None:
     bytes_n = np.full(devices, 1e9)
