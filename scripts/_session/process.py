@@ -75,8 +75,9 @@ def run_process(
             cwd=folder,
             env={**os.environ, **environment, "TMPDIR": scratch, "TRITON_CACHE_DIR": f"{scratch}/triton"},
             start_new_session=True,
-            preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limits.file, limits.file)),
         )
+        with contextlib.suppress(ProcessLookupError):
+            resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (limits.file, limits.file))
         reader = _Reader(process, on_result)
         try:
             failure = _watch(reader, limits, Path(scratch))

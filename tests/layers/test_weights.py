@@ -53,7 +53,7 @@ def test_weights_by_name_and_in_tuples() -> None:
     np.testing.assert_array_equal(stacks.w_down, layer.w_down[...])
     assert specs == ExpertStacks(P(("ep",), None, ("tp",), None), P(("ep",), None, ("tp",)))
     assert (stacks.b_gate_up, stacks.b_down) == (None, None)
-    assert held(layer, LatentProjection) == (None,) * 4
+    assert held(layer, LatentProjection) == (None,) * len(LatentProjection._fields)
     weights, of_shared = layer.shared.specs.weights(layer.shared)
     assert weights.keys() == of_shared.keys() == {"w_gate", "w_up", "w_down"}
 

@@ -21,8 +21,9 @@ class DenseMoE(nnx.Module):
         self.config, self.mesh = layer.config, layer.mesh
         self.w_router, self.w_gate_up, self.w_down = layer.w_router, layer.w_gate_up, layer.w_down
 
-    def __call__(self, x, token_mask=None, router_x=None, *, expert_ids=None, dispatch=None):
+    def __call__(self, x, token_mask=None, router_x=None, *, expert_ids=None, dispatch=None, adapter_ids=None):
         assert expert_ids is None
+        assert adapter_ids is None
         config = self.config
         E, K = config.num_experts, config.num_experts_per_tok
         x_TD = x.reshape(-1, x.shape[-1])

@@ -27,14 +27,14 @@ _NAMES = (
     ("routed experts", r"\bexperts\.|moe\.(input_linear|output_linear)\b|\bmoe\.(gate|up|down)_proj\b"),
     ("hyper-connections", r"\bhc_(attn|ffn|head)_|\b(attn|ffn)_hc\.|\bhc_head\.|hyper_connection|_res_proj\."),
     ("embedding", r"\.ple\."),
-    ("norms", r"norm(_?\d|_f)?(\.(weight|bias|scale))?$|\bln_\w+\.|\blayer_scalar$"),
+    ("norms", r"norm(_?\d|\.\d|_f)?(\.(weight|bias|scale))?$|\bln_\w+\.|\blayer_scalar$"),
     ("embedding", r"\b(embed_tokens|embed|embeddings|word_embeddings|wte|tok_embeddings)\."),
     ("head", r"\b(lm_head|embed_out|output|head)\."),
     # Nemotron-H calls every layer's one half a mixer.
     ("dense MLP", r"\bmixer\.(up|down|fc[12]_latent)_proj\."),
     ("attention", r"(attn|attention|mamba|mixer|\bconv)\w*\."),
     # transformers writes Kimi Linear's dense MLPs under the name of the MoE block.
-    ("dense MLP", r"(mlp|feed_forward|ffn|block_sparse_moe)\."),
+    ("dense MLP", r"(mlps?|feed_forward|ffn|block_sparse_moe)\."),
 )
 
 _SCALES = (
