@@ -255,9 +255,13 @@ CASES = {
 }
 
 
-# Cases whose layers are those of others in other sizes, or on another mesh: these are of the full run.
-ALIKE = {
+# Cases whose layers are those of others in other sizes, or on another mesh, or which take a minute: these are of the full run.
+FULL_RUN = {
     "deepseek-v3, ep 8",
+    "deepseek-v3, tp 4 ep 8 on 4 hosts",
+    "deepseek-v4-flash, tp 2 ep 4",
+    "mimo-v2-flash, tp 4 ep 8 on 4 hosts",
+    "minimax-m3, tp 4 ep 8 on 4 hosts",
     "granite-4-h-small, ep 8",
     "kimi-k3, tp 2 ep 4",
     "kimi-linear-48b, ep 8",
@@ -286,7 +290,7 @@ MOSAIC = {
 
 
 @pytest.mark.covering
-@pytest.mark.parametrize("case", [pytest.param(case, marks=[pytest.mark.full] * (case in ALIKE)) for case in CASES])
+@pytest.mark.parametrize("case", [pytest.param(case, marks=[pytest.mark.full] * (case in FULL_RUN)) for case in CASES])
 def test_both_steps_compile(case, gpu_compiler) -> None:
     check_steps(*CASES[case], kernels="auto")
 

@@ -45,7 +45,7 @@ CASES = [
         "deepseek-v3, fp8 rows", "mosaic_gpu", {"prefill": (18, 250), "decode": (16, 3)}, marks=pytest.mark.full
     ),
     pytest.param("gpt-oss-120b", "auto", {"prefill": (0, 449), "decode": (0, 23)}, marks=pytest.mark.full),
-    ("qwen3-30b-a3b-fp8", "auto", {"prefill": (0, 293), "decode": (0, 24)}),
+    pytest.param("qwen3-30b-a3b-fp8", "auto", {"prefill": (0, 293), "decode": (0, 24)}, marks=pytest.mark.full),
 ]
 
 
