@@ -255,7 +255,7 @@ CASES = {
 }
 
 
-# Cases whose layers are those of others in other sizes, or on another mesh, or which take a minute: these are of the full run.
+# Cases of the full run: their layers are those of others in other sizes or on another mesh, or they take a minute.
 FULL_RUN = {
     "deepseek-v3, ep 8",
     "deepseek-v3, tp 4 ep 8 on 4 hosts",
