@@ -43,7 +43,7 @@ def both(model, *, num_drafts: int | None = None, **settings) -> tuple[list, lis
 
 
 # Of these the short run has a recurrent state, and three depths with windows and sinks.
-SHORT = ("qwen3_next", "mimo_v2_flash")
+SHORT = ("qwen3_next",)
 
 
 @pytest.mark.parametrize("family", [pytest.param(f, marks=() if f in SHORT else pytest.mark.full) for f in LAYOUTS])
