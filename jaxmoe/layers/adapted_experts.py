@@ -15,7 +15,7 @@ from jax.typing import DTypeLike
 from jaxmoe.config import MoEConfig
 from jaxmoe.dispatch import Experts
 from jaxmoe.kernels.grouped_matmul import combine_halves, grouped_matmul
-from jaxmoe.kernels.grouped_matmul.quantized import QuantizedStack, as_matrices
+from jaxmoe.kernels.grouped_matmul.quantized import as_matrices
 from jaxmoe.layers.experts import expert_matrices
 from jaxmoe.numerics import sum_dtype
 
@@ -84,7 +84,7 @@ def _expert_mlp(
     up, down, rounding = expert_matrices(stacks)
 
     def project(x_RK: jax.Array, name: str, w: Any, b: jax.Array | None, rounding: dict[str, Any]) -> jax.Array:
-        y_RN = grouped_matmul(x_RK, _matrices(w), sizes_p, out_dtype=sums, **rounding, **kernels)
+        y_RN = grouped_matmul(x_RK, as_matrices(w), sizes_p, out_dtype=sums, **rounding, **kernels)
         if b is not None:
             y_RN = y_RN + jnp.where(owned_R1, b.reshape(len(b), -1)[slot_R], 0).astype(sums)
         factor_a, factor_b = (getattr(factors, f"w_{name}_lora_{side}") for side in "ab")
@@ -113,8 +113,3 @@ def _grouped_low_rank(
         return grouped_matmul(h_Rr, b.reshape(groups, -1, r), sizes_g, out_dtype=sum_dtype(x_RK.dtype), **kernels)
 
     return low_rank
-
-
-def _matrices(stack: Any) -> Any:
-    """[p, ..., N, K] as [p, ...·N, K]."""
-    return as_matrices(stack) if isinstance(stack, QuantizedStack) else stack.reshape(len(stack), -1, stack.shape[-1])

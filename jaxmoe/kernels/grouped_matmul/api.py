@@ -4,8 +4,6 @@ Letters here, beside the common ones of docs/concepts/letters.md: G groups, K in
 Groups are the p physical slots of the experts here, or anything else that owns a run of consecutive rows.
 """
 
-import math
-
 import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
@@ -78,7 +76,7 @@ def grouped_matmul(
     )
     return kernels.grouped_matmul(
         lhs_RK,
-        _flatten(rhs_GNK),
+        as_matrices(rhs_GNK),
         group_sizes_G,
         out_dtype=jnp.dtype(out_dtype or lhs_RK.dtype),
         device_kind=device_kind,
@@ -177,8 +175,8 @@ def expert_mlp(
     )
     return kernels.expert_mlp(
         x_RD,
-        _flatten(w_gate_up_p2FD),
-        _flatten(w_down_pDF),
+        as_matrices(w_gate_up_p2FD),
+        as_matrices(w_down_pDF),
         group_sizes_p,
         b_up_pN=None if b_gate_up_p2F is None else b_gate_up_p2F.reshape(p, halves * F),
         b_down_pD=b_down_pD,
@@ -190,13 +188,6 @@ def expert_mlp(
 
 def _choose(work: Work, device_kind: str | None, rows: jax.Array, group_sizes: jax.Array) -> str:
     return choose_backend(work, device_kind, rows_per_group=len(rows) / max(len(group_sizes), 1)).backend
-
-
-def _flatten(stack: Matrices) -> Matrices:
-    """[p, ..., N, K] as [p, ...·N, K]."""
-    if isinstance(stack, QuantizedStack):
-        return as_matrices(stack)
-    return stack.reshape(stack.shape[0], math.prod(stack.shape[1:-1]), stack.shape[-1])
 
 
 def _check_ranks(**arrays: tuple[Matrices, str]) -> None:

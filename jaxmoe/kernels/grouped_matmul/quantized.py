@@ -275,12 +275,14 @@ def decode_zeros(stack: QuantizedStack) -> jax.Array | None:
     return None if zero is None else jnp.full(stack.scales.shape, zero, jnp.float32)
 
 
-def as_matrices(stack: QuantizedStack) -> QuantizedStack:
-    """A stack [G, ..., N, K] as [G, ...·N, K], with the block that divides what is held here: what backends get.
+def as_matrices(stack: Matrices) -> Matrices:
+    """A stack [G, ..., N, K] as [G, ...·N, K], what backends get; if packed, with the block that divides what is held here.
 
     Its `matrix_scales`, if any, are [G, M], for M equal parts of the outputs.
     """
     G = stack.shape[0]
+    if not isinstance(stack, QuantizedStack):
+        return stack.reshape(G, math.prod(stack.shape[1:-1]), stack.shape[-1])
 
     def flatten(array: jax.Array) -> jax.Array:
         return lax.stop_gradient(array.reshape(G, math.prod(array.shape[1:-1]), array.shape[-1]))
