@@ -292,7 +292,8 @@ class MoE(nnx.Module):
                 specs |= zip(names, self._specs.factor_specs(self, name), strict=True)
         if not specs:
             return weights, plan
-        plan = dataclasses.replace(plan, factor_specs=ExpertFactors(**specs))
+        # A kernel was chosen for the experts' two products in one; with factors there are others, each with its own choice.
+        plan = dataclasses.replace(plan, factor_specs=ExpertFactors(**specs), kernels=self.kernels)
         return weights._replace(factors=held(self, ExpertFactors)), plan
 
     def _shared(self, x_TD: jax.Array, adapter_ids_T: jax.Array | None) -> jax.Array:
