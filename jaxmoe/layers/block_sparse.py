@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from flax import nnx
 
 from jaxmoe.config import BlockSparseAttentionConfig
 from jaxmoe.layers.attention import Attention, ChosenKeys, KVCache
@@ -72,30 +73,46 @@ def choose_blocks(
     return jnp.repeat(chosen_BGsb, block_size, axis=-1, total_repeat_length=blocks * block_size)[..., :C]
 
 
-class BlockSparseAttention(Attention):
-    """`Attention` in which each key/value head sees the blocks of keys that its indexer's head chooses.
+class IndexedAttention(Attention):
+    """`Attention` to keys that an indexer chooses: its queries and its one key are projections of x.
 
-    The indexer's queries and its one key are projections of x, each normalized with a factor of 1 + weight, and rotated
-    like the heads. Products with keys outside of the chosen blocks are masked, not left out.
+    They are normalized with a factor of 1 + weight and rotated like the heads. A layer of this kind makes the projection of
+    the queries, and says in `_entries` and `_chosen` what is kept and what is seen.
     """
 
     packable = (*Attention.packable, "w_index_q", "w_index_k")
+
+    def _make_indexer(self, w_index_q: nnx.Param, width: int, hidden_size: int, *, param: ParamFactory) -> None:
+        self.w_index_q = w_index_q
+        self.w_index_k = param((width, hidden_size))
+        self.index_q_norm = param((width,), init=zeros)
+        self.index_k_norm = param((width,), init=zeros)
+        self.specs = WeightSpecs.of(self)
+
+    def cache_arrays(self, batch_size: int, max_length: int) -> Any:
+        """The layer's cache, as a `BlockSparseCache` of `CacheArray`."""
+        index_key = CacheArray((batch_size, max_length, self.index_k_norm.shape[0]))
+        return BlockSparseCache(*super().cache_arrays(batch_size, max_length), index_key)
+
+    def _place(self, y_BSIi: jax.Array, norm_i: jax.Array, positions_BS: jax.Array) -> jax.Array:
+        y_BSIi = zero_centered_rms_norm(y_BSIi, norm_i, self.eps)
+        return y_BSIi if self.config.rope is None else apply_rope(y_BSIi, positions_BS, self.config.rope)
+
+
+class BlockSparseAttention(IndexedAttention):
+    """`Attention` in which each key/value head sees the blocks of keys that its indexer's head chooses.
+
+    Products with keys outside of the chosen blocks are masked, not left out.
+    """
+
     config: BlockSparseAttentionConfig
 
     def __init__(self, config: BlockSparseAttentionConfig, hidden_size: int, eps: float, *, param: ParamFactory):
         super().__init__(config, hidden_size, eps, param=param)
         i, copies = config.index_head_dim, self.kv_heads // config.num_kv_heads
         rows = RowMap(config.num_kv_heads, copies=copies) if copies > 1 else None
-        self.w_index_q = param((self.kv_heads * i, hidden_size), TP, None, rows=rows)
-        self.w_index_k = param((i, hidden_size))
-        self.index_q_norm = param((i,), init=zeros)
-        self.index_k_norm = param((i,), init=zeros)
-        self.specs = WeightSpecs.of(self)
-
-    def cache_arrays(self, batch_size: int, max_length: int) -> Any:
-        """The layer's cache, as a `BlockSparseCache` of `CacheArray`."""
-        index_key = CacheArray((batch_size, max_length, self.config.index_head_dim))
-        return BlockSparseCache(*super().cache_arrays(batch_size, max_length), index_key)
+        w_index_q = param((self.kv_heads * i, hidden_size), TP, None, rows=rows)
+        self._make_indexer(w_index_q, i, hidden_size, param=param)
 
     def _entries(self, w: dict[str, Any], x_BSD: jax.Array, positions_BS: jax.Array, new: KVCache) -> Any:
         """See `Attention`."""
@@ -117,5 +134,4 @@ class BlockSparseAttention(Attention):
         """This rank's queries of the indexer [B, S, G, i], or its key [B, S, 1, i]."""
         y_BSA = self.linear(x_BSD, w[f"w_index_{name}"])
         y_BSGi = y_BSA.reshape(*y_BSA.shape[:2], -1, self.config.index_head_dim)
-        y_BSGi = zero_centered_rms_norm(y_BSGi, w[f"index_{name}_norm"], self.eps)
-        return y_BSGi if self.config.rope is None else apply_rope(y_BSGi, positions_BS, self.config.rope)
+        return self._place(y_BSGi, w[f"index_{name}_norm"], positions_BS)

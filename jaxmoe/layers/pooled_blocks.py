@@ -11,15 +11,11 @@ import jax
 import jax.numpy as jnp
 
 from jaxmoe.config import PooledBlockAttentionConfig
-from jaxmoe.layers.attention import Attention, ChosenKeys, KVCache
-from jaxmoe.layers.block_sparse import BlockSparseCache
-from jaxmoe.layers.cache import CacheArray
+from jaxmoe.layers.attention import ChosenKeys, KVCache
+from jaxmoe.layers.block_sparse import BlockSparseCache, IndexedAttention
 from jaxmoe.layers.indexer import largest
-from jaxmoe.layers.norm import zero_centered_rms_norm
-from jaxmoe.layers.param import ParamFactory, zeros
-from jaxmoe.layers.weights import WeightSpecs
+from jaxmoe.layers.param import ParamFactory
 from jaxmoe.numerics import sum_dtype
-from jaxmoe.rotary.apply import apply_rope
 
 # A choice is a matter of the last bits: no product is rounded to fewer than its operands have.
 _HIGHEST = jax.lax.Precision.HIGHEST
@@ -57,30 +53,20 @@ def choose_whole_blocks(
     return chosen_BsC[:, None]
 
 
-class PooledBlockAttention(Attention):
+class PooledBlockAttention(IndexedAttention):
     """`Attention` in which a token sees the whole blocks of keys that an indexer chooses, and those behind the last of them.
 
-    The key of a block is the mean of its positions' keys, which are projections of x, normalized with a factor of 1 + weight
-    and rotated as the first of the positions is. The indexer's queries are projections of x, normalized in the same way and
-    rotated like the heads. Every tp rank has the whole indexer. Products with other keys are masked, not left out.
+    The key of a block is the mean of its positions' keys, normalized then, and rotated as the first of the positions is; the
+    cache has the keys of single positions. Every tp rank has the whole indexer. Products with other keys are masked, not
+    left out.
     """
 
-    packable = (*Attention.packable, "w_index_q", "w_index_k")
     config: PooledBlockAttentionConfig
 
     def __init__(self, config: PooledBlockAttentionConfig, hidden_size: int, eps: float, *, param: ParamFactory):
         super().__init__(config, hidden_size, eps, param=param)
         i = config.index_head_dim
-        self.w_index_q = param((config.index_heads * i, hidden_size))
-        self.w_index_k = param((i, hidden_size))
-        self.index_q_norm = param((i,), init=zeros)
-        self.index_k_norm = param((i,), init=zeros)
-        self.specs = WeightSpecs.of(self)
-
-    def cache_arrays(self, batch_size: int, max_length: int) -> Any:
-        """The layer's cache, as a `BlockSparseCache` of `CacheArray`; the indexer's keys are those of single positions."""
-        index_key = CacheArray((batch_size, max_length, self.config.index_head_dim))
-        return BlockSparseCache(*super().cache_arrays(batch_size, max_length), index_key)
+        self._make_indexer(param((config.index_heads * i, hidden_size)), i, hidden_size, param=param)
 
     def _entries(self, w: dict[str, Any], x_BSD: jax.Array, positions_BS: jax.Array, new: KVCache) -> Any:
         """See `Attention`."""
@@ -110,7 +96,3 @@ class PooledBlockAttention(Attention):
         k_Bbi = jnp.mean(k_Bbsi.astype(sum_dtype(k_BCi.dtype)), axis=2).astype(k_BCi.dtype)
         starts_Bb = jnp.broadcast_to(jnp.arange(blocks, dtype=jnp.int32)[None] * size, k_Bbi.shape[:2])
         return self._place(k_Bbi[:, :, None], w["index_k_norm"], starts_Bb)[:, :, 0]
-
-    def _place(self, y_BSIi: jax.Array, norm_i: jax.Array, positions_BS: jax.Array) -> jax.Array:
-        y_BSIi = zero_centered_rms_norm(y_BSIi, norm_i, self.eps)
-        return y_BSIi if self.config.rope is None else apply_rope(y_BSIi, positions_BS, self.config.rope)
