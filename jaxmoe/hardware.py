@@ -148,6 +148,8 @@ _NVLINK_4 = Links(within=450e9, between=50e9, latency=_LATENCY)
 _NVLINK_5 = Links(within=900e9, between=50e9, latency=_LATENCY)
 # PCIe 4.0 x16 by L40S's data sheet, half of the 64 GB/s of both directions; 200 Gb/s a GPU in NVIDIA's reference designs.
 _PCIE_4 = Links(within=32e9, between=25e9, latency=_LATENCY)
+# PCIe 5.0 x16 by H100 PCIe's data sheet, half of the 128 GB/s of both directions: its bridges join no more than two cards.
+_PCIE_5 = Links(within=64e9, between=50e9, latency=_LATENCY)
 
 # Words in a device's name that tell no two of these apart. A card for PCIe is another one, and so is an NVL.
 _SAID_BESIDE = r"nvidia|tensor|core|gpu|sxm\d?|hbm\d?e?|gddr\d"
@@ -203,6 +205,30 @@ GPUS = {
         links=_NVLINK_4,
         **_HOPPER,
     ),
+    # XLA's h100_pcie.txtpb; data sheet: 80 GB, 2 TB/s, 756 TFLOP/s without sparsity.
+    "h100-pcie": GPU(
+        name="NVIDIA H100 PCIe",
+        memory=84_942_979_072,
+        memory_bandwidth=2_039_040_000_000,
+        flops=756e12,
+        multiprocessors=114,
+        l2_cache=50 * 2**20,
+        clock_ghz=1.755,
+        links=_PCIE_5,
+        **_HOPPER,
+    ),
+    # CUDA reports 95.1 GiB, 78 multiprocessors and 60 MiB of cache; data sheet: 96 GB, 4 TB/s, 148 TFLOP/s, NVLink as H100's.
+    "h20": GPU(
+        name="NVIDIA H20",
+        memory=97_382 * 2**20,
+        memory_bandwidth=4_000_000_000_000,
+        flops=148e12,
+        multiprocessors=78,
+        l2_cache=60 * 2**20,
+        clock_ghz=1.98,
+        links=_NVLINK_4,
+        **_HOPPER,
+    ),
     # PyTorch prints 143156 MB of memory and 60 MB of cache, those of six stacks of HBM where an H100 has five; bandwidth is
     # that of 6016 pins at 3,201 MHz. XLA's h200.txtpb has the data sheet's (141 GB, 4.8 TB/s, 989 TFLOP/s) and an H100's.
     "h200": GPU(
@@ -213,6 +239,19 @@ GPUS = {
         multiprocessors=132,
         l2_cache=60 * 2**20,
         clock_ghz=1.98,
+        links=_NVLINK_4,
+        **_HOPPER,
+    ),
+    # An H200 as a card for PCIe, up to four of them bridged by NVLink; data sheet: 141 GB, 4.8 TB/s, 835 TFLOP/s without
+    # sparsity, and 60 TFLOP/s of float32, which is the clock of as many multiprocessors as an H200 has.
+    "h200-nvl": GPU(
+        name="NVIDIA H200 NVL",
+        memory=150_110_011_392,
+        memory_bandwidth=4_814_304_000_000,
+        flops=835e12,
+        multiprocessors=132,
+        l2_cache=60 * 2**20,
+        clock_ghz=1.785,
         links=_NVLINK_4,
         **_HOPPER,
     ),
@@ -249,15 +288,19 @@ def get_gpu(name: str) -> GPU:
         >>> get_gpu("h100").multiprocessors, get_gpu("NVIDIA H100 80GB HBM3") == get_gpu("H100-80GB") == get_gpu("h100")
         (132, True)
     """
-    words = re.findall(r"\d+ *gi?b|[a-z0-9]+", name.lower() if isinstance(name, str) else "")
-    sizes = [int(word.rstrip(" gib")) for word in words if re.fullmatch(r"\d+ *gi?b", word)]
-    models = [word for word in words if not re.fullmatch(rf"{_SAID_BESIDE}|\d+ *gi?b", word)]
-    if len(models) == 1 and len(sizes) <= 1:
-        kinds = [gpu for key, gpu in GPUS.items() if key.partition("-")[0] == models[0]]
-        if not sizes and models[0] in GPUS:
-            return GPUS[models[0]]
-        for gpu in kinds:
+    model, sizes = _model_and_sizes(name if isinstance(name, str) else "")
+    if len(sizes) <= 1:
+        if not sizes and model in GPUS:
+            return GPUS[model]
+        for gpu in [gpu for key, gpu in GPUS.items() if _model_and_sizes(key)[0] == model]:
             # A data sheet's GB are a little more than what CUDA reports.
             if sizes and abs(sizes[0] * 2**30 / gpu.memory - 1) < _MEMORY_TOLERANCE:
                 return gpu
     raise ValueError(f"devices are {', '.join(GPUS)}, and these with their memory, as in H100-80GB; got {name!r}")
+
+
+def _model_and_sizes(name: str) -> tuple[str, list[int]]:
+    """The words that tell a model, joined by hyphens, and the sizes of memory in a name."""
+    words = re.findall(r"\d+ *gi?b|[a-z0-9]+", name.lower())
+    sizes = [int(word.rstrip(" gib")) for word in words if re.fullmatch(r"\d+ *gi?b", word)]
+    return "-".join(word for word in words if not re.fullmatch(rf"{_SAID_BESIDE}|\d+ *gi?b", word)), sizes

@@ -7,7 +7,10 @@ from jaxmoe.hardware import GPUS, SIMULATED_CPU, Device, Links, get_gpu
 from jaxmoe.planning import topology
 
 # GB of the data sheet, which are of 2**30 bytes.
-DATA_SHEET = {"a100-40gb": 40, "a100": 80, "l40s": 48, "h100": 80, "h200": 141, "b200": 180}
+DATA_SHEET = {
+    **{"a100-40gb": 40, "a100": 80, "l40s": 48, "b200": 180},
+    **{"h100": 80, "h100-pcie": 80, "h20": 96, "h200": 141, "h200-nvl": 141},
+}
 
 
 @pytest.mark.parametrize("name", GPUS)
@@ -23,7 +26,9 @@ def test_a_multiprocessor_is_as_xla_has_it(name, units, threads) -> None:
 
 
 def test_one_tile_fits_hopper_and_blackwell() -> None:
-    assert len({GPUS[name].block_shared_memory for name in ("h100", "h200", "b200")}) == 1
+    assert (
+        len({GPUS[name].block_shared_memory for name in ("h100", "h100-pcie", "h20", "h200", "h200-nvl", "b200")}) == 1
+    )
 
 
 def test_every_message_waits_and_the_two_ways_follow_each_other() -> None:
@@ -56,6 +61,9 @@ def test_a_gpu_that_is_not_known_is_refused() -> None:
         ("a100", ["A100", "A100-80GB", "NVIDIA A100-SXM4-80GB", "a100_80gb"]),
         ("l40s", ["L40S", "NVIDIA L40S", "l40s-48gb"]),
         ("h100", ["H100", "H100-80GB", "h100_80gb", "NVIDIA H100 80GB HBM3", "H100 SXM5", "nvidia-h100"]),
+        ("h100-pcie", ["H100 PCIe", "NVIDIA H100 PCIe", "H100-PCIE-80GB"]),
+        ("h20", ["H20", "NVIDIA H20", "H20-96GB"]),
+        ("h200-nvl", ["H200 NVL", "NVIDIA H200 NVL", "H200-NVL-141GB"]),
         ("h200", ["H200", "NVIDIA H200", "H200-141GB", "h200 sxm 141 GB HBM3e"]),
         ("b200", ["B200", "NVIDIA B200", "B200-180GB", "b200 192GB"]),
     ],
@@ -66,7 +74,7 @@ def test_devices_have_the_names_that_people_write(key, names) -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["", "h100x", "H100-40GB", "H100 NVL", "H100 PCIe", "A100-96GB", "80GB", "h100 h200", None]
+    "name", ["", "h100x", "H100-40GB", "H100 NVL", "pcie h100", "H20-141GB", "A100-96GB", "80GB", "h100 h200", None]
 )
 def test_devices_that_are_not_known_are_refused(name) -> None:
     with pytest.raises(ValueError, match="devices are a100-40gb, a100, .* as in H100-80GB; got "):

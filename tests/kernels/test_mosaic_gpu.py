@@ -341,7 +341,7 @@ def test_a_layer_refuses_it_where_it_cannot_run() -> None:
     message = (
         "need jax 0.11.2 or newer"
         if OLD
-        else r"run on Hopper and Blackwell .*\(H100, H200, B200\); these devices are cpu"
+        else r"run on Hopper and Blackwell .*\(H100, .*B200\); these devices are cpu"
     )
     with pytest.raises(NotImplementedError, match=message):
         MoE(config, mesh=mesh_of(1, 1, 4), kernels="mosaic_gpu")

@@ -269,6 +269,8 @@ def test_tiles_of_two_regimes() -> None:
     assert (prefill.m, prefill.n, prefill.k) == (128, 256, 64)
     # One token of two experts: narrower strips, for more programs.
     assert triton.choose_tiles(2, 8, 14336, 4096, 2).n == 32
+    # And where a GPU has few multiprocessors they stay wide.
+    assert [triton.choose_tiles(8, 4, 4096, 4096, 2, processors=count).n for count in (132, 114)] == [32, 64]
     # 2880 is a multiple of neither; the smaller one leaves less of the last tile empty.
     assert triton.choose_tiles(8192, 8, 2880, 2880, 2).n == 128
 

@@ -27,13 +27,12 @@ from jax.experimental.pallas import triton as plgpu
 from jaxmoe.hardware import GPUS
 from jaxmoe.kernels.grouped_matmul import portable
 from jaxmoe.kernels.grouped_matmul.combine import KERNEL_ACTIVATIONS, Combine
+from jaxmoe.kernels.grouped_matmul.gpu import multiprocessors
 from jaxmoe.kernels.grouped_matmul.gradient import with_gradient_of
 from jaxmoe.kernels.grouped_matmul.tile_table import measured_tiles
 
 # Rows a group on average, up to which the time is that of reading the matrices.
 FEW_ROWS = 32
-# Programs that a large GPU runs at once, two on each multiprocessor.
-PROGRAMS = 2 * GPUS["h100"].multiprocessors
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,13 +56,16 @@ class Tiles:
     band: int = 8
 
 
-def choose_tiles(R: int, G: int, K: int, N: int, itemsize: int) -> Tiles:
+def choose_tiles(
+    R: int, G: int, K: int, N: int, itemsize: int, *, processors: int = GPUS["h100"].multiprocessors
+) -> Tiles:
     """Tiles for R rows in G groups and matrices [N, K], in one of two regimes; an average group fits into one, if it can.
 
     Few rows: what takes time is reading the matrices, once, so each program streams a narrow and deep strip of them, and
-    strips get narrower where groups are so few that they would leave multiprocessors idle. Many rows: the products take
-    the time, so tiles are as large as registers and the 99 kB of shared memory of the smaller GPUs allow. Triton keeps
-    `stages` - 1 steps of k there, and one more on Hopper, which has 227 kB. Nothing of it has been measured.
+    strips get narrower where groups are so few that they would leave some of the `processors` idle, which run two programs
+    each at once. Many rows: the products take the time, so tiles are as large as registers and the 99 kB of shared memory of
+    the smaller GPUs allow. Triton keeps `stages` - 1 steps of k there, and one more on Hopper, which has 227 kB. Nothing of
+    it has been measured.
     """
     m = _power_of_two(-(-R // G), 16, 128)
     if R > FEW_ROWS * G:
@@ -71,7 +73,7 @@ def choose_tiles(R: int, G: int, K: int, N: int, itemsize: int) -> Tiles:
         sizes = {"n": n, "k": 128 // itemsize, "stages": 3, "warps": _warps(m, n)}
     else:
         filled = max(-(-R // m), min(R, G))  # row tiles, if rows are spread evenly
-        n = next((n for n in (64, 32) if filled * -(-N // n) >= PROGRAMS), 32)
+        n = next((n for n in (64, 32) if filled * -(-N // n) >= 2 * processors), 32)
         sizes = {"n": n, "k": 256 // itemsize, "stages": 4, "warps": 4}
     sizes |= {"n": _power_of_two(N, 32, sizes["n"]), "k": _power_of_two(K, 16, sizes["k"])}
     return Tiles(m=m, **sizes)
@@ -118,7 +120,7 @@ def grouped_matmul(
         lhs_RK, rhs_GNK = arrays
         if 0 in (*lhs_RK.shape, *rhs_GNK.shape):
             return jnp.zeros((lhs_RK.shape[0], rhs_GNK.shape[1]), out_dtype)
-        return _product(lhs_RK, rhs_GNK, None, group_sizes_G, None, out_dtype, tiles, interpret)
+        return _product(lhs_RK, rhs_GNK, None, group_sizes_G, None, out_dtype, tiles, device_kind, interpret)
 
     def same(arrays: Any, group_sizes_G: jax.Array) -> jax.Array:
         lhs_RK, rhs_GNK = arrays
@@ -153,8 +155,8 @@ def expert_mlp(
         if 0 in (*x_RD.shape, *w_up.shape, *w_down.shape):
             return jnp.zeros(x_RD.shape, out_dtype)
         # Rows of h that no group owns are never written, and never read.
-        h_RF = _product(x_RD, w_up, b_up, group_sizes_p, combine, x_RD.dtype, up_tiles, interpret)
-        return _product(h_RF, w_down, b_down, group_sizes_p, None, out_dtype, down_tiles, interpret)
+        h_RF = _product(x_RD, w_up, b_up, group_sizes_p, combine, x_RD.dtype, up_tiles, device_kind, interpret)
+        return _product(h_RF, w_down, b_down, group_sizes_p, None, out_dtype, down_tiles, device_kind, interpret)
 
     def same(arrays: Any, group_sizes_p: jax.Array) -> jax.Array:
         x_RD, w_up, w_down, b_up, b_down = arrays
@@ -207,6 +209,7 @@ def _product(
     combine: Combine | None,
     out_dtype: jnp.dtype,
     tiles: Tiles | None,
+    device_kind: str | None,
     interpret: bool,
 ) -> jax.Array:
     """combine(w[g(r)] @ x[r] + b[g(r)]), with anything in rows that no group owns; without `combine` zeros there."""
@@ -216,7 +219,7 @@ def _product(
         )
     R, (G, N, K) = x_RK.shape[0], w_GNK.shape
     halves = 2 if combine is not None and combine.gated else 1
-    tiles = tiles or choose_tiles(R, G, K, N, x_RK.dtype.itemsize)
+    tiles = tiles or choose_tiles(R, G, K, N, x_RK.dtype.itemsize, processors=multiprocessors(device_kind))
     rows = row_tiles(group_sizes_G, R, tiles.m)
     call = pl.pallas_call(
         partial(_kernel, tiles=tiles, combine=combine),

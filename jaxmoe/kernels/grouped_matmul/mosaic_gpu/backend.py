@@ -11,9 +11,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from jaxmoe.hardware import GPUS
 from jaxmoe.kernels.grouped_matmul import portable
 from jaxmoe.kernels.grouped_matmul.backends import Kernels
 from jaxmoe.kernels.grouped_matmul.combine import KERNEL_ACTIVATIONS, Combine
+from jaxmoe.kernels.grouped_matmul.gpu import multiprocessors
 from jaxmoe.kernels.grouped_matmul.gradient import with_gradient_of
 from jaxmoe.kernels.grouped_matmul.group_tiles import ALIGNMENT, tile_groups
 from jaxmoe.kernels.grouped_matmul.mosaic_gpu import blackwell, kernel
@@ -22,6 +24,9 @@ from jaxmoe.kernels.grouped_matmul.mosaic_gpu.tiles import WGMMA_ROWS, Problem, 
 from jaxmoe.kernels.grouped_matmul.quantized import FORMATS, Matrices, QuantizedStack
 from jaxmoe.kernels.grouped_matmul.quantized_rows import OnRoundedRows, QuantizedRows, quantize_rows, scales_of_rows
 from jaxmoe.kernels.grouped_matmul.tile_table import measured_tiles
+
+# Blocks in the interpreter: more than one, so that tiles are shared out.
+INTERPRETED_BLOCKS = 2
 
 
 def grouped_matmul(
@@ -201,7 +206,9 @@ def _product(
         return array.reshape(G, halves, array.shape[1] // halves, *array.shape[2:])
 
     padded = jax.tree.map(lambda array: jnp.pad(array, ((0, -R % ALIGNMENT), (0, 0))), rows_RK)
-    multiply = blackwell.multiply if isinstance(problem, BlackwellProblem) else kernel.multiply
+    multiply, known = (
+        (blackwell.multiply, GPUS["b200"]) if isinstance(problem, BlackwellProblem) else (kernel.multiply, GPUS["h100"])
+    )
     out = multiply(
         padded,
         jax.tree.map(by_half, matrices_GNK),
@@ -210,6 +217,7 @@ def _product(
         tiles,
         finish,
         out_dtype,
+        blocks=INTERPRETED_BLOCKS if interpret else multiprocessors(device_kind, known),
         interpret=interpret,
     )
     return out[:R]

@@ -17,7 +17,6 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 
-from jaxmoe.hardware import GPUS
 from jaxmoe.kernels.grouped_matmul.group_tiles import ALIGNMENT, GroupTiles
 from jaxmoe.kernels.grouped_matmul.mosaic_gpu.blackwell_tiles import OUTPUTS, SLOTS, piece_rows
 from jaxmoe.kernels.grouped_matmul.mosaic_gpu.pipeline import (
@@ -32,8 +31,6 @@ from jaxmoe.kernels.grouped_matmul.mosaic_gpu.pipeline import (
 )
 from jaxmoe.kernels.grouped_matmul.mosaic_gpu.tiles import Tiles
 
-# Blocks of the grid: with fewer multiprocessors than a B200 or B300 has, some work longer.
-MULTIPROCESSORS = GPUS["b200"].multiprocessors
 _LOADING_WARP, _MULTIPLYING_WARP = 0, 1
 
 
@@ -54,7 +51,7 @@ class Call:
     biased: bool
 
 
-@partial(jax.jit, static_argnames=("tiles", "finish", "out_dtype", "interpret"))
+@partial(jax.jit, static_argnames=("tiles", "finish", "out_dtype", "blocks", "interpret"))
 def multiply(
     rows_RK: jax.Array,
     matrices_GHNK: jax.Array,
@@ -64,12 +61,13 @@ def multiply(
     finish: Callable[..., jax.Array],
     out_dtype: jnp.dtype,
     *,
+    blocks: int,
     interpret: bool,
 ) -> jax.Array:
     """finish(W[g, 0] x + b[g, 0], ...) of each row x, with g its group; rows that no group owns hold anything.
 
-    R is a multiple of 8 here. Products of the same sizes and `finish` are one function of a program, so that its layers
-    have the kernel made once.
+    R is a multiple of 8 here, and `blocks` the number of multiprocessors. Products of the same sizes and `finish` are one
+    function of a program, so that its layers have the kernel made once.
     """
     R = rows_RK.shape[0]
     _, H, N, _ = matrices_GHNK.shape
@@ -80,7 +78,7 @@ def multiply(
     kernel = plgpu.kernel(
         partial(_kernel, call=call),
         out_type=jax.ShapeDtypeStruct((R, N), out_dtype),
-        grid=(2 if interpret else MULTIPROCESSORS,),
+        grid=(blocks,),
         grid_names=("multiprocessor",),
         num_threads=2,
         thread_name="warpgroup",

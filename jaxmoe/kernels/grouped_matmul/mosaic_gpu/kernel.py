@@ -15,7 +15,6 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 
-from jaxmoe.hardware import GPUS
 from jaxmoe.kernels.grouped_matmul.group_tiles import ALIGNMENT, GroupTiles
 from jaxmoe.kernels.grouped_matmul.mosaic_gpu.pipeline import (
     copy_rows_out,
@@ -38,13 +37,11 @@ from jaxmoe.kernels.grouped_matmul.mosaic_gpu.tiles import WARPGROUPS, WGMMA_ROW
 from jaxmoe.kernels.grouped_matmul.quantized import QuantizedStack
 from jaxmoe.kernels.grouped_matmul.quantized_rows import QuantizedRows
 
-# Blocks of the grid: with fewer multiprocessors than an H100 or H200 has, some work longer.
-MULTIPROCESSORS = GPUS["h100"].multiprocessors
 # Registers of a thread that loads, and of one that multiplies.
 _LOADER_REGISTERS, _COMPUTE_REGISTERS = 40, 232
 
 
-@partial(jax.jit, static_argnames=("tiles", "finish", "out_dtype", "interpret"))
+@partial(jax.jit, static_argnames=("tiles", "finish", "out_dtype", "blocks", "interpret"))
 def multiply(
     rows_RK: jax.Array | QuantizedRows,
     matrices_GHNK: jax.Array | QuantizedStack,
@@ -54,12 +51,13 @@ def multiply(
     finish: Callable[..., jax.Array],
     out_dtype: jnp.dtype,
     *,
+    blocks: int,
     interpret: bool,
 ) -> jax.Array:
     """finish(W[g, 0] x + b[g, 0], ...) of each row x, with g its group; rows that no group owns hold anything.
 
-    R is a multiple of 8 here. Products of the same sizes and `finish` are one function of a program, so that its layers
-    have the kernel made once.
+    R is a multiple of 8 here, and `blocks` the number of multiprocessors. Products of the same sizes and `finish` are one
+    function of a program, so that its layers have the kernel made once.
     """
     quantized = rows_RK if isinstance(rows_RK, QuantizedRows) else None
     if isinstance(rows_RK, QuantizedRows):
@@ -90,7 +88,7 @@ def multiply(
     kernel = plgpu.kernel(
         partial(_kernel, call=call),
         out_type=jax.ShapeDtypeStruct((R, N), out_dtype),
-        grid=(2 if interpret else MULTIPROCESSORS,),
+        grid=(blocks,),
         grid_names=("multiprocessor",),
         num_threads=WARPGROUPS + 1,
         thread_name="warpgroup",
