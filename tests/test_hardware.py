@@ -8,8 +8,15 @@ from jaxmoe.planning import topology
 
 # GB of the data sheet, which are of 2**30 bytes.
 DATA_SHEET = {
-    **{"a100-40gb": 40, "a100": 80, "l40s": 48, "b200": 180},
-    **{"h100": 80, "h100-pcie": 80, "h20": 96, "h200": 141, "h200-nvl": 141},
+    "a100-40gb": 40,
+    "a100": 80,
+    "l40s": 48,
+    "b200": 180,
+    "h100": 80,
+    "h100-pcie": 80,
+    "h20": 96,
+    "h200": 141,
+    "h200-nvl": 141,
 }
 
 

@@ -339,9 +339,7 @@ def test_what_it_does_not_unpack() -> None:
 def test_a_layer_refuses_it_where_it_cannot_run() -> None:
     config = MoEConfig(num_experts=4, num_experts_per_tok=2, hidden_size=64, moe_intermediate_size=32)
     message = (
-        "need jax 0.11.2 or newer"
-        if OLD
-        else r"run on Hopper and Blackwell .*\(H100, .*B200\); these devices are cpu"
+        "need jax 0.11.2 or newer" if OLD else r"run on Hopper and Blackwell .*\(H100, .*B200\); these devices are cpu"
     )
     with pytest.raises(NotImplementedError, match=message):
         MoE(config, mesh=mesh_of(1, 1, 4), kernels="mosaic_gpu")

@@ -202,6 +202,7 @@ def gpu(monkeypatch, tmp_path):
     monkeypatch.setattr(verdicts, "_known", {})
     monkeypatch.setattr(verdicts, "is_present", lambda device: True)
     monkeypatch.setattr(jax, "__version_info__", (0, 11, 2))
+    monkeypatch.setattr(backends, "missing_libdevice", str)
     tile_table._read.cache_clear()
     yield SimpleNamespace(devices=np.array([DEVICE]), local_devices=[DEVICE], is_multi_process=False)
     tile_table._read.cache_clear()
@@ -235,7 +236,18 @@ def test_what_is_not_right_is_passed_by(gpu, verdict):
     run = Runs(mosaic_gpu=verdict)
     hold_trials(gpu, [MLP], run=run)
     assert [name for name, _ in run.asked] == ["mosaic_gpu", "triton"]
-    assert taken() == ("triton", f"right in a trial on this GPU; mosaic_gpu {verdict}")
+    told = "refused: as told" if verdict == "refused" else verdict
+    assert taken() == ("triton", f"right in a trial on this GPU; mosaic_gpu {told}")
+
+
+def test_a_kernel_that_does_not_compile_here_is_not_tried(gpu, monkeypatch):
+    monkeypatch.setattr(backends, "missing_libdevice", lambda: "no libdevice: install it")
+    run = Runs()
+    hold_trials(gpu, [MLP], run=run)
+    assert [name for name, _ in run.asked] == ["triton"]
+    assert taken().why == "right in a trial on this GPU; mosaic_gpu refused: no libdevice: install it"
+    # It may be there for the next process, which asks no file.
+    assert ("mosaic_gpu", MLP) not in verdicts.read_verdicts(verdicts.verdict_file(DEVICE))
 
 
 def test_nothing_right_leaves_the_portable_one_and_says_why(gpu):

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 
 from jaxmoe.hardware import GPUS
 from jaxmoe.kernels.grouped_matmul.combine import Combine
+from jaxmoe.kernels.grouped_matmul.gpu import missing_libdevice
 from jaxmoe.kernels.grouped_matmul.quantized import FORMATS, Matrices, QuantizedStack
 from jaxmoe.kernels.grouped_matmul.quantized_rows import ROW_FORMATS, OnRoundedRows
 
@@ -118,11 +119,18 @@ class GPUBackend(Backend):
         since: first version of jax that it runs with.
         capabilities: first numbers of the compute capabilities of the GPUs that it runs on.
         generations: words for those GPUs.
+        links_libdevice: flag that it needs CUDA's libdevice where XLA finds it, see `missing_libdevice`.
     """
 
     since: tuple[int, ...]
     capabilities: range
     generations: str
+    links_libdevice: bool = False
+
+    @property
+    def missing(self) -> str:
+        """The reason why it does not compile on this machine, and the way out; empty where it does."""
+        return missing_libdevice() if self.links_libdevice else ""
 
     @property
     def devices(self) -> str:
@@ -160,6 +168,7 @@ GPU_BACKENDS: dict[str, GPUBackend] = {
         since=(0, 11, 2),
         capabilities=range(9, 11),
         generations="Hopper and Blackwell GPUs of data centers",
+        links_libdevice=True,
     ),
     "triton": GPUBackend(
         module=f"{_HERE}.triton",
@@ -216,14 +225,18 @@ def check_backend(name: str, device: jax.Device) -> None:
 
     Raises:
         ValueError: there is no backend of that name.
-        NotImplementedError: it cannot run there, or not with the installed jax.
+        NotImplementedError: it cannot run there, or not with the installed jax, or CUDA lacks what it is compiled with.
     """
     load_backend(name)
-    if name in GPU_BACKENDS and compute_capability(device) not in GPU_BACKENDS[name].capabilities:
+    if name not in GPU_BACKENDS:
+        return
+    if compute_capability(device) not in GPU_BACKENDS[name].capabilities:
         raise NotImplementedError(
             f"kernels {name!r} run on {GPU_BACKENDS[name].devices}; these devices are {device.device_kind} "
             f"({device.platform}): use 'portable' or 'auto'"
         )
+    if missing := GPU_BACKENDS[name].missing:
+        raise NotImplementedError(f"kernels {name!r} cannot be compiled here: {missing}; or use 'portable' or 'auto'")
 
 
 def compute_capability(device: jax.Device) -> int:

@@ -41,7 +41,12 @@ def choose_backend(work: Work, device_kind: str | None, *, rows_per_group: float
         if known:
             fastest = min(known, key=lambda name: known[name])
             return Choice(fastest, f"{known[fastest] * 1e6:.0f} us were measured, and it is right here")
-    passed = [f"{name} {outcome.verdict}" for name, outcome in outcomes.items() if name not in right]
+    # A refusal says what would change it.
+    passed = [
+        f"{name} {outcome.verdict}{f': {outcome.detail}' if outcome.verdict == 'refused' else ''}"
+        for name, outcome in outcomes.items()
+        if name not in right
+    ]
     return Choice(right[0], "; ".join(["right in a trial on this GPU", *passed]))
 
 

@@ -1,11 +1,18 @@
-"""Facts of the GPU at hand that kernels are made by."""
+"""Facts of the GPU at hand, and of the CUDA beside it, that kernels are made by."""
 
+import importlib.util
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import jax
 
 from jaxmoe.hardware import GPU, GPUS, get_gpu
+
+_LIBDEVICE = Path("nvvm/libdevice/libdevice.10.bc")
+# Packages of the wheel that has it, for CUDA 13 and 12, and the folders that XLA's compiler looks into besides.
+_WHEELS = ("nvidia.cu13", "nvidia.cuda_nvcc")
+_TOOLKITS = ("/usr/local/cuda", "/opt/cuda")
 
 
 @cache
@@ -35,3 +42,30 @@ def _present_gpus() -> list[Any]:
         return [device for device in jax.devices("gpu") if hasattr(device, "core_count")]
     except RuntimeError:  # There is no such platform here.
         return []
+
+
+def missing_libdevice() -> str:
+    """The reason why Mosaic GPU's kernels do not compile here, and the way out; empty where they do.
+
+    They are linked with CUDA's libdevice, and where it is not found the whole process is aborted. It is looked for beside
+    jax's plugin and in two folders alone: CUDA_ROOT and XLA's flag for such a folder serve other programs only.
+    """
+    folders = [*_wheel_folders(), *map(Path, _TOOLKITS)]
+    if any((folder / _LIBDEVICE).exists() for folder in folders):
+        return ""
+    return (
+        f"they are linked with CUDA's libdevice, and {_LIBDEVICE} is in none of {', '.join(map(str, folders))}: "
+        f"pip install nvidia-cuda-nvcc, or make {_TOOLKITS[0]} a link to a CUDA toolkit; for these kernels CUDA_ROOT and "
+        "XLA_FLAGS do not do"
+    )
+
+
+def _wheel_folders() -> list[Path]:
+    found = []
+    for name in _WHEELS:
+        try:
+            spec = importlib.util.find_spec(name)
+        except ModuleNotFoundError:  # There is no wheel of NVIDIA's.
+            spec = None
+        found += [Path(folder) for folder in (spec.submodule_search_locations or () if spec else ())]
+    return found

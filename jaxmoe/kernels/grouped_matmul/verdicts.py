@@ -103,10 +103,13 @@ def _find_out(device: jax.Device, names: Sequence[str], works: Sequence[Work], r
     remaining = list(works)
     for name in names:
         takes = {**BACKENDS, **GPU_BACKENDS}[name].formats
+        missing = GPU_BACKENDS[name].missing if name in GPU_BACKENDS else ""
         wanted = works if name in tuned else remaining
         for work in wanted:
             if packed := {kind.form for kind in work.matrices if kind.is_packed} - takes:
                 found[name, work] = Outcome("refused", f"it takes no matrices packed as {' or '.join(sorted(packed))}")
+            elif missing:  # not kept in the file: it may be there next time
+                found[name, work] = Outcome("refused", missing)
             elif (name, work) in cached:
                 found[name, work] = cached[name, work]
         untried = [work for work in wanted if (name, work) not in found]
