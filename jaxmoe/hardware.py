@@ -217,7 +217,7 @@ GPUS = {
         links=_PCIE_5,
         **_HOPPER,
     ),
-    # CUDA reports 95.1 GiB, 78 multiprocessors and 60 MiB of cache; data sheet: 96 GB, 4 TB/s, 148 TFLOP/s, an H100's NVLink.
+    # CUDA reports 95.1 GiB, 78 multiprocessors, 60 MiB of cache; data sheet: 96 GB, 4 TB/s, 148 TFLOP/s, an H100's NVLink.
     "h20": GPU(
         name="NVIDIA H20",
         memory=97_382 * 2**20,

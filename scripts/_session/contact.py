@@ -71,12 +71,15 @@ def add_one(kernel: str) -> Any:
     def body(x: Any, out: Any) -> None:
         out[...] = x[...] + 1.0
 
+    out = jax.ShapeDtypeStruct((256,), jnp.float32)
     if kernel == "mosaic_gpu":
+        # Since jax 0.11.2 `pallas_call` has no way to Mosaic GPU, and fails an assertion where it is asked for it.
         from jax.experimental.pallas import mosaic_gpu
 
-        options: Any = mosaic_gpu.CompilerParams()
-    else:
-        from jax.experimental.pallas import triton
+        options = mosaic_gpu.CompilerParams(lowering_semantics=mosaic_gpu.LoweringSemantics.Warpgroup)
+        return jax.jit(mosaic_gpu.kernel(body, out_type=out, compiler_params=options))
+    from jax.experimental.pallas import triton
 
-        options = triton.CompilerParams(num_warps=4, num_stages=1)
-    return jax.jit(pl.pallas_call(body, out_shape=jax.ShapeDtypeStruct((256,), jnp.float32), compiler_params=options))
+    return jax.jit(
+        pl.pallas_call(body, out_shape=out, compiler_params=triton.CompilerParams(num_warps=4, num_stages=1))
+    )
