@@ -1,17 +1,20 @@
 """What README.md and the pages say holds: links lead somewhere, the example prints what is shown, commands print figures."""
 
 import ast
+import json
 import re
 import shlex
 import subprocess
 import sys
 from pathlib import Path
 
+import jax
 import pytest
 
 import jaxmoe
 from jaxmoe.cli import main
 from jaxmoe.dispatch import DISPATCHES
+from jaxmoe.hardware import GPUS
 from jaxmoe.kernels.grouped_matmul.backends import BACKENDS, GPU_BACKENDS
 from jaxmoe.models import FAMILIES, WRAPPERS
 from jaxmoe.placement import STRATEGIES
@@ -70,6 +73,46 @@ def test_figures_are_printed_by_their_commands(command, capsys, monkeypatch) -> 
     assert main(arguments) == 0
     printed = capsys.readouterr().out.split()
     assert [figure for figure, by in figures() if by == command and figure not in printed] == []
+
+
+def test_predicted_times_are_those_of_the_model() -> None:
+    if jax.__version_info__ < (0, 11, 2):
+        pytest.skip("the kernel, which chooses its tiles, needs jax 0.11.2")
+    from scripts.predict_kernels import BEGIN, END, PAGE, read_measured, table
+
+    h100 = GPUS["h100"]
+    shown = PAGE.read_text(encoding="utf-8").partition(BEGIN)[2].partition(END)[0]
+    assert shown == table(h100, read_measured(ROOT / "results", h100)), "run scripts/predict_kernels.py --write"
+
+
+def test_measured_times_stand_beside_the_predicted_ones(tmp_path) -> None:
+    if jax.__version_info__ < (0, 11, 2):
+        pytest.skip("the kernel, which chooses its tiles, needs jax 0.11.2")
+    from scripts.predict_kernels import read_measured, table
+
+    h100 = GPUS["h100"]
+    speed = {"kind": "speed", "shape": "qwen3-30b-a3b", "tokens": 32, "routing": "uniform", "side": "mosaic_gpu"}
+    sessions = {
+        "1-of-a-gpu": (h100.name, [speed | {"seconds": 410e-6}]),
+        "2-of-a-gpu": (h100.name, [speed | {"seconds": 399e-6}, speed | {"routing": "zipf", "seconds": 1.0}]),
+        "3-of-another": ("NVIDIA H200", [speed | {"seconds": 2.0}]),
+        "4-on-a-cpu": ("cpu", [speed | {"seconds": 3.0}]),
+        "5-of-triton": (
+            h100.name,
+            [speed | {"side": "triton", "seconds": 4.0}, speed | {"tuned": True, "seconds": 5.0}],
+        ),
+    }
+    for name, (device, lines) in sessions.items():
+        (tmp_path / name).mkdir()
+        machine = {"kind": "machine", "device": device}
+        (tmp_path / name / "results.jsonl").write_text("".join(f"{json.dumps(line)}\n" for line in [machine, *lines]))
+    measured = read_measured(tmp_path, h100)
+    assert measured == {("qwen3-30b-a3b", 32): (399e-6, "2-of-a-gpu")}
+    head, _, *rows = table(h100, measured).splitlines()
+    assert head.endswith(f"| floor | measured on {h100.name} |")
+    assert [row.split("|")[-2].strip() for row in rows if "| 32 |" in row and "qwen3-30b" in row] == [
+        "399 (2-of-a-gpu)"
+    ]
 
 
 def test_every_public_name_has_a_line_and_a_place_in_the_reference() -> None:

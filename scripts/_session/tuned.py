@@ -1,16 +1,17 @@
 """Tiles: a dozen candidates a case by a model of their cost, compiled in threads, and the headline with the best of them."""
 
 import importlib
-import math
 from collections.abc import Sequence
 from functools import partial
+from types import SimpleNamespace
 from typing import Any
 
 import jax
 
-from jaxmoe.hardware import GPUS, get_gpu
+from jaxmoe.hardware import GPU, GPUS, get_gpu
 from jaxmoe.kernels.grouped_matmul import check_backend, expert_mlp
 from jaxmoe.kernels.grouped_matmul.backends import GPU_BACKENDS
+from jaxmoe.kernels.grouped_matmul.predict import Product, likely_sizes, predict
 from jaxmoe.kernels.grouped_matmul.tile_table import user_tables, write_table
 from scripts import tune_kernels
 from scripts._bench.cases import Case
@@ -48,7 +49,7 @@ def tuning(kernel: str) -> None:
 def _tune_case(kernel: str, module: Any, case: Case, variants: Sequence[Variant]) -> None:
     kind = device().device_kind
     every = tune_kernels.list_candidates(kernel, module, case, variants[0], kind)
-    candidates = cheapest(every, case, multiprocessors(kind))
+    candidates = cheapest(every, case, known_gpu(kind))
     found = tune(
         tune_kernels.with_tiles(module, case, kind), candidates, case, variants, rounds=3, budget_s=0.5, threads=THREADS
     )
@@ -67,43 +68,46 @@ def _tune_case(kernel: str, module: Any, case: Case, variants: Sequence[Variant]
     )
 
 
-def multiprocessors(device_kind: str) -> int:
-    """The multiprocessors of a kind of device; an H100's where it is not known."""
+def known_gpu(device_kind: str) -> GPU:
+    """The kind of device in `jaxmoe.hardware`; an H100 where it is not known."""
     try:
-        return get_gpu(device_kind).multiprocessors
+        return get_gpu(device_kind)
     except ValueError:
-        return GPUS["h100"].multiprocessors
+        return GPUS["h100"]
 
 
-def cheapest(candidates: Sequence[Any], case: Case, processors: int, *, most: int = MOST_CANDIDATES) -> list[Any]:
+def cheapest(candidates: Sequence[Any], case: Case, gpu: GPU, *, most: int = MOST_CANDIDATES) -> list[Any]:
     """The candidates that a model of their cost has as the fastest, the kernel's own choice, which is first, among them.
 
     Args:
         candidates: tiles with m, n, k and stages.
         case: what they are for; rows are spread evenly.
-        processors: multiprocessors.
+        gpu: kind of GPU.
         most: number of candidates.
     """
     first, *others = candidates
-    return [first, *sorted(others, key=lambda tiles: cost(tiles, case, processors))[: most - 1]]
+    return [first, *sorted(others, key=lambda tiles: cost(tiles, case, gpu))[: most - 1]]
 
 
-def cost(tiles: Any, case: Case, processors: int) -> float:
-    """A tile's cost in cycles: waves of tiles over the multiprocessors, times what one takes.
+def cost(tiles: Any, case: Case, gpu: GPU) -> tuple[float, float]:
+    """The predicted seconds of the product that tiles are for, and those on the chip, which memory may hide.
 
-    A step multiplies m rows by n outputs over k, and loads both; the longer of the two counts. With few stages under way,
-    the first loads are waited for: some 800 cycles, spread over the stages. A multiprocessor does 1024 products of bfloat16
-    and sums a cycle, and has 24 bytes of the second level of cache a cycle.
+    Those of Triton's tiles are as if the Hopper kernel had them.
     """
-    N, K = case.matrices[0]
-    halves = 2 if case.operation == "mlp" else 1
-    filled = min(case.shape.experts, case.rows)
-    row_tiles = filled * math.ceil(case.rows / filled / tiles.m)
-    # Triton's n counts gate and up together, Mosaic GPU's each of them.
-    outputs = tiles.n * (halves if hasattr(tiles, "swapped") else 1)
-    waves = math.ceil(row_tiles * math.ceil(N / outputs) / processors)
-    step = max(tiles.m * outputs * tiles.k / 1024, (tiles.m + outputs) * tiles.k * 2 / 24)
-    return waves * (math.ceil(K / tiles.k) * max(step, 800 / tiles.stages) + 800)
+    shape, fused = case.shape, case.operation == "mlp"
+    product = Product(
+        sizes=likely_sizes(case.tokens, shape.per_token, shape.experts),
+        halves=2 if fused else 1,
+        N=shape.expert_width if fused else shape.width,
+        K=shape.width if fused else shape.expert_width,
+        out_bytes=2 if fused else 4,
+    )
+    if not hasattr(tiles, "swapped"):
+        # Triton's n counts gate and up together, Mosaic GPU's each of them.
+        sizes = {name: getattr(tiles, name) for name in ("m", "k", "stages", "band")}
+        tiles = SimpleNamespace(**sizes, n=max(1, tiles.n // product.halves), swapped=False)
+    found = predict(product, tiles, gpu)
+    return found.seconds, found.on_chip
 
 
 def headline(kernel: str) -> None:

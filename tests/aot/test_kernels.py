@@ -100,9 +100,9 @@ def compile_mlp(up, down, rows, activation, limit, monkeypatch, capfd, out_dtype
 def check_ptxas(said: str, kernels: int = 2) -> None:
     """Hold what ptxas says of the kernels against what they are written for.
 
-    All three warpgroups enter with equally many registers, a third of the 40 and two times 232 that they take from there on by
-    setmaxnreg. Where ptxas leaves that instruction out, those who multiply have too few; where they enter with fewer than 168,
-    they wait for registers that nobody gives back.
+    All three warpgroups enter with equally many registers, a third of the 40 and two times 232 that they take from there on
+    by setmaxnreg. Where ptxas leaves that instruction out, those who multiply have too few; where they enter with fewer than
+    168, they wait for registers that nobody gives back.
     """
     assert said.count("for 'sm_90a'") == kernels, said
     assert said.count("0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads") == kernels, said

@@ -253,16 +253,23 @@ def test_every_planned_job_is_there_and_gpu_works_are_products_that_can_be_asked
 
 
 def test_cost_model_prefers_small_tiles_for_few_rows_and_keeps_the_kernels_own_choice() -> None:
+    from jaxmoe.hardware import GPUS
+    from jaxmoe.kernels.grouped_matmul import triton
     from jaxmoe.kernels.grouped_matmul.mosaic_gpu.tiles import Tiles
     from scripts._bench.cases import SHAPES, Case
     from scripts._session.tuned import cheapest, cost
 
     small, large = Tiles(m=16, n=128, k=64, stages=4, swapped=True), Tiles(m=128, n=128, k=64, stages=4, swapped=True)
     few, many = (Case("q", SHAPES["qwen3-30b-a3b"], "down", T, "uniform", "bfloat16") for T in (32, 16384))
-    assert cost(small, few, 132) < cost(large, few, 132)
-    assert cost(large, many, 132) < cost(small, many, 132)
-    others = [dataclasses.replace(small, band=band) for band in range(20)]
-    assert cheapest([large, *others], few, 132) == [large, *others[:11]]
+    h100 = GPUS["h100"]
+    assert cost(small, few, h100) < cost(large, few, h100)
+    assert cost(large, many, h100) < cost(small, many, h100)
+    others = [dataclasses.replace(small, band=band) for band in range(1, 20)]
+    assert cheapest([large, *others], few, h100) == [large, *others[:11]]
+    # Triton's n counts both halves.
+    fused = many._replace(operation="mlp")
+    same = triton.Tiles(m=128, n=256, k=64, stages=4, warps=8, band=8)
+    assert cost(same, fused, h100) == cost(dataclasses.replace(large, swapped=False), fused, h100)
 
 
 def test_summary_has_every_kind_of_result() -> None:

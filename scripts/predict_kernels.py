@@ -1,0 +1,130 @@
+#!/usr/bin/env python3
+"""How long should the experts of published models take on a GPU, by the model of the Hopper kernel, and what bounds them?
+
+It prints a table of the predicted microseconds of both products of a layer's experts in bfloat16, with the tiles that the
+kernel chooses and even routing, and beside them what sessions on such a GPU measured, where `results/` has any. The same
+table stands in docs/reference/kernel_times.md, where --write puts it.
+
+    python scripts/predict_kernels.py
+    python scripts/predict_kernels.py --chip h20 --parts
+    python scripts/predict_kernels.py --write
+"""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+from jaxmoe.hardware import GPU, get_gpu
+from jaxmoe.kernels.grouped_matmul.mosaic_gpu import Problem, choose_tiles
+from jaxmoe.kernels.grouped_matmul.predict import Prediction, Product, likely_sizes, predict
+from scripts._bench.cases import SHAPES, TOKENS, Case, Shape, floor_of
+from scripts._session.records import RESULTS, read_results
+
+PAGE = ROOT / "docs" / "reference" / "kernel_times.md"
+BEGIN, END = "<!-- by scripts/predict_kernels.py -->\n", "<!-- end -->\n"
+# (shape, tokens) -> seconds of both products, and the session that measured them.
+Measured = dict[tuple[str, int], tuple[float, str]]
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Parse the command line, predict, print or write."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--chip", default="h100", help="kind of GPU, a Hopper (default h100)")
+    parser.add_argument("--results", type=Path, default=ROOT / "results", help="folder of sessions' folders")
+    parser.add_argument("--parts", action="store_true", help="print the parts of each time, and the tiles, besides")
+    parser.add_argument("--write", action="store_true", help=f"put the table into {PAGE.relative_to(ROOT)}")
+    args = parser.parse_args(argv)
+    gpu = get_gpu(args.chip)
+    if gpu.compute_capability != (9, 0):
+        parser.error(
+            f"the model is one of the Hopper kernel; {gpu.name} has compute capability {gpu.compute_capability}"
+        )
+    lines = table(gpu, read_measured(args.results, gpu))
+    if args.write:
+        before, _, rest = PAGE.read_text(encoding="utf-8").partition(BEGIN)
+        PAGE.write_text(f"{before}{BEGIN}{lines}{END}{rest.partition(END)[2]}", encoding="utf-8")
+        return
+    print(lines, end="")
+    if args.parts:
+        print_parts(gpu)
+
+
+def products(shape: Shape, tokens: int) -> tuple[Product, Product]:
+    """Gate and up, and down with its results in float32, as a layer asks for them."""
+    sizes = likely_sizes(tokens, shape.per_token, shape.experts)
+    gate_up = Product(sizes=sizes, halves=2, N=shape.expert_width, K=shape.width)
+    return gate_up, Product(sizes=sizes, halves=1, N=shape.width, K=shape.expert_width, out_bytes=4)
+
+
+def tiles_of(product: Product) -> Any:
+    """The tiles that the kernel chooses, which sees the number of rows alone."""
+    sizes = {name: getattr(product, name) for name in ("halves", "N", "K", "row_bytes", "out_bytes", "weight_bits")}
+    return choose_tiles(Problem(R=product.rows, G=len(product.sizes), **sizes))
+
+
+def predictions(shape: Shape, tokens: int, gpu: GPU) -> tuple[Prediction, Prediction]:
+    """The predicted times of both products."""
+    gate_up, down = products(shape, tokens)
+    return predict(gate_up, tiles_of(gate_up), gpu), predict(down, tiles_of(down), gpu)
+
+
+def table(gpu: GPU, measured: Measured) -> str:
+    """The table in Markdown."""
+    seen = f" measured on {gpu.name} |" if measured else ""
+    lines = [
+        f"| experts | tokens | gate and up, µs | bound by | down, µs | bound by | both | floor |{seen}",
+        f"|---|---|---|---|---|---|---|---|{'---|' if measured else ''}",
+    ]
+    for name, shape in SHAPES.items():
+        for tokens in TOKENS:
+            up, down = predictions(shape, tokens, gpu)
+            sizes = products(shape, tokens)[0].sizes
+            touched = sum(size > 0 for size in sizes)
+            floor = floor_of(Case(name, shape, "mlp", tokens, "uniform", "bfloat16"), touched, 2)
+            both, least = up.seconds + down.seconds, floor.seconds(gpu.flops, gpu.memory_bandwidth)
+            cells = [name, str(tokens), _us(up.seconds), up.bound, _us(down.seconds), down.bound, _us(both), _us(least)]
+            if measured:
+                seconds, session = measured.get((name, tokens), (None, ""))
+                cells.append("" if seconds is None else f"{_us(seconds)} ({session})")
+            lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
+def _us(seconds: float) -> str:
+    return f"{seconds * 1e6:.0f}"
+
+
+def print_parts(gpu: GPU) -> None:
+    """Print the tiles and the parts of each time, in microseconds."""
+    for name, shape in SHAPES.items():
+        for tokens in TOKENS:
+            for what, product in zip(("gate and up", "down"), products(shape, tokens), strict=True):
+                tiles = tiles_of(product)
+                prediction = predict(product, tiles, gpu)
+                parts = ", ".join(f"{part} {_us(seconds)}" for part, seconds in prediction.parts.items() if seconds)
+                waves = f"{prediction.tiles} tiles in {prediction.waves} waves"
+                print(f"{name}, {tokens} tokens, {what}: {parts}; {waves}, {tiles}")
+
+
+def read_measured(folder: Path, gpu: GPU) -> Measured:
+    """What sessions on that kind of GPU measured of the kernel's MLPs, the newest of each case; not what is on a CPU."""
+    found: Measured = {}
+    for file in sorted(folder.glob(f"*/{RESULTS}")):
+        results = read_results(file.parent)
+        devices = {line.get("device") for line in results if line.get("kind") == "machine"}
+        if devices != {gpu.name}:
+            continue
+        for line in results:
+            ours = line.get("kind") == "speed" and line.get("side") == "mosaic_gpu" and line.get("routing") == "uniform"
+            if ours and not line.get("tuned"):
+                found[line["shape"], line["tokens"]] = line["seconds"], file.parent.name
+    return found
+
+
+if __name__ == "__main__":
+    main()
