@@ -258,20 +258,21 @@ class MoE(nnx.Module):
     ) -> tuple[jax.Array, MoEStats]:
         """The layer over a mesh of type Auto: y = W_out Σ_k weight_k · expert_{id_k}(W_in x) + shared(x)."""
         x_TD = x.reshape(-1, x.shape[-1])
-        router_TD = x_TD if router_x is None else router_x.reshape(x_TD.shape)
+        router_TD = None if router_x is None else router_x.reshape(x_TD.shape)
         ids_TK = None if expert_ids is None else expert_ids.reshape(-1, expert_ids.shape[-1])
         mask_T = jnp.ones(x_TD.shape[0], bool) if token_mask is None else token_mask.reshape(-1)
         if token_mask is not None:
             # Before anything multiplies by them: a cotangent of zero times NaN is NaN.
-            x_TD, router_TD = (jnp.where(mask_T[:, None], y_TD, 0) for y_TD in (x_TD, router_TD))
+            x_TD, router_TD = jax.tree.map(lambda y_TD: jnp.where(mask_T[:, None], y_TD, 0), (x_TD, router_TD))
         plan, latent = self._plan(x_TD.shape[0], x.dtype, dispatch), held(self, LatentProjection)
         weights, adapter_ids_T = self._routed_weights(), None
         if adapter_ids is not None:
             adapter_ids_T = adapter_ids.reshape(-1)
             weights, plan = self._with_factors(weights, plan)
-        y_TX, stats = routed_experts(
-            to_latent(x_TD, latent), router_TD, mask_T, ids_TK, weights, adapter_ids_T, plan=plan
-        )
+        expert_TX = to_latent(x_TD, latent)
+        if router_TD is None and expert_TX is not x_TD:
+            router_TD = x_TD
+        y_TX, stats = routed_experts(expert_TX, router_TD, mask_T, ids_TK, weights, adapter_ids_T, plan=plan)
         y_TD = from_latent(y_TX, latent, self.config.latent_norm_eps)
         if self.config.shared is not None:
             y_TD = y_TD + self._shared(x_TD, adapter_ids_T)

@@ -116,7 +116,7 @@ class RoutedPlan:
 @partial(jax.jit, static_argnames="plan")
 def routed_experts(
     x_TX: jax.Array,
-    router_TD: jax.Array,
+    router_TD: jax.Array | None,
     mask_T: jax.Array,
     expert_ids_TK: jax.Array | None,
     weights: RoutedWeights,
@@ -130,7 +130,7 @@ def routed_experts(
 
     Args:
         x_TX: inputs of the experts.
-        router_TD: inputs of the router.
+        router_TD: inputs of the router; None for those of the experts, which travel once then where they have to.
         mask_T: bool, False for tokens that go to no expert.
         expert_ids_TK: choices to take instead of the router's own, -1 for none; None for all of the router's own.
         weights: arrays of the layer.
@@ -142,7 +142,7 @@ def routed_experts(
     """
     layout, token_axes, T = plan.layout, plan.token_axes, x_TX.shape[0]
     padding = layout.tokens_per_device(T, token_axes) * layout.size(token_axes) - T
-    x_TX, router_TD = (jnp.pad(y_TD, ((0, padding), (0, 0))) for y_TD in (x_TX, router_TD))
+    x_TX, router_TD = jax.tree.map(lambda y_TD: jnp.pad(y_TD, ((0, padding), (0, 0))), (x_TX, router_TD))
     mask_T = jnp.pad(mask_T, (0, padding))
     if expert_ids_TK is not None:
         expert_ids_TK = jnp.pad(expert_ids_TK, ((0, padding), (0, 0)), constant_values=-1)
@@ -160,7 +160,7 @@ def routed_experts(
 
 def _on_one_device(
     x_TX: jax.Array,
-    router_TD: jax.Array,
+    router_TD: jax.Array | None,
     mask_T: jax.Array,
     given_TK: jax.Array | None,
     weights: RoutedWeights,
@@ -170,7 +170,7 @@ def _on_one_device(
 ) -> tuple[jax.Array, MoEStats]:
     """Serve one device's tokens by the experts of all, inside the `shard_map`."""
     config, token_axes, E = plan.config, plan.token_axes, plan.config.num_experts
-    logits_TE = router_logits(router_TD, weights.router, config.router)
+    logits_TE = router_logits(x_TX if router_TD is None else router_TD, weights.router, config.router)
     ids_TK, weights_TK = choose_experts(logits_TE, weights.router, config.num_experts_per_tok, config.router, given_TK)
     slots_TK = choose_replicas(
         x_TX,

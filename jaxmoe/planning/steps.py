@@ -4,6 +4,7 @@ import dataclasses
 import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from jaxmoe.layers import param_specs
 from jaxmoe.mesh import EP
 from jaxmoe.models import Decoder
 from jaxmoe.placement import ExpertPlacement
+from jaxmoe.planning.exchanges import Exchange, read_exchanges
 from jaxmoe.planning.planned import PlannedCheckpoint
 
 # An instruction of a compiled program: what it gives, and its name.
@@ -44,6 +46,7 @@ class CompiledStep:
         collectives: number of instructions between devices, by name.
         arrays: number of all instructions, by (instruction, shape of a result).
         text: text of the whole program, as XLA writes it.
+        mesh_shape: (axis, size) of each axis of the mesh.
     """
 
     argument_bytes: int
@@ -51,6 +54,12 @@ class CompiledStep:
     collectives: dict[str, int]
     arrays: dict[tuple[str, tuple[int, ...]], int]
     text: str
+    mesh_shape: tuple[tuple[str, int], ...]
+
+    @cached_property
+    def exchanges(self) -> tuple[Exchange, ...]:
+        """Every collective with its bytes, the axes that it runs along, and the work that hides it."""
+        return read_exchanges(self.text, self.mesh_shape)
 
     def instructions_giving(self, *shapes: tuple[int, ...]) -> set[str]:
         """Names of the instructions that give an array of one of these shapes."""
@@ -130,10 +139,13 @@ def compile_steps(
         programs.init_cache(leaves, shape)
         programs.prefill(leaves, shape, "nothing")
         programs.decode(leaves, shape, "nothing")
-    return {name: _step(programs.compiled[name, *rest]) for name, *rest in programs.compiled if name != "init_cache"}
+    sizes = tuple(mesh.shape.items())
+    return {
+        name: _step(programs.compiled[name, *rest], sizes) for name, *rest in programs.compiled if name != "init_cache"
+    }
 
 
-def _step(compiled: jax.stages.Compiled) -> CompiledStep:
+def _step(compiled: jax.stages.Compiled, mesh_shape: tuple[tuple[str, int], ...]) -> CompiledStep:
     memory, text = compiled.memory_analysis(), compiled.as_text()
     assert memory is not None
     assert text is not None
@@ -152,4 +164,5 @@ def _step(compiled: jax.stages.Compiled) -> CompiledStep:
         collectives={op: count for op, count in collectives.items() if count},
         arrays=dict(arrays),
         text=text,
+        mesh_shape=mesh_shape,
     )
