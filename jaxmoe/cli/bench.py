@@ -112,7 +112,7 @@ def _rows(model: str, tokens: int, layout: "DispatchLayout", args: argparse.Name
     chosen = explain_dispatch(shape, args.platform).name
     rows = []
     for name, backend in DISPATCHES.items():
-        if args.platform in backend.cannot_run:
+        if backend.reason_not_to(args.platform, layout):
             continue
         sent = expected_bytes(backend.collectives(shape))
         cost = dispatch_cost(backend, shape)

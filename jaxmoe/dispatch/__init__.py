@@ -40,8 +40,14 @@ DISPATCHES: dict[str, Dispatch] = {
 }
 
 
-def get_dispatch(name: str, platform: str) -> Dispatch:
+def get_dispatch(name: str, platform: str, layout: DispatchLayout | None = None, *, processes: int = 1) -> Dispatch:
     """The backend called `name`, to be run on `platform`.
+
+    Args:
+        name: key of `DISPATCHES`.
+        platform: platform of the mesh's devices.
+        layout: layout of the experts; None to ask for the platform alone.
+        processes: number of processes that have the devices.
 
     Raises:
         ValueError: there is none.
@@ -49,21 +55,22 @@ def get_dispatch(name: str, platform: str) -> Dispatch:
     """
     if name not in DISPATCHES:
         raise ValueError(f"dispatch backends are auto, {', '.join(DISPATCHES)}; got {name!r}")
-    if reason := DISPATCHES[name].cannot_run.get(platform):
-        raise NotImplementedError(f"dispatch {name!r} cannot run on {platform}: {reason}")
+    if reason := DISPATCHES[name].reason_not_to(platform, layout, processes):
+        raise NotImplementedError(f"dispatch {name!r} cannot run {reason}")
     return DISPATCHES[name]
 
 
-def explain_dispatch(shape: DispatchShape, platform: str) -> DispatchChoice:
+def explain_dispatch(shape: DispatchShape, platform: str, *, processes: int = 1) -> DispatchChoice:
     """Tell what "auto" chooses, and the modeled time of every backend; see `jaxmoe.dispatch.choose`.
 
     Args:
         shape: sizes of the call.
         platform: platform of the mesh's devices, "gpu" or "cpu".
+        processes: number of processes that have the devices.
 
     >>> mesh_shape = (("dp", 1), ("tp", 1), ("ep", 8))
     >>> layout = DispatchLayout(mesh_shape=mesh_shape, expert_axes=("ep",), partial_axes=("tp",), num_slots=64)
     >>> explain_dispatch(DispatchShape(tokens=1, choices=8, width=4096, itemsize=2, layout=layout), "gpu").name
     'replicated'
     """
-    return choose(list(DISPATCHES.values()), shape, platform)
+    return choose(list(DISPATCHES.values()), shape, platform, processes=processes)

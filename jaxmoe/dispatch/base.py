@@ -192,6 +192,8 @@ class Dispatch:
         memory_bytes: function from sizes to the bytes that a device copies from place to place in its own memory with even
             routing; the experts' own work is the same with every backend and left out.
         cannot_run: reason why it does not run, for each platform where it does not. Named there, it is refused with that.
+        breaks: function from the layout, on devices that the platform has, and the number of processes to the reason why it
+            would not come to an end there, and "" where it does. It is refused with that too.
         auto: flag that "auto" may choose it; without it, it runs only where it is named.
     """
 
@@ -201,4 +203,18 @@ class Dispatch:
     collectives: Callable[[DispatchShape], tuple[Collective, ...]]
     memory_bytes: Callable[[DispatchShape], float]
     cannot_run: Mapping[str, str] = dataclasses.field(default_factory=dict, hash=False)
+    breaks: Callable[[DispatchLayout, int], str] = lambda layout, processes: ""
     auto: bool = True
+
+    def reason_not_to(self, platform: str, layout: DispatchLayout | None = None, processes: int = 1) -> str:
+        """The reason why it is refused; "" where it runs.
+
+        Args:
+            platform: platform of the devices.
+            layout: layout of the experts; None to ask for the platform alone.
+            processes: number of processes that have the devices.
+        """
+        if reason := self.cannot_run.get(platform):
+            return f"on {platform}: {reason}"
+        reason = "" if layout is None else self.breaks(layout, processes)
+        return f"on this mesh: {reason}" if reason else ""

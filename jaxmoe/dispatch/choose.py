@@ -79,12 +79,12 @@ class DispatchChoice:
         return f"{self.name} for {self.tokens} tokens, by time modeled for {self.platform}: {times}{reasons}"
 
 
-def choose(backends: list[Dispatch], shape: DispatchShape, platform: str) -> DispatchChoice:
+def choose(backends: list[Dispatch], shape: DispatchShape, platform: str, *, processes: int = 1) -> DispatchChoice:
     """Choose the backend with the least modeled time; the first among equals."""
     rates_of = "cpu" if platform == "cpu" else "gpu"
     seconds, left_out = {}, {}
     for backend in backends:
-        if reason := backend.cannot_run.get(platform):
+        if reason := backend.cannot_run.get(platform) or backend.breaks(shape.layout, processes):
             left_out[backend.name] = reason
         elif not backend.auto:
             left_out[backend.name] = "used only where it is named"

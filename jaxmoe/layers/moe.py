@@ -120,10 +120,10 @@ class MoE(nnx.Module):
         slots_over = self.expert_axis_names
         self.dispatch, self.wire_dtype, self.kernels = dispatch, wire_dtype, kernels
         check_wire_dtype(wire_dtype)
-        self.check_dispatch(dispatch)
         if kernels != "auto":
             check_backend(kernels, mesh.devices.flat[0])
         placement = make_placement(placement, config.num_experts, axes_size(mesh, slots_over))
+        self._check_dispatch(dispatch, self._layout_of(placement.num_slots))
         param = ParamFactory(mesh, dtype, rngs, self.axes, kernels)
         hold(self, make_router_weights(config, param=param))
         hold(self, make_expert_stacks(config, placement, slots_over, self._width_axis_names, param=param))
@@ -314,12 +314,19 @@ class MoE(nnx.Module):
         return self.mesh.devices.flat[0].platform
 
     @property
+    def _processes(self) -> int:
+        return len({device.process_index for device in self.mesh.devices.flat})
+
+    @property
     def _layout(self) -> DispatchLayout:
+        return self._layout_of(self.w_gate_up.shape[0])
+
+    def _layout_of(self, num_slots: int) -> DispatchLayout:
         return DispatchLayout(
             mesh_shape=tuple(self.mesh.shape.items()),
             expert_axes=self.expert_axis_names,
             partial_axes=self._width_axis_names,
-            num_slots=self.w_gate_up.shape[0],
+            num_slots=num_slots,
             wire_dtype=self.wire_dtype,
             axes=self.axes,
         )
@@ -337,7 +344,7 @@ class MoE(nnx.Module):
         K, D = self.config.num_experts_per_tok, self.config.expert_input_size
         itemsize = jnp.dtype(self._activation_dtype if dtype is None else dtype).itemsize
         shape = DispatchShape(tokens=tokens, choices=K, width=D, itemsize=itemsize, layout=self._layout)
-        return explain_dispatch(shape, self._platform)
+        return explain_dispatch(shape, self._platform, processes=self._processes)
 
     def check_dispatch(self, name: str) -> None:
         """Refuse a dispatch that is not known or cannot run on this mesh.
@@ -346,8 +353,11 @@ class MoE(nnx.Module):
             ValueError: there is no backend of that name.
             NotImplementedError: it cannot run on these devices.
         """
+        self._check_dispatch(name, self._layout)
+
+    def _check_dispatch(self, name: str, layout: DispatchLayout) -> None:
         if name != "auto":
-            get_dispatch(name, self._platform)
+            get_dispatch(name, self._platform, layout, processes=self._processes)
 
     def _choose_kernels(self, T: int, dtype: Any) -> Choice:
         if self.kernels != "auto":
@@ -368,7 +378,8 @@ class MoE(nnx.Module):
     def _plan(self, T: int, dtype: Any, dispatch: str | None = None) -> RoutedPlan:
         name = dispatch or self.dispatch
         # Public methods are not called from here: nnx.tabulate jits them all, and their results are no arrays.
-        backend = get_dispatch(self._explain_dispatch(T, dtype).name if name == "auto" else name, self._platform)
+        name = self._explain_dispatch(T, dtype).name if name == "auto" else name
+        backend = get_dispatch(name, self._platform, self._layout, processes=self._processes)
         return RoutedPlan(
             config=self.config,
             mesh=auto_mesh(self.mesh),

@@ -40,6 +40,42 @@ def test_a_backend_for_gpus_is_refused_elsewhere_and_never_chosen(platform):
             assert explain_dispatch(shape_of(T, 2, layout), platform).name != "ragged_all_to_all"
 
 
+def test_a_backend_is_refused_where_xla_breaks(monkeypatch):
+    wide = layout_of(1, 64)
+    with pytest.raises(
+        NotImplementedError, match=r"cannot run on this mesh: .* 32 ranks, .* with 64, here along ep: use 'all"
+    ):
+        get_dispatch("ragged_all_to_all", "gpu", wide)
+    over_both = layout_of(8, 8, ("ep", "tp"))
+    with pytest.raises(
+        NotImplementedError, match=r"with 64, here along ep and tp: .* or expert_axes of at most 32 devices"
+    ):
+        get_dispatch("ragged_all_to_all", "gpu", over_both)
+    assert "writes beyond it" in explain_dispatch(shape_of(4096, 2, wide), "gpu").left_out["ragged_all_to_all"]
+    # As many ranks as its barrier has room for, however many devices there are.
+    for layout in (layout_of(1, 32), layout_of(8, 32)):
+        assert get_dispatch("ragged_all_to_all", "gpu", layout, processes=4).name == "ragged_all_to_all"
+    flag = "--xla_gpu_experimental_ragged_all_to_all_use_device_kernel"
+    for flags, breaks in (
+        (flag, True),
+        (f"{flag}=true --other", True),
+        (f"{flag}=true {flag}=false", False),
+        ("--a=1", False),
+    ):
+        monkeypatch.setenv("XLA_FLAGS", flags)
+        assert get_dispatch("ragged_all_to_all", "gpu", layout_of(1, 8))
+        choice = explain_dispatch(shape_of(4096, 2, layout_of(1, 8)), "gpu", processes=2)
+        assert ("crashes" in choice.left_out["ragged_all_to_all"]) == breaks
+        if breaks:
+            with pytest.raises(
+                NotImplementedError, match=f"{flag} asks for crashes in a run of several processes, here 2"
+            ):
+                get_dispatch("ragged_all_to_all", "gpu", layout_of(1, 8), processes=2)
+        else:
+            assert get_dispatch("ragged_all_to_all", "gpu", layout_of(1, 8), processes=2)
+    assert get_dispatch("all_to_all", "gpu", wide, processes=8).name == "all_to_all"
+
+
 @pytest.mark.parametrize("platform", ["gpu", "cpu"])
 @pytest.mark.parametrize("layout", [layout_of(1, 8), layout_of(2, 4), layout_of(2, 4, ("ep", "tp"))])
 def test_few_tokens_are_replicated_and_many_exchanged(platform, layout):

@@ -192,6 +192,18 @@ def test_the_choice_of_a_dispatch_is_explained_and_taken():
     assert layer.explain_dispatch(1).name == "replicated"
 
 
+def test_a_dispatch_that_would_break_on_the_mesh_is_refused_before_there_are_weights(monkeypatch):
+    monkeypatch.setattr(jaxmoe.MoE, "_platform", "gpu")
+    monkeypatch.setattr("jaxmoe.dispatch.ragged_all_to_all.MOST_RANKS", 4)
+    message = "'ragged_all_to_all' cannot run on this mesh: .* 4 ranks, .* with 8, here along ep: use 'all_to_all'"
+    with pytest.raises(NotImplementedError, match=message):
+        jaxmoe.MoE(CONFIG, mesh=mesh_of(1, 1, 8), dispatch="ragged_all_to_all")
+    layer = jaxmoe.MoE(CONFIG, mesh=mesh_of(1, 2, 4), dispatch="ragged_all_to_all")
+    layer.check_dispatch("ragged_all_to_all")
+    with pytest.raises(NotImplementedError, match="here along ep and tp"):
+        jaxmoe.MoE(CONFIG, mesh=mesh_of(1, 2, 4), expert_axes=("ep", "tp"), dispatch="ragged_all_to_all")
+
+
 def test_bad_input_is_refused():
     mesh = mesh_of(1, 8, 1)
     with pytest.raises(ValueError, match=r"num_experts_per_tok=12 is above num_experts=11"):
