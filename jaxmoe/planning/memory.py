@@ -192,7 +192,7 @@ def plan_config(
     notes: tuple[str, ...] = ()
     beside: dict[str, np.ndarray] = {}
     if checkpoint is not None:
-        mapped = checkpoint.onto({spec.path: spec for spec in param_specs(model)})
+        mapped = checkpoint.onto({spec.path: spec for spec in param_specs(model)}, one_expert=not adapters)
         method = None if checkpoint.quantization is None else checkpoint.quantization.method
         stored = stored_weights(mapped, method)
         if adapters:

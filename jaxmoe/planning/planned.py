@@ -42,13 +42,17 @@ class PlannedCheckpoint(NamedTuple):
         family, config = read_model_config(directory, mtp=mtp)
         return cls(directory, family, config, read_quantization(directory), mtp)
 
-    def onto(self, specs: Mapping[str, ParamSpec]) -> MappedCheckpoint:
+    def onto(self, specs: Mapping[str, ParamSpec], *, one_expert: bool = False) -> MappedCheckpoint:
         """Map its tensors to parameters: those that its headers tell of, or those that its config promises.
 
         Args:
             specs: parameters of the model, as plain arrays.
+            one_expert: whether one expert may stand for all of its layer in what the config promises, see
+                `expected_checkpoint`.
         """
         try:
             return FamilyCheckpoint.open(self.directory, mtp=self.mtp).onto(specs)
         except FileNotFoundError:  # no weights, or not all of them
-            return expected_checkpoint(specs, self.family, self.config, self.quantization, self.directory)
+            return expected_checkpoint(
+                specs, self.family, self.config, self.quantization, self.directory, one_expert=one_expert
+            )
