@@ -33,6 +33,8 @@ CASES = [
 ]
 
 
+CACHE = "key/value cache and state"
+
 # Of these the short run generates as well: windows and sinks, a latent cache, and a recurrent state.
 GREEDY = ("gpt_oss", "deepseek_v3", "qwen3_next")
 
@@ -52,6 +54,9 @@ def test_logits_and_greedy_tokens(family, placement, mesh_shape):
     report = model.load_report
     assert report.bytes_read == report.bytes_needed
     assert len(set(report.expert_bytes_per_device.values())) == 1
+    planned = jaxmoe.plan(GOLDENS / family / "original", **mesh.shape, placement=placement)
+    parameters = {device: held - planned.parts[CACHE][device] for device, held in planned.bytes_per_device.items()}
+    assert [*parameters.values()] == [report.bytes_per_device[device.id] for device in mesh.devices.flat]
     check_logits(model, expected)
     if generates(family, mesh_shape):
         check_greedy(model, expected)
