@@ -1,7 +1,23 @@
-"""Planning for devices that are not there: the memory that a model takes, and its compiled programs."""
+"""Planning for devices that are not there: memory and time that a model takes, and its compiled programs."""
 
 from jaxmoe.planning.memory import Plan, plan
+from jaxmoe.planning.roofline import StepTime, step_time
+from jaxmoe.planning.search import MeshChoice, MeshSearch, search_meshes
 from jaxmoe.planning.steps import CompiledStep, compile_steps
+from jaxmoe.planning.sweeps import SweepPoint, sweep
 from jaxmoe.planning.topology import gpu_topology
 
-__all__ = ["CompiledStep", "Plan", "compile_steps", "gpu_topology", "plan"]
+__all__ = [
+    "CompiledStep",
+    "MeshChoice",
+    "MeshSearch",
+    "Plan",
+    "StepTime",
+    "SweepPoint",
+    "compile_steps",
+    "gpu_topology",
+    "plan",
+    "search_meshes",
+    "step_time",
+    "sweep",
+]

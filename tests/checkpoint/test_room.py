@@ -8,6 +8,7 @@ import pytest
 
 import jaxmoe
 from jaxmoe.checkpoint.loading import room
+from jaxmoe.planning.memory import CACHE
 from tests.support.goldens import GOLDENS
 from tests.support.meshes import mesh_of
 from tests.support.quantized_checkpoints import write_pair
@@ -17,7 +18,7 @@ QWEN = GOLDENS / "qwen3_moe" / "original"
 
 def held_on(path, shape, **options) -> int:
     plan = jaxmoe.plan(path, **dict(zip(("dp", "tp", "ep"), shape, strict=True)), **options)
-    return round(max(plan.bytes_per_device.values()) - plan.parts["key/value cache and state"].max())
+    return round(max(plan.bytes_per_device.values()) - plan.parts[CACHE].max())
 
 
 def refused(path, mesh, **options) -> str:

@@ -11,6 +11,7 @@ from safetensors.numpy import save_file
 
 import jaxmoe
 from jaxmoe.layers import params_by_path
+from jaxmoe.planning.memory import CACHE
 from tests.support import runs
 from tests.support.families import EVERY_KIND, FAMILIES, NEW_TOKENS, ON_EVERY_MESH
 from tests.support.goldens import GOLDENS, check_alone, check_greedy, check_logits, read_expected
@@ -32,8 +33,6 @@ CASES = [
     )
 ]
 
-
-CACHE = "key/value cache and state"
 
 # Of these the short run generates as well: windows and sinks, a latent cache, and a recurrent state.
 GREEDY = ("gpt_oss", "deepseek_v3", "qwen3_next")
