@@ -2,15 +2,19 @@
 
 import argparse
 import json
-from typing import TYPE_CHECKING
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from jaxmoe.cli import options
 from jaxmoe.cli.units import show_bytes, show_count
 
 if TYPE_CHECKING:
-    from jaxmoe.planning import Plan
+    from jaxmoe.planning import MeshSearch, Plan, SweepPoint
 
-HELP = "tell what each device would hold of a model, from its config.json alone"
+# Layouts that a table shows; --json has all.
+_SHOWN = 10
+
+HELP = "tell what each device would hold of a model, and which mesh would be best, from its config.json alone"
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -20,15 +24,23 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         metavar="PATH",
         help="a checkpoint directory, or a name in the hub's cache; its config.json is all that is read",
     )
-    parser.add_argument(
+    where = parser.add_mutually_exclusive_group()
+    where.add_argument(
         "--mesh",
         type=options.mesh_sizes,
-        default="dp=1,tp=1,ep=1",
         metavar="dp=1,tp=2,ep=4",
-        help="mesh sizes, axes left out being 1 (one device)",
+        help="mesh sizes, axes left out being 1 (default: one device)",
+    )
+    where.add_argument(
+        "--devices", type=options.count, metavar="N", help="try every mesh of N devices, and rank them by modeled time"
     )
     options.add_placement(parser)
-    options.add_expert_axes(parser)
+    parser.add_argument(
+        "--expert-axes",
+        type=options.axes,
+        metavar="ep,tp",
+        help="mesh axes that share the experts (ep; with --devices every way is tried)",
+    )
     parser.add_argument("--device", metavar="NAME", help="compare with the memory of a kind of device, such as h100")
     parser.add_argument("--dtype", help="of weights and cache (default: the config's own)")
     options.add_quantized(parser, default="keep")
@@ -44,6 +56,22 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         metavar="NAME=DIR",
         help="a LoRA adapter to hold beside the weights (repeatable)",
     )
+    parser.add_argument(
+        "--rank-by", choices=("decode", "prefill"), default="decode", help="step whose time ranks --devices (decode)"
+    )
+    parser.add_argument(
+        "--prompt-length", type=options.count, metavar="S", help="tokens of each in the prefill (half of --max-length)"
+    )
+    parser.add_argument(
+        "--devices-per-node", type=options.count, default=8, metavar="N", help="devices with the faster links (8)"
+    )
+    parser.add_argument(
+        "--sweep",
+        type=options.names,
+        metavar="batch,context",
+        help="memory and decode time for batches and contexts of powers of two, with --device",
+    )
+    parser.add_argument("--html", metavar="FILE", help="write the answer as one page with pictures (needs matplotlib)")
     parser.add_argument("--json", action="store_true", help="everything as one JSON object")
 
 
@@ -51,11 +79,19 @@ def run(args: argparse.Namespace) -> None:
     """Print the plan. A model that does not fit is an answer, not an error."""
     from jaxmoe.planning import plan
 
+    _check(args)
+    search = None if args.devices is None else _search(args)
+    best = None if search is None else next(iter((*search.choices, *search.too_large)), None)
+    if search is not None and best is None:
+        raise ValueError(" ".join(search.explain()))
+    mesh = args.mesh or {} if best is None else best.mesh
+    axes = args.expert_axes or ("ep",) if best is None else best.expert_axes
+    placement = options.read_placement(args.placement)
     report = plan(
         args.checkpoint,
-        **args.mesh,
-        placement=options.read_placement(args.placement),
-        expert_axes=args.expert_axes,
+        **mesh,
+        placement=placement,
+        expert_axes=axes,
         dtype=args.dtype,
         quantized=args.quantized,
         activations=args.activations,
@@ -65,10 +101,142 @@ def run(args: argparse.Namespace) -> None:
         device=args.device,
         adapters=dict(args.adapter),
     )
+    points = [] if args.sweep is None else _sweep(args, report, axes)
+    if args.html is not None:
+        _write_page(args.html, report, search, points)
     if args.json:
-        print(json.dumps(report.to_dict()))
-    else:
-        _print(report)
+        more: dict[str, Any] = {} if search is None else {"search": search.to_dict()}
+        more |= {"sweep": [point.to_dict() for point in points]} if points else {}
+        print(json.dumps(report.to_dict() | more))
+        return
+    if search is not None:
+        _print_search(search)
+    _print(report)
+    if points:
+        _print_sweep(points)
+
+
+def _check(args: argparse.Namespace) -> None:
+    """Refuse options that do not go together."""
+    if args.device is None and (args.devices is not None or args.sweep is not None):
+        raise ValueError("--devices and --sweep compare with a kind of device: name it with --device, such as h100")
+    if args.devices is None:
+        return
+    if args.expert_axes is not None:
+        raise ValueError("--devices tries every way of sharing the experts; leave --expert-axes out, or give a --mesh")
+    if args.placement.endswith(".json"):
+        raise ValueError(
+            "a file of placements is for one number of devices that share the experts; give a --mesh with it"
+        )
+    if args.adapter or args.activations:
+        raise ValueError("--devices ranks a model's own weights; give a --mesh to plan --adapter or --activations")
+
+
+def _search(args: argparse.Namespace) -> "MeshSearch":
+    from jaxmoe.planning import search_meshes
+
+    return search_meshes(
+        args.checkpoint,
+        args.devices,
+        device=args.device,
+        batch_size=args.batch_size,
+        max_length=args.max_length,
+        prompt_length=args.prompt_length,
+        devices_per_node=args.devices_per_node,
+        placement=args.placement,
+        dtype=args.dtype,
+        quantized=args.quantized,
+        mtp=args.mtp,
+        rank_by=args.rank_by,
+    )
+
+
+def _sweep(args: argparse.Namespace, report: "Plan", expert_axes: tuple[str, ...]) -> "list[SweepPoint]":
+    from jaxmoe.planning import sweep
+
+    if unknown := set(args.sweep) - {"batch", "context"}:
+        raise ValueError(f"--sweep goes over batch, context or both; got {', '.join(sorted(unknown))}")
+    batches, lengths = [report.batch_size], [report.max_length]
+    if "batch" in args.sweep:
+        batches = [2**power for power in range(0, 11, 2)]
+    if "context" in args.sweep:
+        lengths = [1024 * 4**power for power in range(5)]
+        lengths = [length for length in lengths if report.positions is None or length <= report.positions] or [
+            report.max_length
+        ]
+    return sweep(
+        args.checkpoint,
+        **report.mesh,
+        device=args.device,
+        batch_sizes=batches,
+        lengths=lengths,
+        placement=options.read_placement(args.placement),
+        expert_axes=expert_axes,
+        devices_per_node=args.devices_per_node,
+        dtype=args.dtype,
+        quantized=args.quantized,
+        mtp=args.mtp,
+    )
+
+
+def _write_page(file: str, report: "Plan", search: "MeshSearch | None", points: "list[SweepPoint]") -> None:
+    from jaxmoe.viz import plan_page
+
+    Path(file).write_text(plan_page(report, search=search, sweep=points), encoding="utf-8")
+
+
+def _print_search(search: "MeshSearch") -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    console = Console()
+    table = Table(
+        title=f"{search.batch_size} sequences; decode at {search.max_length // 2:,} tokens, prefill of "
+        f"{search.prompt_length:,} each; times are modeled"
+    )
+    for name in ("mesh", "experts over"):
+        table.add_column(name, no_wrap=True)
+    for name in ("GB", "decode", "tokens/s", "prefill", "most in"):
+        table.add_column(name, justify="right")
+    for choice in search.choices[:_SHOWN]:
+        step = getattr(choice, search.rank_by)
+        table.add_row(
+            ",".join(f"{axis}={size}" for axis, size in choice.mesh.items()),
+            ",".join(choice.expert_axes),
+            f"{choice.bytes_per_device / 1e9:.1f}",
+            f"{choice.decode.seconds * 1e3:.1f} ms",
+            f"{choice.decode.tokens_per_second:,.0f}",
+            f"{choice.prefill.seconds * 1e3:.0f} ms",
+            next(iter(step.terms())),
+        )
+    if search.choices:
+        console.print(table)
+    counts = [f"{len(search.choices)} fit"]
+    counts += [f"{len(search.too_large)} do not"] if search.too_large else []
+    counts += [f"on {len(search.left_out)} the model cannot lie"] if search.left_out else []
+    console.print(f"Of the layouts {', '.join(counts)}.", highlight=False)
+    for line in search.explain():
+        console.print(line, highlight=False)
+
+
+def _print_sweep(points: "list[SweepPoint]") -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    lengths = sorted({point.length for point in points})
+    table = Table(title="GB on the fullest device, and a modeled decode step")
+    table.add_column("sequences", justify="right")
+    for length in lengths:
+        table.add_column(f"{length:,} tokens", justify="right")
+    for batch_size in sorted({point.batch_size for point in points}):
+        own = {point.length: point for point in points if point.batch_size == batch_size}
+        cells = [
+            f"{own[length].bytes_per_device / 1e9:.1f}"
+            + (f" · {own[length].decode.seconds * 1e3:.1f} ms" if own[length].fits else " no room")
+            for length in lengths
+        ]
+        table.add_row(f"{batch_size:,}", *cells)
+    Console().print(table)
 
 
 def _print(report: "Plan") -> None:
@@ -97,6 +265,12 @@ def _print(report: "Plan") -> None:
     if report.capacity is not None:
         verdict = "fits" if report.fits else "does not fit"
         console.print(f"{verdict} in the {show_bytes(report.capacity)} of {report.device}, activations not counted")
+        if report.fits:
+            console.print(
+                f"{show_bytes(report.headroom or 0)} are left: there is room for {report.largest_batch:,} sequences of "
+                f"{report.max_length:,} tokens, or {report.batch_size:,} of {report.largest_length:,}",
+                highlight=False,
+            )
 
 
 def _describe_stored(report: "Plan") -> str:

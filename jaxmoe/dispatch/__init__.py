@@ -6,7 +6,7 @@ A backend is one file with a `Dispatch` and a line in `DISPATCHES`.
 from jaxmoe.dispatch.all_gather import ALL_GATHER
 from jaxmoe.dispatch.all_to_all import ALL_TO_ALL
 from jaxmoe.dispatch.base import Buffers, Dispatch, DispatchLayout, DispatchShape, DispatchStats, Experts, RunDispatch
-from jaxmoe.dispatch.choose import RATES, DispatchChoice, DispatchCost, choose, dispatch_cost
+from jaxmoe.dispatch.choose import RATES, DispatchChoice, DispatchCost, choose, dispatch_collectives, dispatch_cost
 from jaxmoe.dispatch.collectives import Collective, DispatchBytes, expected_bytes
 from jaxmoe.dispatch.phases import PhaseDispatch
 from jaxmoe.dispatch.ragged_all_to_all import RAGGED_ALL_TO_ALL
@@ -29,6 +29,7 @@ __all__ = [
     "PhaseDispatch",
     "RunDispatch",
     "check_wire_dtype",
+    "dispatch_collectives",
     "dispatch_cost",
     "expected_bytes",
     "explain_dispatch",

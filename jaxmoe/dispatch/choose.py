@@ -32,13 +32,17 @@ class DispatchCost:
 
 def dispatch_cost(backend: Dispatch, shape: DispatchShape) -> DispatchCost:
     """Count one round of a backend with even routing, and the way of the tokens from attention to it and back."""
-    every = backend.collectives(shape) + _boundary(backend, shape)
-    real = [each for each in every if each.devices > 1]
+    real = [each for each in dispatch_collectives(backend, shape) if each.devices > 1]
     return DispatchCost(
         wire_bytes=sum(each.wire_bytes for each in real),
         memory_bytes=backend.memory_bytes(shape),
         collectives=len(real),
     )
+
+
+def dispatch_collectives(backend: Dispatch, shape: DispatchShape) -> tuple[Collective, ...]:
+    """List the collectives of one round with even routing, and those by which tokens come from attention and go back."""
+    return backend.collectives(shape) + _boundary(backend, shape)
 
 
 def _boundary(backend: Dispatch, shape: DispatchShape) -> tuple[Collective, ...]:

@@ -16,7 +16,7 @@ from jaxmoe.layers.embedding import VocabTable
 from jaxmoe.layers.logical import abstract_logical_state, load_logical_state, logical_state
 from jaxmoe.layers.mixers import TOKEN_MIXERS, make_token_mixer
 from jaxmoe.layers.mlp import MLP
-from jaxmoe.layers.moe import MoE
+from jaxmoe.layers.moe import MoE, dispatch_shape
 from jaxmoe.layers.moe_checks import check_expert_axes
 from jaxmoe.layers.ngrams import NGrams
 from jaxmoe.layers.norm import NORMS, RMSNorm
@@ -54,6 +54,7 @@ __all__ = [
     "check_expert_axes",
     "check_swap",
     "check_usable",
+    "dispatch_shape",
     "factor_specs",
     "held_factors",
     "held_ranks",

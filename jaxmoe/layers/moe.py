@@ -341,10 +341,7 @@ class MoE(nnx.Module):
         return self._explain_dispatch(tokens, dtype)
 
     def _explain_dispatch(self, tokens: int, dtype: Any) -> DispatchChoice:
-        K, D = self.config.num_experts_per_tok, self.config.expert_input_size
-        itemsize = jnp.dtype(self._activation_dtype if dtype is None else dtype).itemsize
-        shape = DispatchShape(tokens=tokens, choices=K, width=D, itemsize=itemsize, layout=self._layout)
-        return explain_dispatch(shape, self._platform, processes=self._processes)
+        return explain_dispatch(dispatch_shape(self, tokens, dtype), self._platform, processes=self._processes)
 
     def check_dispatch(self, name: str) -> None:
         """Refuse a dispatch that is not known or cannot run on this mesh.
@@ -389,3 +386,14 @@ class MoE(nnx.Module):
             replica_choice=self.replica_choice,
             stack_specs=tuple(jax.tree.leaves(self._specs.specs_as(self, ExpertStacks))),
         )
+
+
+def dispatch_shape(layer: MoE, tokens: int, dtype: Any = None) -> DispatchShape:
+    """Sizes of a call of a layer, as dispatch sees them; arguments are those of `MoE.explain_dispatch`."""
+    return DispatchShape(
+        tokens=tokens,
+        choices=layer.config.num_experts_per_tok,
+        width=layer.config.expert_input_size,
+        itemsize=jnp.dtype(layer._activation_dtype if dtype is None else dtype).itemsize,
+        layout=layer._layout,
+    )

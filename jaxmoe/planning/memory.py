@@ -16,7 +16,7 @@ from jaxmoe.checks import flag, integer
 from jaxmoe.config import DecoderConfig
 from jaxmoe.hardware import get_gpu
 from jaxmoe.layers import CacheArray, ParamSpec, factor_specs, param_specs
-from jaxmoe.mesh import AXES, EP, batch_axes, named, padded_batch
+from jaxmoe.mesh import AXES, EP, MODEL_AXES, axes_size, batch_axes, named, padded_batch
 from jaxmoe.models import Decoder
 from jaxmoe.models.parts import held_forms, part_of
 from jaxmoe.placement import ExpertPlacement
@@ -24,6 +24,7 @@ from jaxmoe.planning.planned import PlannedCheckpoint
 from jaxmoe.planning.stored import StoredWeights, stored_weights
 
 _DTYPES = ("float32", "bfloat16", "float16")
+CACHE = "key/value cache and state"
 # What a plan calls the slots of `ExpertPlacement.slot_uses`.
 _PART_OF_USE = {"experts": "routed experts", "replicas": "replicas", "padding": "padding slots"}
 
@@ -49,6 +50,10 @@ class Plan:
         stored: formats and bytes of the weights in the checkpoint's files; None for a config without a checkpoint.
         held: {part: {packed form, or a dtype: arrays on the devices}}, as `jaxmoe.load` would hold them.
         notes: reasons why quantized weights are decoded.
+        positions: positions of the model, the most tokens of a sequence.
+        largest_batch: most sequences of `max_length` tokens for whose cache there is room beside the weights, 0 where there
+            is none; None without a kind of device.
+        largest_length: most tokens of each of `batch_size` sequences, likewise.
     """
 
     model_type: str
@@ -64,6 +69,9 @@ class Plan:
     stored: StoredWeights | None = None
     held: dict[str, dict[str, int]] = dataclasses.field(default_factory=dict)
     notes: tuple[str, ...] = ()
+    positions: int | None = None
+    largest_batch: int | None = None
+    largest_length: int | None = None
 
     @property
     def bytes_per_device(self) -> dict[int, int]:
@@ -75,11 +83,21 @@ class Plan:
         """Whether the fullest device has room for all parts; None without a kind of device."""
         return None if self.capacity is None else max(self.bytes_per_device.values()) <= self.capacity
 
+    @property
+    def headroom(self) -> int | None:
+        """Bytes of its memory that the fullest device has left; negative where it does not fit, None without a kind."""
+        return None if self.capacity is None else int(self.capacity) - max(self.bytes_per_device.values())
+
     def to_dict(self) -> dict[str, Any]:
         """The plan as plain types, for JSON."""
         fields = dataclasses.asdict(self) | {"parts": {name: part.tolist() for name, part in self.parts.items()}}
         stored = None if self.stored is None else self.stored.to_dict()
-        return fields | {"bytes_per_device": self.bytes_per_device, "fits": self.fits, "stored": stored}
+        return fields | {
+            "bytes_per_device": self.bytes_per_device,
+            "fits": self.fits,
+            "headroom": self.headroom,
+            "stored": stored,
+        }
 
 
 def plan(
@@ -172,40 +190,33 @@ def plan_config(
 
     Adapters are of a checkpoint.
     """
-    if max_length is None:
-        max_length = min(4096, config.max_position_embeddings)
     sizes = {name: integer(name, size, least=1) for name, size in {"dp": dp, "tp": tp, "ep": ep}.items()}
     batch_size = integer("batch_size", batch_size, least=1)
-    max_length = integer("max_length", max_length, least=1)
+    max_length = checked_length(config, max_length)
     gpu = None if device is None else get_gpu(device)
-    if max_length > config.max_position_embeddings:
-        raise ValueError(
-            f"the model has {config.max_position_embeddings} positions: max_length={max_length} is more than that"
-        )
-    name = dtype or config.dtype or "bfloat16"
-    if name not in _DTYPES:
-        raise ValueError(f"dtype is one of {', '.join(_DTYPES)}; got {name!r}: pass the one the model is to run in")
-
+    name = checked_dtype(config, dtype)
     model = abstract_model(config, sizes=sizes, placement=placement, expert_axes=expert_axes, dtype=jnp.dtype(name))
     parameters, active = count_parameters(config)
     stored: StoredWeights | None = None
     notes: tuple[str, ...] = ()
     beside: dict[str, np.ndarray] = {}
     if checkpoint is not None:
-        mapped = checkpoint.onto({spec.path: spec for spec in param_specs(model)})
+        mapped = checkpoint.onto({spec.path: spec for spec in param_specs(model)}, one_expert=not adapters)
         method = None if checkpoint.quantization is None else checkpoint.quantization.method
         stored = stored_weights(mapped, method)
         if adapters:
             ranks = plan_ranks(model, adapters, mapped, checkpoint.family)
             beside["adapters"] = np.full(model.mesh.size, _factor_bytes(mapped.specs, ranks, len(adapters)), np.float64)
         notes = pack_model(model, mapped, rounding=rounding).notes() if keep else ()
+    parts = weight_parts(model) | beside
+    room = None if gpu is None else gpu.memory - np.sum(list(parts.values()), axis=0).max()
     return Plan(
         model_type=config.model_type,
         mesh=sizes,
         dtype=name,
         batch_size=batch_size,
         max_length=max_length,
-        parts={**_weights(model), **beside, "key/value cache and state": _cache(model, batch_size, max_length)},
+        parts=parts | {CACHE: cache_bytes(model, batch_size, max_length)},
         device=device,
         capacity=None if gpu is None else gpu.memory,
         parameters=parameters,
@@ -213,10 +224,34 @@ def plan_config(
         stored=stored,
         held=held_forms(model, model.dtype),
         notes=notes,
+        positions=config.max_position_embeddings,
+        largest_batch=None if room is None else _largest_batch(model, max_length, room),
+        largest_length=None if room is None else _largest_length(model, batch_size, room),
     )
 
 
-def _weights(model: Decoder) -> dict[str, np.ndarray]:
+def checked_length(config: DecoderConfig, max_length: int | None) -> int:
+    """The tokens of each sequence that a plan has room for: those asked for, or 4096, or all positions that there are."""
+    if max_length is None:
+        return min(4096, config.max_position_embeddings)
+    max_length = integer("max_length", max_length, least=1)
+    if max_length > config.max_position_embeddings:
+        raise ValueError(
+            f"the model has {config.max_position_embeddings} positions: max_length={max_length} is more than that"
+        )
+    return max_length
+
+
+def checked_dtype(config: DecoderConfig, dtype: str | None) -> str:
+    """The dtype of weights and cache: the one asked for, or the config's, or bfloat16."""
+    name = dtype or config.dtype or "bfloat16"
+    if name not in _DTYPES:
+        raise ValueError(f"dtype is one of {', '.join(_DTYPES)}; got {name!r}: pass the one the model is to run in")
+    return name
+
+
+def weight_parts(model: Decoder) -> dict[str, np.ndarray]:
+    """Bytes of a model's parameters by part, {name: float64 [devices]}; parts of which there are none are left out."""
     parts: dict[str, np.ndarray] = {
         name: np.zeros(model.mesh.size)
         for name in (*_PART_OF_USE.values(), "shared experts", "attention", "embedding and head")
@@ -251,7 +286,8 @@ def _expert_rank(model: Decoder, expert_axes: tuple[str, ...]) -> np.ndarray:
     return np.ravel_multi_index(tuple([places[axis] for axis in expert_axes]), sizes)
 
 
-def _cache(model: Decoder, batch_size: int, max_length: int) -> np.ndarray:
+def cache_bytes(model: Decoder, batch_size: int, max_length: int) -> np.ndarray:
+    """Bytes of the cache for so many sequences of so many tokens, float64 [devices]."""
     rows = padded_batch(model.mesh, batch_size)
     batch = batch_axes(model.mesh, rows)
 
@@ -262,3 +298,22 @@ def _cache(model: Decoder, batch_size: int, max_length: int) -> np.ndarray:
 
     arrays = [layer.cache_arrays(rows, max_length) for layer in model.layers]
     return np.full(model.mesh.size, sum(map(on_device, jax.tree.leaves(arrays))), np.float64)
+
+
+def _largest_batch(model: Decoder, max_length: int, room: float) -> int:
+    """Most sequences whose cache takes at most `room` bytes of a device; each device has as many of them."""
+    devices = axes_size(model.mesh, MODEL_AXES.dp + MODEL_AXES.ep)
+    share = cache_bytes(model, devices, max_length).max()
+    return max(0, int(room // share)) * devices
+
+
+def _largest_length(model: Decoder, batch_size: int, room: float) -> int:
+    """Most tokens of each sequence, up to the model's positions."""
+    fits, too_many = 0, model.config.max_position_embeddings + 1
+    while too_many - fits > 1:
+        middle = (fits + too_many) // 2
+        if cache_bytes(model, batch_size, middle).max() <= room:
+            fits = middle
+        else:
+            too_many = middle
+    return fits

@@ -21,6 +21,7 @@ class PlannedCheckpoint(NamedTuple):
         config: config of the model.
         quantization: settings of a quantization that its files declare; None where they declare none.
         mtp: whether the model has its layers for multi-token prediction.
+        headers: its tensors as the headers of its files tell of them; None where files are missing.
     """
 
     directory: Path
@@ -28,6 +29,7 @@ class PlannedCheckpoint(NamedTuple):
     config: DecoderConfig
     quantization: Quantization | None
     mtp: bool = False
+    headers: FamilyCheckpoint | None = None
 
     @classmethod
     def read(cls, path: str | Path, *, mtp: bool = False) -> "PlannedCheckpoint":
@@ -40,15 +42,23 @@ class PlannedCheckpoint(NamedTuple):
         path_like("path", path)
         directory = directory_of(find_checkpoint(path))
         family, config = read_model_config(directory, mtp=mtp)
-        return cls(directory, family, config, read_quantization(directory), mtp)
+        quantization = read_quantization(directory)
+        try:
+            headers = FamilyCheckpoint.open(directory, mtp=mtp)
+        except FileNotFoundError:  # no weights, or not all of them
+            headers = None
+        return cls(directory, family, config, quantization, mtp, headers)
 
-    def onto(self, specs: Mapping[str, ParamSpec]) -> MappedCheckpoint:
+    def onto(self, specs: Mapping[str, ParamSpec], *, one_expert: bool = False) -> MappedCheckpoint:
         """Map its tensors to parameters: those that its headers tell of, or those that its config promises.
 
         Args:
             specs: parameters of the model, as plain arrays.
+            one_expert: whether one expert may stand for all of its layer in what the config promises, see
+                `expected_checkpoint`.
         """
-        try:
-            return FamilyCheckpoint.open(self.directory, mtp=self.mtp).onto(specs)
-        except FileNotFoundError:  # no weights, or not all of them
-            return expected_checkpoint(specs, self.family, self.config, self.quantization, self.directory)
+        if self.headers is not None:
+            return self.headers.onto(specs)
+        return expected_checkpoint(
+            specs, self.family, self.config, self.quantization, self.directory, one_expert=one_expert
+        )

@@ -46,7 +46,7 @@ def stored_weights(mapped: MappedCheckpoint, method: str | None) -> StoredWeight
     for name, param in params.items():
         part = ends.get(param, part_of(param))
         tensor = mapped.checkpoint.tensors[name]
-        formats[part][tensor.form] += tensor.nbytes
+        formats[part][tensor.form] += tensor.nbytes * mapped.copies.get(name, 1)
     return StoredWeights(
         formats={part: dict(sizes) for part, sizes in formats.items()},
         method=method,

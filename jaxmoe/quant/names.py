@@ -19,6 +19,10 @@ _NOT_LINEAR = re.compile(
     r"|(^|\.)(mlp|moe|mixer|ffn|feed_forward|block_sparse_moe)\.gate$"
 )
 _HEAD = re.compile(r"(^|\.)(lm_head|head|output|embed_out)$")
+# A number that begins a part of a name; an expression may have classes of digits, or any one character.
+_NUMBER = re.compile(r"(?<![A-Za-z0-9_])\d")
+_DIGITS = re.compile(r"(?<![A-Za-z0-9_])\d|\\[dDwW]|\[|(?<!\\)\.(?![*+])")
+_LAYER = re.compile(r"layers\\?\.\d+")
 # What need not be there: a tied head, and parts that are published or left out at will.
 _OPTIONAL = re.compile(r"head|embed|vision|visual|audio|mm_projector|mtp|multi_modal")
 
@@ -57,6 +61,14 @@ class Names:
         """Whether an entry names this module or one that it is in."""
         return any(run in self._whole for run in self._runs(module)) or any(
             expression.match(module) for expression in self._expressions
+        )
+
+    @property
+    def may_tell_experts_apart(self) -> bool:
+        """Whether an entry may name one expert of a layer and not another: it has a number that is no layer's."""
+        return any(
+            (_DIGITS if entry.startswith("re:") else _NUMBER).search(_LAYER.sub("layers", entry))
+            for entry in self.entries
         )
 
     def unused(self, modules: Iterable[str]) -> list[str]:

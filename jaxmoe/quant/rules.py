@@ -38,6 +38,12 @@ class Rules:
                 return True, form
         return False, self.default
 
+    @property
+    def may_tell_experts_apart(self) -> bool:
+        """Whether a rule may name one expert of a layer and not another; where it is False, experts are stored alike."""
+        lists = (self.ignored, Names(self.modules), *(names for names, _ in self.groups))
+        return any(names.may_tell_experts_apart for names in lists)
+
     def format_of(self, module: str) -> QuantFormat | None:
         """The format of a module's weight, as far as settings and names tell."""
         named, form = self.named(module)

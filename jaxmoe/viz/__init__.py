@@ -15,6 +15,8 @@ from jaxmoe.viz.heatmap import expert_heatmap
 from jaxmoe.viz.load import device_loads
 from jaxmoe.viz.memory import device_memory, expert_memory
 from jaxmoe.viz.ownership import ownership_map
+from jaxmoe.viz.page import plan_page
+from jaxmoe.viz.times import step_times
 from jaxmoe.viz.traffic import traffic_matrix
 
 __all__ = [
@@ -25,5 +27,7 @@ __all__ = [
     "expert_heatmap",
     "expert_memory",
     "ownership_map",
+    "plan_page",
+    "step_times",
     "traffic_matrix",
 ]

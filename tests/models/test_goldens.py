@@ -11,6 +11,7 @@ from safetensors.numpy import save_file
 
 import jaxmoe
 from jaxmoe.layers import params_by_path
+from jaxmoe.planning.memory import CACHE
 from tests.support import runs
 from tests.support.families import EVERY_KIND, FAMILIES, NEW_TOKENS, ON_EVERY_MESH
 from tests.support.goldens import GOLDENS, check_alone, check_greedy, check_logits, read_expected
@@ -52,6 +53,9 @@ def test_logits_and_greedy_tokens(family, placement, mesh_shape):
     report = model.load_report
     assert report.bytes_read == report.bytes_needed
     assert len(set(report.expert_bytes_per_device.values())) == 1
+    planned = jaxmoe.plan(GOLDENS / family / "original", **mesh.shape, placement=placement)
+    parameters = {device: held - planned.parts[CACHE][device] for device, held in planned.bytes_per_device.items()}
+    assert [*parameters.values()] == [report.bytes_per_device[device.id] for device in mesh.devices.flat]
     check_logits(model, expected)
     if generates(family, mesh_shape):
         check_greedy(model, expected)

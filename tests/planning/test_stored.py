@@ -2,11 +2,16 @@
 
 import json
 
+import numpy as np
 import pytest
 
 import jaxmoe
 from jaxmoe.checkpoint import open_checkpoint
+from jaxmoe.checkpoint.mapping import abstract_specs
+from jaxmoe.checkpoint.mapping.packed import choose_packings
 from jaxmoe.cli import main
+from jaxmoe.planning.planned import PlannedCheckpoint
+from jaxmoe.planning.stored import stored_weights
 from jaxmoe.quant import QuantizationError
 from tests.support.goldens import GOLDENS
 from tests.support.published import GPT_OSS_120B
@@ -87,6 +92,31 @@ def test_modules_of_a_wrapper_are_called_as_in_its_files(tmp_path) -> None:
     stored = jaxmoe.plan(directory(tmp_path / "c", config, quantization_config=settings)).stored
     assert set(stored.formats["attention"]) == {"plain", "fp8_block"}
     assert set(stored.formats["routed experts"]) == {"fp8_block"}
+
+
+@pytest.mark.parametrize(
+    ("entry", "apart"),
+    [
+        ("model.layers.1.mlp.experts.3", True),
+        ("model.layers.*.mlp.experts.*.down_proj", False),
+        ("*.3.*", True),
+        (r"re:.*layers\.1\..*down_proj", False),
+        (r"re:.*experts\.[0-3]\.", True),
+        (r"re:.*experts\..\.down_proj", True),
+    ],
+)
+def test_one_expert_stands_for_all_where_no_setting_tells_them_apart(entry, apart, tmp_path) -> None:
+    settings = {**FP8, "weight_block_size": [8, 8], "modules_to_not_convert": [entry]}
+    checkpoint = PlannedCheckpoint.read(directory(tmp_path / "c", TINY, quantization_config=settings))
+    specs = abstract_specs(checkpoint.config)
+    every, one = (checkpoint.onto(specs, one_expert=one_expert) for one_expert in (False, True))
+    assert stored_weights(one, "fp8") == stored_weights(every, "fp8")
+    assert len(stored_weights(one, "fp8").formats["routed experts"]) == 2, "nothing is left plain"
+    assert (len(one.checkpoint.tensors) == len(every.checkpoint.tensors)) is apart
+    everything = set(one.specs)
+    assert choose_packings(one, everything, np.dtype(np.float32)) == choose_packings(
+        every, everything, np.dtype(np.float32)
+    )
 
 
 def test_what_cannot_be_loaded_is_not_planned(tmp_path) -> None:

@@ -82,14 +82,15 @@ def _of_family(directory: Path, family: Family, model: DecoderConfig) -> dict[st
         quantization = read_quantization(directory)
     except ValueError as error:
         return {**facts, "problems": (str(error),)}
-    mapped = expected_checkpoint(abstract_specs(model), family, model, quantization, directory)
+    mapped = expected_checkpoint(abstract_specs(model), family, model, quantization, directory, one_expert=True)
     groups = {group: {"tensors": 0, "parameters": 0, "bytes": 0} for group in GROUPS}
     formats: dict[str, Counter[str]] = defaultdict(Counter)
     for name, shape in {name: block.tensor_shape for name, block in mapped.used_blocks()}.items():
         group, tensor = group_of(name), mapped.checkpoint.tensors[name]
-        sizes = {"tensors": 1, "parameters": math.prod(shape), "bytes": tensor.nbytes}
+        count = mapped.copies.get(name, 1)
+        sizes = {"tensors": count, "parameters": count * math.prod(shape), "bytes": count * tensor.nbytes}
         groups[group] = {key: value + sizes[key] for key, value in groups[group].items()}
-        formats[group][tensor.form] += tensor.nbytes
+        formats[group][tensor.form] += sizes["bytes"]
     return {
         **facts,
         "bytes": sum(sizes["bytes"] for sizes in groups.values()),

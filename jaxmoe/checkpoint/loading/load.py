@@ -16,6 +16,7 @@ from jaxmoe.checkpoint.loading.execute import load_arrays
 from jaxmoe.checkpoint.loading.merge import merge_adapter
 from jaxmoe.checkpoint.loading.plan import LoadPlan, plan_packed
 from jaxmoe.checkpoint.loading.quantize import load_quantized
+from jaxmoe.checkpoint.loading.room import check_room
 from jaxmoe.checkpoint.loading.whole_modules import put_in_whole_modules
 from jaxmoe.checkpoint.lora import Adapter, open_adapter
 from jaxmoe.checkpoint.mapping import FamilyCheckpoint, PackingChoice, Spellings, asked_activations, pack_model
@@ -57,9 +58,11 @@ def load(
 
     Nothing is read until the whole plan holds: every tensor of the checkpoint is used or ignored
     by a named rule, and every parameter is filled exactly once. So it is with an adapter: every tensor of it is
-    merged, or the load is refused. Of a multimodal checkpoint the text part is loaded; its other tensors are ignored by
-    rules that `load_report` lists. Quantized weights stay packed on the devices where a kernel multiplies with their
-    format, scales beside their values; others are decoded as they are read, in float32, and held in `dtype`.
+    merged, or the load is refused. Parameters that do not fit in the free memory of a device are refused as well, with
+    meshes on which they would; what ``quantize`` makes smaller is not known before. Of a multimodal checkpoint the text
+    part is loaded; its other tensors are ignored by rules that `load_report` lists. Quantized weights stay packed on the
+    devices where a kernel multiplies with their format, scales beside their values; others are decoded as they are read,
+    in float32, and held in `dtype`.
     `load_report` says which.
 
     Args:
@@ -132,10 +135,13 @@ def load(
     specs = {spec.path: spec for spec in param_specs(model)}
     mapped = found.onto(specs)
     choice = PackingChoice({}, {})
-    if quantized != "dequantize" and adapter is None and quantize is None:
+    keep = quantized != "dequantize" and adapter is None and quantize is None
+    if keep:
         choice = pack_model(model, mapped, rounding=activations is not None)
     if activations is not None:
         choice.check_rounding(path)
+    if quantize is None:
+        check_room(model, found, placement=placement, expert_axes=expert_axes, keep=keep)
     plan = plan_packed(mapped, choice.packings)
     if opened is not None:
         spellings = Spellings(family)

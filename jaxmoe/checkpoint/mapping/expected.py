@@ -1,5 +1,6 @@
 """The checkpoint that a config.json promises: names, shapes and formats of its tensors, without a file of weights."""
 
+import dataclasses
 import math
 from collections.abc import Mapping
 from pathlib import Path
@@ -15,6 +16,7 @@ from jaxmoe.checkpoint.mapping.names import written_blocks, written_form
 from jaxmoe.config import DecoderConfig
 from jaxmoe.layers import ParamSpec
 from jaxmoe.models import Family
+from jaxmoe.models.parts import is_expert_stack
 from jaxmoe.quant import QuantFormat, Quantization, QuantizedWeight
 from jaxmoe.quant.base import swap_last
 
@@ -35,6 +37,8 @@ def expected_checkpoint(
     config: DecoderConfig,
     quantization: Quantization | None = None,
     path: Path = Path(),
+    *,
+    one_expert: bool = False,
 ) -> MappedCheckpoint:
     """Map the tensors that a checkpoint usually has to the parameters of a model.
 
@@ -44,15 +48,29 @@ def expected_checkpoint(
         config: config of the model.
         quantization: settings from `jaxmoe.quant.read_quantization`; None for a plain checkpoint.
         path: place of the checkpoint, for messages.
+        one_expert: whether the tensors of one expert stand for those of all in its layer, where no setting tells one from
+            another. That is enough to count bytes and choose forms, and a hundred times fewer tensors.
     """
-    blocks = list(written_blocks(specs, family, written_form(family, "per_expert")))
+    form = written_form(family, "per_expert")
+    whole, copies = specs, dict[str, int]()
+    if one_expert and form == "per_expert" and not (quantization and quantization.rules.may_tell_experts_apart):
+        specs = {name: _one_expert(spec) if is_expert_stack(name) else spec for name, spec in whole.items()}
+    blocks = list(written_blocks(specs, family, form))
     dtype = np.dtype(jnp.dtype(config.dtype or "bfloat16"))
     tensors: dict[str, TensorInfo] = {}
     for block in blocks:
         if block.tensor is not None and block.tensor not in tensors:
-            form = None if quantization is None else _format_of(block, family, quantization)
-            tensors[block.tensor] = _tensor(block.tensor, block.tensor_shape, dtype, form, path)
-    return MappedCheckpoint.of(Checkpoint(path=path, files=(), tensors=tensors), specs.values(), blocks)
+            quantized = None if quantization is None else _format_of(block, family, quantization)
+            tensors[block.tensor] = _tensor(block.tensor, block.tensor_shape, dtype, quantized, path)
+            if specs[block.param] is not whole[block.param]:
+                copies[block.tensor] = whole[block.param].source_groups or 1
+    mapped = MappedCheckpoint.of(Checkpoint(path=path, files=(), tensors=tensors), whole.values(), blocks)
+    return dataclasses.replace(mapped, copies=copies)
+
+
+def _one_expert(stack: ParamSpec) -> ParamSpec:
+    """A stack of the first expert of a layer alone."""
+    return dataclasses.replace(stack, shape=(1, *stack.shape[1:]), rows=(0,), source_groups=1)
 
 
 def _format_of(block: Block, family: Family, quantization: Quantization) -> QuantFormat | None:

@@ -226,6 +226,7 @@ class MappedCheckpoint:
         rules: rules for tensors that are not needed; the first that matches counts, and a tensor that a block names is
             never ignored.
         complete: whether all of a model is filled; a part of one may leave tensors over.
+        copies: {tensor: number of tensors that it stands for}, of those that stand for the like ones of other experts.
     """
 
     checkpoint: Checkpoint
@@ -233,6 +234,7 @@ class MappedCheckpoint:
     blocks: Mapping[str, Sequence[Block]]
     rules: tuple[IgnoreRule, ...] = ()
     complete: bool = True
+    copies: Mapping[str, int] = dataclasses.field(default_factory=dict)
 
     @classmethod
     def of(

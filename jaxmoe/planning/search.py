@@ -1,0 +1,238 @@
+"""`search_meshes`: every mesh of so many devices that a model can lie on, the best one first."""
+
+import dataclasses
+import itertools
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+
+from jaxmoe.checkpoint.mapping import abstract_model, pack_model
+from jaxmoe.checks import flag, integer
+from jaxmoe.dispatch import DISPATCHES
+from jaxmoe.hardware import get_gpu
+from jaxmoe.layers import param_specs
+from jaxmoe.mesh import AXES, DP, EP, TP
+from jaxmoe.models import Decoder
+from jaxmoe.planning.memory import cache_bytes, checked_dtype, checked_length, weight_parts
+from jaxmoe.planning.planned import PlannedCheckpoint
+from jaxmoe.planning.roofline import Phase, StepTime, step_time
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class MeshChoice:
+    """One way to lay a model out, with its memory and its modeled times.
+
+    Attributes:
+        mesh: sizes of the mesh, {"dp": ..., "tp": ..., "ep": ...}.
+        expert_axes: mesh axes that share the experts.
+        bytes_per_device: bytes of weights and cache on the fullest device.
+        decode: modeled time of a decode step.
+        prefill: modeled time of the prefill.
+    """
+
+    mesh: dict[str, int]
+    expert_axes: tuple[str, ...]
+    bytes_per_device: int
+    decode: StepTime
+    prefill: StepTime
+
+    def __str__(self) -> str:
+        sizes = ",".join(f"{axis}={size}" for axis, size in self.mesh.items())
+        return f"{sizes}, experts over {'·'.join(self.expert_axes)}"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class MeshSearch:
+    """The meshes of so many devices, by modeled time.
+
+    Attributes:
+        device: kind of every device.
+        capacity: bytes of its memory.
+        batch_size: sequences.
+        max_length: tokens of each that the cache is for; a decode step is one at half of them.
+        prompt_length: tokens of each in the prefill.
+        rank_by: step whose time decides.
+        choices: layouts that fit, the fastest first.
+        too_large: layouts that do not fit, the one that lacks least first.
+        left_out: {mesh: reason why the model cannot lie on it}.
+    """
+
+    device: str
+    capacity: int
+    batch_size: int
+    max_length: int
+    prompt_length: int
+    rank_by: Phase
+    choices: tuple[MeshChoice, ...]
+    too_large: tuple[MeshChoice, ...]
+    left_out: dict[str, str]
+
+    def explain(self) -> tuple[str, ...]:
+        """Tell why the first is the first, in three lines; or that none fits, and what the smallest would need."""
+        if not self.choices:
+            if not self.too_large:
+                return ("the model lies on none of these meshes: " + "; ".join(dict.fromkeys(self.left_out.values())),)
+            least = self.too_large[0]
+            return (
+                f"nothing fits in the {self.capacity / 1e9:.1f} GB of a {self.device}; {least} needs least, "
+                f"{least.bytes_per_device / 1e9:.1f} GB on a device",
+            )
+        best = self.choices[0]
+        step: StepTime = getattr(best, self.rank_by)
+        parts = ", ".join(f"{name} {seconds / step.seconds:.0%}" for name, seconds in step.terms().items() if seconds)
+        lines = [
+            f"{best}: a {self.rank_by} step of {self.batch_size} sequences takes {step.seconds * 1e3:.2f} ms by the model, "
+            f"{step.tokens_per_second:,.0f} tokens/s; each device holds {best.bytes_per_device / 1e9:.1f} of "
+            f"{self.capacity / 1e9:.1f} GB",
+            f"its time is {parts}",
+        ]
+        if len(self.choices) > 1:
+            other = self.choices[1]
+            theirs: StepTime = getattr(other, self.rank_by)
+            part = max(step.terms(), key=lambda name: theirs.terms()[name] - step.terms()[name])
+            more = theirs.terms()[part] - step.terms()[part]
+            lines.append(
+                f"the next, {other}, takes {theirs.seconds / step.seconds:.2f} times as long: its {part} "
+                f"take{'s' if part in ('cache', 'exchange') else ''} {more * 1e3:.2f} ms more"
+            )
+        return tuple(lines)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The search as plain types, for JSON."""
+        return dataclasses.asdict(self) | {"explanation": list(self.explain())}
+
+
+def search_meshes(
+    path: str | Path,
+    devices: int,
+    *,
+    device: str,
+    batch_size: int = 64,
+    max_length: int | None = None,
+    prompt_length: int | None = None,
+    devices_per_node: int = 8,
+    placement: str = "linear",
+    dispatch: str = "auto",
+    dtype: str | None = None,
+    quantized: str = "keep",
+    mtp: bool = False,
+    rank_by: Phase = "decode",
+    skew: float = 1.0,
+) -> MeshSearch:
+    """Try every (dp, tp, ep) and way of sharing the experts, drop what does not fit, and rank the rest by modeled time.
+
+    Args:
+        path: checkpoint, given as for `jaxmoe.plan`.
+        devices: number of devices.
+        device: their kind, a name in `jaxmoe.hardware.GPUS`.
+        batch_size: sequences.
+        max_length: tokens of each that the cache is for; None as for `jaxmoe.plan`. A decode step is modeled at half.
+        prompt_length: tokens of each in the prefill; None for half of `max_length`.
+        devices_per_node: devices that the faster links join.
+        placement: strategy's name.
+        dispatch: backend of `jaxmoe.dispatch`, or "auto" for what the layer would take.
+        dtype, quantized, mtp: arguments of `jaxmoe.plan`.
+        rank_by: step whose time decides, "decode" or "prefill".
+        skew: rows of the device with the most of them over the mean; 1.0 for even routing, see `ExpertPlacement` and
+            `jaxmoe.placement.metrics` for that of a trace.
+
+    Raises:
+        FileNotFoundError: there is no config.json.
+        ValueError: a size or name does not fit, or the checkpoint cannot be loaded.
+
+    Example:
+        >>> found = search_meshes("docs/configs/Qwen3-30B-A3B", 8, device="h100", batch_size=64)
+        >>> found.choices[0].decode.seconds <= found.choices[-1].decode.seconds
+        True
+    """
+    devices = integer("devices", devices, least=1)
+    batch_size = integer("batch_size", batch_size, least=1)
+    devices_per_node = integer("devices_per_node", devices_per_node, least=1)
+    gpu = get_gpu(device)
+    if rank_by not in ("decode", "prefill"):
+        raise ValueError(f'rank_by is "decode" or "prefill"; got {rank_by!r}')
+    if dispatch not in ("auto", *DISPATCHES):
+        raise ValueError(f"dispatch backends are auto, {', '.join(DISPATCHES)}; got {dispatch!r}")
+    if quantized not in ("keep", "dequantize"):
+        raise ValueError(f'quantized is "keep" or "dequantize"; got {quantized!r}')
+    if not skew >= 1:
+        raise ValueError(f"skew is the most rows of a device over their mean, at least 1; got {skew!r}")
+    checkpoint = PlannedCheckpoint.read(path, mtp=flag("mtp", mtp))
+    config = checkpoint.config
+    max_length = checked_length(config, max_length)
+    prompt = max(1, max_length // 2) if prompt_length is None else integer("prompt_length", prompt_length, least=1)
+    if prompt > max_length:
+        raise ValueError(f"prompt_length is at most max_length ({max_length}); got {prompt}")
+    choices, left_out = [], {}
+    for sizes, expert_axes in _layouts(devices):
+        try:
+            model = abstract_model(
+                config,
+                sizes=sizes,
+                placement=placement,
+                expert_axes=expert_axes,
+                dtype=jnp.dtype(checked_dtype(config, dtype)),
+            )
+        except ValueError as error:
+            left_out[f"{_written(sizes)}, experts over {'·'.join(expert_axes)}"] = str(error)
+            continue
+        if quantized == "keep" and (checkpoint.quantization is not None or checkpoint.headers is not None):
+            pack_model(model, checkpoint.onto({spec.path: spec for spec in param_specs(model)}, one_expert=True))
+
+        def time(phase: Phase, length: int, model: Decoder = model) -> StepTime:
+            return step_time(
+                model,
+                phase,
+                batch_size=batch_size,
+                length=length,
+                gpu=gpu,
+                devices_per_node=devices_per_node,
+                dispatch=dispatch,
+                skew=skew,
+            )
+
+        held = np.sum([*weight_parts(model).values(), cache_bytes(model, batch_size, max_length)], axis=0)
+        choices.append(
+            MeshChoice(
+                mesh=sizes,
+                expert_axes=expert_axes,
+                bytes_per_device=int(held.max()),
+                decode=time("decode", max(1, max_length // 2)),
+                prefill=time("prefill", prompt),
+            )
+        )
+    fits = [choice for choice in choices if choice.bytes_per_device <= gpu.memory]
+    return MeshSearch(
+        device=device,
+        capacity=gpu.memory,
+        batch_size=batch_size,
+        max_length=max_length,
+        prompt_length=prompt,
+        rank_by=rank_by,
+        choices=tuple(sorted(fits, key=lambda choice: (getattr(choice, rank_by).seconds, choice.bytes_per_device))),
+        too_large=tuple(
+            sorted([choice for choice in choices if choice not in fits], key=lambda choice: choice.bytes_per_device)
+        ),
+        left_out=left_out,
+    )
+
+
+def _layouts(devices: int) -> Iterator[tuple[dict[str, int], tuple[str, ...]]]:
+    """Every mesh of so many devices, with each way of sharing the experts that is another one there."""
+    sizes = [size for size in range(1, devices + 1) if devices % size == 0]
+    for dp, tp in itertools.product(sizes, repeat=2):
+        if devices % (dp * tp):
+            continue
+        mesh = dict(zip(AXES, (dp, tp, devices // (dp * tp)), strict=True))
+        yield mesh, (EP,)
+        if tp > 1:
+            yield mesh, (EP, TP)
+        if dp > 1:
+            yield mesh, (DP, EP)
+
+
+def _written(sizes: dict[str, int]) -> str:
+    return ",".join(f"{axis}={size}" for axis, size in sizes.items())

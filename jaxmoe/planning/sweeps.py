@@ -1,0 +1,112 @@
+"""`sweep`: memory and decode time of one mesh over numbers of sequences and their lengths."""
+
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+
+from jaxmoe.checkpoint.mapping import abstract_model, pack_model
+from jaxmoe.checks import flag, integer
+from jaxmoe.hardware import get_gpu
+from jaxmoe.layers import param_specs
+from jaxmoe.mesh import EP
+from jaxmoe.placement import ExpertPlacement
+from jaxmoe.planning.memory import cache_bytes, checked_dtype, checked_length, weight_parts
+from jaxmoe.planning.planned import PlannedCheckpoint
+from jaxmoe.planning.roofline import StepTime, step_time
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SweepPoint:
+    """Memory and time of one number of sequences of one length.
+
+    Attributes:
+        batch_size: number of sequences.
+        length: tokens of each.
+        bytes_per_device: bytes of weights and cache on the fullest device.
+        fits: whether a device has room for them.
+        decode: modeled time of a step that adds a token to each.
+    """
+
+    batch_size: int
+    length: int
+    bytes_per_device: int
+    fits: bool
+    decode: StepTime
+
+    def to_dict(self) -> dict[str, Any]:
+        """The point as plain types, for JSON."""
+        times = {"seconds": self.decode.seconds, "tokens_per_second": self.decode.tokens_per_second}
+        return dataclasses.asdict(self) | times
+
+
+def sweep(
+    path: str | Path,
+    *,
+    device: str,
+    batch_sizes: Sequence[int],
+    lengths: Sequence[int],
+    dp: int = 1,
+    tp: int = 1,
+    ep: int = 1,
+    placement: str | ExpertPlacement | Sequence[str | ExpertPlacement] = "linear",
+    expert_axes: tuple[str, ...] = (EP,),
+    devices_per_node: int = 8,
+    dtype: str | None = None,
+    quantized: str = "keep",
+    mtp: bool = False,
+) -> list[SweepPoint]:
+    """Plan a model for every number of sequences with every length.
+
+    Args:
+        path: checkpoint, given as for `jaxmoe.plan`.
+        device: kind of every device, a name in `jaxmoe.hardware.GPUS`.
+        batch_sizes: numbers of sequences.
+        lengths: tokens of each.
+        dp, tp, ep, placement, expert_axes, dtype, quantized, mtp: arguments of `jaxmoe.plan`.
+        devices_per_node: devices that the faster links join.
+
+    Returns:
+        A point for each pair, lengths of one number of sequences together.
+
+    Raises:
+        FileNotFoundError: there is no config.json.
+        ValueError: a size or name does not fit, or the checkpoint cannot be loaded.
+
+    Example:
+        >>> points = sweep("docs/configs/Qwen3-30B-A3B", ep=8, device="h100", batch_sizes=[1, 512], lengths=[32768])
+        >>> [point.fits for point in points]
+        [True, False]
+    """
+    gpu, checkpoint = get_gpu(device), PlannedCheckpoint.read(path, mtp=flag("mtp", mtp))
+    batch_sizes = [integer("batch_size", size, least=1) for size in batch_sizes]
+    lengths = [checked_length(checkpoint.config, length) for length in lengths]
+    model = abstract_model(
+        checkpoint.config,
+        sizes={name: integer(name, size, least=1) for name, size in {"dp": dp, "tp": tp, "ep": ep}.items()},
+        placement=placement,
+        expert_axes=expert_axes,
+        dtype=jnp.dtype(checked_dtype(checkpoint.config, dtype)),
+    )
+    if quantized == "keep":
+        pack_model(model, checkpoint.onto({spec.path: spec for spec in param_specs(model)}, one_expert=True))
+    weights, points = np.sum(list(weight_parts(model).values()), axis=0), []
+    for batch_size in batch_sizes:
+        for length in lengths:
+            held = int((weights + cache_bytes(model, batch_size, length)).max())
+            decode = step_time(
+                model, "decode", batch_size=batch_size, length=length, gpu=gpu, devices_per_node=devices_per_node
+            )
+            points.append(
+                SweepPoint(
+                    batch_size=batch_size,
+                    length=length,
+                    bytes_per_device=held,
+                    fits=held <= gpu.memory,
+                    decode=decode,
+                )
+            )
+    return points
