@@ -93,7 +93,7 @@ class Scheduler:
         bisect.insort(self.waiting, job, key=lambda one: one.id)
 
     def end(self, job: Job) -> None:
-        """Take back all that an ended or cancelled job has."""
+        """Take back all that an ended or canceled job has."""
         if job.slot is None:
             self.waiting.remove(job)
         else:
