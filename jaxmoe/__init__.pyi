@@ -8,6 +8,8 @@ from jaxmoe.checkpoint import convert as convert
 from jaxmoe.checkpoint import load as load
 from jaxmoe.checkpoint import remove_adapter as remove_adapter
 from jaxmoe.checkpoint import save as save
+from jaxmoe.compile_cache import CompileCacheError as CompileCacheError
+from jaxmoe.compile_cache import enable_compile_cache as enable_compile_cache
 from jaxmoe.config import MoEConfig as MoEConfig
 from jaxmoe.config import RouterConfig as RouterConfig
 from jaxmoe.elastic import move as move

@@ -17,7 +17,7 @@ PACKAGE = Path(__file__).resolve().parent.parent / "jaxmoe"
 # Lowest first; two on one line never import each other. A new package gets its place here.
 ORDER = [
     ["checks", "numerics", "progress", "rotary", "supervise", "user_files"],
-    ["mesh", "hardware", "config", "distributed"],
+    ["mesh", "hardware", "config", "distributed", "compile_cache"],
     ["quant"],
     ["placement"],
     ["kernels"],

@@ -96,6 +96,10 @@ def _generate_together(args: argparse.Namespace) -> None:
     """Do the work of `run`, the same in each of several processes."""
     prompts = _read_prompts(args)
     mesh = options.make_mesh(args)
+    # Where one process finds a program and another compiles it, they may wait for each other: a folder that all of them
+    # see has to be named.
+    if args.compile_cache is not None or not processes.is_one_of_several(args):
+        options.use_compile_cache(args)
 
     from jaxmoe.config import directory_of, find_checkpoint
     from jaxmoe.distributed import is_first
@@ -173,6 +177,7 @@ def _add_load_options(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument("--kernels", default="auto", metavar="NAME", help="grouped matmul backend (auto)")
     group.add_argument("--check-finite", action="store_true", help="refuse a checkpoint with NaN or infinity")
+    options.add_compile_cache(group)
     group.add_argument("--no-progress", action="store_true", help="draw no progress bar")
 
 
