@@ -490,6 +490,38 @@ class Decoder(nnx.Module):
         )
         return self.logits_of(x_B1D)[:, 0], cache, stats
 
+    def extend_and_stats(
+        self,
+        tokens_BS: jax.Array,
+        first_B: jax.Array,
+        lengths_B: jax.Array,
+        cache: Cache,
+        adapter_ids_B: jax.Array | None = None,
+    ) -> tuple[jax.Array, Cache, tuple[MoEStats, ...]]:
+        """Run more tokens of prompts whose beginnings are in the cache; not for layers that take one token at a time.
+
+        Args:
+            tokens_BS: int32, padded on the right.
+            first_B: int32, position of each row's first token; the cache has room for S from there on.
+            lengths_B: int32, tokens of each row; 0 for a padding row.
+            cache: cache that `prefill` or this has given.
+            adapter_ids_B: adapters of the rows, as for `logits_and_stats`.
+
+        Returns:
+            float32 [B, vocab_size], the logits after each row's last token, the cache, and one `MoEStats` per MoE layer.
+        """
+        index_1S = jnp.arange(tokens_BS.shape[1], dtype=jnp.int32)[None]
+        x_BSD, cache, stats = self.hidden_and_stats(
+            tokens_BS,
+            first_B[:, None] + index_1S,
+            index_1S < lengths_B[:, None],
+            cache,
+            adapter_ids_B=adapter_ids_B,
+            decode=True,
+        )
+        last_B1D = jnp.take_along_axis(x_BSD, jnp.maximum(lengths_B - 1, 0)[:, None, None], axis=1)
+        return self.logits_of(last_B1D)[:, 0], cache, stats
+
     def logits_and_stats(
         self,
         tokens_BS: jax.Array,
