@@ -20,6 +20,7 @@ from jaxmoe.generation import SamplingParams as SamplingParams
 from jaxmoe.generation import TokenEvent as TokenEvent
 from jaxmoe.generation import Tokenizer as Tokenizer
 from jaxmoe.generation import generate as generate
+from jaxmoe.generation import stream as stream
 from jaxmoe.layers import MoE as MoE
 from jaxmoe.layers import MoEStats as MoEStats
 from jaxmoe.layers import abstract_logical_state as abstract_logical_state

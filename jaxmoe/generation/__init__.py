@@ -11,10 +11,12 @@ from jaxmoe.generation.params import SamplingParams
 from jaxmoe.generation.prompt_file import read_prompt_file
 from jaxmoe.generation.report import expert_bytes_table, terminal_text
 from jaxmoe.generation.stats import GenerationStats
+from jaxmoe.generation.stream import EventStream, stream
 from jaxmoe.generation.tokenizer import Tokenizer
 
 __all__ = [
     "Engine",
+    "EventStream",
     "GenerationStats",
     "Output",
     "SamplingParams",
@@ -24,5 +26,6 @@ __all__ = [
     "expert_bytes_table",
     "generate",
     "read_prompt_file",
+    "stream",
     "terminal_text",
 ]
