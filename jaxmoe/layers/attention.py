@@ -182,6 +182,7 @@ class Attention(nnx.Module):
         batch: tuple[str, ...],
         *,
         decode: bool = False,
+        lengths_B: jax.Array | None = None,
         adapter_ids_B: jax.Array | None = None,
     ) -> tuple[jax.Array, KVCache | None]:
         """Attend within a prompt, or from new tokens to the cache.
@@ -192,11 +193,13 @@ class Attention(nnx.Module):
             cache: cache that gets the new keys and values; None for none.
             batch: mesh axes of the batch dim.
             decode: whether the tokens attend to the cache at their positions and before.
+            lengths_B: int32, tokens of each row that count; it makes no difference, for none sees those behind it.
             adapter_ids_B: int32, adapter of each row, -1 for none; None for none at all.
 
         Returns:
             [B, S, D], and the cache with the new tokens in it.
         """
+        del lengths_B
         weights, specs = self.specs.weights(self, adapter_ids_B, batch)
         cache_spec = None if cache is None else cache_specs(self.cache_arrays(1, 1), batch)
 

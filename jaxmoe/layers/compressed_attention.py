@@ -106,6 +106,7 @@ class CompressedAttention(nnx.Module):
         batch: tuple[str, ...],
         *,
         decode: bool = False,
+        lengths_B: jax.Array | None = None,
         adapter_ids_B: jax.Array | None = None,
     ) -> tuple[jax.Array, CompressedCache | None]:
         """Attend within a prompt, or from one new token to the cache.
@@ -116,11 +117,13 @@ class CompressedAttention(nnx.Module):
             cache: cache before the tokens; None for none.
             batch: mesh axes of the batch dim.
             decode: whether S is 1 and the cache holds what the tokens before have left.
+            lengths_B: None: this layer takes one token at a time.
             adapter_ids_B: int32, adapter of each row, -1 for none; None for none at all.
 
         Returns:
             [B, S, D], and the cache with the new tokens in it.
         """
+        assert lengths_B is None, "compressed attention takes one token at a time"
         weights, specs = self.specs.weights(self, adapter_ids_B, batch)
         cache_spec = None if cache is None else cache_specs(self.cache_arrays(1, 1), batch)
         return jax.shard_map(

@@ -134,20 +134,20 @@ def run_delta_rule(
     lengths_B: jax.Array,
     state_BHkv: jax.Array | None,
 ) -> tuple[jax.Array, jax.Array]:
-    """Apply the rule to a prompt from an empty memory, or to one token after what a cache holds.
+    """Apply the rule to a prompt from an empty memory, or to more tokens after what a cache holds.
 
     Args:
         q_BSHk, k_BSHk, v_BSHv, log_decay_BSHd, beta_BSH: arguments of `chunked_delta_rule`.
         lengths_B: int32, number of tokens of each row; padding neither fades the memory nor writes to it.
-        state_BHkv: memory that the tokens before have left, with S = 1; None for the start of sequences.
+        state_BHkv: memory that the tokens before have left; None for the start of sequences.
 
     Returns:
         Outputs [B, S, H, v] and the memory after each row's last token.
     """
     seen_BS1 = is_token(q_BSHk.shape[1], lengths_B)
     beta_BSH, log_decay_BSHd = jnp.where(seen_BS1, beta_BSH, 0), jnp.where(seen_BS1[..., None], log_decay_BSHd, 0)
-    if state_BHkv is None:
-        return chunked_delta_rule(q_BSHk, k_BSHk, v_BSHv, log_decay_BSHd, beta_BSH)
+    if state_BHkv is None or q_BSHk.shape[1] > 1:
+        return chunked_delta_rule(q_BSHk, k_BSHk, v_BSHv, log_decay_BSHd, beta_BSH, state_BHkv)
     o_BHv, state_BHkv = delta_rule_step(
         q_BSHk[:, 0], k_BSHk[:, 0], v_BSHv[:, 0], log_decay_BSHd[:, 0], beta_BSH[:, 0], state_BHkv
     )

@@ -80,11 +80,12 @@ class Mamba(RecurrentMixer):
         # Padding neither fades the states nor adds to them.
         dt_BSA = jnp.where(is_token(x_BSD.shape[1], lengths_B), dt_BSA, 0)
         x32_BSA, rate_An = x_BSA.astype(jnp.float32), -jnp.exp(w["a_log"])
-        if before is not None:
+        if before is not None and x_BSD.shape[1] == 1:
             y_BA, state = selective_step(x32_BSA[:, 0], dt_BSA[:, 0], rate_An, b_BSn[:, 0], c_BSn[:, 0], before.state)
             y_BSA = y_BA[:, None]
         else:
-            y_BSA, state = selective_scan(x32_BSA, dt_BSA, rate_An, b_BSn, c_BSn)
+            state = before.state if before else None
+            y_BSA, state = selective_scan(x32_BSA, dt_BSA, rate_An, b_BSn, c_BSn, state)
         y_BSA = (y_BSA + w["skip"][None, None] * x32_BSA) * jax.nn.silu(z_BSA.astype(jnp.float32))
         return y_BSA.astype(x_BSD.dtype), RecurrentCache(conv, state)
 

@@ -82,11 +82,12 @@ class Mamba2(RecurrentMixer):
         # Padding neither fades the states nor adds to them.
         dt_BSH = jnp.where(is_token(x_BSD.shape[1], lengths_B), jnp.maximum(dt_BSH, self.config.min_step), 0)
         rate_H = -jnp.exp(w["a_log"])
-        if before is not None:
+        if before is not None and x_BSD.shape[1] == 1:
             y_BHp, state = ssd_step(x_BSHp[:, 0], dt_BSH[:, 0], rate_H, b_BSGn[:, 0], c_BSGn[:, 0], before.state)
             y_BSHp = y_BHp[:, None]
         else:
-            y_BSHp, state = chunked_ssd(x_BSHp, dt_BSH, rate_H, b_BSGn, c_BSGn)
+            state = before.state if before else None
+            y_BSHp, state = chunked_ssd(x_BSHp, dt_BSH, rate_H, b_BSGn, c_BSGn, state)
         y_BSHp = y_BSHp + w["skip"][None, None, :, None] * x_BSHp
         y_BSA = y_BSHp.reshape(z_BSA.shape) * jax.nn.silu(z_BSA.astype(jnp.float32))
         y_BSA = (self._normed(y_BSA) * w["out_norm"].astype(jnp.float32)[None, None]).astype(x_BSD.dtype)

@@ -49,6 +49,7 @@ class TokenMixer(Protocol):
         batch: tuple[str, ...],
         *,
         decode: bool = False,
+        lengths_B: jax.Array | None = None,
         adapter_ids_B: jax.Array | None = None,
     ) -> tuple[jax.Array, Any]:
         """Mix the tokens of each row: returns [B, S, D], and the cache (where given) with the new tokens in it.
@@ -56,7 +57,8 @@ class TokenMixer(Protocol):
         Rows are padded on the right, and padding stands where a row's last token does: a row's
         length is its largest position + 1. In `decode` the cache holds all tokens before, and S is 1. Attention, latent
         attention and the recurrent layers take several tokens at once too, at positions that follow each other, from each
-        row's own first one on; see `jaxmoe.layers.cache.accepted`.
+        row's own first one on. Their cache is then as each of them has left it, see `jaxmoe.layers.cache.accepted`; or with
+        `lengths_B` as the first so many of each row have left it, and those behind them count for nothing.
 
         `adapter_ids_B` are the adapters of the rows, see `jaxmoe.layers.weights.WeightSpecs.weights`.
 

@@ -178,6 +178,7 @@ class LatentAttention(nnx.Module):
         *,
         decode: bool = False,
         chosen: jax.Array | None = None,
+        lengths_B: jax.Array | None = None,
         adapter_ids_B: jax.Array | None = None,
     ) -> tuple[Any, ...]:
         """Attend within a prompt, or from new tokens to the cache.
@@ -190,11 +191,13 @@ class LatentAttention(nnx.Module):
             decode: whether the tokens attend to the cache at their positions and before.
             chosen: positions that the last layer with an indexer has chosen, as bool [B, S, C], or for one token in `decode`
                 as int32 [B, 1, k], of which those behind the token are not seen; None where it chose all of them.
+            lengths_B: int32, tokens of each row that count; it makes no difference, for none sees those behind it.
             adapter_ids_B: int32, adapter of each row, -1 for none; None for none at all.
 
         Returns:
             [B, S, D], and the cache with the new tokens in it; with an indexer the chosen positions as well.
         """
+        del lengths_B
         weights, specs = self.specs.weights(self, adapter_ids_B, batch)
         cache_spec = None if cache is None else cache_specs(self.cache_arrays(1, 1), batch)
         y_BSD, cache, chosen = jax.shard_map(

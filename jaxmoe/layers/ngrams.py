@@ -118,10 +118,12 @@ class NGrams(nnx.Module):
         batch: tuple[str, ...],
         *,
         decode: bool = False,
+        lengths_B: jax.Array | None = None,
     ) -> tuple[jax.Array, NGramCache | None]:
         """Give what is added to the streams, and the cache after each row's last token; see `TokenMixer`."""
         config, (B, S, n, D) = self.config, x_BSnD.shape
-        lengths_B = jnp.ones(B, jnp.int32) if decode else jnp.max(positions_BS, axis=1) + 1
+        if lengths_B is None:
+            lengths_B = jnp.ones(B, jnp.int32) if decode else jnp.max(positions_BS, axis=1) + 1
         N = config.ngram_size - 1
         before_BN = jnp.full((B, N), config.end_token, jnp.int32) if cache is None or not decode else cache.tokens
         rows_BSI = hashed_rows(tokens_BS, before_BN, config)

@@ -57,7 +57,7 @@ class RecurrentMixer(nnx.Module):
             w: weights of this rank.
             x_BSD: activations, rows padded on the right; padding must leave no trace in what is kept.
             lengths_B: int32, number of tokens of each row.
-            before: cache that the tokens before have left, with S = 1; None for the start of sequences.
+            before: cache that the tokens before have left; None for the start of sequences.
 
         Returns:
             [B, S, channels] in x's dtype, before the output projection.
@@ -72,6 +72,7 @@ class RecurrentMixer(nnx.Module):
         batch: tuple[str, ...],
         *,
         decode: bool = False,
+        lengths_B: jax.Array | None = None,
         adapter_ids_B: jax.Array | None = None,
     ) -> tuple[jax.Array, RecurrentCache | None]:
         """Run a prompt from empty states, or new tokens from the cache's.
@@ -82,23 +83,30 @@ class RecurrentMixer(nnx.Module):
             cache: cache before the tokens; None for none.
             batch: mesh axes of the batch dim.
             decode: whether the cache holds what the tokens before have left.
+            lengths_B: int32, tokens of each row that count in `decode`; None for all of them.
             adapter_ids_B: int32, adapter of each row, -1 for none; None for none at all.
 
         Returns:
-            [B, S, D], and the cache after each row's last token; of several tokens in `decode` after each, [B, S, ...].
+            [B, S, D], and the cache after each row's last token; of several tokens in `decode` after each, [B, S, ...],
+            unless `lengths_B` says which is the last.
         """
         weights, specs = self.specs.weights(self, adapter_ids_B, batch)
         cache_spec = None if cache is None else cache_specs(self.cache_arrays(1, 1), batch)
-        several = decode and cache is not None and x_BSD.shape[1] > 1
+        several = decode and cache is not None and x_BSD.shape[1] > 1 and lengths_B is None
         out_spec = jax.tree.map(lambda spec: P(spec[0], None, *spec[1:]), cache_spec) if several else cache_spec
 
         def local(
-            w: dict[str, Any], x_BSD: jax.Array, positions_BS: jax.Array, cache: RecurrentCache | None
+            w: dict[str, Any],
+            x_BSD: jax.Array,
+            positions_BS: jax.Array,
+            cache: RecurrentCache | None,
+            lengths_B: jax.Array | None,
         ) -> tuple[jax.Array, RecurrentCache | None]:
             if several and cache is not None:
                 y_BSA, kept = self._run_each(w, x_BSD, cache)
             else:
-                lengths_B = jnp.ones(len(x_BSD), jnp.int32) if decode else jnp.max(positions_BS, axis=1) + 1
+                if lengths_B is None:
+                    lengths_B = jnp.ones(len(x_BSD), jnp.int32) if decode else jnp.max(positions_BS, axis=1) + 1
                 y_BSA, kept = self._run(w, x_BSD, lengths_B, cache if decode else None)
             y_BSD = self.linear(y_BSA, w["w_out"], jnp.float32)
             y_BSD = jax.lax.psum(y_BSD, TP).astype(x_BSD.dtype)
@@ -108,10 +116,10 @@ class RecurrentMixer(nnx.Module):
         return jax.shard_map(
             local,
             mesh=self.mesh,
-            in_specs=(specs, P(batch), P(batch), cache_spec),
+            in_specs=(specs, P(batch), P(batch), cache_spec, P(batch)),
             out_specs=(P(batch), out_spec),
             check_vma=False,
-        )(weights, x_BSD, positions_BS, cache)
+        )(weights, x_BSD, positions_BS, cache, lengths_B)
 
     def _run_each(self, w: dict[str, Any], x_BSD: jax.Array, cache: RecurrentCache) -> tuple[jax.Array, RecurrentCache]:
         """Run tokens one after the other, and keep what each of them leaves, [B, S, ...]."""

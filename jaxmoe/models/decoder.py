@@ -518,6 +518,7 @@ class Decoder(nnx.Module):
             cache,
             adapter_ids_B=adapter_ids_B,
             decode=True,
+            lengths_B=lengths_B,
         )
         last_B1D = jnp.take_along_axis(x_BSD, jnp.maximum(lengths_B - 1, 0)[:, None, None], axis=1)
         return self.logits_of(last_B1D)[:, 0], cache, stats
@@ -559,6 +560,7 @@ class Decoder(nnx.Module):
         adapter_ids_B: jax.Array | None = None,
         *,
         decode: bool = False,
+        lengths_B: jax.Array | None = None,
     ) -> tuple[jax.Array, Cache, tuple[MoEStats, ...]]:
         """Run tokens through the model's own layers and its last norm.
 
@@ -570,6 +572,7 @@ class Decoder(nnx.Module):
             expert_ids_BSLK: choices to take, as for `logits_and_stats`.
             adapter_ids_B: adapters of the rows, as for `logits_and_stats`.
             decode: whether the cache holds all positions before. With S > 1 it comes back with what `accepted` chooses from.
+            lengths_B: int32, tokens of each row that count, with S > 1 in `decode`: the cache comes back as they left it.
 
         Returns:
             [B, S, D], the cache, and one `MoEStats` for each MoE layer that a token goes through.
@@ -594,6 +597,7 @@ class Decoder(nnx.Module):
                 decode=decode,
                 passed=passed,
                 token_ids_BS=tokens_BS,
+                lengths_B=lengths_B,
                 adapter_ids_B=adapter_ids_B,
             )
             caches.append(layer_cache)

@@ -124,12 +124,14 @@ class DecoderLayer(nnx.Module):
         decode: bool = False,
         passed: Passed = _NOTHING,
         token_ids_BS: jax.Array | None = None,
+        lengths_B: jax.Array | None = None,
         adapter_ids_B: jax.Array | None = None,
     ) -> tuple[jax.Array, Any, MoEStats | None, Passed]:
         """Apply the layer; tokens where `mask_BS` is False reach no routed expert.
 
         `expert_ids_BSK` are choices to take instead of the router's own, see `jaxmoe.MoE`; `passed` is what the layer before
         has passed on. `token_ids_BS` are asked for where experts are chosen by token, or there are embeddings of n-grams.
+        `lengths_B` says how many of several tokens in `decode` count, see `jaxmoe.layers.mixers.TokenMixer`.
         `adapter_ids_B` are the adapters of the rows, -1 for none; None for none at all.
 
         Returns:
@@ -140,13 +142,22 @@ class DecoderLayer(nnx.Module):
         if self.config.ngrams is not None:
             assert token_ids_BS is not None
             cache, ngram_cache = (None, None) if cache is None else cache
-            y_BSD, ngram_cache = self.ngrams(x_BSD, token_ids_BS, positions_BS, ngram_cache, batch, decode=decode)
+            y_BSD, ngram_cache = self.ngrams(
+                x_BSD, token_ids_BS, positions_BS, ngram_cache, batch, decode=decode, lengths_B=lengths_B
+            )
             x_BSD = x_BSD + y_BSD
         if self.config.attention is not None:
             h_BSD, join = self._enter(x_BSD, "attention")
             normed_BSD = self.attention_norm(h_BSD) if self.config.pre_norms else h_BSD
             mix: Any = partial(
-                self.attention, normed_BSD, positions_BS, cache, batch, decode=decode, adapter_ids_B=adapter_ids_B
+                self.attention,
+                normed_BSD,
+                positions_BS,
+                cache,
+                batch,
+                decode=decode,
+                lengths_B=lengths_B,
+                adapter_ids_B=adapter_ids_B,
             )
             if self.config.attention.chooses_positions:
                 y_BSD, cache, chosen = mix(chosen=chosen)

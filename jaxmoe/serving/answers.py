@@ -33,10 +33,10 @@ class Completion:
 
     def delta(self, piece: Piece) -> dict[str, Any]:
         """One choice of a chunk."""
-        offset = self._offsets.get(piece.index, 0)
-        self._offsets[piece.index] = offset + len(piece.text)
+        offset = self._offsets.get(piece.choice, 0)
+        self._offsets[piece.choice] = offset + len(piece.text)
         return {
-            "index": piece.index,
+            "index": piece.choice,
             "text": piece.text,
             "logprobs": self._logprobs([(piece, offset)]),
             "finish_reason": piece.finish_reason,
@@ -49,7 +49,7 @@ class Completion:
             offsets.append(offset)
             offset += len(piece.text)
         return {
-            "index": pieces[0].index,
+            "index": pieces[0].choice,
             "text": "".join(piece.text for piece in pieces),
             "logprobs": self._logprobs([*zip(pieces, offsets, strict=True)]),
             "finish_reason": pieces[-1].finish_reason,
@@ -81,7 +81,7 @@ class ChatCompletion(Completion):
     def delta(self, piece: Piece) -> dict[str, Any]:
         """One choice of a chunk."""
         return {
-            "index": piece.index,
+            "index": piece.choice,
             "delta": {"content": piece.text} if piece.text else {},
             "logprobs": _content([piece]),
             "finish_reason": piece.finish_reason,
@@ -90,7 +90,7 @@ class ChatCompletion(Completion):
     def choice(self, pieces: Sequence[Piece]) -> dict[str, Any]:
         """One whole choice."""
         return {
-            "index": pieces[0].index,
+            "index": pieces[0].choice,
             "message": {"role": "assistant", "content": "".join(piece.text for piece in pieces), "refusal": None},
             "logprobs": _content(pieces),
             "finish_reason": pieces[-1].finish_reason,

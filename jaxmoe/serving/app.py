@@ -123,7 +123,7 @@ class Generated(Response):
         choices: list[list[Piece]] = [[] for _ in self._requests]
         try:
             async for piece in self._pieces():
-                choices[piece.index].append(piece)
+                choices[piece.choice].append(piece)
         except ApiError as error:
             return error_response(error)
         return JSONResponse(
@@ -162,9 +162,9 @@ class Generated(Response):
         started: set[int] = set()
         async for piece in self._pieces():
             tokens += 1
-            if piece.index not in started:
-                started.add(piece.index)
-                for choice in answer.first(piece.index):
+            if piece.choice not in started:
+                started.add(piece.choice)
+                for choice in answer.first(piece.choice):
                     yield {**head, "choices": [choice]}
             # In the middle of a character there is nothing to tell.
             if piece.text or piece.token or piece.finish_reason:

@@ -125,7 +125,7 @@ class ExpertLoads(Balancer):
         return proposed
 
     def unevenness(self) -> tuple[np.ndarray, np.ndarray] | None:
-        """Load of the busiest expert and of the busiest device over their means, [L] each, over about the balancer's window."""
+        """Load of the busiest expert and of the busiest device over their means, [L] each, over about a window."""
         counts_LE = self._recent_LE
         if counts_LE is None:
             return None

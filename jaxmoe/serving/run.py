@@ -175,7 +175,7 @@ class _Server(uvicorn.Server):
         return await super().on_tick(counter) or self._service.engine.error is not None
 
     @contextlib.contextmanager
-    def capture_signals(self) -> Iterator[None]:  # type: ignore[override]
+    def capture_signals(self) -> Iterator[None]:
         if threading.current_thread() is not threading.main_thread():
             yield
             return

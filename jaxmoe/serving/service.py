@@ -26,14 +26,14 @@ class Piece(NamedTuple):
     """What one token adds to a choice.
 
     Attributes:
-        index: number of the choice.
+        choice: number of the choice.
         text: text that became certain with it.
         token: the token and its log-probability; None unless asked for.
         top: likeliest tokens in its place; empty unless asked for.
         finish_reason: reason of the end; None while the choice goes on.
     """
 
-    index: int
+    choice: int
     text: str
     token: TokenText | None
     top: list[TokenText]

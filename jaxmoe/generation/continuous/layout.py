@@ -24,6 +24,9 @@ from jaxmoe.models import Decoder
 
 Store = Any
 
+# Pages that tell an array with entries for each from one with entries for other runs of positions.
+_MANY = 64
+
 
 class CacheLayout:
     """Where the cache of a model's layers lies, and how it comes into programs and out of them.
@@ -51,9 +54,9 @@ class CacheLayout:
         # No layer is kept: programs outlive their model otherwise.
         self._arrays, self._treedef = jax.tree.flatten(arrays(length))
         self._specs = [array.spec(self._batch) for array in self._arrays]
-        both = zip(*(jax.tree.leaves(arrays(pages * page)) for pages in (1, 2)), strict=True)
+        both = zip(*(jax.tree.leaves(arrays(pages * page)) for pages in (1, _MANY)), strict=True)
         # Entries of a page; 0 for an array that does not grow with the positions, or not page by page.
-        self._entries = [one.shape[-2] if one.by_position and _grows(one, two, page) else 0 for one, two in both]
+        self._entries = [one.shape[-2] if one.by_position and _grows(one, many, page) else 0 for one, many in both]
         self.pageable = all(self._entries)
         # A ring has places for the last positions alone: a layer that has one takes single tokens.
         self.takes_chunks = all(
@@ -182,9 +185,9 @@ class CacheLayout:
         return jax.shard_map(function, mesh=self._mesh, in_specs=in_specs, out_specs=specs, check_vma=False)(*args)
 
 
-def _grows(one: CacheArray, two: CacheArray, page: int) -> bool:
-    """Whether an array for one page and one for two differ by as many whole entries as a page has."""
-    return two.shape[-2] == 2 * one.shape[-2] and page % one.shape[-2] == 0
+def _grows(one: CacheArray, many: CacheArray, page: int) -> bool:
+    """Whether arrays for one page and for many have whole entries for each page."""
+    return many.shape[-2] == _MANY * one.shape[-2] and page % one.shape[-2] == 0
 
 
 def _gather_pages(pool_Neh: jax.Array, table_Bn: jax.Array) -> jax.Array:

@@ -2,6 +2,9 @@
 
 from typing import NamedTuple
 
+# Tokens of a prefill, and positions to look back at, below which a smaller program would save next to nothing.
+SMALLEST_CHUNK, SMALLEST_LENGTH = 16, 32
+
 
 class Sizes(NamedTuple):
     """Sizes of the programs and of the cache.
@@ -62,6 +65,11 @@ class Sizes(NamedTuple):
         return [*begin, *((1, size, history) for size in self.later_chunks for history in self.lengths)]
 
 
+def _parts(whole: int, page: int, smallest: int) -> set[int]:
+    """The whole, a half, a quarter and an eighth in whole pages, without those below the smallest that is worth a program."""
+    return {-(-whole // (parts * page)) * page for parts in (1, 2, 4, 8) if parts == 1 or whole >= parts * smallest}
+
+
 def make_sizes(
     *,
     groups: int,
@@ -81,13 +89,13 @@ def make_sizes(
             pages.
     """
     chunk = min(-(-chunk // page) * page, -(-max_length // page) * page)
-    chunks = {-(-chunk // (parts * page)) * page for parts in (1, 2, 4, 8)}
+    chunks = _parts(chunk, page, SMALLEST_CHUNK)
     if not goes_on:
         size = chunk
         while size < max_length:
             size *= 2
             chunks.add(min(size, -(-max_length // page) * page))
-    lengths = {-(-max_length // (parts * page)) * page for parts in (1, 2, 4, 8)}
+    lengths = _parts(max_length, page, SMALLEST_LENGTH)
     return Sizes(
         groups=groups,
         slots=slots,
