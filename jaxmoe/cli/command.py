@@ -12,7 +12,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from typing import Protocol
 
-from jaxmoe.cli import bench, convert, generate, inspect, place, plan
+from jaxmoe.cli import bench, convert, generate, inspect, place, plan, serve
 
 # Errors in the input. Anything else is a bug in jaxmoe and keeps its traceback.
 _INPUT_ERRORS = (ValueError, OSError, RuntimeError, ImportError)
@@ -40,6 +40,7 @@ class Command(Protocol):
 
 COMMANDS: dict[str, Command] = {
     "generate": generate,
+    "serve": serve,
     "inspect": inspect,
     "convert": convert,
     "plan": plan,
