@@ -8,6 +8,8 @@ from jaxmoe.checkpoint import convert as convert
 from jaxmoe.checkpoint import load as load
 from jaxmoe.checkpoint import remove_adapter as remove_adapter
 from jaxmoe.checkpoint import save as save
+from jaxmoe.compile_cache import CompileCacheError as CompileCacheError
+from jaxmoe.compile_cache import enable_compile_cache as enable_compile_cache
 from jaxmoe.config import MoEConfig as MoEConfig
 from jaxmoe.config import RouterConfig as RouterConfig
 from jaxmoe.elastic import move as move
@@ -18,6 +20,7 @@ from jaxmoe.generation import SamplingParams as SamplingParams
 from jaxmoe.generation import TokenEvent as TokenEvent
 from jaxmoe.generation import Tokenizer as Tokenizer
 from jaxmoe.generation import generate as generate
+from jaxmoe.generation import stream as stream
 from jaxmoe.layers import MoE as MoE
 from jaxmoe.layers import MoEStats as MoEStats
 from jaxmoe.layers import abstract_logical_state as abstract_logical_state

@@ -9,7 +9,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
-from jaxmoe.cli import options, processes
+from jaxmoe.cli import loading, options, processes
 
 if TYPE_CHECKING:
     from jax.sharding import Mesh
@@ -63,7 +63,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
     options.add_mesh_options(parser)
     processes.add_options(parser)
-    _add_load_options(parser)
+    loading.add_options(parser)
     parser.add_argument("--json", action="store_true", help="one JSON object a line for each prompt")
     parser.add_argument(
         "--record-routing", metavar="FILE.npz", help="write the experts that every token chose, for `jaxmoe place`"
@@ -96,6 +96,10 @@ def _generate_together(args: argparse.Namespace) -> None:
     """Do the work of `run`, the same in each of several processes."""
     prompts = _read_prompts(args)
     mesh = options.make_mesh(args)
+    # Where one process finds a program and another compiles it, they may wait for each other: a folder that all of them
+    # see has to be named.
+    if args.compile_cache is not None or not processes.is_one_of_several(args):
+        options.use_compile_cache(args)
 
     from jaxmoe.config import directory_of, find_checkpoint
     from jaxmoe.distributed import is_first
@@ -107,7 +111,7 @@ def _generate_together(args: argparse.Namespace) -> None:
     source = directory_of(find_checkpoint(args.checkpoint))
     outline: Any = SimpleNamespace(config=read_model_config(source)[1], source=source)
     token_ids = encode(outline, _conversations(prompts, args), max_new_tokens=args.max_new_tokens)
-    model = _load(args, mesh)
+    model = loading.load(args, mesh, mtp=args.speculate == "mtp")
     if args.verbose:
         _print_expert_bytes(model)
         print(model.load_report.describe(), file=sys.stderr)
@@ -150,48 +154,9 @@ def _generate_together(args: argparse.Namespace) -> None:
     print(f"{_describe(mesh)}: {total.summary()}", file=sys.stderr)
 
 
-def _add_load_options(parser: argparse.ArgumentParser) -> None:
-    group = parser.add_argument_group("loading")
-    options.add_placement(group)
-    group.add_argument("--dtype", help="of weights and activations (default: the checkpoint's own)")
-    options.add_quantized(group)
-    options.add_activations(group)
-    group.add_argument(
-        "--adapter",
-        action="append",
-        default=[],
-        metavar="DIR|NAME=DIR",
-        help="a LoRA adapter to merge into the weights, or to hold beside them under a name (repeatable)",
-    )
-    options.add_expert_axes(group)
-    group.add_argument(
-        "--dispatch",
-        type=options.dispatch,
-        default="auto",
-        metavar="NAME|prefill=NAME,decode=NAME",
-        help="how tokens travel to experts (auto)",
-    )
-    group.add_argument("--kernels", default="auto", metavar="NAME", help="grouped matmul backend (auto)")
-    group.add_argument("--check-finite", action="store_true", help="refuse a checkpoint with NaN or infinity")
-    group.add_argument("--no-progress", action="store_true", help="draw no progress bar")
-
-
-def _adapters(args: argparse.Namespace) -> tuple[str | None, dict[str, str]]:
-    """Tell the adapter to merge, and those to hold beside the weights by name; a directory may have = in its name."""
-    named = {text.partition("=")[0]: text.partition("=")[2] for text in args.adapter if _is_named(text)}
-    merged = [text for text in args.adapter if not _is_named(text)]
-    if len(merged) > 1 or len(named) + len(merged) < len(args.adapter):
-        args.usage_error("--adapter is one DIR to merge, and NAME=DIR of names that differ; give each once")
-    return (merged[0] if merged else None), named
-
-
-def _is_named(text: str) -> bool:
-    return "=" in text and not Path(text).is_dir()
-
-
 def _adapter_of_each(args: argparse.Namespace, count: int) -> list[str | None]:
     """Give the adapter's name for each prompt."""
-    _, named = _adapters(args)
+    _, named = loading.adapters(args)
     chosen = args.use_adapter or ["none"]
     if len(chosen) not in (1, count):
         args.usage_error(f"--use-adapter is given once, or for each of the {count} prompts; got {len(chosen)}")
@@ -201,29 +166,6 @@ def _adapter_of_each(args: argparse.Namespace, count: int) -> list[str | None]:
         )
     names = [None if name == "none" else name for name in chosen]
     return names * count if len(names) == 1 else names
-
-
-def _load(args: argparse.Namespace, mesh: "Mesh") -> Any:
-    import jaxmoe
-
-    adapter, adapters = _adapters(args)
-    return jaxmoe.load(
-        args.checkpoint,
-        mesh=mesh,
-        placement=options.read_placement(args.placement),
-        dtype=args.dtype,
-        quantized=args.quantized,
-        activations=args.activations,
-        adapter=adapter,
-        adapters=adapters or None,
-        mtp=args.speculate == "mtp",
-        expert_axes=args.expert_axes,
-        dispatch=args.dispatch,
-        kernels=args.kernels,
-        # A bar in a log file is noise.
-        progress=sys.stderr.isatty() and not args.no_progress,
-        check_finite=args.check_finite,
-    )
 
 
 def _describe(mesh: "Mesh") -> str:
