@@ -172,14 +172,15 @@ class OutputFile:
 
     def _agree(self, record: Mapping[str, Any]) -> dict[str, Any]:
         fresh = {"format": _FORMAT, "version": 1, **record}
-        if not self.done and not _whole_lines(self._ahead_path):
+        known = self._run.is_file()
+        if not known and self.path.exists() and self.path.stat().st_size:
+            raise ValueError(
+                f"{self.path} is there, and {self._run.name}, which says what it is of, is not; give another --output, or "
+                "remove it"
+            )
+        if not known or not (self.done or _whole_lines(self._ahead_path)):
             self._ahead_path.unlink(missing_ok=True)
             return fresh
-        if not self._run.is_file():
-            raise ValueError(
-                f"{self.path} has lines, and {self._run.name}, which says what they are of, is not there; give another "
-                "--output, or remove it"
-            )
         try:
             self.record = json.loads(self._run.read_text(encoding="utf-8"))
             _ = self.record["settings"], self.record["seed"]

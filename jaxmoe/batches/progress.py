@@ -35,19 +35,19 @@ class State(NamedTuple):
     balance: float | None
 
 
-Report = Callable[[State], None]
+Report = Callable[[Callable[[], State]], None]
 
 
 @contextlib.contextmanager
 def progress(shown: bool, done_before: int = 0) -> Iterator[Report]:
-    """Give a function that is told of the state after every step, and shows it when it is time.
+    """Give a function that is called after every step, and asks for the state and shows it when it is time.
 
     Args:
         shown: whether anything is shown.
         done_before: lines that an earlier process has done, which tell nothing about the time that is left.
     """
     if not shown:
-        yield lambda state: None
+        yield lambda read_state: None
     elif sys.stderr.isatty():
         with _bar() as report:
             yield report
@@ -64,7 +64,7 @@ def _bar() -> Iterator[Report]:
     columns = (BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[text]}"), TextColumn("ETA"))
     with Progress(*columns, TimeRemainingColumn(), console=Console(stderr=True)) as bar:
         begin, shown, task = time.monotonic(), 0.0, None
-        last: State | None = None
+        last: Callable[[], State] | None = None
 
         def show(state: State) -> None:
             nonlocal task
@@ -72,34 +72,34 @@ def _bar() -> Iterator[Report]:
                 task = bar.add_task("", total=state.total, completed=state.done, text="")
             bar.update(task, completed=state.done, text=_text(state, time.monotonic() - begin))
 
-        def report(state: State) -> None:
+        def report(read_state: Callable[[], State]) -> None:
             nonlocal shown, last
-            last = state
+            last = read_state
             if time.monotonic() - shown > _BAR_SECONDS:
                 shown = time.monotonic()
-                show(state)
+                show(read_state())
 
         yield report
         if last is not None:
-            show(last)
+            show(last())
 
 
 class _Lines:
     def __init__(self, done_before: int):
         self._begin = self._told = time.monotonic()
         self._done_before = done_before
-        self._last: State | None = None
+        self._last: Callable[[], State] | None = None
 
-    def report(self, state: State) -> None:
-        self._last = state
+    def report(self, read_state: Callable[[], State]) -> None:
+        self._last = read_state
         now = time.monotonic()
         if now - self._told >= LINE_SECONDS:
             self._told = now
-            self._tell(state)
+            self._tell(read_state())
 
     def finish(self) -> None:
         if self._last is not None:
-            self._tell(self._last)
+            self._tell(self._last())
 
     def _tell(self, state: State) -> None:
         seconds = time.monotonic() - self._begin

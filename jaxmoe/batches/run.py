@@ -1,6 +1,7 @@
 """`Batch`: one run over an input file, from the first check to the last line."""
 
 import dataclasses
+import functools
 import secrets
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -26,6 +27,8 @@ from jaxmoe.generation.tokenizer import Tokenizer
 # Lines between the first that is not done and the last that was begun, where the order of the input is kept: their
 # outputs wait in memory.
 WINDOW = 10_000
+# Errors that are of a line: its own, and those that a chat template makes of it.
+_LINE_ERRORS = (ValueError, TypeError, ArithmeticError, LookupError, AttributeError, RecursionError)
 
 
 class Engine(Protocol):
@@ -101,7 +104,7 @@ class Batch:
 
     Raises:
         FileNotFoundError: there is no input.
-        ValueError: the output is of another run, or processes were given different input.
+        ValueError: the input is empty, the output is of another run, or processes were given different input.
         RuntimeError: another process is at work on the output.
         ImportError: a JSON schema is asked for, and llguidance is not installed.
         OSError: the output cannot be written.
@@ -134,6 +137,8 @@ class Batch:
         }
         self._hash = read["sha256"]
         self.total = sum(1 for _ in raw_lines(input))
+        if not self.total:
+            raise ValueError(f"an input file has an object with a prompt on every line; {input} has none")
         if several:
             check_same({name: {**(part or {}), "path": None} for name, part in record.items()})
         self._output: OutputFile | None = None
@@ -171,7 +176,7 @@ class Batch:
         engine: Engine,
         *,
         adapters: tuple[str, ...] = (),
-        report: Report = lambda state: None,
+        report: Report = lambda read_state: None,
         balance: Callable[[], float | None] = lambda: None,
     ) -> BatchResult:
         """Do every line that is not done.
@@ -179,7 +184,7 @@ class Batch:
         Args:
             engine: engine of the model, with nothing to do.
             adapters: names of adapters that the model holds.
-            report: function that is told of the state after every step.
+            report: function that is called after every step with one that gives the state.
             balance: function that gives the load of the busiest device over the mean.
 
         Raises:
@@ -201,9 +206,12 @@ class Batch:
             tokens += len(results)
             for result in results:
                 self._take(result, encoder, engine)
-            counts = engine.counts
-            report(State(self._num_done, self.total, self._errors, tokens, counts.running, counts.slots, balance()))
+            report(functools.partial(self._state, engine, tokens, balance))
         return self._finish(tokens, time.perf_counter() - begin)
+
+    def _state(self, engine: Engine, tokens: int, balance: Callable[[], float | None]) -> State:
+        counts = engine.counts
+        return State(self._num_done, self.total, self._errors, tokens, counts.running, counts.slots, balance())
 
     def _has_room(self, engine: Engine) -> bool:
         """Whether the next line may begin: enough wait for the next free slots, none too far behind."""
@@ -231,11 +239,12 @@ class Batch:
             samples = encoder.requests(line, self._seed, raw.number)
             for sample in samples:
                 ids.append(engine.submit(sample.request))
-        except ValueError as error:
+        except _LINE_ERRORS as error:
             for id in ids:
                 engine.cancel(id)
             carried = error.carried if isinstance(error, LineError) else carried
-            self._put(raw.number, {**carried, "error": {"message": str(error)}})
+            message = str(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"
+            self._put(raw.number, {**carried, "error": {"message": message}})
             return
         self._lines[place] = _Open(raw.number, carried, samples, len(samples))
         self._owners.update({id: (place, sample) for id, sample in zip(ids, samples, strict=True)})

@@ -1,8 +1,7 @@
 """Files through the real engine and command: on several meshes, killed, by several processes, and of a JSON schema."""
 
 import json
-import os
-import signal
+import shutil
 import subprocess
 import sys
 import time
@@ -47,7 +46,7 @@ def generate(input, output, *options: str) -> int:
 def test_the_same_on_every_mesh_killed_or_by_several_processes(tmp_path, capsys) -> None:
     input = write(tmp_path / "in.jsonl", lines())
     whole = tmp_path / "whole.jsonl"
-    assert generate(input, whole, "--mesh", "ep=4") == 1
+    assert generate(input, whole, "--mesh", "ep=8") == 1
     err = capsys.readouterr().err
     assert "1 of 13 lines have an error" in err
     assert "of mean" in err
@@ -58,43 +57,30 @@ def test_the_same_on_every_mesh_killed_or_by_several_processes(tmp_path, capsys)
     assert len(found[10]["outputs"]) == 2
     assert found[12]["outputs"][0]["text"]
 
-    other = tmp_path / "other.jsonl"
-    assert generate(input, other, "--mesh", "dp=2,tp=2,ep=2", "--no-progress") == 1
-    assert _without_logprobs(read(other)) == _without_logprobs(found)
     # It goes on where it was cut, on another mesh than before.
-    other.write_bytes(b"".join(other.read_bytes().splitlines(keepends=True)[:5]) + b'{"line": 6, "outp')
-    assert generate(input, other, "--mesh", "ep=2") == 1
-    assert _without_logprobs(read(other)) == _without_logprobs(found)
+    cut = tmp_path / "cut.jsonl"
+    cut.write_bytes(b"".join(whole.read_bytes().splitlines(keepends=True)[:4]) + b'{"line": 5, "outp')
+    shutil.copy(f"{whole}.run.json", f"{cut}.run.json")
+    assert generate(input, cut, "--mesh", "dp=2,tp=2,ep=2", "--no-progress") == 1
+    assert _without_logprobs(read(cut)) == _without_logprobs(found)
+    starts = json.loads((tmp_path / "cut.jsonl.run.json").read_text())["starts"]
+    assert [(one["mesh"]["dp"], one["lines_done_before"]) for one in starts] == [(1, 0), (2, 4)]
 
+    # One process is killed when the first line is there, and two go on.
     killed = tmp_path / "killed.jsonl"
-    command = [
-        sys.executable,
-        "-m",
-        "jaxmoe",
-        "generate",
-        DEMO,
-        "--input",
-        str(input),
-        "--output",
-        str(killed),
-        *OPTIONS,
-    ]
-    process = subprocess.Popen([*command, "--simulate", "2"], env=environment(), stderr=subprocess.PIPE)
+    argv = ["generate", DEMO, "--input", str(input), "--output", str(killed), *OPTIONS, "--simulate", "2"]
+    process = subprocess.Popen([sys.executable, "-m", "jaxmoe", *argv], env=environment(), stderr=subprocess.DEVNULL)
     deadline = time.monotonic() + 240
     while not (killed.exists() and killed.stat().st_size) and time.monotonic() < deadline and process.poll() is None:
         time.sleep(0.01)
-    os.kill(process.pid, signal.SIGKILL)
-    process.communicate()
-    assert generate(input, killed, "--mesh", "ep=2") == 1
+    process.kill()
+    process.wait()
+    assert killed.stat().st_size
+    ended = finish(start(2, "jaxmoe", *argv))
+    assert [one.returncode for one in ended] == [1, 1], "\n".join(one.stderr for one in ended)
     assert _without_logprobs(read(killed)) == _without_logprobs(found)
-
-    several = tmp_path / "several.jsonl"
-    argv = ["generate", DEMO, "--input", str(input), "--output", str(several), *OPTIONS, "--simulate", "2"]
-    for _ in range(2):
-        ended = finish(start(2, "jaxmoe", *argv))
-        assert [one.returncode for one in ended] == [1, 1], "\n".join(one.stderr for one in ended)
-        assert _without_logprobs(read(several)) == _without_logprobs(found)
-        several.write_bytes(b"".join(several.read_bytes().splitlines(keepends=True)[:7]))
+    starts = json.loads((tmp_path / "killed.jsonl.run.json").read_text())["starts"]
+    assert [one["processes"] for one in starts] == [1, 2]
 
 
 def _without_logprobs(values: list[dict]) -> list[dict]:
@@ -106,7 +92,7 @@ def _without_logprobs(values: list[dict]) -> list[dict]:
 
 @pytest.mark.full
 def test_the_function(tmp_path) -> None:
-    model = jaxmoe.load(DEMO, mesh=jaxmoe.make_mesh(ep=2, devices=None), dtype="float32")
+    model = jaxmoe.load(DEMO, mesh=jaxmoe.make_mesh(ep=8), dtype="float32")
     input = write(tmp_path / "in.jsonl", [{"prompt": "def main():\n"}, {"prompt": "import os\n", "max_tokens": 3}])
     settings = LineSettings(max_new_tokens=5)
     result = jaxmoe.generate_file(

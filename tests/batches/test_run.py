@@ -48,12 +48,14 @@ def test_each_line_has_its_output(source, files) -> None:
         {"prompt": "a", "adapter": "sql"},
         {"prompt": "a", "model": "gpt"},
         {"prompt": "a", "model": source.name, "max_tokens": 1},
+        {"messages": [{"role": "user", "content": json.loads("[" * 500 + "]" * 500)}]},
+        {"messages": [{"role": "user"}], "chat_template_kwargs": {"chat_template": 5}},
     ]
     result = run(source, write(input, lines), output, token_ids=True)
     found = read(output)
-    assert [one["line"] for one in found] == [1, 3, 4, 5, 6, 7, 8, 9, 10]
-    assert (result.lines, result.errors, result.done_before) == (9, 5, 0)
-    first, second, engine_s, bad, chat, long, adapter, model, own = found
+    assert [one["line"] for one in found] == [1, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12]
+    assert (result.lines, result.errors, result.done_before) == (11, len([one for one in found if "error" in one]), 0)
+    first, second, engine_s, bad, chat, long, adapter, model, own, _, template = found
     assert (first["id"], first["outputs"][0]["token_ids"]) == ("a", expected([5, 6], 4))
     assert first["usage"] == {"prompt_tokens": 2, "completion_tokens": 4}
     assert [set(one) for one in first["outputs"][0]["logprobs"]] == [{"token_id", "token", "logprob", "top"}] * 4
@@ -73,6 +75,7 @@ def test_each_line_has_its_output(source, files) -> None:
     assert "adapter is one that the model holds (none); got 'sql'" in adapter["error"]["message"]
     assert f"model is the checkpoint's name ({source.name})" in model["error"]["message"]
     assert "outputs" in own
+    assert "error" in template
 
 
 def test_lines_as_they_come_and_stop_strings(source, files) -> None:
@@ -151,7 +154,7 @@ def test_lines_far_ahead_wait(source, files, monkeypatch) -> None:
     engine = FakeEngine(vocab_size=VOCAB)
     most = []
     with Batch(outline(source), write(input, lines), output, settings=LineSettings(max_new_tokens=1)) as batch:
-        batch.run(engine, report=lambda state: most.append(state.done if engine.steps < 30 else 0))
+        batch.run(engine, report=lambda read: most.append(read().done if engine.steps < 30 else 0))
     assert 0 < max(most) <= 3
     assert len(read(output)) == 21
 
@@ -189,13 +192,17 @@ def test_outputs_of_nobody_are_left_alone(source, files) -> None:
         with pytest.raises(ValueError, match=message):
             run(source, input, output)
         assert output.read_text() == text
-    output.write_text('{"line": 1}\n')
-    with pytest.raises(ValueError, match=r"out.jsonl.run.json, which says what they are of, is not there"):
-        run(source, input, output)
+    for text in ('{"line": 1}\n', "no line at all"):
+        output.write_text(text)
+        with pytest.raises(ValueError, match=r"out.jsonl.run.json, which says what it is of, is not"):
+            run(source, input, output)
+        assert output.read_text() == text
     with pytest.raises(ValueError, match="output is another file than input"):
         run(source, input, input)
     with pytest.raises(FileNotFoundError, match="does not exist"):
         run(source, input.with_name("none.jsonl"), output)
+    with pytest.raises(ValueError, match="a prompt on every line; .* has none"):
+        run(source, write(input, ["", " "]), output)
 
 
 def test_two_at_once_are_refused(source, files) -> None:
@@ -280,10 +287,11 @@ def test_the_record(source, files) -> None:
 def test_an_output_holds_whole_lines_of_any_text(files, tmp_path) -> None:
     _, output = files
     texts = ["a\u2028b", "\x00\r\n", "é😀" * 30_000]
-    with OutputFile(output, {"settings": {}, "seed": 1}, "finished") as opened:
+    record = {"input": {}, "settings": {}, "checkpoint": None}
+    with OutputFile(output, {**record, "seed": 1}, "finished") as opened:
         for number, text in enumerate(texts):
             opened.put(number, {"text": text})
-    with OutputFile(output, {"settings": {}, "seed": 2}, "finished") as opened:
+    with OutputFile(output, {**record, "seed": 2}, "finished") as opened:
         assert opened.done == {0, 1, 2}
         assert opened.record["seed"] == 1
     assert [json.loads(line)["text"] for line in output.read_bytes().split(b"\n")[:-1]] == texts
@@ -292,11 +300,11 @@ def test_an_output_holds_whole_lines_of_any_text(files, tmp_path) -> None:
 def test_progress_is_told_in_lines_where_there_is_no_terminal(capsys, monkeypatch) -> None:
     monkeypatch.setattr("jaxmoe.batches.progress.LINE_SECONDS", 0.0)
     with progress(True) as report:
-        report(State(done=1, total=4, errors=1, tokens=10, running=2, slots=8, balance=1.5))
+        report(lambda: State(done=1, total=4, errors=1, tokens=10, running=2, slots=8, balance=1.5))
     lines = capsys.readouterr().err.splitlines()
     assert len(lines) == 2
     for part in ("1 of 4 lines", "tokens/s", "2 of 8 slots", "busiest device 1.50 of mean", "1 with errors", " left"):
         assert part in lines[0]
     with progress(False) as report:
-        report(State(1, 4, 0, 10, 2, 8, None))
+        report(lambda: pytest.fail("nobody asks"))
     assert capsys.readouterr().err == ""
