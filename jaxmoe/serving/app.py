@@ -69,7 +69,7 @@ def make_app(service: Service, keys: Collection[str] = ()) -> Starlette:
     return Starlette(
         routes=routes,
         middleware=[Middleware(Guard, keys=keys, paths=paths, metrics=service.metrics)],
-        exception_handlers={ApiError: _api_error, HTTPException: _http_error},  # type: ignore[dict-item]
+        exception_handlers={ApiError: _api_error, HTTPException: _http_error, Exception: _server_error},  # type: ignore[dict-item]
     )
 
 
@@ -91,6 +91,11 @@ async def _http_error(request: Request, error: HTTPException) -> Response:
     return error_response(ApiError(error.status_code, message, headers=dict(error.headers or {})))
 
 
+async def _server_error(_: Request, error: Exception) -> Response:
+    del error  # the server's log has it, with a traceback
+    return error_response(ApiError(500, "there is a mistake in the server; its log has it"))
+
+
 class Generated(Response):
     """The answer of a model: whole, or as server-sent events. It ends its requests when the client has gone.
 
@@ -98,7 +103,7 @@ class Generated(Response):
         service: the model.
         answer: form of the answer.
         prompts: token ids.
-        asked: what the request asks for.
+        asked: fields of the request.
 
     Raises:
         ApiError: the requests are refused.
@@ -113,7 +118,7 @@ class Generated(Response):
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Send the answer."""
         if self._asked.stream:
-            await unless_gone(receive, self._send_events(send))
+            await unless_gone(receive, self._send_events(scope, receive, send))
             return
         response = await unless_gone(receive, self._whole())
         if response is not None:
@@ -134,16 +139,15 @@ class Generated(Response):
             }
         )
 
-    async def _send_events(self, send: Send) -> None:
+    async def _send_events(self, scope: Scope, receive: Receive, send: Send) -> None:
         events = self._events()
         try:
             first = await anext(events)  # what the engine refuses is an answer with an error
         except ApiError as error:
-            await _send(send, error.status, error_response(error).raw_headers)
-            await send({"type": "http.response.body", "body": json.dumps(error.body()).encode(), "more_body": False})
+            await error_response(error)(scope, receive, send)
             return
         headers = [(b"content-type", b"text/event-stream; charset=utf-8"), (b"cache-control", b"no-cache")]
-        await _send(send, 200, headers)
+        await send({"type": "http.response.start", "status": 200, "headers": headers})
         await _send_event(send, first)
         try:
             async for event in events:
@@ -179,10 +183,6 @@ class Generated(Response):
                 yield piece
         finally:
             await pieces.aclose()  # type: ignore[attr-defined]
-
-
-async def _send(send: Send, status: int, headers: list[tuple[bytes, bytes]]) -> None:
-    await send({"type": "http.response.start", "status": status, "headers": headers})
 
 
 async def _send_event(send: Send, event: Any) -> None:

@@ -41,7 +41,7 @@ _ONLY: dict[str, tuple[Any, ...]] = {
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Asked:
-    """What a request asks for, apart from its prompt.
+    """Fields of a request, apart from its prompt.
 
     Attributes:
         model: name of the model or adapter.

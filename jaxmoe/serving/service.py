@@ -1,4 +1,4 @@
-"""What a server serves: prompts become requests to the engine, and tokens become text."""
+"""The model behind a server: prompts become requests to the engine, and tokens become text."""
 
 import dataclasses
 import secrets
@@ -23,7 +23,7 @@ class TokenText(NamedTuple):
 
 
 class Piece(NamedTuple):
-    """What one token adds to a choice.
+    """An addition of one token to a choice.
 
     Attributes:
         choice: number of the choice.
@@ -126,31 +126,32 @@ class Service:
                 code="model_not_found",
             )
         seed = secrets.randbits(64) if asked.seed is None else asked.seed
-        requests = []
-        for prompt in prompts:
-            max_tokens = self._max_tokens(len(prompt), asked)
-            if asked.min_tokens > max_tokens:
-                raise ApiError(
-                    400,
-                    f"min_tokens is at most the {max_tokens} of max_tokens; got {asked.min_tokens}",
-                    param="min_tokens",
-                )
-            for choice in range(asked.n):
-                requests.append(
-                    Request(
-                        token_ids=prompt,
-                        max_new_tokens=max_tokens,
-                        params=asked.params,
-                        seed=(seed + choice) % 2**64,
-                        eos_token_ids=frozenset() if asked.ignore_eos else self.eos_token_ids,
-                        min_new_tokens=asked.min_tokens,
-                        logit_bias=asked.logit_bias,
-                        logprobs=asked.logprobs,
-                        adapter=self.names[asked.model],
-                    )
-                )
+        requests = [
+            self._request(prompt, asked, (seed + choice) % 2**64) for prompt in prompts for choice in range(asked.n)
+        ]
         self._check_queue(len(requests))
         return requests
+
+    def _request(self, prompt: list[int], asked: Asked, seed: int) -> Request:
+        max_tokens = self._max_tokens(len(prompt), asked)
+        if asked.min_tokens > max_tokens:
+            raise ApiError(
+                400, f"min_tokens is at most the {max_tokens} of max_tokens; got {asked.min_tokens}", param="min_tokens"
+            )
+        try:
+            return Request(
+                token_ids=prompt,
+                max_new_tokens=max_tokens,
+                params=asked.params,
+                seed=seed,
+                eos_token_ids=frozenset() if asked.ignore_eos else self.eos_token_ids,
+                min_new_tokens=asked.min_tokens,
+                logit_bias=asked.logit_bias,
+                logprobs=asked.logprobs,
+                adapter=self.names[asked.model],
+            )
+        except ValueError as error:
+            raise ApiError(400, str(error)) from error
 
     def _max_tokens(self, prompt: int, asked: Asked) -> int:
         limit = self.limits.max_length
@@ -205,7 +206,7 @@ class Service:
             raise ApiError(503, str(error), headers={"Retry-After": "30"}) from error
         finally:
             for watch in watches:
-                watch.end("cancelled")
+                watch.end("canceled")
 
     def _logprobs(self, result: TokenResult) -> tuple[TokenText | None, list[TokenText]]:
         if result.logprob is None:
