@@ -185,6 +185,10 @@ class ContinuousEngine:
             steps=self._steps,
         )
 
+    def forget_prefixes(self) -> None:
+        """Let what was computed so far be shared by no later request."""
+        self._scheduler.forget_prefixes()
+
     def step(self) -> list[TokenResult]:
         """Launch a prefill or a decode step, and hand out the tokens of the one before.
 

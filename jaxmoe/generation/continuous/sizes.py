@@ -66,7 +66,7 @@ class Sizes(NamedTuple):
 
 
 def _parts(whole: int, page: int, smallest: int) -> set[int]:
-    """The whole, a half, a quarter and an eighth in whole pages, without those below the smallest that is worth a program."""
+    """The whole, a half, a quarter and an eighth in whole pages, without those that are too small to be worth a program."""
     return {-(-whole // (parts * page)) * page for parts in (1, 2, 4, 8) if parts == 1 or whole >= parts * smallest}
 
 
