@@ -4,7 +4,12 @@ import argparse
 import sys
 import time
 
+from typing import TYPE_CHECKING
+
 from jaxmoe.cli import loading, options
+
+if TYPE_CHECKING:
+    from jaxmoe.generation.programs import Record
 
 HELP = "compile a model's programs, so that its first start is as quick as its second"
 
@@ -52,9 +57,11 @@ def run(args: argparse.Namespace) -> None:
         kernels=args.kernels,
     )
     begin = time.perf_counter()
-    record = "nothing" if args.no_expert_metrics else "counts"
+    record: Record = "nothing" if args.no_expert_metrics else "counts"
     names = [
-        warm.warm(model, num_slots=args.num_slots, num_pages=args.num_pages, max_length=args.max_length, record=record)
+        warm.warm_engine(
+            model, num_slots=args.num_slots, num_pages=args.num_pages, max_length=args.max_length, record=record
+        )
     ]
     if all(batch):
         names.append(

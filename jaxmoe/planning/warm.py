@@ -1,4 +1,4 @@
-"""`warm`: the programs of a model compiled into JAX's cache, before its weights are here."""
+"""`warm_engine` and `warm_batch`: the programs of a model compiled into JAX's cache, before its weights are here."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -17,6 +17,7 @@ from jaxmoe.generation.sampling import Mode
 from jaxmoe.layers import param_specs
 from jaxmoe.mesh import EP
 from jaxmoe.models import Decoder
+from jaxmoe.models.kernels import try_kernels
 from jaxmoe.models.padding import bucket_length
 from jaxmoe.placement import ExpertPlacement
 from jaxmoe.planning.planned import PlannedCheckpoint
@@ -58,10 +59,11 @@ def abstract_checkpoint_model(
         choice = pack_model(model, mapped, rounding=activations is not None)
         if activations is not None:
             choice.check_rounding(planned.directory)
+    try_kernels(model, mesh, model.dtype, kernels)
     return model
 
 
-def warm(
+def warm_engine(
     model: Decoder,
     *,
     num_slots: int | None = None,

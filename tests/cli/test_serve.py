@@ -36,7 +36,7 @@ def test_options_reach_the_server(started, capsys) -> None:
     assert dict(options["mesh"].shape) == {"dp": 2, "tp": 2, "ep": 2}
     model, address, settings = started.serves[0]
     assert (model, address[0]) == ("a model", "127.0.0.1")
-    del settings["on_start"]
+    del settings["on_start"], settings["on_compiled"]
     assert settings == {
         "name": "model",
         "keys": [],

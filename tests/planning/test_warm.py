@@ -61,6 +61,28 @@ def test_sizes_are_checked() -> None:
     with pytest.raises(ValueError, match="max_new_tokens is an integer from 1 to"):
         next(warming.warm_batch(model, batch_size=1, prompt_length=3, max_new_tokens=10**6))
     with pytest.raises(ValueError, match="max_length"):
-        next(warming.warm(model, max_length=10**6))
+        next(warming.warm_engine(model, max_length=10**6))
     with pytest.raises(ValueError, match="quantized is one of keep, dequantize; got 'no'"):
         warming.abstract_checkpoint_model(DEMO, mesh_of(2, 2, 2), quantized="no")
+
+
+def test_pages_are_those_that_fit_beside_weights_to_come(monkeypatch) -> None:
+    """A few bytes more or less that are free make no other programs."""
+    from jaxmoe.generation.continuous import engine, plan_sizes
+
+    model = warming.abstract_checkpoint_model(DEMO, mesh_of(2, 2, 2))
+    options = {"num_slots": 4000, "page_size": 16, "num_pages": None, "prefill_chunk": 64, "max_length": 512}
+
+    class Device:
+        def __init__(self, used):
+            self.used = used
+
+        def memory_stats(self):
+            return {"bytes_limit": 20_000_000, "bytes_in_use": self.used}
+
+    pages = {}
+    for used in (0, 20_000, 2_000_000, 5_000_000):
+        monkeypatch.setattr(type(model.mesh), "local_devices", property(lambda _, used=used: [Device(used)]))
+        pages[used] = plan_sizes(model, **options)[0].pages
+    assert pages[0] == pages[20_000] > pages[2_000_000] > pages[5_000_000] > 100
+    assert [engine._coarse(number) for number in (-1, 0, 5, 63, 64, 1000, 1023)] == [-1, 0, 5, 63, 64, 992, 1008]
