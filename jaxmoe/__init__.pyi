@@ -1,6 +1,8 @@
 # The public names, each with the module that it comes from. `__init__.py` reads this file to import a name on its first
 # use, and type checkers and editors read it in place of `__init__.py`. docs/reference/api.md has a line on each.
 
+from jaxmoe.batches import LineSettings as LineSettings
+from jaxmoe.batches import generate_file as generate_file
 from jaxmoe.checkpoint import CheckpointError as CheckpointError
 from jaxmoe.checkpoint import LoadReport as LoadReport
 from jaxmoe.checkpoint import add_adapter as add_adapter

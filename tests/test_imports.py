@@ -27,7 +27,7 @@ ORDER = [
     ["checkpoint"],
     ["elastic", "interop"],
     ["generation"],
-    ["planning", "serving"],
+    ["planning", "serving", "batches"],
     ["viz"],
     ["cli"],
     ["__main__"],
@@ -173,12 +173,14 @@ def test_what_is_imported_is_installed_with_the_package() -> None:
     document = tomllib.loads((PACKAGE.parent / "pyproject.toml").read_text())["project"]
     needed = {re.match(r"[\w-]+", line)[0] for line in document["dependencies"]}
     extras = document["optional-dependencies"]
-    plots, server = ({re.match(r"[\w-]+", line)[0] for line in extras[name]} for name in ("notebooks", "serve"))
+    names = ("notebooks", "serve", "constrain")
+    plots, server, schemas = ({re.match(r"[\w-]+", line)[0] for line in extras[name]} for name in names)
     for module in MODULES:
         for line, name in imported_names(module):
             root = name.partition(".")[0]
             if root != "jaxmoe" and root not in sys.stdlib_module_names:
-                allowed = needed | {"viz": plots, "placement": plots, "serving": server}.get(top(module), set())
+                rooms = {"viz": plots, "placement": plots, "serving": server, "generation": schemas}
+                allowed = needed | rooms.get(top(module), set())
                 assert root in allowed, f"jaxmoe/{module}:{line} imports {root}, which is no dependency"
 
 

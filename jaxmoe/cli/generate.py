@@ -1,4 +1,4 @@
-"""``jaxmoe generate``: prompts in, text out, token by token."""
+"""``jaxmoe generate``: prompts in, text out, token by token, or file to file (`batch_file`)."""
 
 import argparse
 import json
@@ -9,7 +9,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
-from jaxmoe.cli import loading, options, processes
+from jaxmoe.cli import batch_file, loading, options, processes
 
 if TYPE_CHECKING:
     from jax.sharding import Mesh
@@ -34,6 +34,11 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         metavar="FILE",
         help='one prompt a line, or .jsonl with {"prompt": ...}; - for stdin',
     )
+    source.add_argument(
+        "--input",
+        metavar="FILE.jsonl",
+        help="a file of any size, whose lines may have settings of their own; an interrupted run goes on",
+    )
     parser.add_argument(
         "--use-adapter",
         action="append",
@@ -42,7 +47,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--chat", action="store_true", help="put prompts through the chat template")
     parser.add_argument("--system", metavar="TEXT", help="system message, with --chat")
-    parser.add_argument("--batch-size", type=options.count, default=32, metavar="N", help="prompts at a time (32)")
+    parser.add_argument("--batch-size", type=options.count, metavar="N", help="prompts at a time (32)")
 
     group = parser.add_argument_group("generation")
     group.add_argument("--max-new-tokens", type=int, default=64, metavar="N", help="tokens per prompt (64)")
@@ -61,6 +66,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument("--num-drafts", type=options.count, metavar="K", help="guesses in a step (one by each layer)")
 
+    batch_file.add_options(parser)
     options.add_mesh_options(parser)
     processes.add_options(parser)
     loading.add_options(parser)
@@ -80,8 +86,9 @@ def run(args: argparse.Namespace) -> None:
     """Generate and print, in one process or as one of several."""
     if args.system is not None and not args.chat:
         args.usage_error("--system goes with --chat")
+    batch_file.check(args)
     if args.chat and args.prompt_ids:
-        args.usage_error("--chat is for text: --prompt or --prompt-file")
+        args.usage_error("--chat is for text: --prompt, --prompt-file or --input")
     if args.num_drafts and not args.speculate:
         args.usage_error("--num-drafts goes with --speculate")
     if args.speculate and (args.temperature > 0 or args.repetition_penalty != 1 or args.record_routing):
@@ -89,12 +96,16 @@ def run(args: argparse.Namespace) -> None:
     if processes.is_one_of_several(args) and "-" in [args.prompt_file, *(args.prompt or ())]:
         args.usage_error("every process reads the prompts, and stdin is one's alone: give a file in place of -")
     with processes.joined(args):
-        _generate_together(args)
+        if args.input is not None:
+            batch_file.run(args)
+        else:
+            _generate_together(args)
 
 
 def _generate_together(args: argparse.Namespace) -> None:
     """Do the work of `run`, the same in each of several processes."""
     prompts = _read_prompts(args)
+    batch_size = args.batch_size or 32
     mesh = options.make_mesh(args)
     # Where one process finds a program and another compiles it, they may wait for each other: a folder that all of them
     # see has to be named.
@@ -115,14 +126,14 @@ def _generate_together(args: argparse.Namespace) -> None:
     if args.verbose:
         _print_expert_bytes(model)
         print(model.load_report.describe(), file=sys.stderr)
-        first = token_ids[: args.batch_size]
+        first = token_ids[:batch_size]
         longest = max(map(len, first), default=1)
         print(model.describe(batch_size=len(first), prompt_length=longest), file=sys.stderr)
     live = len(prompts) == 1 and not args.json and sys.stdout.isatty()
     total = GenerationStats()
     with model.record_routing(token_ids=True) if args.record_routing else nullcontext() as routing:
-        for start in range(0, len(prompts), args.batch_size):
-            batch = slice(start, start + args.batch_size)
+        for start in range(0, len(prompts), batch_size):
+            batch = slice(start, start + batch_size)
             stats = GenerationStats()
             outputs = generate(
                 model,
