@@ -2,7 +2,7 @@
 
 import asyncio
 import json
-from collections.abc import AsyncIterator, Collection
+from collections.abc import AsyncIterator, Collection, Sequence
 from typing import Any
 
 from starlette.applications import Starlette
@@ -14,6 +14,7 @@ from starlette.routing import Route
 from starlette.types import Receive, Scope, Send
 
 from jaxmoe.generation.requests import Request as EngineRequest
+from jaxmoe.generation.requests import TokenConstraint
 from jaxmoe.serving.answers import ChatCompletion, Completion, usage
 from jaxmoe.serving.errors import ApiError
 from jaxmoe.serving.fields import Asked, one_kind, read_fields, read_messages, read_template_variables
@@ -39,7 +40,8 @@ def make_app(service: Service, keys: Collection[str] = ()) -> Starlette:
         body = await _body(service, request)
         asked, variables = read_fields(body, "chat"), read_template_variables(body)
         prompt = await asyncio.to_thread(service.encode_chat, read_messages(body), variables)
-        return Generated(service, ChatCompletion(asked.model), [prompt], asked)
+        constraints = await asyncio.to_thread(service.constraints, asked)
+        return Generated(service, ChatCompletion(asked.model), [prompt], asked, constraints)
 
     async def models(_: Request) -> Response:
         return JSONResponse({"object": "list", "data": [_model(service, name) for name in service.names]})
@@ -104,14 +106,22 @@ class Generated(Response):
         answer: form of the answer.
         prompts: token ids.
         asked: fields of the request.
+        constraints: constraints of a prompt's choices; empty for none.
 
     Raises:
         ApiError: the requests are refused.
     """
 
-    def __init__(self, service: Service, answer: Completion, prompts: list[list[int]], asked: Asked):
+    def __init__(
+        self,
+        service: Service,
+        answer: Completion,
+        prompts: list[list[int]],
+        asked: Asked,
+        constraints: Sequence[TokenConstraint | None] = (),
+    ):
         self._service, self._answer, self._asked = service, answer, asked
-        self._requests: list[EngineRequest] = service.requests(prompts, asked)
+        self._requests: list[EngineRequest] = service.requests(prompts, asked, constraints)
         self._prompt_tokens = sum(map(len, prompts))
         self.background = None
 

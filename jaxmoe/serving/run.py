@@ -135,6 +135,7 @@ def serve(
                     eos_token_ids=ends,
                     limits=limits,
                     metrics=Metrics(lambda: engine.counts, loads),
+                    vocab_size=model.config.vocab_size,
                 )
                 await run_service(service, bound, keys=keys, drain_seconds=drain_seconds, on_start=on_start)
                 if engine.error is not None:

@@ -41,6 +41,7 @@ def served(tokenizer):
                 eos_token_ids=frozenset({99}),
                 limits=Limits(**{"max_length": 200, **limits}),
                 metrics=Metrics(lambda: running.counts),
+                vocab_size=100,
             )
             transport = httpx.ASGITransport(app=make_app(service, keys))
             async with httpx.AsyncClient(transport=transport, base_url=base_url, timeout=60) as client:

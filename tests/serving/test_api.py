@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import sys
 
 import pytest
 
@@ -121,6 +122,19 @@ def test_settings_reach_the_engine(ask) -> None:
     assert ask(COMPLETIONS, {"model": "base", "prompt": "he"}).json()["usage"]["completion_tokens"] == 16
 
 
+def test_json_of_a_schema_ends_where_it_is_complete(ask, monkeypatch) -> None:
+    form = {"type": "json_schema", "json_schema": {"name": "it", "schema": {"enum": [[12, 3]]}}}
+    body = chat(response_format=form, max_tokens=50, n=2)
+    answer = ask(CHAT, body).json()
+    assert [json.loads(choice["message"]["content"]) for choice in answer["choices"]] == [[12, 3]] * 2
+    assert {choice["finish_reason"] for choice in answer["choices"]} == {"stop"}
+    assert ask(CHAT, chat(response_format={"type": "text"})).json()["choices"][0]["finish_reason"] == "length"
+    monkeypatch.setitem(sys.modules, "llguidance", None)
+    response = ask(CHAT, body)
+    assert response.status_code == 400
+    assert 'pip install "jaxmoe[constrain]"' in response.json()["error"]["message"]
+
+
 @pytest.mark.parametrize(
     ("path", "fields", "status", "param", "message"),
     [
@@ -154,7 +168,27 @@ def test_settings_reach_the_engine(ask) -> None:
         (CHAT, {"max_completion_tokens": 5}, 400, "max_completion_tokens", "two names of one limit; got 4 and 5"),
         (CHAT, {"top_logprobs": 2}, 400, "top_logprobs", "top_logprobs goes with logprobs=true"),
         (CHAT, {"tool_choice": "required"}, 400, "tool_choice", "tool_choice is 'auto' or 'none' here"),
-        (CHAT, {"response_format": {"type": "json_object"}}, 400, "response_format", "response_format is"),
+        (
+            CHAT,
+            {"response_format": {"type": "xml"}},
+            400,
+            "response_format",
+            'response_format is {"type": "json_schema"',
+        ),
+        (
+            CHAT,
+            {"response_format": {"type": "json_object"}, "ignore_eos": True},
+            400,
+            "response_format",
+            "leave ignore_eos out",
+        ),
+        (
+            CHAT,
+            {"response_format": {"type": "json_schema", "json_schema": {"schema": {"type": "it"}}}},
+            400,
+            "response_format",
+            "schema",
+        ),
         (CHAT, {"chat_template_kwargs": {"messages": 1}}, 400, "chat_template_kwargs", "variables of the template's"),
     ],
 )

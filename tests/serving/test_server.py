@@ -44,6 +44,7 @@ def running(engine, tokenizer, *, keys=(), **limits):
                 eos_token_ids=frozenset(),
                 limits=Limits(**{"max_length": 200, **limits}),
                 metrics=Metrics(lambda: asynchronous.counts),
+                vocab_size=100,
             )
             found.loop = asyncio.get_running_loop()
 
@@ -204,7 +205,7 @@ async def main():
         metrics, limits = Metrics(lambda: engine.counts), Limits(max_length=10**6)
         tokenizer = Tokenizer.from_directory("demo")
         service = Service(
-            engine, tokenizer, names={"base": None}, eos_token_ids=frozenset(), limits=limits, metrics=metrics
+            engine, tokenizer, names={"base": None}, eos_token_ids=frozenset(), limits=limits, metrics=metrics, vocab_size=90
         )
         with listen(port=0) as bound:
             await run_service(service, bound, drain_seconds=float(sys.argv[1]), on_start=lambda url: print(url, flush=True))

@@ -15,6 +15,8 @@ def tokens_of(prompt: Sequence[int], count: int, vocab_size: int) -> list[int]:
 class FakeEngine:
     """Gives every running request one token a step, the oldest first; refuses prompts that hold token 0.
 
+    Of the tokens that a constraint allows it takes the lowest.
+
     With a `gate`, a step waits until it is open; `pace` is how many seconds it takes.
     """
 
@@ -75,6 +77,9 @@ class FakeEngine:
         for number in [*self.jobs][: self.num_slots]:
             request, tokens = self.jobs[number]
             token = tokens.pop(0)
+            if request.constraint is not None:
+                token = int(request.constraint.allowed().argmax())
+                request.constraint.accept(token)
             reason = "stop" if token in request.eos_token_ids else None if tokens else "length"
             top = None
             if request.logprobs is not None:
