@@ -249,9 +249,12 @@ class ContinuousEngine:
         record: Record = "nothing" if recorder is None and self.balancer is None else "counts"
         if recorder is not None and recorder.token_ids:
             record = "token_ids"
-        run = self._run_prefill if isinstance(work, Prefill) else self._run_decode
-        logits, self._store, routing = run(work, record, adapted)  # type: ignore[operator]
-        ending = [chunk.job for chunk in work.chunks if chunk.ends] if isinstance(work, Prefill) else jobs
+        if isinstance(work, Prefill):
+            logits, self._store, routing = self._run_prefill(work, record, adapted)
+            ending = [chunk.job for chunk in work.chunks if chunk.ends]
+        else:
+            logits, self._store, routing = self._run_decode(work, record, adapted)
+            ending = jobs
         chosen = self._choose(logits, ending) if ending else None
         return Launch(chosen, [(job, job.life, self._row(job)) for job in ending], routing)
 
@@ -272,7 +275,7 @@ class ContinuousEngine:
             first, last = start // sizes.page, sizes.pages_of(start + count)
             pages[row, : last - first] = job.pages[first:last]
             table[row, :last] = job.pages[:last] if work.history else NO_PAGE
-        program = self.programs.prefill(self._leaves, work.rows, work.size, work.history, record, adapted)
+        program = self.programs.prefill_chunk(self._leaves, work.rows, work.size, work.history, record, adapted)
         return program(
             self._leaves, put(tokens), put(rows), put(pages), put(table) if work.history else None, self._store
         )
@@ -285,7 +288,7 @@ class ContinuousEngine:
             row = self._row(job)
             rows[row] = job.computed - 1, 1, job.place[1], self._adapter(job)
             table[row, : len(job.pages)] = job.pages[: table.shape[1]]
-        program = self.programs.decode(self._leaves, work.length, record, adapted)
+        program = self.programs.decode_step(self._leaves, work.length, record, adapted)
         return program(self._leaves, self._token, put(rows), put(table), self._store)
 
     def _choose(self, logits: jax.Array, jobs: list[Job]) -> Chosen:
@@ -297,7 +300,7 @@ class ContinuousEngine:
         choice = settings.choice(jobs)
         edits = settings.edits(jobs) if choice.edits else None
         bias, seen = (None, None) if edits is None else edits
-        chosen = self.programs.sampler(choice)(
+        chosen = self.programs.slot_sampler(choice)(
             logits, self._token, self.programs.put(steps), settings.seeds, settings.controls, bias, seen
         )
         if edits is not None:
