@@ -3,7 +3,6 @@
 import argparse
 import sys
 import time
-
 from typing import TYPE_CHECKING
 
 from jaxmoe.cli import loading, options
