@@ -5,6 +5,7 @@ the input wait for earlier ones, ``.ahead`` with those that have come before the
 """
 
 import contextlib
+import errno
 import json
 import os
 import time
@@ -54,6 +55,9 @@ class OutputFile:
         self._files: list[_Appended] = []
         self._synced = time.monotonic()
         with _told(path), contextlib.ExitStack() as stack:
+            # A lock would make the folder.
+            if not path.parent.is_dir():
+                raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(path.parent))
             try:
                 self._lock.acquire(timeout=0)
             except Timeout as error:

@@ -111,9 +111,10 @@ class Encoder:
         if line.model in self._adapters and chosen is None:
             return line.model
         if line.model != own:
+            held = ", ".join(self._adapters) or "none"
             raise ValueError(
-                f"model is the checkpoint's name ({own}) or an adapter's ({', '.join(self._adapters) or 'none'}), and that in "
-                f"adapter where both are given; got {line.model!r}: leave it out"
+                f"model is the checkpoint's name ({own}) or an adapter's ({held}), the same as in adapter where both are "
+                f"given; got {line.model!r}: leave it out"
             )
         return chosen
 
