@@ -16,11 +16,14 @@ from jaxmoe.config import MoEConfig as MoEConfig
 from jaxmoe.config import RouterConfig as RouterConfig
 from jaxmoe.elastic import move as move
 from jaxmoe.elastic import rebalance as rebalance
+from jaxmoe.generation import ContinuousEngine as ContinuousEngine
 from jaxmoe.generation import GenerationStats as GenerationStats
 from jaxmoe.generation import Output as Output
+from jaxmoe.generation import Request as Request
 from jaxmoe.generation import SamplingParams as SamplingParams
 from jaxmoe.generation import TokenEvent as TokenEvent
 from jaxmoe.generation import Tokenizer as Tokenizer
+from jaxmoe.generation import TokenResult as TokenResult
 from jaxmoe.generation import generate as generate
 from jaxmoe.generation import stream as stream
 from jaxmoe.layers import MoE as MoE

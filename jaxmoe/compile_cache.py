@@ -50,8 +50,7 @@ def enable_compile_cache(
         ValueError: `max_bytes` is no integer of at least 1.
 
     Example:
-        >>> jaxmoe.enable_compile_cache("build/programs")  # doctest: +SKIP
-        PosixPath('build/programs/x86_64-5f0e1c2d3b4a')
+        >>> folder = jaxmoe.enable_compile_cache("build/programs")
     """
     max_bytes = integer("max_bytes", max_bytes, least=1)
     config: Any = jax.config

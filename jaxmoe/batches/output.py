@@ -37,7 +37,7 @@ class OutputFile:
 
     Attributes:
         done: numbers of the lines that are in the output, or ahead of their turn.
-        errors: how many of them have an error.
+        errors: number of those that have an error.
         record: the record as it is in ``.run.json``.
 
     Raises:

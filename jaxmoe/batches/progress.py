@@ -14,7 +14,7 @@ _BAR_SECONDS = 0.2
 
 
 class State(NamedTuple):
-    """How far a run is.
+    """State of a run at one moment.
 
     Attributes:
         done: lines that are done.

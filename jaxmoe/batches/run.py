@@ -53,7 +53,7 @@ class Engine(Protocol):
 
     @property
     def counts(self) -> EngineCounts:
-        """What the engine holds and has done."""
+        """Counts of requests and slots."""
         ...
 
 

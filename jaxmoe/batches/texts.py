@@ -73,7 +73,7 @@ class Encoder:
         ]
 
     def value(self, samples: "list[Sample]", *, token_ids: bool) -> dict[str, Any]:
-        """What the output says of a line whose texts have ended."""
+        """Value of the output of a line whose texts have ended."""
         for sample in samples:
             constraint = sample.request.constraint
             if isinstance(constraint, JsonSchemaConstraint) and constraint.error is not None:

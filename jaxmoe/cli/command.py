@@ -12,7 +12,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from typing import Protocol
 
-from jaxmoe.cli import bench, convert, generate, inspect, place, plan, serve
+from jaxmoe.cli import bench, convert, generate, inspect, place, plan, serve, warm
 
 # Errors in the input. Anything else is a bug in jaxmoe and keeps its traceback.
 _INPUT_ERRORS = (ValueError, OSError, RuntimeError, ImportError)
@@ -41,6 +41,7 @@ class Command(Protocol):
 COMMANDS: dict[str, Command] = {
     "generate": generate,
     "serve": serve,
+    "warm": warm,
     "inspect": inspect,
     "convert": convert,
     "plan": plan,

@@ -85,6 +85,7 @@ def run(args: argparse.Namespace) -> None:
             record=not args.no_expert_metrics,
             rebalance=args.rebalance,
             drain_seconds=args.drain,
+            on_compiled=lambda program: print(f"compiled: {program}", file=sys.stderr, flush=True),
             on_start=lambda url: print(f"{name} is served at {url}/v1", file=sys.stderr, flush=True),
         )
     finally:

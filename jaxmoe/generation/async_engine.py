@@ -99,7 +99,7 @@ class AsyncEngine:
         """Submit requests that belong together.
 
         Returns:
-            Their tokens as they come. A stream that is not read to its end is cancelled, as by ``async with``.
+            Their tokens as they come. A stream that is not read to its end is canceled, as by ``async with``.
 
         Raises:
             ValueError: the engine can never run one of them; then none of them runs.

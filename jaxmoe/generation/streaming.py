@@ -126,7 +126,7 @@ class EventStream:
         self._engine, self._numbers, self._texts, self._deadline = engine, list(numbers), texts, deadline
         self._left = {number: index for index, number in enumerate(numbers)}
         self._ready: deque[TokenEvent] = deque()
-        self._lock = threading.Lock()  # an `async for` that was cancelled may leave a step running in its thread
+        self._lock = threading.Lock()  # an `async for` that was canceled may leave a step running in its thread
 
     def __iter__(self) -> Iterator[TokenEvent]:
         return self
@@ -178,7 +178,7 @@ class EventStream:
             while self._left and not self._ready:
                 if self._deadline is not None and time.monotonic() >= self._deadline:
                     self._cancel_all()
-                    raise TimeoutError("the timeout of jaxmoe.stream is over; the prompts that were left are cancelled")
+                    raise TimeoutError("the timeout of jaxmoe.stream is over; the prompts that were left are canceled")
                 for result in self._engine.step():
                     self._take(result)
 

@@ -84,8 +84,8 @@ class Mamba(RecurrentMixer):
             y_BA, state = selective_step(x32_BSA[:, 0], dt_BSA[:, 0], rate_An, b_BSn[:, 0], c_BSn[:, 0], before.state)
             y_BSA = y_BA[:, None]
         else:
-            state = before.state if before else None
-            y_BSA, state = selective_scan(x32_BSA, dt_BSA, rate_An, b_BSn, c_BSn, state)
+            states_before = before.state if before else None
+            y_BSA, state = selective_scan(x32_BSA, dt_BSA, rate_An, b_BSn, c_BSn, states_before)
         y_BSA = (y_BSA + w["skip"][None, None] * x32_BSA) * jax.nn.silu(z_BSA.astype(jnp.float32))
         return y_BSA.astype(x_BSD.dtype), RecurrentCache(conv, state)
 

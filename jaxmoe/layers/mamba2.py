@@ -86,8 +86,8 @@ class Mamba2(RecurrentMixer):
             y_BHp, state = ssd_step(x_BSHp[:, 0], dt_BSH[:, 0], rate_H, b_BSGn[:, 0], c_BSGn[:, 0], before.state)
             y_BSHp = y_BHp[:, None]
         else:
-            state = before.state if before else None
-            y_BSHp, state = chunked_ssd(x_BSHp, dt_BSH, rate_H, b_BSGn, c_BSGn, state)
+            states_before = before.state if before else None
+            y_BSHp, state = chunked_ssd(x_BSHp, dt_BSH, rate_H, b_BSGn, c_BSGn, states_before)
         y_BSHp = y_BSHp + w["skip"][None, None, :, None] * x_BSHp
         y_BSA = y_BSHp.reshape(z_BSA.shape) * jax.nn.silu(z_BSA.astype(jnp.float32))
         y_BSA = (self._normed(y_BSA) * w["out_norm"].astype(jnp.float32)[None, None]).astype(x_BSD.dtype)

@@ -2,7 +2,7 @@
 
 import asyncio
 import json
-from collections.abc import AsyncIterator, Collection
+from collections.abc import AsyncIterator, Collection, Sequence
 from typing import Any
 
 from starlette.applications import Starlette
@@ -14,6 +14,7 @@ from starlette.routing import Route
 from starlette.types import Receive, Scope, Send
 
 from jaxmoe.generation.requests import Request as EngineRequest
+from jaxmoe.generation.requests import TokenConstraint
 from jaxmoe.serving.answers import ChatCompletion, Completion, usage
 from jaxmoe.serving.errors import ApiError
 from jaxmoe.serving.fields import Asked, one_kind, read_fields, read_messages, read_template_variables
@@ -39,7 +40,8 @@ def make_app(service: Service, keys: Collection[str] = ()) -> Starlette:
         body = await _body(service, request)
         asked, variables = read_fields(body, "chat"), read_template_variables(body)
         prompt = await asyncio.to_thread(service.encode_chat, read_messages(body), variables)
-        return Generated(service, ChatCompletion(asked.model), [prompt], asked)
+        constraints = await asyncio.to_thread(service.constraints, asked)
+        return Generated(service, ChatCompletion(asked.model), [prompt], asked, constraints)
 
     async def models(_: Request) -> Response:
         return JSONResponse({"object": "list", "data": [_model(service, name) for name in service.names]})
@@ -69,7 +71,7 @@ def make_app(service: Service, keys: Collection[str] = ()) -> Starlette:
     return Starlette(
         routes=routes,
         middleware=[Middleware(Guard, keys=keys, paths=paths, metrics=service.metrics)],
-        exception_handlers={ApiError: _api_error, HTTPException: _http_error},  # type: ignore[dict-item]
+        exception_handlers={ApiError: _api_error, HTTPException: _http_error, Exception: _server_error},  # type: ignore[dict-item]
     )
 
 
@@ -91,6 +93,11 @@ async def _http_error(request: Request, error: HTTPException) -> Response:
     return error_response(ApiError(error.status_code, message, headers=dict(error.headers or {})))
 
 
+async def _server_error(_: Request, error: Exception) -> Response:
+    del error  # the server's log has it, with a traceback
+    return error_response(ApiError(500, "there is a mistake in the server; its log has it"))
+
+
 class Generated(Response):
     """The answer of a model: whole, or as server-sent events. It ends its requests when the client has gone.
 
@@ -98,22 +105,30 @@ class Generated(Response):
         service: the model.
         answer: form of the answer.
         prompts: token ids.
-        asked: what the request asks for.
+        asked: fields of the request.
+        constraints: constraints of a prompt's choices; empty for none.
 
     Raises:
         ApiError: the requests are refused.
     """
 
-    def __init__(self, service: Service, answer: Completion, prompts: list[list[int]], asked: Asked):
+    def __init__(
+        self,
+        service: Service,
+        answer: Completion,
+        prompts: list[list[int]],
+        asked: Asked,
+        constraints: Sequence[TokenConstraint | None] = (),
+    ):
         self._service, self._answer, self._asked = service, answer, asked
-        self._requests: list[EngineRequest] = service.requests(prompts, asked)
+        self._requests: list[EngineRequest] = service.requests(prompts, asked, constraints)
         self._prompt_tokens = sum(map(len, prompts))
         self.background = None
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Send the answer."""
         if self._asked.stream:
-            await unless_gone(receive, self._send_events(send))
+            await unless_gone(receive, self._send_events(scope, receive, send))
             return
         response = await unless_gone(receive, self._whole())
         if response is not None:
@@ -134,16 +149,15 @@ class Generated(Response):
             }
         )
 
-    async def _send_events(self, send: Send) -> None:
+    async def _send_events(self, scope: Scope, receive: Receive, send: Send) -> None:
         events = self._events()
         try:
             first = await anext(events)  # what the engine refuses is an answer with an error
         except ApiError as error:
-            await _send(send, error.status, error_response(error).raw_headers)
-            await send({"type": "http.response.body", "body": json.dumps(error.body()).encode(), "more_body": False})
+            await error_response(error)(scope, receive, send)
             return
         headers = [(b"content-type", b"text/event-stream; charset=utf-8"), (b"cache-control", b"no-cache")]
-        await _send(send, 200, headers)
+        await send({"type": "http.response.start", "status": 200, "headers": headers})
         await _send_event(send, first)
         try:
             async for event in events:
@@ -179,10 +193,6 @@ class Generated(Response):
                 yield piece
         finally:
             await pieces.aclose()  # type: ignore[attr-defined]
-
-
-async def _send(send: Send, status: int, headers: list[tuple[bytes, bytes]]) -> None:
-    await send({"type": "http.response.start", "status": status, "headers": headers})
 
 
 async def _send_event(send: Send, event: Any) -> None:

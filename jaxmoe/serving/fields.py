@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from jaxmoe.checks import flag, integer, real_number
+from jaxmoe.generation.json_schema import Schema, schema_of
 from jaxmoe.generation.params import SamplingParams
 from jaxmoe.generation.requests import MOST_LOGPROBS
 from jaxmoe.serving.errors import ApiError
@@ -41,7 +42,7 @@ _ONLY: dict[str, tuple[Any, ...]] = {
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Asked:
-    """What a request asks for, apart from its prompt.
+    """Fields of a request, apart from its prompt.
 
     Attributes:
         model: name of the model or adapter.
@@ -56,6 +57,7 @@ class Asked:
         ignore_eos: whether to go on to `max_tokens`.
         stream: whether tokens are told as they come.
         include_usage: whether a stream ends with its counts.
+        schema: JSON schema of the text; None for any text.
     """
 
     model: str
@@ -70,6 +72,7 @@ class Asked:
     ignore_eos: bool
     stream: bool
     include_usage: bool
+    schema: Schema | None
 
 
 def read_fields(body: Any, kind: str) -> Asked:
@@ -112,6 +115,7 @@ def read_fields(body: Any, kind: str) -> Asked:
         ignore_eos=read("ignore_eos", flag, False),
         stream=stream,
         include_usage=read("stream_options", _include_usage, False, stream=stream),
+        schema=read("response_format", _schema, None, ignore_eos=given.get("ignore_eos") is True),
     )
 
 
@@ -198,6 +202,13 @@ def _include_usage(name: str, value: Any, *, stream: bool) -> bool:
     return flag("stream_options.include_usage", value.get("include_usage", False))
 
 
+def _schema(name: str, value: Any, *, ignore_eos: bool) -> Schema | None:
+    schema = schema_of(value)
+    if schema is not None and ignore_eos:
+        raise ValueError(f"{name} ends a text where its JSON ends, with an EOS token: leave ignore_eos out")
+    return schema
+
+
 def read_messages(body: Mapping[str, Any]) -> list[dict[str, Any]]:
     """Check the messages of a chat; content in parts becomes one text.
 
@@ -230,16 +241,8 @@ def read_template_variables(body: Mapping[str, Any]) -> dict[str, Any]:
     """Read what a chat template is given beside the messages: tools, and variables of its own.
 
     Raises:
-        ApiError: a field is of another kind, or asks for a form of output that is not there.
+        ApiError: a field is of another kind.
     """
-    form = body.get("response_format")
-    if form is not None and (not isinstance(form, dict) or form.get("type") != "text"):
-        raise ApiError(
-            400,
-            f'response_format is {{"type": "text"}} here; got {form!r:.80}',
-            param="response_format",
-            code="unsupported_value",
-        )
     variables = body.get("chat_template_kwargs") or {}
     if not isinstance(variables, dict) or variables.keys() & {"messages", "add_generation_prompt", "tools"}:
         raise ApiError(

@@ -1,4 +1,4 @@
-"""Who may ask, and how much: keys, names of hosts, bodies; and the form of every error."""
+"""The door: keys, names of hosts, sizes of bodies, clients that have gone; and the form of every error."""
 
 import asyncio
 import hashlib

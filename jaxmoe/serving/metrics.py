@@ -87,7 +87,7 @@ class Watch:
         self._metrics.choices.labels(reason).inc()
         if self._tokens > 1:
             self._metrics.between_tokens.observe((self._last - self._first) / (self._tokens - 1))
-        if reason != "cancelled":
+        if reason != "canceled":
             self._metrics.ended(time.monotonic() - self._begin)
 
 

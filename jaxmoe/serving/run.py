@@ -72,6 +72,7 @@ def serve(
     record: bool = True,
     rebalance: bool = False,
     drain_seconds: float = 30.0,
+    on_compiled: Callable[[str], None] = lambda program: None,
     on_start: Callable[[str], None] = lambda url: None,
 ) -> None:
     """Serve a model until SIGTERM or Ctrl-C.
@@ -90,6 +91,7 @@ def serve(
         record: whether the load of experts is counted for /metrics.
         rebalance: whether experts are moved while it serves, where the devices' loads have become uneven.
         drain_seconds: time that requests get to end.
+        on_compiled: function that is called with the name of each program once it is compiled.
         on_start: function that is called with the URL once the server listens.
 
     Raises:
@@ -111,6 +113,12 @@ def serve(
         watched = (record or rebalance) and bool(model.moe_layers)
         loads = ExpertLoads(lambda: model.placements, rebalance=rebalance) if watched else None
         made = ContinuousEngine(model, num_slots=num_slots, num_pages=num_pages, max_length=max_length, balancer=loads)
+        for adapted in (False, True) if model.adapters else (False,):
+            programs = made.programs.compile_all(
+                made.programs.bind(model), record="nothing" if loads is None else "counts", adapted=adapted
+            )
+            for program in programs:
+                on_compiled(program)
         limits = Limits(
             queue=integer("queue", queue, least=0),
             body_bytes=integer("body_bytes", body_bytes, least=1),
@@ -127,6 +135,7 @@ def serve(
                     eos_token_ids=ends,
                     limits=limits,
                     metrics=Metrics(lambda: engine.counts, loads),
+                    vocab_size=model.config.vocab_size,
                 )
                 await run_service(service, bound, keys=keys, drain_seconds=drain_seconds, on_start=on_start)
                 if engine.error is not None:

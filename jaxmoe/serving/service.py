@@ -1,4 +1,4 @@
-"""What a server serves: prompts become requests to the engine, and tokens become text."""
+"""The model behind a server: prompts become requests to the engine, and tokens become text."""
 
 import dataclasses
 import secrets
@@ -8,7 +8,8 @@ from typing import Any, NamedTuple
 
 from jaxmoe.generation.async_engine import AsyncEngine, EngineStoppedError
 from jaxmoe.generation.detokenize import TextStream
-from jaxmoe.generation.requests import FinishReason, Request, TokenResult
+from jaxmoe.generation.json_schema import JsonSchemaConstraint, JsonSchemas
+from jaxmoe.generation.requests import FinishReason, Request, TokenConstraint, TokenResult
 from jaxmoe.generation.tokenizer import Tokenizer
 from jaxmoe.serving.errors import ApiError
 from jaxmoe.serving.fields import Asked
@@ -23,7 +24,7 @@ class TokenText(NamedTuple):
 
 
 class Piece(NamedTuple):
-    """What one token adds to a choice.
+    """An addition of one token to a choice.
 
     Attributes:
         choice: number of the choice.
@@ -68,6 +69,7 @@ class Service:
         eos_token_ids: tokens that end a text.
         limits: bounds on what clients may ask for.
         metrics: counts for Prometheus.
+        vocab_size: logits of the model.
 
     Attributes:
         draining: whether new requests are refused, because the server is about to end.
@@ -83,9 +85,12 @@ class Service:
         eos_token_ids: frozenset[int],
         limits: Limits,
         metrics: Metrics,
+        vocab_size: int,
     ):
         self.engine, self.tokenizer, self.names = engine, tokenizer, names
         self.eos_token_ids, self.limits, self.metrics = eos_token_ids, limits, metrics
+        self.vocab_size = vocab_size
+        self._schemas: JsonSchemas | None = None  # made when one is first asked for
         self.draining = False
         self.created = int(time.time())
 
@@ -112,8 +117,27 @@ class Service:
             raise ApiError(400, str(error), param="messages") from error
         return self.tokenizer.encode(text, add_special_tokens=False)
 
-    def requests(self, prompts: list[list[int]], asked: Asked) -> list[Request]:
-        """One request for each choice of each prompt, prompt by prompt.
+    def constraints(self, asked: Asked) -> list[TokenConstraint | None]:
+        """Make the constraint of each choice, which takes a while for a schema that is new.
+
+        Raises:
+            ApiError: the schema is not valid, or constraints are not to be had.
+        """
+        if asked.schema is None:
+            return [None] * asked.n
+        schema = asked.schema
+        try:
+            if self._schemas is None:
+                self._schemas = JsonSchemas(self.tokenizer, self.vocab_size, self.eos_token_ids)
+            schemas = self._schemas
+            return [schemas.constraint(schema) for _ in range(asked.n)]
+        except (ValueError, ImportError) as error:
+            raise ApiError(400, str(error), param="response_format") from error
+
+    def requests(
+        self, prompts: list[list[int]], asked: Asked, constraints: Sequence[TokenConstraint | None] = ()
+    ) -> list[Request]:
+        """One request for each choice of each prompt, prompt by prompt; `constraints` are those of one prompt's choices.
 
         Raises:
             ApiError: there is no such model, a prompt is too long, or the queue is full.
@@ -126,31 +150,35 @@ class Service:
                 code="model_not_found",
             )
         seed = secrets.randbits(64) if asked.seed is None else asked.seed
-        requests = []
-        for prompt in prompts:
-            max_tokens = self._max_tokens(len(prompt), asked)
-            if asked.min_tokens > max_tokens:
-                raise ApiError(
-                    400,
-                    f"min_tokens is at most the {max_tokens} of max_tokens; got {asked.min_tokens}",
-                    param="min_tokens",
-                )
-            for choice in range(asked.n):
-                requests.append(
-                    Request(
-                        token_ids=prompt,
-                        max_new_tokens=max_tokens,
-                        params=asked.params,
-                        seed=(seed + choice) % 2**64,
-                        eos_token_ids=frozenset() if asked.ignore_eos else self.eos_token_ids,
-                        min_new_tokens=asked.min_tokens,
-                        logit_bias=asked.logit_bias,
-                        logprobs=asked.logprobs,
-                        adapter=self.names[asked.model],
-                    )
-                )
+        requests = [
+            self._request(prompt, asked, (seed + choice) % 2**64, constraints[choice] if constraints else None)
+            for prompt in prompts
+            for choice in range(asked.n)
+        ]
         self._check_queue(len(requests))
         return requests
+
+    def _request(self, prompt: list[int], asked: Asked, seed: int, constraint: TokenConstraint | None) -> Request:
+        max_tokens = self._max_tokens(len(prompt), asked)
+        if asked.min_tokens > max_tokens:
+            raise ApiError(
+                400, f"min_tokens is at most the {max_tokens} of max_tokens; got {asked.min_tokens}", param="min_tokens"
+            )
+        try:
+            return Request(
+                token_ids=prompt,
+                max_new_tokens=max_tokens,
+                params=asked.params,
+                seed=seed,
+                eos_token_ids=frozenset() if asked.ignore_eos else self.eos_token_ids,
+                min_new_tokens=asked.min_tokens,
+                logit_bias=asked.logit_bias,
+                logprobs=asked.logprobs,
+                adapter=self.names[asked.model],
+                constraint=constraint,
+            )
+        except ValueError as error:
+            raise ApiError(400, str(error)) from error
 
     def _max_tokens(self, prompt: int, asked: Asked) -> int:
         limit = self.limits.max_length
@@ -198,6 +226,7 @@ class Service:
                     if reason is not None:
                         tokens.cancel(index)  # where a stop string ended it, the engine does not know
                         watches[index].end(reason)
+                        _check_json(requests[index])
                     yield Piece(index, text, *self._logprobs(result), reason)
         except ValueError as error:
             raise ApiError(400, str(error)) from error
@@ -205,7 +234,7 @@ class Service:
             raise ApiError(503, str(error), headers={"Retry-After": "30"}) from error
         finally:
             for watch in watches:
-                watch.end("cancelled")
+                watch.end("canceled")
 
     def _logprobs(self, result: TokenResult) -> tuple[TokenText | None, list[TokenText]]:
         if result.logprob is None:
@@ -216,3 +245,9 @@ class Service:
     def token_text(self, token_id: int) -> str:
         """Text of one token, special ones too."""
         return self.tokenizer.special_tokens.get(token_id) or self.tokenizer.decode([token_id])
+
+
+def _check_json(request: Request) -> None:
+    constraint = request.constraint
+    if isinstance(constraint, JsonSchemaConstraint) and constraint.error is not None:
+        raise ApiError(500, f"the text could not go on as JSON of its schema: {constraint.error}")

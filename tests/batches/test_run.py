@@ -88,7 +88,7 @@ def test_lines_as_they_come_and_stop_strings(source, files) -> None:
     assert [stopped["line"], whole["line"]] == [2, 1]
     assert (stopped["outputs"][0]["text"], stopped["outputs"][0]["finish_reason"]) == (text[:2], "stop")
     assert (whole["outputs"][0]["text"], whole["outputs"][0]["finish_reason"]) == (text, "length")
-    assert len(engine.cancelled) == 1
+    assert len(engine.canceled) == 1
 
 
 def test_seeds_are_of_the_run_and_the_line(source, files) -> None:

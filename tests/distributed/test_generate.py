@@ -45,6 +45,7 @@ def test_tokens_and_bytes(count, checkpoints, alone) -> None:
         assert process["neighbors"] == [1, 1, 1, 1], "devices along ep are of one process"
         for own, one in zip(process["results"], alone, strict=True):
             assert own["greedy"] == one["greedy"]
+            assert own["continuous"] == one["continuous"]
             assert own["sampled"] == one["sampled"]
             # Processes add in another order, and a number that lies between two of fp8 may then go either way.
             assert own["logits"] == pytest.approx(one["logits"], rel=1e-3 if one["rounded"] else 1e-4)

@@ -53,7 +53,7 @@ def test_leaving_the_block_cancels() -> None:
                 async for _ in tokens:
                     break
             await engine.call(lambda: None)
-            assert fake.cancelled == [0]
+            assert fake.canceled == [0]
             assert not fake.has_work
             assert engine.unfinished == 0
             tokens.cancel()
@@ -62,7 +62,7 @@ def test_leaving_the_block_cancels() -> None:
     asyncio.run(run())
 
 
-def test_cancelling_ends_who_waits_for_the_next_token() -> None:
+def test_canceling_ends_who_waits_for_the_next_token() -> None:
     gate = threading.Event()
 
     async def run():
@@ -147,7 +147,7 @@ def test_requests_that_belong_together_end_one_by_one() -> None:
                     if index == 1 and len(found[1]) == 3:
                         tokens.cancel(1)
             await engine.call(lambda: None)
-            assert fake.cancelled == [1]
+            assert fake.canceled == [1]
             with pytest.raises(ValueError, match="token 0"):
                 await engine.submit([request(3, count=10**6), request(0)])
             await engine.call(lambda: None)

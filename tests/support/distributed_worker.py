@@ -21,9 +21,18 @@ def results(checkpoint: str, *, full: bool, **mesh: int) -> dict:
     def tokens(**settings) -> list[list[int]]:
         return [output.token_ids for output in jaxmoe.generate(model, PROMPTS, max_new_tokens=6, **settings)]
 
+    def continuous() -> list[list[int]]:
+        engine = jaxmoe.ContinuousEngine(model, num_slots=4, max_length=16, page_size=4)
+        found = {engine.submit(jaxmoe.Request(token_ids=prompt, max_new_tokens=6)): [] for prompt in PROMPTS}
+        while engine.has_work:
+            for result in engine.step():
+                found[result.request_id].append(result.token_id)
+        return [*found.values()]
+
     report = model.load_report
     return {
         "greedy": tokens() if full else [],
+        "continuous": continuous() if full else [],
         "sampled": tokens(temperature=1.0, seed=7, top_k=20),
         "drawn": tokens(temperature=1.0, top_k=20),
         "rounded": quantized,

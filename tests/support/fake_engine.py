@@ -1,6 +1,7 @@
 """A continuous engine in plain Python, with the interface of `ContinuousEngine`: what it generates is known beforehand."""
 
 import threading
+import time
 from collections.abc import Sequence
 
 from jaxmoe.generation.requests import EngineCounts, Request, TokenResult
@@ -14,14 +15,18 @@ def tokens_of(prompt: Sequence[int], count: int, vocab_size: int) -> list[int]:
 class FakeEngine:
     """Gives every running request one token a step, the oldest first; refuses prompts that hold token 0.
 
-    With a `gate`, a step waits until it is open.
+    Of the tokens that a constraint allows it takes the lowest.
+
+    With a `gate`, a step waits until it is open; `pace` is how many seconds it takes.
     """
 
-    def __init__(self, vocab_size: int = 37, num_slots: int = 4, gate: threading.Event | None = None):
-        self.vocab_size, self.num_slots, self.gate = vocab_size, num_slots, gate
+    def __init__(
+        self, vocab_size: int = 37, num_slots: int = 4, gate: threading.Event | None = None, pace: float = 0.0
+    ):
+        self.vocab_size, self.num_slots, self.gate, self.pace = vocab_size, num_slots, gate, pace
         self.jobs: dict[int, tuple[Request, list[int]]] = {}
         self.submitted: list[Request] = []
-        self.cancelled: list[int] = []
+        self.canceled: list[int] = []
         self.breaks: Exception | None = None
         self.threads: set[str] = set()
         self.generated = self.steps = self.prompt_tokens = 0
@@ -40,7 +45,7 @@ class FakeEngine:
     def cancel(self, number: int) -> None:
         self.threads.add(threading.current_thread().name)
         if self.jobs.pop(number, None) is not None:
-            self.cancelled.append(number)
+            self.canceled.append(number)
 
     @property
     def has_work(self) -> bool:
@@ -66,11 +71,15 @@ class FakeEngine:
             assert self.gate.wait(timeout=60)
         if self.breaks is not None:
             raise self.breaks
+        time.sleep(self.pace)
         self.steps += 1
         results = []
         for number in [*self.jobs][: self.num_slots]:
             request, tokens = self.jobs[number]
             token = tokens.pop(0)
+            if request.constraint is not None:
+                token = int(request.constraint.allowed().argmax())
+                request.constraint.accept(token)
             reason = "stop" if token in request.eos_token_ids else None if tokens else "length"
             top = None
             if request.logprobs is not None:

@@ -23,7 +23,7 @@ class RowSettings:
     def __init__(self, programs: SlotPrograms):
         self._programs, slots = programs, programs.slots
         plain = Controls.of(SamplingParams())
-        self._controls = Controls(*(np.full(slots, value, value.dtype) for value in plain))
+        self._controls = [np.full(slots, value) for value in plain]
         self._seeds = np.zeros((slots, 2), np.uint32)
         self._on_devices: tuple[jax.Array, Controls] | None = None
         self._bias: jax.Array | None = None

@@ -1,6 +1,7 @@
 """`ContinuousEngine`: requests come and go while it runs, and each is what it would be alone."""
 
 import dataclasses
+import math
 from typing import Any, NamedTuple
 
 import jax
@@ -248,9 +249,12 @@ class ContinuousEngine:
         record: Record = "nothing" if recorder is None and self.balancer is None else "counts"
         if recorder is not None and recorder.token_ids:
             record = "token_ids"
-        run = self._run_prefill if isinstance(work, Prefill) else self._run_decode
-        logits, self._store, routing = run(work, record, adapted)  # type: ignore[operator]
-        ending = [chunk.job for chunk in work.chunks if chunk.ends] if isinstance(work, Prefill) else jobs
+        if isinstance(work, Prefill):
+            logits, self._store, routing = self._run_prefill(work, record, adapted)
+            ending = [chunk.job for chunk in work.chunks if chunk.ends]
+        else:
+            logits, self._store, routing = self._run_decode(work, record, adapted)
+            ending = jobs
         chosen = self._choose(logits, ending) if ending else None
         return Launch(chosen, [(job, job.life, self._row(job)) for job in ending], routing)
 
@@ -271,7 +275,7 @@ class ContinuousEngine:
             first, last = start // sizes.page, sizes.pages_of(start + count)
             pages[row, : last - first] = job.pages[first:last]
             table[row, :last] = job.pages[:last] if work.history else NO_PAGE
-        program = self.programs.prefill(self._leaves, work.rows, work.size, work.history, record, adapted)
+        program = self.programs.prefill_chunk(self._leaves, work.rows, work.size, work.history, record, adapted)
         return program(
             self._leaves, put(tokens), put(rows), put(pages), put(table) if work.history else None, self._store
         )
@@ -284,7 +288,7 @@ class ContinuousEngine:
             row = self._row(job)
             rows[row] = job.computed - 1, 1, job.place[1], self._adapter(job)
             table[row, : len(job.pages)] = job.pages[: table.shape[1]]
-        program = self.programs.decode(self._leaves, work.length, record, adapted)
+        program = self.programs.decode_step(self._leaves, work.length, record, adapted)
         return program(self._leaves, self._token, put(rows), put(table), self._store)
 
     def _choose(self, logits: jax.Array, jobs: list[Job]) -> Chosen:
@@ -296,7 +300,7 @@ class ContinuousEngine:
         choice = settings.choice(jobs)
         edits = settings.edits(jobs) if choice.edits else None
         bias, seen = (None, None) if edits is None else edits
-        chosen = self.programs.sampler(choice)(
+        chosen = self.programs.slot_sampler(choice)(
             logits, self._token, self.programs.put(steps), settings.seeds, settings.controls, bias, seen
         )
         if edits is not None:
@@ -387,7 +391,7 @@ def plan_sizes(
     most_pages = slots * -(-max_length // page_size)
     if num_pages is None:
         room = _free_bytes(model) - slots * slot_bytes
-        num_pages = min(most_pages, int(room // page_bytes) - 1 if page_bytes else most_pages)
+        num_pages = min(most_pages, _coarse(int(room // page_bytes) - 1) if page_bytes else most_pages)
         if num_pages < 1:
             raise ValueError(
                 f"a device has room for at least one page; {slots} slots of {slot_bytes} bytes and pages of {page_bytes} "
@@ -407,8 +411,19 @@ def plan_sizes(
     return sizes, layout
 
 
+def _coarse(pages: int) -> int:
+    """Leave out up to one page of 32, so that some bytes more or less that are free make no other programs."""
+    return pages - pages % (1 << max(pages.bit_length() - 6, 0)) if pages > 0 else pages
+
+
 def _free_bytes(model: Decoder) -> int:
-    """Bytes for the cache on the device that has the least."""
+    """Bytes for the cache on the device that has the least, once the weights are there."""
+    leaves = jax.tree.leaves(nnx.state(model))
+    coming = sum(
+        math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
+        for leaf in leaves
+        if isinstance(leaf, jax.ShapeDtypeStruct)
+    )
     stats = [device.memory_stats() for device in model.mesh.local_devices]
     known = [one["bytes_limit"] - one["bytes_in_use"] for one in stats if one and "bytes_limit" in one]
-    return int(SHARE_OF_MEMORY * min(known)) if known else DEFAULT_BYTES
+    return int(SHARE_OF_MEMORY * (min(known) - coming)) if known else DEFAULT_BYTES

@@ -105,15 +105,15 @@ class SlotPrograms(Programs):
         self.empty(leaves)
         yield "an empty cache"
         for rows, size, history in self.sizes.prefills:
-            self.prefill(leaves, rows, size, history, record, adapted)
+            self.prefill_chunk(leaves, rows, size, history, record, adapted)
             yield f"prefill of {rows} x {size} tokens" + (f" behind {history}" if history else "")
         for length in self.sizes.lengths:
-            self.decode(leaves, length, record, adapted)
+            self.decode_step(leaves, length, record, adapted)
             yield f"decode step of {self.slots} rows in {length} positions"
         self.set_row(jnp.float32)
         self.set_row(jnp.bool_)
         for choice in Choice.all():
-            self.sampler(choice)
+            self.slot_sampler(choice)
         yield "samplers"
 
     def empty(self, leaves: Leaves) -> Callable[[Leaves], Store]:
@@ -125,7 +125,7 @@ class SlotPrograms(Programs):
 
         return self._compile_cache(("empty",), empty, leaves)
 
-    def prefill(
+    def prefill_chunk(
         self, leaves: Leaves, rows: int, size: int, history: int, record: Record, adapted: bool
     ) -> Callable[..., tuple]:
         """Compile ``(leaves, tokens_BS, rows_B4, pages_Bn, table_Bm, store) -> (logits, store, routing)``.
@@ -164,7 +164,7 @@ class SlotPrograms(Programs):
         )
         return self._model_program(("prefill", rows, size, history, record, adapted), prefill, leaves, args)
 
-    def decode(self, leaves: Leaves, length: int, record: Record, adapted: bool) -> Callable[..., tuple]:
+    def decode_step(self, leaves: Leaves, length: int, record: Record, adapted: bool) -> Callable[..., tuple]:
         """Compile ``(leaves, token_B, rows_B4, table_Bn, store) -> (logits_BV, store, routing)``.
 
         Rows with a `COUNT` of 0 have no token.
@@ -188,7 +188,7 @@ class SlotPrograms(Programs):
         )
         return self._model_program(("decode", length, record, adapted), decode, leaves, args)
 
-    def sampler(self, choice: Choice) -> Callable[..., Chosen]:  # type: ignore[override]
+    def slot_sampler(self, choice: Choice) -> Callable[..., Chosen]:
         """Compile ``(logits_BV, token_B, steps_B2, seeds_B2, controls, edits) -> Chosen``.
 
         `steps_B2` has the number of tokens generated before, and whether a row gets a token. `edits` is None, or an `Edits`

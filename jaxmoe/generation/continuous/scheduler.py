@@ -21,16 +21,16 @@ PREFILLS_IN_A_ROW = 4
 
 
 class Chunk(NamedTuple):
-    """Tokens of one job in a prefill: `count` of them from position `start` on."""
+    """Tokens of one job in a prefill: `length` of them from position `start` on."""
 
     job: Job
     start: int
-    count: int
+    length: int
 
     @property
     def ends(self) -> bool:
         """Whether the job's next token comes out of it."""
-        return self.start + self.count == self.job.target
+        return self.start + self.length == self.job.target
 
 
 class Prefill(NamedTuple):
@@ -224,7 +224,7 @@ class Scheduler:
                 chunks.append(Chunk(job, job.computed, min(left, size)))
         history = 0 if begins else sizes.length_for(max(chunk.start for chunk in chunks))
         for chunk in chunks:
-            chunk.job.computed += chunk.count
+            chunk.job.computed += chunk.length
             chunk.job.launched += chunk.ends
             self._name_pages(chunk.job, chunk.job.computed)
         return Prefill(chunks, most if max(taken) > 1 else 1, size, history)
