@@ -1,4 +1,4 @@
-"""What goes into continuous batching and what comes out: `Request`, `TokenResult`, `EngineCounts`."""
+"""Requests to continuous batching and their results: `Request`, `TokenResult`, `EngineCounts`."""
 
 import dataclasses
 from collections.abc import Mapping, Sequence

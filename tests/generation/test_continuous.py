@@ -82,17 +82,17 @@ def alone(model) -> list[list[int]]:
 @settings(max_examples=25)
 @given(data=st.data())
 def test_every_request_is_what_it_is_alone(engine, alone, data) -> None:
-    """In any order, with any number of steps between them, some cancelled: too few pages for all, so some are preempted."""
+    """In any order, with any number of steps between them, some canceled: too few pages for all, so some are preempted."""
     while engine.has_work:  # of an example that has failed
         engine.step()
     numbers = data.draw(st.lists(st.integers(0, len(REQUESTS) - 1), min_size=1, max_size=9))
     found: dict[int, list[TokenResult]] = {}
     asked: dict[int, int] = {}
-    cancelled: set[int] = set()
+    canceled: set[int] = set()
 
     def step() -> None:
         for result in engine.step():
-            assert result.request_id not in cancelled
+            assert result.request_id not in canceled
             found[result.request_id].append(result)
 
     for number in numbers:
@@ -103,7 +103,7 @@ def test_every_request_is_what_it_is_alone(engine, alone, data) -> None:
         if data.draw(st.booleans()) and data.draw(st.booleans()):
             gone = data.draw(st.sampled_from(sorted(asked)))
             if len(found[gone]) < len(alone[asked[gone]]):
-                cancelled.add(gone)
+                canceled.add(gone)
             engine.cancel(gone)
     while engine.has_work:
         step()
@@ -111,7 +111,7 @@ def test_every_request_is_what_it_is_alone(engine, alone, data) -> None:
     for request_id, results in found.items():
         expected = alone[asked[request_id]]
         tokens = tokens_of(results)
-        if request_id in cancelled:
+        if request_id in canceled:
             assert tokens == expected[: len(tokens)]
         else:
             assert tokens == expected

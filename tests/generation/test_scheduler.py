@@ -147,7 +147,7 @@ def test_every_prefill_finds_its_program() -> None:
 
 
 class Comings(RuleBasedStateMachine):
-    """Requests come, go on, are cancelled and end in any order; what was launched may arrive later."""
+    """Requests come, go on, are canceled and end in any order; what was launched may arrive later."""
 
     def __init__(self) -> None:
         super().__init__()

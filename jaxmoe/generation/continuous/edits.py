@@ -66,7 +66,7 @@ class RowSettings:
         )
 
     def edits(self, jobs: list[Job]) -> Edits:
-        """What changes the logits of these jobs in the step to come.
+        """Put on the devices all that changes the logits of these jobs in the step to come.
 
         Raises:
             ValueError: a constraint allows no token, or answers for another vocabulary.

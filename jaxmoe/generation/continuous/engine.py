@@ -123,7 +123,7 @@ class ContinuousEngine:
         self._jobs: dict[int, Job] = {}
         self._under_way: Launch | None = None
         self._next_id = 0
-        # What was submitted and cancelled since the processes last compared it.
+        # What was submitted and canceled since the processes last compared it.
         self._operations: list[Any] = []
         self._prompt_tokens = self._generated_tokens = self._steps = 0
 
@@ -197,7 +197,7 @@ class ContinuousEngine:
             Tokens, each request's in order; none where nothing came, as of a prefill in the middle of a prompt.
 
         Raises:
-            ValueError: a process has submitted or cancelled something else than process 0, or a constraint allows nothing.
+            ValueError: a process has submitted or canceled something else than process 0, or a constraint allows nothing.
             NotImplementedError: a trace is being replayed on the model.
         """
         if not self.has_work:

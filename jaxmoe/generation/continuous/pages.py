@@ -18,7 +18,7 @@ def page_keys(token_ids: Sequence[int], page_size: int, first: PageKey = b"") ->
     Args:
         token_ids: tokens of the sequence.
         page_size: tokens of a page.
-        first: what else the cache of these tokens depends on, such as an adapter.
+        first: bytes for all else that the cache of these tokens depends on, such as an adapter.
     """
     key = first
     for start in range(0, len(token_ids) - page_size + 1, page_size):

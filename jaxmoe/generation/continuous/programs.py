@@ -49,7 +49,7 @@ class Choice(NamedTuple):
 
 
 class Edits(NamedTuple):
-    """What changes the logits of each slot, on the devices.
+    """Arrays that change the logits of each slot, on the devices.
 
     Attributes:
         bias: float32 [B, V], added to the logits; -inf for a token that must not come.

@@ -1,4 +1,4 @@
-"""Which request runs where and when: slots, pages, shared beginnings, preemption. It is plain Python, and knows no array.
+"""The order of things: which request runs where and when, shared beginnings, preemption. It is plain Python, without arrays.
 
 Slots and pages come in groups, one for each part of the mesh that has rows of its own. Requests are served in the order in
 which they came: the oldest that waits is admitted first, and pages that run out are taken from the youngest. So the oldest
@@ -93,7 +93,7 @@ class Scheduler:
         bisect.insort(self.waiting, job, key=lambda one: one.id)
 
     def end(self, job: Job) -> None:
-        """Take back all that an ended or cancelled job has."""
+        """Take back all that an ended or canceled job has."""
         if job.slot is None:
             self.waiting.remove(job)
         else:
