@@ -1,6 +1,8 @@
 # The public names, each with the module that it comes from. `__init__.py` reads this file to import a name on its first
 # use, and type checkers and editors read it in place of `__init__.py`. docs/reference/api.md has a line on each.
 
+from jaxmoe.batches import LineSettings as LineSettings
+from jaxmoe.batches import generate_file as generate_file
 from jaxmoe.checkpoint import CheckpointError as CheckpointError
 from jaxmoe.checkpoint import LoadReport as LoadReport
 from jaxmoe.checkpoint import add_adapter as add_adapter
@@ -8,6 +10,8 @@ from jaxmoe.checkpoint import convert as convert
 from jaxmoe.checkpoint import load as load
 from jaxmoe.checkpoint import remove_adapter as remove_adapter
 from jaxmoe.checkpoint import save as save
+from jaxmoe.compile_cache import CompileCacheError as CompileCacheError
+from jaxmoe.compile_cache import enable_compile_cache as enable_compile_cache
 from jaxmoe.config import MoEConfig as MoEConfig
 from jaxmoe.config import RouterConfig as RouterConfig
 from jaxmoe.elastic import move as move
@@ -21,6 +25,7 @@ from jaxmoe.generation import TokenEvent as TokenEvent
 from jaxmoe.generation import Tokenizer as Tokenizer
 from jaxmoe.generation import TokenResult as TokenResult
 from jaxmoe.generation import generate as generate
+from jaxmoe.generation import stream as stream
 from jaxmoe.layers import MoE as MoE
 from jaxmoe.layers import MoEStats as MoEStats
 from jaxmoe.layers import abstract_logical_state as abstract_logical_state

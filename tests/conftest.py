@@ -24,6 +24,10 @@ if not ON_GPU:
 # Two threads a device, however few cores there are: see `jaxmoe.simulate_devices`.
 os.environ.setdefault("PJRT_NPROC", "16")
 
+# Commands that tests run here would keep programs in the user's cache folder.
+if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+    os.environ.setdefault("JAX_ENABLE_COMPILATION_CACHE", "false")
+
 import hypothesis
 import jax
 import pytest

@@ -17,7 +17,7 @@ PACKAGE = Path(__file__).resolve().parent.parent / "jaxmoe"
 # Lowest first; two on one line never import each other. A new package gets its place here.
 ORDER = [
     ["checks", "numerics", "progress", "rotary", "supervise", "user_files"],
-    ["mesh", "hardware", "config", "distributed"],
+    ["mesh", "hardware", "config", "distributed", "compile_cache"],
     ["quant"],
     ["placement"],
     ["kernels"],
@@ -27,7 +27,7 @@ ORDER = [
     ["checkpoint"],
     ["elastic", "interop"],
     ["generation"],
-    ["planning"],
+    ["planning", "serving", "batches"],
     ["viz"],
     ["cli"],
     ["__main__"],
@@ -172,12 +172,15 @@ def test_what_is_imported_is_installed_with_the_package() -> None:
     """Tests have more installed than users: what the package imports is among its dependencies, or of an extra for plots."""
     document = tomllib.loads((PACKAGE.parent / "pyproject.toml").read_text())["project"]
     needed = {re.match(r"[\w-]+", line)[0] for line in document["dependencies"]}
-    plots = {re.match(r"[\w-]+", line)[0] for line in document["optional-dependencies"]["notebooks"]}
+    extras = document["optional-dependencies"]
+    names = ("notebooks", "serve", "constrain")
+    plots, server, schemas = ({re.match(r"[\w-]+", line)[0] for line in extras[name]} for name in names)
     for module in MODULES:
         for line, name in imported_names(module):
             root = name.partition(".")[0]
             if root != "jaxmoe" and root not in sys.stdlib_module_names:
-                allowed = needed | plots if top(module) in {"viz", "placement"} else needed
+                rooms = {"viz": plots, "placement": plots, "serving": server, "generation": schemas}
+                allowed = needed | rooms.get(top(module), set())
                 assert root in allowed, f"jaxmoe/{module}:{line} imports {root}, which is no dependency"
 
 

@@ -1,4 +1,4 @@
-"""``jaxmoe generate``: prompts in, text out, token by token."""
+"""``jaxmoe generate``: prompts in, text out, token by token, or file to file (`batch_file`)."""
 
 import argparse
 import json
@@ -9,7 +9,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
-from jaxmoe.cli import options, processes
+from jaxmoe.cli import batch_file, loading, options, processes
 
 if TYPE_CHECKING:
     from jax.sharding import Mesh
@@ -34,6 +34,11 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         metavar="FILE",
         help='one prompt a line, or .jsonl with {"prompt": ...}; - for stdin',
     )
+    source.add_argument(
+        "--input",
+        metavar="FILE.jsonl",
+        help="a file of any size, whose lines may have settings of their own; an interrupted run goes on",
+    )
     parser.add_argument(
         "--use-adapter",
         action="append",
@@ -42,7 +47,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--chat", action="store_true", help="put prompts through the chat template")
     parser.add_argument("--system", metavar="TEXT", help="system message, with --chat")
-    parser.add_argument("--batch-size", type=options.count, default=32, metavar="N", help="prompts at a time (32)")
+    parser.add_argument("--batch-size", type=options.count, metavar="N", help="prompts at a time (32)")
 
     group = parser.add_argument_group("generation")
     group.add_argument("--max-new-tokens", type=int, default=64, metavar="N", help="tokens per prompt (64)")
@@ -61,9 +66,10 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument("--num-drafts", type=options.count, metavar="K", help="guesses in a step (one by each layer)")
 
+    batch_file.add_options(parser)
     options.add_mesh_options(parser)
     processes.add_options(parser)
-    _add_load_options(parser)
+    loading.add_options(parser)
     parser.add_argument("--json", action="store_true", help="one JSON object a line for each prompt")
     parser.add_argument(
         "--record-routing", metavar="FILE.npz", help="write the experts that every token chose, for `jaxmoe place`"
@@ -80,8 +86,9 @@ def run(args: argparse.Namespace) -> None:
     """Generate and print, in one process or as one of several."""
     if args.system is not None and not args.chat:
         args.usage_error("--system goes with --chat")
+    batch_file.check(args)
     if args.chat and args.prompt_ids:
-        args.usage_error("--chat is for text: --prompt or --prompt-file")
+        args.usage_error("--chat is for text: --prompt, --prompt-file or --input")
     if args.num_drafts and not args.speculate:
         args.usage_error("--num-drafts goes with --speculate")
     if args.speculate and (args.temperature > 0 or args.repetition_penalty != 1 or args.record_routing):
@@ -89,13 +96,21 @@ def run(args: argparse.Namespace) -> None:
     if processes.is_one_of_several(args) and "-" in [args.prompt_file, *(args.prompt or ())]:
         args.usage_error("every process reads the prompts, and stdin is one's alone: give a file in place of -")
     with processes.joined(args):
-        _generate_together(args)
+        if args.input is not None:
+            batch_file.run(args)
+        else:
+            _generate_together(args)
 
 
 def _generate_together(args: argparse.Namespace) -> None:
     """Do the work of `run`, the same in each of several processes."""
     prompts = _read_prompts(args)
+    batch_size = args.batch_size or 32
     mesh = options.make_mesh(args)
+    # Where one process finds a program and another compiles it, they may wait for each other: a folder that all of them
+    # see has to be named.
+    if args.compile_cache is not None or not processes.is_one_of_several(args):
+        options.use_compile_cache(args)
 
     from jaxmoe.config import directory_of, find_checkpoint
     from jaxmoe.distributed import is_first
@@ -107,18 +122,18 @@ def _generate_together(args: argparse.Namespace) -> None:
     source = directory_of(find_checkpoint(args.checkpoint))
     outline: Any = SimpleNamespace(config=read_model_config(source)[1], source=source)
     token_ids = encode(outline, _conversations(prompts, args), max_new_tokens=args.max_new_tokens)
-    model = _load(args, mesh)
+    model = loading.load(args, mesh, mtp=args.speculate == "mtp")
     if args.verbose:
         _print_expert_bytes(model)
         print(model.load_report.describe(), file=sys.stderr)
-        first = token_ids[: args.batch_size]
+        first = token_ids[:batch_size]
         longest = max(map(len, first), default=1)
         print(model.describe(batch_size=len(first), prompt_length=longest), file=sys.stderr)
     live = len(prompts) == 1 and not args.json and sys.stdout.isatty()
     total = GenerationStats()
     with model.record_routing(token_ids=True) if args.record_routing else nullcontext() as routing:
-        for start in range(0, len(prompts), args.batch_size):
-            batch = slice(start, start + args.batch_size)
+        for start in range(0, len(prompts), batch_size):
+            batch = slice(start, start + batch_size)
             stats = GenerationStats()
             outputs = generate(
                 model,
@@ -150,48 +165,9 @@ def _generate_together(args: argparse.Namespace) -> None:
     print(f"{_describe(mesh)}: {total.summary()}", file=sys.stderr)
 
 
-def _add_load_options(parser: argparse.ArgumentParser) -> None:
-    group = parser.add_argument_group("loading")
-    options.add_placement(group)
-    group.add_argument("--dtype", help="of weights and activations (default: the checkpoint's own)")
-    options.add_quantized(group)
-    options.add_activations(group)
-    group.add_argument(
-        "--adapter",
-        action="append",
-        default=[],
-        metavar="DIR|NAME=DIR",
-        help="a LoRA adapter to merge into the weights, or to hold beside them under a name (repeatable)",
-    )
-    options.add_expert_axes(group)
-    group.add_argument(
-        "--dispatch",
-        type=options.dispatch,
-        default="auto",
-        metavar="NAME|prefill=NAME,decode=NAME",
-        help="how tokens travel to experts (auto)",
-    )
-    group.add_argument("--kernels", default="auto", metavar="NAME", help="grouped matmul backend (auto)")
-    group.add_argument("--check-finite", action="store_true", help="refuse a checkpoint with NaN or infinity")
-    group.add_argument("--no-progress", action="store_true", help="draw no progress bar")
-
-
-def _adapters(args: argparse.Namespace) -> tuple[str | None, dict[str, str]]:
-    """Tell the adapter to merge, and those to hold beside the weights by name; a directory may have = in its name."""
-    named = {text.partition("=")[0]: text.partition("=")[2] for text in args.adapter if _is_named(text)}
-    merged = [text for text in args.adapter if not _is_named(text)]
-    if len(merged) > 1 or len(named) + len(merged) < len(args.adapter):
-        args.usage_error("--adapter is one DIR to merge, and NAME=DIR of names that differ; give each once")
-    return (merged[0] if merged else None), named
-
-
-def _is_named(text: str) -> bool:
-    return "=" in text and not Path(text).is_dir()
-
-
 def _adapter_of_each(args: argparse.Namespace, count: int) -> list[str | None]:
     """Give the adapter's name for each prompt."""
-    _, named = _adapters(args)
+    _, named = loading.adapters(args)
     chosen = args.use_adapter or ["none"]
     if len(chosen) not in (1, count):
         args.usage_error(f"--use-adapter is given once, or for each of the {count} prompts; got {len(chosen)}")
@@ -201,29 +177,6 @@ def _adapter_of_each(args: argparse.Namespace, count: int) -> list[str | None]:
         )
     names = [None if name == "none" else name for name in chosen]
     return names * count if len(names) == 1 else names
-
-
-def _load(args: argparse.Namespace, mesh: "Mesh") -> Any:
-    import jaxmoe
-
-    adapter, adapters = _adapters(args)
-    return jaxmoe.load(
-        args.checkpoint,
-        mesh=mesh,
-        placement=options.read_placement(args.placement),
-        dtype=args.dtype,
-        quantized=args.quantized,
-        activations=args.activations,
-        adapter=adapter,
-        adapters=adapters or None,
-        mtp=args.speculate == "mtp",
-        expert_axes=args.expert_axes,
-        dispatch=args.dispatch,
-        kernels=args.kernels,
-        # A bar in a log file is noise.
-        progress=sys.stderr.isatty() and not args.no_progress,
-        check_finite=args.check_finite,
-    )
 
 
 def _describe(mesh: "Mesh") -> str:

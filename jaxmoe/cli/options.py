@@ -1,6 +1,7 @@
 """Options that several commands share, and the steps that they stand for."""
 
 import argparse
+import sys
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -60,6 +61,32 @@ def add_activations(parser: argparse._ActionsContainer) -> None:
 def add_mtp(parser: argparse._ActionsContainer) -> None:
     """Add ``--mtp``."""
     parser.add_argument("--mtp", action="store_true", help="with the layers for multi-token prediction")
+
+
+def add_compile_cache(parser: argparse._ActionsContainer) -> None:
+    """Add ``--compile-cache``."""
+    parser.add_argument(
+        "--compile-cache",
+        metavar="DIR",
+        help="folder of compiled programs, which the next start loads, or none (default: in the user's cache folder)",
+    )
+
+
+def use_compile_cache(args: argparse.Namespace) -> None:
+    """Do what ``--compile-cache`` asks for, before anything is compiled.
+
+    A default that cannot be used is told on stderr, and the command goes on without it; a folder that was named is an error.
+    """
+    if args.compile_cache == "none":
+        return
+    from jaxmoe.compile_cache import CompileCacheError, enable_compile_cache
+
+    try:
+        enable_compile_cache(args.compile_cache)
+    except CompileCacheError as error:
+        if args.compile_cache is not None:
+            raise
+        print(f"compiled programs are not kept: {error}", file=sys.stderr)
 
 
 def make_mesh(args: argparse.Namespace) -> "Mesh":

@@ -13,12 +13,14 @@ from jaxmoe.generation.prompt_file import read_prompt_file
 from jaxmoe.generation.report import expert_bytes_table, terminal_text
 from jaxmoe.generation.requests import EngineCounts, Request, TokenConstraint, TokenResult
 from jaxmoe.generation.stats import GenerationStats
+from jaxmoe.generation.streaming import EventStream, stream
 from jaxmoe.generation.tokenizer import Tokenizer
 
 __all__ = [
     "ContinuousEngine",
     "Engine",
     "EngineCounts",
+    "EventStream",
     "GenerationStats",
     "Output",
     "Request",
@@ -31,5 +33,6 @@ __all__ = [
     "expert_bytes_table",
     "generate",
     "read_prompt_file",
+    "stream",
     "terminal_text",
 ]

@@ -1,7 +1,6 @@
 """`generate`: prompts in, text out."""
 
 import functools
-import secrets
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
@@ -13,16 +12,15 @@ from flax import nnx
 from jaxmoe.checks import flag, instance_of, integer
 from jaxmoe.checks import token_ids as check_token_ids
 from jaxmoe.distributed import broadcast, check_same
-from jaxmoe.generation.detokenize import TextStream
+from jaxmoe.generation.arguments import eos_token_ids_for, seeds_for, stop_strings, text_streams, tokenizer_for
 from jaxmoe.generation.engine import Engine, FinishReason, Row
-from jaxmoe.generation.eos import eos_token_ids as read_eos_token_ids
 from jaxmoe.generation.model import HoldsAdapters, Model, Outline
 from jaxmoe.generation.output import Output, TokenEvent
 from jaxmoe.generation.params import SamplingParams, sampling_params_of
 from jaxmoe.generation.prompts import Prompt, check_prompts, encode_prompts
 from jaxmoe.generation.speculative import check_speculation
 from jaxmoe.generation.stats import GenerationStats
-from jaxmoe.generation.tokenizer import Tokenizer, tokenizer_of
+from jaxmoe.generation.tokenizer import Tokenizer
 from jaxmoe.placement.balancer import Balancer
 
 StreamCallback = Callable[[TokenEvent], None]
@@ -118,7 +116,7 @@ def generate(
     max_new_tokens = integer("max_new_tokens", max_new_tokens, least=1)
     drafts = check_speculation(model, speculate, num_drafts, params)
     ignore_eos, chat = flag("ignore_eos", ignore_eos), flag("chat", chat)
-    stop = _stop_strings(stop)
+    stop = stop_strings(stop)
     given_eos = None if eos_token_id is None else check_token_ids("eos_token_id", eos_token_id, model.config.vocab_size)
     token_ids = encode(
         model,
@@ -128,15 +126,15 @@ def generate(
         chat_template_kwargs=chat_template_kwargs,
         tokenizer=tokenizer,
     )
-    texts = _text_streams(len(token_ids), model, tokenizer, stop)
-    eos_token_ids = frozenset[int]() if ignore_eos else _eos_token_ids(model, given_eos)
+    texts = text_streams(len(token_ids), model, tokenizer, stop)
+    eos_token_ids = frozenset[int]() if ignore_eos else eos_token_ids_for(model, given_eos)
     adapter_ids = _adapter_ids(model, adapters, len(token_ids))
     if drafts and adapter_ids is not None:
         raise ValueError(
             "layers for multi-token prediction guess for the model as it is, and a prompt has chosen an adapter; leave "
             "speculate out, or merge the adapter: jaxmoe.load(..., adapter=DIR)"
         )
-    given_seeds = _seeds(seed, len(token_ids))
+    given_seeds = seeds_for(seed, len(token_ids))
     seeds = None if params.greedy else given_seeds
     if model.mesh.is_multi_process:
         if balancer is not None:
@@ -151,11 +149,7 @@ def generate(
             stats.first_token_seconds = time.perf_counter() - begin - (stats.compile_seconds - compiled_before)
         piece = None
         if texts is not None:
-            text = texts[index]
-            # Of itself the engine stops at EOS only.
-            piece = text.push_end(token_id) if reason == "stop" else text.push(token_id)
-            reason = "stop" if text.stopped else reason
-            piece += text.finish() if reason else ""
+            piece, reason = texts[index].take(token_id, reason)
         if stream is not None:
             stream(TokenEvent(index, token_id, piece, reason))
         return reason == "stop"
@@ -207,7 +201,10 @@ def encode(
     It is for callers who want every prompt checked before the first of many batches, and before a weight is read.
     """
     token_ids = encode_prompts(
-        prompts, functools.partial(_tokenizer, model, tokenizer), chat=chat, chat_template_kwargs=chat_template_kwargs
+        prompts,
+        functools.partial(tokenizer_for, model, tokenizer),
+        chat=chat,
+        chat_template_kwargs=chat_template_kwargs,
     )
     check_prompts(
         token_ids,
@@ -216,39 +213,6 @@ def encode(
         max_position_embeddings=model.config.max_position_embeddings,
     )
     return token_ids
-
-
-def _tokenizer(model: Outline, given: Tokenizer | None) -> Tokenizer:
-    if given is not None:
-        return given
-    if model.source is None:
-        raise ValueError(
-            "text needs a tokenizer, and this model comes from no checkpoint directory: pass token ids or tokenizer="
-        )
-    return tokenizer_of(model.source)
-
-
-def _text_streams(
-    count: int, model: Outline, tokenizer: Tokenizer | None, stop: Sequence[str]
-) -> list[TextStream] | None:
-    """One stream per prompt; None without a tokenizer, which only stop strings insist on."""
-    if tokenizer is None and model.source is None and not stop:
-        return None
-    try:
-        tokenizer = _tokenizer(model, tokenizer)
-    except FileNotFoundError:
-        # No tokenizer is fine for token ids; a broken one is an error.
-        if stop:
-            raise
-        return None
-    return [TextStream(tokenizer.decode, stop, tokenizer.special_tokens) for _ in range(count)]
-
-
-def _stop_strings(stop: str | Sequence[str] | None) -> list[str]:
-    stop = [] if stop is None else [stop] if isinstance(stop, str) else list(stop)
-    if not all(isinstance(text, str) and text for text in stop):
-        raise ValueError(f"a stop string is a text of at least one character; got {stop!r}")
-    return stop
 
 
 def _output(prompt: list[int], row: Row, text: str | None, adapter: str | None) -> Output:
@@ -268,15 +232,6 @@ def _adapter_ids(model: Model, adapters: Sequence[str | None] | None, count: int
     if not isinstance(model, HoldsAdapters):
         raise TypeError(f"adapters are chosen of a model from jaxmoe.load; got {type(model).__name__}")
     return model.adapter_ids(adapters, count)
-
-
-def _seeds(seed: Any, count: int) -> list[int]:
-    if seed is None:
-        return [secrets.randbits(64) for _ in range(count)]
-    seeds = [seed] * count if isinstance(seed, str) or np.ndim(seed) == 0 else list(seed)
-    if len(seeds) != count:
-        raise ValueError(f"seed is one int or one for each prompt: got {len(seeds)} seeds for {count} prompts")
-    return [integer("seed", one, least=0, most=2**64 - 1) for one in seeds]
 
 
 def _agree(
@@ -305,11 +260,3 @@ def _agree(
         return seeds
     words = broadcast(np.array([(seed >> 32, seed & 0xFFFFFFFF) for seed in seeds], np.uint32))
     return [int(high) << 32 | int(low) for high, low in words]
-
-
-def _eos_token_ids(model: Outline, given: frozenset[int] | None) -> frozenset[int]:
-    if given is not None:
-        return given
-    if model.source is None:
-        return frozenset()
-    return read_eos_token_ids(model.source)

@@ -2,6 +2,8 @@
 
 from collections.abc import Callable, Mapping, Sequence
 
+from jaxmoe.generation.requests import FinishReason
+
 # What decoders write for bytes that are no UTF-8.
 REPLACEMENT = "�"
 
@@ -152,6 +154,18 @@ class TextStream:
     def finish(self) -> str:
         """Hand out the last piece; call it once, after the last token."""
         return self._show(self._stop.push(self._detokenizer.finish()) + self._stop.finish())
+
+    def take(self, token_id: int, finish_reason: FinishReason | None) -> tuple[str, FinishReason | None]:
+        """Add a token that the model gave, with its reason to end there, if any.
+
+        Returns:
+            The piece of text to show, with what was held back where the text ends, and the reason of the end: "stop" too
+            where a stop string was reached.
+        """
+        # Of itself the model stops at EOS only.
+        piece = self.push_end(token_id) if finish_reason == "stop" else self.push(token_id)
+        reason: FinishReason | None = "stop" if self.stopped else finish_reason
+        return piece + (self.finish() if reason else ""), reason
 
     @property
     def stopped(self) -> bool:

@@ -73,6 +73,15 @@ class Tokenizer:
         """Decode token ids to text, special tokens left out."""
         return self._rust.decode(list(token_ids), skip_special_tokens=True)
 
+    @property
+    def vocab_size(self) -> int:
+        """Number of tokens, special ones too."""
+        return self._rust.get_vocab_size(with_added_tokens=True)
+
+    def to_json(self) -> str:
+        """Text of a ``tokenizer.json``, for other libraries."""
+        return self._rust.to_str()
+
     def apply_chat_template(
         self,
         messages: Sequence[Message],

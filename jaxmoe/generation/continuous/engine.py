@@ -1,6 +1,7 @@
 """`ContinuousEngine`: requests come and go while it runs, and each is what it would be alone."""
 
 import dataclasses
+import math
 from typing import Any, NamedTuple
 
 import jax
@@ -390,7 +391,7 @@ def plan_sizes(
     most_pages = slots * -(-max_length // page_size)
     if num_pages is None:
         room = _free_bytes(model) - slots * slot_bytes
-        num_pages = min(most_pages, int(room // page_bytes) - 1 if page_bytes else most_pages)
+        num_pages = min(most_pages, _coarse(int(room // page_bytes) - 1) if page_bytes else most_pages)
         if num_pages < 1:
             raise ValueError(
                 f"a device has room for at least one page; {slots} slots of {slot_bytes} bytes and pages of {page_bytes} "
@@ -410,8 +411,19 @@ def plan_sizes(
     return sizes, layout
 
 
+def _coarse(pages: int) -> int:
+    """Leave out up to one page of 32, so that some bytes more or less that are free make no other programs."""
+    return pages - pages % (1 << max(pages.bit_length() - 6, 0)) if pages > 0 else pages
+
+
 def _free_bytes(model: Decoder) -> int:
-    """Bytes for the cache on the device that has the least."""
+    """Bytes for the cache on the device that has the least, once the weights are there."""
+    leaves = jax.tree.leaves(nnx.state(model))
+    coming = sum(
+        math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
+        for leaf in leaves
+        if isinstance(leaf, jax.ShapeDtypeStruct)
+    )
     stats = [device.memory_stats() for device in model.mesh.local_devices]
     known = [one["bytes_limit"] - one["bytes_in_use"] for one in stats if one and "bytes_limit" in one]
-    return int(SHARE_OF_MEMORY * min(known)) if known else DEFAULT_BYTES
+    return int(SHARE_OF_MEMORY * (min(known) - coming)) if known else DEFAULT_BYTES
