@@ -33,7 +33,8 @@ def _machine(lines: Sequence[Line]) -> str:
     def text(line: Line) -> str:
         versions = ", ".join(f"{name} {version}" for name, version in line.get("versions", {}).items())
         here = f"{line.get('device')}, {line.get('multiprocessors')} multiprocessors, driver {line.get('driver')}"
-        return f"{here}; {versions}"
+        missing = f"; without {', '.join(line['missing'])}" if line.get("missing") else ""
+        return f"{here}; {versions}{missing}"
 
     return _section("machine", map(text, _of(lines, "machine")))
 
@@ -109,6 +110,7 @@ def _models(lines: Sequence[Line]) -> str:
     rows = [
         f"{line['layers']} layers, {line['step']} of {line['batch']} x {line['tokens']} by {line['kernels']}: "
         f"{line['seconds'] * 1e3:.2f} ms, {line['tokens_per_second']:.0f} tokens/s"
+        f"{f', at most {peak / 1e9:.1f} GB taken' if (peak := line.get('peak_bytes')) else ''}"
         for line in _of(lines, "model")
     ]
     return _section("model", rows)

@@ -142,7 +142,7 @@ def test_part_of_a_kernel_is_lost_alone(tmp_path: Path) -> None:
 
 def test_job_may_say_that_a_kernel_is_lost(tmp_path: Path) -> None:
     lines = session(tmp_path, [job("check", 'print(\'{"lost": "a", "why": "wrong"}\')', "a"), job("speed", GOOD, "a")])
-    assert ends(lines) == {"check": "done", "speed": "skipped"}
+    assert ends(lines) == {"check": "done", "alive": "done", "speed": "skipped"}
     assert lines[-1]["why"] == "a: wrong in 'check'"
 
 
@@ -152,9 +152,10 @@ def test_session_ends_where_the_gpu_no_longer_works(tmp_path: Path) -> None:
     assert "session: ended, the GPU no longer works after 'first'" in summarize(lines)
 
 
-def test_session_ends_without_a_needed_job(tmp_path: Path) -> None:
+def test_session_ends_without_a_needed_job(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     lines = session(tmp_path, [job("machine", "print(1)", needed=True), job("second", GOOD)])
     assert ends(lines) == {"machine": "garbled", "session": "ended", "second": "skipped"}
+    assert "1\nset PYTHON to a Python that has jax and Flax" in capsys.readouterr().out
 
 
 def test_job_that_does_not_fit_is_left_out_by_name(tmp_path: Path) -> None:
@@ -313,3 +314,19 @@ def test_summary_has_every_kind_of_result() -> None:
         "y: left out, 2 of 3 for want of time",
     ):
         assert words in text
+
+
+@pytest.mark.full
+def test_tiny_session_runs_to_its_end(tmp_path: Path) -> None:
+    """The command itself: every job is done, and what could not be done in one is named."""
+    command = [sys.executable, "scripts/gpu_session.py", "--tiny", "--out", str(tmp_path / "out")]
+    printed = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    lines = read_results(tmp_path / "out")
+    assert ends(lines) == {job.name: "done" for job in tiny_jobs()}, printed
+    for planned in tiny_jobs():
+        results = [line for line in lines if line["job"] == planned.name and "status" not in line]
+        assert results, planned.name
+        assert all(line.get("verdict", "right") == "right" for line in results)
+    assert len([path for path in (tmp_path / "out").rglob("*") if path.is_file()]) <= MOST_FILES
+    for words in ("checks right", "floor", "whole layer", "decode of 1 x 1 by portable", "results are in"):
+        assert words in printed
