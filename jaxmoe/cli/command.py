@@ -10,7 +10,7 @@ import sys
 from collections.abc import Sequence
 from typing import Protocol
 
-from jaxmoe.cli import bench, convert, generate, inspect, place, plan
+from jaxmoe.cli import bench, convert, generate, inspect, place, plan, tune
 
 # Errors in the input. Anything else is a bug in jaxmoe and keeps its traceback.
 _INPUT_ERRORS = (ValueError, OSError, RuntimeError, ImportError)
@@ -43,6 +43,7 @@ COMMANDS: dict[str, Command] = {
     "plan": plan,
     "place": place,
     "bench": bench,
+    "tune": tune,
 }
 
 

@@ -1,27 +1,19 @@
 """Tiles: a dozen candidates a case by a model of their cost, compiled in threads, and the headline with the best of them."""
 
-import importlib
-import math
 from collections.abc import Sequence
 from functools import partial
-from typing import Any
 
 import jax
 
-from jaxmoe.hardware import GPUS, get_gpu
 from jaxmoe.kernels.grouped_matmul import check_backend, expert_mlp
-from jaxmoe.kernels.grouped_matmul.backends import GPU_BACKENDS
 from jaxmoe.kernels.grouped_matmul.tile_table import user_tables, write_table
-from scripts import tune_kernels
+from jaxmoe.kernels.grouped_matmul.tuning import TuningCase, cases_of, entry_of, tune
 from scripts._bench.cases import Case
-from scripts._bench.inputs import Variant, make_layers, make_variants
+from scripts._bench.inputs import Variant, make_layers
 from scripts._bench.report import reason
 from scripts._bench.sides import Side, Turn, jax_turn
-from scripts._bench.tuning import tune
-from scripts._session.inside import device, emit, shapes, tokens, while_time
+from scripts._session.inside import check_alive, device, emit, shapes, tokens, while_time
 from scripts._session.speed import emit_speed
-
-MOST_CANDIDATES, THREADS = 12, 8
 
 
 def tuning(kernel: str) -> None:
@@ -31,79 +23,41 @@ def tuning(kernel: str) -> None:
     except NotImplementedError as refusal:
         emit("tuning_refused", left_out=reason(refusal))
         return
-    module = importlib.import_module(GPU_BACKENDS[kernel].module)
-    named = shapes("qwen3-30b-a3b", "mixtral-8x7b")
-    for name, shape in while_time(named.items()):
-        layers = make_layers(shape, "bfloat16", device())
-        cases = [(T, operation) for T in tokens(32, 4096, 128) for operation in ("mlp", "down")]
-        for T, operation in while_time(cases):
-            case = Case(name, shape, operation, T, "uniform", "bfloat16")
-            try:
-                _tune_case(kernel, module, case, make_variants(case, layers))
-            except Exception as refusal:  # one case; others may do
-                emit("tuning_refused", left_out=f"{name}, {operation}, {T} tokens: {reason(refusal)}")
-        del layers
+    cases = [
+        case
+        for name, shape in shapes("qwen3-30b-a3b", "mixtral-8x7b").items()
+        for T in tokens(32, 4096, 128)
+        for case in cases_of(
+            name,
+            experts=shape.experts,
+            per_token=shape.per_token,
+            width=shape.width,
+            expert_width=shape.expert_width,
+            tokens=[T],
+        )
+    ]
+    for case in while_time(cases):
+        try:
+            _tune_case(kernel, case)
+        except Exception as refusal:  # one case; others may do
+            check_alive()
+            emit("tuning_refused", left_out=f"{case}: {reason(refusal)}")
 
 
-def _tune_case(kernel: str, module: Any, case: Case, variants: Sequence[Variant]) -> None:
-    kind = device().device_kind
-    every = tune_kernels.list_candidates(kernel, module, case, variants[0], kind)
-    candidates = cheapest(every, case, multiprocessors(kind))
-    found = tune(
-        tune_kernels.with_tiles(module, case, kind), candidates, case, variants, rounds=3, budget_s=0.5, threads=THREADS
-    )
+def _tune_case(kernel: str, case: TuningCase) -> None:
+    found = tune(kernel, case, device(), rounds=3)
     best = found.best()
     if best is not None:
-        table = {"device": kind, "entries": [tune_kernels.entry(kernel, case, found)]}
-        write_table(table, user_tables())
+        write_table({"device": device().device_kind, "entries": [entry_of(kernel, case, found)]}, user_tables())
     emit(
         "tuned",
-        case=f"{kernel}, {case.name}, {'gate and up' if case.operation == 'mlp' else 'down'}, {case.tokens} tokens",
+        case=f"{kernel}, {case}",
         tiles=str(best) if best is not None else "its own choice",
         seconds=found.default_seconds if best is None else found.seconds[best],
         default_seconds=found.default_seconds,
-        candidates=len(candidates),
+        candidates=len(found.seconds),
         refused={str(tiles): why for tiles, why in found.refused.items()},
     )
-
-
-def multiprocessors(device_kind: str) -> int:
-    """The multiprocessors of a kind of device; an H100's where it is not known."""
-    try:
-        return get_gpu(device_kind).multiprocessors
-    except ValueError:
-        return GPUS["h100"].multiprocessors
-
-
-def cheapest(candidates: Sequence[Any], case: Case, processors: int, *, most: int = MOST_CANDIDATES) -> list[Any]:
-    """The candidates that a model of their cost has as the fastest, the kernel's own choice, which is first, among them.
-
-    Args:
-        candidates: tiles with m, n, k and stages.
-        case: what they are for; rows are spread evenly.
-        processors: multiprocessors.
-        most: number of candidates.
-    """
-    first, *others = candidates
-    return [first, *sorted(others, key=lambda tiles: cost(tiles, case, processors))[: most - 1]]
-
-
-def cost(tiles: Any, case: Case, processors: int) -> float:
-    """A tile's cost in cycles: waves of tiles over the multiprocessors, times what one takes.
-
-    A step multiplies m rows by n outputs over k, and loads both; the longer of the two counts. With few stages under way,
-    the first loads are waited for: some 800 cycles, spread over the stages. A multiprocessor does 1024 products of bfloat16
-    and sums a cycle, and has 24 bytes of the second level of cache a cycle.
-    """
-    N, K = case.matrices[0]
-    halves = 2 if case.operation == "mlp" else 1
-    filled = min(case.shape.experts, case.rows)
-    row_tiles = filled * math.ceil(case.rows / filled / tiles.m)
-    # Triton's n counts gate and up together, Mosaic GPU's each of them.
-    outputs = tiles.n * (halves if hasattr(tiles, "swapped") else 1)
-    waves = math.ceil(row_tiles * math.ceil(N / outputs) / processors)
-    step = max(tiles.m * outputs * tiles.k / 1024, (tiles.m + outputs) * tiles.k * 2 / 24)
-    return waves * (math.ceil(K / tiles.k) * max(step, 800 / tiles.stages) + 800)
 
 
 def headline(kernel: str) -> None:

@@ -1,6 +1,5 @@
 """The parent of scripts/gpu_session with jobs that hang, crash, print garbage and fill the disk; no GPU, no jax."""
 
-import dataclasses
 import importlib
 import json
 import os
@@ -251,19 +250,6 @@ def test_every_planned_job_is_there_and_gpu_works_are_products_that_can_be_asked
     assert len({name for name, _ in works}) == len(works)
     for name, work in works:
         assert all(kind.random(np.random.default_rng(0), 2) is not None for kind in work.matrices if "2880" not in name)
-
-
-def test_cost_model_prefers_small_tiles_for_few_rows_and_keeps_the_kernels_own_choice() -> None:
-    from jaxmoe.kernels.grouped_matmul.mosaic_gpu.tiles import Tiles
-    from scripts._bench.cases import SHAPES, Case
-    from scripts._session.tuned import cheapest, cost
-
-    small, large = Tiles(m=16, n=128, k=64, stages=4, swapped=True), Tiles(m=128, n=128, k=64, stages=4, swapped=True)
-    few, many = (Case("q", SHAPES["qwen3-30b-a3b"], "down", T, "uniform", "bfloat16") for T in (32, 16384))
-    assert cost(small, few, 132) < cost(large, few, 132)
-    assert cost(large, many, 132) < cost(small, many, 132)
-    others = [dataclasses.replace(small, band=band) for band in range(20)]
-    assert cheapest([large, *others], few, 132) == [large, *others[:11]]
 
 
 def test_summary_has_every_kind_of_result() -> None:
