@@ -54,16 +54,17 @@ def get_dispatch(name: str, platform: str) -> Dispatch:
     return DISPATCHES[name]
 
 
-def explain_dispatch(shape: DispatchShape, platform: str) -> DispatchChoice:
+def explain_dispatch(shape: DispatchShape, platform: str, device_kind: str | None = None) -> DispatchChoice:
     """Tell what "auto" chooses, and the modeled time of every backend; see `jaxmoe.dispatch.choose`.
 
     Args:
         shape: sizes of the call.
         platform: platform of the mesh's devices, "gpu" or "cpu".
+        device_kind: kind of them, for rates that were measured here; None to go by published ones alone.
 
     >>> mesh_shape = (("dp", 1), ("tp", 1), ("ep", 8))
     >>> layout = DispatchLayout(mesh_shape=mesh_shape, expert_axes=("ep",), partial_axes=("tp",), num_slots=64)
     >>> explain_dispatch(DispatchShape(tokens=1, choices=8, width=4096, itemsize=2, layout=layout), "gpu").name
     'replicated'
     """
-    return choose(list(DISPATCHES.values()), shape, platform)
+    return choose(list(DISPATCHES.values()), shape, platform, device_kind)

@@ -336,7 +336,9 @@ class MoE(nnx.Module):
         K, D = self.config.num_experts_per_tok, self.config.expert_input_size
         itemsize = jnp.dtype(self._activation_dtype if dtype is None else dtype).itemsize
         shape = DispatchShape(tokens=tokens, choices=K, width=D, itemsize=itemsize, layout=self._layout)
-        return explain_dispatch(shape, self._platform)
+        # Each process has a user's folder of its own, and all have to choose alike: several go by published rates.
+        kind = None if self.mesh.is_multi_process else self.mesh.devices.flat[0].device_kind
+        return explain_dispatch(shape, self._platform, kind)
 
     def check_dispatch(self, name: str) -> None:
         """Refuse a dispatch that is not known or cannot run on this mesh.

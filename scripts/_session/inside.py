@@ -10,9 +10,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxmoe import simulate_devices
 from scripts._bench.cases import SHAPES, Shape
 
 TINY = bool(os.environ.get("SESSION_TINY"))
+GPUS = int(os.environ.get("SESSION_GPUS", "1"))
+if TINY and GPUS > 1:
+    simulate_devices(GPUS)
 TINY_SHAPE = Shape(4, 2, 64, 32)
 Item = TypeVar("Item")
 

@@ -51,8 +51,8 @@ ALIVE = _job("the GPU still works", 30, "alive")
 GPU_KERNELS = ("mosaic_gpu", "triton")
 
 
-def gpu_jobs() -> list[Job]:
-    """The jobs for a GPU; 535 seconds, if each takes all of its own."""
+def gpu_jobs(gpus: int = 1) -> list[Job]:
+    """The jobs for so many GPUs; those of one take 535 seconds, if each takes all of its own, and several 100 more."""
     return [
         _job("machine", 30, "machine", needed=True),
         *(_job(f"trivial kernel, {kernel}", 10, "trivial_kernel", f"{kernel}.trivial") for kernel in GPU_KERNELS),
@@ -71,13 +71,24 @@ def gpu_jobs() -> list[Job]:
         _job("tuning, triton", 40, "tuning", "triton.tuning"),
         _job("headline, tuned", 20, "headline", *GPU_KERNELS),
         _job("skewed routings", 15, "skewed", *GPU_KERNELS),
+        *several_gpus(gpus, 40, 60, *GPU_KERNELS, "portable"),
         _job("layer", 40, "layer", *GPU_KERNELS, "portable"),
         _job("model, 4 layers", 35, "model_4", *GPU_KERNELS, "portable", environment=NEARLY_ALL),
         _job("model, 48 layers", 55, "model_48", *GPU_KERNELS, "portable", environment=NEARLY_ALL),
     ]
 
 
-def tiny_jobs() -> list[Job]:
+def several_gpus(gpus: int, exchange: float, dispatches: float, *kernels: str) -> list[Job]:
+    """The jobs that only several GPUs can do, with their seconds; none for one."""
+    if gpus == 1:
+        return []
+    return [
+        _job(f"exchange, {gpus} devices", exchange, "exchange"),
+        _job(f"dispatch, {gpus} devices", dispatches, "dispatches", *(f"{kernel}.dispatch" for kernel in kernels)),
+    ]
+
+
+def tiny_jobs(gpus: int = 1) -> list[Job]:
     """The same functions with tiny sizes on a CPU, by the kernels that run there."""
     functions = [
         ("machine", "machine", ()),
@@ -94,4 +105,5 @@ def tiny_jobs() -> list[Job]:
         ("layer", "layer", ("portable",)),
         ("model, 4 layers", "model_4", ("portable",)),
     ]
-    return [_job(name, 240, function, *kernels, needed=name == "machine") for name, function, kernels in functions]
+    jobs = [_job(name, 240, function, *kernels, needed=name == "machine") for name, function, kernels in functions]
+    return [*jobs, *several_gpus(gpus, 240, 240, "portable")]

@@ -19,16 +19,18 @@ SPARE_SECONDS = 2.0
 class Session:
     """Runs jobs within a time, and remembers which kernels are not to be run again."""
 
-    def __init__(self, records: Records, *, seconds: float, tiny: bool = False, alive: Job = ALIVE):
+    def __init__(self, records: Records, *, seconds: float, tiny: bool = False, gpus: int = 1, alive: Job = ALIVE):
         """Start the clock.
 
         Args:
             records: file of the results.
             seconds: time for everything.
             tiny: flag that jobs run on a CPU with tiny sizes.
+            gpus: number of GPUs, or of simulated devices.
             alive: job that tests whether the GPU works.
         """
         self.records, self.seconds, self.tiny, self.alive = records, seconds, tiny, alive
+        self.gpus = gpus
         self.start = time.monotonic()
         self.lost: dict[str, str] = {}
         self.last_words = ""
@@ -89,6 +91,7 @@ class Session:
             **job.environment,
             "PYTHONPATH": str(ROOT),
             "PYTHONUNBUFFERED": "1",
+            "SESSION_GPUS": str(self.gpus),
             "SESSION_END": str(time.monotonic() + max(0.0, job.seconds - SPARE_SECONDS)),
             # Tables of tiles that this session makes, and none that the user has.
             "XDG_DATA_HOME": str(self.records.folder.resolve()),

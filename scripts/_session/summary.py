@@ -14,6 +14,7 @@ def summarize(lines: Sequence[Line]) -> str:
         _correctness(lines),
         _speeds(lines),
         _tuned(lines),
+        _exchange(lines),
         _layers(lines),
         _models(lines),
     ]
@@ -96,6 +97,30 @@ def _tuned(lines: Sequence[Line]) -> str:
         for line in _of(lines, "tuned")
     ]
     return _section("tiles", rows)
+
+
+def _exchange(lines: Sequence[Line]) -> str:
+    """Collectives alone, of which an all-to-all is one call of NCCL's on GPUs; the rates; and layers by dispatch."""
+    collectives = [
+        f"{line['collective']:12} of {line['bytes']:10,} bytes by {line['devices']}: {line['seconds'] * 1e6:10.1f} us, "
+        f"a device sends {line['sent_per_second'] / 1e9:7.2f} GB/s"
+        for line in _of(lines, "exchange")
+    ]
+    rates = [
+        f"rates: memory {line['memory_bandwidth'] / 1e9:.0f} GB/s, links {line['within'] / 1e9:.1f} GB/s, latency "
+        f"{line['latency'] * 1e6:.1f} us, in {line['file']}"
+        for line in _of(lines, "rates")
+    ]
+    layers = []
+    for line in sorted(_of(lines, "dispatch"), key=lambda line: (line["tokens"], line["seconds"])):
+        modeled = (
+            "" if line["modeled_seconds"] is None else f", {line['modeled_seconds'] * 1e6:.1f} us modeled for it alone"
+        )
+        layers.append(
+            f"{line['tokens']:6} tokens, {line['dispatch']:18} {line['seconds'] * 1e6:10.1f} us a layer{modeled}"
+            f"{', what auto takes' if line['auto'] else ''}"
+        )
+    return _section("several devices", [*collectives, *rates, *layers])
 
 
 def _layers(lines: Sequence[Line]) -> str:

@@ -216,17 +216,29 @@ def test_parent_imports_no_jax() -> None:
     assert printed == "set()\n"
 
 
-def test_more_gpus_than_one_are_refused(capsys: pytest.CaptureFixture) -> None:
+def test_number_of_gpus_is_checked_and_adds_jobs(capsys: pytest.CaptureFixture) -> None:
     with pytest.raises(SystemExit):
-        gpu_session.main(["--gpus", "8"])
-    assert "invalid choice: 8" in capsys.readouterr().err
+        gpu_session.main(["--gpus", "0"])
+    assert "--gpus is a number of GPUs of at least 1; got 0" in capsys.readouterr().err
+    more = [job.name for job in gpu_jobs(8) if job.name not in {job.name for job in gpu_jobs()}]
+    assert more == ["exchange, 8 devices", "dispatch, 8 devices"]
+
+
+def test_rates_follow_from_an_exchange() -> None:
+    from scripts._session.exchange import fit_links
+
+    links = fit_links({10**6: 2e-3, 1000: 1e-3, 10**5: 1.1e-3}, 4)
+    assert links.latency == 1e-3
+    assert links.within == pytest.approx(999_000 * 3 / 4 / 1e-3)
+    with pytest.raises(ValueError, match="two sizes or more give a speed"):
+        fit_links({1000: 1e-3}, 4)
 
 
 def test_command_writes_few_files_and_its_summary_can_be_had_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
-    monkeypatch.setattr(gpu_session, "tiny_jobs", lambda: [job("some", GOOD), job("bad", "print('no')")])
-    monkeypatch.setattr(Session.__init__, "__kwdefaults__", {"tiny": False, "alive": job("alive", GOOD)})
+    monkeypatch.setattr(gpu_session, "tiny_jobs", lambda gpus: [job("some", GOOD), job("bad", "print('no')")])
+    monkeypatch.setattr(Session.__init__, "__kwdefaults__", {"tiny": False, "gpus": 1, "alive": job("alive", GOOD)})
     gpu_session.main(["--tiny", "--out", str(tmp_path / "out")])
     printed = capsys.readouterr().out
     files = sorted(path.name for path in (tmp_path / "out").iterdir())
@@ -243,7 +255,7 @@ def test_every_planned_job_is_there_and_gpu_works_are_products_that_can_be_asked
     from scripts._session import correctness
     from scripts._session.jobs import JOBS
 
-    for planned in (*gpu_jobs(), *tiny_jobs()):
+    for planned in (*gpu_jobs(8), *tiny_jobs(8)):
         name = planned.command[3]
         assert callable(getattr(importlib.import_module(f"scripts._session.{JOBS[name]}"), name))
     works = [*correctness.plain_works(), *correctness.packed_works()]
@@ -303,16 +315,23 @@ def test_summary_has_every_kind_of_result() -> None:
 
 
 @pytest.mark.full
-def test_tiny_session_runs_to_its_end(tmp_path: Path) -> None:
+@pytest.mark.parametrize("gpus", [1, 4])
+def test_tiny_session_runs_to_its_end(gpus: int, tmp_path: Path) -> None:
     """The command itself: every job is done, and what could not be done in one is named."""
-    command = [sys.executable, "scripts/gpu_session.py", "--tiny", "--out", str(tmp_path / "out")]
+    command = [sys.executable, "scripts/gpu_session.py", "--tiny", "--gpus", str(gpus), "--out", str(tmp_path / "out")]
+    jobs = tiny_jobs(gpus)
+    if gpus > 1:
+        command += ["--jobs", "devices"]
+        jobs = [job for job in jobs if job.needed or "devices" in job.name]
     printed = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
     lines = read_results(tmp_path / "out")
-    assert ends(lines) == {job.name: "done" for job in tiny_jobs()}, printed
-    for planned in tiny_jobs():
+    assert ends(lines) == {job.name: "done" for job in jobs}, printed
+    for planned in jobs:
         results = [line for line in lines if line["job"] == planned.name and "status" not in line]
         assert results, planned.name
         assert all(line.get("verdict", "right") == "right" for line in results)
     assert len([path for path in (tmp_path / "out").rglob("*") if path.is_file()]) <= MOST_FILES
-    for words in ("checks right", "floor", "whole layer", "decode of 1 x 1 by portable", "results are in"):
+    one = ("checks right", "floor", "whole layer", "decode of 1 x 1 by portable")
+    for words in ("results are in", *(one if gpus == 1 else ("all_to_all", "rates: memory", "what auto takes"))):
         assert words in printed
+    assert (tmp_path / "out/jaxmoe/device_rates/cpu-4.json").exists() == (gpus > 1)
