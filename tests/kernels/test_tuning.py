@@ -66,6 +66,7 @@ class FakeKernel:
 @pytest.fixture
 def kernel(monkeypatch):
     fake = FakeKernel()
+    monkeypatch.setattr(tuning, "CALLS", 2)
     monkeypatch.setitem(sys.modules, GPU_BACKENDS["triton"].module, fake)
     return fake
 
@@ -137,8 +138,11 @@ def test_command_writes_the_users_table(runs_here, tmp_path, monkeypatch, capsys
     assert lookup(device, **up, K=32, N=32, **common)["tiles"]["m"] == 16
     assert lookup(device, **down, K=16, N=32, **common)["tiles"]["m"] == 16
     assert lookup(device, **down, K=32, N=32, **common) is None
+    found = tuning.Tuned(2e-6, {Tiles(16): 1e-6}, {Tiles(8): "wrong"})
+    monkeypatch.setattr(tuning, "tune", lambda *case: found)
     assert main(["tune", *options, "--tables", str(tmp_path / "own")]) == 0
-    assert "3 candidates right, 3 refused; into " in capsys.readouterr().out
+    line = f"2.0 us by its own choice; 1 candidates right, 1 refused; into {tmp_path / 'own'}"
+    assert capsys.readouterr().out.count(line) == 2
 
 
 def test_command_tunes_what_a_device_has_of_a_checkpoint(runs_here, monkeypatch, capsys):
