@@ -8,6 +8,7 @@ by name. The summary comes last, and again by --summary. It needs jax and Flax i
 environment of its own; what else is missing is left out by name. So far it has run with --tiny on CPUs only.
 
     scripts/gpu_session
+    scripts/gpu_session --gpus 8
     scripts/gpu_session --minutes 5 --out results/tonight
     scripts/gpu_session --summary results/tonight
     scripts/gpu_session --tiny --out /tmp/tiny
@@ -44,11 +45,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     except OSError as error:
         raise SystemExit(f"gpu_session: {error}") from error
     signal.signal(signal.SIGTERM, signal.default_int_handler)
-    jobs = tiny_jobs() if args.tiny else gpu_jobs()
+    jobs = tiny_jobs(args.gpus) if args.tiny else gpu_jobs(args.gpus)
     if args.jobs:
         jobs = [job for job in jobs if job.needed or any(part in job.name for part in args.jobs)]
     try:
-        Session(records, seconds=args.minutes * 60, tiny=args.tiny).run(jobs)
+        Session(records, seconds=args.minutes * 60, tiny=args.tiny, gpus=args.gpus).run(jobs)
     except KeyboardInterrupt:
         records.add({"job": "session", "status": "ended", "why": "it was interrupted"})
     text = summarize(records.lines)
@@ -64,8 +65,17 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--jobs", nargs="+", metavar="WORDS", help="only jobs whose names have one of these in them")
     parser.add_argument("--tiny", "--dry-run", action="store_true", help="tiny sizes on a CPU, to test the session")
     parser.add_argument("--summary", type=Path, metavar="FOLDER", help="only print the summary of that session")
-    parser.add_argument("--gpus", type=int, default=1, choices=[1], help="GPUs; more than one is not there yet")
-    return parser.parse_args(argv)
+    parser.add_argument(
+        "--gpus",
+        type=int,
+        default=1,
+        metavar="N",
+        help="with more than one: collectives and dispatches over so many (1)",
+    )
+    args = parser.parse_args(argv)
+    if args.gpus < 1:
+        parser.error(f"--gpus is a number of GPUs of at least 1; got {args.gpus}")
+    return args
 
 
 if __name__ == "__main__":

@@ -14,20 +14,21 @@ HELP = "tell what every way of dispatching tokens sends on a mesh, and how long 
 
 
 class Shape(NamedTuple):
-    """Experts E, experts per token K and width D of a model's MoE layers."""
+    """Experts E, experts per token K, width D and experts' width F of a model's MoE layers."""
 
     experts: int
     experts_per_token: int
     hidden_size: int
+    expert_width: int
 
 
 SHAPES = {
-    "mixtral-8x7b": Shape(8, 2, 4096),
-    "qwen3-30b-a3b": Shape(128, 8, 2048),
-    "qwen3-235b": Shape(128, 8, 4096),
-    "deepseek-v3": Shape(256, 8, 7168),
-    "gpt-oss-20b": Shape(32, 4, 2880),
-    "gpt-oss-120b": Shape(128, 4, 2880),
+    "mixtral-8x7b": Shape(8, 2, 4096, 14336),
+    "qwen3-30b-a3b": Shape(128, 8, 2048, 768),
+    "qwen3-235b": Shape(128, 8, 4096, 1536),
+    "deepseek-v3": Shape(256, 8, 7168, 2048),
+    "gpt-oss-20b": Shape(32, 4, 2880, 2880),
+    "gpt-oss-120b": Shape(128, 4, 2880, 2880),
 }
 MESHES = ("ep=8", "tp=2,ep=4", "dp=2,tp=2,ep=2", "tp=8")
 TOKENS = (1, 32, 128, 4096)

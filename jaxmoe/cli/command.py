@@ -12,7 +12,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from typing import Protocol
 
-from jaxmoe.cli import bench, convert, generate, inspect, place, plan, serve, warm
+from jaxmoe.cli import bench, convert, generate, inspect, place, plan, serve, tune, warm
 
 # Errors in the input. Anything else is a bug in jaxmoe and keeps its traceback.
 _INPUT_ERRORS = (ValueError, OSError, RuntimeError, ImportError)
@@ -47,6 +47,7 @@ COMMANDS: dict[str, Command] = {
     "plan": plan,
     "place": place,
     "bench": bench,
+    "tune": tune,
 }
 
 

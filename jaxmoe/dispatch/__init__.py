@@ -61,12 +61,15 @@ def get_dispatch(name: str, platform: str, layout: DispatchLayout | None = None,
     return DISPATCHES[name]
 
 
-def explain_dispatch(shape: DispatchShape, platform: str, *, processes: int = 1) -> DispatchChoice:
+def explain_dispatch(
+    shape: DispatchShape, platform: str, device_kind: str | None = None, *, processes: int = 1
+) -> DispatchChoice:
     """Tell what "auto" chooses, and the modeled time of every backend; see `jaxmoe.dispatch.choose`.
 
     Args:
         shape: sizes of the call.
         platform: platform of the mesh's devices, "gpu" or "cpu".
+        device_kind: kind of them, for rates that were measured here; None to go by published ones alone.
         processes: number of processes that have the devices.
 
     >>> mesh_shape = (("dp", 1), ("tp", 1), ("ep", 8))
@@ -74,4 +77,4 @@ def explain_dispatch(shape: DispatchShape, platform: str, *, processes: int = 1)
     >>> explain_dispatch(DispatchShape(tokens=1, choices=8, width=4096, itemsize=2, layout=layout), "gpu").name
     'replicated'
     """
-    return choose(list(DISPATCHES.values()), shape, platform, processes=processes)
+    return choose(list(DISPATCHES.values()), shape, platform, device_kind, processes=processes)

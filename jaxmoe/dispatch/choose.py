@@ -1,9 +1,11 @@
 """The choice of a dispatch backend from static shapes, by modeled time."""
 
 import dataclasses
+import math
 
 from jaxmoe.dispatch.base import Dispatch, DispatchShape
 from jaxmoe.dispatch.collectives import Collective
+from jaxmoe.dispatch.rates import measured_rates
 from jaxmoe.hardware import GPUS, SIMULATED_CPU, Device
 
 # The kind of device that stands for each JAX platform where the devices themselves are not asked.
@@ -66,6 +68,7 @@ class DispatchChoice:
         name: name of the backend.
         tokens: tokens T of all devices together.
         platform: key of `RATES` whose device was used.
+        measured: flag that the rates are those that were measured on such devices here.
         seconds: modeled time of each backend that was compared; `name` has the least.
         left_out: reason for each of the other backends why it was not compared.
     """
@@ -75,17 +78,37 @@ class DispatchChoice:
     platform: str
     seconds: dict[str, float]
     left_out: dict[str, str]
+    measured: bool = False
 
     def __str__(self) -> str:
         order = sorted(self.seconds, key=lambda name: (self.seconds[name], name != self.name))
         times = ", ".join(f"{name} {self.seconds[name] * 1e6:.0f} µs" for name in order)
         reasons = "".join(f"; {name} left out: {reason}" for name, reason in self.left_out.items())
-        return f"{self.name} for {self.tokens} tokens, by time modeled for {self.platform}: {times}{reasons}"
+        rates = ", by rates measured here" if self.measured else ""
+        return f"{self.name} for {self.tokens} tokens, by time modeled for {self.platform}{rates}: {times}{reasons}"
 
 
-def choose(backends: list[Dispatch], shape: DispatchShape, platform: str, *, processes: int = 1) -> DispatchChoice:
-    """Choose the backend with the least modeled time; the first among equals."""
+def choose(
+    backends: list[Dispatch],
+    shape: DispatchShape,
+    platform: str,
+    device_kind: str | None = None,
+    *,
+    processes: int = 1,
+) -> DispatchChoice:
+    """Choose the backend with the least modeled time; the first among equals.
+
+    Args:
+        backends: backends to compare.
+        shape: sizes of the call.
+        platform: platform of the devices.
+        device_kind: kind of them, whose rates count where they were measured here (`rates`); None for those of `RATES`.
+        processes: number of processes that have the devices.
+    """
     rates_of = "cpu" if platform == "cpu" else "gpu"
+    devices = math.prod(size for _, size in shape.layout.mesh_shape)
+    measured = None if device_kind is None else measured_rates(device_kind, devices, RATES[rates_of])
+    device = measured or RATES[rates_of]
     seconds, left_out = {}, {}
     for backend in backends:
         if reason := backend.cannot_run.get(platform) or backend.breaks(shape.layout, processes):
@@ -93,6 +116,13 @@ def choose(backends: list[Dispatch], shape: DispatchShape, platform: str, *, pro
         elif not backend.auto:
             left_out[backend.name] = "used only where it is named"
         else:
-            seconds[backend.name] = dispatch_cost(backend, shape).seconds(RATES[rates_of])
+            seconds[backend.name] = dispatch_cost(backend, shape).seconds(device)
     name = min(seconds, key=lambda name: seconds[name])
-    return DispatchChoice(name=name, tokens=shape.tokens, platform=rates_of, seconds=seconds, left_out=left_out)
+    return DispatchChoice(
+        name=name,
+        tokens=shape.tokens,
+        platform=rates_of,
+        seconds=seconds,
+        left_out=left_out,
+        measured=measured is not None,
+    )

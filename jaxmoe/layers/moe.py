@@ -341,7 +341,10 @@ class MoE(nnx.Module):
         return self._explain_dispatch(tokens, dtype)
 
     def _explain_dispatch(self, tokens: int, dtype: Any) -> DispatchChoice:
-        return explain_dispatch(dispatch_shape(self, tokens, dtype), self._platform, processes=self._processes)
+        # Each process has a user's folder of its own, and all have to choose alike: several go by published rates.
+        kind = None if self.mesh.is_multi_process else self.mesh.devices.flat[0].device_kind
+        shape = dispatch_shape(self, tokens, dtype)
+        return explain_dispatch(shape, self._platform, kind, processes=self._processes)
 
     def check_dispatch(self, name: str) -> None:
         """Refuse a dispatch that is not known or cannot run on this mesh.

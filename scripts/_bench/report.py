@@ -18,7 +18,10 @@ from jaxmoe.kernels.grouped_matmul.work import TOLERANCES
 
 # A side that cannot do a case says it in an exception; these are meant for people.
 SPOKEN = (NotImplementedError, MemoryError)
-PACKAGES = ("jax", "jaxlib", "jax-cuda13-plugin", "numpy", "torch", "transformers", "tokamax")
+PACKAGES = (
+    *("jax", "jaxlib", "jax-cuda12-plugin", "jax-cuda13-plugin", "flax", "numpy", "rich"),
+    *("torch", "triton", "transformers", "tokamax"),
+)
 
 
 def machine(device: jax.Device) -> dict[str, Any]:

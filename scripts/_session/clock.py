@@ -2,10 +2,11 @@
 
 import statistics
 import time
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 
+from jaxmoe.kernels.grouped_matmul.gpu_clock import kernel_times
 from scripts._bench.inputs import VARIANTS
 from scripts._bench.sides import Turn
 
@@ -46,8 +47,8 @@ def measure(
     try:
         if torch:
             return Timed(statistics.median(_events(turn) for _ in range(rounds)) / calls, wall, "CUDA events", [])
-        measured = sorted((_cupti(turn) for _ in range(rounds)), key=lambda kernels: sum(s for _, s in kernels))
-    except (RuntimeError, AttributeError, ImportError) as error:
+        measured = sorted((kernel_times(turn) for _ in range(rounds)), key=lambda kernels: sum(s for _, s in kernels))
+    except RuntimeError as error:
         return Timed(wall, wall, f"the wall's clock over {calls} calls ({error})", [])
     kernels = measured[len(measured) // 2]
     by_name: dict[str, float] = {}
@@ -60,27 +61,6 @@ def _wall(turn: Turn) -> float:
     start = time.perf_counter()
     turn()
     return time.perf_counter() - start
-
-
-def _cupti(turn: Turn) -> list[tuple[str, float]]:
-    """Name and seconds of every kernel of a turn.
-
-    `jax.experimental.mosaic.gpu.profiler.Cupti` does the same, but wants a function of its own to compile.
-
-    Raises:
-        RuntimeError: CUPTI saw no kernel.
-    """
-    from jax.experimental.mosaic.gpu import profiler
-
-    extension: Any = profiler.mosaic_gpu_lib._mosaic_gpu_ext
-    extension._cupti_init()
-    try:
-        turn()
-    finally:
-        timings = extension._cupti_get_timings(True)
-    if not timings:
-        raise RuntimeError("CUPTI saw no kernel")
-    return [(name, milliseconds / 1e3) for name, milliseconds in timings]
 
 
 def _events(turn: Turn) -> float:

@@ -17,7 +17,7 @@ from jaxmoe.kernels.grouped_matmul.work import TOLERANCES, MatrixKind, Outcome, 
 from scripts._bench.cases import Case
 from scripts._bench.inputs import Variant, exact_sample, make_layers, make_variants
 from scripts._bench.report import reason
-from scripts._session.inside import TINY, device, emit, lose, shapes, tokens, while_time
+from scripts._session.inside import TINY, check_alive, device, emit, lose, shapes, tokens, while_time
 
 REPEATS = 4 if TINY else 50
 # Rows after those of the last group; they hold NaN.
@@ -118,6 +118,7 @@ def _tried(trial: Callable[[], Outcome]) -> Outcome:
     except NotImplementedError as refusal:
         return Outcome("refused", str(refusal))
     except Exception as error:  # compilers and devices fail in many ways; the next variant may do
+        check_alive()
         return Outcome("crashed", reason(error))
 
 

@@ -7,12 +7,17 @@ from collections.abc import Iterable, Iterator
 from typing import Any, TypeVar
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 
+from jaxmoe import simulate_devices
 from scripts._bench.cases import SHAPES, Shape
 
 TINY = bool(os.environ.get("SESSION_TINY"))
+GPUS = int(os.environ.get("SESSION_GPUS", "1"))
+if TINY and GPUS > 1:
+    simulate_devices(GPUS)
 TINY_SHAPE = Shape(4, 2, 64, 32)
-_START = time.monotonic()
 Item = TypeVar("Item")
 
 
@@ -22,8 +27,8 @@ def emit(kind: str, **result: Any) -> None:
 
 
 def seconds_left() -> float:
-    """Seconds until the job should have ended by itself."""
-    return float(os.environ.get("SESSION_SECONDS", "inf")) - (time.monotonic() - _START)
+    """Seconds until the job should have ended by itself; the parent's clock is the same one."""
+    return float(os.environ.get("SESSION_END", "inf")) - time.monotonic()
 
 
 def while_time(items: Iterable[Item], *, reserve: float = 0.0) -> Iterator[Item]:
@@ -46,6 +51,18 @@ def while_time(items: Iterable[Item], *, reserve: float = 0.0) -> Iterator[Item]
 def lose(kernel: str, why: str) -> None:
     """Say that later jobs are to do without a kernel."""
     print(json.dumps({"lost": kernel, "why": why}), flush=True)
+
+
+def check_alive() -> None:
+    """Refuse to go on in a process whose device no longer multiplies, for then all that follows would fail like that.
+
+    Raises:
+        ArithmeticError: a product of small integers is wrong.
+        Exception: whatever jax raises where the device is lost.
+    """
+    numbers = np.arange(64 * 64, dtype=np.float32).reshape(64, 64) % 7
+    if not np.array_equal(np.asarray(jnp.matmul(numbers, numbers, precision="highest")), numbers @ numbers):
+        raise ArithmeticError("a product of small integers is wrong")
 
 
 def device() -> jax.Device:

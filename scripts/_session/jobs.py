@@ -17,6 +17,8 @@ JOBS = {
     "skewed": "speed",
     "tuning": "tuned",
     "headline": "tuned",
+    "exchange": "exchange",
+    "dispatches": "exchange",
     "layer": "layers",
     "model_4": "models",
     "model_48": "models",

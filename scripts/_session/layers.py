@@ -4,7 +4,7 @@ from scripts import bench_layer
 from scripts._bench.inputs import VARIANTS
 from scripts._bench.report import check_finite, reason
 from scripts._session import clock
-from scripts._session.inside import device, emit, shapes, tokens, while_time
+from scripts._session.inside import check_alive, device, emit, shapes, tokens, while_time
 
 
 def layer(kernel: str) -> None:
@@ -28,6 +28,7 @@ def layer(kernel: str) -> None:
                 check_finite(float(jnp.linalg.norm(turn()[0].astype(jnp.float32))))
                 timed = clock.measure(turn, device())
             except Exception as refusal:  # one number of tokens; others may do
+                check_alive()
                 emit("layer_refused", left_out=f"{name}, {T} tokens: {reason(refusal)}")
                 continue
             emit("layer", shape=name, tokens=T, kernels=kernel, **timed._asdict())

@@ -20,7 +20,8 @@ class Job:
         seconds: time limit.
         command: program with its arguments; the kernel is added as the last one.
         kernels: kernels that can do the job, best first; the first that nothing is known against is taken. A name such as
-            "triton.packed" is a part of "triton": it can be lost alone, and is lost with it. Empty where no kernel matters.
+            "triton.packed" is a part of "triton": it can be lost alone, and is lost with it, so that one strange variant or
+            one bad candidate of tuning does not cost the times of a layer. Empty where no kernel matters.
         environment: variables for the process.
         needed: flag that the session ends where this job fails.
     """
@@ -45,38 +46,49 @@ def _job(
 
 
 # A product of a few numbers by XLA: whether the GPU still works after a job that failed.
-ALIVE = _job("the GPU still works", 20, "alive")
+ALIVE = _job("the GPU still works", 30, "alive")
 
 GPU_KERNELS = ("mosaic_gpu", "triton")
 
 
-def gpu_jobs() -> list[Job]:
-    """The jobs for a GPU; 535 seconds, if each takes all of its own."""
+def gpu_jobs(gpus: int = 1) -> list[Job]:
+    """The jobs for so many GPUs; those of one take 535 seconds, if each takes all of its own, and several 100 more."""
     return [
-        _job("machine", 15, "machine", needed=True),
+        _job("machine", 30, "machine", needed=True),
         *(_job(f"trivial kernel, {kernel}", 10, "trivial_kernel", f"{kernel}.trivial") for kernel in GPU_KERNELS),
         _job("first light, mosaic_gpu", 35, "first_light", "mosaic_gpu"),
         _job("first light, triton", 20, "first_light", "triton"),
-        _job("variants, mosaic_gpu", 20, "plain_variants", "mosaic_gpu"),
+        _job("variants, mosaic_gpu", 20, "plain_variants", "mosaic_gpu.variants"),
         _job("variants, mosaic_gpu, packed", 20, "packed_variants", "mosaic_gpu.packed"),
-        _job("variants, triton", 20, "plain_variants", "triton"),
+        _job("variants, triton", 20, "plain_variants", "triton.variants"),
         _job("ceilings", 12, "ceilings"),
         _job("expert MLPs, mosaic_gpu", 18, "expert_mlps", "mosaic_gpu"),
         _job("expert MLPs, torch", 16, "expert_mlps", "torch_grouped_mm"),
         _job("expert MLPs, triton", 16, "expert_mlps", "triton"),
         _job("expert MLPs, XLA fused", 16, "expert_mlps", "xla_ragged_dot.fused", environment=BY_NEED | FUSION),
         _job("expert MLPs, XLA", 12, "few_rows", "xla_ragged_dot"),
-        _job("tuning, mosaic_gpu", 80, "tuning", "mosaic_gpu"),
-        _job("tuning, triton", 45, "tuning", "triton"),
+        _job("tuning, mosaic_gpu", 75, "tuning", "mosaic_gpu.tuning"),
+        _job("tuning, triton", 40, "tuning", "triton.tuning"),
         _job("headline, tuned", 20, "headline", *GPU_KERNELS),
-        _job("skewed routings", 20, "skewed", *GPU_KERNELS),
+        _job("skewed routings", 15, "skewed", *GPU_KERNELS),
+        *several_gpus(gpus, 40, 60, *GPU_KERNELS, "portable"),
         _job("layer", 40, "layer", *GPU_KERNELS, "portable"),
         _job("model, 4 layers", 35, "model_4", *GPU_KERNELS, "portable", environment=NEARLY_ALL),
         _job("model, 48 layers", 55, "model_48", *GPU_KERNELS, "portable", environment=NEARLY_ALL),
     ]
 
 
-def tiny_jobs() -> list[Job]:
+def several_gpus(gpus: int, exchange: float, dispatches: float, *kernels: str) -> list[Job]:
+    """The jobs that only several GPUs can do, with their seconds; none for one."""
+    if gpus == 1:
+        return []
+    return [
+        _job(f"exchange, {gpus} devices", exchange, "exchange"),
+        _job(f"dispatch, {gpus} devices", dispatches, "dispatches", *(f"{kernel}.dispatch" for kernel in kernels)),
+    ]
+
+
+def tiny_jobs(gpus: int = 1) -> list[Job]:
     """The same functions with tiny sizes on a CPU, by the kernels that run there."""
     functions = [
         ("machine", "machine", ()),
@@ -92,6 +104,6 @@ def tiny_jobs() -> list[Job]:
         ("skewed routings", "skewed", ("portable",)),
         ("layer", "layer", ("portable",)),
         ("model, 4 layers", "model_4", ("portable",)),
-        ("model, 48 layers", "model_48", ("portable",)),
     ]
-    return [_job(name, 240, function, *kernels, needed=name == "machine") for name, function, kernels in functions]
+    jobs = [_job(name, 240, function, *kernels, needed=name == "machine") for name, function, kernels in functions]
+    return [*jobs, *several_gpus(gpus, 240, 240, "portable")]

@@ -19,18 +19,21 @@ SPARE_SECONDS = 2.0
 class Session:
     """Runs jobs within a time, and remembers which kernels are not to be run again."""
 
-    def __init__(self, records: Records, *, seconds: float, tiny: bool = False, alive: Job = ALIVE):
+    def __init__(self, records: Records, *, seconds: float, tiny: bool = False, gpus: int = 1, alive: Job = ALIVE):
         """Start the clock.
 
         Args:
             records: file of the results.
             seconds: time for everything.
             tiny: flag that jobs run on a CPU with tiny sizes.
+            gpus: number of GPUs, or of simulated devices.
             alive: job that tests whether the GPU works.
         """
         self.records, self.seconds, self.tiny, self.alive = records, seconds, tiny, alive
+        self.gpus = gpus
         self.start = time.monotonic()
         self.lost: dict[str, str] = {}
+        self.last_words = ""
 
     @property
     def elapsed(self) -> float:
@@ -56,13 +59,17 @@ class Session:
             left = self.seconds - self.elapsed
             self._end_of(job.name, "skipped", f"it may take {job.seconds:g} s, and {left:.0f} s are left")
             return True
+        lost_before = len(self.lost)
         failed = self._start(job, kernel)
-        if failed is None:
+        if failed is None and len(self.lost) == lost_before:
             return True
-        if kernel is not None:
+        if failed is not None and kernel is not None:
             self.lost.setdefault(kernel, f"{failed} in {job.name!r}")
-        if job.needed:
+        if failed is not None and job.needed:
             self._end_of("session", "ended", f"{job.name!r} failed, without which nothing else makes sense")
+            print(
+                f"{self.last_words}\nset PYTHON to a Python that has jax and Flax, for the GPU that is here", flush=True
+            )
             return False
         # The time of this one test is not counted against the others: without a GPU they are worth nothing.
         if self._start(self.alive, None) is not None:
@@ -84,7 +91,8 @@ class Session:
             **job.environment,
             "PYTHONPATH": str(ROOT),
             "PYTHONUNBUFFERED": "1",
-            "SESSION_SECONDS": str(max(0.0, job.seconds - SPARE_SECONDS)),
+            "SESSION_GPUS": str(self.gpus),
+            "SESSION_END": str(time.monotonic() + max(0.0, job.seconds - SPARE_SECONDS)),
             # Tables of tiles that this session makes, and none that the user has.
             "XDG_DATA_HOME": str(self.records.folder.resolve()),
         }
@@ -93,6 +101,7 @@ class Session:
         command = [*job.command, *([kernel] if kernel else [])]
         end = run_process(command, Limits(job.seconds), environment, ROOT, keep)
         self.records.log(job.name, end.said)
+        self.last_words = (end.said.decode(errors="replace").strip().splitlines() or [""])[-1]
         self._end_of(job.name, end.status, end.why, seconds=round(self.elapsed - began, 2))
         return None if end.status == "done" else end.status
 

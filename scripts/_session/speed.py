@@ -11,7 +11,7 @@ from scripts._bench.inputs import Layer, exact_sample, make_layers, make_variant
 from scripts._bench.report import check_error, reason
 from scripts._bench.sides import Side, all_sides
 from scripts._session import clock
-from scripts._session.inside import TINY, device, emit, shapes, tokens, while_time
+from scripts._session.inside import TINY, check_alive, device, emit, shapes, tokens, while_time
 
 NAMES = ("qwen3-30b-a3b", "mixtral-8x7b", "gpt-oss-20b", "deepseek-v3-ep8")
 
@@ -68,6 +68,7 @@ def emit_speed(case: Case, layers: list[Layer], side: Side, *, tuned: bool = Fal
         error = check_error(sample.error(to_float64(turn(), sample.rows)), case.dtype)
         timed = clock.measure(turn, device(), torch=side.name.startswith("torch"))
     except Exception as refusal:  # whatever it is, it is listed
+        check_alive()
         emit("speed_refused", **what, left_out=f"{case.name}, {case.tokens} tokens, {case.routing}: {reason(refusal)}")
         return
     touched = float(np.mean([np.count_nonzero(variant.host_sizes) for variant in variants]))

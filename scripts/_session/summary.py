@@ -14,6 +14,7 @@ def summarize(lines: Sequence[Line]) -> str:
         _correctness(lines),
         _speeds(lines),
         _tuned(lines),
+        _exchange(lines),
         _layers(lines),
         _models(lines),
     ]
@@ -33,7 +34,8 @@ def _machine(lines: Sequence[Line]) -> str:
     def text(line: Line) -> str:
         versions = ", ".join(f"{name} {version}" for name, version in line.get("versions", {}).items())
         here = f"{line.get('device')}, {line.get('multiprocessors')} multiprocessors, driver {line.get('driver')}"
-        return f"{here}; {versions}"
+        missing = f"; without {', '.join(line['missing'])}" if line.get("missing") else ""
+        return f"{here}; {versions}{missing}"
 
     return _section("machine", map(text, _of(lines, "machine")))
 
@@ -97,6 +99,30 @@ def _tuned(lines: Sequence[Line]) -> str:
     return _section("tiles", rows)
 
 
+def _exchange(lines: Sequence[Line]) -> str:
+    """Collectives alone, of which an all-to-all is one call of NCCL's on GPUs; the rates; and layers by dispatch."""
+    collectives = [
+        f"{line['collective']:12} of {line['bytes']:10,} bytes by {line['devices']}: {line['seconds'] * 1e6:10.1f} us, "
+        f"a device sends {line['sent_per_second'] / 1e9:7.2f} GB/s"
+        for line in _of(lines, "exchange")
+    ]
+    rates = [
+        f"rates: memory {line['memory_bandwidth'] / 1e9:.0f} GB/s, links {line['within'] / 1e9:.1f} GB/s, latency "
+        f"{line['latency'] * 1e6:.1f} us, in {line['file']}"
+        for line in _of(lines, "rates")
+    ]
+    layers = []
+    for line in sorted(_of(lines, "dispatch"), key=lambda line: (line["tokens"], line["seconds"])):
+        modeled = (
+            "" if line["modeled_seconds"] is None else f", {line['modeled_seconds'] * 1e6:.1f} us modeled for it alone"
+        )
+        layers.append(
+            f"{line['tokens']:6} tokens, {line['dispatch']:18} {line['seconds'] * 1e6:10.1f} us a layer{modeled}"
+            f"{', what auto takes' if line['auto'] else ''}"
+        )
+    return _section("several devices", [*collectives, *rates, *layers])
+
+
 def _layers(lines: Sequence[Line]) -> str:
     rows = []
     for line in _of(lines, "layer"):
@@ -109,6 +135,7 @@ def _models(lines: Sequence[Line]) -> str:
     rows = [
         f"{line['layers']} layers, {line['step']} of {line['batch']} x {line['tokens']} by {line['kernels']}: "
         f"{line['seconds'] * 1e3:.2f} ms, {line['tokens_per_second']:.0f} tokens/s"
+        f"{f', at most {peak / 1e9:.1f} GB taken' if (peak := line.get('peak_bytes')) else ''}"
         for line in _of(lines, "model")
     ]
     return _section("model", rows)

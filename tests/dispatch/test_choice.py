@@ -6,6 +6,8 @@ import pytest
 
 from jaxmoe.dispatch import DISPATCHES, DispatchLayout, DispatchShape, dispatch_cost, explain_dispatch, get_dispatch
 from jaxmoe.dispatch.choose import RATES
+from jaxmoe.dispatch.rates import rates_file, write_rates
+from jaxmoe.hardware import Device, Links
 
 
 def layout_of(tp: int, ep: int, expert_axes: tuple[str, ...] = ("ep",)) -> DispatchLayout:
@@ -110,3 +112,26 @@ def test_rows_in_eight_bits_make_an_exchange_cheaper():
         for wire_dtype in (None, "float8_e4m3fn")
     )
     assert rounded.wire_bytes == pytest.approx(0.75 * plain.wire_bytes, rel=0.01)
+
+
+def test_measured_rates_replace_published_ones(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_DATA_HOME", str(tmp_path))
+    shape, kind = shape_of(64, 8, layout_of(1, 8)), "a GPU"
+    published = explain_dispatch(shape, "gpu", kind)
+    assert published == explain_dispatch(shape, "gpu")
+    links = Links(within=1e9, between=1e9, latency=1.0)
+    file = write_rates(kind, 8, memory_bandwidth=1e12, links=links, machine={"versions": {"jax": "0"}})
+    choice = explain_dispatch(shape, "gpu", kind)
+    assert ", by rates measured here: " in str(choice)
+    device = Device(name="", memory_bandwidth=1e12, links=links)
+    assert choice.seconds == {
+        name: dispatch_cost(DISPATCHES[name], shape).seconds(device) for name in published.seconds
+    }
+    assert explain_dispatch(shape, "gpu", "another") == published
+    assert explain_dispatch(shape_of(64, 8, layout_of(2, 8)), "gpu", kind).measured is False
+    file.rename(rates_file("another", 8))
+    write_rates("a third", 8, memory_bandwidth=1e12, links=links, machine={})  # another write: files are read anew
+    with pytest.raises(
+        ValueError, match="it was measured on 8 of 'a GPU'.*measure them again with scripts/gpu_session --gpus 8"
+    ):
+        explain_dispatch(shape, "gpu", "another")

@@ -1,6 +1,5 @@
 """The parent of scripts/gpu_session with jobs that hang, crash, print garbage and fill the disk; no GPU, no jax."""
 
-import dataclasses
 import importlib
 import json
 import os
@@ -142,7 +141,7 @@ def test_part_of_a_kernel_is_lost_alone(tmp_path: Path) -> None:
 
 def test_job_may_say_that_a_kernel_is_lost(tmp_path: Path) -> None:
     lines = session(tmp_path, [job("check", 'print(\'{"lost": "a", "why": "wrong"}\')', "a"), job("speed", GOOD, "a")])
-    assert ends(lines) == {"check": "done", "speed": "skipped"}
+    assert ends(lines) == {"check": "done", "alive": "done", "speed": "skipped"}
     assert lines[-1]["why"] == "a: wrong in 'check'"
 
 
@@ -152,9 +151,10 @@ def test_session_ends_where_the_gpu_no_longer_works(tmp_path: Path) -> None:
     assert "session: ended, the GPU no longer works after 'first'" in summarize(lines)
 
 
-def test_session_ends_without_a_needed_job(tmp_path: Path) -> None:
+def test_session_ends_without_a_needed_job(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     lines = session(tmp_path, [job("machine", "print(1)", needed=True), job("second", GOOD)])
     assert ends(lines) == {"machine": "garbled", "session": "ended", "second": "skipped"}
+    assert "1\nset PYTHON to a Python that has jax and Flax" in capsys.readouterr().out
 
 
 def test_job_that_does_not_fit_is_left_out_by_name(tmp_path: Path) -> None:
@@ -216,17 +216,29 @@ def test_parent_imports_no_jax() -> None:
     assert printed == "set()\n"
 
 
-def test_more_gpus_than_one_are_refused(capsys: pytest.CaptureFixture) -> None:
+def test_number_of_gpus_is_checked_and_adds_jobs(capsys: pytest.CaptureFixture) -> None:
     with pytest.raises(SystemExit):
-        gpu_session.main(["--gpus", "8"])
-    assert "invalid choice: 8" in capsys.readouterr().err
+        gpu_session.main(["--gpus", "0"])
+    assert "--gpus is a number of GPUs of at least 1; got 0" in capsys.readouterr().err
+    more = [job.name for job in gpu_jobs(8) if job.name not in {job.name for job in gpu_jobs()}]
+    assert more == ["exchange, 8 devices", "dispatch, 8 devices"]
+
+
+def test_rates_follow_from_an_exchange() -> None:
+    from scripts._session.exchange import fit_links
+
+    links = fit_links({10**6: 2e-3, 1000: 1e-3, 10**5: 1.1e-3}, 4)
+    assert links.latency == 1e-3
+    assert links.within == pytest.approx(999_000 * 3 / 4 / 1e-3)
+    with pytest.raises(ValueError, match="two sizes or more give a speed"):
+        fit_links({1000: 1e-3}, 4)
 
 
 def test_command_writes_few_files_and_its_summary_can_be_had_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
-    monkeypatch.setattr(gpu_session, "tiny_jobs", lambda: [job("some", GOOD), job("bad", "print('no')")])
-    monkeypatch.setattr(Session.__init__, "__kwdefaults__", {"tiny": False, "alive": job("alive", GOOD)})
+    monkeypatch.setattr(gpu_session, "tiny_jobs", lambda gpus: [job("some", GOOD), job("bad", "print('no')")])
+    monkeypatch.setattr(Session.__init__, "__kwdefaults__", {"tiny": False, "gpus": 1, "alive": job("alive", GOOD)})
     gpu_session.main(["--tiny", "--out", str(tmp_path / "out")])
     printed = capsys.readouterr().out
     files = sorted(path.name for path in (tmp_path / "out").iterdir())
@@ -243,33 +255,13 @@ def test_every_planned_job_is_there_and_gpu_works_are_products_that_can_be_asked
     from scripts._session import correctness
     from scripts._session.jobs import JOBS
 
-    for planned in (*gpu_jobs(), *tiny_jobs()):
+    for planned in (*gpu_jobs(8), *tiny_jobs(8)):
         name = planned.command[3]
         assert callable(getattr(importlib.import_module(f"scripts._session.{JOBS[name]}"), name))
     works = [*correctness.plain_works(), *correctness.packed_works()]
     assert len({name for name, _ in works}) == len(works)
     for name, work in works:
         assert all(kind.random(np.random.default_rng(0), 2) is not None for kind in work.matrices if "2880" not in name)
-
-
-def test_cost_model_prefers_small_tiles_for_few_rows_and_keeps_the_kernels_own_choice() -> None:
-    from jaxmoe.hardware import GPUS
-    from jaxmoe.kernels.grouped_matmul import triton
-    from jaxmoe.kernels.grouped_matmul.mosaic_gpu.tiles import Tiles
-    from scripts._bench.cases import SHAPES, Case
-    from scripts._session.tuned import cheapest, cost
-
-    small, large = Tiles(m=16, n=128, k=64, stages=4, swapped=True), Tiles(m=128, n=128, k=64, stages=4, swapped=True)
-    few, many = (Case("q", SHAPES["qwen3-30b-a3b"], "down", T, "uniform", "bfloat16") for T in (32, 16384))
-    h100 = GPUS["h100"]
-    assert cost(small, few, h100) < cost(large, few, h100)
-    assert cost(large, many, h100) < cost(small, many, h100)
-    others = [dataclasses.replace(small, band=band) for band in range(1, 20)]
-    assert cheapest([large, *others], few, h100) == [large, *others[:11]]
-    # Triton's n counts both halves.
-    fused = many._replace(operation="mlp")
-    same = triton.Tiles(m=128, n=256, k=64, stages=4, warps=8, band=8)
-    assert cost(same, fused, h100) == cost(dataclasses.replace(large, swapped=False), fused, h100)
 
 
 def test_summary_has_every_kind_of_result() -> None:
@@ -320,3 +312,26 @@ def test_summary_has_every_kind_of_result() -> None:
         "y: left out, 2 of 3 for want of time",
     ):
         assert words in text
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("gpus", [1, 4])
+def test_tiny_session_runs_to_its_end(gpus: int, tmp_path: Path) -> None:
+    """The command itself: every job is done, and what could not be done in one is named."""
+    command = [sys.executable, "scripts/gpu_session.py", "--tiny", "--gpus", str(gpus), "--out", str(tmp_path / "out")]
+    jobs = tiny_jobs(gpus)
+    if gpus > 1:
+        command += ["--jobs", "devices"]
+        jobs = [job for job in jobs if job.needed or "devices" in job.name]
+    printed = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    lines = read_results(tmp_path / "out")
+    assert ends(lines) == {job.name: "done" for job in jobs}, printed
+    for planned in jobs:
+        results = [line for line in lines if line["job"] == planned.name and "status" not in line]
+        assert results, planned.name
+        assert all(line.get("verdict", "right") == "right" for line in results)
+    assert len([path for path in (tmp_path / "out").rglob("*") if path.is_file()]) <= MOST_FILES
+    one = ("checks right", "floor", "whole layer", "decode of 1 x 1 by portable")
+    for words in ("results are in", *(one if gpus == 1 else ("all_to_all", "rates: memory", "what auto takes"))):
+        assert words in printed
+    assert (tmp_path / "out/jaxmoe/device_rates/cpu-4.json").exists() == (gpus > 1)

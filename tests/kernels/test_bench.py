@@ -1,6 +1,5 @@
 """The benchmark and tuning scripts: what is counted, who takes part, what is written; no figure is looked at."""
 
-import dataclasses
 import json
 import math
 import re
@@ -14,16 +13,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxmoe.kernels.grouped_matmul import GPU_BACKENDS, expert_mlp, grouped_matmul
-from jaxmoe.kernels.grouped_matmul.tile_table import lookup
-from scripts import bench_kernels, bench_layer, tune_kernels
+from jaxmoe.kernels.grouped_matmul import expert_mlp, grouped_matmul
+from scripts import bench_kernels, bench_layer
 from scripts._bench import inputs
 from scripts._bench.cases import ROUTINGS, SHAPES, Case, Shape, draw_group_sizes, floor_of, parse_shape
 from scripts._bench.inputs import exact_sample, make_layers, make_variants
 from scripts._bench.report import check_error, write_json
 from scripts._bench.sides import all_sides, jax_turn
 from scripts._bench.timing import take_turns
-from scripts._bench.tuning import tune
 from tests.support import processes
 
 SMALL = Shape(experts=6, per_token=2, width=32, expert_width=16)
@@ -299,34 +296,17 @@ def test_a_result_that_is_wrong_has_no_time():
     ("script", "option", "value", "message"),
     [
         (bench_kernels, "--shapes", "mixtral", "a shape is one of mixtral-8x7b, .*; got 'mixtral'"),
-        (tune_kernels, "--shapes", "8,2,0,64", "experts,per token,width,expert width; got '8,2,0,64'"),
+        (bench_kernels, "--shapes", "8,2,0,64", "experts,per token,width,expert width; got '8,2,0,64'"),
         (bench_layer, "--tokens", "0", "an integer of at least 1; got '0'"),
-        (tune_kernels, "--rounds", "0", "an integer of at least 1; got '0'"),
         (bench_layer, "--mesh", "ep", "a mesh is written dp=1,tp=2,ep=4"),
         (bench_kernels, "--json", "/no/such/folder/x.json", "a file in a folder that exists; got '/no/such/folder"),
         (bench_kernels, "--roofline", "x.bmp", "ends in .png, .pdf or .svg; got 'x.bmp'"),
     ],
 )
 def test_options_are_refused_before_anything_is_measured(script, option, value, message, capsys):
-    kernel = ["--kernel", "triton"] if script is tune_kernels else []
     with pytest.raises(SystemExit, match="2"):
-        script.main([*kernel, option, value])
+        script.main([option, value])
     assert re.search(message, capsys.readouterr().err)
-
-
-def test_tune_kernels_goes_on_after_a_shape_that_does_not_fit(monkeypatch, tmp_path, capsys):
-    def too_large(shape, dtype, device):
-        raise MemoryError("one layer takes 9.0 GB")
-
-    monkeypatch.setattr(tune_kernels, "check_backend", lambda name, device: None)
-    monkeypatch.setattr(tune_kernels, "make_layers", too_large)
-    tune_kernels.main(["--kernel", "triton", "--shapes", "6,2,32,16", "4,2,32,16", "--tables", str(tmp_path)])
-    assert capsys.readouterr().out.count("left out, one layer takes 9.0 GB") == 2
-
-
-def test_tune_kernels_needs_the_kernels_device():
-    with pytest.raises(SystemExit, match=r"tune_kernels.py: kernels 'triton' run on .*; these devices are cpu"):
-        tune_kernels.main(["--kernel", "triton"])
 
 
 def test_write_json_is_all_or_nothing(tmp_path):
@@ -336,85 +316,3 @@ def test_write_json_is_all_or_nothing(tmp_path):
         write_json(file, {"a": object()})
     assert json.loads(file.read_text()) == {"a": 1}
     assert list(tmp_path.iterdir()) == [file]
-
-
-# --- tuning
-
-
-@dataclasses.dataclass(frozen=True)
-class Tiles:
-    rows: int
-
-
-# Seconds by rows of a tile, those of the kernel's own choice first; and tiles that give wrong results.
-TIMES, DEFECTS = {None: 4, 8: 3, 16: 1, 32: 2, 64: 0}, {64}
-
-
-class FakeKernel:
-    """A kernel with tiles that are wrong, some that do not compile, and others that take some time."""
-
-    def candidate_tiles(self, R, G, K, N, itemsize):
-        assert (G, itemsize) == (6, 2)
-        return [Tiles(rows) for rows in (8, 16, 32, 64, 128)]
-
-    def grouped_matmul(self, lhs_RK, rhs_GNK, group_sizes_G, *, out_dtype, device_kind, tiles):
-        assert device_kind == jax.devices()[0].device_kind
-        rows = None if tiles is None else tiles.rows
-        if rows not in TIMES:
-            raise ValueError("too much shared memory")
-        out = grouped_matmul(lhs_RK, rhs_GNK, group_sizes_G, out_dtype=out_dtype)
-        return out * 2 if rows in DEFECTS else out
-
-    def expert_mlp(self, x_RD, up, down, sizes, *, combine, out_dtype, tiles, **others):
-        assert {name for name, value in others.items() if value is None} == {"b_up_pN", "b_down_pD"}
-        device = {"device_kind": others["device_kind"]}
-        both = self.grouped_matmul(x_RD, up, sizes, out_dtype=jnp.float32, tiles=tiles[0], **device)
-        h = combine(both).astype(x_RD.dtype)
-        return self.grouped_matmul(h, down, sizes, out_dtype=out_dtype, tiles=tiles[1], **device)
-
-
-@pytest.fixture
-def fake_times(monkeypatch):
-    def turns(sides, *, rounds, budget_s):
-        return {tiles: [TIMES[tiles and tiles.rows]] * rounds for tiles in sides}
-
-    monkeypatch.setattr("scripts._bench.tuning.take_turns", turns)
-
-
-def tune_small():
-    case = case_of("down", dtype="bfloat16")
-    variants = make_variants(case, make_layers(SMALL, "bfloat16", jax.devices()[0]))
-    kernel = FakeKernel()
-    kind = jax.devices()[0].device_kind
-    candidates = tune_kernels.list_candidates("triton", kernel, case, variants[0], kind)
-    return tune(tune_kernels.with_tiles(kernel, case, kind), candidates, case, variants)
-
-
-def test_tuning_takes_the_fastest_that_is_right(fake_times):
-    tuned = tune_small()
-    assert tuned.best() == Tiles(16)
-    assert list(tuned.seconds) == [Tiles(16), Tiles(32), Tiles(8)]
-    assert tuned.default_seconds == 4 * tuned.seconds[Tiles(16)]
-    assert "the result is wrong: 1 of its norm" in tuned.refused[Tiles(64)]
-    assert tuned.refused[Tiles(128)] == "ValueError: too much shared memory"
-
-
-def test_tuning_notes_nothing_that_is_no_faster(fake_times, monkeypatch):
-    monkeypatch.setitem(TIMES, None, 1)
-    assert tune_small().best() is None
-
-
-def test_tune_kernels_writes_the_table(fake_times, monkeypatch, tmp_path, capsys):
-    """The whole script, with the fake kernel in place of one that needs a GPU."""
-    monkeypatch.setattr(tune_kernels, "check_backend", lambda name, device: None)
-    monkeypatch.setitem(sys.modules, GPU_BACKENDS["triton"].module, FakeKernel())
-    # 5 and 6 tokens are of the same class of rows a group.
-    options = ["--shapes", "6,2,32,16", "--tokens", "5", "6", "--tables", str(tmp_path), "--rounds", "1"]
-    tune_kernels.main(["--kernel", "triton", *options])
-    assert capsys.readouterr().out.count("3 candidates, 2 refused") == 2
-    device = jax.devices()[0].device_kind
-    common = {"dtype": "bfloat16", "rows_per_group": 2, "folders": [tmp_path]}
-    up, down = {"kernel": "triton.gate_up", "out_dtype": "bfloat16"}, {"kernel": "triton", "out_dtype": "float32"}
-    assert lookup(device, **up, K=32, N=32, **common)["tiles"] == {"rows": 16}
-    assert lookup(device, **down, K=16, N=32, **common)["tiles"] == {"rows": 16}
-    assert lookup(device, **down, K=32, N=32, **common) is None

@@ -102,7 +102,7 @@ def test_a_table_that_cannot_be_written_leaves_the_old_one(tmp_path):
 )
 def test_a_file_that_is_no_table_is_an_error(text, message, tmp_path):
     table_file(DEVICE, tmp_path).write_text(text)
-    with pytest.raises(ValueError, match=rf"{message}.*scripts/tune_kernels.py"):
+    with pytest.raises(ValueError, match=rf"{message}.*jaxmoe tune"):
         lookup(DEVICE, **SHAPE, rows_per_group=128, folders=[tmp_path])
 
 

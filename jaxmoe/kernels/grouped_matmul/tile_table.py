@@ -1,7 +1,7 @@
 """Tile sizes that were measured to be fastest, as JSON files: one file a kind of device.
 
 A kernel asks `lookup` and falls back to defaults of its own where the tables are silent. Files are written by
-`scripts/tune_kernels.py` on the device itself; there is none for a device that nobody has measured. The user's own tables go
+`jaxmoe tune` on the device itself; there is none for a device that nobody has measured. The user's own tables go
 before those of the package. A file is
 
     {"device": "NVIDIA H100 80GB HBM3", "entries": [{"kernel": "mosaic_gpu", "dtype": "bfloat16", "out_dtype": "float32",
@@ -155,11 +155,13 @@ def read_table(device_kind: str, folder: Path = TILE_TABLES) -> dict[str, Any]:
         device = table["device"]
     except (ValueError, TypeError, KeyError) as error:
         raise ValueError(
-            f"{file} is no table of tiles ({error!r}): write it anew with scripts/tune_kernels.py"
+            f"{file} is no table of tiles ({error!r}): remove it, and write it anew with `jaxmoe tune`"
         ) from error
     if missing or device != device_kind:
         wrong = f"an entry has no {missing[0]}" if missing else f"it was measured on {device!r}"
-        raise ValueError(f"{file} is no table for {device_kind!r}, {wrong}: write it anew with scripts/tune_kernels.py")
+        raise ValueError(
+            f"{file} is no table for {device_kind!r}, {wrong}: remove it, and write it anew with `jaxmoe tune`"
+        )
     return table
 
 
