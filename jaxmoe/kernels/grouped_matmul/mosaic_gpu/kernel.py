@@ -121,7 +121,11 @@ def _scratch(call: Call, H: int, row_dtype: Any, matrix_dtype: Any, out_dtype: A
         "matrix_tiles": plgpu.SMEM(
             (tiles.stages, H, tiles.n, tiles.k // parts), matrix_dtype, transforms=matrix_layout
         ),
-        "results": plgpu.SMEM((WARPGROUPS, slots, piece_rows_of_results(tiles), width), out_dtype),
+        "results": plgpu.SMEM(
+            (WARPGROUPS, slots, piece_rows_of_results(tiles), width),
+            out_dtype,
+            transforms=() if tiles.swapped else swizzled(width, out_dtype, rows=1),
+        ),
         "filled": plgpu.Barrier(num_arrivals=parts + H, num_barriers=tiles.stages),
         "emptied": plgpu.Barrier(num_arrivals=WARPGROUPS, num_barriers=tiles.stages),
     }
@@ -201,9 +205,10 @@ def _store(call: Call, result: jax.Array, results: Any, out: Any, row: Any, firs
         copy_rows_out(results.at[warpgroup, 0], out, row, first, last, column + warpgroup * height)
         return
     above = warpgroup * rows
+    # Swizzled: 8 rows of 128 bytes one under another would all be stored to the same banks, one after the other.
     for piece, start in enumerate(range(0, call.tiles.n, width)):
         shared = results.at[warpgroup, piece % slots]
         plgpu.wait_smem_to_gmem(slots - 1, wait_read_only=True)
-        write(shared, result[:, start : start + width])
+        shared[...] = result[:, start : start + width]
         plgpu.commit_smem()
         copy_rows_out(shared, out, row + above, first - above, last - above, column + start)
