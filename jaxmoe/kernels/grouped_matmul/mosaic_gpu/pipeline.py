@@ -145,9 +145,9 @@ def write(shared: Any, value: jax.Array) -> None:
 def swizzled(width: int, dtype: Any, rows: int = ALIGNMENT) -> tuple[Any, ...]:
     """The layout in shared memory that the accelerator writes and tensor cores read without bank conflicts.
 
-    A slice of such an array begins at a multiple of `rows`, which may be 1 where an array is one swizzle wide. That is the same
-    layout: which 16 bytes change places with which follows from the address, for the accelerator as for whoever stores
-    (CUDA C++ Programming Guide, "Tensor Memory Access", on the offset of the pattern).
+    A slice of such an array begins at a multiple of `rows`, which may be 1 where an array is one swizzle wide. That is the
+    same layout: which 16 bytes change places with which follows from the address, for the accelerator as for whoever
+    stores (CUDA C++ Programming Guide, "Tensor Memory Access", on the offset of the pattern).
     """
     itemsize = jnp.dtype(dtype).itemsize
     swizzle = plgpu.find_swizzle(width * itemsize * 8)
