@@ -50,5 +50,7 @@ def tile_groups(group_sizes_G: jax.Array, R: int, m: int) -> GroupTiles:
     row_I = aligned_G[group_I] + (jnp.arange(I, dtype=jnp.int32) - (tile_ends_G - tiles_G)[group_I]) * m
     first_I = jnp.maximum(row_I, starts_G[group_I])
     size_I = jnp.clip(jnp.minimum(row_I + m, ends_G[group_I]) - first_I, 0, m)
-    columns = (group_I, row_I // ALIGNMENT, first_I - row_I, size_I, tile_ends_G[-1:])
+    # A sum and not the last of the running ones, which would be sliced by a kernel of its own.
+    used = jnp.sum(tiles_G, keepdims=True)
+    columns = (group_I, row_I // ALIGNMENT, first_I - row_I, size_I, used)
     return GroupTiles(*(column.astype(jnp.int32) for column in columns))

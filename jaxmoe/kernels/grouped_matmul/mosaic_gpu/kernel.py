@@ -33,7 +33,14 @@ from jaxmoe.kernels.grouped_matmul.mosaic_gpu.sums import (
     sum_scaled_numbers,
     sum_tile,
 )
-from jaxmoe.kernels.grouped_matmul.mosaic_gpu.tiles import WARPGROUPS, WGMMA_ROWS, Tiles, scales_numbers
+from jaxmoe.kernels.grouped_matmul.mosaic_gpu.tiles import (
+    WARPGROUPS,
+    WGMMA_ROWS,
+    Tiles,
+    piece_of_results,
+    piece_rows_of_results,
+    scales_numbers,
+)
 from jaxmoe.kernels.grouped_matmul.quantized import QuantizedStack
 from jaxmoe.kernels.grouped_matmul.quantized_rows import QuantizedRows
 
@@ -104,6 +111,7 @@ def _scratch(call: Call, H: int, row_dtype: Any, matrix_dtype: Any, out_dtype: A
     row_width = (call.chunk if call.format else tiles.k) // parts
     # The interpreter reads no swizzled tile into registers.
     matrix_layout = () if call.interpret and call.expands else swizzled(tiles.k // parts, matrix_dtype)
+    width, slots = piece_of_results(tiles, jnp.dtype(out_dtype).itemsize)
     scratch = {
         "row_tiles": plgpu.SMEM(
             (tiles.stages, parts, tiles.m, tiles.k // parts), row_dtype, transforms=swizzled(row_width, row_dtype)
@@ -111,7 +119,11 @@ def _scratch(call: Call, H: int, row_dtype: Any, matrix_dtype: Any, out_dtype: A
         "matrix_tiles": plgpu.SMEM(
             (tiles.stages, H, tiles.n, tiles.k // parts), matrix_dtype, transforms=matrix_layout
         ),
-        "results": plgpu.SMEM((WARPGROUPS, *(call.own_shape[::-1] if tiles.swapped else call.own_shape)), out_dtype),
+        "results": plgpu.SMEM(
+            (WARPGROUPS, slots, piece_rows_of_results(tiles), width),
+            out_dtype,
+            transforms=() if tiles.swapped else swizzled(width, out_dtype, rows=1),
+        ),
         "filled": plgpu.Barrier(num_arrivals=parts + H, num_barriers=tiles.stages),
         "emptied": plgpu.Barrier(num_arrivals=WARPGROUPS, num_barriers=tiles.stages),
     }
@@ -181,14 +193,20 @@ def _add_bias(call: Call, sums: jax.Array, bias: Any, column: Any) -> jax.Array:
 def _store(call: Call, result: jax.Array, results: Any, out: Any, row: Any, first: Any, last: Any, column: Any) -> None:
     """Write the rows from `first` to `last` of a tile that begins at `row`."""
     warpgroup, height = lax.axis_index("warpgroup"), call.own_shape[0]
-    plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+    slots, rows, width = results.shape[1:]
     if call.tiles.swapped:
+        plgpu.wait_smem_to_gmem(0, wait_read_only=True)
         # Neighbors along the rows of a tile change hands, for registers are stored in pairs.
         transposed = plgpu.layout_cast(result, plgpu.Layout.WGMMA_TRANSPOSED)
-        write(results.at[warpgroup].T, transposed)
-        above, column = jnp.int32(0), column + warpgroup * height
-    else:
-        write(results.at[warpgroup], result)
-        above = warpgroup * height
-    plgpu.commit_smem()
-    copy_rows_out(results.at[warpgroup], out, row + above, first - above, last - above, column)
+        write(results.at[warpgroup, 0].T, transposed)
+        plgpu.commit_smem()
+        copy_rows_out(results.at[warpgroup, 0], out, row, first, last, column + warpgroup * height)
+        return
+    above = warpgroup * rows
+    # Swizzled: 8 rows of 128 bytes one under another would all be stored to the same banks, one after the other.
+    for piece, start in enumerate(range(0, call.tiles.n, width)):
+        shared = results.at[warpgroup, piece % slots]
+        plgpu.wait_smem_to_gmem(slots - 1, wait_read_only=True)
+        shared[...] = result[:, start : start + width]
+        plgpu.commit_smem()
+        copy_rows_out(shared, out, row + above, first - above, last - above, column + start)

@@ -142,8 +142,13 @@ def write(shared: Any, value: jax.Array) -> None:
         shared[...] = value
 
 
-def swizzled(width: int, dtype: Any) -> tuple[Any, ...]:
-    """The layout in shared memory that the accelerator writes and tensor cores read without bank conflicts."""
+def swizzled(width: int, dtype: Any, rows: int = ALIGNMENT) -> tuple[Any, ...]:
+    """The layout in shared memory that the accelerator writes and tensor cores read without bank conflicts.
+
+    A slice of such an array begins at a multiple of `rows`, which may be 1 where an array is one swizzle wide. That is the
+    same layout: which 16 bytes change places with which follows from the address, for the accelerator as for whoever
+    stores (CUDA C++ Programming Guide, "Tensor Memory Access", on the offset of the pattern).
+    """
     itemsize = jnp.dtype(dtype).itemsize
     swizzle = plgpu.find_swizzle(width * itemsize * 8)
-    return plgpu.TilingTransform((ALIGNMENT, swizzle // itemsize)), plgpu.SwizzleTransform(swizzle)
+    return plgpu.TilingTransform((rows, swizzle // itemsize)), plgpu.SwizzleTransform(swizzle)

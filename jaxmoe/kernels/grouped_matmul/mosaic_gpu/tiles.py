@@ -11,6 +11,8 @@ SHARED_BYTES, RESERVED_BYTES = GPUS["h100"].block_shared_memory, 2048
 WARPGROUPS = 2
 # Rows of wgmma's first operand, and so of what a warpgroup multiplies at least.
 WGMMA_ROWS = 64
+# Bytes of a row of results that are copied out at a time, where rows lead: copies begin at a multiple of so many.
+PIECE_BYTES = 128
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -97,7 +99,9 @@ class Problem:
     def shared_bytes(self, tiles: Tiles) -> int:
         """Shared memory that those tiles need."""
         stage = tiles.m * tiles.k * self.row_bytes + self.halves * tiles.n * tiles.k * self.weight_bits // 8
-        return tiles.stages * stage + tiles.m * tiles.n * self.out_bytes + RESERVED_BYTES
+        width, slots = piece_of_results(tiles, self.out_bytes)
+        results = WARPGROUPS * slots * piece_rows_of_results(tiles) * width * self.out_bytes
+        return tiles.stages * stage + results + RESERVED_BYTES
 
     def fits(self, tiles: Tiles) -> bool:
         """Tell whether a block has the shared memory, and each of its threads the registers (ptxas spills at more)."""
@@ -141,6 +145,24 @@ class Problem:
                 f"{tiles} need {self.shared_bytes(tiles)} bytes of shared memory, of {SHARED_BYTES}, or too many registers: "
                 "use fewer stages or smaller tiles"
             )
+
+
+def piece_rows_of_results(tiles: Tiles) -> int:
+    """Rows of a tile that one warpgroup has the results of."""
+    return tiles.m if tiles.swapped else tiles.m // WARPGROUPS
+
+
+def piece_of_results(tiles: Tiles, out_bytes: int) -> tuple[int, int]:
+    """Outputs of a warpgroup that are written to shared memory at a time, and the pieces that it has room for.
+
+    Where rows lead a piece is 128 bytes wide, and one is written while another is copied out: 32 KiB for 128 rows in any
+    dtype, where a whole tile of 256 outputs in float32 takes 128 KiB and leaves room for two stages. Swapped tiles are
+    smaller and are written at once.
+    """
+    if tiles.swapped:
+        return tiles.n // WARPGROUPS, 1
+    width = PIECE_BYTES // out_bytes
+    return width, 1 if tiles.n // width % 2 else 2
 
 
 def scales_numbers(format: str | None, block: tuple[int, int]) -> bool:
