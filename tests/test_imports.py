@@ -178,7 +178,10 @@ def test_what_is_imported_is_installed_with_the_package() -> None:
             root = name.partition(".")[0]
             if root != "jaxmoe" and root not in sys.stdlib_module_names:
                 allowed = needed | plots if top(module) in {"viz", "placement"} else needed
-                assert root in allowed, f"jaxmoe/{module}:{line} imports {root}, which is no dependency"
+                # A namespace that several distributions share is not called like one of them.
+                assert {"orbax": "orbax-checkpoint"}.get(root, root) in allowed, (
+                    f"jaxmoe/{module}:{line} imports {root}, which is no dependency"
+                )
 
 
 def test_placement_and_quantized_formats_need_no_jax() -> None:
