@@ -7,6 +7,7 @@ from jaxmoe.checkpoint import CheckpointError as CheckpointError
 from jaxmoe.checkpoint import LoadReport as LoadReport
 from jaxmoe.checkpoint import add_adapter as add_adapter
 from jaxmoe.checkpoint import convert as convert
+from jaxmoe.checkpoint import convert_to_orbax as convert_to_orbax
 from jaxmoe.checkpoint import load as load
 from jaxmoe.checkpoint import remove_adapter as remove_adapter
 from jaxmoe.checkpoint import save as save

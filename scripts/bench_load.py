@@ -14,12 +14,20 @@ Then it writes a checkpoint whose experts are in the format, with gpt-oss' names
 Qwen3-MoE's elsewhere, and one of the same family in bfloat16 of about as many bytes, and loads both in turns: the quantized
 one with its weights kept packed, where the format has a packed form.
 
-The page cache is warm for all of them: this measures software, not the disk. Removes what it wrote, also on Ctrl-C.
+With --orbax it loads a checkpoint with `jaxmoe.load`, and the same as Orbax arrays (jaxmoe convert --to orbax): with
+jaxmoe.load, and as Orbax restores it, from the arrays that jaxmoe writes and from those that Orbax does; in turns, once from
+the disk (its files are dropped from the page cache before) and once from the page cache. --format NAME with it takes a
+quantized checkpoint.
+
+Without --orbax the page cache is warm for all of them: this measures software, not the disk. Removes what it wrote, also on
+Ctrl-C.
 safetensors comes with the extra "test".
 
     python scripts/bench_load.py
     python scripts/bench_load.py --dtype float32 --json
     python scripts/bench_load.py --format mxfp4 fp8_block
+    python scripts/bench_load.py --orbax
+    python scripts/bench_load.py --orbax --format fp8_block
 """
 
 import argparse
@@ -57,6 +65,7 @@ from jaxmoe.mesh import make_mesh, simulate_devices
 from jaxmoe.models import Decoder
 from jaxmoe.models.family import MLP_EXPERTS
 from jaxmoe.quant.formats import FORMATS
+from scripts._bench import restores
 from scripts._bench.formats import CASES, decode_rate, make_weight
 from scripts._bench.formats import write_checkpoint as write_in_format
 
@@ -77,12 +86,16 @@ def main() -> None:
     parser.add_argument(
         "--format", nargs="*", choices=sorted(FORMATS), metavar="NAME", help="quantized formats (all that are known)"
     )
+    parser.add_argument("--orbax", action="store_true", help="compare with the same checkpoint as Orbax arrays")
     parser.add_argument("--directory", help="where to write the checkpoint (default: the system's temporary directory)")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     args = parser.parse_args()
     # An exit by signal has to pass through the `with` below like any other.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     simulate_devices(8)
+    if args.orbax:
+        run_restores(args)
+        return
     if args.format is not None:
         run_formats(args)
         return
@@ -224,6 +237,17 @@ def measure(directory: Path, args: argparse.Namespace, layers: int) -> dict:
         "best_gigabytes_per_second": {name: round(total / min(times) / 1e9, 2) for name, times in seconds.items()},
         "ratio": round(rates["jaxmoe"] / rates["safetensors.flax + device_put"], 2),
     }
+
+
+def run_restores(args: argparse.Namespace) -> None:
+    """Compare a checkpoint with the same as Orbax arrays; one JSON object, or a table."""
+    case = next((name for name, (form, _) in CASES.items() if form.name in (args.format or ())), None)
+    with tempfile.TemporaryDirectory(prefix="jaxmoe-bench-", dir=args.directory) as directory:
+        original = Path(directory) / "original"
+        original.mkdir()
+        write_in_format(original, case or "fp8_block", int(args.gigabytes * 1e9), plain=case is None)
+        result = restores.compare_restores(original, Path(directory), make_mesh(dp=2, tp=2, ep=2), args.repeats)
+    print(json.dumps(result) if args.json else restores.as_text(result))
 
 
 # --- quantized formats

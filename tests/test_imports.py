@@ -181,7 +181,10 @@ def test_what_is_imported_is_installed_with_the_package() -> None:
             if root != "jaxmoe" and root not in sys.stdlib_module_names:
                 rooms = {"viz": plots, "placement": plots, "serving": server, "generation": schemas}
                 allowed = needed | rooms.get(top(module), set())
-                assert root in allowed, f"jaxmoe/{module}:{line} imports {root}, which is no dependency"
+                # A namespace that several distributions share is not called like one of them.
+                assert {"orbax": "orbax-checkpoint"}.get(root, root) in allowed, (
+                    f"jaxmoe/{module}:{line} imports {root}, which is no dependency"
+                )
 
 
 def test_placement_and_quantized_formats_need_no_jax() -> None:

@@ -37,7 +37,7 @@ from jaxmoe.checkpoint.mapping import (
     per_expert_blocks,
     whole_tensor_blocks,
 )
-from jaxmoe.checkpoint.saving import SaveReport, convert, save
+from jaxmoe.checkpoint.saving import OrbaxReport, SaveReport, convert, convert_to_orbax, save
 
 __all__ = [
     "Adapter",
@@ -48,11 +48,13 @@ __all__ = [
     "IgnoreRule",
     "LoadPlan",
     "LoadReport",
+    "OrbaxReport",
     "SafetensorsFile",
     "SaveReport",
     "TensorInfo",
     "add_adapter",
     "convert",
+    "convert_to_orbax",
     "expert_blocks",
     "find_expert_layout",
     "fused_expert_blocks",

@@ -3,7 +3,7 @@
 import argparse
 import json
 import sys
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from jaxmoe.cli import options
 from jaxmoe.cli.units import show_bytes
@@ -18,15 +18,20 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     """Add the options of ``jaxmoe convert``."""
     parser.add_argument("source", metavar="SRC", help="a checkpoint directory, of safetensors or .bin files")
     parser.add_argument("directory", metavar="DST", help="the checkpoint directory to make")
-    parser.add_argument("--to", default="safetensors", choices=("safetensors",), help="what to write (safetensors)")
+    parser.add_argument(
+        "--to",
+        default="safetensors",
+        choices=("safetensors", "orbax"),
+        help="what to write: files of tensors that transformers loads too, or Orbax arrays in logical order, which load on "
+        "any mesh and placement (safetensors)",
+    )
     parser.add_argument(
         "--form",
-        default="per_expert",
         choices=("per_expert", "fused"),
         help="one tensor for each expert, or one for all experts of a layer (per_expert)",
     )
     parser.add_argument("--dtype", metavar="NAME", help="of the weights, as bfloat16 (default: as they are)")
-    parser.add_argument("--max-shard-size", default="5GB", metavar="SIZE", help="bytes of one file (5GB)")
+    parser.add_argument("--max-shard-size", metavar="SIZE", help="bytes of one file (5GB)")
     parser.add_argument("--overwrite", action="store_true", help="replace a checkpoint directory that is there")
     parser.add_argument(
         "--quantize",
@@ -40,12 +45,15 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         metavar="MODULE",
         help="a module that --quantize leaves plain, or re: and an expression for some; may be given again",
     )
+    options.add_mtp(parser)
     parser.add_argument("--json", action="store_true", help="what was written as one JSON object")
     parser.add_argument("--no-progress", action="store_true", help="draw no progress bar")
 
     options.add_mesh_options(parser)
     group = parser.add_argument_group(
-        "by way of a model", "With one of these, or a mesh, the model is loaded and saved. Without, no device is used."
+        "by way of a model",
+        "With one of these, or a mesh, the model is loaded and saved. Without, no device is used. With --to orbax, "
+        '--placement FILE.json is kept for jaxmoe.load(placement="checkpoint"), and the others do not go.',
     )
     options.add_placement(group, default=None)
     options.add_adapter(group)
@@ -56,6 +64,13 @@ def run(args: argparse.Namespace) -> None:
     import jaxmoe
 
     progress = sys.stderr.isatty() and not args.no_progress
+    if args.to == "orbax":
+        _to_orbax(args, progress)
+        return
+    if args.mtp:
+        args.usage_error("--mtp goes with --to orbax; files of tensors have those layers as the original has them")
+    form: Any = args.form or "per_expert"
+    max_shard_size = args.max_shard_size or "5GB"
     if any((args.mesh, args.simulate, args.placement, args.adapter)):
         model = jaxmoe.load(
             args.source,
@@ -68,8 +83,8 @@ def run(args: argparse.Namespace) -> None:
         report = jaxmoe.save(
             model,
             args.directory,
-            form=args.form,
-            max_shard_size=args.max_shard_size,
+            form=form,
+            max_shard_size=max_shard_size,
             overwrite=args.overwrite,
             progress=progress,
             quantize=args.quantize,
@@ -79,9 +94,9 @@ def run(args: argparse.Namespace) -> None:
         report = jaxmoe.convert(
             args.source,
             args.directory,
-            form=args.form,
+            form=form,
             dtype=args.dtype,
-            max_shard_size=args.max_shard_size,
+            max_shard_size=max_shard_size,
             overwrite=args.overwrite,
             progress=progress,
             quantize=args.quantize,
@@ -93,6 +108,49 @@ def run(args: argparse.Namespace) -> None:
     print("\n".join([_sentence(report), *report.notes]))
     if report.losses:
         _print_losses(report)
+
+
+def _to_orbax(args: argparse.Namespace, progress: bool) -> None:
+    import jaxmoe
+
+    others = {
+        "--form": args.form,
+        "--max-shard-size": args.max_shard_size,
+        "--quantize": args.quantize,
+        "--ignore": args.ignore,
+        "--mesh": args.mesh,
+        "--simulate": args.simulate,
+        "--adapter": args.adapter,
+    }
+    for name, value in others.items():
+        if value:
+            args.usage_error(
+                f"{name} goes with --to safetensors; --to orbax stores weights as they are, for every mesh: convert to "
+                "safetensors with it first, and that to orbax"
+            )
+    if args.placement and not args.placement.endswith(".json"):
+        args.usage_error(
+            f"--to orbax keeps a placement of a file, which jaxmoe place writes; got {args.placement!r}. The arrays are the "
+            "same with any: name a strategy where the checkpoint is loaded"
+        )
+    report = jaxmoe.convert_to_orbax(
+        args.source,
+        args.directory,
+        dtype=args.dtype,
+        placement=options.read_placement_file(args.placement) if args.placement else None,
+        mtp=args.mtp,
+        overwrite=args.overwrite,
+        progress=progress,
+    )
+    if args.json:
+        print(json.dumps(report.to_dict()))
+        return
+    text = f"{report.path}: {report.arrays} arrays, {show_bytes(report.bytes_written)}, {report.seconds:.1f} s"
+    text += f"; {show_bytes(report.bytes_kept)} of them were there" if report.bytes_kept else ""
+    text += f"; left out: {', '.join(report.left_out)}" if report.left_out else ""
+    packed = [f"{count} parameters packed: {form}" for form, count in report.packed.items()]
+    ignored = [f"{len(names):,} tensors ignored: {rule}" for rule, names in report.ignored.items()]
+    print("\n".join([text, *packed, *ignored, *report.notes]))
 
 
 def _sentence(report: "SaveReport") -> str:

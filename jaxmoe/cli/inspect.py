@@ -26,6 +26,11 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     options.add_mtp(parser)
     parser.add_argument("--json", action="store_true", help="everything as one JSON object")
     parser.add_argument(
+        "--digests",
+        action="store_true",
+        help="instead, read all of a checkpoint of Orbax arrays and compare it with the digests it was written with",
+    )
+    parser.add_argument(
         "--mapping",
         action="store_true",
         help="instead, the parameter and slot of vLLM that every tensor of a routed expert fills",
@@ -43,6 +48,11 @@ def run(args: argparse.Namespace) -> None:
     """Print the summary, or the mapping. A family that is not known is no error: what can be told is told."""
     if args.redundant_experts and not args.mapping:
         args.usage_error("--redundant-experts goes with --mapping")
+    if args.mapping and args.digests:
+        args.usage_error("--mapping and --digests are two questions; ask one at a time")
+    if args.digests:
+        _run_digests(args)
+        return
     if args.mapping:
         _run_mapping(args)
         return
@@ -77,6 +87,24 @@ def _print(summary: "CheckpointSummary") -> None:
     console.print(table)
     for problem in _first(summary.problems, "problems"):
         console.print(Text(f"not loadable: {problem}"))
+
+
+def _run_digests(args: argparse.Namespace) -> None:
+    from jaxmoe.checkpoint import CheckpointError
+    from jaxmoe.checkpoint.inspection import check_digests
+
+    found = check_digests(args.checkpoint)
+    if found.different:
+        raise CheckpointError(
+            f"{args.checkpoint}: {len(found.different)} of {found.chunks + found.files} files are not what was written: "
+            f"{', '.join(_first(found.different, 'files'))}; copy or convert the checkpoint again"
+        )
+    if args.json:
+        print(json.dumps({"path": args.checkpoint, **found._asdict()}))
+    else:
+        print(
+            f"{args.checkpoint}: {found.chunks:,} chunks of arrays and {found.files:,} other files are what was written"
+        )
 
 
 def _run_mapping(args: argparse.Namespace) -> None:

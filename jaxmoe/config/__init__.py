@@ -27,7 +27,14 @@ from jaxmoe.config.decoder import (
 )
 from jaxmoe.config.feed_forward import MLPConfig, MoEConfig
 from jaxmoe.config.ngrams import NGramConfig
-from jaxmoe.config.places import directory_of, find_checkpoint, shard_of
+from jaxmoe.config.places import (
+    CONVERTING,
+    STORED,
+    directory_of,
+    find_checkpoint,
+    partial_directory,
+    shard_of,
+)
 from jaxmoe.config.reading import (
     pick,
     pick_layer_flags,
@@ -62,8 +69,10 @@ from jaxmoe.config.token_mixers import (
 )
 
 __all__ = [
+    "CONVERTING",
     "SCORES",
     "SPELLINGS",
+    "STORED",
     "AttentionConfig",
     "AttentionMask",
     "AveragedStreamsConfig",
@@ -106,6 +115,7 @@ __all__ = [
     "check_equal",
     "directory_of",
     "find_checkpoint",
+    "partial_directory",
     "pick",
     "pick_layer_flags",
     "pick_layer_types",

@@ -11,6 +11,11 @@ _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 _SHARD = re.compile(r"(?P<stem>.+)-(?P<number>\d{1,6})-of-(?P<total>\d{1,6})(?P<suffix>\.\w+)")
 _CACHE = Path("~/.cache/huggingface/hub")
 
+STORED = "jaxmoe_checkpoint.json"
+"""The file that describes a checkpoint of Orbax arrays, in its directory; it is written when all else is."""
+CONVERTING = "converting.jsonl"
+"""The file that a directory has while such a checkpoint is being written to it."""
+
 
 def find_checkpoint(path: str | os.PathLike[str]) -> Path:
     """Find the directory of a checkpoint, or its one file of weights.
@@ -23,10 +28,13 @@ def find_checkpoint(path: str | os.PathLike[str]) -> Path:
         The path of what is meant; `path` itself where there is nothing, so that its reader says what is missing.
 
     Raises:
-        FileNotFoundError: it looks like a name on the hub, and the cache has no snapshot of it.
-        ValueError: the cache has several snapshots of it, and none is the main one.
+        FileNotFoundError: it looks like a name on the hub, and the cache has no snapshot of it; or only what an interrupted
+            conversion left of it is there.
+        ValueError: the cache has several snapshots of it, and none is the main one; or it is what an interrupted
+            conversion left.
     """
     found = Path(path)
+    _check_finished(found)
     if found.is_file():
         shard = _SHARD.fullmatch(found.name)
         is_part = found.suffix == ".json" or (shard is not None and int(shard["total"]) > 1)
@@ -43,6 +51,26 @@ def find_checkpoint(path: str | os.PathLike[str]) -> Path:
             "the directory that it is in"
         )
     return found
+
+
+def partial_directory(path: Path) -> Path:
+    """Give the directory that a conversion to Orbax writes to until all is there."""
+    return path.with_name(f"{path.name}.partial")
+
+
+def _check_finished(path: Path) -> None:
+    """Refuse what a conversion to Orbax left when it was interrupted, or has not finished yet."""
+    for directory in (path, path.parent):
+        if (directory / CONVERTING).is_file():
+            raise ValueError(
+                f"a checkpoint is read when all of it is written, and {directory} is what an unfinished conversion has "
+                "written so far; wait for it, or run the same jaxmoe convert again, which goes on where it was interrupted"
+            )
+    if path.name and not path.exists() and (left := partial_directory(path)).is_dir():
+        raise FileNotFoundError(
+            f"{path} is not there: its conversion is not finished, and {left} has what is written so far; wait for it, or "
+            "run the same jaxmoe convert again, which goes on where it was interrupted"
+        )
 
 
 def directory_of(checkpoint: Path) -> Path:

@@ -1,5 +1,8 @@
 """Parameters whose dim 0 is the physical slots of a layer, and the placement that each was filled by."""
 
+import hashlib
+from collections.abc import Iterable
+from functools import lru_cache, partial
 from typing import Any
 
 import jax
@@ -32,7 +35,46 @@ class SlotOrder:
 UNKNOWN = SlotOrder(None)
 
 
-class ExpertStack(nnx.Param):
+class _NamedByPlacement(nnx.Param):
+    """A parameter whose value has a name that says by which placement it lies, wherever names of a tree are written down.
+
+    Orbax saves a state by the names of its leaves, and gives its values back to leaves of the same names. So it refuses to
+    put stacks that lie by one placement into a state that lies by another, though their shapes are the same.
+    """
+
+    def __init_subclass__(cls) -> None:
+        # In place of Flax's registration of a kind of Variable, which has one name for all values.
+        jax.tree_util.register_pytree_with_keys(
+            cls,
+            flatten_with_keys=_flatten_with_keys,
+            unflatten_func=partial(_unflatten, cls),
+            flatten_func=_flatten,
+        )
+
+
+def _flatten(stack: Any) -> tuple[tuple[Any], tuple[tuple[str, Any], ...]]:
+    return (stack._raw_value,), tuple(sorted(stack._var_metadata.items()))
+
+
+def _unflatten(kind: Any, metadata: tuple[tuple[str, Any], ...], children: Iterable[Any]) -> Any:
+    (value,) = children
+    return kind._new(value, dict(metadata))
+
+
+def _flatten_with_keys(stack: Any) -> tuple[tuple[tuple[Any, Any]], tuple[tuple[str, Any], ...]]:
+    (value,), metadata = _flatten(stack)
+    return ((jax.tree_util.GetAttrKey(_name_of_value(slot_order(stack).slots)), value),), metadata
+
+
+@lru_cache
+def _name_of_value(slots: tuple[int, ...] | None) -> str:
+    """The name of the value of a stack: Flax's own where slots are the experts in order, which most layers have."""
+    if slots is None or slots == tuple(range(len(slots))):
+        return "value"
+    return f"value_in_slots_{hashlib.sha256(repr(slots).encode()).hexdigest()[:12]}"
+
+
+class ExpertStack(_NamedByPlacement):
     """A parameter [P, ...] whose dim 0 is the physical slots, and which notes the placement that it was filled by.
 
     Flax copies the note along with the values: `nnx.update(layer, nnx.state(other, nnx.Param))` brings it too, and

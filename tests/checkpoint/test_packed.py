@@ -11,12 +11,11 @@ import pytest
 from safetensors.numpy import save_file
 
 import jaxmoe
-from jaxmoe.checkpoint.saving.values import ModelValues
-from jaxmoe.layers import packings_of, param_specs, params_by_path, unpacked_specs
+from jaxmoe.layers import packings_of, params_by_path
 from jaxmoe.quant import QuantizedWeight
 from tests.support.meshes import mesh_id, mesh_of
 from tests.support.quantized_checkpoints import CASES, DECODED, write_pair
-from tests.support.saved import read_all
+from tests.support.saved import held_values, read_all
 
 PACKED = [case for case in CASES if case[1] not in DECODED]
 # One of each way in which scales lie over a matrix: by blocks, one for all, by rows, by groups with zero points, by groups
@@ -39,16 +38,8 @@ def case(request, tmp_path_factory):
     return write_pair(tmp_path_factory.mktemp("packed"), family, form, block)
 
 
-def values(model) -> dict[str, np.ndarray]:
-    """All parameters of a model, those that are packed decoded."""
-    packings = packings_of(model)
-    source = ModelValues({path: param.get_value() for path, param in params_by_path(model).items()}, packings)
-    specs = unpacked_specs(param_specs(model), packings, model.dtype)
-    return {spec.path: source.read(spec.path, tuple((0, size) for size in spec.shape)) for spec in specs}
-
-
 def assert_same_values(ours, theirs) -> None:
-    found, expected = values(ours), values(theirs)
+    found, expected = held_values(ours), held_values(theirs)
     assert found.keys() == expected.keys()
     for path, array in expected.items():
         np.testing.assert_allclose(found[path], array, rtol=EPS, err_msg=path)

@@ -7,6 +7,7 @@ import pytest
 
 from jaxmoe.checkpoint import open_checkpoint
 from jaxmoe.cli import main
+from jaxmoe.placement import ExpertPlacement, placements_to_json
 from tests.support.saved import assert_same_tensors
 
 GOLDENS = Path(__file__).resolve().parent.parent / "goldens" / "qwen3_moe"
@@ -91,3 +92,65 @@ def test_wrong_usage_is_status_2(argv, capsys) -> None:
         main(["convert", *argv])
     assert error.value.code == 2
     assert capsys.readouterr().err.startswith("usage: jaxmoe convert")
+
+
+def test_to_orbax_and_what_commands_say_of_it(tmp_path, capsys) -> None:
+    out, placement = tmp_path / "out", tmp_path / "placement.json"
+    placement.write_text(placements_to_json([ExpertPlacement.linear(16, 8)]))
+    argv = ["convert", str(DEMO), str(out), "--to", "orbax", "--dtype", "bfloat16"]
+    assert main([*argv, "--placement", str(placement)]) == 1
+    assert "one for each of its 6 MoE layers; got 1" in capsys.readouterr().err
+    placement.write_text(ExpertPlacement.linear(16, 8).to_json())
+    assert main([*argv, "--placement", str(placement)]) == 0
+    assert capsys.readouterr().out.startswith(f"{out}: 68 arrays, 14.4 MB, ")
+    assert {path.name for path in out.iterdir()} >= {"weights", "config.json", "tokenizer.json", "placement.json"}
+
+    told = []
+    for path in (DEMO, out):
+        assert main(["inspect", str(path), "--json"]) == 0
+        told.append(json.loads(capsys.readouterr().out))
+    same = (
+        "model_type",
+        "problems",
+        "layers",
+        "moe_layers",
+        "experts",
+        "dtypes",
+        "parameters",
+        "active_parameters",
+        "bytes",
+    )
+    assert [told[0][key] for key in same] == [told[1][key] for key in same]
+    assert [told[0]["groups"][group]["bytes"] for group in told[0]["groups"]] == [
+        told[1]["groups"][group]["bytes"] for group in told[0]["groups"]
+    ]
+    assert told[1]["layouts"] == {"Orbax arrays, experts in order": [0, 1, 2, 3, 4, 5]}
+    for path in (DEMO, out):
+        assert main(["plan", str(path), "--mesh", "ep=8", "--json"]) == 0
+        told.append(json.loads(capsys.readouterr().out))
+    assert told[2]["bytes_per_device"] == told[3]["bytes_per_device"]
+
+    assert main(["inspect", str(out), "--digests"]) == 0
+    assert "68 chunks of arrays and 5 other files are what was written" in capsys.readouterr().out
+    (out / "config.json").write_text("{}")
+    assert main(["inspect", str(out), "--digests"]) == 1
+    assert f"1 of 73 files are not what was written: {out}/config.json" in capsys.readouterr().err
+    assert main(["inspect", str(out), "--mapping"]) == 1
+    assert "needs the tensors of the original" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--form", "fused"], "--form goes with --to safetensors"),
+        (["--quantize", "int8"], "--quantize goes with --to safetensors"),
+        (["--mesh", "ep=8"], "--mesh goes with --to safetensors"),
+        (["--adapter", "there"], "--adapter goes with --to safetensors"),
+        (["--placement", "linear"], "name a strategy where the checkpoint is loaded"),
+    ],
+)
+def test_what_does_not_go_with_orbax(options, message, tmp_path, capsys) -> None:
+    with pytest.raises(SystemExit) as exit_:
+        main(["convert", str(DEMO), str(tmp_path / "out"), "--to", "orbax", *options])
+    assert exit_.value.code == 2
+    assert message in capsys.readouterr().err

@@ -8,7 +8,8 @@ import numpy as np
 from jaxmoe.checkpoint import open_checkpoint
 from jaxmoe.checkpoint.boxes import whole
 from jaxmoe.checkpoint.formats import open_files, read_tensor
-from jaxmoe.layers import params_by_path
+from jaxmoe.checkpoint.saving.values import ModelValues
+from jaxmoe.layers import packings_of, param_specs, params_by_path, unpacked_specs
 from jaxmoe.models import Decoder
 from tests.support.families import FAMILIES
 from tests.support.goldens import GOLDENS
@@ -57,3 +58,11 @@ def assert_same_parameters(ours: Decoder, theirs: Decoder) -> None:
         found, other = np.asarray(param[...]), np.asarray(expected[path][...])
         assert found.dtype == other.dtype, path
         assert found.tobytes() == other.tobytes(), path
+
+
+def held_values(model) -> dict[str, np.ndarray]:
+    """All parameters of a model, those that are packed decoded."""
+    packings = packings_of(model)
+    source = ModelValues({path: param.get_value() for path, param in params_by_path(model).items()}, packings)
+    specs = unpacked_specs(param_specs(model), packings, model.dtype)
+    return {spec.path: source.read(spec.path, tuple((0, size) for size in spec.shape)) for spec in specs}

@@ -11,7 +11,7 @@ from jaxmoe.checkpoint.errors import CheckpointError, Problems
 from jaxmoe.checkpoint.formats.index import read_index
 from jaxmoe.checkpoint.formats.safetensors import SafetensorsFile, TensorInfo, read_safetensors
 from jaxmoe.checkpoint.formats.torch_file import TorchFile, read_torch_file
-from jaxmoe.config import find_checkpoint, shard_of
+from jaxmoe.config import STORED, find_checkpoint, shard_of
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,6 +43,24 @@ CONTAINERS = (SAFETENSORS, TORCH)
 
 
 @dataclasses.dataclass(frozen=True)
+class ChunkFile:
+    """A chunk of an array of its own, and enough of its file's state to notice that it changed afterwards.
+
+    Attributes:
+        path: the file.
+        size: bytes of the file when it was looked at.
+        mtime_ns: its modification time then.
+    """
+
+    path: Path
+    size: int
+    mtime_ns: int
+
+
+CheckpointFile = SafetensorsFile | TorchFile | ChunkFile
+
+
+@dataclasses.dataclass(frozen=True)
 class Checkpoint:
     """All tensors of a checkpoint; made by `open_checkpoint`.
 
@@ -53,7 +71,7 @@ class Checkpoint:
     """
 
     path: Path
-    files: tuple[SafetensorsFile | TorchFile, ...]
+    files: tuple[CheckpointFile, ...]
     tensors: dict[str, TensorInfo]
 
     @property
@@ -191,6 +209,11 @@ def _merge(path: Path, files: list[SafetensorsFile | TorchFile]) -> Checkpoint:
 
 def _nothing_found(path: Path) -> FileNotFoundError:
     """Say what is there instead: most often a lone file of another name."""
+    if (path / STORED).is_file():
+        return FileNotFoundError(
+            f"{path}: it has a model's parameters as Orbax arrays (jaxmoe convert --to orbax), which jaxmoe loads, plans, "
+            "inspects and converts back; what is asked for needs the tensors of the original: name that one"
+        )
     other = sorted(file.name for file in path.iterdir() if file.suffix in (".safetensors", ".bin", ".pt", ".pth"))
     if other:
         hint = f"it holds {', '.join(other[:3])}; if one file is the whole checkpoint, name that file"

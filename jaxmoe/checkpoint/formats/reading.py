@@ -3,7 +3,8 @@
 import itertools
 import math
 import os
-from collections.abc import Iterable, Iterator, Mapping
+import resource
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -12,19 +13,24 @@ import numpy as np
 from jaxmoe.checkpoint.boxes import Box, box_shape, contiguous_suffix
 from jaxmoe.checkpoint.errors import CheckpointError
 from jaxmoe.checkpoint.formats.decoded import DecodedTensor
-from jaxmoe.checkpoint.formats.safetensors import SafetensorsFile, TensorInfo
-from jaxmoe.checkpoint.formats.torch_file import TorchFile
+from jaxmoe.checkpoint.formats.files import CheckpointFile
+from jaxmoe.checkpoint.formats.safetensors import TensorInfo
+
+_OTHER_FILES = 128  # that a process has open besides: its libraries, pipes, a server's connections
 
 
 @contextmanager
-def open_files(files: Iterable[SafetensorsFile | TorchFile]) -> Iterator[dict[Path, int]]:
+def open_files(files: Sequence[CheckpointFile]) -> Iterator[dict[Path, int]]:
     """Open `files` for reading: path -> file descriptor, closed on the way out.
 
+    Where there are more of them than the process may have open, its limit is raised as far as the system lets it.
+
     Raises:
-        CheckpointError: a file is not what it was when its header was read.
+        CheckpointError: a file is not what it was when its header was read, or there are more than the system allows.
         FileNotFoundError: a file is gone.
     """
     descriptors: dict[Path, int] = {}
+    _make_room(len(files))
     try:
         for file in files:
             descriptors[file.path] = descriptor = os.open(file.path, os.O_RDONLY | os.O_CLOEXEC)
@@ -38,6 +44,19 @@ def open_files(files: Iterable[SafetensorsFile | TorchFile]) -> Iterator[dict[Pa
     finally:
         for descriptor in descriptors.values():
             os.close(descriptor)
+
+
+def _make_room(count: int) -> None:
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    needed = count + _OTHER_FILES
+    if soft == resource.RLIM_INFINITY or soft >= needed:
+        return
+    if hard != resource.RLIM_INFINITY and hard < needed:
+        raise CheckpointError(
+            f"the files of a checkpoint are open while it is read; it has {count}, and this process may have {hard} open; "
+            "raise the limit (ulimit -Hn) and run again"
+        )
+    resource.setrlimit(resource.RLIMIT_NOFILE, (needed, hard))
 
 
 def read_tensor(descriptors: Mapping[Path, int], tensor: TensorInfo, box: Box) -> tuple[np.ndarray, int]:

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from jaxmoe.checkpoint.formats import SAFETENSORS, find_size
+from jaxmoe.checkpoint.formats import SAFETENSORS, find_size, is_stored
 from jaxmoe.checkpoint.inspection.grouping import GROUPS, group_of
 from jaxmoe.checkpoint.inspection.holding import describe_holding
 from jaxmoe.checkpoint.mapping import abstract_specs, count_parameters, expected_checkpoint
@@ -20,7 +20,7 @@ _WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf")
 def has_weights(path: Path) -> bool:
     """Whether there is any weight at a path that is no directory with a config.json alone, and its index perhaps."""
     if path.is_dir() and (path / "config.json").is_file():
-        return any(file.suffix in _WEIGHTS for file in path.iterdir())
+        return is_stored(path) or any(file.suffix in _WEIGHTS for file in path.iterdir())
     return True
 
 

@@ -18,7 +18,11 @@ GROUPS = (
 """In the order of a table."""
 
 _NAMES = (
-    # The first that is found counts: norms and shared experts stand inside other parts.
+    # The first that is found counts: norms and shared experts stand inside other parts. jaxmoe's own names come first.
+    ("routed experts", r"\bmoe\.[wb]_(gate_up|down)"),
+    ("shared experts", r"\bmoe\.(shared\.|w_shared_gate)"),
+    ("router", r"\bmoe\.([wb]_router|router_norm|correction_bias|expert_scale)|^layers\.\d+\.token_experts"),
+    ("hyper-connections", r"\b(attention_|feed_forward_)?hyper(_head)?\.(?!norm)"),
     ("shared experts", r"\bshared?_(expert|mlp)"),
     (
         "router",

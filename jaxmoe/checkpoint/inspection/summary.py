@@ -12,16 +12,19 @@ from typing import Any
 from jaxmoe.checkpoint.errors import CheckpointError, Problems
 from jaxmoe.checkpoint.formats import (
     Checkpoint,
+    DecodedTensor,
     decode_checkpoint,
     find_quantization,
     find_size,
+    is_stored,
     open_checkpoint,
+    read_stored,
 )
 from jaxmoe.checkpoint.inspection.config_only import facts_of_config, has_weights
 from jaxmoe.checkpoint.inspection.grouping import GROUPS, group_of, quantized_base
 from jaxmoe.checkpoint.inspection.holding import describe_holding
 from jaxmoe.checkpoint.mapping import FamilyCheckpoint, Unused, abstract_specs, detect_expert_layout, layer_index
-from jaxmoe.config import DecoderConfig, MoEConfig, directory_of, find_checkpoint, read_json
+from jaxmoe.config import STORED, DecoderConfig, MoEConfig, directory_of, find_checkpoint, read_json
 from jaxmoe.models import FAMILIES, WRAPPERS, Family, find_family
 
 Shapes = dict[str, tuple[int, ...]]
@@ -121,8 +124,11 @@ def summarize(path: str | os.PathLike[str], *, mtp: bool = False) -> CheckpointS
             renamed={},
             **facts,
         )
-    checkpoint = stored = open_checkpoint(path)
-    if quantization is None and any(quantized_base(name) for name in checkpoint.tensors):
+    arrays = read_stored(path) if is_stored(path) else None
+    checkpoint = stored = open_checkpoint(path) if arrays is None else arrays.checkpoint
+    if arrays is not None and any(isinstance(tensor, DecodedTensor) for tensor in checkpoint.tensors.values()):
+        quantization = {"method": "packed", "from": STORED}
+    elif quantization is None and any(quantized_base(name) for name in checkpoint.tensors):
         quantization = {"method": "unnamed", "from": "names of tensors"}
 
     mapped, renamed, problems = None, {}, []
@@ -130,8 +136,11 @@ def summarize(path: str | os.PathLike[str], *, mtp: bool = False) -> CheckpointS
         problems.append(unknown)
     else:
         try:
-            decoded = decode_checkpoint(checkpoint)
-            found = FamilyCheckpoint.of(decoded, *family.read(text_config, mtp=mtp))
+            read = family.read(text_config, mtp=mtp)
+            if arrays is None:
+                found = FamilyCheckpoint.of(decode_checkpoint(checkpoint), *read)
+            else:
+                found = FamilyCheckpoint.of_stored(arrays, *read)
             checkpoint, renamed = found.checkpoint, dict(found.renamed)
             mapped = _map(found)
             problems += mapped.problems
@@ -141,6 +150,8 @@ def summarize(path: str | os.PathLike[str], *, mtp: bool = False) -> CheckpointS
     shapes = mapped.needed if mapped else _stored_shapes(checkpoint)
     met = {name: shape for name, shape in (shapes or {}).items() if not mapped or name not in mapped.predicting}
     layouts = _layouts(checkpoint, config, {name for names in ignored.values() for name in names})
+    if arrays is not None and mapped:
+        layouts = {"Orbax arrays, experts in order": list(mapped.config.moe_layers)}
     moe = _MoESizes.known(mapped.config) if mapped else _MoESizes.guessed(config)
     return CheckpointSummary(
         path=str(path),

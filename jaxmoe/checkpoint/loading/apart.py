@@ -8,6 +8,7 @@ from typing import NamedTuple
 import numpy as np
 
 from jaxmoe.checkpoint.errors import CheckpointError
+from jaxmoe.checkpoint.formats import is_stored
 from jaxmoe.checkpoint.loading.merge import count_by_kind, read_factors, updates_of
 from jaxmoe.checkpoint.loading.report import AdapterReport, bytes_per_device
 from jaxmoe.checkpoint.lora import Adapter, LowRankUpdate, ParamFactors, factors_of_params, open_adapter
@@ -72,6 +73,8 @@ def add_adapters(
             raise ValueError(f"an adapter's name is a text of at least one character; got {name!r}")
         if name in model.adapters:
             raise ValueError(f"each adapter has a name of its own, and {name!r} is taken; remove that one first")
+    if is_stored(model.origin.path):
+        refuse_stored(model.origin.path)
     opened = {name: open_adapter(path) for name, path in adapters.items()}
     if model.mesh.is_multi_process:
         check_same({"adapters": [(name, one.config, sorted(one.file.tensors)) for name, one in opened.items()]})
@@ -96,6 +99,19 @@ def add_adapters(
         reports[name] = one.report
     model.adapter_places = AdapterPlaces(places)
     _report(model, {**_reports(model), **reports})
+
+
+def refuse_stored(path: Path) -> None:
+    """Refuse an adapter of a checkpoint of Orbax arrays.
+
+    Raises:
+        ValueError: always.
+    """
+    raise ValueError(
+        f"an adapter changes tensors by the names of the original checkpoint, and {path} has a model's parameters as Orbax "
+        "arrays; load the original with the adapter, or merge it first (jaxmoe convert ORIGINAL MERGED "
+        "--adapter DIR) and convert what comes of it --to orbax"
+    )
 
 
 def remove_adapter(model: Decoder, name: str) -> None:

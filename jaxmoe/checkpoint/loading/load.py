@@ -11,7 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from jaxmoe.checkpoint.loading.apart import add_adapters
+from jaxmoe.checkpoint.formats import PLACEMENT
+from jaxmoe.checkpoint.loading.apart import add_adapters, refuse_stored
 from jaxmoe.checkpoint.loading.execute import load_arrays
 from jaxmoe.checkpoint.loading.merge import merge_adapter
 from jaxmoe.checkpoint.loading.plan import LoadPlan, plan_packed
@@ -28,7 +29,7 @@ from jaxmoe.mesh import EP, check_mesh
 from jaxmoe.models import Decoder, Family, Origin
 from jaxmoe.models.kernels import try_kernels
 from jaxmoe.models.parts import held_forms
-from jaxmoe.placement import ExpertPlacement
+from jaxmoe.placement import ExpertPlacement, placements_from_json
 from jaxmoe.progress import ProgressCallback, byte_progress, check_progress
 from jaxmoe.quant.encode import TARGETS
 
@@ -54,7 +55,7 @@ def load(
     progress: bool | ProgressCallback = False,
     check_finite: bool = False,
 ) -> Decoder:
-    """Load a torch-format checkpoint onto a mesh; every device reads and holds its own experts only.
+    """Load a checkpoint onto a mesh; every device reads and holds its own experts only.
 
     Nothing is read until the whole plan holds: every tensor of the checkpoint is used or ignored
     by a named rule, and every parameter is filled exactly once. So it is with an adapter: every tensor of it is
@@ -67,9 +68,11 @@ def load(
 
     Args:
         path: a directory as transformers' ``save_pretrained`` writes it, a file of weights in one, or the name of a model in
-            the Hugging Face hub's local cache, such as "Qwen/Qwen3-30B-A3B". Nothing is downloaded.
+            the Hugging Face hub's local cache, such as "Qwen/Qwen3-30B-A3B". Nothing is downloaded. A directory that
+            `jaxmoe.convert_to_orbax` made is loaded alike, without adapters.
         mesh: mesh from `jaxmoe.make_mesh`.
-        placement: a strategy's name or an `ExpertPlacement` for all MoE layers, or one for each.
+        placement: a strategy's name or an `ExpertPlacement` for all MoE layers, or one for each; "checkpoint" for the
+            placement that `jaxmoe.convert_to_orbax` was given to keep.
         dtype: type of weights and activations, "float32", "bfloat16" or "float16"; None for the checkpoint's own.
         quantized: "keep" holds quantized weights packed, those that can be; "dequantize" decodes all, which training
             wants. None is "keep", and "dequantize" with an adapter.
@@ -119,6 +122,10 @@ def load(
     _check_activations(activations, quantized, quantize, adapter)
     path = find_checkpoint(path)
     found = FamilyCheckpoint.open(path, mtp=mtp)
+    if found.stored is not None and (adapter is not None or adapters):
+        refuse_stored(path)
+    if placement == "checkpoint":
+        placement = _kept_placement(found)
     opened = None if adapter is None else open_adapter(adapter)
     if opened is not None:
         found = put_in_whole_modules(found, opened)
@@ -189,6 +196,21 @@ def load(
     if adapters:
         add_adapters(model, adapters)
     return model
+
+
+def _kept_placement(found: FamilyCheckpoint) -> ExpertPlacement | list[ExpertPlacement]:
+    """The placement that a checkpoint keeps.
+
+    Raises:
+        ValueError: it keeps none.
+    """
+    file = found.checkpoint.path / PLACEMENT
+    if found.stored is None or not file.is_file():
+        raise ValueError(
+            f'placement="checkpoint" is the one that jaxmoe convert --to orbax --placement was given to keep, and '
+            f"{found.checkpoint.path} keeps none; name a strategy, or give an ExpertPlacement"
+        )
+    return placements_from_json(file.read_text(encoding="utf-8"))
 
 
 def _check_quantized(quantized: Any, quantize: Any, adapter: Any) -> None:

@@ -10,7 +10,7 @@ import jax
 
 from jaxmoe.checkpoint.boxes import Box, box_of, box_shape, disjoint_union, intersect, union_volume, volume
 from jaxmoe.checkpoint.errors import Problems
-from jaxmoe.checkpoint.formats import Checkpoint, DecodedTensor, SafetensorsFile, Split, TensorInfo, TorchFile
+from jaxmoe.checkpoint.formats import Checkpoint, CheckpointFile, DecodedTensor, Split, TensorInfo
 from jaxmoe.checkpoint.loading.report import AdapterReport
 from jaxmoe.checkpoint.lora import TensorDelta
 from jaxmoe.checkpoint.mapping import (
@@ -106,7 +106,7 @@ class LoadPlan:
     """
 
     path: Path
-    files: tuple[SafetensorsFile | TorchFile, ...]
+    files: tuple[CheckpointFile, ...]
     specs: tuple[ParamSpec, ...]
     shards: tuple[Shard, ...]
     reads: tuple[Read, ...]

@@ -10,16 +10,17 @@ from jaxmoe.checkpoint.mapping.experts import expert_blocks, find_expert_layout,
 from jaxmoe.checkpoint.mapping.ignore import IgnoreRule
 from jaxmoe.checkpoint.mapping.layouts import detect_expert_layout
 from jaxmoe.checkpoint.mapping.linear import linear_kind
-from jaxmoe.checkpoint.mapping.mapped import UNREAD_RULE, FamilyCheckpoint, MappedCheckpoint, Unused
+from jaxmoe.checkpoint.mapping.mapped import PREDICTING_RULE, UNREAD_RULE, FamilyCheckpoint, MappedCheckpoint, Unused
 from jaxmoe.checkpoint.mapping.names import layer_index, written_blocks, written_form
 from jaxmoe.checkpoint.mapping.own_part import REST
-from jaxmoe.checkpoint.mapping.packed import PackingChoice, hold_packed, pack_model
+from jaxmoe.checkpoint.mapping.packed import PackingChoice, hold_packed, pack_everything, pack_model
 from jaxmoe.checkpoint.mapping.rounding import asked_activations, read_input_scales
 from jaxmoe.checkpoint.mapping.spellings import Spellings
 from jaxmoe.checkpoint.mapping.tied import TIED_RULE
 from jaxmoe.models.parts import is_expert_stack
 
 __all__ = [
+    "PREDICTING_RULE",
     "REST",
     "TIED_RULE",
     "UNREAD_RULE",
@@ -43,6 +44,7 @@ __all__ = [
     "is_expert_stack",
     "layer_index",
     "linear_kind",
+    "pack_everything",
     "pack_model",
     "per_expert_blocks",
     "read_input_scales",

@@ -2,6 +2,8 @@
 
 import dataclasses
 import itertools
+from collections.abc import Sequence
+from typing import Any
 
 from jaxmoe.checkpoint.boxes import Box, runs
 from jaxmoe.checkpoint.formats import Split, TensorInfo
@@ -113,6 +115,39 @@ def whole_tensor_blocks(
             tensor_start = tuple([first_row + source if dim == 0 else 0 for dim in dims])
             region = dataclasses.replace(region, tensor=name, tensor_shape=shape, tensor_start=tensor_start, dims=dims)
         blocks.append(region)
+    return blocks
+
+
+def chunk_blocks(spec: ParamSpec, chunks: Sequence[tuple[int, TensorInfo]]) -> list[Block]:
+    """Blocks of a parameter whose rows are in chunks, each a tensor: those of `whole_tensor_blocks`, cut where chunks end.
+
+    Args:
+        spec: parameter.
+        chunks: first row of each chunk, and its tensor; in the order of rows.
+    """
+    blocks = []
+    for block in whole_tensor_blocks(spec, spec.path):
+        if block.tensor is None or not block.shape:
+            own: dict[str, Any] = (
+                {} if block.tensor is None else {"tensor": chunks[0][1].name, "tensor_shape": chunks[0][1].shape}
+            )
+            blocks.append(dataclasses.replace(block, **own))
+            continue
+        first, stop = block.tensor_start[0], block.tensor_start[0] + block.shape[0]
+        for start, tensor in chunks:
+            begin, end = max(first, start), min(stop, start + tensor.shape[0])
+            if begin < end:
+                blocks.append(
+                    dataclasses.replace(
+                        block,
+                        param_start=(block.param_start[0] + begin - first, *block.param_start[1:]),
+                        shape=(end - begin, *block.shape[1:]),
+                        tensor=tensor.name,
+                        # The dims behind the first as the parameter has them: the plan sees where the tensor's differ.
+                        tensor_shape=(tensor.shape[0], *block.tensor_shape[1:]),
+                        tensor_start=(begin - start, *block.tensor_start[1:]),
+                    )
+                )
     return blocks
 
 

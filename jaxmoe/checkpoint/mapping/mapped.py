@@ -30,13 +30,16 @@ from jaxmoe.checkpoint.formats import (
     DecodedCheckpoint,
     DecodedTensor,
     Split,
+    StoredCheckpoint,
     decode_checkpoint,
+    is_stored,
     open_checkpoint,
+    read_stored,
 )
-from jaxmoe.checkpoint.mapping.blocks import Block
+from jaxmoe.checkpoint.mapping.blocks import Block, chunk_blocks, whole_tensor_blocks
 from jaxmoe.checkpoint.mapping.checks import check_filled_once, check_tensors, check_used_whole
 from jaxmoe.checkpoint.mapping.ignore import IgnoreRule
-from jaxmoe.checkpoint.mapping.names import model_blocks, tensor_names, wanted_names
+from jaxmoe.checkpoint.mapping.names import layer_index, model_blocks, tensor_names, wanted_names
 from jaxmoe.checkpoint.mapping.other_experts import find_other_experts
 from jaxmoe.checkpoint.mapping.own_part import own_part
 from jaxmoe.checkpoint.mapping.prefixes import find_prefix
@@ -47,6 +50,7 @@ from jaxmoe.models import ExpertTensors, Family, Form, read_model_config
 from jaxmoe.quant import QuantizationError
 
 UNREAD_RULE = "scales that no weight depends on"
+PREDICTING_RULE = "layers for multi-token prediction, stored beside the model's"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -63,6 +67,7 @@ class FamilyCheckpoint:
         notes: sentences about the quantization, for a report.
         renamed: {rule: tensors that have other names than the family gives them}.
         other_experts: names of the routed experts in the checkpoint, where they are none of the family's.
+        stored: the same where it has a model's parameters as Orbax arrays, and not tensors under names of the family.
     """
 
     checkpoint: Checkpoint
@@ -74,6 +79,7 @@ class FamilyCheckpoint:
     notes: tuple[str, ...]
     renamed: Mapping[str, int]
     other_experts: ExpertTensors | None
+    stored: StoredCheckpoint | None = None
 
     @classmethod
     def open(cls, path: Path, *, mtp: bool = False) -> "FamilyCheckpoint":
@@ -89,6 +95,8 @@ class FamilyCheckpoint:
                 that is not decoded, or `mtp` and it has no such layers.
         """
         family, config = read_model_config(path, mtp=mtp)
+        if is_stored(path):
+            return cls.of_stored(read_stored(path), family, config)
         return cls.of(decode_checkpoint(open_checkpoint(path)), family, config)
 
     @classmethod
@@ -126,6 +134,40 @@ class FamilyCheckpoint:
             other_experts=None if other is None else other.names,
         )
 
+    @classmethod
+    def of_stored(cls, stored: StoredCheckpoint, family: Family, config: DecoderConfig) -> "FamilyCheckpoint":
+        """Take a checkpoint of Orbax arrays, whose names and order are those of a model's parameters.
+
+        Args:
+            stored: checkpoint from `read_stored`.
+            family: family of its model.
+            config: config of its model, as config.json has it.
+
+        Raises:
+            CheckpointError: layers for multi-token prediction are asked for, and it was converted without.
+        """
+        if len(config.layers) > config.num_main_layers and not stored.mtp:
+            raise CheckpointError(
+                f"{stored.checkpoint.path}: mtp=True (--mtp, --speculate mtp) loads layers for multi-token prediction, and "
+                "this checkpoint was converted without; load it without, or convert the original with mtp=True (--mtp)"
+            )
+        behind = [path for path in stored.chunks if (layer_index(path) or 0) >= config.num_main_layers]
+        formats = Counter(tensor.form for tensor in stored.checkpoint.tensors.values())
+        names = frozenset([tensor.name for path in behind for _, tensor in stored.chunks[path]])
+        rules = (IgnoreRule(name=PREDICTING_RULE, names=names),) if len(config.layers) == config.num_main_layers else ()
+        return cls(
+            checkpoint=stored.checkpoint,
+            family=family,
+            config=dataclasses.replace(config, tie_word_embeddings=stored.tied),
+            rules=rules,
+            untied=False,
+            formats={form: count for form, count in formats.items() if form != "plain"},
+            notes=(),
+            renamed={},
+            other_experts=None,
+            stored=stored,
+        )
+
     def decoding_to(self, dtype: np.dtype) -> "FamilyCheckpoint":
         """The same with quantized weights whose values are given in `dtype`, and not in float32 as they are computed."""
         tensors = {
@@ -145,6 +187,12 @@ class FamilyCheckpoint:
             CheckpointError: the experts of a layer are there in both forms, or in none; or a quantized weight has parts of
                 another shape.
         """
+        if self.stored is not None:
+            chunks, blocks = self.stored.chunks, list[Block]()
+            for path, spec in specs.items():
+                # Of a parameter that is not there the check says so.
+                blocks += chunk_blocks(spec, chunks[path]) if path in chunks else whole_tensor_blocks(spec, path)
+            return MappedCheckpoint.of(self.checkpoint, specs.values(), blocks, self.rules)
         names = self.checkpoint.tensors if form is None else wanted_names(specs, self.family, form)
         family = self.family
         if form is None and self.other_experts is not None:

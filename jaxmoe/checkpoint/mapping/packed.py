@@ -106,6 +106,18 @@ def pack_model(model: Decoder, mapped: MappedCheckpoint, *, rounding: bool = Fal
     return choice
 
 
+def pack_everything(model: Decoder, mapped: MappedCheckpoint) -> PackingChoice:
+    """Choose the packed forms of all parameters that can stay packed, those of inputs that a kernel rounds with them.
+
+    Args:
+        model: model without values, all of its parameters plain; it stays so.
+        mapped: checkpoint mapped to them.
+    """
+    choice = choose_packings(mapped, packable_params(model), model.dtype)
+    packings, _ = round_inputs(mapped, choice.packings, choice.decoded)
+    return PackingChoice(packings, choice.decoded)
+
+
 def choose_packings(mapped: MappedCheckpoint, packable: Collection[str], dtype: np.dtype) -> PackingChoice:
     """Choose the parameters that stay packed: all that can, where that takes less memory than plain numbers.
 

@@ -47,27 +47,41 @@ def new_directory(path: str | os.PathLike[str], *, overwrite: bool) -> Iterator[
         FileExistsError: there is something at `path` that is not to be replaced.
     """
     path = Path(path).resolve()
-    _check_free(path, overwrite)
+    check_free(path, overwrite)
     path.parent.mkdir(parents=True, exist_ok=True)
     token = uuid.uuid4().hex[:8]
     partial = path.with_name(f".{path.name}.partial-{token}")
     partial.mkdir()
     try:
         yield partial
-        _check_free(path, overwrite)
-        if path.exists():
-            replaced = path.with_name(f".{path.name}.replaced-{token}")
-            path.rename(replaced)
-            try:
-                partial.rename(path)
-            except BaseException:
-                replaced.rename(path)
-                raise
-            shutil.rmtree(replaced)
-        else:
-            partial.rename(path)
+        put_in_place(partial, path, overwrite=overwrite)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+
+
+def put_in_place(partial: Path, path: Path, *, overwrite: bool) -> None:
+    """Give a directory that is complete its name.
+
+    Args:
+        partial: directory, beside the one that it is to be.
+        path: name for it.
+        overwrite: whether a checkpoint directory of that name is replaced.
+
+    Raises:
+        FileExistsError: there is something at `path` that is not to be replaced.
+    """
+    check_free(path, overwrite)
+    if not path.exists():
+        partial.rename(path)
+        return
+    replaced = path.with_name(f".{path.name}.replaced-{uuid.uuid4().hex[:8]}")
+    path.rename(replaced)
+    try:
+        partial.rename(path)
+    except BaseException:
+        replaced.rename(path)
+        raise
+    shutil.rmtree(replaced)
 
 
 def copy_side_files(
@@ -121,7 +135,12 @@ def _matches(name: str, patterns: Iterable[str]) -> bool:
     return any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
 
 
-def _check_free(path: Path, overwrite: bool) -> None:
+def check_free(path: Path, overwrite: bool) -> None:
+    """Refuse a name for a new directory that is taken, by anything but an empty directory or a checkpoint to replace.
+
+    Raises:
+        FileExistsError: it is.
+    """
     if not path.exists() or (path.is_dir() and not any(path.iterdir())):
         return
     if not overwrite:

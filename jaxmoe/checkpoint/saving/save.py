@@ -12,8 +12,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxmoe.checkpoint.errors import Problems
-from jaxmoe.checkpoint.formats import Checkpoint, can_cast, decode_checkpoint, open_checkpoint, open_files
+from jaxmoe.checkpoint.formats import Checkpoint, can_cast, decode_checkpoint, is_stored, open_checkpoint, open_files
 from jaxmoe.checkpoint.mapping import (
+    PREDICTING_RULE,
     REST,
     TIED_RULE,
     UNREAD_RULE,
@@ -282,13 +283,15 @@ def _plain_dtype(name: str | None) -> np.dtype | None:
 
 def _carried(ignored: Mapping[str, Sequence[str]], family: Family) -> list[str]:
     """The ignored tensors that are copied: no others of a multimodal model, no embedding again, and no rest of a tensor."""
-    left_out = {TIED_RULE, UNREAD_RULE, *(family.wrapper.ignored if family.wrapper else ())}
+    left_out = {TIED_RULE, UNREAD_RULE, PREDICTING_RULE, *(family.wrapper.ignored if family.wrapper else ())}
     names = [name for rule, names in ignored.items() if rule not in left_out for name in names]
     return [name for name in names if not name.endswith(REST)]
 
 
 def _open_source(source: Path, family: Family, config: DecoderConfig, *, needed: bool) -> Checkpoint | None:
     """The checkpoint a model came from; one that is gone by now is missed only if something is to be copied."""
+    if is_stored(source):
+        return None  # its names are not a family's, and its tensors are all the model's
     try:
         return FamilyCheckpoint.of(decode_checkpoint(open_checkpoint(source)), family, config).checkpoint
     except FileNotFoundError:
