@@ -76,6 +76,10 @@ def test_one_prompt_is_canceled_and_the_others_go_on(engine, model) -> None:
     assert engine.canceled == [0]
     assert [event.index for event in seen].count(0) == 1
     assert [event.index for event in seen].count(1) == [event.index for event in seen].count(2) == 6
+    with jaxmoe.stream(model, PROMPTS, max_new_tokens=6) as events:
+        assert next(events).index == 0
+        events.cancel(1)  # its first event is there already
+        assert {event.index for event in events} == {0, 2}
     with pytest.raises(ValueError, match="index is an integer from 0 to 2; got 3"):
         events.cancel(3)
 
