@@ -170,7 +170,7 @@ class ContinuousEngine:
 
     @property
     def counts(self) -> EngineCounts:
-        """What the engine holds, and what it has done."""
+        """Counts of what the engine holds at this moment, and of what it has done."""
         scheduler = self._scheduler
         return EngineCounts(
             waiting=len(scheduler.waiting),

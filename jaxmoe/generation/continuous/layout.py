@@ -29,7 +29,7 @@ _MANY = 64
 
 
 class CacheLayout:
-    """Where the cache of a model's layers lies, and how it comes into programs and out of them.
+    """The places of a model's cache, and the way from there into programs and back.
 
     Args:
         model: model whose layers they are, with weights or without.
