@@ -30,16 +30,16 @@ CACHE_KEPT = 0.5
 SHARED_BYTES = 128
 # Cycles from asking for a stage to having it, when all ask; and those from one tile to the next that nothing hides.
 REFILL_CYCLES, TILE_CYCLES = 1400, 300
-# Results lie in shared memory unswizzled: 8 threads of a warp meet in one bank.
-STORE_CONFLICTS = 8
+# Threads of a warp that meet in one bank where results lie in shared memory unswizzled, as those of swapped tiles do.
+UNSWIZZLED_CONFLICTS = 8
 # Instructions for each result: rounding, addresses and a store; and those of an activation with an accurate exponential
 # and a division.
 RESULT_INSTRUCTIONS, ACTIVATION_INSTRUCTIONS = 4, 24
 # Instructions for each packed number that is expanded in registers.
 EXPAND_INSTRUCTIONS = 2
 # Seconds of starting a kernel, and of the small kernels that make its map of tiles: the program compiled for an H100 has
-# three, of some two microseconds each, which products with equally many rows a tile share.
-LAUNCH_SECONDS, MAP_SECONDS = 3e-6, 3 * 2e-6
+# two, of some two microseconds each, which products with equally many rows a tile share.
+LAUNCH_SECONDS, MAP_SECONDS = 3e-6, 2 * 2e-6
 # Rows begin at a multiple of this many, see `group_tiles`.
 _ALIGNMENT = 8
 
@@ -134,14 +134,15 @@ class Prediction:
     nbytes: float
 
 
-def predict(product: Product, tiles: TileSizes, gpu: GPU, *, store_conflicts: int = STORE_CONFLICTS) -> Prediction:
+def predict(product: Product, tiles: TileSizes, gpu: GPU, *, store_conflicts: int | None = None) -> Prediction:
     """Model the time of a product with some tiles on a kind of GPU.
 
     Args:
         product: product.
         tiles: sizes of the tiles.
         gpu: kind of GPU, in terms of its data sheet.
-        store_conflicts: threads that meet in one bank of shared memory when results are stored.
+        store_conflicts: threads that meet in one bank of shared memory when results are stored; None for what the kernel has,
+            whose results are swizzled unless its tiles are swapped.
 
     >>> from types import SimpleNamespace
     >>> from jaxmoe.hardware import GPUS
@@ -166,6 +167,8 @@ def predict(product: Product, tiles: TileSizes, gpu: GPU, *, store_conflicts: in
     operands = _operand_bytes(product, tiles) / SHARED_BYTES * cycle
     packed = product.weight_bits < 8 * product.row_bytes
     expanding = EXPAND_INSTRUCTIONS * outputs * tiles.k / gpu.fp32_units * cycle if packed else 0.0
+    if store_conflicts is None:
+        store_conflicts = UNSWIZZLED_CONFLICTS if tiles.swapped else 1
     results = _result_cycles(product, tiles, gpu, store_conflicts) * cycle
     loading = steps * max(cache, latency)
     # Expanding and multiplying take turns in a warpgroup.
