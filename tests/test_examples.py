@@ -55,9 +55,12 @@ def folder(tmp_path, monkeypatch):
 
 # Examples that run a model, which takes seconds.
 COSTLY = {
+    "jaxmoe.batches.api",
     "jaxmoe.models.decoder",
     "jaxmoe.generation.api",
+    "jaxmoe.generation.continuous.engine",
     "jaxmoe.generation.engine",
+    "jaxmoe.generation.streaming",
     "jaxmoe.elastic.rebalance",
     "jaxmoe.checkpoint.loading.load",
     "jaxmoe.layers.logical",

@@ -64,9 +64,11 @@ def generate_file(
         TypeError: an argument is something else.
 
     Example:
+        >>> Path("prompts.jsonl").write_text('{"prompt": "def is_valid(name):", "max_tokens": 4}')
+        50
         >>> result = jaxmoe.generate_file(model, "prompts.jsonl", "out.jsonl")
         >>> result.lines, result.errors
-        (100, 0)
+        (1, 0)
     """
     instance_of("model", model, Decoder, "a model from jaxmoe.load")
     path_like("input", input)

@@ -12,7 +12,7 @@ import jaxmoe
 from jaxmoe.generation import ContinuousEngine, EngineCounts, Request, SamplingParams, TokenResult
 from jaxmoe.generation.continuous.programs import Choice
 from tests.support.adapters import factors, write_adapter
-from tests.support.families import FAMILIES
+from tests.support.families import EVERY_KIND
 from tests.support.goldens import GOLDENS, read_expected
 from tests.support.meshes import mesh_of
 
@@ -298,10 +298,12 @@ def test_each_request_has_its_adapter(tmp_path) -> None:
 
 # Of these the short run has recurrent states beside pages.
 SHORT = ("qwen3_next",)
+# Each kind of layer that has a cache of its own kind, and each kind of residual stream.
+CACHES = (*EVERY_KIND, "deepseek_v32", "deepseek_v4", "kimi_linear", "lfm2_moe", "minimax_m3_vl_text", "qwen4_exp_text")
 
 
-@pytest.mark.parametrize("family", [pytest.param(f, marks=() if f in SHORT else pytest.mark.full) for f in FAMILIES])
-def test_every_family_gives_what_transformers_gives(family) -> None:
+@pytest.mark.parametrize("family", [pytest.param(f, marks=() if f in SHORT else pytest.mark.full) for f in CACHES])
+def test_every_kind_of_cache_gives_what_transformers_gives(family) -> None:
     check_family(family, (1, 1, 1))
 
 

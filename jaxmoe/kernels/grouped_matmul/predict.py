@@ -141,8 +141,8 @@ def predict(product: Product, tiles: TileSizes, gpu: GPU, *, store_conflicts: in
         product: product.
         tiles: sizes of the tiles.
         gpu: kind of GPU, in terms of its data sheet.
-        store_conflicts: threads that meet in one bank of shared memory when results are stored; None for what the kernel has,
-            whose results are swizzled unless its tiles are swapped.
+        store_conflicts: threads that meet in one bank of shared memory when results are stored; None for those of the
+            kernel, whose results are swizzled unless its tiles are swapped.
 
     >>> from types import SimpleNamespace
     >>> from jaxmoe.hardware import GPUS
