@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -71,6 +72,11 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         metavar="batch,context",
         help="memory and decode time for batches and contexts of powers of two, with --device",
     )
+    parser.add_argument(
+        "--compile",
+        action="store_true",
+        help="also compile prefill and decode for these GPUs, which need not be there, and compare (needs the extra aot)",
+    )
     parser.add_argument("--html", metavar="FILE", help="write the answer as one page with pictures (needs matplotlib)")
     parser.add_argument("--json", action="store_true", help="everything as one JSON object")
 
@@ -102,11 +108,13 @@ def run(args: argparse.Namespace) -> None:
         adapters=dict(args.adapter),
     )
     points = [] if args.sweep is None else _sweep(args, report, axes)
+    compiled = _compile(args, report, axes) if args.compile else []
     if args.html is not None:
         _write_page(args.html, report, search, points)
     if args.json:
         more: dict[str, Any] = {} if search is None else {"search": search.to_dict()}
         more |= {"sweep": [point.to_dict() for point in points]} if points else {}
+        more |= {"compiled": compiled} if compiled else {}
         print(json.dumps(report.to_dict() | more))
         return
     if search is not None:
@@ -114,12 +122,18 @@ def run(args: argparse.Namespace) -> None:
     _print(report)
     if points:
         _print_sweep(points)
+    for step in compiled:
+        _print_compiled(step)
 
 
 def _check(args: argparse.Namespace) -> None:
     """Refuse options that do not go together."""
-    if args.device is None and (args.devices is not None or args.sweep is not None):
-        raise ValueError("--devices and --sweep compare with a kind of device: name it with --device, such as h100")
+    if args.device is None and (args.devices is not None or args.sweep is not None or args.compile):
+        raise ValueError(
+            "--devices, --sweep and --compile are for a kind of device: name it with --device, such as h100"
+        )
+    if args.compile and args.adapter:
+        raise ValueError("--compile compiles a model's own weights; leave --adapter out")
     if args.devices is None:
         return
     if args.expert_axes is not None:
@@ -177,6 +191,61 @@ def _sweep(args: argparse.Namespace, report: "Plan", expert_axes: tuple[str, ...
         quantized=args.quantized,
         mtp=args.mtp,
     )
+
+
+def _compile(args: argparse.Namespace, report: "Plan", expert_axes: tuple[str, ...]) -> list[dict[str, Any]]:
+    """Compile both steps, and compare what they take with the plan."""
+    import jax
+
+    from jaxmoe.hardware import get_gpu
+    from jaxmoe.mesh import make_mesh
+    from jaxmoe.planning import compile_steps, describe_exchanges, gpu_topology
+
+    jax.config.update("jax_platforms", "cpu")  # the compiler needs no driver, and jax would look for one
+    count = math.prod(report.mesh.values())
+    hosts = -(-count // args.devices_per_node)
+    mesh = make_mesh(**report.mesh, devices=list(gpu_topology(args.device, count, hosts=hosts)))
+    steps = compile_steps(
+        args.checkpoint,
+        mesh,
+        placement=options.read_placement(args.placement),
+        expert_axes=expert_axes,
+        dtype=report.dtype,
+        activations=args.activations,
+        batch_size=report.batch_size,
+        prompt_length=args.prompt_length or max(1, report.max_length // 2),
+        max_length=report.max_length,
+    )
+    planned, room = max(report.bytes_per_device.values()), get_gpu(args.device).memory
+    return [
+        {
+            "step": name,
+            "argument_bytes": step.argument_bytes,
+            "temp_bytes": step.temp_bytes,
+            "planned_bytes": planned,
+            "arguments_over_plan": step.argument_bytes / planned - 1,
+            "all_over_plan": (step.argument_bytes + step.temp_bytes) / planned - 1,
+            "fits": step.argument_bytes + step.temp_bytes <= room,
+            "wire_bytes": sum(each.wire_bytes for each in step.exchanges),
+            "exchanges": list(describe_exchanges(step.exchanges)),
+        }
+        for name, step in steps.items()
+    ]
+
+
+def _print_compiled(step: dict[str, Any]) -> None:
+    from rich.console import Console
+
+    console = Console()
+    console.print(
+        f"{step['step']} compiled: {show_bytes(step['argument_bytes'])} of weights, cache and inputs "
+        f"({step['arguments_over_plan']:+.2%} of the plan), {show_bytes(step['temp_bytes'])} besides "
+        f"({step['all_over_plan']:+.1%} with them): {'fits' if step['fits'] else 'does not fit'}; a device sends "
+        f"{show_bytes(step['wire_bytes'])} if every loop runs once",
+        highlight=False,
+    )
+    for line in step["exchanges"]:
+        console.print(f"  {line}", highlight=False, markup=False)
 
 
 def _write_page(file: str, report: "Plan", search: "MeshSearch | None", points: "list[SweepPoint]") -> None:

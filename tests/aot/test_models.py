@@ -4,6 +4,7 @@ The layers of a kind are alike, so each model is cut down to the few that have o
 memory and collectives follow from, and sixty layers would compile for an hour.
 """
 
+import json
 import re
 
 import jax
@@ -11,6 +12,7 @@ import pytest
 from jax.sharding import Mesh
 
 import jaxmoe
+from jaxmoe.cli import main
 from jaxmoe.config import DecoderConfig, GatedDeltaNetConfig, KDAConfig, Mamba2Config
 from jaxmoe.layers import param_specs
 from jaxmoe.models import Decoder, find_family, get_family
@@ -374,3 +376,19 @@ def test_shared_experts_are_computed_while_tokens_travel(gpu_compiler) -> None:
         elif traveling and " fusion(" in line:
             seen |= weights & set(re.findall(r"%([\w.-]+)", line))
     assert seen == weights
+
+
+def test_the_command_compares_the_plan_with_the_compiler(tmp_path, capsys, gpu_compiler) -> None:
+    """Parameters and cache within 2 %; a step's own memory is what the plan does not count."""
+    config = QWEN3_30B | {"num_hidden_layers": 1, "vocab_size": 1024, "torch_dtype": "bfloat16"}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    sizes = ["--mesh", "ep=4", "--batch-size", "8", "--max-length", "128", "--prompt-length", "32"]
+    assert main(["plan", str(tmp_path), "--device", "h100", "--compile", "--json", *sizes]) == 0
+    prefill, decode = json.loads(capsys.readouterr().out)["compiled"]
+    assert (prefill["step"], decode["step"]) == ("prefill", "decode")
+    for step in (prefill, decode):
+        assert abs(step["arguments_over_plan"]) < 0.02
+        assert step["fits"]
+        assert step["wire_bytes"] > 0
+        assert step["exchanges"]
+    assert decode["temp_bytes"] < prefill["temp_bytes"]
