@@ -67,6 +67,7 @@ def pytest_configure(config: pytest.Config) -> None:
     their own: see `tests.support.processes.environment`.
     """
     runs.full = config.getoption("--full")
+    runs.live = runs.full and HAS_PARITY
     # Tracing makes many objects that stay, over which the collector would go again and again: an eighth of the time.
     gc.freeze()
     gc.set_threshold(200_000, 50, 1000)

@@ -1,6 +1,7 @@
 """The run at hand: short, or everything. `tests/conftest.py` sets it before any test file is imported."""
 
 full = False
+live = False  # with torch and transformers to compare with, and everything run
 
 
 def examples(few: int, many: int) -> int:
