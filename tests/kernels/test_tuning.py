@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 import sys
 from functools import partial
 
@@ -174,7 +175,10 @@ def test_command_fails_where_nothing_can_be_tuned(runs_here, kernel, monkeypatch
 def test_command_says_in_one_line_what_is_missing(capsys):
     assert main(["tune", "--model", "mixtral-8x7b"]) == 1
     error = capsys.readouterr().err
-    assert error.startswith("jaxmoe: error: tuning wants a GPU that runs the kernels: kernels 'mosaic_gpu' run on")
+    # An older jax is named before the devices are.
+    assert re.match(
+        "jaxmoe: error: tuning wants a GPU that runs the kernels: kernels 'mosaic_gpu' (run on|need jax 0.11.2)", error
+    )
     assert error.count("\n") == 1
     with pytest.raises(SystemExit, match="2"):
         main(["tune"])

