@@ -144,7 +144,7 @@ def search_meshes(
         ValueError: a size or name does not fit, or the checkpoint cannot be loaded.
 
     Example:
-        >>> found = search_meshes("docs/configs/Qwen3-30B-A3B", 8, device="h100", batch_size=64)
+        >>> found = search_meshes("docs/configs/Qwen3-30B-A3B", 2, device="h100", batch_size=64)
         >>> found.choices[0].decode.seconds <= found.choices[-1].decode.seconds
         True
     """
