@@ -242,3 +242,11 @@ def is_present(device: jax.Device) -> bool:
         return device in jax.devices(device.platform)
     except RuntimeError:  # There is no such platform here.
         return False
+
+
+def bytes_left(device: jax.Device) -> int | None:
+    """Bytes that a device can still give to arrays; None where it does not tell, as CPU devices do not."""
+    stats = device.memory_stats()
+    if not stats or "bytes_limit" not in stats:
+        return None
+    return stats["bytes_limit"] - stats.get("bytes_in_use", 0)

@@ -10,7 +10,7 @@ import jax
 from jaxmoe.checkpoint.errors import CheckpointError
 from jaxmoe.checkpoint.mapping import FamilyCheckpoint, abstract_model, pack_model
 from jaxmoe.layers import param_specs
-from jaxmoe.mesh import AXES
+from jaxmoe.mesh import AXES, bytes_left
 from jaxmoe.models import Decoder
 from jaxmoe.placement import ExpertPlacement
 
@@ -27,9 +27,8 @@ def free_bytes(device: jax.Device) -> int | None:
 
     A simulated device has its share of the machine's memory that no process has taken.
     """
-    stats = device.memory_stats()
-    if stats and "bytes_limit" in stats:
-        return stats["bytes_limit"] - stats.get("bytes_in_use", 0)
+    if (left := bytes_left(device)) is not None:
+        return left
     if device.platform == "cpu" and _MEMORY_OF_MACHINE.exists():
         lines = dict(line.split(":") for line in _MEMORY_OF_MACHINE.read_text().splitlines())
         return int(lines["MemAvailable"].split()[0]) * 1024 // len(device.client.local_devices())

@@ -26,6 +26,7 @@ from jaxmoe.generation.continuous.sizes import Sizes, make_sizes
 from jaxmoe.generation.programs import Leaves, Record
 from jaxmoe.generation.requests import EngineCounts, FinishReason, Request, TokenResult
 from jaxmoe.layers import check_usable
+from jaxmoe.mesh import bytes_left
 from jaxmoe.models import Decoder
 from jaxmoe.models.routing import Routing
 from jaxmoe.placement.balancer import Balancer
@@ -424,6 +425,5 @@ def _free_bytes(model: Decoder) -> int:
         for leaf in leaves
         if isinstance(leaf, jax.ShapeDtypeStruct)
     )
-    stats = [device.memory_stats() for device in model.mesh.local_devices]
-    known = [one["bytes_limit"] - one["bytes_in_use"] for one in stats if one and "bytes_limit" in one]
+    known = [left for device in model.mesh.local_devices if (left := bytes_left(device)) is not None]
     return int(SHARE_OF_MEMORY * (min(known) - coming)) if known else DEFAULT_BYTES
