@@ -51,8 +51,9 @@ def stream(
 
     Args:
         model: model from `jaxmoe.load`.
-        prompts, max_new_tokens, sampling_params, temperature, top_k, top_p, min_p, repetition_penalty, seed, adapters,
-            eos_token_id, ignore_eos, stop, chat, chat_template_kwargs, tokenizer: arguments as for `jaxmoe.generate`.
+        prompts, max_new_tokens, sampling_params: arguments as for `jaxmoe.generate`, and so are those that follow.
+        temperature, top_k, top_p, min_p, repetition_penalty, seed: the same.
+        adapters, eos_token_id, ignore_eos, stop, chat, chat_template_kwargs, tokenizer: the same.
         num_slots, max_length: arguments as for `ContinuousEngine`; programs are compiled once for each pair of them.
         timeout: seconds from this call after which the loop raises `TimeoutError`, between two steps; None for no limit.
 
