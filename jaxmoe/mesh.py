@@ -139,6 +139,15 @@ def parse_mesh(text: str) -> dict[str, int]:
     return {axis: sizes.get(axis, 1) for axis in AXES}
 
 
+def write_mesh(sizes: Mapping[str, int]) -> str:
+    """Write the sizes of a mesh as `parse_mesh` reads them.
+
+    >>> write_mesh({"dp": 1, "tp": 2, "ep": 4})
+    'dp=1,tp=2,ep=4'
+    """
+    return ",".join(f"{axis}={size}" for axis, size in sizes.items())
+
+
 def check_mesh(mesh: Any) -> None:
     """Refuse a mesh that a whole model cannot live on.
 

@@ -32,16 +32,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--logit-bias", type=_bias, metavar="ID=X,ID=X", help="numbers added to the logits of tokens")
     group.add_argument("--json-schema", metavar="FILE", help='texts are JSON of this schema (extra "constrain")')
     group.add_argument("--token-ids", action="store_const", const=True, help="token ids beside the text")
-    group.add_argument(
-        "--num-slots", type=options.count, metavar="N", help="lines at a time (16 on each part of the batch)"
-    )
-    group.add_argument("--num-pages", type=options.count, metavar="N", help="pages of the cache (what memory holds)")
-    group.add_argument(
-        "--max-length",
-        type=options.count,
-        metavar="N",
-        help="tokens of a prompt and its text together (the model's most)",
-    )
+    options.add_slots(group, "lines")
 
 
 def check(args: argparse.Namespace) -> None:

@@ -102,6 +102,7 @@ def _rows(model: str, tokens: int, layout: "DispatchLayout", args: argparse.Name
     import jax.numpy as jnp
 
     from jaxmoe.dispatch import DISPATCHES, RATES, DispatchShape, dispatch_cost, expected_bytes, explain_dispatch
+    from jaxmoe.mesh import write_mesh
 
     shape = DispatchShape(
         tokens=tokens,
@@ -120,7 +121,7 @@ def _rows(model: str, tokens: int, layout: "DispatchLayout", args: argparse.Name
         rows.append(
             {
                 "model": model,
-                "mesh": ",".join(f"{axis}={size}" for axis, size in layout.mesh_shape),
+                "mesh": write_mesh(dict(layout.mesh_shape)),
                 "tokens": tokens,
                 "dispatch": name,
                 **{f"{part}_bytes": round(value) for part, value in sent._asdict().items()},

@@ -180,8 +180,10 @@ def _adapter_of_each(args: argparse.Namespace, count: int) -> list[str | None]:
 
 
 def _describe(mesh: "Mesh") -> str:
-    sizes = ",".join(f"{axis}={size}" for axis, size in mesh.shape.items())
-    return f"mesh {sizes} on {mesh.size} {mesh.devices.flat[0].platform} device{'s' if mesh.size > 1 else ''}"
+    from jaxmoe.mesh import write_mesh
+
+    devices = f"{mesh.size} {mesh.devices.flat[0].platform} device{'s' if mesh.size > 1 else ''}"
+    return f"mesh {write_mesh(mesh.shape)} on {devices}"
 
 
 def _write_whole(path: "Path", write: Callable[["Path"], None]) -> None:

@@ -89,6 +89,18 @@ def use_compile_cache(args: argparse.Namespace) -> None:
         print(f"compiled programs are not kept: {error}", file=sys.stderr)
 
 
+def add_slots(parser: argparse._ActionsContainer, what: str) -> None:
+    """Add the sizes of continuous batching; `what` is what a slot holds."""
+    parser.add_argument("--num-slots", type=count, metavar="N", help=f"{what} at a time (16 on each part of the batch)")
+    parser.add_argument("--num-pages", type=count, metavar="N", help="pages of the cache (what memory holds)")
+    parser.add_argument(
+        "--max-length",
+        type=count,
+        metavar="N",
+        help="tokens of a prompt and its text together (the model's most)",
+    )
+
+
 def make_mesh(args: argparse.Namespace) -> "Mesh":
     """Make the mesh that ``--mesh`` and ``--simulate`` ask for."""
     from jaxmoe.mesh import make_mesh, simulate_devices

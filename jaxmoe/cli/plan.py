@@ -258,6 +258,8 @@ def _print_search(search: "MeshSearch") -> None:
     from rich.console import Console
     from rich.table import Table
 
+    from jaxmoe.mesh import write_mesh
+
     console = Console()
     table = Table(
         title=f"{search.batch_size} sequences; decode at {search.max_length // 2:,} tokens, prefill of "
@@ -270,7 +272,7 @@ def _print_search(search: "MeshSearch") -> None:
     for choice in search.choices[:_SHOWN]:
         step = getattr(choice, search.rank_by)
         table.add_row(
-            ",".join(f"{axis}={size}" for axis, size in choice.mesh.items()),
+            write_mesh(choice.mesh),
             ",".join(choice.expert_axes),
             f"{choice.bytes_per_device / 1e9:.1f}",
             f"{choice.decode.seconds * 1e3:.1f} ms",
@@ -312,10 +314,11 @@ def _print(report: "Plan") -> None:
     from rich.console import Console
     from rich.table import Table
 
+    from jaxmoe.mesh import write_mesh
+
     console = Console()
-    sizes = ",".join(f"{axis}={size}" for axis, size in report.mesh.items())
     console.print(
-        f"{report.model_type}, {show_count(report.parameters)} parameters in {report.dtype} on {sizes}; "
+        f"{report.model_type}, {show_count(report.parameters)} parameters in {report.dtype} on {write_mesh(report.mesh)}; "
         f"{show_count(report.active_parameters)} active per token; "
         f"cache for {report.batch_size} x {report.max_length} tokens",
         highlight=False,

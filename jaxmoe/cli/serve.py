@@ -37,16 +37,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         "--drain", type=float, default=30.0, metavar="SECONDS", help="time for requests to end after SIGTERM (30)"
     )
     group = parser.add_argument_group("generation")
-    group.add_argument(
-        "--num-slots", type=options.count, metavar="N", help="requests at a time (16 on each part of the batch)"
-    )
-    group.add_argument("--num-pages", type=options.count, metavar="N", help="pages of the cache (what memory holds)")
-    group.add_argument(
-        "--max-length",
-        type=options.count,
-        metavar="N",
-        help="tokens of a prompt and its text together (the model's most)",
-    )
+    options.add_slots(group, "requests")
     group.add_argument("--rebalance", action="store_true", help="move experts between devices when loads become uneven")
     group.add_argument(
         "--no-expert-metrics", action="store_true", help="do not count for /metrics which experts tokens choose"

@@ -17,9 +17,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     """Add the options of ``jaxmoe warm``."""
     parser.add_argument("checkpoint", help="a checkpoint directory, of which config.json is enough where it is plain")
     group = parser.add_argument_group("for jaxmoe serve, as there")
-    group.add_argument("--num-slots", type=options.count, metavar="N", help="requests at a time")
-    group.add_argument("--num-pages", type=options.count, metavar="N", help="pages of the cache")
-    group.add_argument("--max-length", type=options.count, metavar="N", help="tokens of a prompt and its text together")
+    options.add_slots(group, "requests")
     group.add_argument("--no-expert-metrics", action="store_true", help="for a server that does not count experts")
     group = parser.add_argument_group("for jaxmoe generate too, with all three")
     group.add_argument("--batch-size", type=options.count, metavar="N", help="prompts at a time")

@@ -20,7 +20,7 @@ from jaxmoe.mesh import AXES, EP, MODEL_AXES, axes_size, batch_axes, named, padd
 from jaxmoe.models import Decoder
 from jaxmoe.models.parts import held_forms, part_of
 from jaxmoe.placement import ExpertPlacement
-from jaxmoe.planning.planned import PlannedCheckpoint
+from jaxmoe.planning.planned import PlannedCheckpoint, keeps_packed
 from jaxmoe.planning.stored import StoredWeights, stored_weights
 
 _DTYPES = ("float32", "bfloat16", "float16")
@@ -147,8 +147,7 @@ def plan(
         (9028136960, True)
     """
     checkpoint = PlannedCheckpoint.read(path, mtp=flag("mtp", mtp))
-    if quantized not in ("keep", "dequantize"):
-        raise ValueError(f'quantized is "keep" or "dequantize"; got {quantized!r}')
+    keep = keeps_packed(quantized)
     if activations not in (None, "checkpoint"):
         raise ValueError(f'activations is "checkpoint" or None; got {activations!r}')
     return plan_config(
@@ -163,7 +162,7 @@ def plan(
         max_length=max_length,
         device=device,
         checkpoint=checkpoint,
-        keep=quantized == "keep",
+        keep=keep,
         rounding=activations is not None,
         adapters=adapters,
     )

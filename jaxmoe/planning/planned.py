@@ -1,15 +1,35 @@
 """The checkpoint that is planned for: its config, its quantization, and its tensors as far as they are known."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from jaxmoe.checkpoint.mapping import FamilyCheckpoint, MappedCheckpoint, expected_checkpoint
+import jax.numpy as jnp
+
+from jaxmoe.checkpoint.mapping import (
+    FamilyCheckpoint,
+    MappedCheckpoint,
+    abstract_model,
+    expected_checkpoint,
+    pack_model,
+)
 from jaxmoe.checks import path_like
 from jaxmoe.config import DecoderConfig, directory_of, find_checkpoint
-from jaxmoe.layers import ParamSpec
-from jaxmoe.models import Family, read_model_config
+from jaxmoe.layers import ParamSpec, param_specs
+from jaxmoe.models import Decoder, Family, read_model_config
+from jaxmoe.placement import ExpertPlacement
 from jaxmoe.quant import Quantization, read_quantization
+
+
+def keeps_packed(quantized: str) -> bool:
+    """Whether quantized weights stay packed where they can, by the setting of that name.
+
+    Raises:
+        ValueError: there is no such setting.
+    """
+    if quantized not in ("keep", "dequantize"):
+        raise ValueError(f'quantized is "keep" or "dequantize"; got {quantized!r}')
+    return quantized == "keep"
 
 
 class PlannedCheckpoint(NamedTuple):
@@ -48,6 +68,32 @@ class PlannedCheckpoint(NamedTuple):
         except FileNotFoundError:  # no weights, or not all of them
             headers = None
         return cls(directory, family, config, quantization, mtp, headers)
+
+    def model(
+        self,
+        *,
+        sizes: Mapping[str, int],
+        placement: str | ExpertPlacement | Sequence[str | ExpertPlacement],
+        expert_axes: tuple[str, ...],
+        dtype: str,
+        keep: bool,
+    ) -> Decoder:
+        """Make the model that would be loaded, without values; its parameters are packed where they stay so, if `keep`.
+
+        Args:
+            sizes: sizes of the mesh axes.
+            placement, expert_axes, dtype: arguments as for `jaxmoe.load`.
+            keep: whether quantized weights stay packed.
+
+        Raises:
+            ValueError: they do not fit together.
+        """
+        model = abstract_model(
+            self.config, sizes=sizes, placement=placement, expert_axes=expert_axes, dtype=jnp.dtype(dtype)
+        )
+        if keep:
+            pack_model(model, self.onto({spec.path: spec for spec in param_specs(model)}, one_expert=True))
+        return model
 
     def onto(self, specs: Mapping[str, ParamSpec], *, one_expert: bool = False) -> MappedCheckpoint:
         """Map its tensors to parameters: those that its headers tell of, or those that its config promises.

@@ -2,22 +2,20 @@
 
 import dataclasses
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-import jax.numpy as jnp
 import numpy as np
 
-from jaxmoe.checkpoint.mapping import abstract_model, pack_model
+from jaxmoe.checkpoint.errors import CheckpointError
 from jaxmoe.checks import flag, integer
 from jaxmoe.dispatch import DISPATCHES
 from jaxmoe.hardware import get_gpu
-from jaxmoe.layers import param_specs
-from jaxmoe.mesh import AXES, DP, EP, TP
+from jaxmoe.mesh import AXES, DP, EP, TP, write_mesh
 from jaxmoe.models import Decoder
 from jaxmoe.planning.memory import cache_bytes, checked_dtype, checked_length, weight_parts
-from jaxmoe.planning.planned import PlannedCheckpoint
+from jaxmoe.planning.planned import PlannedCheckpoint, keeps_packed
 from jaxmoe.planning.roofline import Phase, StepTime, step_time
 
 
@@ -40,8 +38,7 @@ class MeshChoice:
     prefill: StepTime
 
     def __str__(self) -> str:
-        sizes = ",".join(f"{axis}={size}" for axis, size in self.mesh.items())
-        return f"{sizes}, experts over {'·'.join(self.expert_axes)}"
+        return _layout(self.mesh, self.expert_axes)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -156,31 +153,24 @@ def search_meshes(
         raise ValueError(f'rank_by is "decode" or "prefill"; got {rank_by!r}')
     if dispatch not in ("auto", *DISPATCHES):
         raise ValueError(f"dispatch backends are auto, {', '.join(DISPATCHES)}; got {dispatch!r}")
-    if quantized not in ("keep", "dequantize"):
-        raise ValueError(f'quantized is "keep" or "dequantize"; got {quantized!r}')
+    keep = keeps_packed(quantized)
     if not skew >= 1:
         raise ValueError(f"skew is the most rows of a device over their mean, at least 1; got {skew!r}")
     checkpoint = PlannedCheckpoint.read(path, mtp=flag("mtp", mtp))
-    config = checkpoint.config
-    max_length = checked_length(config, max_length)
+    max_length = checked_length(checkpoint.config, max_length)
+    dtype = checked_dtype(checkpoint.config, dtype)
     prompt = max(1, max_length // 2) if prompt_length is None else integer("prompt_length", prompt_length, least=1)
     if prompt > max_length:
         raise ValueError(f"prompt_length is at most max_length ({max_length}); got {prompt}")
     choices, left_out = [], {}
     for sizes, expert_axes in _layouts(devices):
         try:
-            model = abstract_model(
-                config,
-                sizes=sizes,
-                placement=placement,
-                expert_axes=expert_axes,
-                dtype=jnp.dtype(checked_dtype(config, dtype)),
-            )
+            model = checkpoint.model(sizes=sizes, placement=placement, expert_axes=expert_axes, dtype=dtype, keep=keep)
+        except CheckpointError:
+            raise
         except ValueError as error:
-            left_out[f"{_written(sizes)}, experts over {'·'.join(expert_axes)}"] = str(error)
+            left_out[_layout(sizes, expert_axes)] = str(error)
             continue
-        if quantized == "keep" and (checkpoint.quantization is not None or checkpoint.headers is not None):
-            pack_model(model, checkpoint.onto({spec.path: spec for spec in param_specs(model)}, one_expert=True))
 
         def time(phase: Phase, length: int, model: Decoder = model) -> StepTime:
             return step_time(
@@ -234,5 +224,5 @@ def _layouts(devices: int) -> Iterator[tuple[dict[str, int], tuple[str, ...]]]:
             yield mesh, (DP, EP)
 
 
-def _written(sizes: dict[str, int]) -> str:
-    return ",".join(f"{axis}={size}" for axis, size in sizes.items())
+def _layout(sizes: Mapping[str, int], expert_axes: tuple[str, ...]) -> str:
+    return f"{write_mesh(sizes)}, experts over {'·'.join(expert_axes)}"

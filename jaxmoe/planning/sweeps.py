@@ -5,17 +5,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import jax.numpy as jnp
 import numpy as np
 
-from jaxmoe.checkpoint.mapping import abstract_model, pack_model
 from jaxmoe.checks import flag, integer
 from jaxmoe.hardware import get_gpu
-from jaxmoe.layers import param_specs
 from jaxmoe.mesh import EP
 from jaxmoe.placement import ExpertPlacement
 from jaxmoe.planning.memory import cache_bytes, checked_dtype, checked_length, weight_parts
-from jaxmoe.planning.planned import PlannedCheckpoint
+from jaxmoe.planning.planned import PlannedCheckpoint, keeps_packed
 from jaxmoe.planning.roofline import StepTime, step_time
 
 
@@ -84,15 +81,13 @@ def sweep(
     gpu, checkpoint = get_gpu(device), PlannedCheckpoint.read(path, mtp=flag("mtp", mtp))
     batch_sizes = [integer("batch_size", size, least=1) for size in batch_sizes]
     lengths = [checked_length(checkpoint.config, length) for length in lengths]
-    model = abstract_model(
-        checkpoint.config,
+    model = checkpoint.model(
         sizes={name: integer(name, size, least=1) for name, size in {"dp": dp, "tp": tp, "ep": ep}.items()},
         placement=placement,
         expert_axes=expert_axes,
-        dtype=jnp.dtype(checked_dtype(checkpoint.config, dtype)),
+        dtype=checked_dtype(checkpoint.config, dtype),
+        keep=keeps_packed(quantized),
     )
-    if quantized == "keep":
-        pack_model(model, checkpoint.onto({spec.path: spec for spec in param_specs(model)}, one_expert=True))
     weights, points = np.sum(list(weight_parts(model).values()), axis=0), []
     for batch_size in batch_sizes:
         for length in lengths:

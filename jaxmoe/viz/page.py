@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
 
+from jaxmoe.mesh import write_mesh
 from jaxmoe.planning import MeshSearch, Plan, SweepPoint
 from jaxmoe.viz.memory import device_memory
 from jaxmoe.viz.times import step_times
@@ -40,7 +41,7 @@ def plan_page(plan: Plan, *, search: MeshSearch | None = None, sweep: Sequence[S
     Returns:
         HTML with its pictures in it, as SVG.
     """
-    sizes = ",".join(f"{axis}={size}" for axis, size in plan.mesh.items())
+    sizes = write_mesh(plan.mesh)
     body = [
         f"<h1>{html.escape(plan.model_type)} on {html.escape(sizes)}</h1>",
         f"<p>{plan.parameters / 1e9:,.1f} billion parameters, {plan.active_parameters / 1e9:,.2f} billion active per token, "

@@ -71,6 +71,7 @@ def test_what_does_not_fit_is_dropped_and_what_does_not_divide_is_named(qwen, tm
         ({"dispatch": "carrier pigeon"}, "dispatch backends are auto"),
         ({"prompt_length": 5000, "max_length": 4096}, r"prompt_length is at most max_length \(4096\)"),
         ({"quantized": "yes"}, '"keep" or "dequantize"'),
+        ({"dtype": "float8"}, "dtype is one of"),
         ({"max_length": 10**6}, "the model has 40960 positions"),
     ],
     ids=str,
@@ -78,6 +79,11 @@ def test_what_does_not_fit_is_dropped_and_what_does_not_divide_is_named(qwen, tm
 def test_nonsense_is_refused(qwen, options, message) -> None:
     with pytest.raises(ValueError, match=message):
         search_meshes(qwen, 8, device="h100", **options)
+
+
+def test_a_sweep_refuses_nonsense_too(qwen) -> None:
+    with pytest.raises(ValueError, match='"keep" or "dequantize"'):
+        sweep(qwen, device="h100", batch_sizes=[1], lengths=[8], quantized="yes")
 
 
 def test_a_sweep_says_where_the_room_ends(qwen) -> None:

@@ -10,7 +10,7 @@ import jax
 from jaxmoe.checkpoint.errors import CheckpointError
 from jaxmoe.checkpoint.mapping import FamilyCheckpoint, abstract_model, pack_model
 from jaxmoe.layers import param_specs
-from jaxmoe.mesh import AXES, bytes_left
+from jaxmoe.mesh import AXES, bytes_left, write_mesh
 from jaxmoe.models import Decoder
 from jaxmoe.placement import ExpertPlacement
 
@@ -63,7 +63,7 @@ def check_room(
     way_out = next(_meshes_with_room(model, found, placement, expert_axes, keep, size), None)
     raise CheckpointError(
         f"{found.checkpoint.path}: a model's parameters have to fit in the free memory of each device; on "
-        f"{_written(dict(mesh.shape))} each holds {_gigabytes(needed)}, and {device} has {_gigabytes(size)} free; "
+        f"{write_mesh(mesh.shape)} each holds {_gigabytes(needed)}, and {device} has {_gigabytes(size)} free; "
         + (
             way_out
             or "they fit on no mesh of up to 64 times as many devices like it: free its memory, or take larger ones"
@@ -94,7 +94,7 @@ def _meshes_with_room(
             if keep:
                 pack_model(other, found.onto({spec.path: spec for spec in param_specs(other)}))
             if (needed := held_bytes(other)) <= room:
-                yield f"{_written(sizes)} would take {_gigabytes(needed)} on each of {model.mesh.size * factor} devices"
+                yield f"{write_mesh(sizes)} would take {_gigabytes(needed)} on each of {model.mesh.size * factor} devices"
 
 
 def _shapes(devices: int) -> Iterator[dict[str, int]]:
@@ -102,10 +102,6 @@ def _shapes(devices: int) -> Iterator[dict[str, int]]:
     for tp, ep in itertools.product(range(1, devices + 1), repeat=2):
         if tp * ep == devices:
             yield dict(zip(AXES, (1, tp, ep), strict=True))
-
-
-def _written(sizes: dict[str, int]) -> str:
-    return ",".join(f"{axis}={size}" for axis, size in sizes.items())
 
 
 def _gigabytes(size: int) -> str:
