@@ -20,7 +20,12 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from scripts._bench.worker import Worker, say, warn_if_busy
 
 MODEL = {
     "vocab_size": 8192,
@@ -43,7 +48,6 @@ COUNT, LONGEST = 64, 512
 # Times as fast as each of these the continuous engine is to be.
 AIMS = {"jaxmoe, static batch": 3.0, "transformers, continuous batching": 1.0, "transformers, generate": 2.0}
 OURS = "jaxmoe, continuous batching"
-PAUSE_S = 0.3  # after each turn, for the threads of that side to go to sleep
 
 Outputs = list[list[int]]
 
@@ -60,17 +64,15 @@ def main() -> None:
     if args.worker:
         serve(*args.worker, args.slots)
         return
-    cpus = os.cpu_count()
-    if os.getloadavg()[0] > cpus / 4:
-        say(f"other programs are at work (load {os.getloadavg()[0]:.1f} on {cpus} CPUs): these figures mean little")
+    warn_if_busy()
     with tempfile.TemporaryDirectory() as folder:
         say("making the checkpoint")
         subprocess.run([sys.executable, __file__, "--worker", "make", folder], check=True, stdout=sys.stderr)
-        sides: dict[str, Side] = {}
+        sides: dict[str, Worker] = {}
         try:
             for name in args.side or SIDES:
                 say(f"starting {name}")
-                sides[name] = Side(name, folder, args.slots)
+                sides[name] = Worker(__file__, "--slots", str(args.slots), "--worker", name, folder)
             found = take_turns(sides, args.rounds)
         finally:
             for side in sides.values():
@@ -82,41 +84,13 @@ def main() -> None:
         show(report)
 
 
-class Side:
-    """One process that has the model loaded and answers each turn with the seconds it took, and its tokens."""
-
-    def __init__(self, kind: str, checkpoint: str, slots: int):
-        command = [sys.executable, __file__, "--slots", str(slots), "--worker", kind, checkpoint]
-        self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-        self.receive()
-
-    def receive(self) -> Any:
-        """The next answer."""
-        line = self.process.stdout.readline()
-        if not line:
-            raise SystemExit(f"{self.process.args} ended with status {self.process.wait()}")
-        return json.loads(line)
-
-    def turn(self) -> dict[str, Any]:
-        """Seconds and tokens of one turn; the process works only between question and answer."""
-        self.process.stdin.write("go\n")
-        self.process.stdin.flush()
-        return self.receive()
-
-    def close(self) -> None:
-        """Ends the process."""
-        self.process.stdin.close()
-        self.process.wait()
-
-
-def take_turns(sides: dict[str, Side], rounds: int) -> dict[str, list[dict[str, Any]]]:
+def take_turns(sides: dict[str, Worker], rounds: int) -> dict[str, list[dict[str, Any]]]:
     """Answers by side; the round before the first is warm-up and compiles."""
     found: dict[str, list[dict[str, Any]]] = {name: [] for name in sides}
     for turn in range(rounds + 1):
         for name, side in sides.items():
             say(f"{name}: " + (f"round {turn} of {rounds}" if turn else "warm-up"))
-            answer = side.turn()
-            time.sleep(PAUSE_S)
+            answer = side.turn("go")
             if turn:
                 found[name].append(answer)
     return found
@@ -346,11 +320,6 @@ SIDES: dict[str, Callable[[str, int], Run]] = {
     **{f"transformers, generate, batches of {size}": padded(size) for size in (8, 16, 64)},
     "transformers, continuous batching": their_continuous,
 }
-
-
-def say(text: str) -> None:
-    """One line of what is going on, on stderr."""
-    print(f"· {text}", file=sys.stderr, flush=True)
 
 
 if __name__ == "__main__":

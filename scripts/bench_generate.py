@@ -21,7 +21,12 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from scripts._bench.worker import Worker, say, warn_if_busy
 
 MODEL = {
     "vocab_size": 8192,
@@ -50,7 +55,6 @@ TASKS = {
     "decode batch 1": {"batch": 1, "prompt": 32, "new": 65, "aim": 2.0},
     "decode batch 8": {"batch": 8, "prompt": 32, "new": 33, "aim": 1.0},
 }
-PAUSE_S = 0.3  # after each turn, for the threads of that side to go to sleep
 
 
 def main() -> None:
@@ -66,8 +70,7 @@ def main() -> None:
         return
 
     cpus = os.cpu_count()
-    if os.getloadavg()[0] > cpus / 4:
-        say(f"other programs are at work (load {os.getloadavg()[0]:.1f} on {cpus} CPUs): these figures mean little")
+    warn_if_busy()
     with tempfile.TemporaryDirectory() as folder:
         say("making the checkpoint")
         subprocess.run([sys.executable, __file__, "--worker", "make", folder], check=True, stdout=sys.stderr)
@@ -75,7 +78,7 @@ def main() -> None:
         try:
             for kind in ["dynamic cache", "static cache", *(args.mesh or MESHES)]:
                 say(f"starting {side_name(kind)}")
-                sides[side_name(kind)] = Side(kind, folder)
+                sides[side_name(kind)] = Worker(__file__, "--worker", kind, folder)
             seconds = take_turns(sides, args.rounds)
         finally:
             for side in sides.values():
@@ -99,42 +102,14 @@ def side_name(kind: str) -> str:
     return f"jaxmoe {kind}" if "=" in kind else f"transformers, {kind}"
 
 
-class Side:
-    """One process that has the model loaded and answers each task with the seconds it took."""
-
-    def __init__(self, kind: str, checkpoint: str):
-        command = [sys.executable, __file__, "--worker", kind, checkpoint]
-        self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-        self.receive()
-
-    def receive(self) -> Any:
-        """The next answer."""
-        line = self.process.stdout.readline()
-        if not line:
-            raise SystemExit(f"{self.process.args[3:]} ended with status {self.process.wait()}")
-        return json.loads(line)
-
-    def time(self, task: str) -> float:
-        """Seconds that ``task`` took; the process works only between question and answer."""
-        self.process.stdin.write(task + "\n")
-        self.process.stdin.flush()
-        return self.receive()
-
-    def close(self) -> None:
-        """Ends the process."""
-        self.process.stdin.close()
-        self.process.wait()
-
-
-def take_turns(sides: dict[str, Side], rounds: int) -> dict[str, dict[str, list[float]]]:
+def take_turns(sides: dict[str, Worker], rounds: int) -> dict[str, dict[str, list[float]]]:
     """Seconds by task and side; the round before the first is warm-up and compiles."""
     seconds = {task: {name: [] for name in sides} for task in TASKS}
     for task in TASKS:
         for turn in range(rounds + 1):
             say(f"{task}: " + (f"round {turn} of {rounds}" if turn else "warm-up"))
             for name, side in sides.items():
-                taken = side.time(task)
-                time.sleep(PAUSE_S)
+                taken = side.turn(task)
                 if turn:
                     seconds[task][name].append(taken)
     return seconds
@@ -319,11 +294,6 @@ def jaxmoe_timer(mesh: str, checkpoint: str) -> Timer:
         return stats.prefill_seconds if new == 1 else stats.decode_seconds
 
     return timer
-
-
-def say(text: str) -> None:
-    """One line of what is going on, on stderr."""
-    print(f"· {text}", file=sys.stderr, flush=True)
 
 
 if __name__ == "__main__":
