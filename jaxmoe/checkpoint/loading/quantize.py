@@ -18,23 +18,28 @@ from jaxmoe.checkpoint.loading.report import LoadReport, bytes_per_device
 from jaxmoe.checkpoint.mapping import MappedCheckpoint, is_expert_stack, layer_index, linear_kind
 from jaxmoe.kernels.grouped_matmul import dequantize
 from jaxmoe.kernels.grouped_matmul.quantize import quantize
-from jaxmoe.layers import ParamSpec, pack_params, packable_params, part_specs
+from jaxmoe.layers import ParamSpec, pack_params, packable_params, packings_of, part_specs
 from jaxmoe.models import Decoder
 from jaxmoe.quant.encode import STACKED, TARGETS, QuantizationLoss
 from jaxmoe.quant.packing import Packing
 
 
-def choose_targets(model: Decoder, mapped: MappedCheckpoint, target: str) -> dict[str, Packing]:
-    """Choose the parameters that are quantized, with their packed forms: linear layers of attention, MLPs and experts.
+def pack_as(model: Decoder, mapped: MappedCheckpoint, target: str) -> None:
+    """Make the parameters of an abstract model that `load_quantized` quantizes packed ones.
 
     Args:
-        model: model without values.
-        mapped: checkpoint mapped to its parameters.
+        model: model without values, all of its parameters plain.
+        mapped: checkpoint mapped to them.
         target: name in `jaxmoe.quant.encode.TARGETS`.
 
     Raises:
         CheckpointError: a device's part of a weight cannot be packed so.
     """
+    pack_params(model, mapped.specs.values(), _choose_targets(model, mapped, target))
+
+
+def _choose_targets(model: Decoder, mapped: MappedCheckpoint, target: str) -> dict[str, Packing]:
+    """The parameters that are quantized, with their packed forms: linear layers of attention, MLPs and experts."""
     encoder, packable = TARGETS[target], packable_params(model)
     kinds = STACKED.get((model.config.model_type, target), encoder).kinds
     problems = Problems(f"quantizing {mapped.checkpoint.path} to {target}")
@@ -78,8 +83,8 @@ def load_quantized(
     """Load a checkpoint and quantize its linear layers; one layer at a time is there in plain numbers.
 
     Args:
-        model: model without values; the parameters that are quantized become packed ones.
-        mapped: checkpoint mapped to its parameters.
+        model: model without values, packed by `pack_as`.
+        mapped: checkpoint mapped to its parameters as plain arrays.
         target: name in `jaxmoe.quant.encode.TARGETS`.
         whole: plan of loading all of it plain, which has proved that it is complete.
         check_finite, progress: arguments as for `load_arrays`.
@@ -88,10 +93,9 @@ def load_quantized(
         {path: array}, and the report.
 
     Raises:
-        CheckpointError: the checkpoint cannot be quantized so, a file cannot be read, or a weight is not finite.
+        CheckpointError: a file cannot be read, or a weight is not finite.
     """
-    packings = choose_targets(model, mapped, target)
-    pack_params(model, mapped.specs.values(), packings)
+    packings = packings_of(model)
     layers: dict[int | None, dict[str, ParamSpec]] = defaultdict(dict)
     for path, spec in mapped.specs.items():
         layers[layer_index(path)][path] = spec
