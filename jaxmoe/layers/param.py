@@ -40,6 +40,11 @@ class ParamSpec:
     source_groups: int | None = None
     parts: int | None = None
 
+    @property
+    def device_bytes(self) -> int:
+        """Bytes of it on a device; every device has as many."""
+        return math.prod(self.sharding.shard_shape(self.shape)) * self.dtype.itemsize
+
 
 @dataclasses.dataclass(frozen=True)
 class RowMap:

@@ -10,12 +10,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxmoe.checkpoint.loading import plan_ranks
+from jaxmoe.checkpoint.loading import plan_factors
 from jaxmoe.checkpoint.mapping import abstract_model, count_parameters, is_expert_stack, layer_index, pack_model
 from jaxmoe.checks import flag, integer
 from jaxmoe.config import DecoderConfig
 from jaxmoe.hardware import get_gpu
-from jaxmoe.layers import CacheArray, ParamSpec, factor_specs, param_specs
+from jaxmoe.layers import CacheArray, param_specs
 from jaxmoe.mesh import AXES, EP, MODEL_AXES, axes_size, batch_axes, named, padded_batch
 from jaxmoe.models import Decoder
 from jaxmoe.models.parts import held_forms, part_of
@@ -204,8 +204,9 @@ def plan_config(
         method = None if checkpoint.quantization is None else checkpoint.quantization.method
         stored = stored_weights(mapped, method)
         if adapters:
-            ranks = plan_ranks(model, adapters, mapped, checkpoint.family)
-            beside["adapters"] = np.full(model.mesh.size, _factor_bytes(mapped.specs, ranks, len(adapters)), np.float64)
+            factors = plan_factors(model, adapters, mapped, checkpoint.family)
+            on_device = sum(spec.device_bytes for spec in factors)
+            beside["adapters"] = np.full(model.mesh.size, on_device, np.float64)
         notes = pack_model(model, mapped, rounding=rounding).notes() if keep else ()
     parts = weight_parts(model) | beside
     room = None if gpu is None else gpu.memory - np.sum(list(parts.values()), axis=0).max()
@@ -257,7 +258,7 @@ def weight_parts(model: Decoder) -> dict[str, np.ndarray]:
     }
     parts["other"] = np.zeros(model.mesh.size)
     for spec in param_specs(model):
-        on_device = math.prod(spec.sharding.shard_shape(spec.shape)) * spec.dtype.itemsize
+        on_device = spec.device_bytes
         if not is_expert_stack(spec.path):
             parts[part_of(spec.path)] += on_device
             continue
@@ -268,12 +269,6 @@ def weight_parts(model: Decoder) -> dict[str, np.ndarray]:
         for use, slots_n in moe.placement.slot_uses.items():
             parts[_PART_OF_USE[use]] += slots_n[_expert_rank(model, moe.expert_axes)] * per_slot
     return {name: part for name, part in parts.items() if part.any()}
-
-
-def _factor_bytes(specs: Mapping[str, ParamSpec], ranks: Mapping[str, int], adapters: int) -> int:
-    """Bytes of adapters' factors on a device, those of padding slots among them; the same on every one."""
-    factors = [spec for path, rank in ranks.items() for spec in factor_specs(specs[path], adapters, rank)]
-    return sum(math.prod(spec.sharding.shard_shape(spec.shape)) * spec.dtype.itemsize for spec in factors)
 
 
 def _expert_rank(model: Decoder, expert_axes: tuple[str, ...]) -> np.ndarray:

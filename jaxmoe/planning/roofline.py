@@ -146,7 +146,7 @@ def _weights(model: Decoder, tokens: int, rows: int) -> tuple[_Work, dict[int, _
         layer = layer_index(spec.path)
         if layer is not None and layer >= model.config.num_main_layers:
             continue
-        size = math.prod(spec.sharding.shard_shape(spec.shape)) * spec.dtype.itemsize
+        size = spec.device_bytes
         flops = 2 * counts.get(spec.path, 0)
         if is_expert_stack(spec.path):
             assert layer is not None, f"{spec.path}: experts outside a layer"

@@ -8,10 +8,12 @@ import pytest
 
 import jaxmoe
 from jaxmoe.checkpoint.loading import room
+from jaxmoe.layers import held_factors, params_by_path
 from jaxmoe.planning.memory import CACHE
+from tests.support.adapters import factors, write_adapter
 from tests.support.goldens import GOLDENS
 from tests.support.meshes import mesh_of
-from tests.support.quantized_checkpoints import write_pair
+from tests.support.quantized_checkpoints import write_pair, write_plain
 
 QWEN = GOLDENS / "qwen3_moe" / "original"
 
@@ -83,6 +85,59 @@ def test_packed_weights_count_as_they_are_held(free, tmp_path) -> None:
         jaxmoe.load(path, mesh=mesh_of(1, 1, 2))
     free(packed - 1)
     assert re.search(r"would take \S+ GB on each of [24] devices", refused(path, mesh_of(1, 1, 2)))
+
+
+def on_devices(model) -> dict[jax.Device, int]:
+    """Bytes of parameters and of adapters' factors, by what the devices say of their arrays."""
+    held = dict.fromkeys(model.mesh.devices.flat, 0)
+    for variable in (*params_by_path(model).values(), *held_factors(model).values()):
+        for shard in variable.get_value().addressable_shards:
+            held[shard.device] += shard.data.nbytes
+    return held
+
+
+@pytest.mark.parametrize(
+    ("family", "options", "ranks"),
+    [
+        ("qwen3_moe", {"quantize": "int8"}, ()),
+        ("qwen3_moe", {"quantize": "fp8_block"}, (5, 3)),
+        ("qwen3_moe", {}, (4,)),
+        pytest.param("deepseek_v3", {"quantize": "mxfp4"}, (), marks=pytest.mark.full),
+    ],
+    ids=["quantize", "quantize-adapters", "adapter", "latent attention"],
+)
+def test_what_counts_is_what_the_devices_hold_in_the_end(family, options, ranks, free, tmp_path, monkeypatch) -> None:
+    path, mesh = write_plain(tmp_path / "plain", family), mesh_of(1, 2, 2)
+    matrices = {"model.layers.0.self_attn.o_proj": 64, "model.layers.1.mlp.experts.7.up_proj": 32}
+    made = [factors(matrix, outs, 64, rank) for (matrix, outs), rank in zip(matrices.items(), ranks, strict=False)]
+    adapters = {
+        str(rank): write_adapter(tmp_path / f"of rank {rank}", arrays, r=rank)
+        for rank, arrays in zip(ranks, made, strict=True)
+    }
+    free(None)
+    model = jaxmoe.load(path, mesh=mesh, adapters=adapters, **options)
+    (held,) = set(on_devices(model).values())
+    assert bool(held_factors(model)) == bool(ranks)
+
+    def read(*_args, **_kwargs):
+        raise AssertionError("something was read")
+
+    for name in ("load_arrays", "load_quantized"):
+        monkeypatch.setattr(sys.modules["jaxmoe.checkpoint.loading.load"], name, read)
+    free(held)
+    with pytest.raises(AssertionError, match="something was read"):
+        jaxmoe.load(path, mesh=mesh, adapters=adapters, **options)
+    free(held - 1)
+    message = refused(path, mesh, adapters=adapters, **options)
+    assert ("parameters and adapters have" in message) == bool(ranks)
+    assert re.search(r"would take \S+ GB on each of \d+ devices", message)
+
+
+@pytest.mark.usefixtures("unread")
+def test_an_adapter_of_another_model_is_refused_before_the_weights_are_read(tmp_path) -> None:
+    adapter = write_adapter(tmp_path / "other", factors("model.layers.0.self_attn.o_proj", 7, 64))
+    with pytest.raises(jaxmoe.CheckpointError, match="must have the shape"):
+        jaxmoe.load(QWEN, mesh=mesh_of(1, 1, 2), adapters={"other": adapter})
 
 
 def test_a_device_that_does_not_tell_refuses_nothing(free) -> None:

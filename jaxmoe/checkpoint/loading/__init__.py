@@ -1,6 +1,6 @@
 """Loading: the plan of every byte and where it goes, and the threads that carry it out, from files to devices."""
 
-from jaxmoe.checkpoint.loading.apart import add_adapter, add_adapters, plan_ranks, remove_adapter
+from jaxmoe.checkpoint.loading.apart import add_adapter, add_adapters, plan_factors, remove_adapter
 from jaxmoe.checkpoint.loading.buffers import aligned_array
 from jaxmoe.checkpoint.loading.execute import load_arrays, load_shards
 from jaxmoe.checkpoint.loading.load import load
@@ -22,9 +22,9 @@ __all__ = [
     "load_shards",
     "make_load_plan",
     "merge_adapter",
+    "plan_factors",
     "plan_load",
     "plan_packed",
-    "plan_ranks",
     "remove_adapter",
     "run_in_threads",
 ]

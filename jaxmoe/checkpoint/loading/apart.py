@@ -16,8 +16,10 @@ from jaxmoe.checkpoint.mapping import FamilyCheckpoint, MappedCheckpoint, Spelli
 from jaxmoe.checks import instance_of, integer, path_like
 from jaxmoe.distributed import check_same
 from jaxmoe.layers import (
+    ParamSpec,
     adaptable_params,
     check_usable,
+    factor_specs,
     held_factors,
     held_ranks,
     make_room,
@@ -132,10 +134,10 @@ def remove_adapter(model: Decoder, name: str) -> None:
     _report(model, {other: report for other, report in _reports(model).items() if other != name})
 
 
-def plan_ranks(
+def plan_factors(
     model: Decoder, adapters: Mapping[str, str | Path], mapped: MappedCheckpoint, family: Family
-) -> dict[str, int]:
-    """Tell the rank that the factors of each parameter would have with these adapters; headers alone are read.
+) -> list[ParamSpec]:
+    """Give the specs of the factors that a model would hold with these adapters; headers alone are read.
 
     Args:
         model: model without weights.
@@ -146,7 +148,8 @@ def plan_ranks(
     Raises:
         FileNotFoundError, CheckpointError: as `add_adapter`.
     """
-    return _ranks([_params_of(model, open_adapter(path), mapped, family) for path in adapters.values()], {}, 0)
+    ranks = _ranks([_params_of(model, open_adapter(path), mapped, family) for path in adapters.values()], {}, 0)
+    return [spec for path, rank in ranks.items() for spec in factor_specs(mapped.specs[path], len(adapters), rank)]
 
 
 class _Changes(NamedTuple):

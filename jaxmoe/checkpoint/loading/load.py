@@ -1,6 +1,7 @@
 """`jaxmoe.load`: from a checkpoint directory to a model on the mesh."""
 
 import dataclasses
+import functools
 import hashlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -12,15 +13,23 @@ import numpy as np
 from jax.sharding import Mesh
 
 from jaxmoe.checkpoint.formats import PLACEMENT
-from jaxmoe.checkpoint.loading.apart import add_adapters, refuse_stored
+from jaxmoe.checkpoint.loading.apart import add_adapters, plan_factors, refuse_stored
 from jaxmoe.checkpoint.loading.execute import load_arrays
+from jaxmoe.checkpoint.loading.filling import load_progress
 from jaxmoe.checkpoint.loading.merge import merge_adapter
 from jaxmoe.checkpoint.loading.plan import LoadPlan, plan_packed
-from jaxmoe.checkpoint.loading.quantize import load_quantized
-from jaxmoe.checkpoint.loading.room import check_room
+from jaxmoe.checkpoint.loading.quantize import load_quantized, pack_as
+from jaxmoe.checkpoint.loading.room import check_room, held_bytes
 from jaxmoe.checkpoint.loading.whole_modules import put_in_whole_modules
 from jaxmoe.checkpoint.lora import Adapter, open_adapter
-from jaxmoe.checkpoint.mapping import FamilyCheckpoint, PackingChoice, Spellings, asked_activations, pack_model
+from jaxmoe.checkpoint.mapping import (
+    FamilyCheckpoint,
+    MappedCheckpoint,
+    PackingChoice,
+    Spellings,
+    asked_activations,
+    pack_model,
+)
 from jaxmoe.checks import flag, path_like
 from jaxmoe.config import RouterFunction, find_checkpoint
 from jaxmoe.distributed import check_same
@@ -30,7 +39,7 @@ from jaxmoe.models import Decoder, Family, Origin
 from jaxmoe.models.kernels import try_kernels
 from jaxmoe.models.parts import held_forms
 from jaxmoe.placement import ExpertPlacement, placements_from_json
-from jaxmoe.progress import ProgressCallback, byte_progress, check_progress
+from jaxmoe.progress import ProgressCallback, check_progress
 from jaxmoe.quant.encode import TARGETS
 
 _DTYPES = ("float32", "bfloat16", "float16")
@@ -60,7 +69,7 @@ def load(
     Nothing is read until the whole plan holds: every tensor of the checkpoint is used or ignored
     by a named rule, and every parameter is filled exactly once. So it is with an adapter: every tensor of it is
     merged, or the load is refused. Parameters that do not fit in the free memory of a device are refused as well, with
-    meshes on which they would; what ``quantize`` makes smaller is not known before. Of a multimodal checkpoint the text
+    meshes on which they would. Of a multimodal checkpoint the text
     part is loaded; its other tensors are ignored by rules that `load_report` lists. Quantized weights stay packed on the
     devices where a kernel multiplies with their format, scales beside their values; others are decoded as they are read,
     in float32, and held in `dtype`.
@@ -93,7 +102,8 @@ def load(
         expert_axes: mesh axes that share the experts, see `jaxmoe.MoE`.
         dispatch: a backend of `jaxmoe.dispatch` or "auto", or one for each phase, {"prefill": ..., "decode": ...}.
         kernels: a backend of `jaxmoe.kernels.grouped_matmul`, or "auto".
-        progress: True draws a bar on stderr; a callable is given (bytes done, bytes in all).
+        progress: True shows on stderr how far it is, and how full each device is of what it will hold; a callable is given
+            (bytes done, bytes in all).
         check_finite: whether a checkpoint with infinities or NaNs in it is refused.
 
     Returns:
@@ -141,14 +151,17 @@ def load(
     )
     specs = {spec.path: spec for spec in param_specs(model)}
     mapped = found.onto(specs)
-    choice = PackingChoice({}, {})
-    keep = quantized != "dequantize" and adapter is None and quantize is None
-    if keep:
-        choice = pack_model(model, mapped, rounding=activations is not None)
+    pack = functools.partial(
+        _pack,
+        keep=quantized != "dequantize" and adapter is None,
+        target=quantize,
+        rounding=activations is not None,
+    )
+    choice = pack(model, mapped)
     if activations is not None:
         choice.check_rounding(path)
-    if quantize is None:
-        check_room(model, found, placement=placement, expert_axes=expert_axes, keep=keep)
+    factors = plan_factors(model, adapters or {}, mapped, family)
+    check_room(model, factors, found, placement=placement, expert_axes=expert_axes, pack=pack, adapters=adapters or {})
     plan = plan_packed(mapped, choice.packings)
     if opened is not None:
         spellings = Spellings(family)
@@ -167,16 +180,14 @@ def load(
             kernels,
         )
         _check_same_input(model, found, opened, settings)
-    if quantize is None:
-        try_kernels(model, mesh, model.dtype, kernels)
-    with byte_progress(f"loading {path.name}", progress) as report_bytes:
+    try_kernels(model, mesh, model.dtype, kernels)
+    devices = [device.id for device in mesh.local_devices]
+    with load_progress(f"loading {path.name}", progress, devices, held_bytes(model)) as (on_bytes, on_placed):
+        told: Any = {"check_finite": check_finite, "progress": on_bytes, "placed": on_placed}
         if quantize is None:
-            arrays, report = load_arrays(plan, check_finite=check_finite, progress=report_bytes)
+            arrays, report = load_arrays(plan, **told)
         else:
-            arrays, report = load_quantized(
-                model, mapped, quantize, plan, check_finite=check_finite, progress=report_bytes
-            )
-            try_kernels(model, mesh, model.dtype, kernels)
+            arrays, report = load_quantized(model, mapped, quantize, plan, **told)
     packed, decoded = mapped.formats(choice.packings)
     model.load_report = dataclasses.replace(
         report,
@@ -196,6 +207,26 @@ def load(
     if adapters:
         add_adapters(model, adapters)
     return model
+
+
+def _pack(model: Decoder, mapped: MappedCheckpoint, *, keep: bool, target: str | None, rounding: bool) -> PackingChoice:
+    """Make the parameters of an abstract model packed ones, those that a load holds so.
+
+    Args:
+        model: model without values, all of its parameters plain.
+        mapped: checkpoint mapped to them.
+        keep: whether quantized weights stay packed.
+        target: format that plain weights are quantized to, None to leave them.
+        rounding: whether inputs are rounded as the checkpoint asks.
+
+    Returns:
+        The weights of the checkpoint that stay as they are packed there.
+    """
+    if target is not None:
+        pack_as(model, mapped, target)
+    elif keep:
+        return pack_model(model, mapped, rounding=rounding)
+    return PackingChoice({}, {})
 
 
 def _kept_placement(found: FamilyCheckpoint) -> ExpertPlacement | list[ExpertPlacement]:

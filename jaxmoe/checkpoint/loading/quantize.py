@@ -18,23 +18,28 @@ from jaxmoe.checkpoint.loading.report import LoadReport, bytes_per_device
 from jaxmoe.checkpoint.mapping import MappedCheckpoint, is_expert_stack, layer_index, linear_kind
 from jaxmoe.kernels.grouped_matmul import dequantize
 from jaxmoe.kernels.grouped_matmul.quantize import quantize
-from jaxmoe.layers import ParamSpec, pack_params, packable_params, part_specs
+from jaxmoe.layers import ParamSpec, pack_params, packable_params, packings_of, part_specs
 from jaxmoe.models import Decoder
 from jaxmoe.quant.encode import STACKED, TARGETS, QuantizationLoss
 from jaxmoe.quant.packing import Packing
 
 
-def choose_targets(model: Decoder, mapped: MappedCheckpoint, target: str) -> dict[str, Packing]:
-    """Choose the parameters that are quantized, with their packed forms: linear layers of attention, MLPs and experts.
+def pack_as(model: Decoder, mapped: MappedCheckpoint, target: str) -> None:
+    """Make the parameters of an abstract model that `load_quantized` quantizes packed ones.
 
     Args:
-        model: model without values.
-        mapped: checkpoint mapped to its parameters.
+        model: model without values, all of its parameters plain.
+        mapped: checkpoint mapped to them.
         target: name in `jaxmoe.quant.encode.TARGETS`.
 
     Raises:
         CheckpointError: a device's part of a weight cannot be packed so.
     """
+    pack_params(model, mapped.specs.values(), _choose_targets(model, mapped, target))
+
+
+def _choose_targets(model: Decoder, mapped: MappedCheckpoint, target: str) -> dict[str, Packing]:
+    """The parameters that are quantized, with their packed forms: linear layers of attention, MLPs and experts."""
     encoder, packable = TARGETS[target], packable_params(model)
     kinds = STACKED.get((model.config.model_type, target), encoder).kinds
     problems = Problems(f"quantizing {mapped.checkpoint.path} to {target}")
@@ -74,24 +79,25 @@ def load_quantized(
     *,
     check_finite: bool = False,
     progress: Callable[[int, int], None] | None = None,
+    placed: Callable[[int, int], None] | None = None,
 ) -> tuple[dict[str, jax.Array], LoadReport]:
     """Load a checkpoint and quantize its linear layers; one layer at a time is there in plain numbers.
 
     Args:
-        model: model without values; the parameters that are quantized become packed ones.
-        mapped: checkpoint mapped to its parameters.
+        model: model without values, packed by `pack_as`.
+        mapped: checkpoint mapped to its parameters as plain arrays.
         target: name in `jaxmoe.quant.encode.TARGETS`.
         whole: plan of loading all of it plain, which has proved that it is complete.
         check_finite, progress: arguments as for `load_arrays`.
+        placed: function as for `load_arrays`, called when a layer has been quantized.
 
     Returns:
         {path: array}, and the report.
 
     Raises:
-        CheckpointError: the checkpoint cannot be quantized so, a file cannot be read, or a weight is not finite.
+        CheckpointError: a file cannot be read, or a weight is not finite.
     """
-    packings = choose_targets(model, mapped, target)
-    pack_params(model, mapped.specs.values(), packings)
+    packings = packings_of(model)
     layers: dict[int | None, dict[str, ParamSpec]] = defaultdict(dict)
     for path, spec in mapped.specs.items():
         layers[layer_index(path)][path] = spec
@@ -108,19 +114,24 @@ def load_quantized(
 
         plain, report = load_arrays(plan_load(mapped.part(specs)), check_finite=check_finite, progress=on_bytes)
         reports.append(report)
+        held: dict[str, jax.Array] = {}
         for path in list(plain):
             value = plain.pop(path)
             if path not in packings:
-                arrays[path] = value
+                held[path] = value
                 continue
             parts, loss = _quantized(value, specs[path], packings[path])
             if not np.isfinite(loss).all():
                 raise CheckpointError(
                     f"{path}: values must be finite to be quantized; there is NaN or infinity among them"
                 )
-            arrays |= parts
+            held |= parts
             assert layer is not None, f"{path}: a linear layer of no layer"
             losses[layer, linear_kind(path)].append((_matrices(specs[path]), loss))
+        if placed is not None:
+            for device, size in bytes_per_device(held.values()).items():
+                placed(device, size)
+        arrays |= held
     return arrays, dataclasses.replace(
         reports[0],
         bytes_read=sum(report.bytes_read for report in reports),

@@ -1,25 +1,29 @@
 """The check that a model has room on its devices, before any of it is read."""
 
 import itertools
-import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import jax
 
 from jaxmoe.checkpoint.errors import CheckpointError
-from jaxmoe.checkpoint.mapping import FamilyCheckpoint, abstract_model, pack_model
-from jaxmoe.layers import param_specs
+from jaxmoe.checkpoint.loading.apart import plan_factors
+from jaxmoe.checkpoint.mapping import FamilyCheckpoint, MappedCheckpoint, abstract_model
+from jaxmoe.layers import ParamSpec, param_specs
 from jaxmoe.mesh import AXES, bytes_left, write_mesh
 from jaxmoe.models import Decoder
 from jaxmoe.placement import ExpertPlacement
 
+Pack = Callable[[Decoder, MappedCheckpoint], Any]
+"""A function that makes parameters of a model without values packed ones, given a checkpoint mapped to them as plain."""
+
 _MEMORY_OF_MACHINE = Path("/proc/meminfo")
 
 
-def held_bytes(model: Decoder) -> int:
-    """Bytes of a model's parameters on each device, packed or plain; every device holds as many."""
-    return sum(math.prod(spec.sharding.shard_shape(spec.shape)) * spec.dtype.itemsize for spec in param_specs(model))
+def held_bytes(model: Decoder, factors: Iterable[ParamSpec] = ()) -> int:
+    """Bytes of a model's parameters, packed or plain, and of adapters' factors on each device; every one holds as many."""
+    return sum(spec.device_bytes for spec in (*param_specs(model), *factors))
 
 
 def free_bytes(device: jax.Device) -> int | None:
@@ -37,32 +41,36 @@ def free_bytes(device: jax.Device) -> int | None:
 
 def check_room(
     model: Decoder,
+    factors: Iterable[ParamSpec],
     found: FamilyCheckpoint,
     *,
     placement: str | ExpertPlacement | Sequence[str | ExpertPlacement],
     expert_axes: tuple[str, ...],
-    keep: bool,
+    adapters: Mapping[str, str | Path],
+    pack: Pack,
 ) -> None:
-    """Refuse a model whose parameters have no room on the devices of this process.
+    """Refuse a model whose parameters, with adapters beside them, have no room on the devices of this process.
 
     Args:
         model: model without values, its parameters packed where they are to be.
+        factors: specs of the factors of its adapters.
         found: checkpoint that it would be read from.
-        placement, expert_axes: arguments of `jaxmoe.load`, for meshes that are proposed.
-        keep: whether quantized weights stay packed.
+        placement, expert_axes, adapters: arguments of `jaxmoe.load`, for meshes that are proposed.
+        pack: function that packed the model's parameters, for the same.
 
     Raises:
         CheckpointError: with the bytes of both, and meshes on which there would be room.
     """
-    mesh, needed = model.mesh, held_bytes(model)
+    mesh, needed = model.mesh, held_bytes(model, factors)
     room = {device: free_bytes(device) for device in mesh.local_devices}
     known = {device: size for device, size in room.items() if size is not None}
     if not known or needed <= min(known.values()):
         return
     device, size = min(known.items(), key=lambda one: one[1])
-    way_out = next(_meshes_with_room(model, found, placement, expert_axes, keep, size), None)
+    way_out = next(_meshes_with_room(model, found, placement, expert_axes, adapters, pack, size), None)
+    what = "parameters and adapters" if adapters else "parameters"
     raise CheckpointError(
-        f"{found.checkpoint.path}: a model's parameters have to fit in the free memory of each device; on "
+        f"{found.checkpoint.path}: a model's {what} have to fit in the free memory of each device; on "
         f"{write_mesh(mesh.shape)} each holds {_gigabytes(needed)}, and {device} has {_gigabytes(size)} free; "
         + (
             way_out
@@ -77,7 +85,8 @@ def _meshes_with_room(
     found: FamilyCheckpoint,
     placement: str | ExpertPlacement | Sequence[str | ExpertPlacement],
     expert_axes: tuple[str, ...],
-    keep: bool,
+    adapters: Mapping[str, str | Path],
+    pack: Pack,
     room: int,
 ) -> Iterator[str]:
     """Meshes on which each device has room for its part, those of as many devices first."""
@@ -89,11 +98,12 @@ def _meshes_with_room(
                 other = abstract_model(
                     found.config, sizes=sizes, placement=placement, expert_axes=expert_axes, dtype=model.dtype
                 )
-            except ValueError:  # tp does not divide
+                mapped = found.onto({spec.path: spec for spec in param_specs(other)})
+                factors = plan_factors(other, adapters, mapped, found.family)
+                pack(other, mapped)
+            except ValueError:  # tp does not divide, or cuts what is packed together
                 continue
-            if keep:
-                pack_model(other, found.onto({spec.path: spec for spec in param_specs(other)}))
-            if (needed := held_bytes(other)) <= room:
+            if (needed := held_bytes(other, factors)) <= room:
                 yield f"{write_mesh(sizes)} would take {_gigabytes(needed)} on each of {model.mesh.size * factor} devices"
 
 
