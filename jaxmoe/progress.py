@@ -2,7 +2,11 @@
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.progress import Progress
 
 ProgressCallback = Callable[[int, int], None]
 
@@ -35,6 +39,14 @@ def byte_progress(title: str, progress: bool | ProgressCallback) -> Iterator[Pro
         return
 
     from rich.console import Console
+
+    with byte_bar(console=Console(stderr=True)) as bar:
+        task = bar.add_task(title, total=None)
+        yield lambda done, total: bar.update(task, completed=done, total=total)
+
+
+def byte_bar(console: "Console") -> "Progress":
+    """Make the bar, which nobody draws yet."""
     from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
     columns = (
@@ -44,6 +56,4 @@ def byte_progress(title: str, progress: bool | ProgressCallback) -> Iterator[Pro
         TransferSpeedColumn(),
         TimeRemainingColumn(),
     )
-    with Progress(*columns, console=Console(stderr=True)) as bar:
-        task = bar.add_task(title, total=None)
-        yield lambda done, total: bar.update(task, completed=done, total=total)
+    return Progress(*columns, console=console)

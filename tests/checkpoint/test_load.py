@@ -22,7 +22,13 @@ pytestmark = pytest.mark.covering
 
 def load(case: Case, directory, **options):
     plan = make_load_plan(open_checkpoint(directory), case.specs, case.blocks, expert_params=case.expert_params)
-    arrays, report = load_arrays(plan, **options)
+    placed = dict.fromkeys(plan.bytes_per_device, 0)
+
+    def place(device: int, count: int) -> None:
+        placed[device] += count
+
+    arrays, report = load_arrays(plan, placed=place, **options)
+    assert placed == plan.bytes_per_device  # padding and replicas among them
     assert report.bytes_read == report.bytes_needed == plan.bytes_needed
     assert report.bytes_needed == bytes_on_disk_needed(case)
     return arrays, report

@@ -10,12 +10,12 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from jaxmoe.checkpoint.boxes import Box, box_shape, split
+from jaxmoe.checkpoint.boxes import Box, box_shape, split, volume
 from jaxmoe.checkpoint.errors import CheckpointError
 from jaxmoe.checkpoint.formats import is_float, open_files, read_box
 from jaxmoe.checkpoint.loading.buffers import Scratch
-from jaxmoe.checkpoint.loading.delivery import deliver
-from jaxmoe.checkpoint.loading.plan import LoadPlan, Read
+from jaxmoe.checkpoint.loading.delivery import Delivery, deliver
+from jaxmoe.checkpoint.loading.plan import LoadPlan, Read, Shard
 from jaxmoe.checkpoint.loading.report import LoadReport
 from jaxmoe.checkpoint.loading.targets import DeviceTarget, HostTarget, Target
 from jaxmoe.checkpoint.loading.threads import run_in_threads
@@ -36,6 +36,7 @@ def load_arrays(
     staging_bytes: int = STAGING_BYTES,
     check_finite: bool = False,
     progress: Callable[[int, int], None] | None = None,
+    placed: Callable[[int, int], None] | None = None,
 ) -> tuple[dict[str, jax.Array], LoadReport]:
     """Read what a plan says and put it on the mesh.
 
@@ -48,6 +49,8 @@ def load_arrays(
         check_finite: whether tensors that hold infinities or NaNs are refused.
         progress: function that is called with (bytes done, bytes in all), by one thread at a time but not by the
             caller's.
+        placed: function that is called likewise with (device id, bytes that a shard on it was given); zeros that no tensor
+            fills are there from the start.
 
     Returns:
         {path: array of the spec's shape, dtype and sharding}, and the report.
@@ -64,6 +67,7 @@ def load_arrays(
         staging_bytes=staging_bytes,
         check_finite=check_finite,
         progress=progress,
+        placed=placed,
     )
     parts: dict[str, list[jax.Array]] = {spec.path: [] for spec in plan.specs}
     for shard, arrays in zip(plan.shards, shards, strict=True):
@@ -95,6 +99,7 @@ def load_shards(
     staging_bytes: int = STAGING_BYTES,
     check_finite: bool = False,
     progress: Callable[[int, int], None] | None = None,
+    placed: Callable[[int, int], None] | None = None,
 ) -> tuple[list[list[jax.Array]], int]:
     """`load_arrays` for a plan of any devices: the arrays of each of `plan.shards`, and the bytes read."""
     if threads is None:
@@ -108,7 +113,7 @@ def load_shards(
         raise ValueError(f"staging needs some memory per thread; got staging_bytes={staging_bytes}, threads={threads}")
     targets = _make_targets(plan, whole_up_to=chunk_bytes if staging else None)
     with open_files(plan.files) as descriptors:
-        tally = _Tally(plan.bytes_needed, progress)
+        tally = _Tally(plan, progress, placed)
         worker = _Worker(descriptors, targets, plan.deltas, tally, check_finite)
         run_in_threads(worker, _chunks(_reading_order(plan, staging), chunk_bytes), threads)
     arrays = []
@@ -152,18 +157,36 @@ def _chunks(reads: Iterable[Read], chunk_bytes: int) -> Iterator[tuple[Read, Box
 class _Tally:
     """Counts bytes for all threads and tells the caller."""
 
-    def __init__(self, total: int, progress: Callable[[int, int], None] | None) -> None:
+    def __init__(
+        self,
+        plan: LoadPlan,
+        progress: Callable[[int, int], None] | None,
+        placed: Callable[[int, int], None] | None,
+    ) -> None:
         self.done = 0
-        self._total = total
+        self._total = plan.bytes_needed
+        self._shards = plan.shards
         self._progress = progress
+        self._placed = placed
         self._lock = threading.Lock()
         self.add(0)
+        if placed is not None:
+            for shard in plan.shards:
+                _place(placed, shard, volume(shard.box) - shard.filled)
 
-    def add(self, count: int) -> None:
+    def add(self, count: int, deliveries: Iterable[Delivery] = ()) -> None:
         with self._lock:
             self.done += count
+            if self._placed is not None:
+                for delivery in deliveries:
+                    _place(self._placed, self._shards[delivery.shard], volume(delivery.shard_box))
             if self._progress is not None:
                 self._progress(min(self.done, self._total), self._total)  # scales may be read twice
+
+
+def _place(placed: Callable[[int, int], None], shard: Shard, elements: int) -> None:
+    for device in shard.devices:
+        placed(device.id, elements * shard.spec.dtype.itemsize)
 
 
 class _Worker:
@@ -225,4 +248,4 @@ class _Worker:
         # Last, because a complete shard is handed over, and `values` is its memory.
         if direct is not None:
             self._targets[direct.shard].arrived(direct.shard_box)
-        self._tally.add(count)
+        self._tally.add(count, deliveries)

@@ -15,10 +15,11 @@ from jax.sharding import Mesh
 from jaxmoe.checkpoint.formats import PLACEMENT
 from jaxmoe.checkpoint.loading.apart import add_adapters, plan_factors, refuse_stored
 from jaxmoe.checkpoint.loading.execute import load_arrays
+from jaxmoe.checkpoint.loading.filling import load_progress
 from jaxmoe.checkpoint.loading.merge import merge_adapter
 from jaxmoe.checkpoint.loading.plan import LoadPlan, plan_packed
 from jaxmoe.checkpoint.loading.quantize import load_quantized, pack_as
-from jaxmoe.checkpoint.loading.room import check_room
+from jaxmoe.checkpoint.loading.room import check_room, held_bytes
 from jaxmoe.checkpoint.loading.whole_modules import put_in_whole_modules
 from jaxmoe.checkpoint.lora import Adapter, open_adapter
 from jaxmoe.checkpoint.mapping import (
@@ -38,7 +39,7 @@ from jaxmoe.models import Decoder, Family, Origin
 from jaxmoe.models.kernels import try_kernels
 from jaxmoe.models.parts import held_forms
 from jaxmoe.placement import ExpertPlacement, placements_from_json
-from jaxmoe.progress import ProgressCallback, byte_progress, check_progress
+from jaxmoe.progress import ProgressCallback, check_progress
 from jaxmoe.quant.encode import TARGETS
 
 _DTYPES = ("float32", "bfloat16", "float16")
@@ -101,7 +102,8 @@ def load(
         expert_axes: mesh axes that share the experts, see `jaxmoe.MoE`.
         dispatch: a backend of `jaxmoe.dispatch` or "auto", or one for each phase, {"prefill": ..., "decode": ...}.
         kernels: a backend of `jaxmoe.kernels.grouped_matmul`, or "auto".
-        progress: True draws a bar on stderr; a callable is given (bytes done, bytes in all).
+        progress: True shows on stderr how far it is, and how full each device is of what it will hold; a callable is given
+            (bytes done, bytes in all).
         check_finite: whether a checkpoint with infinities or NaNs in it is refused.
 
     Returns:
@@ -179,13 +181,13 @@ def load(
         )
         _check_same_input(model, found, opened, settings)
     try_kernels(model, mesh, model.dtype, kernels)
-    with byte_progress(f"loading {path.name}", progress) as report_bytes:
+    devices = [device.id for device in mesh.local_devices]
+    with load_progress(f"loading {path.name}", progress, devices, held_bytes(model)) as (on_bytes, on_placed):
+        told: Any = {"check_finite": check_finite, "progress": on_bytes, "placed": on_placed}
         if quantize is None:
-            arrays, report = load_arrays(plan, check_finite=check_finite, progress=report_bytes)
+            arrays, report = load_arrays(plan, **told)
         else:
-            arrays, report = load_quantized(
-                model, mapped, quantize, plan, check_finite=check_finite, progress=report_bytes
-            )
+            arrays, report = load_quantized(model, mapped, quantize, plan, **told)
     packed, decoded = mapped.formats(choice.packings)
     model.load_report = dataclasses.replace(
         report,

@@ -79,6 +79,7 @@ def load_quantized(
     *,
     check_finite: bool = False,
     progress: Callable[[int, int], None] | None = None,
+    placed: Callable[[int, int], None] | None = None,
 ) -> tuple[dict[str, jax.Array], LoadReport]:
     """Load a checkpoint and quantize its linear layers; one layer at a time is there in plain numbers.
 
@@ -88,6 +89,7 @@ def load_quantized(
         target: name in `jaxmoe.quant.encode.TARGETS`.
         whole: plan of loading all of it plain, which has proved that it is complete.
         check_finite, progress: arguments as for `load_arrays`.
+        placed: function as for `load_arrays`, called when a layer has been quantized.
 
     Returns:
         {path: array}, and the report.
@@ -112,19 +114,24 @@ def load_quantized(
 
         plain, report = load_arrays(plan_load(mapped.part(specs)), check_finite=check_finite, progress=on_bytes)
         reports.append(report)
+        held: dict[str, jax.Array] = {}
         for path in list(plain):
             value = plain.pop(path)
             if path not in packings:
-                arrays[path] = value
+                held[path] = value
                 continue
             parts, loss = _quantized(value, specs[path], packings[path])
             if not np.isfinite(loss).all():
                 raise CheckpointError(
                     f"{path}: values must be finite to be quantized; there is NaN or infinity among them"
                 )
-            arrays |= parts
+            held |= parts
             assert layer is not None, f"{path}: a linear layer of no layer"
             losses[layer, linear_kind(path)].append((_matrices(specs[path]), loss))
+        if placed is not None:
+            for device, size in bytes_per_device(held.values()).items():
+                placed(device, size)
+        arrays |= held
     return arrays, dataclasses.replace(
         reports[0],
         bytes_read=sum(report.bytes_read for report in reports),
