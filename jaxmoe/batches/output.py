@@ -290,10 +290,12 @@ def _told(path: Path, number: int | None = None) -> Iterator[None]:
         yield
     except OSError as error:
         where = "" if number is None else f", at the output of line {number}"
+        # It may be a file beside the output that refuses.
+        other = "" if error.filename in (None, str(path)) else f" ({error.filename})"
         raise OSError(
             error.errno,
-            f"{path} cannot be written{where}: {error.strerror or error}. What is there is whole: make room or see to "
-            "the permissions, and give the same command again",
+            f"{path} cannot be written{where}: {error.strerror or error}{other}. What is there is whole: make room or see "
+            "to the permissions, and give the same command again",
         ) from error
 
 

@@ -80,10 +80,14 @@ def test_elsewhere_there_are_few_lines_and_no_bar(screen) -> None:
 
 def test_a_load_that_fails_says_nothing_more(screen) -> None:
     shown = screen(False)
-    with pytest.raises(OSError, match="gone"), load_progress("loading", True, [0], 10) as (read, _):
+
+    def fail(read) -> None:
         for done in range(9):
             read(done, 8)
         raise OSError("gone")
+
+    with pytest.raises(OSError, match="gone"), load_progress("loading", True, [0], 10) as (read, _):
+        fail(read)
     assert [line.split(" of ")[0] for line in shown.getvalue().splitlines()] == [
         f"loading: {done} bytes" for done in (2, 4, 6)
     ]
