@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any
 from jaxmoe.cli import options, plan_tables
 
 if TYPE_CHECKING:
-    from jaxmoe.planning import MeshSearch, Plan, SweepPoint
+    from jaxmoe.placement import RoutingTrace
+    from jaxmoe.planning import DevicesChoice, MeshSearch, PlacementChoice, Plan, SweepPoint
 
 HELP = "tell what each device would hold of a model, and which mesh would be best, from its config.json alone"
 
@@ -29,9 +30,12 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         help="mesh sizes, axes left out being 1 (default: one device)",
     )
     where.add_argument(
-        "--devices", type=options.count, metavar="N", help="try every mesh of N devices, and rank them by modeled time"
+        "--devices",
+        type=options.counts,
+        metavar="N[,N...]",
+        help="try every mesh of N devices, and rank them by modeled time; several numbers are compared",
     )
-    options.add_placement(parser)
+    options.add_placement(parser, default=None)
     parser.add_argument(
         "--expert-axes",
         type=options.axes,
@@ -68,6 +72,32 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         metavar="batch,context",
         help="memory and decode time for batches and contexts of powers of two, with --device",
     )
+    group = parser.add_argument_group("what if", "with --device; tables of modeled times")
+    group.add_argument(
+        "--trace",
+        metavar="FILE",
+        help="a routing trace as for jaxmoe place, in place of even routing: its first half makes placements, and its "
+        "second half gives the load of every expert",
+    )
+    group.add_argument(
+        "--compare-placements",
+        type=options.names,
+        metavar="NAME|FILE.json,...",
+        help="placements side by side: skew, bytes sent, and the times of both steps",
+    )
+    group.add_argument(
+        "--redundancy",
+        type=options.integers,
+        metavar="0,1,2",
+        help="slots of each device for replicas, side by side: memory, room for sequences, skew and times (of eplb with a "
+        "trace, where no placement is named)",
+    )
+    group.add_argument(
+        "--price-per-hour",
+        type=float,
+        metavar="PRICE",
+        help="price of a device, for what a million tokens cost on --devices",
+    )
     parser.add_argument(
         "--compile",
         action="store_true",
@@ -82,17 +112,19 @@ def run(args: argparse.Namespace) -> None:
     from jaxmoe.planning import plan
 
     _check(args)
-    search = None if args.devices is None else _search(args)
+    trace = None if args.trace is None else _read_trace(args)
+    devices = [] if args.devices is None else _compare_devices(args, trace)
+    # The plan is of the first number of devices on which the model fits.
+    search = next((each.search for each in devices if each.best), devices[-1].search) if devices else None
     best = None if search is None else next(iter((*search.choices, *search.too_large)), None)
     if search is not None and best is None:
         raise ValueError(" ".join(search.explain()))
     mesh = args.mesh or {} if best is None else best.mesh
     axes = args.expert_axes or ("ep",) if best is None else best.expert_axes
-    placement = options.read_placement(args.placement)
     report = plan(
         args.checkpoint,
         **mesh,
-        placement=placement,
+        placement=options.read_placement(args.placement or "linear"),
         expert_axes=axes,
         dtype=args.dtype,
         quantized=args.quantized,
@@ -102,39 +134,53 @@ def run(args: argparse.Namespace) -> None:
         max_length=args.max_length,
         device=args.device,
         adapters=dict(args.adapter),
+        trace=trace,
     )
-    points = [] if args.sweep is None else _sweep(args, report, axes)
+    points = [] if args.sweep is None else _sweep(args, report, axes, trace)
+    placements = _compare_placements(args, report, axes, trace)
     compiled = _compile(args, report, axes) if args.compile else []
     if args.html is not None:
-        _write_page(args.html, report, search, points)
+        _write_page(args.html, report, search, points, placements, devices)
     if args.json:
         more: dict[str, Any] = {} if search is None else {"search": search.to_dict()}
+        more |= {"devices": [each.to_dict() for each in devices]} if len(devices) > 1 else {}
         more |= {"sweep": [point.to_dict() for point in points]} if points else {}
+        more |= {"placements": [choice.to_dict() for choice in placements]} if placements else {}
         more |= {"compiled": compiled} if compiled else {}
         print(json.dumps(report.to_dict() | more))
         return
+    if len(devices) > 1:
+        plan_tables.print_devices(devices)
     if search is not None:
         plan_tables.print_search(search)
     plan_tables.print_plan(report)
     if points:
         plan_tables.print_sweep(points)
+    if placements:
+        plan_tables.print_placements(placements)
     for step in compiled:
         plan_tables.print_compiled(step)
 
 
 def _check(args: argparse.Namespace) -> None:
     """Refuse options that do not go together."""
-    if args.device is None and (args.devices is not None or args.sweep is not None or args.compile):
+    timed = ("devices", "sweep", "compile", "trace", "compare_placements", "redundancy")
+    if args.device is None and any(getattr(args, name) for name in timed):
         raise ValueError(
-            "--devices, --sweep and --compile are for a kind of device: name it with --device, such as h100"
+            f"{', '.join('--' + name.replace('_', '-') for name in timed)} are for a kind of device: name it with "
+            "--device, such as h100"
         )
     if args.compile and args.adapter:
         raise ValueError("--compile compiles a model's own weights; leave --adapter out")
+    if args.price_per_hour is not None and args.devices is None:
+        raise ValueError("--price-per-hour is for --devices; name numbers of devices, such as --devices 8,16")
+    if args.placement is not None and args.compare_placements is not None:
+        raise ValueError("--compare-placements names the placements; leave --placement out, or add it to them")
     if args.devices is None:
         return
     if args.expert_axes is not None:
         raise ValueError("--devices tries every way of sharing the experts; leave --expert-axes out, or give a --mesh")
-    if args.placement.endswith(".json"):
+    if any(name.endswith(".json") for name in [args.placement or "", *(args.compare_placements or [])]):
         raise ValueError(
             "a file of placements is for one number of devices that share the experts; give a --mesh with it"
         )
@@ -142,26 +188,65 @@ def _check(args: argparse.Namespace) -> None:
         raise ValueError("--devices ranks a model's own weights; give a --mesh to plan --adapter or --activations")
 
 
-def _search(args: argparse.Namespace) -> "MeshSearch":
-    from jaxmoe.planning import search_meshes
+def _read_trace(args: argparse.Namespace) -> "RoutingTrace":
+    from jaxmoe.cli import model_sizes
+    from jaxmoe.config import directory_of, find_checkpoint
 
-    return search_meshes(
+    sizes = model_sizes.of_config(str(directory_of(find_checkpoint(args.checkpoint))))
+    return options.read_trace([args.trace], num_experts=sizes.num_experts)
+
+
+def _compare_devices(args: argparse.Namespace, trace: "RoutingTrace | None") -> "list[DevicesChoice]":
+    from jaxmoe.planning import compare_devices
+
+    return compare_devices(
         args.checkpoint,
         args.devices,
         device=args.device,
+        price_per_hour=args.price_per_hour,
         batch_size=args.batch_size,
         max_length=args.max_length,
         prompt_length=args.prompt_length,
         devices_per_node=args.devices_per_node,
-        placement=args.placement,
+        placement=args.placement or "linear",
         dtype=args.dtype,
         quantized=args.quantized,
         mtp=args.mtp,
         rank_by=args.rank_by,
+        trace=trace,
     )
 
 
-def _sweep(args: argparse.Namespace, report: "Plan", expert_axes: tuple[str, ...]) -> "list[SweepPoint]":
+def _compare_placements(
+    args: argparse.Namespace, report: "Plan", expert_axes: tuple[str, ...], trace: "RoutingTrace | None"
+) -> "list[PlacementChoice]":
+    """Compare what is named, or judge the plan's own placement by the trace; nothing where neither is asked for."""
+    from jaxmoe.planning import compare_placements
+
+    if args.compare_placements is None and args.redundancy is None and trace is None:
+        return []
+    own = args.placement or ("eplb" if args.redundancy and trace is not None else "linear")
+    return compare_placements(
+        args.checkpoint,
+        {name: options.read_placement(name) for name in args.compare_placements or [own]},
+        **report.mesh,
+        device=args.device,
+        redundancy=args.redundancy or [0],
+        trace=trace,
+        expert_axes=expert_axes,
+        batch_size=report.batch_size,
+        max_length=report.max_length,
+        prompt_length=args.prompt_length,
+        devices_per_node=args.devices_per_node,
+        dtype=args.dtype,
+        quantized=args.quantized,
+        mtp=args.mtp,
+    )
+
+
+def _sweep(
+    args: argparse.Namespace, report: "Plan", expert_axes: tuple[str, ...], trace: "RoutingTrace | None"
+) -> "list[SweepPoint]":
     from jaxmoe.planning import sweep
 
     if unknown := set(args.sweep) - {"batch", "context"}:
@@ -180,12 +265,13 @@ def _sweep(args: argparse.Namespace, report: "Plan", expert_axes: tuple[str, ...
         device=args.device,
         batch_sizes=batches,
         lengths=lengths,
-        placement=options.read_placement(args.placement),
+        placement=options.read_placement(args.placement or "linear"),
         expert_axes=expert_axes,
         devices_per_node=args.devices_per_node,
         dtype=args.dtype,
         quantized=args.quantized,
         mtp=args.mtp,
+        trace=trace,
     )
 
 
@@ -204,7 +290,7 @@ def _compile(args: argparse.Namespace, report: "Plan", expert_axes: tuple[str, .
     steps = compile_steps(
         args.checkpoint,
         mesh,
-        placement=options.read_placement(args.placement),
+        placement=options.read_placement(args.placement or "linear"),
         expert_axes=expert_axes,
         dtype=report.dtype,
         activations=args.activations,
@@ -229,7 +315,16 @@ def _compile(args: argparse.Namespace, report: "Plan", expert_axes: tuple[str, .
     ]
 
 
-def _write_page(file: str, report: "Plan", search: "MeshSearch | None", points: "list[SweepPoint]") -> None:
+def _write_page(
+    file: str,
+    report: "Plan",
+    search: "MeshSearch | None",
+    points: "list[SweepPoint]",
+    placements: "list[PlacementChoice]",
+    devices: "list[DevicesChoice]",
+) -> None:
     from jaxmoe.viz import plan_page
 
-    Path(file).write_text(plan_page(report, search=search, sweep=points), encoding="utf-8")
+    numbers = devices if len(devices) > 1 else []
+    page = plan_page(report, search=search, sweep=points, placements=placements, devices=numbers)
+    Path(file).write_text(page, encoding="utf-8")

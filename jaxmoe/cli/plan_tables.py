@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Any
 from jaxmoe.cli.units import show_bytes, show_count
 
 if TYPE_CHECKING:
-    from jaxmoe.planning import MeshSearch, Plan, SweepPoint
+    from jaxmoe.planning import DevicesChoice, MeshSearch, PlacementChoice, Plan, SweepPoint
 
 # Layouts that a table shows; --json has all.
 _SHOWN = 10
@@ -119,6 +119,35 @@ def print_sweep(points: "list[SweepPoint]") -> None:
             for length in lengths
         ]
         table.add_row(f"{batch_size:,}", *cells)
+    Console().print(table)
+
+
+def print_placements(choices: "list[PlacementChoice]") -> None:
+    """Print placements side by side."""
+    from jaxmoe.planning.what_if_tables import placement_rows
+
+    _print_rows(placement_rows(choices), "Placements; times are modeled")
+
+
+def print_devices(choices: "list[DevicesChoice]") -> None:
+    """Print the best mesh of each number of devices, and what it costs."""
+    from jaxmoe.planning.what_if_tables import devices_rows
+
+    _print_rows(
+        devices_rows(choices), f"Numbers of devices, the best by {choices[0].search.rank_by}; times are modeled"
+    )
+
+
+def _print_rows(rows: "list[tuple[str, ...]]", title: str) -> None:
+    from rich.box import SIMPLE_HEAD
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(title=title, box=SIMPLE_HEAD, pad_edge=False)
+    for number, name in enumerate(rows[0]):
+        table.add_column(name, justify="right" if number else "left")
+    for row in rows[1:]:
+        table.add_row(*row)
     Console().print(table)
 
 

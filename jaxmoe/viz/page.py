@@ -8,8 +8,10 @@ from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
 
 from jaxmoe.mesh import write_mesh
-from jaxmoe.planning import MeshSearch, Plan, SweepPoint
+from jaxmoe.planning import DevicesChoice, MeshSearch, PlacementChoice, Plan, SweepPoint
+from jaxmoe.planning.what_if_tables import devices_rows, placement_rows
 from jaxmoe.viz.memory import device_memory
+from jaxmoe.viz.skew import skew_by_layer
 from jaxmoe.viz.times import step_times
 
 _STYLE = """
@@ -30,13 +32,22 @@ footer { margin-top: 3rem; font-size: .85rem; opacity: .75; }
 """
 
 
-def plan_page(plan: Plan, *, search: MeshSearch | None = None, sweep: Sequence[SweepPoint] = ()) -> str:
+def plan_page(
+    plan: Plan,
+    *,
+    search: MeshSearch | None = None,
+    sweep: Sequence[SweepPoint] = (),
+    placements: Sequence[PlacementChoice] = (),
+    devices: Sequence[DevicesChoice] = (),
+) -> str:
     """Write a plan as a page.
 
     Args:
         plan: plan of one mesh.
         search: ranking of meshes, to be shown too.
         sweep: points of a sweep of that mesh, to be shown too.
+        placements: placements on that mesh, to be shown side by side.
+        devices: numbers of devices, likewise.
 
     Returns:
         HTML with its pictures in it, as SVG.
@@ -62,6 +73,12 @@ def plan_page(plan: Plan, *, search: MeshSearch | None = None, sweep: Sequence[S
             body += [_figure(step_times(search.choices[:12], search.rank_by)), _meshes(search)]
     if sweep:
         body += ["<h2>Sequences and their length</h2>", _grid(sweep)]
+    if placements:
+        body += ["<h2>Placements side by side</h2>", _table(placement_rows(placements))]
+        if placements[0].skew:
+            body.append(_figure(skew_by_layer(placements)))
+    if devices:
+        body += ["<h2>Numbers of devices</h2>", _table(devices_rows(devices))]
     body.append(
         "<footer>Memory is counted from the config and the headers of the checkpoint; activations are not in it. Times "
         "are modeled from bytes, arithmetic and links at their highest rates, and nothing overlaps: use them to "
