@@ -126,7 +126,7 @@ def print_placements(choices: "list[PlacementChoice]") -> None:
     """Print placements side by side."""
     from jaxmoe.planning.what_if_tables import placement_rows
 
-    _print_rows(placement_rows(choices), "Placements; times are modeled")
+    _print_rows(placement_rows(choices), "Placements side by side; times are modeled")
 
 
 def print_devices(choices: "list[DevicesChoice]") -> None:

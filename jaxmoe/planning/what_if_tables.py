@@ -21,7 +21,7 @@ def placement_rows(choices: Sequence[PlacementChoice]) -> list[Row]:
             f"{choice.replica_bytes / 1e9:.1f}",
             f"{choice.largest_batch:,}" if choice.fits else "no room",
             f"{choice.decode.seconds * 1e3:.2f}",
-            f"{choice.prefill.seconds * 1e3:.1f}",
+            f"{choice.prefill.seconds * 1e3:,.1f}",
         ]
         row += [f"{sum(choice.skew) / len(choice.skew):.2f}", f"{max(choice.skew):.2f}"] if choice.skew else []
         row += [f"{choice.sent_per_token / 1e6:.2f}"] if choice.sent_per_token is not None else []
@@ -33,7 +33,7 @@ def devices_rows(choices: Sequence[DevicesChoice]) -> list[Row]:
     """A row for each number of devices; costs are left out where there is no price."""
     priced = any(choice.price_per_hour is not None for choice in choices)
     heads = ["devices", "best mesh", "GB", "decode ms", "prefill ms", "tokens/s", "a device", "gain"]
-    rows = [(*heads, *(["a million out", "a million in"] if priced else []))]
+    rows = [(*heads, *(["1M out", "1M in"] if priced else []))]
     for choice in choices:
         best = choice.best
         if best is None:
@@ -44,7 +44,7 @@ def devices_rows(choices: Sequence[DevicesChoice]) -> list[Row]:
                 str(best),
                 f"{best.bytes_per_device / 1e9:.1f}",
                 f"{best.decode.seconds * 1e3:.2f}",
-                f"{best.prefill.seconds * 1e3:.1f}",
+                f"{best.prefill.seconds * 1e3:,.1f}",
                 f"{rate:,.0f}",
                 f"{rate / choice.devices:,.0f}",
                 "" if choice.gain is None else f"{choice.gain - 1:+.0%}",
