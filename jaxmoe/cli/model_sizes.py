@@ -54,7 +54,7 @@ def read(args: argparse.Namespace) -> ModelSizes:
         FileNotFoundError: there is no config.json.
         ValueError: it cannot be read, or is of a model without experts.
     """
-    sizes = _of_config(args.config) if args.config is not None else ModelSizes()
+    sizes = of_config(args.config) if args.config is not None else ModelSizes()
     given = {
         name: getattr(args, name)
         for name in ("hidden_size", "moe_intermediate_size", "num_experts", "num_groups")
@@ -63,7 +63,13 @@ def read(args: argparse.Namespace) -> ModelSizes:
     return dataclasses.replace(sizes, **given)
 
 
-def _of_config(directory: str) -> ModelSizes:
+def of_config(directory: str) -> ModelSizes:
+    """Read the sizes of a config.json.
+
+    Raises:
+        FileNotFoundError: there is none.
+        ValueError: it cannot be read, or is of a model without experts.
+    """
     from jaxmoe.config import MoEConfig, read_config_json
     from jaxmoe.models import FAMILIES, WRAPPERS, read_model_config
 

@@ -5,9 +5,13 @@ import sys
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+    from pathlib import Path
+    from typing import Any
+
     from jax.sharding import Mesh
 
-    from jaxmoe.placement import ExpertPlacement
+    from jaxmoe.placement import ExpertPlacement, RoutingTrace
 
 
 def add_mesh_options(parser: argparse.ArgumentParser) -> None:
@@ -142,6 +146,29 @@ def read_placement_text(file: str) -> str:
     return Path(file).read_text(encoding="utf-8")
 
 
+def read_trace(files: "Sequence[str]", *, num_experts: int | None, window: int = 1024) -> "RoutingTrace":
+    """Read a routing trace of any format, see `jaxmoe.placement.trace_formats.read_trace`.
+
+    Raises:
+        FileNotFoundError: one of the files is not there.
+        ValueError: they are no trace.
+    """
+    from pathlib import Path
+
+    from jaxmoe.placement.trace_formats import read_trace
+
+    for file in files:
+        if not Path(file).is_file():
+            raise FileNotFoundError(f"the trace {file} is no file")
+    return read_trace(files, num_experts=num_experts, window=window, read_torch=_read_torch)
+
+
+def _read_torch(path: "Path") -> "Any":
+    from jaxmoe.checkpoint.formats import read_torch_object
+
+    return read_torch_object(path)
+
+
 def mesh_sizes(text: str) -> dict[str, int]:
     """Type of ``--mesh``."""
     from jaxmoe.mesh import parse_mesh
@@ -157,6 +184,11 @@ def count(text: str) -> int:
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"an integer of at least 1; got {text!r}")
     return int(text)
+
+
+def counts(text: str) -> list[int]:
+    """Type of options that are integers of at least 1."""
+    return [count(part.strip()) for part in text.split(",")]
 
 
 def axes(text: str) -> tuple[str, ...]:

@@ -5,7 +5,7 @@ import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from jaxmoe.cli import model_sizes, options
 from jaxmoe.cli.model_sizes import ModelSizes
@@ -88,7 +88,11 @@ def run(args: argparse.Namespace) -> None:
     if args.expert_location is not None and args.config is None:
         args.usage_error("--expert-location needs --config: SGLang numbers the layers without experts too")
     sizes = model_sizes.read(args)
-    trace = _synthetic(sizes, args.seed) if args.synthetic else _read(args, sizes)
+    trace = (
+        _synthetic(sizes, args.seed)
+        if args.synthetic
+        else options.read_trace(args.trace, num_experts=sizes.num_experts, window=args.window)
+    )
     if sizes.num_experts not in (None, trace.num_experts):
         raise ValueError(
             f"trace and model have the same experts: the trace has {trace.num_experts}, and --config or --num-experts "
@@ -161,21 +165,6 @@ def _write_expert_location(file: str, placements: Sequence["ExpertPlacement"], s
             "--expert-location takes the number of layers from --config, whose config.json does not say it"
         )
     Path(file).write_text(expert_location_json(placements, sizes.moe_layers, sizes.num_layers), encoding="utf-8")
-
-
-def _read(args: argparse.Namespace, sizes: ModelSizes) -> "RoutingTrace":
-    from jaxmoe.placement.trace_formats import read_trace
-
-    for file in args.trace:
-        if not Path(file).is_file():
-            raise FileNotFoundError(f"the trace {file} is no file")
-    return read_trace(args.trace, num_experts=sizes.num_experts, window=args.window, read_torch=_read_torch)
-
-
-def _read_torch(path: Path) -> Any:
-    from jaxmoe.checkpoint.formats import read_torch_object
-
-    return read_torch_object(path)
 
 
 def _read_placements(

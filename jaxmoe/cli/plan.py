@@ -6,14 +6,11 @@ import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from jaxmoe.cli import options
-from jaxmoe.cli.units import show_bytes, show_count
+from jaxmoe.cli import options, plan_tables
 
 if TYPE_CHECKING:
-    from jaxmoe.planning import MeshSearch, Plan, SweepPoint
-
-# Layouts that a table shows; --json has all.
-_SHOWN = 10
+    from jaxmoe.placement import RoutingTrace
+    from jaxmoe.planning import DevicesChoice, MeshSearch, PlacementChoice, Plan, SweepPoint
 
 HELP = "tell what each device would hold of a model, and which mesh would be best, from its config.json alone"
 
@@ -33,9 +30,12 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         help="mesh sizes, axes left out being 1 (default: one device)",
     )
     where.add_argument(
-        "--devices", type=options.count, metavar="N", help="try every mesh of N devices, and rank them by modeled time"
+        "--devices",
+        type=options.counts,
+        metavar="N[,N...]",
+        help="try every mesh of N devices, and rank them by modeled time; several numbers are compared",
     )
-    options.add_placement(parser)
+    options.add_placement(parser, default=None)
     parser.add_argument(
         "--expert-axes",
         type=options.axes,
@@ -72,6 +72,32 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         metavar="batch,context",
         help="memory and decode time for batches and contexts of powers of two, with --device",
     )
+    group = parser.add_argument_group("what if", "with --device; tables of modeled times")
+    group.add_argument(
+        "--trace",
+        metavar="FILE",
+        help="a routing trace as for jaxmoe place, in place of even routing: its first half makes placements, and its "
+        "second half gives the load of every expert",
+    )
+    group.add_argument(
+        "--compare-placements",
+        type=options.names,
+        metavar="NAME|FILE.json,...",
+        help="placements side by side: skew, bytes sent, and the times of both steps",
+    )
+    group.add_argument(
+        "--redundancy",
+        type=options.integers,
+        metavar="0,1,2",
+        help="slots of each device for replicas, side by side: memory, room for sequences, skew and times (of eplb with a "
+        "trace, where no placement is named)",
+    )
+    group.add_argument(
+        "--price-per-hour",
+        type=float,
+        metavar="PRICE",
+        help="price of a device, for what a million tokens cost on --devices",
+    )
     parser.add_argument(
         "--compile",
         action="store_true",
@@ -86,17 +112,19 @@ def run(args: argparse.Namespace) -> None:
     from jaxmoe.planning import plan
 
     _check(args)
-    search = None if args.devices is None else _search(args)
+    trace = None if args.trace is None else _read_trace(args)
+    devices = [] if args.devices is None else _compare_devices(args, trace)
+    # The plan is of the first number of devices on which the model fits.
+    search = next((each.search for each in devices if each.best), devices[-1].search) if devices else None
     best = None if search is None else next(iter((*search.choices, *search.too_large)), None)
     if search is not None and best is None:
         raise ValueError(" ".join(search.explain()))
     mesh = args.mesh or {} if best is None else best.mesh
     axes = args.expert_axes or ("ep",) if best is None else best.expert_axes
-    placement = options.read_placement(args.placement)
     report = plan(
         args.checkpoint,
         **mesh,
-        placement=placement,
+        placement=options.read_placement(args.placement or "linear"),
         expert_axes=axes,
         dtype=args.dtype,
         quantized=args.quantized,
@@ -106,39 +134,53 @@ def run(args: argparse.Namespace) -> None:
         max_length=args.max_length,
         device=args.device,
         adapters=dict(args.adapter),
+        trace=trace,
     )
-    points = [] if args.sweep is None else _sweep(args, report, axes)
+    points = [] if args.sweep is None else _sweep(args, report, axes, trace)
+    placements = _compare_placements(args, report, axes, trace)
     compiled = _compile(args, report, axes) if args.compile else []
     if args.html is not None:
-        _write_page(args.html, report, search, points)
+        _write_page(args.html, report, search, points, placements, devices)
     if args.json:
         more: dict[str, Any] = {} if search is None else {"search": search.to_dict()}
+        more |= {"devices": [each.to_dict() for each in devices]} if len(devices) > 1 else {}
         more |= {"sweep": [point.to_dict() for point in points]} if points else {}
+        more |= {"placements": [choice.to_dict() for choice in placements]} if placements else {}
         more |= {"compiled": compiled} if compiled else {}
         print(json.dumps(report.to_dict() | more))
         return
+    if len(devices) > 1:
+        plan_tables.print_devices(devices)
     if search is not None:
-        _print_search(search)
-    _print(report)
+        plan_tables.print_search(search)
+    plan_tables.print_plan(report)
     if points:
-        _print_sweep(points)
+        plan_tables.print_sweep(points)
+    if placements:
+        plan_tables.print_placements(placements)
     for step in compiled:
-        _print_compiled(step)
+        plan_tables.print_compiled(step)
 
 
 def _check(args: argparse.Namespace) -> None:
     """Refuse options that do not go together."""
-    if args.device is None and (args.devices is not None or args.sweep is not None or args.compile):
+    timed = ("devices", "sweep", "compile", "trace", "compare_placements", "redundancy")
+    if args.device is None and any(getattr(args, name) for name in timed):
         raise ValueError(
-            "--devices, --sweep and --compile are for a kind of device: name it with --device, such as h100"
+            f"{', '.join('--' + name.replace('_', '-') for name in timed)} are for a kind of device: name it with "
+            "--device, such as h100"
         )
     if args.compile and args.adapter:
         raise ValueError("--compile compiles a model's own weights; leave --adapter out")
+    if args.price_per_hour is not None and args.devices is None:
+        raise ValueError("--price-per-hour is for --devices; name numbers of devices, such as --devices 8,16")
+    if args.placement is not None and args.compare_placements is not None:
+        raise ValueError("--compare-placements names the placements; leave --placement out, or add it to them")
     if args.devices is None:
         return
     if args.expert_axes is not None:
         raise ValueError("--devices tries every way of sharing the experts; leave --expert-axes out, or give a --mesh")
-    if args.placement.endswith(".json"):
+    if any(name.endswith(".json") for name in [args.placement or "", *(args.compare_placements or [])]):
         raise ValueError(
             "a file of placements is for one number of devices that share the experts; give a --mesh with it"
         )
@@ -146,26 +188,65 @@ def _check(args: argparse.Namespace) -> None:
         raise ValueError("--devices ranks a model's own weights; give a --mesh to plan --adapter or --activations")
 
 
-def _search(args: argparse.Namespace) -> "MeshSearch":
-    from jaxmoe.planning import search_meshes
+def _read_trace(args: argparse.Namespace) -> "RoutingTrace":
+    from jaxmoe.cli import model_sizes
+    from jaxmoe.config import directory_of, find_checkpoint
 
-    return search_meshes(
+    sizes = model_sizes.of_config(str(directory_of(find_checkpoint(args.checkpoint))))
+    return options.read_trace([args.trace], num_experts=sizes.num_experts)
+
+
+def _compare_devices(args: argparse.Namespace, trace: "RoutingTrace | None") -> "list[DevicesChoice]":
+    from jaxmoe.planning import compare_devices
+
+    return compare_devices(
         args.checkpoint,
         args.devices,
         device=args.device,
+        price_per_hour=args.price_per_hour,
         batch_size=args.batch_size,
         max_length=args.max_length,
         prompt_length=args.prompt_length,
         devices_per_node=args.devices_per_node,
-        placement=args.placement,
+        placement=args.placement or "linear",
         dtype=args.dtype,
         quantized=args.quantized,
         mtp=args.mtp,
         rank_by=args.rank_by,
+        trace=trace,
     )
 
 
-def _sweep(args: argparse.Namespace, report: "Plan", expert_axes: tuple[str, ...]) -> "list[SweepPoint]":
+def _compare_placements(
+    args: argparse.Namespace, report: "Plan", expert_axes: tuple[str, ...], trace: "RoutingTrace | None"
+) -> "list[PlacementChoice]":
+    """Compare what is named, or judge the plan's own placement by the trace; nothing where neither is asked for."""
+    from jaxmoe.planning import compare_placements
+
+    if args.compare_placements is None and args.redundancy is None and trace is None:
+        return []
+    own = args.placement or ("eplb" if args.redundancy and trace is not None else "linear")
+    return compare_placements(
+        args.checkpoint,
+        {name: options.read_placement(name) for name in args.compare_placements or [own]},
+        **report.mesh,
+        device=args.device,
+        redundancy=args.redundancy or [0],
+        trace=trace,
+        expert_axes=expert_axes,
+        batch_size=report.batch_size,
+        max_length=report.max_length,
+        prompt_length=args.prompt_length,
+        devices_per_node=args.devices_per_node,
+        dtype=args.dtype,
+        quantized=args.quantized,
+        mtp=args.mtp,
+    )
+
+
+def _sweep(
+    args: argparse.Namespace, report: "Plan", expert_axes: tuple[str, ...], trace: "RoutingTrace | None"
+) -> "list[SweepPoint]":
     from jaxmoe.planning import sweep
 
     if unknown := set(args.sweep) - {"batch", "context"}:
@@ -184,12 +265,13 @@ def _sweep(args: argparse.Namespace, report: "Plan", expert_axes: tuple[str, ...
         device=args.device,
         batch_sizes=batches,
         lengths=lengths,
-        placement=options.read_placement(args.placement),
+        placement=options.read_placement(args.placement or "linear"),
         expert_axes=expert_axes,
         devices_per_node=args.devices_per_node,
         dtype=args.dtype,
         quantized=args.quantized,
         mtp=args.mtp,
+        trace=trace,
     )
 
 
@@ -208,7 +290,7 @@ def _compile(args: argparse.Namespace, report: "Plan", expert_axes: tuple[str, .
     steps = compile_steps(
         args.checkpoint,
         mesh,
-        placement=options.read_placement(args.placement),
+        placement=options.read_placement(args.placement or "linear"),
         expert_axes=expert_axes,
         dtype=report.dtype,
         activations=args.activations,
@@ -233,130 +315,16 @@ def _compile(args: argparse.Namespace, report: "Plan", expert_axes: tuple[str, .
     ]
 
 
-def _print_compiled(step: dict[str, Any]) -> None:
-    from rich.console import Console
-
-    console = Console()
-    console.print(
-        f"{step['step']} compiled: {show_bytes(step['argument_bytes'])} of weights, cache and inputs "
-        f"({step['arguments_over_plan']:+.2%} of the plan), {show_bytes(step['temp_bytes'])} besides "
-        f"({step['all_over_plan']:+.1%} with them): {'fits' if step['fits'] else 'does not fit'}; a device sends "
-        f"{show_bytes(step['wire_bytes'])} if every loop runs once",
-        highlight=False,
-    )
-    for line in step["exchanges"]:
-        console.print(f"  {line}", highlight=False, markup=False)
-
-
-def _write_page(file: str, report: "Plan", search: "MeshSearch | None", points: "list[SweepPoint]") -> None:
+def _write_page(
+    file: str,
+    report: "Plan",
+    search: "MeshSearch | None",
+    points: "list[SweepPoint]",
+    placements: "list[PlacementChoice]",
+    devices: "list[DevicesChoice]",
+) -> None:
     from jaxmoe.viz import plan_page
 
-    Path(file).write_text(plan_page(report, search=search, sweep=points), encoding="utf-8")
-
-
-def _print_search(search: "MeshSearch") -> None:
-    from rich.console import Console
-    from rich.table import Table
-
-    from jaxmoe.mesh import write_mesh
-
-    console = Console()
-    table = Table(
-        title=f"{search.batch_size} sequences; decode at {search.max_length // 2:,} tokens, prefill of "
-        f"{search.prompt_length:,} each; times are modeled"
-    )
-    for name in ("mesh", "experts over"):
-        table.add_column(name, no_wrap=True)
-    for name in ("GB", "decode", "tokens/s", "prefill", "most in"):
-        table.add_column(name, justify="right")
-    for choice in search.choices[:_SHOWN]:
-        step = getattr(choice, search.rank_by)
-        table.add_row(
-            write_mesh(choice.mesh),
-            ",".join(choice.expert_axes),
-            f"{choice.bytes_per_device / 1e9:.1f}",
-            f"{choice.decode.seconds * 1e3:.1f} ms",
-            f"{choice.decode.tokens_per_second:,.0f}",
-            f"{choice.prefill.seconds * 1e3:.0f} ms",
-            next(iter(step.terms())),
-        )
-    if search.choices:
-        console.print(table)
-    counts = [f"{len(search.choices)} fit"]
-    counts += [f"{len(search.too_large)} do not"] if search.too_large else []
-    counts += [f"on {len(search.left_out)} the model cannot lie"] if search.left_out else []
-    console.print(f"Of the layouts {', '.join(counts)}.", highlight=False)
-    for line in search.explain():
-        console.print(line, highlight=False)
-
-
-def _print_sweep(points: "list[SweepPoint]") -> None:
-    from rich.console import Console
-    from rich.table import Table
-
-    lengths = sorted({point.length for point in points})
-    table = Table(title="GB on the fullest device, and a modeled decode step")
-    table.add_column("sequences", justify="right")
-    for length in lengths:
-        table.add_column(f"{length:,} tokens", justify="right")
-    for batch_size in sorted({point.batch_size for point in points}):
-        own = {point.length: point for point in points if point.batch_size == batch_size}
-        cells = [
-            f"{own[length].bytes_per_device / 1e9:.1f}"
-            + (f" · {own[length].decode.seconds * 1e3:.1f} ms" if own[length].fits else " no room")
-            for length in lengths
-        ]
-        table.add_row(f"{batch_size:,}", *cells)
-    Console().print(table)
-
-
-def _print(report: "Plan") -> None:
-    from rich.console import Console
-    from rich.table import Table
-
-    from jaxmoe.mesh import write_mesh
-
-    console = Console()
-    console.print(
-        f"{report.model_type}, {show_count(report.parameters)} parameters in {report.dtype} on {write_mesh(report.mesh)}; "
-        f"{show_count(report.active_parameters)} active per token; "
-        f"cache for {report.batch_size} x {report.max_length} tokens",
-        highlight=False,
-    )
-    if report.stored is not None:
-        console.print(_describe_stored(report), highlight=False)
-    table = Table()
-    table.add_column("on a device")
-    table.add_column("least", justify="right")
-    table.add_column("most", justify="right")
-    for name, part in report.parts.items():
-        table.add_row(name, show_bytes(part.min()), show_bytes(part.max()))
-    total = report.bytes_per_device.values()
-    table.add_row("total", show_bytes(min(total)), show_bytes(max(total)), style="bold")
-    console.print(table)
-    if report.capacity is not None:
-        verdict = "fits" if report.fits else "does not fit"
-        console.print(f"{verdict} in the {show_bytes(report.capacity)} of {report.device}, activations not counted")
-        if report.fits:
-            console.print(
-                f"{show_bytes(report.headroom or 0)} are left: there is room for {report.largest_batch:,} sequences of "
-                f"{report.max_length:,} tokens, or {report.batch_size:,} of {report.largest_length:,}",
-                highlight=False,
-            )
-
-
-def _describe_stored(report: "Plan") -> str:
-    """A sentence on the files: their bytes, and the formats of quantized parts."""
-    from jaxmoe.quant.activations import describe_asked
-
-    assert report.stored is not None
-    text = f"{show_bytes(report.stored.nbytes)} of weights in the checkpoint"
-    if report.stored.method is None:
-        return text
-    quantized = {part: [*sizes.keys() - {"plain"}] for part, sizes in report.stored.formats.items()}
-    parts = [f"{part} in {' and '.join(sorted(formats))}" for part, formats in quantized.items() if formats]
-    text = f"{text}, {', '.join(parts)} ({report.stored.method})"
-    packed = {part: [form for form in forms if " scales of " in form] for part, forms in report.held.items()}
-    held = [f"{part} as {' and '.join(sorted(forms))}" for part, forms in packed.items() if forms]
-    text += f"; held packed: {'; '.join(held)}" if held else f"; they are held decoded, in {report.dtype}"
-    return "\n".join([text, *report.notes, *describe_asked(report.stored.activations)])
+    numbers = devices if len(devices) > 1 else []
+    page = plan_page(report, search=search, sweep=points, placements=placements, devices=numbers)
+    Path(file).write_text(page, encoding="utf-8")

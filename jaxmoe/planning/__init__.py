@@ -7,15 +7,20 @@ from jaxmoe.planning.search import MeshChoice, MeshSearch, search_meshes
 from jaxmoe.planning.steps import CompiledStep, compile_steps
 from jaxmoe.planning.sweeps import SweepPoint, sweep
 from jaxmoe.planning.topology import gpu_topology
+from jaxmoe.planning.what_if import DevicesChoice, PlacementChoice, compare_devices, compare_placements
 
 __all__ = [
     "CompiledStep",
+    "DevicesChoice",
     "Exchange",
     "MeshChoice",
     "MeshSearch",
+    "PlacementChoice",
     "Plan",
     "StepTime",
     "SweepPoint",
+    "compare_devices",
+    "compare_placements",
     "compile_steps",
     "describe_exchanges",
     "gpu_topology",

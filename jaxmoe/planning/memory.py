@@ -19,8 +19,9 @@ from jaxmoe.layers import CacheArray, param_specs
 from jaxmoe.mesh import AXES, EP, MODEL_AXES, axes_size, batch_axes, named, padded_batch
 from jaxmoe.models import Decoder
 from jaxmoe.models.parts import held_forms, part_of
-from jaxmoe.placement import ExpertPlacement
+from jaxmoe.placement import ExpertPlacement, RoutingTrace
 from jaxmoe.planning.planned import PlannedCheckpoint, keeps_packed
+from jaxmoe.planning.routing import checked_halves, resolve_placement
 from jaxmoe.planning.stored import StoredWeights, stored_weights
 
 _DTYPES = ("float32", "bfloat16", "float16")
@@ -116,6 +117,7 @@ def plan(
     max_length: int | None = None,
     device: str | None = None,
     adapters: Mapping[str, str | Path] | None = None,
+    trace: RoutingTrace | None = None,
 ) -> Plan:
     """Tell what each device would hold of a model, without devices and without weights.
 
@@ -135,6 +137,7 @@ def plan(
         max_length: number of tokens of each; None for 4096, or as many positions as the model has where those are fewer.
         device: name in `jaxmoe.hardware.GPUS`, to compare with its memory.
         adapters: directories of LoRA adapters that are to be held beside the weights, by name, as for `jaxmoe.load`.
+        trace: routing trace, by whose first half a strategy places that is made from loads or choices.
 
     Raises:
         FileNotFoundError: there is no config.json.
@@ -150,12 +153,13 @@ def plan(
     keep = keeps_packed(quantized)
     if activations not in (None, "checkpoint"):
         raise ValueError(f'activations is "checkpoint" or None; got {activations!r}')
+    past, sizes = checked_halves(checkpoint.config, trace)[0], {"dp": dp, "tp": tp, "ep": ep}
     return plan_config(
         checkpoint.config,
         dp=dp,
         tp=tp,
         ep=ep,
-        placement=placement,
+        placement=resolve_placement(checkpoint.config, placement, sizes, expert_axes, past=past),
         expert_axes=expert_axes,
         dtype=dtype,
         batch_size=batch_size,

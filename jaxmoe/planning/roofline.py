@@ -22,6 +22,8 @@ from jaxmoe.hardware import GPU
 from jaxmoe.layers import MoE, dispatch_shape, packings_of, param_specs, unpacked_specs
 from jaxmoe.mesh import AXES, DP, TP, batch_axes, named, padded_batch
 from jaxmoe.models import Decoder
+from jaxmoe.placement import RoutingTrace
+from jaxmoe.planning.routing import check_routing, slot_chances
 
 Phase = Literal["prefill", "decode"]
 
@@ -85,7 +87,8 @@ def step_time(
     gpu: GPU,
     devices_per_node: int = 8,
     dispatch: str = "auto",
-    skew: float = 1.0,
+    skew: float | None = None,
+    trace: RoutingTrace | None = None,
 ) -> StepTime:
     """Model the time of one step.
 
@@ -97,8 +100,14 @@ def step_time(
         gpu: kind of every device.
         devices_per_node: devices that are linked by the faster way; their numbers follow each other.
         dispatch: backend of `jaxmoe.dispatch`, or "auto".
-        skew: rows of the device with the most of them over the mean, 1.0 for even routing.
+        skew: rows of the device with the most of them over the mean; None for even routing, or that of `trace`.
+        trace: routing that tells the load of every slot of each MoE layer.
+
+    Raises:
+        ValueError: skew and trace are both given, or the trace is of other layers or experts.
     """
+    check_routing(model.config, trace, skew)
+    counts = {} if trace is None else dict(zip(model.config.moe_layers, trace.total_counts, strict=True))
     rows = padded_batch(model.mesh, batch_size)
     per_row = length if phase == "prefill" else 1
     here = rows // math.prod([model.mesh.shape[axis] for axis in batch_axes(model.mesh, rows)])
@@ -108,7 +117,8 @@ def step_time(
     links = _Links(model, gpu, devices_per_node)
     for layer, stack in by_layer.items():
         moe = model.layers[layer].moe
-        experts += _experts(moe, stack, batch_size * per_row, skew).seconds(gpu)
+        chances_np = slot_chances(moe, counts[layer]) if counts else None
+        experts += _experts(moe, stack, batch_size * per_row, skew or 1.0, chances_np).seconds(gpu)
         name, seconds = _exchange(moe, batch_size * per_row, dispatch, links)
         exchange += seconds
         names[name] += 1
@@ -159,16 +169,19 @@ def _weights(model: Decoder, tokens: int, rows: int) -> tuple[_Work, dict[int, _
     return dense, stacks
 
 
-def _experts(moe: MoE, slot: _Work, tokens: int, skew: float) -> _Work:
+def _experts(moe: MoE, slot: _Work, tokens: int, skew: float, chances_np: np.ndarray | None) -> _Work:
     """Work of the device whose experts have most to do: the slots that are met, and their rows.
 
-    A slot is met by none of T tokens with the probability (1 - K/E) ** T.
+    A slot is met by none of T tokens with the probability (1 - K/E) ** T, or with its own chance by a trace.
     """
     layout, K, E = dispatch_shape(moe, tokens).layout, moe.config.num_experts_per_tok, moe.config.num_experts
     # Every dp rank has the experts once more where they are not shared over it.
     served = tokens / math.prod(
         [size for axis, size in layout.mesh_shape if axis == DP and axis not in layout.expert_axes]
     )
+    if chances_np is not None:
+        met = (1 - (1 - chances_np) ** served).sum(axis=1).max()
+        return _Work(float(met) * slot.bytes, float(served * chances_np.sum(axis=1).max()) * slot.flops)
     rows = served * K / layout.num_devices * skew
     uses = moe.placement.slot_uses
     held = int((uses["experts"] + uses["replicas"]).max())

@@ -14,9 +14,11 @@ from jaxmoe.dispatch import DISPATCHES
 from jaxmoe.hardware import get_gpu
 from jaxmoe.mesh import AXES, DP, EP, TP, write_mesh
 from jaxmoe.models import Decoder
+from jaxmoe.placement import RoutingTrace
 from jaxmoe.planning.memory import cache_bytes, checked_dtype, checked_length, weight_parts
 from jaxmoe.planning.planned import PlannedCheckpoint, keeps_packed
 from jaxmoe.planning.roofline import Phase, StepTime, step_time
+from jaxmoe.planning.routing import checked_halves, resolve_placement
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -117,7 +119,8 @@ def search_meshes(
     quantized: str = "keep",
     mtp: bool = False,
     rank_by: Phase = "decode",
-    skew: float = 1.0,
+    skew: float | None = None,
+    trace: RoutingTrace | None = None,
 ) -> MeshSearch:
     """Try every (dp, tp, ep) and way of sharing the experts, drop what does not fit, and rank the rest by modeled time.
 
@@ -133,8 +136,8 @@ def search_meshes(
         dispatch: backend of `jaxmoe.dispatch`, or "auto" for what the layer would take.
         dtype, quantized, mtp: arguments of `jaxmoe.plan`.
         rank_by: step whose time decides, "decode" or "prefill".
-        skew: rows of the device with the most of them over the mean; 1.0 for even routing, see `ExpertPlacement` and
-            `jaxmoe.placement.metrics` for that of a trace.
+        skew: rows of the device with the most of them over the mean; None for even routing, or that of `trace`.
+        trace: routing trace, whose second half tells the load of every slot, and whose first half strategies place by.
 
     Raises:
         FileNotFoundError: there is no config.json.
@@ -154,18 +157,16 @@ def search_meshes(
     if dispatch not in ("auto", *DISPATCHES):
         raise ValueError(f"dispatch backends are auto, {', '.join(DISPATCHES)}; got {dispatch!r}")
     keep = keeps_packed(quantized)
-    if not skew >= 1:
-        raise ValueError(f"skew is the most rows of a device over their mean, at least 1; got {skew!r}")
     checkpoint = PlannedCheckpoint.read(path, mtp=flag("mtp", mtp))
+    past, future = checked_halves(checkpoint.config, trace, skew)
     max_length = checked_length(checkpoint.config, max_length)
     dtype = checked_dtype(checkpoint.config, dtype)
-    prompt = max(1, max_length // 2) if prompt_length is None else integer("prompt_length", prompt_length, least=1)
-    if prompt > max_length:
-        raise ValueError(f"prompt_length is at most max_length ({max_length}); got {prompt}")
+    prompt = checked_prompt(prompt_length, max_length)
     choices, left_out = [], {}
     for sizes, expert_axes in _layouts(devices):
         try:
-            model = checkpoint.model(sizes=sizes, placement=placement, expert_axes=expert_axes, dtype=dtype, keep=keep)
+            placed = resolve_placement(checkpoint.config, placement, sizes, expert_axes, past=past)
+            model = checkpoint.model(sizes=sizes, placement=placed, expert_axes=expert_axes, dtype=dtype, keep=keep)
         except CheckpointError:
             raise
         except ValueError as error:
@@ -182,6 +183,7 @@ def search_meshes(
                 devices_per_node=devices_per_node,
                 dispatch=dispatch,
                 skew=skew,
+                trace=future,
             )
 
         held = np.sum([*weight_parts(model).values(), cache_bytes(model, batch_size, max_length)], axis=0)
@@ -190,7 +192,7 @@ def search_meshes(
                 mesh=sizes,
                 expert_axes=expert_axes,
                 bytes_per_device=int(held.max()),
-                decode=time("decode", max(1, max_length // 2)),
+                decode=time("decode", halfway(max_length)),
                 prefill=time("prefill", prompt),
             )
         )
@@ -208,6 +210,19 @@ def search_meshes(
         ),
         left_out=left_out,
     )
+
+
+def halfway(max_length: int) -> int:
+    """Tokens of a sequence before the decode step that is modeled: half of those that there is room for."""
+    return max(1, max_length // 2)
+
+
+def checked_prompt(prompt_length: int | None, max_length: int) -> int:
+    """The tokens of each sequence in the prefill: those asked for, or half of those that there is room for."""
+    prompt = halfway(max_length) if prompt_length is None else integer("prompt_length", prompt_length, least=1)
+    if prompt > max_length:
+        raise ValueError(f"prompt_length is at most max_length ({max_length}); got {prompt}")
+    return prompt
 
 
 def _layouts(devices: int) -> Iterator[tuple[dict[str, int], tuple[str, ...]]]:

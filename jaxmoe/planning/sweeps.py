@@ -10,10 +10,11 @@ import numpy as np
 from jaxmoe.checks import flag, integer
 from jaxmoe.hardware import get_gpu
 from jaxmoe.mesh import EP
-from jaxmoe.placement import ExpertPlacement
+from jaxmoe.placement import RoutingTrace
 from jaxmoe.planning.memory import cache_bytes, checked_dtype, checked_length, weight_parts
 from jaxmoe.planning.planned import PlannedCheckpoint, keeps_packed
 from jaxmoe.planning.roofline import StepTime, step_time
+from jaxmoe.planning.routing import AnyPlacement, checked_halves, resolve_placement
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -49,12 +50,13 @@ def sweep(
     dp: int = 1,
     tp: int = 1,
     ep: int = 1,
-    placement: str | ExpertPlacement | Sequence[str | ExpertPlacement] = "linear",
+    placement: AnyPlacement = "linear",
     expert_axes: tuple[str, ...] = (EP,),
     devices_per_node: int = 8,
     dtype: str | None = None,
     quantized: str = "keep",
     mtp: bool = False,
+    trace: RoutingTrace | None = None,
 ) -> list[SweepPoint]:
     """Plan a model for every number of sequences with every length.
 
@@ -65,6 +67,7 @@ def sweep(
         lengths: tokens of each.
         dp, tp, ep, placement, expert_axes, dtype, quantized, mtp: arguments of `jaxmoe.plan`.
         devices_per_node: devices that the faster links join.
+        trace: routing trace in place of even routing, as for `search_meshes`.
 
     Returns:
         A point for each pair, lengths of one number of sequences together.
@@ -81,9 +84,11 @@ def sweep(
     gpu, checkpoint = get_gpu(device), PlannedCheckpoint.read(path, mtp=flag("mtp", mtp))
     batch_sizes = [integer("batch_size", size, least=1) for size in batch_sizes]
     lengths = [checked_length(checkpoint.config, length) for length in lengths]
+    sizes = {name: integer(name, size, least=1) for name, size in {"dp": dp, "tp": tp, "ep": ep}.items()}
+    past, future = checked_halves(checkpoint.config, trace)
     model = checkpoint.model(
-        sizes={name: integer(name, size, least=1) for name, size in {"dp": dp, "tp": tp, "ep": ep}.items()},
-        placement=placement,
+        sizes=sizes,
+        placement=resolve_placement(checkpoint.config, placement, sizes, expert_axes, past=past),
         expert_axes=expert_axes,
         dtype=checked_dtype(checkpoint.config, dtype),
         keep=keeps_packed(quantized),
@@ -93,7 +98,13 @@ def sweep(
         for length in lengths:
             held = int((weights + cache_bytes(model, batch_size, length)).max())
             decode = step_time(
-                model, "decode", batch_size=batch_size, length=length, gpu=gpu, devices_per_node=devices_per_node
+                model,
+                "decode",
+                batch_size=batch_size,
+                length=length,
+                gpu=gpu,
+                devices_per_node=devices_per_node,
+                trace=future,
             )
             points.append(
                 SweepPoint(

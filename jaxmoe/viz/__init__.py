@@ -16,6 +16,7 @@ from jaxmoe.viz.load import device_loads
 from jaxmoe.viz.memory import device_memory, expert_memory
 from jaxmoe.viz.ownership import ownership_map
 from jaxmoe.viz.page import plan_page
+from jaxmoe.viz.skew import skew_by_layer
 from jaxmoe.viz.times import step_times
 from jaxmoe.viz.traffic import traffic_matrix
 
@@ -28,6 +29,7 @@ __all__ = [
     "expert_memory",
     "ownership_map",
     "plan_page",
+    "skew_by_layer",
     "step_times",
     "traffic_matrix",
 ]

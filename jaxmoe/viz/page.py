@@ -8,35 +8,61 @@ from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
 
 from jaxmoe.mesh import write_mesh
-from jaxmoe.planning import MeshSearch, Plan, SweepPoint
+from jaxmoe.planning import DevicesChoice, MeshSearch, PlacementChoice, Plan, SweepPoint
+from jaxmoe.planning.what_if_tables import devices_rows, placement_rows
 from jaxmoe.viz.memory import device_memory
+from jaxmoe.viz.skew import skew_by_layer
 from jaxmoe.viz.times import step_times
 
 _STYLE = """
 :root { color-scheme: light dark; --line: #8884; --soft: #8882; --good: #009e73; --bad: #d55e00; }
 body { font: 16px/1.5 system-ui, sans-serif; max-width: 62rem; margin: 2rem auto; padding: 0 1rem; }
-h1 { font-size: 1.6rem; margin-bottom: 0; }
-h2 { font-size: 1.15rem; margin: 2.2rem 0 .6rem; }
-p.verdict { font-size: 1.15rem; border-left: .35rem solid var(--good); padding: .4rem .8rem; background: var(--soft); }
+h1 { font-size: 1.6rem; line-height: 1.25; margin-bottom: 0; }
+h2 { font-size: 1.15rem; margin: 2.4rem 0 .6rem; }
+ul { padding-left: 1.2rem; }
+p.verdict { font-size: 1.1rem; border-left: .35rem solid var(--good); padding: .4rem .8rem; background: var(--soft); }
 p.verdict.bad { border-color: var(--bad); }
-table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
-th, td { padding: .25rem .8rem; border-bottom: 1px solid var(--line); text-align: right; }
-th:first-child, td:first-child { text-align: left; }
-tr.first td, tr.total td { font-weight: 600; }
+/* What is wider than a small screen is moved sideways, and the page is not. */
+div.wide, figure { overflow-x: auto; margin: 1rem 0; }
+table { border-collapse: collapse; font-size: .92rem; font-variant-numeric: tabular-nums; }
+th, td { padding: .25rem .7rem; border-bottom: 1px solid var(--line); text-align: right; }
+th { vertical-align: bottom; line-height: 1.25; }
+td { white-space: nowrap; }
+.text { text-align: left; }
+tr:hover td { background: var(--soft); }
+tr.strong td { font-weight: 600; }
 td.none { color: var(--bad); }
-figure { margin: 1rem 0; background: #fff; border-radius: .4rem; padding: .5rem; }
-figure svg { max-width: 100%; height: auto; display: block; }
+summary { cursor: pointer; padding: .4rem .7rem; }
+figure svg { max-width: 100%; min-width: 34rem; height: auto; display: block; }
+@media (prefers-color-scheme: dark) { figure svg { filter: invert(1) hue-rotate(180deg); } }
 footer { margin-top: 3rem; font-size: .85rem; opacity: .75; }
 """
+_SKEW = (
+    "Skew is the most rows of a device over their mean, by the second half of the trace; the table has the mean of all MoE "
+    "layers and the worst of them, and the megabytes of activations that a token sends to other devices."
+)
+_GAIN = "The fastest mesh of each number for the same sequences, and its gain in tokens/s over the number before."
+_PRICES = "The last columns are the price of a million tokens that are generated (out) and that are read (in)."
+# Rows of a table that are shown at once; the others are there to be opened.
+_SHOWN = 12
 
 
-def plan_page(plan: Plan, *, search: MeshSearch | None = None, sweep: Sequence[SweepPoint] = ()) -> str:
+def plan_page(
+    plan: Plan,
+    *,
+    search: MeshSearch | None = None,
+    sweep: Sequence[SweepPoint] = (),
+    placements: Sequence[PlacementChoice] = (),
+    devices: Sequence[DevicesChoice] = (),
+) -> str:
     """Write a plan as a page.
 
     Args:
         plan: plan of one mesh.
         search: ranking of meshes, to be shown too.
         sweep: points of a sweep of that mesh, to be shown too.
+        placements: placements on that mesh, to be shown side by side.
+        devices: numbers of devices, likewise.
 
     Returns:
         HTML with its pictures in it, as SVG.
@@ -52,16 +78,24 @@ def plan_page(plan: Plan, *, search: MeshSearch | None = None, sweep: Sequence[S
         _parts(plan),
     ]
     if plan.notes:
-        body += ["<ul>", *(f"<li>{html.escape(note)}</li>" for note in plan.notes), "</ul>"]
+        body.append(_list(plan.notes))
     if search is not None:
         body += [
             f"<h2>Every mesh of {_devices(search)} devices</h2>",
-            *(f"<p>{html.escape(line)}</p>" for line in search.explain()),
+            _list(search.explain()),
         ]
         if search.choices:
-            body += [_figure(step_times(search.choices[:12], search.rank_by)), _meshes(search)]
+            body += [_figure(step_times(search.choices[:_SHOWN], search.rank_by)), _meshes(search)]
     if sweep:
         body += ["<h2>Sequences and their length</h2>", _grid(sweep)]
+    if placements:
+        body.append("<h2>Placements side by side</h2>")
+        if placements[0].skew:
+            body += [f"<p>{_SKEW}</p>", _figure(skew_by_layer(placements))]
+        body.append(_table(placement_rows(placements)))
+    if devices:
+        prices = "" if devices[0].price_per_hour is None else f" {_PRICES}"
+        body += ["<h2>Numbers of devices</h2>", f"<p>{_GAIN}{prices}</p>", _table(devices_rows(devices))]
     body.append(
         "<footer>Memory is counted from the config and the headers of the checkpoint; activations are not in it. Times "
         "are modeled from bytes, arithmetic and links at their highest rates, and nothing overlaps: use them to "
@@ -82,13 +116,13 @@ def _verdict(plan: Plan) -> str:
     most = max(plan.bytes_per_device.values())
     if plan.fits:
         text = (
-            f"It fits: the fullest device holds {most / 1e9:.1f} GB, and {plan.headroom / 1e9:.1f} GB of a {plan.device} "
-            f"are left. There is room for {plan.largest_batch:,} such sequences, or for {plan.largest_length:,} tokens of "
-            "each."
+            f"It fits: of the {plan.capacity / 1e9:.1f} GB of each {plan.device} the fullest holds {most / 1e9:.1f}, "
+            f"and {plan.headroom / 1e9:.1f} are left. There is room for {plan.largest_batch:,} such sequences, or for "
+            f"{plan.largest_length:,} tokens of each."
         )
         return f'<p class="verdict">{html.escape(text)}</p>'
     text = (
-        f"It does not fit: the fullest device would hold {most / 1e9:.1f} GB, and a {plan.device} has "
+        f"It does not fit: the fullest device would hold {most / 1e9:.1f} GB, and each {plan.device} has "
         f"{plan.capacity / 1e9:.1f}."
     )
     return f'<p class="verdict bad">{html.escape(text)}</p>'
@@ -99,7 +133,7 @@ def _parts(plan: Plan) -> str:
     rows += [(name, f"{part.min() / 1e9:.2f}", f"{part.max() / 1e9:.2f}") for name, part in plan.parts.items()]
     total = plan.bytes_per_device.values()
     rows.append(("total", f"{min(total) / 1e9:.2f}", f"{max(total) / 1e9:.2f}"))
-    return _table(rows, strong=len(rows) - 1, kind="total")
+    return _table(rows, strong=len(rows) - 1)
 
 
 def _meshes(search: MeshSearch) -> str:
@@ -112,11 +146,11 @@ def _meshes(search: MeshSearch) -> str:
                 f"{choice.bytes_per_device / 1e9:.1f}",
                 f"{choice.decode.seconds * 1e3:.2f}",
                 f"{choice.decode.tokens_per_second:,.0f}",
-                f"{choice.prefill.seconds * 1e3:.1f}",
+                f"{choice.prefill.seconds * 1e3:,.1f}",
                 next(iter(step.terms())),
             )
         )
-    return _table(rows, strong=1, kind="first")
+    return _table(rows, strong=1)
 
 
 def _grid(points: Sequence[SweepPoint]) -> str:
@@ -134,25 +168,39 @@ def _cell(point: SweepPoint) -> str:
     return f"{point.bytes_per_device / 1e9:.1f} GB, {point.decode.seconds * 1e3:.1f} ms"
 
 
-def _table(rows: Sequence[tuple[str, ...]], *, strong: int = 0, kind: str = "") -> str:
+def _table(rows: Sequence[tuple[str, ...]], *, strong: int = 0) -> str:
+    """A table, its headings in the first row and one row in bold; columns of words are flush left, others flush right."""
     head, *body = rows
-    lines = ["<table><tr>" + "".join(f"<th>{html.escape(cell)}</th>" for cell in head) + "</tr>"]
-    for number, row in enumerate(body, 1):
-        cells = "".join(
-            f'<td class="none">{html.escape(cell)}</td>'
-            if cell.endswith("no room")
-            else f"<td>{html.escape(cell)}</td>"
-            for cell in row
-        )
-        lines.append(f'<tr class="{kind}">{cells}</tr>' if number == strong else f"<tr>{cells}</tr>")
-    return "\n".join([*lines, "</table>"])
+    texts = [not any(cell[:1] in set("0123456789+-") for cell in column if cell) for column in zip(*body, strict=True)]
+
+    def row(cells: Sequence[str], tag: str) -> str:
+        line = ""
+        for text, cell in zip(texts, cells, strict=True):
+            kinds = ["text"] * text + ["none"] * cell.endswith("no room")
+            line += f'<{tag} class="{" ".join(kinds)}">' if kinds else f"<{tag}>"
+            line += f"{html.escape(cell)}</{tag}>"
+        return line
+
+    lines = [
+        f'<tr class="strong">{row(cells, "td")}</tr>' if number == strong else f"<tr>{row(cells, 'td')}</tr>"
+        for number, cells in enumerate(body, 1)
+    ]
+    heading = f"<tr>{row(head, 'th')}</tr>"
+    tables = [lines[:_SHOWN], lines[_SHOWN:]]
+    first, rest = ("\n".join(["<table>", heading, *part, "</table>"]) for part in tables)
+    more = f"<details><summary>{len(tables[1])} more</summary>{rest}</details>" if tables[1] else ""
+    return f'<div class="wide">{first}{more}</div>'
+
+
+def _list(lines: Sequence[str]) -> str:
+    return "\n".join(["<ul>", *(f"<li>{html.escape(line)}</li>" for line in lines), "</ul>"])
 
 
 def _figure(ax: Axes) -> str:
     figure = ax.get_figure(root=True)
     assert figure is not None
     out = io.StringIO()
-    figure.savefig(out, format="svg")
+    figure.savefig(out, format="svg", transparent=True)
     plt.close(figure)
     svg = out.getvalue()
     return f"<figure>{svg[svg.index('<svg') :]}</figure>"

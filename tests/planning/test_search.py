@@ -122,6 +122,7 @@ def test_the_command(qwen, capsys, tmp_path) -> None:
     text = page.read_text()
     assert text.count("<svg") == 2
     assert "Every mesh of 8 devices" in text
+    assert "<summary>10 more</summary>" in text, "the table shows 12 of 22 meshes at once"
     assert not re.search(r'(src|href)="https?:', text), "the page needs another file"
     assert main(["plan", str(qwen), "--devices", "8", *options, "--json"]) == 0
     report = json.loads(capsys.readouterr().out)

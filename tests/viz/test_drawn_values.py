@@ -9,6 +9,7 @@ matplotlib.use("Agg")
 from matplotlib import pyplot as plt  # noqa: E402
 
 from jaxmoe import viz  # noqa: E402
+from jaxmoe.planning import PlacementChoice, StepTime  # noqa: E402
 
 
 @pytest.fixture(autouse=True)
@@ -36,3 +37,19 @@ def test_a_row_of_the_traffic_matrix_is_the_sender() -> None:
     (there,) = (text for text in ax.texts if text.get_text() == "2")
     assert there.get_position() == (1, 0)  # x, y
     assert (ax.get_xlabel(), ax.get_ylabel()) == ("to device", "from device")
+
+
+def test_a_line_of_skew_is_a_placement_and_a_point_of_it_a_layer() -> None:
+    time = StepTime(phase="decode", tokens=1, dense=1, experts=0, cache=0, exchange=0, sums=0, dispatch={})
+    sizes = {"bytes_per_device": 0, "replica_bytes": 0, "fits": True, "largest_batch": 1, "sent_per_token": None}
+    one, two, untold = (
+        PlacementChoice(placement="eplb", redundancy=extra, skew=skew, decode=time, prefill=time, **sizes)
+        for extra, skew in ((0, (1.5, 2.0)), (1, (1.0, 1.25)), (0, ()))
+    )
+    lines = viz.skew_by_layer([one, two]).get_lines()[:2]
+    assert [(line.get_label(), tuple(line.get_ydata())) for line in lines] == [
+        ("eplb, 0 redundant", (1.5, 2.0)),
+        ("eplb, 1 redundant", (1.0, 1.25)),
+    ]
+    with pytest.raises(ValueError, match="judged by a trace"):
+        viz.skew_by_layer([one, untold])
