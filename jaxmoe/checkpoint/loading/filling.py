@@ -17,13 +17,8 @@ class LoadCallbacks(NamedTuple):
     """The functions that a load tells how far it is; None where nobody listens.
 
     Attributes:
-<<<<<<< HEAD
-        read: called with (bytes done, bytes in all) of the files.
-        placed: called with (device id, bytes that were put on it).
-=======
         read: function of (bytes done, bytes in all) of the files.
         placed: function of (device id, bytes that were put on it).
->>>>>>> room
     """
 
     read: ProgressCallback | None
