@@ -73,6 +73,13 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         help="memory and decode time for batches and contexts of powers of two, with --device",
     )
     parser.add_argument(
+        "--measured",
+        action="append",
+        default=[],
+        metavar="FILE",
+        help="take rates and times that were measured in place of modeled ones, such as a gpu_session's (repeatable)",
+    )
+    parser.add_argument(
         "--compile",
         action="store_true",
         help="also compile prefill and decode for these GPUs, which need not be there, and compare (needs the extra aot)",
@@ -122,6 +129,8 @@ def run(args: argparse.Namespace) -> None:
     _print(report)
     if points:
         _print_sweep(points)
+    if args.measured and search is None:
+        _print_measured(args)
     for step in compiled:
         _print_compiled(step)
 
@@ -132,6 +141,8 @@ def _check(args: argparse.Namespace) -> None:
         raise ValueError(
             "--devices, --sweep and --compile are for a kind of device: name it with --device, such as h100"
         )
+    if args.measured and args.devices is None and args.sweep is None:
+        raise ValueError("--measured is for modeled times: give --devices or --sweep with it")
     if args.compile and args.adapter:
         raise ValueError("--compile compiles a model's own weights; leave --adapter out")
     if args.devices is None:
@@ -162,6 +173,7 @@ def _search(args: argparse.Namespace) -> "MeshSearch":
         quantized=args.quantized,
         mtp=args.mtp,
         rank_by=args.rank_by,
+        measured=args.measured,
     )
 
 
@@ -190,6 +202,7 @@ def _sweep(args: argparse.Namespace, report: "Plan", expert_axes: tuple[str, ...
         dtype=args.dtype,
         quantized=args.quantized,
         mtp=args.mtp,
+        measured=args.measured,
     )
 
 
@@ -288,6 +301,17 @@ def _print_search(search: "MeshSearch") -> None:
     console.print(f"Of the layouts {', '.join(counts)}.", highlight=False)
     for line in search.explain():
         console.print(line, highlight=False)
+
+
+def _print_measured(args: argparse.Namespace) -> None:
+    from rich.console import Console
+
+    from jaxmoe.hardware import get_gpu
+    from jaxmoe.planning import read_measured
+
+    gpu = get_gpu(args.device)
+    for line in read_measured(args.measured, gpu).describe(gpu):
+        Console().print(line, highlight=False, markup=False)
 
 
 def _print_sweep(points: "list[SweepPoint]") -> None:
