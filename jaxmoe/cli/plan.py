@@ -99,6 +99,13 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         help="price of a device, for what a million tokens cost on --devices",
     )
     parser.add_argument(
+        "--measured",
+        action="append",
+        default=[],
+        metavar="FILE",
+        help="take rates and times that were measured in place of modeled ones, such as a gpu_session's (repeatable)",
+    )
+    parser.add_argument(
         "--compile",
         action="store_true",
         help="also compile prefill and decode for these GPUs, which need not be there, and compare (needs the extra aot)",
@@ -158,6 +165,8 @@ def run(args: argparse.Namespace) -> None:
         plan_tables.print_sweep(points)
     if placements:
         plan_tables.print_placements(placements)
+    if args.measured and search is None:
+        _print_measured(args)
     for step in compiled:
         plan_tables.print_compiled(step)
 
@@ -169,6 +178,10 @@ def _check(args: argparse.Namespace) -> None:
         raise ValueError(
             f"{', '.join('--' + name.replace('_', '-') for name in timed)} are for a kind of device: name it with "
             "--device, such as h100"
+        )
+    if args.measured and not any(getattr(args, name) for name in timed if name != "compile"):
+        raise ValueError(
+            "--measured is for modeled times: give --devices, --sweep or a comparison of placements with it"
         )
     if args.compile and args.adapter:
         raise ValueError("--compile compiles a model's own weights; leave --adapter out")
@@ -214,6 +227,7 @@ def _compare_devices(args: argparse.Namespace, trace: "RoutingTrace | None") -> 
         mtp=args.mtp,
         rank_by=args.rank_by,
         trace=trace,
+        measured=args.measured,
     )
 
 
@@ -241,6 +255,7 @@ def _compare_placements(
         dtype=args.dtype,
         quantized=args.quantized,
         mtp=args.mtp,
+        measured=args.measured,
     )
 
 
@@ -272,6 +287,7 @@ def _sweep(
         quantized=args.quantized,
         mtp=args.mtp,
         trace=trace,
+        measured=args.measured,
     )
 
 
@@ -328,3 +344,14 @@ def _write_page(
     numbers = devices if len(devices) > 1 else []
     page = plan_page(report, search=search, sweep=points, placements=placements, devices=numbers)
     Path(file).write_text(page, encoding="utf-8")
+
+
+def _print_measured(args: argparse.Namespace) -> None:
+    from rich.console import Console
+
+    from jaxmoe.hardware import get_gpu
+    from jaxmoe.planning import read_measured
+
+    gpu = get_gpu(args.device)
+    for line in read_measured(args.measured, gpu).describe(gpu):
+        Console().print(line, highlight=False, markup=False)

@@ -1,6 +1,7 @@
 """Planning for devices that are not there: memory and time that a model takes, and its compiled programs."""
 
 from jaxmoe.planning.exchanges import Exchange, describe_exchanges, read_exchanges
+from jaxmoe.planning.measured import Measured, read_measured
 from jaxmoe.planning.memory import Plan, plan
 from jaxmoe.planning.roofline import StepTime, step_time
 from jaxmoe.planning.search import MeshChoice, MeshSearch, search_meshes
@@ -13,6 +14,7 @@ __all__ = [
     "CompiledStep",
     "DevicesChoice",
     "Exchange",
+    "Measured",
     "MeshChoice",
     "MeshSearch",
     "PlacementChoice",
@@ -26,6 +28,7 @@ __all__ = [
     "gpu_topology",
     "plan",
     "read_exchanges",
+    "read_measured",
     "search_meshes",
     "step_time",
     "sweep",

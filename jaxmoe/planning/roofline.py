@@ -23,9 +23,11 @@ from jaxmoe.layers import MoE, dispatch_shape, packings_of, param_specs, unpacke
 from jaxmoe.mesh import AXES, DP, TP, batch_axes, named, padded_batch
 from jaxmoe.models import Decoder
 from jaxmoe.placement import RoutingTrace
+from jaxmoe.planning.measured import NOTHING, Measured, Taken
 from jaxmoe.planning.routing import check_routing, slot_chances
 
 Phase = Literal["prefill", "decode"]
+PARTS = ("dense", "experts", "cache", "exchange", "sums")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -37,10 +39,11 @@ class StepTime:
         tokens: tokens of all sequences that the step computes.
         dense: weights that every token meets: attention's, dense and shared experts', the head.
         experts: routed experts, on the device that holds most of those that are met.
-        cache: keys, values and states of the tokens before, and the scores of attention.
+        cache: keys, values and states that the cache has room for, and the scores of attention.
         exchange: tokens that travel to experts and back.
-        sums: partial sums over tp of what is not routed.
+        sums: partial sums over tp of what is not routed, and the logits.
         dispatch: {backend of dispatch: MoE layers that use it}.
+        sources: {part: "modeled", or "measured" with the files that have it, or "measured in part"}.
     """
 
     phase: Phase
@@ -51,6 +54,7 @@ class StepTime:
     exchange: float
     sums: float
     dispatch: Mapping[str, int]
+    sources: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
     @property
     def seconds(self) -> float:
@@ -64,7 +68,7 @@ class StepTime:
 
     def terms(self) -> dict[str, float]:
         """{part: seconds}, the largest first."""
-        parts = {name: getattr(self, name) for name in ("dense", "experts", "cache", "exchange", "sums")}
+        parts = {name: getattr(self, name) for name in PARTS}
         return dict(sorted(parts.items(), key=lambda part: -part[1]))
 
 
@@ -74,8 +78,11 @@ class _Work(NamedTuple):
     bytes: float = 0.0
     flops: float = 0.0
 
-    def seconds(self, gpu: GPU) -> float:
-        return max(self.bytes / gpu.memory_bandwidth, self.flops / gpu.flops)
+    def times(self, count: float) -> "_Work":
+        return _Work(self.bytes * count, self.flops * count)
+
+    def on(self, gpu: GPU) -> Taken:
+        return Taken(max(self.bytes / gpu.memory_bandwidth, self.flops / gpu.flops), modeled=True)
 
 
 def step_time(
@@ -89,19 +96,21 @@ def step_time(
     dispatch: str = "auto",
     skew: float | None = None,
     trace: RoutingTrace | None = None,
+    measured: Measured = NOTHING,
 ) -> StepTime:
     """Model the time of one step.
 
     Args:
         model: model without values, on an abstract mesh; its parameters packed where they are to be.
-        phase: "prefill" computes `length` tokens of each sequence, "decode" one more after `length`.
+        phase: "prefill" computes `length` tokens of each sequence, "decode" one more.
         batch_size: number of sequences.
-        length: tokens of each.
+        length: tokens of each in the prefill; in a decode step, tokens that the cache has room for, all of which it reads.
         gpu: kind of every device.
         devices_per_node: devices that are linked by the faster way; their numbers follow each other.
         dispatch: backend of `jaxmoe.dispatch`, or "auto".
         skew: rows of the device with the most of them over the mean; None for even routing, or that of `trace`.
         trace: routing that tells the load of every slot of each MoE layer.
+        measured: rates and times that are taken in place of modeled ones, see `read_measured`.
 
     Raises:
         ValueError: skew and trace are both given, or the trace is of other layers or experts.
@@ -111,28 +120,46 @@ def step_time(
     rows = padded_batch(model.mesh, batch_size)
     per_row = length if phase == "prefill" else 1
     here = rows // math.prod([model.mesh.shape[axis] for axis in batch_axes(model.mesh, rows)])
+    gpu, dtype, packings = measured.device(gpu), jnp.dtype(model.dtype), packings_of(model)
+    packed = {layer_index(path) for path in packings if is_expert_stack(path)}
     dense, by_layer = _weights(model, here * per_row, here)
-    experts = exchange = 0.0
+    experts = exchange = Taken()
     names: Counter[str] = Counter()
-    links = _Links(model, gpu, devices_per_node)
+    links = _Links(model, gpu, devices_per_node, measured)
     for layer, stack in by_layer.items():
         moe = model.layers[layer].moe
         chances_np = slot_chances(moe, counts[layer]) if counts else None
-        experts += _experts(moe, stack, batch_size * per_row, skew or 1.0, chances_np).seconds(gpu)
-        name, seconds = _exchange(moe, batch_size * per_row, dispatch, links)
-        exchange += seconds
+        expert_rows, work = _experts(moe, stack, batch_size * per_row, skew or 1.0, chances_np)
+        timed = None if layer in packed else _measured_experts(measured, moe, expert_rows, dtype.name)
+        experts += timed or work.on(gpu)
+        name, taken = _exchange(moe, batch_size * per_row, dispatch, links)
+        exchange += taken
         names[name] += 1
-    width = model.config.hidden_size * jnp.dtype(model.dtype).itemsize * here * per_row
-    one_sum = Collective(op="all-reduce", axes=(TP,), devices=model.mesh.shape[TP], bytes=width)
+    parts = {
+        "dense": dense.on(gpu),
+        "experts": experts,
+        "cache": _cache(model, phase, rows, here, length).on(gpu),
+        "exchange": exchange,
+        "sums": links.seconds(_sums(model, here, per_row)),
+    }
+    whole = {
+        "phase": phase,
+        "model_type": model.config.model_type,
+        "layers": model.config.num_main_layers,
+        "width": model.config.hidden_size,
+        "dtype": dtype.name,
+        "packed": bool(packings),
+        "mesh": dict(model.mesh.shape),
+        "expert_axes": list(next((model.layers[layer].moe.expert_axes for layer in by_layer), ())),
+        "length": length,
+    }
+    parts = {name: measured.seconds("part", batch_size, part=name, **whole) or taken for name, taken in parts.items()}
     return StepTime(
         phase=phase,
         tokens=batch_size * per_row,
-        dense=dense.seconds(gpu),
-        experts=experts,
-        cache=_cache(model, phase, rows, here, length).seconds(gpu),
-        exchange=exchange,
-        sums=_sums(model) * links.seconds([one_sum]),
+        **{name: taken.seconds for name, taken in parts.items()},
         dispatch=dict(names),
+        sources={name: taken.source for name, taken in parts.items()},
     )
 
 
@@ -169,8 +196,8 @@ def _weights(model: Decoder, tokens: int, rows: int) -> tuple[_Work, dict[int, _
     return dense, stacks
 
 
-def _experts(moe: MoE, slot: _Work, tokens: int, skew: float, chances_np: np.ndarray | None) -> _Work:
-    """Work of the device whose experts have most to do: the slots that are met, and their rows.
+def _experts(moe: MoE, slot: _Work, tokens: int, skew: float, chances_np: np.ndarray | None) -> tuple[float, _Work]:
+    """Rows of the device whose experts have most to do, and its work: the slots that are met, and their rows.
 
     A slot is met by none of T tokens with the probability (1 - K/E) ** T, or with its own chance by a trace.
     """
@@ -180,23 +207,36 @@ def _experts(moe: MoE, slot: _Work, tokens: int, skew: float, chances_np: np.nda
         [size for axis, size in layout.mesh_shape if axis == DP and axis not in layout.expert_axes]
     )
     if chances_np is not None:
-        met = (1 - (1 - chances_np) ** served).sum(axis=1).max()
-        return _Work(float(met) * slot.bytes, float(served * chances_np.sum(axis=1).max()) * slot.flops)
+        met = float((1 - (1 - chances_np) ** served).sum(axis=1).max())
+        rows = float(served * chances_np.sum(axis=1).max())
+        return rows, _Work(met * slot.bytes, rows * slot.flops)
     rows = served * K / layout.num_devices * skew
     uses = moe.placement.slot_uses
     held = int((uses["experts"] + uses["replicas"]).max())
     met = min(held * (1 - (1 - K / E) ** served), rows)
-    return _Work(met * slot.bytes, rows * slot.flops)
+    return rows, _Work(met * slot.bytes, rows * slot.flops)
 
 
-def _exchange(moe: MoE, tokens: int, dispatch: str, links: "_Links") -> tuple[str, float]:
+def _measured_experts(measured: Measured, moe: MoE, rows: float, dtype: str) -> Taken | None:
+    """The measured time of a layer's experts on a device with so many rows; None where there is none."""
+    split = 1 if TP in moe.expert_axes else moe.mesh.shape[TP]
+    return measured.seconds(
+        "experts",
+        rows,
+        slots=moe.placement.slots_per_device,
+        width=moe.config.expert_input_size,
+        expert_width=moe.config.moe_intermediate_size // split,
+        dtype=dtype,
+    )
+
+
+def _exchange(moe: MoE, tokens: int, dispatch: str, links: "_Links") -> tuple[str, Taken]:
     """Backend that brings a call's tokens to their experts, and its seconds."""
     shape = dispatch_shape(moe, tokens)
     name = explain_dispatch(shape, "gpu").name if dispatch == "auto" else dispatch
     backend = DISPATCHES[name]
-    return name, links.seconds(dispatch_collectives(backend, shape)) + backend.memory_bytes(
-        shape
-    ) / links.gpu.memory_bandwidth
+    moved = _Work(backend.memory_bytes(shape)).on(links.gpu)
+    return name, links.seconds(dispatch_collectives(backend, shape)) + moved
 
 
 def _cache(model: Decoder, phase: Phase, rows: int, here: int, length: int) -> _Work:
@@ -207,55 +247,72 @@ def _cache(model: Decoder, phase: Phase, rows: int, here: int, length: int) -> _
             shape = named(model.mesh, *array.spec(batch)).shard_shape(array.shape)
             work = _sum(work, _Work(math.prod(shape) * jnp.dtype(array.dtype or model.dtype).itemsize))
         if config.attention is not None:
-            pairs = here * _pairs(config.attention, phase, length)
-            work = _sum(work, _Work(0, pairs * _flops_of_pair(config.attention, phase) / model.mesh.shape[TP]))
+            # Masks are applied to the scores of all pairs: neither a causal one nor a window leaves a pair out.
+            pairs = here * length * (length if phase == "prefill" else 1) / model.mesh.shape[TP]
+            work = _sum(work, _of_pair(config.attention, phase, jnp.dtype(model.dtype).itemsize).times(pairs))
     return work
 
 
-def _pairs(config: TokenMixerConfig, phase: Phase, length: int) -> float:
-    """Pairs of a query and a key of one sequence."""
-    seen = min(length, getattr(getattr(config, "mask", None), "size", length))
-    return seen if phase == "decode" else seen * length - seen * seen / 2
+def _of_pair(config: TokenMixerConfig, phase: Phase, itemsize: int) -> _Work:
+    """Work of a query and a key, of all heads; recurrent layers have none that counts.
 
-
-def _flops_of_pair(config: TokenMixerConfig, phase: Phase) -> float:
-    """Operations for a query and a key, of all heads; recurrent layers have none that count."""
+    A score is written and read in float32, and its share of the softmax in the model's dtype.
+    """
     if isinstance(config, MLAConfig):
         shared = config.shared_key_dim or 0
         widths = (
             config.nope_head_dim + shared + config.v_head_dim if phase == "prefill" else 2 * config.kv_rank + shared
         )
-        return 2 * config.num_heads * widths
-    if isinstance(config, AttentionConfig):
-        return 2 * config.num_heads * (config.head_dim + config.value_width)
-    return 0.0
+    elif isinstance(config, AttentionConfig):
+        widths = config.head_dim + config.value_width
+    else:
+        return _Work()
+    return _Work(2 * (4 + itemsize), 2 * widths).times(config.num_heads)
 
 
-def _sums(model: Decoder) -> int:
-    """Number of sums over tp: behind attention, and behind dense or shared experts."""
-    main = list(zip(model.config.layers, model.layers, strict=True))[: model.config.num_main_layers]
-    behind = [
-        (config.attention is not None, hasattr(layer, "mlp") or hasattr(getattr(layer, "moe", None), "shared"))
-        for config, layer in main
-    ]
-    return sum(map(sum, behind))
+def _sums(model: Decoder, rows: int, per_row: int) -> list[Collective]:
+    """Collectives over tp of what is not routed: sums behind embedding, attention, dense and shared experts; the logits.
+
+    Args:
+        model: model.
+        rows: sequences of the device.
+        per_row: tokens of each.
+    """
+    config, tp = model.config, model.mesh.shape[TP]
+    main = list(zip(config.layers, model.layers, strict=True))[: config.num_main_layers]
+    partial = sum(
+        (layer.attention is not None) + (hasattr(own, "mlp") or hasattr(getattr(own, "moe", None), "shared"))
+        for layer, own in main
+    )
+
+    numbers = rows * per_row * config.hidden_size
+    embedded = Collective(op="all-reduce", axes=(TP,), devices=tp, bytes=numbers * jnp.dtype(model.dtype).itemsize)
+    in_float32 = dataclasses.replace(embedded, bytes=numbers * 4)
+    logits = dataclasses.replace(embedded, op="all-gather", bytes=rows * config.vocab_size * 4)
+    return [embedded, *[in_float32] * partial, logits]
 
 
 class _Links:
     """Time of collectives on a mesh whose devices are numbered (dp, tp, ep), so many of them a node."""
 
-    def __init__(self, model: Decoder, gpu: GPU, devices_per_node: int) -> None:
-        self.gpu = gpu
+    def __init__(self, model: Decoder, gpu: GPU, devices_per_node: int, measured: Measured) -> None:
+        self.gpu, self._measured = gpu, measured
         self._places = np.unravel_index(np.arange(model.mesh.size), tuple(model.mesh.shape[axis] for axis in AXES))
         self._nodes = np.arange(model.mesh.size) // devices_per_node
 
-    def seconds(self, collectives: Iterable[Collective]) -> float:
-        """Seconds of collectives that follow each other."""
-        total = 0.0
+    def seconds(self, collectives: Iterable[Collective]) -> Taken:
+        """Seconds of collectives that follow each other; those within a node may have been measured."""
+        total = Taken()
         for each in collectives:
             if each.devices > 1:
                 outside = self._share_outside(each.axes)
-                total += self.gpu.links.seconds(each.wire_bytes * (1 - outside), each.wire_bytes * outside)
+                seconds = self.gpu.links.seconds(each.wire_bytes * (1 - outside), each.wire_bytes * outside)
+                timed = (
+                    None
+                    if outside
+                    else self._measured.seconds("collective", each.bytes, op=each.op, devices=each.devices)
+                )
+                total += timed or Taken(seconds, modeled=True)
         return total
 
     def _share_outside(self, axes: tuple[str, ...]) -> float:

@@ -2,7 +2,7 @@
 
 import dataclasses
 import itertools
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ from jaxmoe.hardware import get_gpu
 from jaxmoe.mesh import AXES, DP, EP, TP, write_mesh
 from jaxmoe.models import Decoder
 from jaxmoe.placement import RoutingTrace
+from jaxmoe.planning.measured import read_measured
 from jaxmoe.planning.memory import cache_bytes, checked_dtype, checked_length, weight_parts
 from jaxmoe.planning.planned import PlannedCheckpoint, keeps_packed
 from jaxmoe.planning.roofline import Phase, StepTime, step_time
@@ -40,7 +41,7 @@ class MeshChoice:
     prefill: StepTime
 
     def __str__(self) -> str:
-        return _layout(self.mesh, self.expert_axes)
+        return describe_layout(self.mesh, self.expert_axes)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -51,12 +52,13 @@ class MeshSearch:
         device: kind of every device.
         capacity: bytes of its memory.
         batch_size: sequences.
-        max_length: tokens of each that the cache is for; a decode step is one at half of them.
+        max_length: tokens of each that the cache is for, all of which a decode step reads.
         prompt_length: tokens of each in the prefill.
         rank_by: step whose time decides.
         choices: layouts that fit, the fastest first.
         too_large: layouts that do not fit, the one that lacks least first.
         left_out: {mesh: reason why the model cannot lie on it}.
+        measured: lines about the files whose measurements were taken.
     """
 
     device: str
@@ -68,9 +70,10 @@ class MeshSearch:
     choices: tuple[MeshChoice, ...]
     too_large: tuple[MeshChoice, ...]
     left_out: dict[str, str]
+    measured: tuple[str, ...] = ()
 
     def explain(self) -> tuple[str, ...]:
-        """Tell why the first is the first, in three lines; or that none fits, and what the smallest would need."""
+        """Tell why the first is the first, in three lines and one for each file of measurements; or that none fits."""
         if not self.choices:
             if not self.too_large:
                 return ("the model lies on none of these meshes: " + "; ".join(dict.fromkeys(self.left_out.values())),)
@@ -81,7 +84,11 @@ class MeshSearch:
             )
         best = self.choices[0]
         step: StepTime = getattr(best, self.rank_by)
-        parts = ", ".join(f"{name} {seconds / step.seconds:.0%}" for name, seconds in step.terms().items() if seconds)
+        parts = ", ".join(
+            f"{name} {seconds / step.seconds:.0%}{f' ({step.sources[name]})' if self.measured else ''}"
+            for name, seconds in step.terms().items()
+            if seconds
+        )
         lines = [
             f"{best}: a {self.rank_by} step of {self.batch_size} sequences takes {step.seconds * 1e3:.2f} ms by the model, "
             f"{step.tokens_per_second:,.0f} tokens/s; each device holds {best.bytes_per_device / 1e9:.1f} of "
@@ -97,7 +104,7 @@ class MeshSearch:
                 f"the next, {other}, takes {theirs.seconds / step.seconds:.2f} times as long: its {part} "
                 f"take{'s' if part in ('cache', 'exchange') else ''} {more * 1e3:.2f} ms more"
             )
-        return tuple(lines)
+        return (*lines, *self.measured)
 
     def to_dict(self) -> dict[str, Any]:
         """The search as plain types, for JSON."""
@@ -121,6 +128,7 @@ def search_meshes(
     rank_by: Phase = "decode",
     skew: float | None = None,
     trace: RoutingTrace | None = None,
+    measured: str | Path | Sequence[str | Path] | None = None,
 ) -> MeshSearch:
     """Try every (dp, tp, ep) and way of sharing the experts, drop what does not fit, and rank the rest by modeled time.
 
@@ -129,7 +137,7 @@ def search_meshes(
         devices: number of devices.
         device: their kind, a name in `jaxmoe.hardware.GPUS`.
         batch_size: sequences.
-        max_length: tokens of each that the cache is for; None as for `jaxmoe.plan`. A decode step is modeled at half.
+        max_length: tokens of each that the cache is for; None as for `jaxmoe.plan`. A decode step reads all of it.
         prompt_length: tokens of each in the prefill; None for half of `max_length`.
         devices_per_node: devices that the faster links join.
         placement: strategy's name.
@@ -138,9 +146,10 @@ def search_meshes(
         rank_by: step whose time decides, "decode" or "prefill".
         skew: rows of the device with the most of them over the mean; None for even routing, or that of `trace`.
         trace: routing trace, whose second half tells the load of every slot, and whose first half strategies place by.
+        measured: files whose measured rates and times are taken in place of modeled ones, see `read_measured`.
 
     Raises:
-        FileNotFoundError: there is no config.json.
+        FileNotFoundError: there is no config.json, or no such file of measurements.
         ValueError: a size or name does not fit, or the checkpoint cannot be loaded.
 
     Example:
@@ -152,6 +161,7 @@ def search_meshes(
     batch_size = integer("batch_size", batch_size, least=1)
     devices_per_node = integer("devices_per_node", devices_per_node, least=1)
     gpu = get_gpu(device)
+    found = read_measured(measured, gpu)
     if rank_by not in ("decode", "prefill"):
         raise ValueError(f'rank_by is "decode" or "prefill"; got {rank_by!r}')
     if dispatch not in ("auto", *DISPATCHES):
@@ -163,14 +173,14 @@ def search_meshes(
     dtype = checked_dtype(checkpoint.config, dtype)
     prompt = checked_prompt(prompt_length, max_length)
     choices, left_out = [], {}
-    for sizes, expert_axes in _layouts(devices):
+    for sizes, expert_axes in layouts(devices):
         try:
             placed = resolve_placement(checkpoint.config, placement, sizes, expert_axes, past=past)
             model = checkpoint.model(sizes=sizes, placement=placed, expert_axes=expert_axes, dtype=dtype, keep=keep)
         except CheckpointError:
             raise
         except ValueError as error:
-            left_out[_layout(sizes, expert_axes)] = str(error)
+            left_out[describe_layout(sizes, expert_axes)] = str(error)
             continue
 
         def time(phase: Phase, length: int, model: Decoder = model) -> StepTime:
@@ -184,6 +194,7 @@ def search_meshes(
                 dispatch=dispatch,
                 skew=skew,
                 trace=future,
+                measured=found,
             )
 
         held = np.sum([*weight_parts(model).values(), cache_bytes(model, batch_size, max_length)], axis=0)
@@ -192,7 +203,7 @@ def search_meshes(
                 mesh=sizes,
                 expert_axes=expert_axes,
                 bytes_per_device=int(held.max()),
-                decode=time("decode", halfway(max_length)),
+                decode=time("decode", max_length),
                 prefill=time("prefill", prompt),
             )
         )
@@ -209,24 +220,20 @@ def search_meshes(
             sorted([choice for choice in choices if choice not in fits], key=lambda choice: choice.bytes_per_device)
         ),
         left_out=left_out,
+        measured=found.describe(gpu),
     )
-
-
-def halfway(max_length: int) -> int:
-    """Tokens of a sequence before the decode step that is modeled: half of those that there is room for."""
-    return max(1, max_length // 2)
 
 
 def checked_prompt(prompt_length: int | None, max_length: int) -> int:
     """The tokens of each sequence in the prefill: those asked for, or half of those that there is room for."""
-    prompt = halfway(max_length) if prompt_length is None else integer("prompt_length", prompt_length, least=1)
+    prompt = max(1, max_length // 2) if prompt_length is None else integer("prompt_length", prompt_length, least=1)
     if prompt > max_length:
         raise ValueError(f"prompt_length is at most max_length ({max_length}); got {prompt}")
     return prompt
 
 
-def _layouts(devices: int) -> Iterator[tuple[dict[str, int], tuple[str, ...]]]:
-    """Every mesh of so many devices, with each way of sharing the experts that is another one there."""
+def layouts(devices: int) -> Iterator[tuple[dict[str, int], tuple[str, ...]]]:
+    """Give every mesh of so many devices, with each way of sharing the experts that is another one there."""
     sizes = [size for size in range(1, devices + 1) if devices % size == 0]
     for dp, tp in itertools.product(sizes, repeat=2):
         if devices % (dp * tp):
@@ -239,5 +246,6 @@ def _layouts(devices: int) -> Iterator[tuple[dict[str, int], tuple[str, ...]]]:
             yield mesh, (DP, EP)
 
 
-def _layout(sizes: Mapping[str, int], expert_axes: tuple[str, ...]) -> str:
+def describe_layout(sizes: Mapping[str, int], expert_axes: tuple[str, ...]) -> str:
+    """Write a mesh and the axes that share the experts as a line of text."""
     return f"{write_mesh(sizes)}, experts over {'·'.join(expert_axes)}"

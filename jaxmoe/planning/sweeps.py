@@ -11,6 +11,7 @@ from jaxmoe.checks import flag, integer
 from jaxmoe.hardware import get_gpu
 from jaxmoe.mesh import EP
 from jaxmoe.placement import RoutingTrace
+from jaxmoe.planning.measured import read_measured
 from jaxmoe.planning.memory import cache_bytes, checked_dtype, checked_length, weight_parts
 from jaxmoe.planning.planned import PlannedCheckpoint, keeps_packed
 from jaxmoe.planning.roofline import StepTime, step_time
@@ -57,6 +58,7 @@ def sweep(
     quantized: str = "keep",
     mtp: bool = False,
     trace: RoutingTrace | None = None,
+    measured: str | Path | Sequence[str | Path] | None = None,
 ) -> list[SweepPoint]:
     """Plan a model for every number of sequences with every length.
 
@@ -68,20 +70,23 @@ def sweep(
         dp, tp, ep, placement, expert_axes, dtype, quantized, mtp: arguments of `jaxmoe.plan`.
         devices_per_node: devices that the faster links join.
         trace: routing trace in place of even routing, as for `search_meshes`.
+        measured: files whose measured rates and times are taken in place of modeled ones, see `read_measured`.
 
     Returns:
         A point for each pair, lengths of one number of sequences together.
 
     Raises:
-        FileNotFoundError: there is no config.json.
-        ValueError: a size or name does not fit, or the checkpoint cannot be loaded.
+        FileNotFoundError: there is no config.json, or no such file of measurements.
+        ValueError: a size or name does not fit, a file has no measurements of the device, or the checkpoint cannot be
+            loaded.
 
     Example:
         >>> points = sweep("docs/configs/Qwen3-30B-A3B", ep=8, device="h100", batch_sizes=[1, 512], lengths=[32768])
         >>> [point.fits for point in points]
         [True, False]
     """
-    gpu, checkpoint = get_gpu(device), PlannedCheckpoint.read(path, mtp=flag("mtp", mtp))
+    gpu = get_gpu(device)
+    found, checkpoint = read_measured(measured, gpu), PlannedCheckpoint.read(path, mtp=flag("mtp", mtp))
     batch_sizes = [integer("batch_size", size, least=1) for size in batch_sizes]
     lengths = [checked_length(checkpoint.config, length) for length in lengths]
     sizes = {name: integer(name, size, least=1) for name, size in {"dp": dp, "tp": tp, "ep": ep}.items()}
@@ -105,6 +110,7 @@ def sweep(
                 gpu=gpu,
                 devices_per_node=devices_per_node,
                 trace=future,
+                measured=found,
             )
             points.append(
                 SweepPoint(

@@ -11,6 +11,7 @@ from jaxmoe.hardware import get_gpu
 from jaxmoe.mesh import EP
 from jaxmoe.models import Decoder
 from jaxmoe.placement import RoutingTrace
+from jaxmoe.planning.measured import read_measured
 from jaxmoe.planning.memory import plan
 from jaxmoe.planning.planned import PlannedCheckpoint, keeps_packed
 from jaxmoe.planning.roofline import Phase, StepTime, step_time
@@ -21,7 +22,7 @@ from jaxmoe.planning.routing import (
     resolve_placement,
     sent_per_token,
 )
-from jaxmoe.planning.search import MeshChoice, MeshSearch, checked_prompt, halfway, search_meshes
+from jaxmoe.planning.search import MeshChoice, MeshSearch, checked_prompt, search_meshes
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -77,6 +78,7 @@ def compare_placements(
     dtype: str | None = None,
     quantized: str = "keep",
     mtp: bool = False,
+    measured: str | Path | Sequence[str | Path] | None = None,
 ) -> list[PlacementChoice]:
     """Plan a model on one mesh with every placement, and every number of redundant slots.
 
@@ -88,7 +90,7 @@ def compare_placements(
         trace: routing trace, whose second half tells the load of every slot, and whose first half strategies place by;
             None for even routing.
         dp, tp, ep, expert_axes, dtype, quantized, mtp: arguments of `jaxmoe.plan`.
-        batch_size, max_length, prompt_length, devices_per_node: arguments of `search_meshes`.
+        batch_size, max_length, prompt_length, devices_per_node, measured: arguments of `search_meshes`.
 
     Returns:
         A choice for each pair, all placements of one redundancy together.
@@ -106,6 +108,7 @@ def compare_placements(
         True
     """
     gpu, checkpoint = get_gpu(device), PlannedCheckpoint.read(path, mtp=flag("mtp", mtp))
+    found = read_measured(measured, gpu)
     past, future = checked_halves(checkpoint.config, trace)
     sizes = {name: integer(name, size, least=1) for name, size in {"dp": dp, "tp": tp, "ep": ep}.items()}
     named = placements if isinstance(placements, Mapping) else {name: name for name in placements}
@@ -144,6 +147,7 @@ def compare_placements(
                     gpu=gpu,
                     devices_per_node=devices_per_node,
                     trace=future,
+                    measured=found,
                 )
 
             # There is a kind of device.
@@ -159,7 +163,7 @@ def compare_placements(
                     largest_batch=report.largest_batch,
                     skew=() if future is None else layer_skew(model, future),
                     sent_per_token=None if future is None else sent_per_token(model, future),
-                    decode=time("decode", halfway(report.max_length)),
+                    decode=time("decode", report.max_length),
                     prefill=time("prefill", checked_prompt(prompt_length, report.max_length)),
                 )
             )

@@ -61,6 +61,7 @@ def emit_speed(case: Case, layers: list[Layer], side: Side, *, tuned: bool = Fal
     """
     variants = make_variants(case, layers)
     what = {"shape": case.name, "tokens": case.tokens, "routing": case.routing, "side": side.name, "tuned": tuned}
+    what |= case.shape._asdict() | {"dtype": case.dtype}
     what["fusion"] = "ragged_dot_fusion" in os.environ.get("XLA_FLAGS", "")
     sample = exact_sample(case, variants[0])
     try:

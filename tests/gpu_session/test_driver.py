@@ -1,5 +1,6 @@
 """The parent of scripts/gpu_session with jobs that hang, crash, print garbage and fill the disk; no GPU, no jax."""
 
+import dataclasses
 import importlib
 import json
 import os
@@ -335,3 +336,12 @@ def test_tiny_session_runs_to_its_end(gpus: int, tmp_path: Path) -> None:
     for words in ("results are in", *(one if gpus == 1 else ("all_to_all", "rates: memory", "what auto takes"))):
         assert words in printed
     assert (tmp_path / "out/jaxmoe/device_rates/cpu-8.json").exists() == (gpus > 1)
+    # A plan for such a device could take what was measured.
+    from jaxmoe.hardware import GPUS
+    from jaxmoe.planning import read_measured
+
+    found = read_measured(tmp_path / "out", dataclasses.replace(GPUS["h100"], name="cpu"))
+    assert found.rates.keys() == (
+        {"memory_bandwidth", "flops"} if gpus == 1 else {"memory_bandwidth", "within", "latency"}
+    )
+    assert {term for term, *_ in found.times} == {"experts" if gpus == 1 else "collective"}

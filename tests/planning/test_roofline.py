@@ -57,11 +57,18 @@ def test_every_way_of_sharing_the_experts_gives_a_device_the_same_share_of_their
 
 def test_cache_is_read_and_attention_shares_it_over_all_devices() -> None:
     cache = 64 * 2049 * 2 * 2 * 4 * 128 * 2  # keys and values, layers, heads, width, bytes
-    assert time_on(length=2049).cache == pytest.approx(cache / H100.memory_bandwidth)
+    scores = 64 * 2049 * 2 * 32 * 2 * (4 + 2)  # layers, heads, written and read, a score and its share of the softmax
+    assert time_on(length=2049).cache == pytest.approx((cache + scores) / H100.memory_bandwidth)
     for mesh in ({"ep": 4}, {"tp": 4}, {"dp": 2, "tp": 2}):
-        assert time_on(length=2049, **mesh).cache == pytest.approx(cache / 4 / H100.memory_bandwidth)
+        assert time_on(length=2049, **mesh).cache == pytest.approx((cache + scores) / 4 / H100.memory_bandwidth)
     # With more tp ranks than heads of keys each rank has a whole one.
-    assert time_on(length=2049, tp=8).cache == pytest.approx(cache / 4 / H100.memory_bandwidth)
+    assert time_on(length=2049, tp=8).cache == pytest.approx((cache / 4 + scores / 8) / H100.memory_bandwidth)
+
+
+def test_a_prefill_has_the_scores_of_all_pairs() -> None:
+    once, twice = (time_on("prefill", batch_size=1, length=length).cache for length in (4096, 8192))
+    assert once == pytest.approx(4096**2 * 2 * 32 * 2 * (4 + 2) / H100.memory_bandwidth, rel=0.01)
+    assert twice == pytest.approx(4 * once, rel=0.01)
 
 
 def test_one_device_sends_nothing() -> None:

@@ -6,7 +6,9 @@ import re
 import pytest
 
 from jaxmoe.cli import main
+from jaxmoe.hardware import GPUS
 from jaxmoe.planning import plan, search_meshes, sweep
+from jaxmoe.planning.memory import CACHE
 from tests.support.published import QWEN3_30B
 
 
@@ -33,6 +35,9 @@ def test_memory_is_that_of_the_plan_and_time_decides(found, qwen) -> None:
     for choice in found.choices[::5]:
         planned = plan(qwen, **choice.mesh, expert_axes=choice.expert_axes, batch_size=64, max_length=4096)
         assert choice.bytes_per_device == max(planned.bytes_per_device.values())
+        # A step reads all that the cache has room for, and the scores.
+        read = choice.decode.cache * GPUS["h100"].memory_bandwidth
+        assert 1 <= read / planned.parts[CACHE].max() < 1.25
     times = [choice.decode.seconds for choice in found.choices]
     assert times == sorted(times)
     by_prefill = search_meshes(qwen, 8, device="h100", batch_size=64, max_length=4096, rank_by="prefill")
