@@ -161,7 +161,13 @@ def _generate_together(args: argparse.Namespace) -> None:
                     title = f"[{index}] {prompts[index]}\n" if len(prompts) > 1 else ""
                     print(f"{title}{_readable(output.text, output.token_ids)}", flush=True)
     if routing is not None and is_first():
-        _write_whole(Path(args.record_routing), routing.trace().save)
+        _write_whole(Path(args.record_routing), routing.trace(incomplete=True).save)
+        if routing.dropped_steps:
+            print(
+                f"{args.record_routing} has the first {routing.num_steps - routing.dropped_steps} of {routing.num_steps} "
+                f"steps: choices of tokens are kept up to {routing.most_bytes:,} bytes",
+                file=sys.stderr,
+            )
     print(f"{_describe(mesh)}: {total.summary()}", file=sys.stderr)
 
 

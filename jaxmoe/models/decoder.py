@@ -205,18 +205,22 @@ class Decoder(nnx.Module):
         )
 
     @contextlib.contextmanager
-    def record_routing(self, *, token_ids: bool = False) -> Iterator[RoutingRecorder]:
+    def record_routing(self, *, token_ids: bool = False, most_bytes: int | None = None) -> Iterator[RoutingRecorder]:
         """Record which experts are chosen by all that the model computes inside the ``with`` block.
 
         Counts cost next to nothing. Each step of `jaxmoe.generate`, and each call of the model, is one step of
         the record: a token is counted in the step that computes it, so a prompt's tokens once, and each generated
         token once but the one that reaches max_new_tokens, which the model never sees. Copies of the model are not
         recorded; the model inside `nnx.value_and_grad` is. Programs that record are compiled beside those that do not.
+        However long it goes on, its memory is bounded: see `RoutingRecorder`.
 
         Args:
             token_ids: keep the choices of every token too, int32 [T, L, K] a step.
+            most_bytes: bytes of host memory for these choices, 2 GiB by default; those of later steps are dropped, and
+                `trace` says so.
 
         Raises:
+            ValueError: `most_bytes` is no integer of at least 1, or is given without `token_ids`.
             RuntimeError: a recording is active already. Inside the block, a call that cannot be recorded: of the model in
                 a program of your own (jit), or of its methods and layers alone. A function that closes over the model and
                 was compiled before runs without asking, and is not recorded.
@@ -231,7 +235,7 @@ class Decoder(nnx.Module):
             raise RuntimeError(
                 "the model's routing is being recorded already: one `with model.record_routing()` at a time"
             )
-        recorder = RoutingRecorder(token_ids=token_ids)
+        recorder = RoutingRecorder(token_ids=token_ids, most_bytes=most_bytes)
         self.record_with(recorder)
         try:
             yield recorder

@@ -9,9 +9,15 @@ import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
 
+from jaxmoe.checks import integer
 from jaxmoe.layers import MoEStats
 from jaxmoe.mesh import named
 from jaxmoe.placement import RoutingTrace
+
+# Windows that a record of counts has at most, an even number.
+MOST_WINDOWS = 1024
+# Bytes of tokens' choices, where nobody says otherwise.
+MOST_BYTES = 2**31
 
 
 class Routing(NamedTuple):
@@ -64,16 +70,41 @@ class RoutingRecorder:
     program that was compiled around a call without recording is not taken for one with it. Which recorder it is makes no
     difference: all of them compare equal.
 
-    Attributes:
+    However long it records, it takes a bounded amount of memory. Counts are kept in up to 1024 windows: where they are full,
+    each two become one, and a window is twice as many steps from then on. Choices of tokens are kept up to `most_bytes`;
+    those of later steps are dropped, their counts added up all the same, and `trace` says so.
+
+    Args:
         token_ids: whether each token's choices are kept, and not only counts.
+        most_bytes: bytes of host memory for these choices; None for 2 GiB.
+
+    Raises:
+        ValueError: `most_bytes` is no integer of at least 1, or there are no choices that it would bound.
+
+    Attributes:
+        token_ids, most_bytes: the arguments.
         active: whether it records, until `stop`.
         models: models that it records; more than one where a model was moved meanwhile.
+        num_steps: steps recorded so far: prefills, decode steps, and calls of the model.
+        steps_per_window: steps that a window of a trace of counts stands for; the last window may have fewer.
+        dropped_steps: last steps whose tokens' choices were dropped.
     """
 
-    def __init__(self, *, token_ids: bool):
+    def __init__(self, *, token_ids: bool, most_bytes: int | None = None):
+        if most_bytes is not None and not token_ids:
+            raise ValueError(
+                f"most_bytes is for the choices of tokens; got {most_bytes} with token_ids=False: a record of counts is "
+                "bounded by itself, leave most_bytes out"
+            )
         self.token_ids, self.active = token_ids, True
         self.models: list[Any] = []
-        self._steps: list[Routing] = []
+        self.num_steps = self.dropped_steps = 0
+        self.steps_per_window = 1
+        self.most_bytes = MOST_BYTES if most_bytes is None else integer("most_bytes", most_bytes, least=1)
+        self._bytes = 0
+        self._counts_LE: np.ndarray | None = None
+        self._windows: list[np.ndarray] = []  # int64 [L, E] each
+        self._chosen: list[np.ndarray] = []  # int32 [T, L, K] of each step
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, RoutingRecorder)
@@ -100,13 +131,8 @@ class RoutingRecorder:
             model.record_with(None)
         self.models.clear()
 
-    @property
-    def num_steps(self) -> int:
-        """Steps recorded so far: prefills, decode steps, and calls of the model."""
-        return len(self._steps)
-
     def add(self, routing: Routing) -> None:
-        """Keep the routing of one step, in host memory.
+        """Keep the routing of one step, in host memory, as far as there is room.
 
         Raises:
             RuntimeError: it is inside a program that is being compiled, and has no values.
@@ -117,7 +143,30 @@ class RoutingRecorder:
                 "of your own (jit, vmap or the like); call the model outside of it, or end the recording and let the "
                 "program return the statistics of model.logits_and_stats"
             )
-        self._steps.append(jax.tree.map(np.asarray, routing))
+        counts_LE = np.asarray(routing.counts, np.int64)
+        self._counts_LE = counts_LE if self._counts_LE is None else self._counts_LE + counts_LE
+        if self.token_ids:
+            self._keep_choices(_chosen(np.asarray(routing.expert_ids)))
+        else:
+            self._keep_counts(counts_LE)
+        self.num_steps += 1
+
+    def _keep_choices(self, ids_TLK: np.ndarray) -> None:
+        self._bytes += ids_TLK.nbytes
+        if self._bytes > self.most_bytes:  # no later step is kept either: what is kept has no gap
+            self.dropped_steps += 1
+        else:
+            self._chosen.append(ids_TLK)
+
+    def _keep_counts(self, counts_LE: np.ndarray) -> None:
+        if self.num_steps % self.steps_per_window:
+            self._windows[-1] = self._windows[-1] + counts_LE
+            return
+        if len(self._windows) == MOST_WINDOWS:
+            pairs = zip(self._windows[::2], self._windows[1::2], strict=True)
+            self._windows = [first + second for first, second in pairs]
+            self.steps_per_window *= 2
+        self._windows.append(counts_LE)
 
     def counts(self) -> np.ndarray:
         """Add up the counts of all steps, int64 [L, E].
@@ -125,24 +174,34 @@ class RoutingRecorder:
         Raises:
             ValueError: nothing was recorded.
         """
-        return self.trace().total_counts
-
-    def trace(self) -> RoutingTrace:
-        """Make a trace of the steps, one window for each; `RoutingTrace.save` keeps it, `jaxmoe place` reads it.
-
-        Raises:
-            ValueError: nothing was recorded.
-        """
-        if not self._steps:
+        if self._counts_LE is None:
             raise ValueError(
                 "no step was recorded; run the model or jaxmoe.generate inside `with model.record_routing()`"
             )
+        return self._counts_LE.copy()
+
+    def trace(self, *, incomplete: bool = False) -> RoutingTrace:
+        """Make a trace; `RoutingTrace.save` keeps it, `jaxmoe place` reads it.
+
+        Each step is a window, or of many steps of counts each `steps_per_window` are.
+
+        Args:
+            incomplete: whether the first steps alone will do, where the choices of later ones were dropped.
+
+        Raises:
+            ValueError: nothing was recorded, or choices were dropped.
+        """
+        E = self.counts().shape[1]
         if not self.token_ids:
-            return RoutingTrace(counts=np.stack([step.counts for step in self._steps]))
-        tokens = [_chosen(np.asarray(step.expert_ids)) for step in self._steps]
-        return RoutingTrace.from_expert_ids(
-            np.concatenate(tokens), self._steps[0].counts.shape[1], window=[len(ids) for ids in tokens]
-        )
+            return RoutingTrace(counts=np.stack(self._windows))
+        if self.dropped_steps and not (incomplete and self._chosen):
+            raise ValueError(
+                f"the choices of all tokens fit in most_bytes ({self.most_bytes:,} bytes); those of the last "
+                f"{self.dropped_steps} of {self.num_steps} steps did not, and were dropped: take counts(), which has all "
+                "steps, or trace(incomplete=True), which has the first ones; or record fewer steps, or with a larger "
+                "most_bytes"
+            )
+        return RoutingTrace.from_expert_ids(np.concatenate(self._chosen), E, window=[len(ids) for ids in self._chosen])
 
 
 def _chosen(ids_TLK: np.ndarray) -> np.ndarray:

@@ -110,6 +110,7 @@ def test_a_trace_has_the_experts_alone():
     trace = recorder.trace()
     assert trace.expert_ids[:, 0].tolist() == [[-1] * 4, [-1, 3, -1, -1], [-1, 3, -1, -1]]
     assert trace.counts[0, 0].tolist() == [0, 0, 0, 2, *[0] * 7]
+    np.testing.assert_array_equal(recorder.counts(), trace.total_counts)
     with pytest.raises(ValueError, match="a trace has none of zero experts"):
         check_trace(trace, [CONFIG])
 

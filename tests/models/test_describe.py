@@ -9,6 +9,7 @@ import jaxmoe
 from jaxmoe.cli import main
 from jaxmoe.dispatch import PhaseDispatch
 from jaxmoe.layers.moe import MoE
+from jaxmoe.models import routing
 from tests.support.goldens import GOLDENS, check_greedy, read_expected
 from tests.support.meshes import mesh_of
 from tests.support.quantized_checkpoints import CASES, write_pair
@@ -136,7 +137,7 @@ def test_the_command_takes_a_dispatch_for_each_phase(capsys) -> None:
 
 
 @pytest.mark.full
-def test_the_command_records_routing_for_place(tmp_path, capsys) -> None:
+def test_the_command_records_routing_for_place(tmp_path, capsys, monkeypatch) -> None:
     trace, placement = tmp_path / "routing.npz", tmp_path / "placement.json"
     command = ["generate", str(QWEN), "--mesh", "tp=2,ep=4", "--prompt-ids", "5,6,7", "--prompt-ids", "8,9", "-v"]
     assert main([*command, "--max-new-tokens", "8", "--ignore-eos", "--record-routing", str(trace)]) == 0
@@ -145,6 +146,14 @@ def test_the_command_records_routing_for_place(tmp_path, capsys) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["routing.npz"]
     assert main(["place", str(trace), "--config", str(QWEN), "--ep", "4", "-o", str(placement)]) == 0
     assert main([*command, "--max-new-tokens", "8", "--placement", str(placement)]) == 0
+    # Room for the first two steps: of 5 and 2 tokens, 2 layers and 3 choices.
+    monkeypatch.setattr(routing, "MOST_BYTES", (5 + 2) * 2 * 3 * 4)
+    capsys.readouterr()
+    assert main([*command, "--max-new-tokens", "8", "--ignore-eos", "--record-routing", str(trace)]) == 0
+    assert (
+        "routing.npz has the first 2 of 8 steps: choices of tokens are kept up to 168 bytes" in capsys.readouterr().err
+    )
+    assert jaxmoe.RoutingTrace.load(trace).window_sizes.tolist() == [5, 2]
 
 
 @pytest.mark.full

@@ -10,6 +10,8 @@ from flax import nnx
 
 import jaxmoe
 from jaxmoe.generation.programs import programs_of
+from jaxmoe.models import routing as recording
+from jaxmoe.models.routing import Routing, RoutingRecorder
 from tests.support.goldens import GOLDENS
 from tests.support.meshes import mesh_of
 
@@ -113,3 +115,62 @@ def test_recording_and_replaying_leave_the_programs_that_are_there(model) -> Non
     jaxmoe.generate(model, PROMPTS, max_new_tokens=4)
     assert nnx.split(model)[0] == structure
     assert programs.items() <= programs_of(model).compiled.items()
+
+
+def made_up_steps(count: int, tokens: int = 5) -> list[Routing]:
+    ids = np.random.default_rng(count).integers(0, 11, (count, tokens, LAYERS, K)).astype(np.int32)
+    counts = [[np.bincount(step[:, layer].ravel(), minlength=11) for layer in range(LAYERS)] for step in ids]
+    return [Routing(np.array(each, np.int32), step) for each, step in zip(counts, ids, strict=True)]
+
+
+def test_a_long_record_of_counts_stays_small_and_counts_every_step(monkeypatch) -> None:
+    monkeypatch.setattr(recording, "MOST_WINDOWS", 8)
+    recorder, steps = RoutingRecorder(token_ids=False), made_up_steps(100)
+    counts = np.array([step.counts for step in steps])
+    for done, step in enumerate(steps, 1):
+        recorder.add(step)
+        windows, each = recorder.trace().counts, recorder.steps_per_window
+        assert recorder.num_steps == done
+        assert len(windows) <= 8
+        assert done <= 8 or len(windows) > 4, "no more is given up than has to be"
+        np.testing.assert_array_equal(windows, [counts[:done][at : at + each].sum(0) for at in range(0, done, each)])
+        np.testing.assert_array_equal(recorder.counts(), counts[:done].sum(0))
+    assert recorder.steps_per_window == 16
+
+
+def test_choices_that_have_no_room_are_dropped_and_told() -> None:
+    steps = made_up_steps(10)
+    size = steps[0].expert_ids.nbytes
+    recorder = RoutingRecorder(token_ids=True, most_bytes=3 * size)
+    for step in steps[:3]:
+        recorder.add(step)
+    whole = recorder.trace()
+    assert (whole.num_windows, recorder.dropped_steps) == (3, 0)
+    # A step that would have room has none behind one that was dropped.
+    for step in (*steps[3:], Routing(steps[0].counts * 0, steps[0].expert_ids[:0])):
+        recorder.add(step)
+    assert (recorder.num_steps, recorder.dropped_steps) == (11, 8)
+    with pytest.raises(ValueError, match=rf"most_bytes \({3 * size} bytes\); those of the last 8 of 11 steps did not"):
+        recorder.trace()
+    np.testing.assert_array_equal(recorder.trace(incomplete=True).expert_ids, whole.expert_ids)
+    np.testing.assert_array_equal(recorder.counts(), sum(step.counts for step in steps))
+    tight = RoutingRecorder(token_ids=True, most_bytes=1)
+    tight.add(steps[0])
+    with pytest.raises(ValueError, match="were dropped: take counts"):
+        tight.trace(incomplete=True)
+
+
+def test_bounds_of_a_record_are_checked(model) -> None:
+    with pytest.raises(ValueError, match="got 5 with token_ids=False"), model.record_routing(most_bytes=5):
+        pass
+    with (
+        pytest.raises(ValueError, match="most_bytes is an integer of at least 1; got 0"),
+        model.record_routing(token_ids=True, most_bytes=0),
+    ):
+        pass
+    assert model.recorder is None
+    with model.record_routing(token_ids=True, most_bytes=8 * LAYERS * K * 4) as routing:
+        model(TOKENS)
+        model(TOKENS)
+    assert (routing.num_steps, routing.dropped_steps) == (2, 1)
+    np.testing.assert_array_equal(routing.counts(), 2 * routing.trace(incomplete=True).total_counts)

@@ -68,7 +68,7 @@ def test_sizes_are_checked() -> None:
 
 def test_pages_are_those_that_fit_beside_weights_to_come(monkeypatch) -> None:
     """A few bytes more or less that are free make no other programs."""
-    from jaxmoe.generation.continuous import engine, plan_sizes
+    from jaxmoe.generation.continuous import plan_sizes, room
 
     model = warming.abstract_checkpoint_model(DEMO, mesh_of(2, 2, 2))
     options = {"num_slots": 4000, "page_size": 16, "num_pages": None, "prefill_chunk": 64, "max_length": 512}
@@ -85,4 +85,4 @@ def test_pages_are_those_that_fit_beside_weights_to_come(monkeypatch) -> None:
         monkeypatch.setattr(type(model.mesh), "local_devices", property(lambda _, used=used: [Device(used)]))
         pages[used] = plan_sizes(model, **options)[0].pages
     assert pages[0] == pages[20_000] > pages[2_000_000] > pages[5_000_000] > 100
-    assert [engine._coarse(number) for number in (-1, 0, 5, 63, 64, 1000, 1023)] == [-1, 0, 5, 63, 64, 992, 1008]
+    assert [room._coarse(number) for number in (-1, 0, 5, 63, 64, 1000, 1023)] == [-1, 0, 5, 63, 64, 992, 1008]

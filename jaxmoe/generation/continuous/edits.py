@@ -34,7 +34,7 @@ class RowSettings:
 
     def admit(self, job: Job) -> None:
         """Take the settings of a job that has got a slot."""
-        row, request = self._row(job), job.request
+        row, request = self._programs.sizes.row_of(job.place), job.request
         for array, value in zip(self._controls, Controls.of(request.params), strict=True):
             array[row] = value
         self._seeds[row] = seed_words([request.seed or 0])[0]
@@ -76,7 +76,7 @@ class RowSettings:
             self._bias = self._programs.put(np.zeros((B, V), np.float32), rows=True)
             self.seen = self._programs.put(np.zeros((B, V), bool), rows=True)
         for job in jobs:
-            row, request, step = self._row(job), job.request, job.launched - 1
+            row, request, step = self._programs.sizes.row_of(job.place), job.request, job.launched - 1
             new = job.id in self._new
             self._new.discard(job.id)
             changes = request.constraint is not None or (request.min_new_tokens > 0 and step == request.min_new_tokens)
@@ -100,10 +100,6 @@ class RowSettings:
             # A CPU device may keep using the array it is given.
             self._on_devices = put(self._seeds.copy()), Controls(*(put(array.copy()) for array in self._controls))
         return self._on_devices
-
-    def _row(self, job: Job) -> int:
-        group, slot = job.place
-        return group * self._programs.sizes.slots + slot
 
 
 def _biases(request: Request) -> bool:

@@ -1,40 +1,26 @@
 """`ContinuousEngine`: requests come and go while it runs, and each is what it would be alone."""
 
 import dataclasses
-import math
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 from flax import nnx
 
-from jaxmoe.checks import instance_of, integer
+from jaxmoe.checks import instance_of
 from jaxmoe.distributed import check_same
 from jaxmoe.generation.continuous.edits import RowSettings
+from jaxmoe.generation.continuous.inputs import decode_inputs, prefill_inputs
 from jaxmoe.generation.continuous.job import Job
-from jaxmoe.generation.continuous.layout import CacheLayout
-from jaxmoe.generation.continuous.pages import NO_PAGE
-from jaxmoe.generation.continuous.programs import (
-    ADAPTER,
-    SLOT,
-    Chosen,
-    SlotPrograms,
-    slot_programs_of,
-)
+from jaxmoe.generation.continuous.programs import Chosen, SlotPrograms, slot_programs_of
+from jaxmoe.generation.continuous.room import plan_sizes
 from jaxmoe.generation.continuous.scheduler import Decode, Prefill, Scheduler
-from jaxmoe.generation.continuous.sizes import Sizes, make_sizes
 from jaxmoe.generation.programs import Leaves, Record
 from jaxmoe.generation.requests import EngineCounts, FinishReason, Request, TokenResult
 from jaxmoe.layers import check_usable
-from jaxmoe.mesh import bytes_left
 from jaxmoe.models import Decoder
 from jaxmoe.models.routing import Routing
 from jaxmoe.placement.balancer import Balancer
-
-# Bytes of a device's memory for pages, where the device does not say how much it has.
-DEFAULT_BYTES = 2**30
-# Share of the memory that a device has left for pages; the rest is for what programs need while they run.
-SHARE_OF_MEMORY = 0.7
 
 
 class Launch(NamedTuple):
@@ -257,46 +243,23 @@ class ContinuousEngine:
             logits, self._store, routing = self._run_decode(work, record, adapted)
             ending = jobs
         chosen = self._choose(logits, ending) if ending else None
-        return Launch(chosen, [(job, job.life, self._row(job)) for job in ending], routing)
+        return Launch(chosen, [(job, job.life, self.sizes.row_of(job.place)) for job in ending], routing)
 
     def _run_prefill(self, work: Prefill, record: Record, adapted: bool) -> tuple:
-        sizes, put = self.sizes, self.programs.put
-        P, n = sizes.groups * work.rows, work.size // sizes.page
-        tokens, pages = np.zeros((P, work.size), np.int32), np.full((P, n), NO_PAGE, np.int32)
-        table = np.full((P, work.history // sizes.page + n), NO_PAGE, np.int32)
-        rows = np.zeros((P, 4), np.int32)
-        rows[:, SLOT], rows[:, ADAPTER] = sizes.slots, -1
-        filled = [0] * sizes.groups
-        for job, start, count in work.chunks:
-            group, slot = job.place
-            row = group * work.rows + filled[group]
-            filled[group] += 1
-            tokens[row, :count] = job.token_ids[start : start + count]
-            rows[row] = start, count, slot, self._adapter(job)
-            first, last = start // sizes.page, sizes.pages_of(start + count)
-            pages[row, : last - first] = job.pages[first:last]
-            table[row, :last] = job.pages[:last] if work.history else NO_PAGE
         program = self.programs.prefill_chunk(self._leaves, work.rows, work.size, work.history, record, adapted)
-        return program(
-            self._leaves, put(tokens), put(rows), put(pages), put(table) if work.history else None, self._store
-        )
+        given = jax.tree.map(self.programs.put, prefill_inputs(work, self.sizes, self._adapter))
+        return program(self._leaves, *given, self._store)
 
     def _run_decode(self, work: Decode, record: Record, adapted: bool) -> tuple:
-        B, put = self.programs.slots, self.programs.put
-        rows, table = np.zeros((B, 4), np.int32), np.full((B, work.length // self.sizes.page), NO_PAGE, np.int32)
-        rows[:, ADAPTER] = -1
-        for job in work.jobs:
-            row = self._row(job)
-            rows[row] = job.computed - 1, 1, job.place[1], self._adapter(job)
-            table[row, : len(job.pages)] = job.pages[: table.shape[1]]
         program = self.programs.decode_step(self._leaves, work.length, record, adapted)
-        return program(self._leaves, self._token, put(rows), put(table), self._store)
+        given = jax.tree.map(self.programs.put, decode_inputs(work, self.sizes, self._adapter))
+        return program(self._leaves, self._token, *given, self._store)
 
     def _choose(self, logits: jax.Array, jobs: list[Job]) -> Chosen:
         """Launch the choice of a token for each of these jobs."""
         steps = np.zeros((self.programs.slots, 2), np.int32)
         for job in jobs:
-            steps[self._row(job)] = job.launched - 1, 1
+            steps[self.sizes.row_of(job.place)] = job.launched - 1, 1
         settings = self._settings
         choice = settings.choice(jobs)
         edits = settings.edits(jobs) if choice.edits else None
@@ -358,10 +321,6 @@ class ContinuousEngine:
             # The logits stay as they are within rounding, and so does what is shared.
             self._bind()
 
-    def _row(self, job: Job) -> int:
-        group, slot = job.place
-        return group * self.sizes.slots + slot
-
     def _adapter(self, job: Job) -> int:
         name = job.request.adapter
         if name is None:
@@ -369,61 +328,3 @@ class ContinuousEngine:
         numbers = self._model.adapter_ids([name], 1)
         assert numbers is not None
         return int(numbers[0])
-
-
-def plan_sizes(
-    model: Decoder,
-    *,
-    num_slots: int | None,
-    page_size: int,
-    num_pages: int | None,
-    prefill_chunk: int,
-    max_length: int | None,
-) -> tuple[Sizes, CacheLayout]:
-    """Work out the sizes of an engine, and the layout of its cache; arguments and errors are those of `ContinuousEngine`."""
-    page_size = integer("page_size", page_size, least=1)
-    prefill_chunk = integer("prefill_chunk", prefill_chunk, least=1)
-    most = model.config.max_position_embeddings
-    max_length = most if max_length is None else integer("max_length", max_length, least=2, most=most)
-    layout = CacheLayout(model, page_size, -(-max_length // page_size) * page_size)
-    groups = layout.groups
-    slots = 16 if num_slots is None else -(-integer("num_slots", num_slots, least=1) // groups)
-    page_bytes, slot_bytes = layout.bytes_held()
-    most_pages = slots * -(-max_length // page_size)
-    if num_pages is None:
-        room = _free_bytes(model) - slots * slot_bytes
-        num_pages = min(most_pages, _coarse(int(room // page_bytes) - 1) if page_bytes else most_pages)
-        if num_pages < 1:
-            raise ValueError(
-                f"a device has room for at least one page; {slots} slots of {slot_bytes} bytes and pages of {page_bytes} "
-                f"bytes leave none of the {_free_bytes(model)} bytes that are free; ask for fewer num_slots"
-            )
-    sizes = make_sizes(
-        groups=groups,
-        slots=slots,
-        page=page_size,
-        pages=integer("num_pages", num_pages, least=1),
-        chunk=prefill_chunk,
-        rows=4,
-        max_length=max_length,
-        goes_on=layout.takes_chunks,
-        shares=layout.pageable,
-    )
-    return sizes, layout
-
-
-def _coarse(pages: int) -> int:
-    """Leave out up to one page of 32, so that some bytes more or less that are free make no other programs."""
-    return pages - pages % (1 << max(pages.bit_length() - 6, 0)) if pages > 0 else pages
-
-
-def _free_bytes(model: Decoder) -> int:
-    """Bytes for the cache on the device that has the least, once the weights are there."""
-    leaves = jax.tree.leaves(nnx.state(model))
-    coming = sum(
-        math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
-        for leaf in leaves
-        if isinstance(leaf, jax.ShapeDtypeStruct)
-    )
-    known = [left for device in model.mesh.local_devices if (left := bytes_left(device)) is not None]
-    return int(SHARE_OF_MEMORY * (min(known) - coming)) if known else DEFAULT_BYTES

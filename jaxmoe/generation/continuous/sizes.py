@@ -40,6 +40,11 @@ class Sizes(NamedTuple):
         """Tokens that a prefill that goes on is padded to: every other of `chunks`, the largest among them."""
         return self.chunks[::-2][::-1] if self.goes_on else ()
 
+    def row_of(self, place: tuple[int, int]) -> int:
+        """Row of the slots of all groups that a group and a slot of it are."""
+        group, slot = place
+        return group * self.slots + slot
+
     def pages_of(self, positions: int) -> int:
         """Pages that hold so many positions."""
         return -(-positions // self.page)
