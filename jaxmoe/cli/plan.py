@@ -61,7 +61,10 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         "--rank-by", choices=("decode", "prefill"), default="decode", help="step whose time ranks --devices (decode)"
     )
     parser.add_argument(
-        "--prompt-length", type=options.count, metavar="S", help="tokens of each in the prefill (half of --max-length)"
+        "--prompt-length",
+        type=options.count,
+        metavar="S",
+        help="tokens of each in the prefill, for what a step needs besides and for times (half of --max-length)",
     )
     parser.add_argument(
         "--devices-per-node", type=options.count, default=8, metavar="N", help="devices with the faster links (8)"
@@ -75,7 +78,11 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--compile",
         action="store_true",
-        help="also compile prefill and decode for these GPUs, which need not be there, and compare (needs the extra aot)",
+        help="also compile prefill and decode for these GPUs, which need not be there, and compare (needs the extra aot); "
+        "of layers that repeat, two repetitions",
+    )
+    parser.add_argument(
+        "--every-layer", action="store_true", help="compile all layers with --compile, in an hour or so"
     )
     parser.add_argument("--html", metavar="FILE", help="write the answer as one page with pictures (needs matplotlib)")
     parser.add_argument("--json", action="store_true", help="everything as one JSON object")
@@ -104,6 +111,7 @@ def run(args: argparse.Namespace) -> None:
         mtp=args.mtp,
         batch_size=args.batch_size,
         max_length=args.max_length,
+        prompt_length=args.prompt_length,
         device=args.device,
         adapters=dict(args.adapter),
     )
@@ -132,8 +140,13 @@ def _check(args: argparse.Namespace) -> None:
         raise ValueError(
             "--devices, --sweep and --compile are for a kind of device: name it with --device, such as h100"
         )
-    if args.compile and args.adapter:
-        raise ValueError("--compile compiles a model's own weights; leave --adapter out")
+    if args.compile and (args.adapter or args.mtp or args.quantized != "keep"):
+        raise ValueError(
+            "--compile compiles a model's own weights as jaxmoe.load keeps them, without layers for multi-token prediction; "
+            "leave --adapter, --mtp and --quantized out"
+        )
+    if args.every_layer and not args.compile:
+        raise ValueError("--every-layer says what --compile compiles; give both")
     if args.devices is None:
         return
     if args.expert_axes is not None:
@@ -184,6 +197,7 @@ def _sweep(args: argparse.Namespace, report: "Plan", expert_axes: tuple[str, ...
         device=args.device,
         batch_sizes=batches,
         lengths=lengths,
+        prompt_length=args.prompt_length,
         placement=options.read_placement(args.placement),
         expert_axes=expert_axes,
         devices_per_node=args.devices_per_node,
@@ -199,13 +213,13 @@ def _compile(args: argparse.Namespace, report: "Plan", expert_axes: tuple[str, .
 
     from jaxmoe.hardware import get_gpu
     from jaxmoe.mesh import make_mesh
-    from jaxmoe.planning import compile_steps, describe_exchanges, gpu_topology
+    from jaxmoe.planning import compile_few_layers, describe_exchanges, gpu_topology
 
     jax.config.update("jax_platforms", "cpu")  # the compiler needs no driver, and jax would look for one
     count = math.prod(report.mesh.values())
     hosts = -(-count // args.devices_per_node)
     mesh = make_mesh(**report.mesh, devices=list(gpu_topology(args.device, count, hosts=hosts)))
-    steps = compile_steps(
+    steps = compile_few_layers(
         args.checkpoint,
         mesh,
         placement=options.read_placement(args.placement),
@@ -213,20 +227,24 @@ def _compile(args: argparse.Namespace, report: "Plan", expert_axes: tuple[str, .
         dtype=report.dtype,
         activations=args.activations,
         batch_size=report.batch_size,
-        prompt_length=args.prompt_length or max(1, report.max_length // 2),
+        prompt_length=report.prompt_length,
         max_length=report.max_length,
+        every_layer=args.every_layer,
     )
-    planned, room = max(report.bytes_per_device.values()), get_gpu(args.device).memory
+    room = get_gpu(args.device).memory
     return [
         {
             "step": name,
             "argument_bytes": step.argument_bytes,
             "temp_bytes": step.temp_bytes,
-            "planned_bytes": planned,
-            "arguments_over_plan": step.argument_bytes / planned - 1,
-            "all_over_plan": (step.argument_bytes + step.temp_bytes) / planned - 1,
+            "layers": step.layers,
+            "compiled_layers": step.compiled,
+            "planned_bytes": report.held_bytes + report.step_bytes[name],
+            "arguments_over_plan": step.argument_bytes / report.held_bytes - 1,
+            "all_over_plan": (step.argument_bytes + step.temp_bytes) / (report.held_bytes + report.step_bytes[name])
+            - 1,
             "fits": step.argument_bytes + step.temp_bytes <= room,
-            "wire_bytes": sum(each.wire_bytes for each in step.exchanges),
+            "wire_bytes": step.wire_bytes,
             "exchanges": list(describe_exchanges(step.exchanges)),
         }
         for name, step in steps.items()
@@ -238,14 +256,22 @@ def _print_compiled(step: dict[str, Any]) -> None:
 
     console = Console()
     console.print(
-        f"{step['step']} compiled: {show_bytes(step['argument_bytes'])} of weights, cache and inputs "
-        f"({step['arguments_over_plan']:+.2%} of the plan), {show_bytes(step['temp_bytes'])} besides "
+        f"{step['step']} compiled with {_layers(step)}: {show_bytes(step['argument_bytes'])} of weights, cache and inputs "
+        f"({step['arguments_over_plan']:+.2%} against the plan), {show_bytes(step['temp_bytes'])} besides "
         f"({step['all_over_plan']:+.1%} with them): {'fits' if step['fits'] else 'does not fit'}; a device sends "
         f"{show_bytes(step['wire_bytes'])} if every loop runs once",
         highlight=False,
     )
     for line in step["exchanges"]:
         console.print(f"  {line}", highlight=False, markup=False)
+
+
+def _layers(step: dict[str, Any]) -> str:
+    """Say which layers of a step were compiled, and how the others were counted."""
+    *fewer, most = step["compiled_layers"]
+    if not fewer:
+        return f"all {step['layers']} layers"
+    return f"{fewer[0]} and with {most} of {step['layers']} layers, each of the others counted as what the second adds"
 
 
 def _write_page(file: str, report: "Plan", search: "MeshSearch | None", points: "list[SweepPoint]") -> None:
@@ -320,7 +346,8 @@ def _print(report: "Plan") -> None:
     console.print(
         f"{report.model_type}, {show_count(report.parameters)} parameters in {report.dtype} on {write_mesh(report.mesh)}; "
         f"{show_count(report.active_parameters)} active per token; "
-        f"cache for {report.batch_size} x {report.max_length} tokens",
+        f"cache for {report.batch_size} x {report.max_length} tokens, prefill of {report.batch_size} x "
+        f"{report.prompt_length}",
         highlight=False,
     )
     if report.stored is not None:
@@ -336,7 +363,7 @@ def _print(report: "Plan") -> None:
     console.print(table)
     if report.capacity is not None:
         verdict = "fits" if report.fits else "does not fit"
-        console.print(f"{verdict} in the {show_bytes(report.capacity)} of {report.device}, activations not counted")
+        console.print(f"{verdict} in the {show_bytes(report.capacity)} of {report.device}")
         if report.fits:
             console.print(
                 f"{show_bytes(report.headroom or 0)} are left: there is room for {report.largest_batch:,} sequences of "

@@ -14,9 +14,10 @@ from jaxmoe.dispatch import DISPATCHES
 from jaxmoe.hardware import get_gpu
 from jaxmoe.mesh import AXES, DP, EP, TP, write_mesh
 from jaxmoe.models import Decoder
-from jaxmoe.planning.memory import cache_bytes, checked_dtype, checked_length, weight_parts
+from jaxmoe.planning.memory import checked_dtype, checked_length, checked_prompt, step_parts, weight_parts
 from jaxmoe.planning.planned import PlannedCheckpoint, keeps_packed
 from jaxmoe.planning.roofline import Phase, StepTime, step_time
+from jaxmoe.planning.workspace import StepMemory
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -26,7 +27,7 @@ class MeshChoice:
     Attributes:
         mesh: sizes of the mesh, {"dp": ..., "tp": ..., "ep": ...}.
         expert_axes: mesh axes that share the experts.
-        bytes_per_device: bytes of weights and cache on the fullest device.
+        bytes_per_device: bytes of weights, cache and what a step needs besides, on the fullest device, see `Plan`.
         decode: modeled time of a decode step.
         prefill: modeled time of the prefill.
     """
@@ -159,9 +160,7 @@ def search_meshes(
     checkpoint = PlannedCheckpoint.read(path, mtp=flag("mtp", mtp))
     max_length = checked_length(checkpoint.config, max_length)
     dtype = checked_dtype(checkpoint.config, dtype)
-    prompt = max(1, max_length // 2) if prompt_length is None else integer("prompt_length", prompt_length, least=1)
-    if prompt > max_length:
-        raise ValueError(f"prompt_length is at most max_length ({max_length}); got {prompt}")
+    prompt = checked_prompt(prompt_length, max_length)
     choices, left_out = [], {}
     for sizes, expert_axes in _layouts(devices):
         try:
@@ -184,7 +183,8 @@ def search_meshes(
                 skew=skew,
             )
 
-        held = np.sum([*weight_parts(model).values(), cache_bytes(model, batch_size, max_length)], axis=0)
+        beside = step_parts(model, StepMemory(model, dispatch), batch_size, prompt, max_length)
+        held = np.sum([*weight_parts(model).values(), *beside.values()], axis=0)
         choices.append(
             MeshChoice(
                 mesh=sizes,

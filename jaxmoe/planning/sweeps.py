@@ -11,9 +11,10 @@ from jaxmoe.checks import flag, integer
 from jaxmoe.hardware import get_gpu
 from jaxmoe.mesh import EP
 from jaxmoe.placement import ExpertPlacement
-from jaxmoe.planning.memory import cache_bytes, checked_dtype, checked_length, weight_parts
+from jaxmoe.planning.memory import checked_dtype, checked_length, checked_prompt, step_parts, weight_parts
 from jaxmoe.planning.planned import PlannedCheckpoint, keeps_packed
 from jaxmoe.planning.roofline import StepTime, step_time
+from jaxmoe.planning.workspace import StepMemory
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -23,7 +24,7 @@ class SweepPoint:
     Attributes:
         batch_size: number of sequences.
         length: tokens of each.
-        bytes_per_device: bytes of weights and cache on the fullest device.
+        bytes_per_device: bytes of weights, cache and what a step needs besides, on the fullest device, see `Plan`.
         fits: whether a device has room for them.
         decode: modeled time of a step that adds a token to each.
     """
@@ -46,6 +47,7 @@ def sweep(
     device: str,
     batch_sizes: Sequence[int],
     lengths: Sequence[int],
+    prompt_length: int | None = None,
     dp: int = 1,
     tp: int = 1,
     ep: int = 1,
@@ -63,6 +65,7 @@ def sweep(
         device: kind of every device, a name in `jaxmoe.hardware.GPUS`.
         batch_sizes: numbers of sequences.
         lengths: tokens of each.
+        prompt_length: tokens of each in the prefill; None for half of each length.
         dp, tp, ep, placement, expert_axes, dtype, quantized, mtp: arguments of `jaxmoe.plan`.
         devices_per_node: devices that the faster links join.
 
@@ -88,10 +91,11 @@ def sweep(
         dtype=checked_dtype(checkpoint.config, dtype),
         keep=keeps_packed(quantized),
     )
-    weights, points = np.sum(list(weight_parts(model).values()), axis=0), []
+    weights, memory, points = np.sum(list(weight_parts(model).values()), axis=0), StepMemory(model), []
     for batch_size in batch_sizes:
         for length in lengths:
-            held = int((weights + cache_bytes(model, batch_size, length)).max())
+            beside = step_parts(model, memory, batch_size, checked_prompt(prompt_length, length), length)
+            held = int(np.sum([weights, *beside.values()], axis=0).max())
             decode = step_time(
                 model, "decode", batch_size=batch_size, length=length, gpu=gpu, devices_per_node=devices_per_node
             )
