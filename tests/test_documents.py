@@ -159,3 +159,16 @@ def test_messages_in_troubleshooting_are_those_of_the_code() -> None:
     assert len(quotes) > 30
     parts = [part.strip(" ,;:()") for quote in quotes for part in quote.split("…")]
     assert [part for part in parts if part not in everything] == []
+
+
+@pytest.mark.full
+def test_the_plans_beside_the_compiler_are_those_of_today() -> None:
+    from scripts.compare_plans import BEGIN, CASES, END, PAGE, plan_of
+
+    lines = PAGE.read_text(encoding="utf-8").partition(BEGIN)[2].partition(END)[0].splitlines()[2:]
+    assert len(lines) > 6
+    for line in lines:
+        name, *cells = [cell.strip() for cell in line.strip("|").split("|")]
+        planned = plan_of(CASES[name])
+        shown = f"{planned.held_bytes / 1e9:.2f}", f"{planned.step_bytes['prefill'] / 1e9:.3f}"
+        assert (cells[3], cells[6]) == shown, "run scripts/compare_plans.py --write"

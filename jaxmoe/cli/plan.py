@@ -61,7 +61,10 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         "--rank-by", choices=("decode", "prefill"), default="decode", help="step whose time ranks --devices (decode)"
     )
     parser.add_argument(
-        "--prompt-length", type=options.count, metavar="S", help="tokens of each in the prefill (half of --max-length)"
+        "--prompt-length",
+        type=options.count,
+        metavar="S",
+        help="tokens of each in the prefill, for what a step needs besides and for times (half of --max-length)",
     )
     parser.add_argument(
         "--devices-per-node", type=options.count, default=8, metavar="N", help="devices with the faster links (8)"
@@ -108,7 +111,11 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--compile",
         action="store_true",
-        help="also compile prefill and decode for these GPUs, which need not be there, and compare (needs the extra aot)",
+        help="also compile prefill and decode for these GPUs, which need not be there, and compare (needs the extra aot); "
+        "of layers that repeat, two repetitions",
+    )
+    parser.add_argument(
+        "--every-layer", action="store_true", help="compile all layers with --compile, in an hour or so"
     )
     parser.add_argument("--html", metavar="FILE", help="write the answer as one page with pictures (needs matplotlib)")
     parser.add_argument("--json", action="store_true", help="everything as one JSON object")
@@ -139,6 +146,7 @@ def run(args: argparse.Namespace) -> None:
         mtp=args.mtp,
         batch_size=args.batch_size,
         max_length=args.max_length,
+        prompt_length=args.prompt_length,
         device=args.device,
         adapters=dict(args.adapter),
         trace=trace,
@@ -183,8 +191,13 @@ def _check(args: argparse.Namespace) -> None:
         raise ValueError(
             "--measured is for modeled times: give --devices, --sweep or a comparison of placements with it"
         )
-    if args.compile and args.adapter:
-        raise ValueError("--compile compiles a model's own weights; leave --adapter out")
+    if args.compile and (args.adapter or args.mtp or args.quantized != "keep"):
+        raise ValueError(
+            "--compile compiles a model's own weights as jaxmoe.load keeps them, without layers for multi-token prediction; "
+            "leave --adapter, --mtp and --quantized out"
+        )
+    if args.every_layer and not args.compile:
+        raise ValueError("--every-layer says what --compile compiles; give both")
     if args.price_per_hour is not None and args.devices is None:
         raise ValueError("--price-per-hour is for --devices; name numbers of devices, such as --devices 8,16")
     if args.placement is not None and args.compare_placements is not None:
@@ -280,6 +293,7 @@ def _sweep(
         device=args.device,
         batch_sizes=batches,
         lengths=lengths,
+        prompt_length=args.prompt_length,
         placement=options.read_placement(args.placement or "linear"),
         expert_axes=expert_axes,
         devices_per_node=args.devices_per_node,
@@ -297,13 +311,13 @@ def _compile(args: argparse.Namespace, report: "Plan", expert_axes: tuple[str, .
 
     from jaxmoe.hardware import get_gpu
     from jaxmoe.mesh import make_mesh
-    from jaxmoe.planning import compile_steps, describe_exchanges, gpu_topology
+    from jaxmoe.planning import compile_few_layers, describe_exchanges, gpu_topology
 
     jax.config.update("jax_platforms", "cpu")  # the compiler needs no driver, and jax would look for one
     count = math.prod(report.mesh.values())
     hosts = -(-count // args.devices_per_node)
     mesh = make_mesh(**report.mesh, devices=list(gpu_topology(args.device, count, hosts=hosts)))
-    steps = compile_steps(
+    steps = compile_few_layers(
         args.checkpoint,
         mesh,
         placement=options.read_placement(args.placement or "linear"),
@@ -311,20 +325,24 @@ def _compile(args: argparse.Namespace, report: "Plan", expert_axes: tuple[str, .
         dtype=report.dtype,
         activations=args.activations,
         batch_size=report.batch_size,
-        prompt_length=args.prompt_length or max(1, report.max_length // 2),
+        prompt_length=report.prompt_length,
         max_length=report.max_length,
+        every_layer=args.every_layer,
     )
-    planned, room = max(report.bytes_per_device.values()), get_gpu(args.device).memory
+    room = get_gpu(args.device).memory
     return [
         {
             "step": name,
             "argument_bytes": step.argument_bytes,
             "temp_bytes": step.temp_bytes,
-            "planned_bytes": planned,
-            "arguments_over_plan": step.argument_bytes / planned - 1,
-            "all_over_plan": (step.argument_bytes + step.temp_bytes) / planned - 1,
+            "layers": step.layers,
+            "compiled_layers": step.compiled,
+            "planned_bytes": report.held_bytes + report.step_bytes[name],
+            "arguments_over_plan": step.argument_bytes / report.held_bytes - 1,
+            "all_over_plan": (step.argument_bytes + step.temp_bytes) / (report.held_bytes + report.step_bytes[name])
+            - 1,
             "fits": step.argument_bytes + step.temp_bytes <= room,
-            "wire_bytes": sum(each.wire_bytes for each in step.exchanges),
+            "wire_bytes": step.wire_bytes,
             "exchanges": list(describe_exchanges(step.exchanges)),
         }
         for name, step in steps.items()

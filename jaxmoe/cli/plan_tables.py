@@ -22,7 +22,8 @@ def print_plan(report: "Plan") -> None:
     console.print(
         f"{report.model_type}, {show_count(report.parameters)} parameters in {report.dtype} on {write_mesh(report.mesh)}; "
         f"{show_count(report.active_parameters)} active per token; "
-        f"cache for {report.batch_size} x {report.max_length} tokens",
+        f"cache for {report.batch_size} x {report.max_length} tokens, prefill of {report.batch_size} x "
+        f"{report.prompt_length}",
         highlight=False,
     )
     if report.stored is not None:
@@ -38,7 +39,7 @@ def print_plan(report: "Plan") -> None:
     console.print(table)
     if report.capacity is not None:
         verdict = "fits" if report.fits else "does not fit"
-        console.print(f"{verdict} in the {show_bytes(report.capacity)} of {report.device}, activations not counted")
+        console.print(f"{verdict} in the {show_bytes(report.capacity)} of {report.device}")
         if report.fits:
             console.print(
                 f"{show_bytes(report.headroom or 0)} are left: there is room for {report.largest_batch:,} sequences of "
@@ -157,11 +158,19 @@ def print_compiled(step: dict[str, Any]) -> None:
 
     console = Console()
     console.print(
-        f"{step['step']} compiled: {show_bytes(step['argument_bytes'])} of weights, cache and inputs "
-        f"({step['arguments_over_plan']:+.2%} of the plan), {show_bytes(step['temp_bytes'])} besides "
+        f"{step['step']} compiled with {_layers(step)}: {show_bytes(step['argument_bytes'])} of weights, cache and inputs "
+        f"({step['arguments_over_plan']:+.2%} against the plan), {show_bytes(step['temp_bytes'])} besides "
         f"({step['all_over_plan']:+.1%} with them): {'fits' if step['fits'] else 'does not fit'}; a device sends "
         f"{show_bytes(step['wire_bytes'])} if every loop runs once",
         highlight=False,
     )
     for line in step["exchanges"]:
         console.print(f"  {line}", highlight=False, markup=False)
+
+
+def _layers(step: dict[str, Any]) -> str:
+    """Say which layers of a step were compiled, and how the others were counted."""
+    *fewer, most = step["compiled_layers"]
+    if not fewer:
+        return f"all {step['layers']} layers"
+    return f"{fewer[0]} and with {most} of {step['layers']} layers, each of the others counted as what the second adds"

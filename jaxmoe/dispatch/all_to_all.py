@@ -9,6 +9,7 @@ from jaxmoe.dispatch.exchange import (
     Transfer,
     exchange_collectives,
     exchange_memory_bytes,
+    exchange_workspace_bytes,
     run_exchange,
     token_axes,
 )
@@ -29,4 +30,5 @@ ALL_TO_ALL = Dispatch(
     run=partial(run_exchange, open_transfers),
     collectives=partial(exchange_collectives, "all-to-all"),
     memory_bytes=exchange_memory_bytes,
+    workspace_bytes=exchange_workspace_bytes,
 )

@@ -191,6 +191,8 @@ class Dispatch:
         collectives: function from sizes to the collectives of one round; `jaxmoe.dispatch.collectives` makes bytes of them.
         memory_bytes: function from sizes to the bytes that a device copies from place to place in its own memory with even
             routing; the experts' own work is the same with every backend and left out.
+        workspace_bytes: function from sizes to the most bytes of its buffers that a device holds at once, the experts' rows
+            among them; None where `memory_bytes` are held at once.
         cannot_run: reason why it does not run, for each platform where it does not. Named there, it is refused with that.
         breaks: function from the layout, on devices that the platform has, and the number of processes to the reason why it
             would not come to an end there, and "" where it does. It is refused with that too.
@@ -202,9 +204,14 @@ class Dispatch:
     run: RunDispatch
     collectives: Callable[[DispatchShape], tuple[Collective, ...]]
     memory_bytes: Callable[[DispatchShape], float]
+    workspace_bytes: Callable[[DispatchShape], float] | None = None
     cannot_run: Mapping[str, str] = dataclasses.field(default_factory=dict, hash=False)
     breaks: Callable[[DispatchLayout, int], str] = lambda layout, processes: ""
     auto: bool = True
+
+    def workspace(self, shape: DispatchShape) -> float:
+        """The most bytes of its buffers that a device holds at once."""
+        return (self.workspace_bytes or self.memory_bytes)(shape)
 
     def reason_not_to(self, platform: str, layout: DispatchLayout | None = None, processes: int = 1) -> str:
         """The reason why it is refused; "" where it runs.

@@ -143,9 +143,15 @@ def exchange_collectives(op: CollectiveOp, shape: DispatchShape) -> tuple[Collec
 
 def exchange_memory_bytes(shape: DispatchShape) -> float:
     """Send and receive buffers, the rows of all local pairs, and a float32 sum a row, each written once."""
-    layout, K, itemsize = shape.layout, shape.choices, shape.itemsize
+    own = shape.tokens_per_device(shape.layout.axes.tokens)
+    rows = shape.layout.num_devices * capacity(own, shape.choices, shape.layout)
+    return exchange_workspace_bytes(shape) + 4 * rows * shape.width * shape.itemsize
+
+
+def exchange_workspace_bytes(shape: DispatchShape) -> float:
+    """Bytes while the experts compute: rows received, those of all local pairs in and out, and float32 sums."""
+    layout, K = shape.layout, shape.choices
     own = shape.tokens_per_device(layout.axes.tokens)
-    rows = layout.num_devices * capacity(own, K, layout)
-    received = layout.num_partial * rows
+    received = layout.num_partial * layout.num_devices * capacity(own, K, layout)
     pairs = pairs_per_trip(received, K, layout.num_partial * own * K, layout.buffers)
-    return shape.width * (4 * rows * itemsize + received * (itemsize + 4) + pairs * (itemsize + 4) + own * 4)
+    return shape.width * ((received + pairs) * (shape.itemsize + 4) + own * 4)

@@ -24,6 +24,7 @@ from jaxmoe.dispatch.exchange import (
     Transfer,
     exchange_collectives,
     exchange_memory_bytes,
+    exchange_workspace_bytes,
     run_exchange,
     token_axes,
 )
@@ -86,6 +87,7 @@ RAGGED_ALL_TO_ALL = Dispatch(
     run=partial(run_exchange, open_transfers),
     collectives=collectives,
     memory_bytes=exchange_memory_bytes,
+    workspace_bytes=exchange_workspace_bytes,
     cannot_run={"cpu": "XLA has no ragged_all_to_all for CPU devices; all_to_all runs everywhere"},
     breaks=breaks,
     auto=False,

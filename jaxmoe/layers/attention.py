@@ -14,7 +14,7 @@ from flax import nnx
 from jax.sharding import PartitionSpec as P
 
 from jaxmoe.config import AttentionConfig, AttentionMask, QueryKeyNorm
-from jaxmoe.layers.cache import CacheArray, cache_specs, write_prompt, write_token
+from jaxmoe.layers.cache import CacheArray, cache_specs, write_prompts, write_token
 from jaxmoe.layers.norm import rms_norm, zero_centered_rms_norm
 from jaxmoe.layers.param import ParamFactory, RowMap, ones, zeros
 from jaxmoe.layers.weights import WeightSpecs
@@ -23,7 +23,7 @@ from jaxmoe.numerics import zeros_behind
 from jaxmoe.rotary.apply import apply_rope
 
 # Queries of a long prompt are taken this many at a time, which bounds the score matrix.
-_QUERY_BLOCK = 512
+QUERY_BLOCK = 512
 
 
 class ChosenKeys(NamedTuple):
@@ -96,19 +96,19 @@ def by_query_blocks(block: Callable[..., jax.Array], *queries: jax.Array) -> jax
     It gives [B, s, ...] for s of the S queries, each of which counts for itself.
     """
     B, S = queries[0].shape[:2]
-    if S <= _QUERY_BLOCK:
+    if S <= QUERY_BLOCK:
         return block(*queries)
-    blocks = -(-S // _QUERY_BLOCK)
-    padded = [jnp.pad(x, [(0, 0), (0, blocks * _QUERY_BLOCK - S)] + [(0, 0)] * (x.ndim - 2)) for x in queries]
+    blocks = -(-S // QUERY_BLOCK)
+    padded = [jnp.pad(x, [(0, 0), (0, blocks * QUERY_BLOCK - S)] + [(0, 0)] * (x.ndim - 2)) for x in queries]
 
     def apply(i: jax.Array) -> jax.Array:
-        return block(*[jax.lax.dynamic_slice_in_dim(x, i * _QUERY_BLOCK, _QUERY_BLOCK, axis=1) for x in padded])
+        return block(*[jax.lax.dynamic_slice_in_dim(x, i * QUERY_BLOCK, QUERY_BLOCK, axis=1) for x in padded])
 
     def put(i: jax.Array, out: jax.Array) -> jax.Array:
-        return jax.lax.dynamic_update_slice_in_dim(out, apply(i), i * _QUERY_BLOCK, axis=1)
+        return jax.lax.dynamic_update_slice_in_dim(out, apply(i), i * QUERY_BLOCK, axis=1)
 
     one = jax.eval_shape(apply, jax.ShapeDtypeStruct((), jnp.int32))
-    out = zeros_behind(queries[0], (B, blocks * _QUERY_BLOCK, *one.shape[2:]), one.dtype)
+    out = zeros_behind(queries[0], (B, blocks * QUERY_BLOCK, *one.shape[2:]), one.dtype)
     return jax.lax.fori_loop(0, blocks, put, out)[:, :S]
 
 
@@ -212,7 +212,7 @@ class Attention(nnx.Module):
                 position_B = positions_BS[:, 0]
                 cache = jax.tree.map(lambda old, one: write_token(old, one, position_B), cache, new)
             elif cache is not None:
-                cache = jax.tree.map(write_prompt, cache, new)
+                cache, new = write_prompts(cache, new)
             seen = cache if cache is not None and decode else new
             config = self.config
             o_BSHv = attend(

@@ -60,6 +60,15 @@ def write_prompt(cache: jax.Array, new: jax.Array) -> jax.Array:
     return jax.lax.dynamic_update_slice(cache, new.astype(cache.dtype), (0,) * cache.ndim)
 
 
+def write_prompts(cache: Any, new: Any) -> tuple[Any, Any]:
+    """Write the arrays of a prompt at the start of a layer's cache, and give both back: the cache, and what was written.
+
+    What comes back is there once the cache is written. Left to itself XLA writes the caches of all layers at the end of the
+    program and keeps what every layer has made until then, which is as much memory as the prompt's cache takes again.
+    """
+    return jax.lax.optimization_barrier((jax.tree.map(write_prompt, cache, new), new))
+
+
 def write_token(cache: jax.Array, new: jax.Array, position_B: jax.Array) -> jax.Array:
     """Write values [B, ..., S, h] at each row's own positions, from the given one on, of a cache [B, ..., C, h]."""
     # A slice update per row is done in place; a scatter over rows is a serial loop on CPU.

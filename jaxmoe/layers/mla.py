@@ -15,7 +15,7 @@ from jax.sharding import PartitionSpec as P
 
 from jaxmoe.config import IndexerConfig, MLAConfig
 from jaxmoe.layers.attention import ChosenKeys, attend
-from jaxmoe.layers.cache import CacheArray, cache_specs, write_prompt, write_token
+from jaxmoe.layers.cache import CacheArray, cache_specs, write_prompts, write_token
 from jaxmoe.layers.indexer import (
     choose_for_prompt,
     choose_for_token,
@@ -224,9 +224,10 @@ class LatentAttention(nnx.Module):
         latent_BSQ = self._query_latent(w, x_BSD)
         q_nope_BSHn, q_rope_BSHr = self._queries(w, x_BSD if latent_BSQ is None else latent_BSQ, positions_BS)
         new = self._latents(w, x_BSD, positions_BS)
-        if cache is not None:
-            write = partial(write_token, position_B=positions_BS[:, 0]) if decode else write_prompt
-            cache = jax.tree.map(write, cache, new)
+        if cache is not None and decode:
+            cache = jax.tree.map(partial(write_token, position_B=positions_BS[:, 0]), cache, new)
+        elif cache is not None:
+            cache, new = write_prompts(cache, new)
         seen = cache if decode and cache is not None else new
         if self.indexer is not None and latent_BSQ is not None:
             chosen = self._choose(self.indexer, w, x_BSD, latent_BSQ, positions_BS, seen, decode)

@@ -1,6 +1,7 @@
 """Planning for devices that are not there: memory and time that a model takes, and its compiled programs."""
 
 from jaxmoe.planning.exchanges import Exchange, describe_exchanges, read_exchanges
+from jaxmoe.planning.few_layers import CountedStep, compile_few_layers
 from jaxmoe.planning.measured import Measured, read_measured
 from jaxmoe.planning.memory import Plan, plan
 from jaxmoe.planning.roofline import StepTime, step_time
@@ -12,6 +13,7 @@ from jaxmoe.planning.what_if import DevicesChoice, PlacementChoice, compare_devi
 
 __all__ = [
     "CompiledStep",
+    "CountedStep",
     "DevicesChoice",
     "Exchange",
     "Measured",
@@ -23,6 +25,7 @@ __all__ = [
     "SweepPoint",
     "compare_devices",
     "compare_placements",
+    "compile_few_layers",
     "compile_steps",
     "describe_exchanges",
     "gpu_topology",

@@ -2,7 +2,7 @@
 
 import dataclasses
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,9 +23,11 @@ from jaxmoe.placement import ExpertPlacement, RoutingTrace
 from jaxmoe.planning.planned import PlannedCheckpoint, keeps_packed
 from jaxmoe.planning.routing import checked_halves, resolve_placement
 from jaxmoe.planning.stored import StoredWeights, stored_weights
+from jaxmoe.planning.workspace import StepMemory
 
 _DTYPES = ("float32", "bfloat16", "float16")
 CACHE = "key/value cache and state"
+DISPATCH, TEMPORARIES = "dispatch workspace", "temporaries (estimate)"
 # What a plan calls the slots of `ExpertPlacement.slot_uses`.
 _PART_OF_USE = {"experts": "routed experts", "replicas": "replicas", "padding": "padding slots"}
 
@@ -34,8 +36,8 @@ _PART_OF_USE = {"experts": "routed experts", "replicas": "replicas", "padding": 
 class Plan:
     """Bytes that a model takes on the devices of a mesh, before anything is read or allocated.
 
-    Devices are numbered as on the mesh: (dp, tp, ep) in row-major order. What a program needs besides while it
-    runs (activations, exchange buffers) is not counted.
+    Devices are numbered as on the mesh: (dp, tp, ep) in row-major order. Weights and cache are counted to the byte; what a
+    prefill of all sequences at once or a decode step needs besides is an estimate, see `jaxmoe.planning.workspace`.
 
     Attributes:
         model_type: name of the family.
@@ -43,6 +45,7 @@ class Plan:
         dtype: type of weights and cache.
         batch_size: number of sequences that the cache is for.
         max_length: number of tokens of each that the cache is for.
+        prompt_length: number of tokens of each in the prefill.
         parts: bytes by part, {name: float64 [devices]}, in the order of a table; `jaxmoe.viz.device_memory` draws it.
         device: kind of device, None where none was named.
         capacity: bytes of its memory; None without a kind.
@@ -52,9 +55,12 @@ class Plan:
         held: {part: {packed form, or a dtype: arrays on the devices}}, as `jaxmoe.load` would hold them.
         notes: reasons why quantized weights are decoded.
         positions: positions of the model, the most tokens of a sequence.
-        largest_batch: most sequences of `max_length` tokens for whose cache there is room beside the weights, 0 where there
-            is none; None without a kind of device.
-        largest_length: most tokens of each of `batch_size` sequences, likewise.
+        step_bytes: bytes that each step needs beside weights and cache, {"prefill": ..., "decode": ...}; `parts` has the
+            larger.
+        largest_batch: most sequences of `max_length` tokens for which there is room beside the weights, for their cache and
+            for what a step needs, 0 where there is none; None without a kind of device.
+        largest_length: most tokens of each of `batch_size` sequences, likewise; in a prefill `prompt_length` of them, or
+            half if that was not given.
     """
 
     model_type: str
@@ -62,6 +68,7 @@ class Plan:
     dtype: str
     batch_size: int
     max_length: int
+    prompt_length: int
     parts: dict[str, np.ndarray]
     device: str | None
     capacity: float | None
@@ -71,6 +78,7 @@ class Plan:
     held: dict[str, dict[str, int]] = dataclasses.field(default_factory=dict)
     notes: tuple[str, ...] = ()
     positions: int | None = None
+    step_bytes: dict[str, int] = dataclasses.field(default_factory=dict)
     largest_batch: int | None = None
     largest_length: int | None = None
 
@@ -78,6 +86,17 @@ class Plan:
     def bytes_per_device(self) -> dict[int, int]:
         """{device: bytes of all parts}."""
         return dict(enumerate(np.sum(list(self.parts.values()), axis=0).astype(np.int64).tolist()))
+
+    @property
+    def held_per_device(self) -> dict[int, int]:
+        """{device: bytes of weights and cache}."""
+        held = [part for name, part in self.parts.items() if name not in (DISPATCH, TEMPORARIES)]
+        return dict(enumerate(np.sum(held, axis=0).astype(np.int64).tolist()))
+
+    @property
+    def held_bytes(self) -> int:
+        """Those of the device that holds most."""
+        return max(self.held_per_device.values())
 
     @property
     def fits(self) -> bool | None:
@@ -115,6 +134,7 @@ def plan(
     mtp: bool = False,
     batch_size: int = 1,
     max_length: int | None = None,
+    prompt_length: int | None = None,
     device: str | None = None,
     adapters: Mapping[str, str | Path] | None = None,
     trace: RoutingTrace | None = None,
@@ -135,6 +155,8 @@ def plan(
         mtp: whether layers for multi-token prediction are loaded too, as for `jaxmoe.load`.
         batch_size: number of sequences to have room for.
         max_length: number of tokens of each; None for 4096, or as many positions as the model has where those are fewer.
+        prompt_length: number of tokens of each in the prefill, which computes all sequences at once; None for half of
+            `max_length`.
         device: name in `jaxmoe.hardware.GPUS`, to compare with its memory.
         adapters: directories of LoRA adapters that are to be held beside the weights, by name, as for `jaxmoe.load`.
         trace: routing trace, by whose first half a strategy places that is made from loads or choices.
@@ -147,7 +169,7 @@ def plan(
     Example:
         >>> report = jaxmoe.plan("docs/configs/Qwen3-30B-A3B", tp=2, ep=4, device="h100")
         >>> report.bytes_per_device[0], report.fits
-        (9028136960, True)
+        (9181229056, True)
     """
     checkpoint = PlannedCheckpoint.read(path, mtp=flag("mtp", mtp))
     keep = keeps_packed(quantized)
@@ -164,6 +186,7 @@ def plan(
         dtype=dtype,
         batch_size=batch_size,
         max_length=max_length,
+        prompt_length=prompt_length,
         device=device,
         checkpoint=checkpoint,
         keep=keep,
@@ -183,6 +206,7 @@ def plan_config(
     dtype: str | None = None,
     batch_size: int = 1,
     max_length: int | None = None,
+    prompt_length: int | None = None,
     device: str | None = None,
     checkpoint: PlannedCheckpoint | None = None,
     keep: bool = False,
@@ -196,6 +220,7 @@ def plan_config(
     sizes = {name: integer(name, size, least=1) for name, size in {"dp": dp, "tp": tp, "ep": ep}.items()}
     batch_size = integer("batch_size", batch_size, least=1)
     max_length = checked_length(config, max_length)
+    prompt = checked_prompt(prompt_length, max_length)
     gpu = None if device is None else get_gpu(device)
     name = checked_dtype(config, dtype)
     model = abstract_model(config, sizes=sizes, placement=placement, expert_axes=expert_axes, dtype=jnp.dtype(name))
@@ -213,14 +238,25 @@ def plan_config(
             beside["adapters"] = np.full(model.mesh.size, on_device, np.float64)
         notes = pack_model(model, mapped, rounding=rounding).notes() if keep else ()
     parts = weight_parts(model) | beside
+    memory = StepMemory(model)
+    # Sequences are split over these: each device has as many.
+    share = axes_size(model.mesh, MODEL_AXES.dp + MODEL_AXES.ep)
     room = None if gpu is None else gpu.memory - np.sum(list(parts.values()), axis=0).max()
+
+    steps = memory(batch_size=batch_size, prompt_length=prompt, max_length=max_length)
+
+    def taken(batch_size: int, max_length: int) -> float:
+        prompt = checked_prompt(None if prompt_length is None else min(prompt_length, max_length), max_length)
+        return np.sum(list(step_parts(model, memory, batch_size, prompt, max_length).values()), axis=0).max()
+
     return Plan(
         model_type=config.model_type,
         mesh=sizes,
         dtype=name,
         batch_size=batch_size,
         max_length=max_length,
-        parts=parts | {CACHE: cache_bytes(model, batch_size, max_length)},
+        prompt_length=prompt,
+        parts=parts | step_parts(model, memory, batch_size, prompt, max_length),
         device=device,
         capacity=None if gpu is None else gpu.memory,
         parameters=parameters,
@@ -229,8 +265,13 @@ def plan_config(
         held=held_forms(model, model.dtype),
         notes=notes,
         positions=config.max_position_embeddings,
-        largest_batch=None if room is None else _largest_batch(model, max_length, room),
-        largest_length=None if room is None else _largest_length(model, batch_size, room),
+        step_bytes={name: step.nbytes for name, step in steps.items()},
+        largest_batch=None
+        if room is None
+        else _largest(lambda count: taken(count * share, max_length) <= room) * share,
+        largest_length=None
+        if room is None
+        else _largest(lambda length: taken(batch_size, length) <= room, most=config.max_position_embeddings),
     )
 
 
@@ -244,6 +285,16 @@ def checked_length(config: DecoderConfig, max_length: int | None) -> int:
             f"the model has {config.max_position_embeddings} positions: max_length={max_length} is more than that"
         )
     return max_length
+
+
+def checked_prompt(prompt_length: int | None, max_length: int) -> int:
+    """The tokens of each sequence in a prefill: those asked for, or half of those that there is room for."""
+    if prompt_length is None:
+        return max(1, max_length // 2)
+    prompt_length = integer("prompt_length", prompt_length, least=1)
+    if prompt_length > max_length:
+        raise ValueError(f"prompt_length is at most max_length ({max_length}); got {prompt_length}")
+    return prompt_length
 
 
 def checked_dtype(config: DecoderConfig, dtype: str | None) -> str:
@@ -284,6 +335,17 @@ def _expert_rank(model: Decoder, expert_axes: tuple[str, ...]) -> np.ndarray:
     return np.ravel_multi_index(tuple([places[axis] for axis in expert_axes]), sizes)
 
 
+def step_parts(
+    model: Decoder, memory: StepMemory, batch_size: int, prompt_length: int, max_length: int
+) -> dict[str, np.ndarray]:
+    """Bytes beside the weights by part, {name: float64 [devices]}: the cache, and what a step needs while it runs."""
+    steps = memory(batch_size=batch_size, prompt_length=prompt_length, max_length=max_length)
+    needed = max(steps.values(), key=lambda step: step.nbytes)
+    parts = {DISPATCH: needed.dispatch, TEMPORARIES: needed.temporaries}
+    everywhere = {name: np.full(model.mesh.size, size, np.float64) for name, size in parts.items() if size}
+    return {CACHE: cache_bytes(model, batch_size, max_length)} | everywhere
+
+
 def cache_bytes(model: Decoder, batch_size: int, max_length: int) -> np.ndarray:
     """Bytes of the cache for so many sequences of so many tokens, float64 [devices]."""
     rows = padded_batch(model.mesh, batch_size)
@@ -298,20 +360,14 @@ def cache_bytes(model: Decoder, batch_size: int, max_length: int) -> np.ndarray:
     return np.full(model.mesh.size, sum(map(on_device, jax.tree.leaves(arrays))), np.float64)
 
 
-def _largest_batch(model: Decoder, max_length: int, room: float) -> int:
-    """Most sequences whose cache takes at most `room` bytes of a device; each device has as many of them."""
-    devices = axes_size(model.mesh, MODEL_AXES.dp + MODEL_AXES.ep)
-    share = cache_bytes(model, devices, max_length).max()
-    return max(0, int(room // share)) * devices
-
-
-def _largest_length(model: Decoder, batch_size: int, room: float) -> int:
-    """Most tokens of each sequence, up to the model's positions."""
-    fits, too_many = 0, model.config.max_position_embeddings + 1
-    while too_many - fits > 1:
-        middle = (fits + too_many) // 2
-        if cache_bytes(model, batch_size, middle).max() <= room:
-            fits = middle
-        else:
-            too_many = middle
-    return fits
+def _largest(fits: Callable[[int], bool], most: int | None = None) -> int:
+    """The largest number up to `most` that fits, where less than it fits too; 0 where not even 1 does."""
+    least, too_many = 0, 1
+    while (most is None or too_many <= most) and fits(too_many):
+        least, too_many = too_many, too_many * 2
+    if most is not None:
+        too_many = min(too_many, most + 1)
+    while too_many - least > 1:
+        middle = (least + too_many) // 2
+        least, too_many = (middle, too_many) if fits(middle) else (least, middle)
+    return least

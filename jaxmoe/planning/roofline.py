@@ -17,7 +17,7 @@ import numpy as np
 
 from jaxmoe.checkpoint.mapping import is_expert_stack, layer_index
 from jaxmoe.config import AttentionConfig, MLAConfig, TokenMixerConfig
-from jaxmoe.dispatch import DISPATCHES, Collective, dispatch_collectives, explain_dispatch
+from jaxmoe.dispatch import DISPATCHES, Collective, Dispatch, DispatchShape, dispatch_collectives, explain_dispatch
 from jaxmoe.hardware import GPU
 from jaxmoe.layers import MoE, dispatch_shape, packings_of, param_specs, unpacked_specs
 from jaxmoe.mesh import AXES, DP, TP, batch_axes, named, padded_batch
@@ -233,10 +233,14 @@ def _measured_experts(measured: Measured, moe: MoE, rows: float, dtype: str) -> 
 def _exchange(moe: MoE, tokens: int, dispatch: str, links: "_Links") -> tuple[str, Taken]:
     """Backend that brings a call's tokens to their experts, and its seconds."""
     shape = dispatch_shape(moe, tokens)
-    name = explain_dispatch(shape, "gpu").name if dispatch == "auto" else dispatch
-    backend = DISPATCHES[name]
+    backend = chosen_dispatch(shape, dispatch)
     moved = _Work(backend.memory_bytes(shape)).on(links.gpu)
-    return name, links.seconds(dispatch_collectives(backend, shape)) + moved
+    return backend.name, links.seconds(dispatch_collectives(backend, shape)) + moved
+
+
+def chosen_dispatch(shape: DispatchShape, dispatch: str) -> Dispatch:
+    """The backend of that name, or with "auto" the one that a layer takes on GPUs for a call of these sizes."""
+    return DISPATCHES[explain_dispatch(shape, "gpu").name if dispatch == "auto" else dispatch]
 
 
 def _cache(model: Decoder, phase: Phase, rows: int, here: int, length: int) -> _Work:

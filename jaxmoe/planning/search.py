@@ -16,10 +16,11 @@ from jaxmoe.mesh import AXES, DP, EP, TP, write_mesh
 from jaxmoe.models import Decoder
 from jaxmoe.placement import RoutingTrace
 from jaxmoe.planning.measured import read_measured
-from jaxmoe.planning.memory import cache_bytes, checked_dtype, checked_length, weight_parts
+from jaxmoe.planning.memory import checked_dtype, checked_length, checked_prompt, step_parts, weight_parts
 from jaxmoe.planning.planned import PlannedCheckpoint, keeps_packed
 from jaxmoe.planning.roofline import Phase, StepTime, step_time
 from jaxmoe.planning.routing import checked_halves, resolve_placement
+from jaxmoe.planning.workspace import StepMemory
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -29,7 +30,7 @@ class MeshChoice:
     Attributes:
         mesh: sizes of the mesh, {"dp": ..., "tp": ..., "ep": ...}.
         expert_axes: mesh axes that share the experts.
-        bytes_per_device: bytes of weights and cache on the fullest device.
+        bytes_per_device: bytes of weights, cache and what a step needs besides, on the fullest device, see `Plan`.
         decode: modeled time of a decode step.
         prefill: modeled time of the prefill.
     """
@@ -197,7 +198,8 @@ def search_meshes(
                 measured=found,
             )
 
-        held = np.sum([*weight_parts(model).values(), cache_bytes(model, batch_size, max_length)], axis=0)
+        beside = step_parts(model, StepMemory(model, dispatch), batch_size, prompt, max_length)
+        held = np.sum([*weight_parts(model).values(), *beside.values()], axis=0)
         choices.append(
             MeshChoice(
                 mesh=sizes,
@@ -222,14 +224,6 @@ def search_meshes(
         left_out=left_out,
         measured=found.describe(gpu),
     )
-
-
-def checked_prompt(prompt_length: int | None, max_length: int) -> int:
-    """The tokens of each sequence in the prefill: those asked for, or half of those that there is room for."""
-    prompt = max(1, max_length // 2) if prompt_length is None else integer("prompt_length", prompt_length, least=1)
-    if prompt > max_length:
-        raise ValueError(f"prompt_length is at most max_length ({max_length}); got {prompt}")
-    return prompt
 
 
 def layouts(devices: int) -> Iterator[tuple[dict[str, int], tuple[str, ...]]]:

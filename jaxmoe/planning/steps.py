@@ -100,6 +100,32 @@ def compile_steps(
     Raises:
         ValueError: model, mesh and arguments do not fit together, or `activations` would round the inputs of no weight.
     """
+    model = model_to_compile(
+        config,
+        mesh,
+        placement=placement,
+        expert_axes=expert_axes,
+        dispatch=dispatch,
+        kernels=kernels,
+        dtype=dtype,
+        activations=activations,
+    )
+    check_sizes(model.config, batch_size, prompt_length, max_length)
+    return compile_model(model, batch_size=batch_size, prompt_length=prompt_length, max_length=max_length)
+
+
+def model_to_compile(
+    config: DecoderConfig | str | Path,
+    mesh: Mesh,
+    *,
+    placement: str | ExpertPlacement | Sequence[str | ExpertPlacement] = "linear",
+    expert_axes: tuple[str, ...] = (EP,),
+    dispatch: str | Mapping[str, str] = "auto",
+    kernels: str = "auto",
+    dtype: Any = jnp.bfloat16,
+    activations: str | None = None,
+) -> Decoder:
+    """Make the model of `compile_steps`, whose arguments these are, without values."""
     if activations not in (None, "checkpoint"):
         raise ValueError(f'activations is "checkpoint" or None; got {activations!r}')
     checkpoint = None
@@ -110,12 +136,6 @@ def compile_steps(
         raise ValueError(
             'activations="checkpoint" rounds as a checkpoint asks; got a config, whose weights are plain; give the '
             "checkpoint's path, or leave activations out"
-        )
-    if batch_size < 1 or not 1 <= prompt_length <= max_length <= config.max_position_embeddings:
-        raise ValueError(
-            "there is at least one sequence, with at least one token, and 1 <= prompt_length <= max_length <= "
-            f"max_position_embeddings ({config.max_position_embeddings}); got batch_size {batch_size}, prompt_length "
-            f"{prompt_length} and max_length {max_length}"
         )
     model = Decoder(
         config,
@@ -131,6 +151,22 @@ def compile_steps(
         choice = pack_model(model, mapped, rounding=activations is not None)
         if activations is not None:
             choice.check_rounding(checkpoint.directory)
+    return model
+
+
+def check_sizes(config: DecoderConfig, batch_size: int, prompt_length: int, max_length: int) -> None:
+    """Refuse sizes that no step of the model has."""
+    if batch_size < 1 or not 1 <= prompt_length <= max_length <= config.max_position_embeddings:
+        raise ValueError(
+            "there is at least one sequence, with at least one token, and 1 <= prompt_length <= max_length <= "
+            f"max_position_embeddings ({config.max_position_embeddings}); got batch_size {batch_size}, prompt_length "
+            f"{prompt_length} and max_length {max_length}"
+        )
+
+
+def compile_model(model: Decoder, *, batch_size: int, prompt_length: int, max_length: int) -> dict[str, CompiledStep]:
+    """Compile both steps of a model without values, as `compile_steps` says."""
+    mesh = model.mesh
     programs = Programs(mesh)
     leaves = programs.bind(model)
     shape = Shape(rows=model.padded_batch(batch_size), prompt=prompt_length, cache=max_length)

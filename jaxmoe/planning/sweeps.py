@@ -12,10 +12,11 @@ from jaxmoe.hardware import get_gpu
 from jaxmoe.mesh import EP
 from jaxmoe.placement import RoutingTrace
 from jaxmoe.planning.measured import read_measured
-from jaxmoe.planning.memory import cache_bytes, checked_dtype, checked_length, weight_parts
+from jaxmoe.planning.memory import checked_dtype, checked_length, checked_prompt, step_parts, weight_parts
 from jaxmoe.planning.planned import PlannedCheckpoint, keeps_packed
 from jaxmoe.planning.roofline import StepTime, step_time
 from jaxmoe.planning.routing import AnyPlacement, checked_halves, resolve_placement
+from jaxmoe.planning.workspace import StepMemory
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -25,7 +26,7 @@ class SweepPoint:
     Attributes:
         batch_size: number of sequences.
         length: tokens of each.
-        bytes_per_device: bytes of weights and cache on the fullest device.
+        bytes_per_device: bytes of weights, cache and what a step needs besides, on the fullest device, see `Plan`.
         fits: whether a device has room for them.
         decode: modeled time of a step that adds a token to each.
     """
@@ -48,6 +49,7 @@ def sweep(
     device: str,
     batch_sizes: Sequence[int],
     lengths: Sequence[int],
+    prompt_length: int | None = None,
     dp: int = 1,
     tp: int = 1,
     ep: int = 1,
@@ -67,6 +69,7 @@ def sweep(
         device: kind of every device, a name in `jaxmoe.hardware.GPUS`.
         batch_sizes: numbers of sequences.
         lengths: tokens of each.
+        prompt_length: tokens of each in the prefill; None for half of each length.
         dp, tp, ep, placement, expert_axes, dtype, quantized, mtp: arguments of `jaxmoe.plan`.
         devices_per_node: devices that the faster links join.
         trace: routing trace in place of even routing, as for `search_meshes`.
@@ -98,10 +101,11 @@ def sweep(
         dtype=checked_dtype(checkpoint.config, dtype),
         keep=keeps_packed(quantized),
     )
-    weights, points = np.sum(list(weight_parts(model).values()), axis=0), []
+    weights, memory, points = np.sum(list(weight_parts(model).values()), axis=0), StepMemory(model), []
     for batch_size in batch_sizes:
         for length in lengths:
-            held = int((weights + cache_bytes(model, batch_size, length)).max())
+            beside = step_parts(model, memory, batch_size, checked_prompt(prompt_length, length), length)
+            held = int(np.sum([weights, *beside.values()], axis=0).max())
             decode = step_time(
                 model,
                 "decode",

@@ -22,7 +22,7 @@ from jaxmoe.planning.routing import (
     resolve_placement,
     sent_per_token,
 )
-from jaxmoe.planning.search import MeshChoice, MeshSearch, checked_prompt, search_meshes
+from jaxmoe.planning.search import MeshChoice, MeshSearch, search_meshes
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -128,6 +128,7 @@ def compare_placements(
                 mtp=mtp,
                 batch_size=batch_size,
                 max_length=max_length,
+                prompt_length=prompt_length,
                 device=device,
             )
             model = checkpoint.model(
@@ -164,7 +165,7 @@ def compare_placements(
                     skew=() if future is None else layer_skew(model, future),
                     sent_per_token=None if future is None else sent_per_token(model, future),
                     decode=time("decode", report.max_length),
-                    prefill=time("prefill", checked_prompt(prompt_length, report.max_length)),
+                    prefill=time("prefill", report.prompt_length),
                 )
             )
     return choices

@@ -20,7 +20,7 @@ QWEN = GOLDENS / "qwen3_moe" / "original"
 
 def held_on(path, shape, **options) -> int:
     plan = jaxmoe.plan(path, **dict(zip(("dp", "tp", "ep"), shape, strict=True)), **options)
-    return round(max(plan.bytes_per_device.values()) - plan.parts[CACHE].max())
+    return round(plan.held_bytes - plan.parts[CACHE].max())
 
 
 def refused(path, mesh, **options) -> str:

@@ -54,7 +54,7 @@ def test_logits_and_greedy_tokens(family, placement, mesh_shape):
     assert report.bytes_read == report.bytes_needed
     assert len(set(report.expert_bytes_per_device.values())) == 1
     planned = jaxmoe.plan(GOLDENS / family / "original", **mesh.shape, placement=placement)
-    parameters = {device: held - planned.parts[CACHE][device] for device, held in planned.bytes_per_device.items()}
+    parameters = {device: held - planned.parts[CACHE][device] for device, held in planned.held_per_device.items()}
     assert [*parameters.values()] == [report.bytes_per_device[device.id] for device in mesh.devices.flat]
     check_logits(model, expected)
     if generates(family, mesh_shape):

@@ -84,7 +84,7 @@ def test_inspect_and_plan_count_their_bytes(checkpoint) -> None:
     assert (more.active_parameters, more.uncovered, more.problems) == (less.active_parameters, [], ())
     plans = [jaxmoe.plan(checkpoint, mtp=mtp, max_length=16) for mtp in (False, True)]
     cache = [plan.parts["key/value cache and state"][0] for plan in plans]
-    assert plans[1].bytes_per_device[0] - cache[1] - (plans[0].bytes_per_device[0] - cache[0]) == size
+    assert plans[1].held_per_device[0] - cache[1] - (plans[0].held_per_device[0] - cache[0]) == size
     assert cache[1] / cache[0] == 3 / 2
     assert plans[0].active_parameters == plans[1].active_parameters
 

@@ -18,6 +18,7 @@ def test_the_fullest_device_decides(capacity, fits):
         dtype="float32",
         batch_size=1,
         max_length=1,
+        prompt_length=1,
         parts={"routed experts": np.array([1.0, 3.0, 1.0]), "other": np.array([1.0, 2.0, 2.0])},
         device=None,
         capacity=capacity,

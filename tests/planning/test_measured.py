@@ -195,4 +195,7 @@ def test_searches_sweeps_and_the_command_say_what_is_measured(tmp_path, capsys) 
     assert main([*options, "--mesh", "ep=8", "--batch-size", "64", "--sweep", "batch"]) == 0
     assert "2 times of part" in " ".join(capsys.readouterr().out.split())
     assert main([*options, "--mesh", "ep=8"]) == 1
-    assert "--measured is for modeled times: give --devices, --sweep or a comparison of placements with it" in capsys.readouterr().err
+    assert (
+        "--measured is for modeled times: give --devices, --sweep or a comparison of placements with it"
+        in capsys.readouterr().err
+    )

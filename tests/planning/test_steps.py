@@ -26,7 +26,7 @@ def test_both_steps_take_what_the_plan_says(config) -> None:
     assert steps.keys() == {"prefill", "decode"}
     planned = plan(QWEN, tp=2, ep=2, dtype="float32", batch_size=2, max_length=9)
     for step in steps.values():
-        extra = step.argument_bytes - max(planned.bytes_per_device.values())
+        extra = step.argument_bytes - planned.held_bytes
         assert 0 <= extra < 4096  # tokens, lengths, places
         assert step.collectives["all-to-all"] > 0
         assert step.temp_bytes > 0
@@ -38,7 +38,7 @@ def test_steps_of_a_checkpoint_take_packed_weights(tmp_path) -> None:
     block = {"quant_method": "fp8", "weight_block_size": [8, 8]}
     (tmp_path / "config.json").write_text(json.dumps(RAW | {"quantization_config": block}))
     sizes = {"tp": 2, "ep": 2, "dtype": "float32", "batch_size": 2, "max_length": 9}
-    packed, plain = (max(plan(path, **sizes).bytes_per_device.values()) for path in (tmp_path, QWEN))
+    packed, plain = (plan(path, **sizes).held_bytes for path in (tmp_path, QWEN))
     for step in compile_steps(tmp_path, mesh_of(1, 2, 2), dtype="float32", **SIZES).values():
         assert 0 <= step.argument_bytes - packed < 4096 < plain - packed
 
@@ -52,7 +52,7 @@ def test_steps_round_inputs_as_the_checkpoint_asks(tmp_path) -> None:
     planned = plan(tmp_path, tp=2, ep=2, **options)
     assert "inputs in fp8 with the scales of the checkpoint" in str(planned.held["routed experts"])
     for step in compile_steps(tmp_path, mesh_of(1, 2, 2), prompt_length=5, **options).values():
-        assert 0 <= step.argument_bytes - max(planned.bytes_per_device.values()) < 4096
+        assert 0 <= step.argument_bytes - planned.held_bytes < 4096
         assert re.search(r"f8e4m3fn\[[\d,]*\]\S* convert\(", step.text), "no inputs are rounded"
 
 

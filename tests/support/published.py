@@ -15,6 +15,12 @@ MIXTRAL_8X7B = {
     "max_position_embeddings": 32768,
     "rope_theta": 1e6,
 }
+MIXTRAL_8X22B = MIXTRAL_8X7B | {
+    "hidden_size": 6144,
+    "intermediate_size": 16384,
+    "num_attention_heads": 48,
+    "max_position_embeddings": 65536,
+}
 QWEN3_30B = {
     "model_type": "qwen3_moe",
     "vocab_size": 151936,
@@ -30,6 +36,12 @@ QWEN3_30B = {
     "norm_topk_prob": True,
     "max_position_embeddings": 40960,
     "rope_theta": 1e6,
+}
+QWEN3_235B = QWEN3_30B | {
+    "hidden_size": 4096,
+    "num_attention_heads": 64,
+    "intermediate_size": 12288,
+    "moe_intermediate_size": 1536,
 }
 GPT_OSS_120B = {
     "model_type": "gpt_oss",
@@ -791,6 +803,18 @@ DEEPSEEK_V3_FP8 = DEEPSEEK_V3 | {
         "activation_scheme": "dynamic",
         "weight_block_size": [128, 128],
     },
+}
+KIMI_K2_FP8 = DEEPSEEK_V3_FP8 | {
+    "model_type": "kimi_k2",
+    "vocab_size": 163840,
+    "num_attention_heads": 64,
+    "num_key_value_heads": 64,
+    "n_routed_experts": 384,
+    "n_group": 1,
+    "topk_group": 1,
+    "routed_scaling_factor": 2.827,
+    "max_position_embeddings": 131072,
+    "rope_theta": 50000,
 }
 
 # Whole models with their numbers of parameters, as transformers counts them on its "meta" device with the routers'

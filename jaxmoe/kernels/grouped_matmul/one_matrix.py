@@ -15,7 +15,7 @@ from jax import lax
 
 from jaxmoe.kernels.grouped_matmul.quantized import QuantizedStack, dequantize
 from jaxmoe.kernels.grouped_matmul.row_loops import mark_varying, varying_axes
-from jaxmoe.numerics import sum_dtype
+from jaxmoe.numerics import sum_dtype, zeros_behind
 
 # Bytes of a decoded part: less than half of the cache of an A100, the smallest of the GPUs of data centers since.
 PART_BYTES = 2**24
@@ -72,7 +72,8 @@ def _multiply(lhs_RK: jax.Array, matrix_NK: QuantizedStack, out_dtype: jnp.dtype
         return lax.dynamic_update_slice_in_dim(out_RN, y_Rn, first, 1)
 
     varying = varying_axes(lhs_RK, *jax.tree.leaves(matrix_NK))
-    return lax.fori_loop(0, -(-N // n), one_part, mark_varying(jnp.zeros((lhs_RK.shape[0], N), out_dtype), varying))
+    zeros_RN = mark_varying(zeros_behind(lhs_RK, (lhs_RK.shape[0], N), out_dtype), varying)
+    return lax.fori_loop(0, -(-N // n), one_part, zeros_RN)
 
 
 def _part(matrix_NK: QuantizedStack, first: jax.Array, n: int, unit: int) -> QuantizedStack:

@@ -16,6 +16,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from jaxmoe.numerics import zeros_behind
+
 # Up to this many rows a group on average, a tile is a single row: padding tiles would cost more than reading the
 # matrix again, out of cache, for the few groups that have several rows.
 SINGLE_ROW_LIMIT = 2
@@ -68,7 +70,7 @@ def map_rows(
     start: tuple[Any, ...] = (
         mark_varying(jnp.int32(0), row_axes),
         mark_varying(jnp.int32(0), row_axes),
-        mark_varying(to_bits(jnp.zeros(out.shape, out.dtype)), varying),
+        mark_varying(to_bits(zeros_behind(x_RK, out.shape, out.dtype)), varying),
     )
     return from_bits(lax.while_loop(lambda carry: carry[0] < end_G[-1], body, start)[2], out.dtype)
 
@@ -120,7 +122,7 @@ def map_tiles(
 
         return lax.fori_loop(0, (end - start + m - 1) // m, one_tile, bits_RN)
 
-    zeros_RN = mark_varying(to_bits(jnp.zeros(out.shape, out.dtype)), varying)
+    zeros_RN = mark_varying(to_bits(zeros_behind(x_RK, out.shape, out.dtype)), varying)
     return from_bits(lax.fori_loop(0, filled, one_group, zeros_RN), out.dtype)
 
 
