@@ -21,6 +21,8 @@ from tests.support.published import QWEN3_30B
 H100 = GPUS["h100"]
 E, K, LAYERS = 16, 2, 3
 EXPERT = 3 * 2048 * 768 * 2  # bytes
+LENGTH = 1024
+EXTRA = 8
 
 
 @pytest.fixture(scope="module")
@@ -41,7 +43,8 @@ def time_on(small, phase, *, batch_size=64, placement="linear", ep=4, **options)
     model = abstract_model(
         read_model_config(small)[1], sizes={"dp": 1, "tp": 1, "ep": ep}, placement=placement, dtype="bfloat16"
     )
-    return step_time(model, phase, batch_size=batch_size, length=2048, gpu=H100, **options)
+    length = LENGTH if phase == "decode" else LENGTH // 2
+    return step_time(model, phase, batch_size=batch_size, length=length, gpu=H100, **options)
 
 
 @pytest.mark.parametrize("phase", ["prefill", "decode"])
@@ -98,7 +101,7 @@ def test_a_token_is_sent_once_to_each_device_that_has_an_expert_of_it(small) -> 
 @pytest.fixture(scope="module")
 def compared(small, trace):
     return compare_placements(
-        small, ["linear", "eplb"], redundancy=[0, 2], device="h100", ep=4, trace=trace, max_length=4096
+        small, ["linear", "eplb"], redundancy=[0, EXTRA], device="h100", ep=4, trace=trace, max_length=LENGTH
     )
 
 
@@ -106,13 +109,13 @@ def test_placements_are_those_of_a_plan_with_the_other_half_of_the_trace(compare
     assert [(choice.placement, choice.redundancy) for choice in compared] == [
         ("linear", 0),
         ("eplb", 0),
-        ("linear", 2),
-        ("eplb", 2),
+        ("linear", EXTRA),
+        ("eplb", EXTRA),
     ]
     past, future = trace.halves()
-    for choice, slots in ((compared[1], None), (compared[3], E + 4 * 2)):
+    for choice, slots in ((compared[1], None), (compared[3], E + 4 * EXTRA)):
         placed = ExpertPlacement.from_counts(past.total_counts, ep=4, num_slots=slots)
-        planned = plan(small, ep=4, placement=placed, device="h100", batch_size=64, max_length=4096)
+        planned = plan(small, ep=4, placement=placed, device="h100", batch_size=64, max_length=LENGTH)
         assert choice.bytes_per_device == max(planned.bytes_per_device.values())
         assert choice.largest_batch == planned.largest_batch
         metrics = evaluate(
@@ -127,17 +130,17 @@ def test_replicas_level_loads_and_take_room(compared) -> None:
     linear, eplb, _, replicated = compared
     assert np.mean(replicated.skew) < np.mean(eplb.skew) < np.mean(linear.skew)
     assert replicated.prefill.seconds < eplb.prefill.seconds < linear.prefill.seconds
-    assert replicated.bytes_per_device - eplb.bytes_per_device == 2 * LAYERS * EXPERT
+    assert replicated.bytes_per_device - eplb.bytes_per_device == EXTRA * LAYERS * EXPERT
     assert eplb.replica_bytes == 0 < replicated.replica_bytes
     assert replicated.largest_batch < eplb.largest_batch
 
 
 def test_searches_sweeps_and_plans_place_by_the_trace_too(compared, small, trace) -> None:
     options = {"device": "h100", "placement": "eplb", "trace": trace}
-    found = search_meshes(small, 4, batch_size=64, max_length=4096, **options)
+    found = search_meshes(small, 4, batch_size=64, max_length=LENGTH, **options)
     (same,) = (choice for choice in found.choices if choice.mesh["ep"] == 4)
     assert (same.decode, same.prefill) == (compared[1].decode, compared[1].prefill)
-    (point,) = sweep(small, ep=4, batch_sizes=[64], lengths=[2048], **options)
+    (point,) = sweep(small, ep=4, batch_sizes=[64], lengths=[LENGTH], **options)
     assert point.decode == same.decode
     assert plan(small, ep=4, **options).fits
 
@@ -158,7 +161,7 @@ def test_more_devices_cost_what_their_time_costs(small) -> None:
 
 
 def test_a_number_of_devices_that_is_too_small_has_neither_gain_nor_cost(small) -> None:
-    none, some = compare_devices(small, [1, 8], device="h100", price_per_hour=1, batch_size=4096, max_length=4096)
+    none, some = compare_devices(small, [1, 8], device="h100", price_per_hour=1, batch_size=4096, max_length=1024)
     assert none.best is none.gain is none.tokens_per_second("decode") is none.cost_per_million("decode") is None
     assert some.gain is None
     assert some.cost_per_million("prefill") > 0
@@ -206,8 +209,8 @@ def test_nonsense_is_refused(small, trace, call, message) -> None:
 def test_the_command_tells_the_same(compared, small, trace, tmp_path, capsys) -> None:
     file, page = tmp_path / "trace.npz", tmp_path / "page.html"
     trace.save(file)
-    options = ["--device", "h100", "--batch-size", "64", "--max-length", "4096", "--trace", str(file)]
-    both = ["--mesh", "ep=4", "--compare-placements", "linear,eplb", "--redundancy", "0,2"]
+    options = ["--device", "h100", "--batch-size", "64", "--max-length", str(LENGTH), "--trace", str(file)]
+    both = ["--mesh", "ep=4", "--compare-placements", "linear,eplb", "--redundancy", f"0,{EXTRA}"]
     assert main(["plan", str(small), *options, *both, "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["placements"] == json.loads(
         json.dumps([choice.to_dict() for choice in compared])
@@ -216,7 +219,7 @@ def test_the_command_tells_the_same(compared, small, trace, tmp_path, capsys) ->
     assert main(["plan", str(small), *options, *numbers]) == 0
     shown = capsys.readouterr().out
     expected = compare_devices(
-        small, [2, 4], device="h100", price_per_hour=2, placement="eplb", trace=trace, batch_size=64, max_length=4096
+        small, [2, 4], device="h100", price_per_hour=2, placement="eplb", trace=trace, batch_size=64, max_length=LENGTH
     )
     for text in (shown, page.read_text()):
         assert f"{expected[1].gain - 1:+.0%}" in text
