@@ -23,6 +23,8 @@ if not ON_GPU:
     os.environ["JAX_PLATFORMS"] = "cpu"
 # Two threads a device, however few cores there are: see `jaxmoe.simulate_devices`.
 os.environ.setdefault("PJRT_NPROC", "16")
+# Programs need not know the hundred frames of Python that each of their operations came from: to write them takes a while.
+os.environ.setdefault("JAX_TRACEBACK_IN_LOCATIONS_LIMIT", "0")
 
 # Commands that tests run here would keep programs in the user's cache folder.
 if "JAX_COMPILATION_CACHE_DIR" not in os.environ:

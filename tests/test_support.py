@@ -5,7 +5,7 @@ import itertools
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tests.support.covering import covering, factors
+from tests.support.covering import covering, factors, pairs
 
 
 @settings(max_examples=30)
@@ -27,6 +27,14 @@ def test_few_of_a_product_cover_it() -> None:
     assert len(covering(product, 2)) <= 18
     first_three = covering(product, most=3)
     assert len({product[i][1] for i in first_three}) == len({product[i][2] for i in first_three}) == 3
+
+
+def test_two_values_of_two_lists_meet() -> None:
+    lists = ["abcde", [1, 2], [None, 0.5, "f"]]
+    cases = pairs(*lists)
+    assert len(cases) < 20
+    for i, j in itertools.combinations(range(3), 2):
+        assert {(case[i], case[j]) for case in cases} == {*itertools.product(lists[i], lists[j])}
 
 
 def test_a_dict_has_a_factor_for_each_entry() -> None:

@@ -55,8 +55,11 @@ def bytes_on(model) -> dict[int, int]:
 
 
 @pytest.mark.covering
-@pytest.mark.parametrize("shape", [(1, 1, 1), (2, 2, 2), (1, 4, 2)], ids=mesh_id)
-@pytest.mark.parametrize("placement", ["linear", "round_robin"])
+@pytest.mark.parametrize(
+    ("shape", "placement"),
+    [((1, 1, 1), "linear"), ((2, 2, 2), "round_robin"), ((1, 4, 2), "linear")],
+    ids=mesh_id,
+)
 def test_what_is_held_stands_for_the_decoded_values(case, shape, placement, tmp_path) -> None:
     quantized, _, count = case
     load = {"mesh": mesh_of(*shape), "placement": placement, "dtype": "float32"}

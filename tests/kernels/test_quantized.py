@@ -15,6 +15,7 @@ from jax.sharding import PartitionSpec as P
 from jaxmoe.kernels.grouped_matmul import BACKENDS, QuantizedStack, expert_mlp, grouped_matmul
 from jaxmoe.kernels.grouped_matmul.backends import GPU_BACKENDS
 from jaxmoe.kernels.grouped_matmul.quantized import FORMATS
+from tests.support.covering import pairs
 from tests.support.kernels import REGIMES, each_regime, int32, poison
 from tests.support.meshes import mesh_of
 from tests.support.packed import CASES, OF_EACH_FORMAT, Case, D, F, G, each_case, pack
@@ -23,7 +24,8 @@ pytestmark = pytest.mark.covering(most=3)
 
 one_case_a_format = pytest.mark.parametrize("case", OF_EACH_FORMAT, ids=str)
 # These take every format; what a GPU takes is tested with its kernel.
-each_backend = pytest.mark.parametrize("backend", [name for name, backend in BACKENDS.items() if backend.formats])
+TAKE_THEM = [name for name, backend in BACKENDS.items() if backend.formats]
+each_backend = pytest.mark.parametrize("backend", TAKE_THEM)
 
 
 def normal(seed, *shape, dtype=np.float32):
@@ -85,7 +87,6 @@ VARIANTS = {
     "ungated, biases": Variant(1, True, {"activation": "relu2"}, lambda up: np.maximum(up, 0) ** 2),
     "clamped, biases": Variant(2, True, {"activation": "clamped_swiglu", "limit": 0.7}, clamped_swiglu),
 }
-each_variant = pytest.mark.parametrize("variant", VARIANTS.values(), ids=VARIANTS)
 
 
 def mlp_inputs(variant, case_up, case_down):
@@ -123,11 +124,12 @@ def test_grouped_matmul(case, R, backend):
         assert_close(actual, product_oracle(lhs_RK, exact, sizes), sizes)
 
 
-@each_backend
-@each_regime
-@each_variant
-@one_case_a_format
-def test_expert_mlp(case, variant, R, backend):
+# The products are those above, whatever is done between them.
+@pytest.mark.parametrize(
+    ("case", "name", "R", "backend"), pairs(OF_EACH_FORMAT, [*VARIANTS], [*REGIMES.values()], TAKE_THEM), ids=str
+)
+def test_expert_mlp(case, name, R, backend):
+    variant = VARIANTS[name]
     stacks, exact, biases = mlp_inputs(variant, case, case)
     x_RD = normal(9, R, D)
     for sizes in group_patterns(R):
@@ -254,15 +256,18 @@ def mlp_gradients(x_RD, stacks, biases, sizes, dy_RD, *, backend, options):
 
 
 @pytest.mark.covering(most=1)
-@each_regime
-@each_variant
 @pytest.mark.parametrize(
-    "cases",
-    [(CASES[0], CASES[0]), (CASES[4], CASES[9]), (CASES[5], None)],
-    ids=lambda cases: " and ".join(map(str, cases)),
+    ("cases", "name", "R"),
+    pairs(
+        [(CASES[0], CASES[0]), (CASES[4], CASES[9]), (CASES[5], None)],
+        [*VARIANTS],
+        [*REGIMES.values()],
+    ),
+    ids=lambda value: " and ".join(map(str, value)) if isinstance(value, tuple) else str(value),
 )
-def test_gradients(cases, variant, R):
+def test_gradients(cases, name, R):
     """Those that JAX derives of the dense oracle, in rows, biases and a matrix that is not packed."""
+    variant = VARIANTS[name]
     stacks, exact, biases = mlp_inputs(variant, *cases)
     x_RD, dy_RD = normal(9, R, D), normal(10, R, D)
     options = tuple(variant.options.items())

@@ -1,5 +1,6 @@
 """Multimodal checkpoints live against transformers: text in, the text part's logits and tokens out."""
 
+import numpy as np
 import pytest
 
 from tests.support import runs
@@ -15,11 +16,11 @@ transformers = pytest.importorskip(
 
 import jaxmoe  # noqa: E402
 from scripts.make_goldens import make_model, make_prompts, reference, save_forms  # noqa: E402
-from tests.support.goldens import check_greedy, check_logits  # noqa: E402
+from tests.support.goldens import check_greedy, check_logits, check_same_parameters  # noqa: E402
 
 
-def arrays_of(model, seed):
-    loose = reference(model, make_prompts(97, seed=seed), new_tokens=32)
+def arrays_of(model, seed, new_tokens=1):
+    loose = reference(model, make_prompts(97, seed=seed), new_tokens=new_tokens)
     return {kind: [loose[f"{kind}_{i}"] for i in range(len(loose) // 3)] for kind in ("prompt", "logits", "greedy")}
 
 
@@ -68,14 +69,14 @@ SIZES = {
 @pytest.mark.parametrize("name", [*WRAPPERS, *SIZES])
 def test_logits_and_greedy_tokens(name, tmp_path):
     model = make_model(name, seed=7, **SIZES.get(name, {}))
-    expected = arrays_of(model, seed=7)
+    expected = arrays_of(model, seed=7, new_tokens=32 if runs.full else 1)
     save_forms(model, tmp_path)
-    for form, shape in (("original", (2, 2, 2)), ("fused", (1, 2, 4))):
-        if (tmp_path / form).is_dir():
-            loaded = jaxmoe.load(tmp_path / form, mesh=mesh_of(*shape))
-            check_logits(loaded, expected)
-            if runs.full and form == "original":
-                check_greedy(loaded, expected)
+    loaded = jaxmoe.load(tmp_path / "original", mesh=mesh_of(2, 2, 2))
+    check_logits(loaded, expected)
+    if runs.full:
+        check_greedy(loaded, expected)
+    if (tmp_path / "fused").is_dir():
+        check_same_parameters(jaxmoe.load(tmp_path / "fused", mesh=mesh_of(2, 2, 2)), loaded)
 
 
 @pytest.mark.parametrize(
@@ -123,5 +124,5 @@ def test_transformers_loads_the_text_model_that_convert_writes(name, tmp_path):
     text, info = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "text", output_loading_info=True)
     assert not any(info[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
     found = arrays_of(text.float().eval(), seed=8)
-    for ours, theirs in zip(found["greedy"], expected["greedy"], strict=True):
-        assert ours.tolist() == theirs.tolist()
+    for ours, theirs in zip(found["logits"], expected["logits"], strict=True):
+        np.testing.assert_allclose(ours, theirs, atol=1e-5 * np.abs(theirs).max())

@@ -31,6 +31,13 @@ def covering(cases: Sequence[Case], strength: int = 1, most: int | None = None) 
     return sorted(chosen)
 
 
+def pairs(*factors: Sequence) -> list[tuple]:
+    """Few cases of the product of some lists, in which every two values of two of them meet."""
+    cases = [*itertools.product(*map(range, map(len, factors)))]
+    chosen = covering([{str(i): value for i, value in enumerate(case)} for case in cases], strength=2)
+    return [tuple(factor[i] for factor, i in zip(factors, cases[j], strict=True)) for j in chosen]
+
+
 def factors(arguments: Mapping[str, object]) -> dict[str, Hashable]:
     """The factors of a parametrized test's arguments: each argument, and each entry of one that is a dict."""
     result: dict[str, Hashable] = {}

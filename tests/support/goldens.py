@@ -5,6 +5,7 @@ from pathlib import Path
 import numpy as np
 
 import jaxmoe
+from jaxmoe.layers import params_by_path
 
 GOLDENS = Path(__file__).resolve().parent.parent / "goldens"
 
@@ -48,3 +49,12 @@ def check_alone(model, expected: dict[str, list[np.ndarray]]) -> None:
     prompt, greedy = (expected[kind][1].tolist() for kind in ("prompt", "greedy"))
     (out,) = jaxmoe.generate(model, [prompt], max_new_tokens=len(greedy), ignore_eos=True)
     assert out.token_ids == greedy
+
+
+def check_same_parameters(model, other) -> None:
+    """Two models that compute the same, as they have the same numbers in the same places."""
+    ours, theirs = params_by_path(model), params_by_path(other)
+    assert ours.keys() == theirs.keys()
+    for path, param in ours.items():
+        assert param[...].sharding == theirs[path][...].sharding, path
+        np.testing.assert_array_equal(param[...], theirs[path][...], err_msg=path)

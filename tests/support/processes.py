@@ -17,15 +17,22 @@ def free_port() -> int:
         return probe.getsockname()[1]
 
 
-def environment() -> dict[str, str]:
-    """That of the tests, without the devices that they simulate; in the full run it compiles as for users."""
+def environment(quick: bool = False) -> dict[str, str]:
+    """That of the tests, without the devices that they simulate.
+
+    In the full run it compiles as for users, unless `quick`.
+    """
     kept = {name: value for name, value in os.environ.items() if name not in ("XLA_FLAGS", "JAX_PLATFORMS")}
-    flags = [] if runs.full else [flag for flag in os.environ["XLA_FLAGS"].split() if "device_count" not in flag]
+    quickly = [flag for flag in os.environ["XLA_FLAGS"].split() if "device_count" not in flag]
+    flags = [] if runs.full and not quick else quickly
     return kept | {"XLA_FLAGS": " ".join(flags), "PYTHONPATH": str(ROOT)}
 
 
 def start(count: int, module: str, *argv: str, per_process: dict[int, list[str]] | None = None) -> list:
-    """`count` processes of ``python -m module``, told of each other; `per_process` adds arguments to some."""
+    """`count` processes of ``python -m module``, told of each other; `per_process` adds arguments to some.
+
+    Each of them compiles everything, and so quickly.
+    """
     address = f"127.0.0.1:{free_port()}"
     return [
         subprocess.Popen(
@@ -33,7 +40,7 @@ def start(count: int, module: str, *argv: str, per_process: dict[int, list[str]]
                 *(sys.executable, "-m", module, *argv, *(per_process or {}).get(index, [])),
                 *("--coordinator", address, "--num-processes", str(count), "--process-id", str(index)),
             ],
-            env=environment(),
+            env=environment(quick=True),
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
