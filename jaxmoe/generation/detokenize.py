@@ -64,6 +64,19 @@ class Detokenizer:
         return piece
 
 
+def possible_start(text: str, wanted: Sequence[str]) -> int:
+    """Length of the longest end of a text that one of some others begins with, and may be about to.
+
+    >>> possible_start("the EN", ("END",))
+    2
+    """
+    longest = max(map(len, wanted), default=0)
+    for length in range(min(longest - 1, len(text)), 0, -1):
+        if text.endswith(tuple(one[:length] for one in wanted if len(one) > length)):
+            return length
+    return 0
+
+
 class StopStrings:
     """Passes text on up to the first stop string, holding back what may be the beginning of one.
 
@@ -96,7 +109,7 @@ class StopStrings:
             shown = self._pass(min(starts))
             self._held, self._hidden = "", []
             return shown
-        return self._pass(len(self._held) - self._possible_start(self._held))
+        return self._pass(len(self._held) - possible_start(self._held, self._stop))
 
     def finish(self) -> str:
         """Hand out what was held back and turned out to be no stop string."""
@@ -107,14 +120,6 @@ class StopStrings:
         passing = zip(self._held[:count], self._hidden[:count], strict=True)
         self._held, self._hidden = self._held[count:], self._hidden[count:]
         return "".join(character for character, hidden in passing if not hidden)
-
-    def _possible_start(self, text: str) -> int:
-        """Length of the longest end of `text` that a stop string begins with."""
-        longest = max((len(stop) for stop in self._stop), default=0)
-        for length in range(min(longest - 1, len(text)), 0, -1):
-            if text.endswith(tuple(stop[:length] for stop in self._stop if len(stop) > length)):
-                return length
-        return 0
 
 
 class TextStream:

@@ -2,10 +2,12 @@
 
 import secrets
 import time
+from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
 from jaxmoe.generation.detokenize import REPLACEMENT
+from jaxmoe.generation.tool_calls import ToolCall
 from jaxmoe.serving.service import Piece, TokenText
 
 
@@ -72,6 +74,10 @@ class ChatCompletion(Completion):
 
     prefix, whole, chunk = "chatcmpl", "chat.completion", "chat.completion.chunk"
 
+    def __init__(self, model: str):
+        super().__init__(model)
+        self._calls: Counter[int] = Counter()  # of each choice, so far
+
     def first(self, index: int) -> list[dict[str, Any]]:
         """Choices of the chunk before the first token, which says who speaks."""
         return [
@@ -80,18 +86,27 @@ class ChatCompletion(Completion):
 
     def delta(self, piece: Piece) -> dict[str, Any]:
         """One choice of a chunk."""
+        delta: dict[str, Any] = {"content": piece.text} if piece.text else {}
+        if piece.calls:
+            first = self._calls[piece.choice]
+            self._calls[piece.choice] += len(piece.calls)
+            delta["tool_calls"] = [{"index": index, **_call(call)} for index, call in enumerate(piece.calls, first)]
         return {
             "index": piece.choice,
-            "delta": {"content": piece.text} if piece.text else {},
+            "delta": delta,
             "logprobs": _content([piece]),
             "finish_reason": piece.finish_reason,
         }
 
     def choice(self, pieces: Sequence[Piece]) -> dict[str, Any]:
         """One whole choice."""
+        text, calls = "".join(piece.text for piece in pieces), [_call(call) for piece in pieces for call in piece.calls]
+        message: dict[str, Any] = {"role": "assistant", "content": text, "refusal": None}
+        if calls:
+            message |= {"content": text or None, "tool_calls": calls}
         return {
             "index": pieces[0].choice,
-            "message": {"role": "assistant", "content": "".join(piece.text for piece in pieces), "refusal": None},
+            "message": message,
             "logprobs": _content(pieces),
             "finish_reason": pieces[-1].finish_reason,
         }
@@ -101,6 +116,10 @@ def usage(prompt_tokens: int, completion_tokens: int) -> dict[str, int]:
     """Counts of tokens."""
     total = prompt_tokens + completion_tokens
     return {"prompt_tokens": prompt_tokens, "completion_tokens": completion_tokens, "total_tokens": total}
+
+
+def _call(call: ToolCall) -> dict[str, Any]:
+    return {"id": f"call_{secrets.token_hex(12)}", "type": "function", "function": call._asdict()}
 
 
 def _content(pieces: Sequence[Piece]) -> dict[str, Any] | None:

@@ -1,8 +1,9 @@
 """The application: OpenAI's completions and chat completions, the models, health and metrics."""
 
 import asyncio
+import functools
 import json
-from collections.abc import AsyncIterator, Collection, Sequence
+from collections.abc import AsyncIterator, Callable, Collection, Sequence
 from typing import Any
 
 from starlette.applications import Starlette
@@ -15,10 +16,12 @@ from starlette.types import Receive, Scope, Send
 
 from jaxmoe.generation.requests import Request as EngineRequest
 from jaxmoe.generation.requests import TokenConstraint
+from jaxmoe.generation.tool_calls import CallReader
 from jaxmoe.serving.answers import ChatCompletion, Completion, usage
 from jaxmoe.serving.errors import ApiError
-from jaxmoe.serving.fields import Asked, one_kind, read_fields, read_messages, read_template_variables
+from jaxmoe.serving.fields import Asked, read_fields
 from jaxmoe.serving.guard import Guard, error_response, read_json, unless_gone
+from jaxmoe.serving.prompts import one_kind, read_messages, read_template_variables
 from jaxmoe.serving.service import Piece, Service
 
 
@@ -40,8 +43,10 @@ def make_app(service: Service, keys: Collection[str] = ()) -> Starlette:
         body = await _body(service, request)
         asked, variables = read_fields(body, "chat"), read_template_variables(body)
         prompt = await asyncio.to_thread(service.encode_chat, read_messages(body), variables)
+        form = service.call_form(variables)
         constraints = await asyncio.to_thread(service.constraints, asked)
-        return Generated(service, ChatCompletion(asked.model), [prompt], asked, constraints)
+        read_calls = None if form is None else functools.partial(CallReader, form, variables["tools"])
+        return Generated(service, ChatCompletion(asked.model), [prompt], asked, constraints, read_calls)
 
     async def models(_: Request) -> Response:
         return JSONResponse({"object": "list", "data": [_model(service, name) for name in service.names]})
@@ -107,6 +112,7 @@ class Generated(Response):
         prompts: token ids.
         asked: fields of the request.
         constraints: constraints of a prompt's choices; empty for none.
+        read_calls: function that makes a reader of the calls in a choice; None for text alone.
 
     Raises:
         ApiError: the requests are refused.
@@ -119,8 +125,10 @@ class Generated(Response):
         prompts: list[list[int]],
         asked: Asked,
         constraints: Sequence[TokenConstraint | None] = (),
+        read_calls: Callable[[], CallReader] | None = None,
     ):
         self._service, self._answer, self._asked = service, answer, asked
+        self._read_calls = read_calls
         self._requests: list[EngineRequest] = service.requests(prompts, asked, constraints)
         self._prompt_tokens = sum(map(len, prompts))
         self.background = None
@@ -181,13 +189,13 @@ class Generated(Response):
                 for choice in answer.first(piece.choice):
                     yield {**head, "choices": [choice]}
             # In the middle of a character there is nothing to tell.
-            if piece.text or piece.token or piece.finish_reason:
+            if piece.text or piece.calls or piece.token or piece.finish_reason:
                 yield {**head, "choices": [answer.delta(piece)]}
         if self._asked.include_usage:
             yield {**head, "choices": [], "usage": usage(self._prompt_tokens, tokens)}
 
     async def _pieces(self) -> AsyncIterator[Piece]:
-        pieces = self._service.pieces(self._requests, self._asked)
+        pieces = self._service.pieces(self._requests, self._asked, self._read_calls)
         try:
             async for piece in pieces:
                 yield piece

@@ -23,12 +23,12 @@ _OF = {
     "completion": {*_BOTH, "prompt", "best_of", "echo", "suffix"},
     "chat": {
         *_BOTH,
-        *("messages", "max_completion_tokens", "top_logprobs", "tools", "tool_choice", "response_format"),
-        "chat_template_kwargs",
+        *("messages", "max_completion_tokens", "top_logprobs", "tools", "tool_choice", "parallel_tool_calls"),
+        *("response_format", "chat_template_kwargs"),
     },
 }
 # Fields that say who asks and how to bill it, and change no token.
-_IGNORED = {"user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key", "parallel_tool_calls"}
+_IGNORED = {"user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key"}
 # Fields that are taken with the value that changes nothing.
 _ONLY: dict[str, tuple[Any, ...]] = {
     "presence_penalty": (0,),
@@ -37,6 +37,7 @@ _ONLY: dict[str, tuple[Any, ...]] = {
     "suffix": ("",),
     "best_of": (1,),
     "tool_choice": ("auto", "none"),
+    "parallel_tool_calls": (True,),
 }
 
 
@@ -207,73 +208,3 @@ def _schema(name: str, value: Any, *, ignore_eos: bool) -> Schema | None:
     if schema is not None and ignore_eos:
         raise ValueError(f"{name} ends a text where its JSON ends, with an EOS token: leave ignore_eos out")
     return schema
-
-
-def read_messages(body: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """Check the messages of a chat; content in parts becomes one text.
-
-    Raises:
-        ApiError: they are no list of messages, or a part is no text.
-    """
-    messages = body.get("messages")
-    if not isinstance(messages, list) or not messages:
-        raise ApiError(400, "messages is a list of at least one message", param="messages")
-    return [_message(message, f"messages[{index}]") for index, message in enumerate(messages)]
-
-
-def _message(message: Any, where: str) -> dict[str, Any]:
-    if not isinstance(message, dict) or not isinstance(message.get("role"), str):
-        raise ApiError(400, f'{where} is an object with a "role"; got {message!r:.80}', param=where)
-    content = message.get("content")
-    if isinstance(content, list):
-        for part in content:
-            if not isinstance(part, dict) or part.get("type") != "text" or not isinstance(part.get("text"), str):
-                raise ApiError(
-                    400, f'{where} has parts {{"type": "text", "text": ...}} only; got {part!r:.80}', param=where
-                )
-        return {**message, "content": "".join(part["text"] for part in content)}
-    if content is not None and not isinstance(content, str):
-        raise ApiError(400, f"{where} has a text or a list of parts as its content; got {content!r:.80}", param=where)
-    return message
-
-
-def read_template_variables(body: Mapping[str, Any]) -> dict[str, Any]:
-    """Read what a chat template is given beside the messages: tools, and variables of its own.
-
-    Raises:
-        ApiError: a field is of another kind.
-    """
-    variables = body.get("chat_template_kwargs") or {}
-    if not isinstance(variables, dict) or variables.keys() & {"messages", "add_generation_prompt", "tools"}:
-        raise ApiError(
-            400,
-            f"chat_template_kwargs is an object of variables of the template's own; got {variables!r:.80}",
-            param="chat_template_kwargs",
-        )
-    tools = body.get("tools")
-    if not tools or body.get("tool_choice") == "none":
-        return variables
-    if not isinstance(tools, list) or not all(isinstance(tool, dict) and "function" in tool for tool in tools):
-        raise ApiError(400, 'tools is a list of {"type": "function", "function": ...}', param="tools")
-    return {**variables, "tools": tools}
-
-
-def one_kind(body: Mapping[str, Any]) -> list[Any]:
-    """The prompts of a completion as a list: of texts, or of lists of token ids.
-
-    Raises:
-        ApiError: it is neither.
-    """
-    prompt = body.get("prompt")
-    if isinstance(prompt, str):
-        return [prompt]
-    if isinstance(prompt, list) and prompt:
-        if all(isinstance(one, str) for one in prompt):
-            return prompt
-        if all(type(token) is int for token in prompt):
-            return [prompt]
-        if all(isinstance(one, list) and one and all(type(token) is int for token in one) for one in prompt):
-            return prompt
-    raise ApiError(
-        400, f"prompt is a text, a list of texts, token ids, or a list of those; got {prompt!r:.80}", param="prompt"
-    )

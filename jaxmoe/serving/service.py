@@ -3,14 +3,15 @@
 import dataclasses
 import secrets
 import time
-from collections.abc import AsyncIterator, Sequence
-from typing import Any, NamedTuple
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from typing import Any, Literal, NamedTuple
 
 from jaxmoe.generation.async_engine import AsyncEngine, EngineStoppedError
 from jaxmoe.generation.detokenize import TextStream
 from jaxmoe.generation.json_schema import JsonSchemaConstraint, JsonSchemas
 from jaxmoe.generation.requests import FinishReason, Request, TokenConstraint, TokenResult
 from jaxmoe.generation.tokenizer import Tokenizer
+from jaxmoe.generation.tool_calls import BEGIN, FORMS, CallForm, CallReader, ToolCall, form_of
 from jaxmoe.serving.errors import ApiError
 from jaxmoe.serving.fields import Asked
 from jaxmoe.serving.metrics import Metrics
@@ -32,13 +33,15 @@ class Piece(NamedTuple):
         token: the token and its log-probability; None unless asked for.
         top: likeliest tokens in its place; empty unless asked for.
         finish_reason: reason of the end; None while the choice goes on.
+        calls: calls of tools that became certain with it.
     """
 
     choice: int
     text: str
     token: TokenText | None
     top: list[TokenText]
-    finish_reason: FinishReason | None
+    finish_reason: FinishReason | Literal["tool_calls"] | None
+    calls: Sequence[ToolCall] = ()
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -116,6 +119,30 @@ class Service:
         except ValueError as error:
             raise ApiError(400, str(error), param="messages") from error
         return self.tokenizer.encode(text, add_special_tokens=False)
+
+    def call_form(self, variables: Mapping[str, Any]) -> CallForm | None:
+        """Find the form in which calls of tools are to be read; None where a chat has no tools.
+
+        Args:
+            variables: variables of the chat template, tools among them.
+
+        Raises:
+            ApiError: the chat template asks for no form that is known here.
+        """
+        templates = self.tokenizer.chat_templates
+        if "tools" not in variables or templates is None:
+            return None
+        form = form_of(templates.choose(variables.get("chat_template"), variables["tools"]).source)
+        if form is None or BEGIN in self.tokenizer.special_tokens.values():
+            known = ", ".join(form.name for form in FORMS)
+            raise ApiError(
+                400,
+                f"tools are called between {BEGIN} tags, as {known}, and this model's chat template asks for none of these: "
+                "its calls would come as text; leave tools out, or describe them in a message of your own",
+                param="tools",
+                code="unsupported_value",
+            )
+        return form
 
     def constraints(self, asked: Asked) -> list[TokenConstraint | None]:
         """Make the constraint of each choice, which takes a while for a schema that is new.
@@ -208,8 +235,15 @@ class Service:
                 headers={"Retry-After": str(self.metrics.seconds_until_free())},
             )
 
-    async def pieces(self, requests: list[Request], asked: Asked) -> AsyncIterator[Piece]:
+    async def pieces(
+        self, requests: list[Request], asked: Asked, read_calls: Callable[[], CallReader] | None = None
+    ) -> AsyncIterator[Piece]:
         """Run requests, and give the text of all choices as it comes; leaving the loop cancels what is left.
+
+        Args:
+            requests: requests of the choices.
+            asked: fields that they come from.
+            read_calls: function that makes a reader of the calls in a choice; None for text alone.
 
         Raises:
             ApiError: the engine refuses a request, or has ended.
@@ -217,6 +251,7 @@ class Service:
         texts = [
             TextStream(self.tokenizer.decode, asked.stop, self.tokenizer.special_tokens) for _ in range(len(requests))
         ]
+        readers = None if read_calls is None else [read_calls() for _ in requests]
         watches = [self.metrics.watch() for _ in requests]
         try:
             async with await self.engine.submit(requests) as tokens:
@@ -227,7 +262,8 @@ class Service:
                         tokens.cancel(index)  # where a stop string ended it, the engine does not know
                         watches[index].end(reason)
                         _check_json(requests[index])
-                    yield Piece(index, text, *self._logprobs(result), reason)
+                    piece = Piece(index, text, *self._logprobs(result), reason)
+                    yield piece if readers is None else _with_calls(piece, readers[index])
         except ValueError as error:
             raise ApiError(400, str(error)) from error
         except EngineStoppedError as error:
@@ -245,6 +281,17 @@ class Service:
     def token_text(self, token_id: int) -> str:
         """Text of one token, special ones too."""
         return self.tokenizer.special_tokens.get(token_id) or self.tokenizer.decode([token_id])
+
+
+def _with_calls(piece: Piece, reader: CallReader) -> Piece:
+    """The same with the calls taken out of the text."""
+    text, calls = reader.push(piece.text)
+    reason = piece.finish_reason
+    if reason is not None:
+        text += reader.finish()
+    if reason == "stop" and reader.calls:
+        reason = "tool_calls"
+    return piece._replace(text=text, calls=calls, finish_reason=reason)
 
 
 def _check_json(request: Request) -> None:

@@ -15,14 +15,17 @@ from tests.support.tokenizers import byte_level, save
 
 TEMPLATE = (
     "{% for t in tools or [] %}[{{ t.function.name }}]{% endfor %}"
-    "{% for m in messages %}{{ m.role }}:{{ m.content }};{% endfor %}"
+    "{% for m in messages %}{{ m.role }}:{{ m.content }}"
+    "{% for c in m.tool_calls or [] %}({{ c.function.arguments.at }}){% endfor %};{% endfor %}"
 )
 
 
 @pytest.fixture(scope="session")
 def tokenizer(tmp_path_factory) -> Tokenizer:
     directory = tmp_path_factory.mktemp("tokenizer")
-    save(byte_level(), directory, chat_template=TEMPLATE)
+    asked = {"default": '<tool_call>\n{"name"', "no calls": "[TOOL_CALLS]"}  # in a comment, which is not shown
+    templates = [{"name": name, "template": f"{TEMPLATE}{{# {text} #}}"} for name, text in asked.items()]
+    save(byte_level(), directory, chat_template=templates)
     return Tokenizer.from_directory(directory)
 
 

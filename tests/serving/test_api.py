@@ -54,6 +54,65 @@ def test_a_chat_goes_through_the_template_with_its_tools(ask, tokenizer) -> None
     assert list(ask.engine.submitted[0].token_ids) == tokenizer.encode("user:he;", add_special_tokens=False)
 
 
+TOOLS = [{"type": "function", "function": {"name": "look"}}]
+TWO_CALLS = [f'<tool_call>\n{{"name": "look", "arguments": {{"at": {at}}}}}\n</tool_call>' for at in (5, 6)]
+
+
+class Scripted(FakeEngine):
+    """Generates a text, and its end."""
+
+    def __init__(self, tokenizer, text: str):
+        super().__init__(vocab_size=1000)
+        self.script = [*tokenizer.encode(text, add_special_tokens=False), 99]
+
+    def submit(self, request):
+        number = super().submit(request)
+        self.jobs[number] = request, self.script[: request.max_new_tokens]
+        return number
+
+
+def test_calls_of_tools_are_told_as_such(ask, tokenizer) -> None:
+    body = chat(tools=TOOLS, n=2, max_tokens=150, logprobs=True)
+    text = "\n".join(["I look.", *TWO_CALLS])
+    answer = ask(CHAT, body, engine=Scripted(tokenizer, text)).json()
+    for choice in answer["choices"]:
+        message = choice["message"]
+        assert (message["content"], choice["finish_reason"]) == ("I look.", "tool_calls")
+        functions = [call["function"] for call in message["tool_calls"]]
+        assert functions == [{"name": "look", "arguments": f'{{"at": {at}}}'} for at in (5, 6)]
+    ids = [call["id"] for choice in answer["choices"] for call in choice["message"]["tool_calls"]]
+    assert len(set(ids)) == 4
+
+    *chunks, _ = events(
+        ask(CHAT, {**body, "stream": True, "stream_options": {"include_usage": True}}, engine=Scripted(tokenizer, text))
+    )
+    for index, expected in enumerate(answer["choices"]):
+        choices = [choice for chunk in chunks for choice in chunk["choices"] if choice["index"] == index]
+        assert "".join(choice["delta"].get("content", "") for choice in choices) == "I look."
+        calls = [call for choice in choices for call in choice["delta"].get("tool_calls", [])]
+        assert [call["index"] for call in calls] == [0, 1]
+        assert [call["function"] for call in calls] == [one["function"] for one in expected["message"]["tool_calls"]]
+        assert choices[-1]["finish_reason"] == "tool_calls"
+        told = [one for choice in choices[1:] for one in choice["logprobs"]["content"]]
+        assert told == expected["logprobs"]["content"], "tokens of calls have theirs too"
+
+    without = ask(CHAT, chat(max_tokens=150), engine=Scripted(tokenizer, text)).json()["choices"][0]
+    assert (without["message"]["content"], without["finish_reason"]) == (text, "stop")
+    alone = ask(CHAT, chat(tools=TOOLS, max_tokens=150), engine=Scripted(tokenizer, TWO_CALLS[0])).json()["choices"][0]
+    assert alone["message"]["content"] is None
+    cut = ask(CHAT, chat(tools=TOOLS, max_tokens=60), engine=Scripted(tokenizer, text)).json()["choices"][0]
+    assert (cut["message"]["content"], cut["finish_reason"]) == (text[:60], "length")
+    assert "tool_calls" not in cut["message"]
+
+
+def test_calls_of_before_reach_the_template_as_objects(ask, tokenizer) -> None:
+    calls = [{"id": "a", "type": "function", "function": {"name": "look", "arguments": '{"at": "here"}'}}]
+    messages = [*MESSAGES, {"role": "assistant", "content": None, "tool_calls": calls}]
+    text = "user:he;assistant:None(here);"
+    ask(CHAT, chat(messages=messages))
+    assert list(ask.engine.submitted[0].token_ids) == tokenizer.encode(text, add_special_tokens=False)
+
+
 @pytest.mark.parametrize("path", [COMPLETIONS, CHAT])
 def test_a_stream_has_the_same_text_and_ends_with_counts(ask, path: str) -> None:
     body = completion(n=2, logprobs=1) if path == COMPLETIONS else chat(n=2, logprobs=True)
@@ -168,6 +227,31 @@ def test_json_of_a_schema_ends_where_it_is_complete(ask, monkeypatch) -> None:
         (CHAT, {"max_completion_tokens": 5}, 400, "max_completion_tokens", "two names of one limit; got 4 and 5"),
         (CHAT, {"top_logprobs": 2}, 400, "top_logprobs", "top_logprobs goes with logprobs=true"),
         (CHAT, {"tool_choice": "required"}, 400, "tool_choice", "tool_choice is 'auto' or 'none' here"),
+        (CHAT, {"tools": TOOLS, "parallel_tool_calls": False}, 400, "parallel_tool_calls", "is True here"),
+        (CHAT, {"tools": [{"type": "function", "function": {}}]}, 400, "tools", '"function": {"name": ...}}'),
+        (
+            CHAT,
+            {"tools": TOOLS, "chat_template_kwargs": {"chat_template": "no calls"}},
+            400,
+            "tools",
+            "as function tags, argument tags, JSON, and this model's chat template asks for none of these",
+        ),
+        (CHAT, {"tools": TOOLS, "chat_template_kwargs": {"chat_template": "x"}}, 400, "messages", "no template 'x'"),
+        (
+            CHAT,
+            {"tools": TOOLS, "response_format": {"type": "json_object"}},
+            400,
+            "response_format",
+            "lets no token come that would call a tool",
+        ),
+        (
+            CHAT,
+            {"messages": [{"role": "assistant", "tool_calls": [{"function": {"name": "a", "arguments": "5"}}]}]},
+            400,
+            "messages[0].tool_calls",
+            "arguments that are a JSON object; got '5'",
+        ),
+        (CHAT, {"messages": [{"role": "assistant", "tool_calls": [5]}]}, 400, "messages[0].tool_calls", "is a list of"),
         (
             CHAT,
             {"response_format": {"type": "xml"}},
