@@ -275,7 +275,7 @@ def _print_search(search: "MeshSearch") -> None:
 
     console = Console()
     table = Table(
-        title=f"{search.batch_size} sequences; decode at {search.max_length // 2:,} tokens, prefill of "
+        title=f"{search.batch_size} sequences; decode with a cache of {search.max_length:,} tokens, prefill of "
         f"{search.prompt_length:,} each; times are modeled"
     )
     for name in ("mesh", "experts over"):

@@ -22,10 +22,9 @@ from jaxmoe.hardware import GPU
 from jaxmoe.layers import MoE, dispatch_shape, packings_of, param_specs, unpacked_specs
 from jaxmoe.mesh import AXES, DP, TP, batch_axes, named, padded_batch
 from jaxmoe.models import Decoder
-from jaxmoe.planning.measured import NOTHING, Measured, Taken
+from jaxmoe.planning.measured import NOTHING, PARTS, Measured, Taken
 
 Phase = Literal["prefill", "decode"]
-PARTS = ("dense", "experts", "cache", "exchange", "sums")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -120,7 +119,8 @@ def step_time(
     for layer, stack in by_layer.items():
         moe = model.layers[layer].moe
         expert_rows, work = _experts(moe, stack, batch_size * per_row, skew)
-        timed = None if layer in packed else _measured_experts(measured, moe, expert_rows, dtype.name)
+        known = moe.config.gated and layer not in packed
+        timed = _measured_experts(measured, moe, expert_rows, dtype.name) if known else None
         experts += timed or work.on(gpu)
         name, taken = _exchange(moe, batch_size * per_row, dispatch, links)
         exchange += taken
