@@ -7,8 +7,8 @@ times a decode step and the prefill of every layout that `jaxmoe plan --devices 
 all-reduces, with all devices at work, for they share the cores. For each case it prints both times, the rank correlations
 and the layouts that differ clearly and that the model has in the other order.
 
-The clock is the processor's, of all threads, which other programs on the machine disturb least; the devices keep all
-cores busy, so it is the wall's times the cores.
+The clock is the processor's, of all threads, which other programs on the machine disturb least: its times, and the rates by
+it, are to be compared with each other alone.
 
     python scripts/check_ranking.py
     python scripts/check_ranking.py --cases cache --clock wall --rounds 9
@@ -17,10 +17,11 @@ cores busy, so it is the wall's times the cores.
 
 import argparse
 import dataclasses
+import itertools
 import json
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,7 @@ import jax
 import jax.numpy as jnp
 from rich.console import Console
 from rich.table import Table
+from scipy import stats
 
 import jaxmoe
 from jaxmoe.checkpoint.mapping import abstract_model
@@ -44,12 +46,12 @@ from jaxmoe.planning import StepTime, step_time
 from jaxmoe.planning.roofline import Phase
 from jaxmoe.planning.search import describe_layout, layouts
 from scripts._bench.options import new_file
-from scripts._bench.ranks import kendall, spearman, turned_round
 from scripts._bench.report import machine, warn_if_busy, write_json
 from scripts._bench.simulated import CLOCKS, measure_device, step_turns
 from scripts._bench.timing import take_turns
 
 DEVICES = 8
+_CORRELATIONS = {"spearman": stats.spearmanr, "kendall": stats.kendalltau}
 PHASES: tuple[Phase, ...] = ("decode", "prefill")
 
 
@@ -85,7 +87,7 @@ def _sizes(width: int, vocab: int, experts: int, expert_width: int, heads: int, 
 
 
 CASES = {
-    "experts": Case(_sizes(256, 1024, 16, 768, 8, 8), 64, 16, 32),
+    "experts": Case(_sizes(512, 1024, 8, 1024, 8, 8) | {"num_experts_per_tok": 1}, 32, 16, 32),
     "dense": Case(_sizes(256, 24576, 8, 32, 8, 8), 16, 64, 128),
     "cache": Case(_sizes(128, 512, 8, 32, 16, 2), 8, 384, 4096),
     "exchange": Case(_sizes(1024, 512, 8, 16, 8, 8), 16, 256, 256),
@@ -123,22 +125,45 @@ def check(name: str, case: Case, args: argparse.Namespace) -> dict[str, Any]:
             left_out[text] = str(error)
     device = measure_device(DEVICES, args.clock)
     taken = take_turns(turns, rounds=args.rounds, budget_s=60, clock=CLOCKS[args.clock])
+    modeled = {text: modeled_steps(config, *tried[text], case, device) for text in tried if text not in left_out}
     steps = {}
     for phase in PHASES:
-        measured = {text: min(taken[text, phase]) for text in tried if text not in left_out}
-        modeled = {text: modeled_step(config, *tried[text], phase, case, device) for text in measured}
-        seconds = {text: step.seconds for text, step in modeled.items()}
+        measured = {text: min(taken[text, phase]) for text in modeled}
+        seconds = {text: both[phase].seconds for text, both in modeled.items()}
         turned, clear = turned_round(measured, seconds, args.factor)
         steps[phase] = {
             "measured": measured,
-            "modeled": {text: step.terms() for text, step in modeled.items()},
-            "spearman": spearman(measured, seconds),
-            "kendall": kendall(measured, seconds),
+            "modeled": {text: both[phase].terms() for text, both in modeled.items()},
+            **correlations(measured, seconds),
             "clear_pairs": clear,
             "turned_round": turned,
         }
     rates = {"memory_bandwidth": device.memory_bandwidth, "flops": device.flops, **dataclasses.asdict(device.links)}
     return {"case": name, **dataclasses.asdict(case), "rates": rates, "left_out": left_out, "steps": steps}
+
+
+def correlations(measured: Mapping[str, float], modeled: Mapping[str, float]) -> dict[str, float]:
+    """Rank correlations of two values of each thing, Spearman's and Kendall's tau-b."""
+    pairs = [(value, modeled[name]) for name, value in measured.items()]
+    return {name: float(call(*zip(*pairs, strict=True)).statistic) for name, call in _CORRELATIONS.items()}
+
+
+def turned_round(
+    measured: Mapping[str, float], modeled: Mapping[str, float], factor: float
+) -> tuple[list[tuple[str, str]], int]:
+    """Find the pairs that the model has in the other order, of those whose measured values clearly differ.
+
+    Args:
+        measured: value of each thing.
+        modeled: value of each by the model.
+        factor: least ratio of two measured values that differ clearly.
+
+    Returns:
+        Pairs (smaller, larger) by measurement of which the model has the larger no larger, and the number of pairs that
+        differ clearly.
+    """
+    clear = [pair for pair in itertools.permutations(measured, 2) if measured[pair[1]] >= factor * measured[pair[0]]]
+    return [(small, large) for small, large in clear if modeled[large] <= modeled[small]], len(clear)
 
 
 def read_config(sizes: dict[str, int]) -> DecoderConfig:
@@ -149,15 +174,18 @@ def read_config(sizes: dict[str, int]) -> DecoderConfig:
         return read_model_config(folder)[1]
 
 
-def modeled_step(
-    config: DecoderConfig, sizes: dict[str, int], expert_axes: tuple[str, ...], phase: Phase, case: Case, device: GPU
-) -> StepTime:
-    """Model a step by the dispatch that the devices take."""
+def modeled_steps(
+    config: DecoderConfig, sizes: dict[str, int], expert_axes: tuple[str, ...], case: Case, device: GPU
+) -> dict[Phase, StepTime]:
+    """Model both steps by the dispatch that the devices take."""
     model = abstract_model(config, sizes=sizes, expert_axes=expert_axes, dtype=jnp.dtype("float32"))
-    length = case.prompt_length if phase == "prefill" else case.max_length
-    tokens = case.batch_size * (length if phase == "prefill" else 1)
-    dispatch = explain_dispatch(dispatch_shape(model.layers[0].moe, tokens), "cpu").name
-    return step_time(model, phase, batch_size=case.batch_size, length=length, gpu=device, dispatch=dispatch)
+    found: dict[Phase, StepTime] = {}
+    for phase in PHASES:
+        length = case.prompt_length if phase == "prefill" else case.max_length
+        tokens = case.batch_size * (length if phase == "prefill" else 1)
+        name = explain_dispatch(dispatch_shape(model.layers[0].moe, tokens), "cpu").name
+        found[phase] = step_time(model, phase, batch_size=case.batch_size, length=length, gpu=device, dispatch=name)
+    return found
 
 
 def show(console: Console, result: dict[str, Any]) -> None:

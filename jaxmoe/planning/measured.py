@@ -20,13 +20,16 @@ import dataclasses
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, get_args
 
-from jaxmoe.checks import real_number
+from jaxmoe.checks import one_of, real_number
+from jaxmoe.dispatch.collectives import CollectiveOp
 from jaxmoe.hardware import GPU, get_gpu
 from jaxmoe.kernels.grouped_matmul import BACKENDS
 from jaxmoe.kernels.grouped_matmul.backends import GPU_BACKENDS
+from jaxmoe.mesh import AXES
 
+PARTS = ("dense", "experts", "cache", "exchange", "sums")
 RATES = ("memory_bandwidth", "flops", "within", "between", "latency")
 
 
@@ -43,7 +46,7 @@ class Fields(NamedTuple):
 
 
 TERMS = {
-    # One layer's plain routed experts on one device; `expert_width` is as far as the device holds it.
+    # One layer's routed experts on one device, gated and not packed; `expert_width` is as far as the device holds it.
     "experts": Fields(("slots", "width", "expert_width", "dtype"), "rows"),
     # One collective within a node; `bytes` are those of its operand or result on a device, whichever is larger.
     "collective": Fields(("op", "devices"), "bytes"),
@@ -59,6 +62,7 @@ _ABOUT = ("device", "devices", "versions", "driver", "machine", "date", "note")
 _KINDS = {"packed": bool, "mesh": dict, "expert_axes": list} | dict.fromkeys(
     ("dtype", "op", "part", "phase", "model_type"), str
 )
+_NAMES = {"part": PARTS, "phase": ("decode", "prefill"), "op": get_args(CollectiveOp)}
 RESULTS = "results.jsonl"
 
 
@@ -232,7 +236,8 @@ def _document(text: str) -> dict[str, Any]:
     try:
         found = json.loads(text)
     except ValueError:
-        return _of_session([json.loads(line) for line in text.splitlines() if line.strip()])
+        whole = text[: text.rfind("\n") + 1]  # a session that was ended leaves a part of a line
+        return _of_session([json.loads(line) for line in whole.splitlines()])
     if "kind" in found:  # a session of one line
         return _of_session([found])
     if "memory_bandwidth" in found:
@@ -307,13 +312,21 @@ def _times(found: Mapping[str, Any]) -> Iterator[tuple[tuple[Any, ...], float, f
             kind = _KINDS.get(name, int)
             if not isinstance(term[name], kind):
                 raise ValueError(f"{name} of {term['term']} is of the kind {kind.__name__}; got {term[name]!r}")
+            if name in _NAMES:
+                one_of(name, term[name], _NAMES[name])
+            if name == "mesh" and term[name].keys() - set(AXES):
+                raise ValueError(f"axes of a mesh are {', '.join(AXES)}; got {', '.join(term[name])}")
         count = real_number(fields.over, term[fields.over], above=0)
         yield _key(term["term"], term), count, real_number("seconds", term["seconds"], above=0)
 
 
 def _key(term: str, fields: Mapping[str, Any]) -> tuple[Any, ...]:
     """The term with its fields, as what can be looked up."""
-    values = [fields[name] for name in TERMS[term].same]
-    return term, *[
-        tuple(sorted(v.items())) if isinstance(v, dict) else tuple(v) if isinstance(v, list) else v for v in values
-    ]
+    return term, *[_hashable(fields[name]) for name in TERMS[term].same]
+
+
+def _hashable(value: Any) -> Any:
+    """A field's value, of a mesh the sizes of all axes."""
+    if isinstance(value, dict):
+        return tuple([value.get(axis, 1) for axis in AXES])
+    return tuple(value) if isinstance(value, list) else value

@@ -23,11 +23,10 @@ from jaxmoe.layers import MoE, dispatch_shape, packings_of, param_specs, unpacke
 from jaxmoe.mesh import AXES, DP, TP, batch_axes, named, padded_batch
 from jaxmoe.models import Decoder
 from jaxmoe.placement import RoutingTrace
-from jaxmoe.planning.measured import NOTHING, Measured, Taken
+from jaxmoe.planning.measured import NOTHING, PARTS, Measured, Taken
 from jaxmoe.planning.routing import check_routing, slot_chances
 
 Phase = Literal["prefill", "decode"]
-PARTS = ("dense", "experts", "cache", "exchange", "sums")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -130,7 +129,8 @@ def step_time(
         moe = model.layers[layer].moe
         chances_np = slot_chances(moe, counts[layer]) if counts else None
         expert_rows, work = _experts(moe, stack, batch_size * per_row, skew or 1.0, chances_np)
-        timed = None if layer in packed else _measured_experts(measured, moe, expert_rows, dtype.name)
+        known = moe.config.gated and layer not in packed
+        timed = _measured_experts(measured, moe, expert_rows, dtype.name) if known else None
         experts += timed or work.on(gpu)
         name, taken = _exchange(moe, batch_size * per_row, dispatch, links)
         exchange += taken

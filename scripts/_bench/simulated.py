@@ -4,6 +4,7 @@ Simulated devices share the cores: with n of them at work each has an n-th of th
 them at work, and is that of one device; work that is done once on every device then costs n times what it costs once.
 """
 
+import dataclasses
 import time
 from collections.abc import Callable, Mapping
 from functools import partial
@@ -19,7 +20,7 @@ from jax.sharding import PartitionSpec as P
 import jaxmoe
 from jaxmoe.config import DecoderConfig
 from jaxmoe.generation.programs import Programs, Shape
-from jaxmoe.hardware import GPU, Links
+from jaxmoe.hardware import GPU, GPUS, Links
 from jaxmoe.models import Decoder
 from scripts._bench.timing import take_turns
 
@@ -62,18 +63,17 @@ def measure_device(devices: int, clock: str, rounds: int = 7) -> GPU:
     work = {name: max(seconds - taken["nothing"], 1e-9) for name, seconds in taken.items()}
     small, large = work["small"] / REPEATS, work["large"] / REPEATS
     speed = 2 * (LARGE - SMALL) * (devices - 1) / devices / max(large - small, 1e-9)
-    return GPU(
-        name=f"one of {devices} simulated devices",
-        memory=2**62,
+    return as_gpu(
         memory_bandwidth=2 * 4 * COPIED / work["copy"],
         flops=2 * SQUARE**3 / work["product"],
         links=Links(within=speed, between=speed, latency=small),
-        compute_capability=(0, 0),
-        multiprocessors=1,
-        shared_memory=0,
-        block_shared_memory=0,
-        l2_cache=0,
-        clock_ghz=0,
+    )
+
+
+def as_gpu(*, memory_bandwidth: float, flops: float, links: Links) -> GPU:
+    """A simulated device as the model of time sees devices."""
+    return dataclasses.replace(
+        GPUS["h100"], name="simulated device", memory_bandwidth=memory_bandwidth, flops=flops, links=links
     )
 
 

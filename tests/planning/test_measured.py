@@ -1,6 +1,7 @@
 """Measured rates and times stand in place of modeled ones, for exactly what they are of, and say where they are from."""
 
 import json
+from pathlib import Path
 
 import pytest
 
@@ -9,7 +10,10 @@ from jaxmoe.cli import main
 from jaxmoe.hardware import GPUS
 from jaxmoe.models import get_family
 from jaxmoe.planning import read_measured, search_meshes, step_time, sweep
+from jaxmoe.planning.measured import RATES, TERMS
 from tests.support.published import QWEN3_30B
+
+ROOT = Path(__file__).resolve().parents[2]
 
 H100 = GPUS["h100"]
 RAW = QWEN3_30B | {"num_hidden_layers": 2, "torch_dtype": "bfloat16"}
@@ -17,7 +21,7 @@ CONFIG = get_family("qwen3_moe").read_config(RAW)
 ABOUT = {"device": H100.name, "versions": {"jax": "0.11.2"}}
 EXPERTS = {"term": "experts", "slots": 16, "width": 2048, "expert_width": 768, "dtype": "bfloat16"}
 PART = {"term": "part", "phase": "decode", "model_type": "qwen3_moe", "layers": 2, "width": 2048, "dtype": "bfloat16"}
-PART |= {"packed": False, "mesh": {"dp": 1, "tp": 1, "ep": 8}, "expert_axes": ["ep"], "length": 4096}
+PART |= {"packed": False, "mesh": {"ep": 8}, "expert_axes": ["ep"], "length": 4096}
 
 
 def write(path, *, name="own.json", **fields):
@@ -99,7 +103,7 @@ def test_a_session_gives_rates_collectives_and_the_fastest_kernel(tmp_path) -> N
         speed(8, 1.0, side="xla_ragged_dot", fusion=True),
         {"kind": "speed_refused", "left_out": "no room"},
     ]
-    (tmp_path / "results.jsonl").write_text(session(*lines))
+    (tmp_path / "results.jsonl").write_text(session(*lines) + '{"kind": "spe')
     found = read_measured(tmp_path, H100)
     device = found.device(H100)
     assert (device.memory_bandwidth, device.flops, device.links.within, device.links.latency) == (
@@ -147,6 +151,14 @@ def test_a_file_of_rates_that_auto_goes_by_is_read_too(tmp_path) -> None:
         (json.dumps(ABOUT | {"terms": [EXPERTS]}), "a term has the fields term, slots, .*, rows, seconds; got"),
         (json.dumps(ABOUT | {"terms": [EXPERTS | {"rows": 1, "seconds": 0}]}), "seconds is a finite number above 0"),
         (
+            json.dumps(ABOUT | {"terms": [PART | {"part": "rest", "batch_size": 1, "seconds": 1}]}),
+            "part is one of dense,",
+        ),
+        (
+            json.dumps(ABOUT | {"terms": [PART | {"part": "sums", "mesh": {"pp": 2}, "batch_size": 1, "seconds": 1}]}),
+            "axes of a mesh are dp, tp, ep; got pp",
+        ),
+        (
             json.dumps(ABOUT | {"terms": [EXPERTS | {"slots": "16", "rows": 1, "seconds": 1}]}),
             "slots of experts is of the kind int; got '16'",
         ),
@@ -160,6 +172,14 @@ def test_what_is_no_measurement_of_the_device_is_refused(tmp_path, text, message
     (tmp_path / "wrong").write_text(text)
     with pytest.raises(ValueError, match=message):
         read_measured(tmp_path / "wrong", H100)
+
+
+def test_the_page_has_such_a_file(tmp_path) -> None:
+    page = (ROOT / "docs" / "how_to" / "choose_a_mesh.md").read_text()
+    (tmp_path / "page.json").write_text(page.partition("```json\n")[2].partition("```")[0])
+    found = read_measured(tmp_path / "page.json", H100)
+    assert set(found.rates) == set(RATES)
+    assert {term for term, *_ in found.times} == set(TERMS)
 
 
 def test_two_files_agree(tmp_path) -> None:
