@@ -11,7 +11,7 @@ NOTEBOOKS = sorted((Path(__file__).resolve().parent.parent.parent / "notebooks")
 
 
 def test_there_are_notebooks() -> None:
-    assert [path.name[0] for path in NOTEBOOKS] == list("123456")
+    assert [path.name[0] for path in NOTEBOOKS] == list("1234567")
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
