@@ -139,6 +139,10 @@ def plain_works() -> Iterator[tuple[str, Work]]:
     yield "silu", mlp("bfloat16", F, D, "silu", biases=False)
     yield "clamped_swiglu, biases", mlp("bfloat16", F, D, "clamped_swiglu", limit=1.5, biases=True)
     yield "group sizes of the tests, silu, biases", mlp("bfloat16", F, D, "silu", biases=True)
+    yield "gradient, silu", mlp("bfloat16", F, D, "silu", biases=False).of_gradient
+    gradient = mlp("bfloat16", F, D, "clamped_swiglu", limit=1.5, biases=True).of_gradient
+    yield "gradient, group sizes of the tests, clamped_swiglu, biases", gradient
+    yield "gradient, tails, [2880, 1440]", product("bfloat16", 2880, 1440).of_gradient
     for N, K in ((24, 64), (136, 80), (200, 48), (2880, 2880)):
         yield f"tails, [{N}, {K}]", product("bfloat16", N, K)
     yield "float16", product("float16", F, D)

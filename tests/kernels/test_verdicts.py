@@ -20,7 +20,9 @@ from jaxmoe.kernels.grouped_matmul import (
     verdicts,
 )
 from jaxmoe.kernels.grouped_matmul.backends import Backend
-from jaxmoe.kernels.grouped_matmul.trial import try_work
+from jaxmoe.kernels.grouped_matmul.choose import has_own_gradient
+from jaxmoe.kernels.grouped_matmul.gradient import with_pullback
+from jaxmoe.kernels.grouped_matmul.trial import MANY, try_work
 from jaxmoe.kernels.grouped_matmul.work import MatrixKind, Outcome, Work
 
 UP, DOWN = MatrixKind((2, 24, 64), "bfloat16"), MatrixKind((64, 24), "bfloat16")
@@ -92,7 +94,7 @@ class Faulty:
     ("fault", "verdict", "detail"),
     [
         ("one number", "wrong", "256 rows, result in float16: a row is off by"),
-        ("unowned rows", "wrong", "a row that no group owns is not zeros"),
+        ("unowned rows", "wrong", "a row that no group owns, or a group without rows, is not zeros"),
         ("NaN", "wrong", "a result is not finite"),
         ("last bit", "wrong", "of 4 calls gave other bits than the first"),
         ("refuses", "refused", "it multiplies no float16"),
@@ -102,6 +104,54 @@ def test_what_is_wrong_is_found(fault, verdict, detail, monkeypatch):
     faulty = SimpleNamespace(formats=frozenset(), activations=frozenset(), load=lambda: Faulty(fault))
     monkeypatch.setitem(backends.BACKENDS, "faulty", faulty)
     outcome = try_work(PRODUCT, "faulty", repeats=4)
+    assert (outcome.verdict, detail in outcome.detail) == (verdict, True), outcome
+
+
+@pytest.mark.parametrize("work", [dataclasses.replace(MLP, activation="clamped_swiglu", limit=0.7), PRODUCT])
+def test_a_gradient_that_is_right_is_found_to_be(work):
+    outcome = try_work(work.of_gradient, "portable", repeats=2)
+    assert outcome.verdict == "right", outcome
+    assert outcome.detail.startswith("gradients are off by")
+
+
+class FaultyGradient:
+    """A backend as `reference`, but for one thing in its gradient."""
+
+    def __init__(self, fault):
+        self.fault = fault
+
+    def missing_gradient(self, rows, *stacks, device_kind=None):
+        return "it has none for float16" if self.fault == "none" else ""
+
+    def grouped_matmul(self, lhs_RK, rhs_GNK, group_sizes_G, *, out_dtype, device_kind=None):
+        def forward(arrays, sizes):
+            return backends.BACKENDS["reference"].load().grouped_matmul(*arrays, sizes, out_dtype=out_dtype)
+
+        def pullback(arrays, sizes, dy):
+            dx, dw = jax.vjp(lambda *arrays: forward(arrays, sizes), *arrays)[1](dy)
+            if self.fault == "one number":
+                dw = dw.at[2, 3, 5].add(4 * jnp.max(jnp.abs(dw[2])))
+            if self.fault == "an empty group":
+                dw = dw.at[1, 0, 0].set(1)
+            return (dx.at[-1].set(1), dw) if self.fault == "unowned rows" else (dx, dw)
+
+        return with_pullback(pullback, forward, (lhs_RK, rhs_GNK), group_sizes_G)
+
+
+@pytest.mark.parametrize(
+    ("fault", "verdict", "detail"),
+    [
+        ("one number", "wrong", "gradient of 256 rows: a row is off by"),
+        ("an empty group", "wrong", "a group without rows, is not zeros"),
+        ("unowned rows", "wrong", "a row that no group owns"),
+        ("none", "refused", "it has none for float16"),
+        ("nothing", "right", "gradients are off by"),
+    ],
+)
+def test_a_gradient_that_is_wrong_is_found(fault, verdict, detail, monkeypatch):
+    faulty = SimpleNamespace(formats=frozenset(), activations=frozenset(), load=lambda: FaultyGradient(fault))
+    monkeypatch.setitem(backends.BACKENDS, "faulty", faulty)
+    outcome = try_work(PRODUCT.of_gradient, "faulty", repeats=2, groups=(MANY,))
     assert (outcome.verdict, detail in outcome.detail) == (verdict, True), outcome
 
 
@@ -209,14 +259,23 @@ def gpu(monkeypatch, tmp_path):
 
 
 class Runs:
-    """A run of trials that gives what it was told, and notes what it was asked."""
+    """A run of trials that gives what it was told, of gradients "right" unless told, and notes what it was asked."""
 
-    def __init__(self, **said):
-        self.said, self.asked = said, []
+    def __init__(self, *, gradients="right", **said):
+        self.said, self.gradients, self.asked, self.asked_gradients = said, gradients, [], []
 
     def __call__(self, backend, works, device):
-        self.asked += [(backend, work) for work in works]
-        return [Outcome(self.said.get(backend, "right"), "as told") for _ in works]
+        self.asked += [(backend, work) for work in works if not work.gradient]
+        self.asked_gradients += [(backend, work) for work in works if work.gradient]
+        said = self.said.get(backend, "right")
+        return [Outcome(self.gradients if work.gradient else said, "as told") for work in works]
+
+
+def mlp_arrays():
+    """Rows, matrices and sizes of `MLP`, and its biases by name."""
+    arrays = [jnp.ones(shape, jnp.bfloat16) for shape in ((8, 64), (2, *UP.shape), (2, *DOWN.shape))]
+    biases = {"b_gate_up_p2F": jnp.zeros((2, 2, 24)), "b_down_pD": jnp.zeros((2, 64))}
+    return [*arrays, jnp.array([3, 5], jnp.int32)], biases
 
 
 def taken(work=MLP, **options):
@@ -238,6 +297,33 @@ def test_what_is_not_right_is_passed_by(gpu, verdict):
     assert [name for name, _ in run.asked] == ["mosaic_gpu", "triton"]
     told = "refused: as told" if verdict == "refused" else verdict
     assert taken() == ("triton", f"right in a trial on this GPU; mosaic_gpu {told}")
+
+
+def test_its_gradient_is_tried_with_it(gpu):
+    """Where it may have kernels for that: not for packed matrices, nor for rows of float16."""
+    run = Runs()
+    hold_trials(gpu, [MLP, PRODUCT, WORKS["mxfp4"]], run=run)
+    assert run.asked_gradients == [("mosaic_gpu", MLP.of_gradient)]
+    assert has_own_gradient("mosaic_gpu", MLP, DEVICE.device_kind)
+    assert "gradient" not in taken().why
+
+
+@pytest.mark.parametrize("verdict", ["wrong", "refused", "crashed", "hung", "untested"])
+def test_a_gradient_that_is_not_right_is_the_portable_one_and_says_so(gpu, verdict, monkeypatch):
+    assert has_own_gradient("mosaic_gpu", MLP, DEVICE.device_kind)  # named, and not tried
+    hold_trials(gpu, [MLP], run=Runs(gradients=verdict))
+    assert not has_own_gradient("mosaic_gpu", MLP, DEVICE.device_kind)
+    why = f"its gradient is the portable one, for its own is {verdict}: as told"
+    assert taken() == ("mosaic_gpu", f"right in a trial on this GPU; {why}")
+    # And it is asked for as that.
+    seen = []
+    run = lambda *args, **options: seen.append(options["portable_gradient"])  # noqa: E731
+    module = SimpleNamespace(expert_mlp=run, grouped_matmul=run)
+    monkeypatch.setattr(backends.GPUBackend, "load", lambda self: module)
+    arrays, biases = mlp_arrays()
+    for backend in ("auto", "mosaic_gpu"):
+        expert_mlp(*arrays, **biases, backend=backend, device_kind=DEVICE.device_kind)
+    assert seen == [True, True]
 
 
 def test_a_kernel_that_does_not_compile_here_is_not_tried(gpu, monkeypatch):
@@ -282,7 +368,7 @@ def test_every_process_goes_by_the_verdicts_of_the_first(gpu, monkeypatch):
     monkeypatch.setattr(verdicts.distributed, "broadcast", lambda values: said.pop(0))
     hold_trials(gpu, [MLP, PRODUCT], run=None)
     assert verdicts._known[DEVICE.device_kind] == theirs
-    assert len(theirs) == 4
+    assert len(theirs) == 5  # and one of the gradient
     assert told[0] == told[1]
 
 
@@ -339,18 +425,13 @@ def test_measured_or_not_what_is_wrong_is_not_taken(gpu):
 
 def test_auto_of_the_products_asks_for_it(gpu, monkeypatch):
     """With biases and a kind of device; what runs is what was found right."""
-    arrays = [
-        jnp.ones((8, 64), jnp.bfloat16),
-        jnp.ones((2, 2, 24, 64), jnp.bfloat16),
-        jnp.ones((2, 64, 24), jnp.bfloat16),
-    ]
-    biases = {"b_gate_up_p2F": jnp.zeros((2, 2, 24)), "b_down_pD": jnp.zeros((2, 64))}
+    arrays, biases = mlp_arrays()
     hold_trials(gpu, [MLP], run=Runs())
     seen = []
     monkeypatch.setitem(backends.GPU_BACKENDS, "mosaic_gpu", Backend(module="tests.kernels.test_verdicts"))
     monkeypatch.setattr(
         backends.Backend, "load", lambda self: SimpleNamespace(expert_mlp=lambda *a, **k: seen.append(self))
     )
-    expert_mlp(*arrays, jnp.array([3, 5], jnp.int32), **biases, device_kind=DEVICE.device_kind)
-    expert_mlp(*arrays, jnp.array([3, 5], jnp.int32), device_kind=DEVICE.device_kind)
+    expert_mlp(*arrays, **biases, device_kind=DEVICE.device_kind)
+    expert_mlp(*arrays, device_kind=DEVICE.device_kind)
     assert [each.module.rpartition(".")[2] for each in seen] == ["test_verdicts", "portable"]

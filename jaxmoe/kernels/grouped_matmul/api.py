@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 
 from jaxmoe.kernels.grouped_matmul.backends import load_backend
-from jaxmoe.kernels.grouped_matmul.choose import choose_backend
+from jaxmoe.kernels.grouped_matmul.choose import choose_backend, has_own_gradient
 from jaxmoe.kernels.grouped_matmul.combine import combine_halves
 from jaxmoe.kernels.grouped_matmul.quantized import Matrices, QuantizedStack, as_matrices
 from jaxmoe.kernels.grouped_matmul.quantized_rows import check_row_format
@@ -68,11 +68,15 @@ def grouped_matmul(
     _check_rows(lhs_RK, group_sizes_G)
     _check_matrix("rhs", rhs_GNK, (rhs_GNK.shape[1], lhs_RK.shape[1]), lhs_RK, group_sizes_G)
     _check_activations(activations, input_scales_G, (len(group_sizes_G),), rhs=rhs_GNK)
-    if backend == "auto":
-        work = Work.product(lhs_RK.dtype, rhs_GNK, activations)
-        backend = _choose(work, device_kind, lhs_RK, group_sizes_G)
+    work = Work.product(lhs_RK.dtype, rhs_GNK, activations)
+    backend = _choose(work, device_kind, lhs_RK, group_sizes_G) if backend == "auto" else backend
     kernels = load_backend(
-        backend, rhs_GNK, activations=activations, input_scales=input_scales_G, split_over=split_over
+        backend,
+        rhs_GNK,
+        activations=activations,
+        input_scales=input_scales_G,
+        split_over=split_over,
+        portable_gradient=not has_own_gradient(backend, work, device_kind),
     )
     return kernels.grouped_matmul(
         lhs_RK,
@@ -160,18 +164,22 @@ def expert_mlp(
             raise ValueError(f"{name} must have shape {shape} to fit the matrices; got {bias.shape}.")
     _check_activations(activations, input_scales_p2, (p, 2), w_gate_up=w_gate_up_p2FD, w_down=w_down_pDF)
     stacks = w_gate_up_p2FD, w_down_pDF
-    if backend == "auto":
-        work = Work.mlp(
-            x_RD.dtype,
-            *stacks,
-            biases=b_gate_up_p2F is not None,
-            activation=activation,
-            limit=limit,
-            activations=activations,
-        )
-        backend = _choose(work, device_kind, x_RD, group_sizes_p)
+    work = Work.mlp(
+        x_RD.dtype,
+        *stacks,
+        biases=b_gate_up_p2F is not None,
+        activation=activation,
+        limit=limit,
+        activations=activations,
+    )
+    backend = _choose(work, device_kind, x_RD, group_sizes_p) if backend == "auto" else backend
     kernels = load_backend(
-        backend, *stacks, activations=activations, input_scales=input_scales_p2, split_over=split_over
+        backend,
+        *stacks,
+        activations=activations,
+        input_scales=input_scales_p2,
+        split_over=split_over,
+        portable_gradient=not has_own_gradient(backend, work, device_kind),
     )
     return kernels.expert_mlp(
         x_RD,

@@ -18,6 +18,7 @@ from jaxmoe.kernels.grouped_matmul.combine import Combine
 from jaxmoe.kernels.grouped_matmul.gpu import missing_libdevice
 from jaxmoe.kernels.grouped_matmul.quantized import FORMATS, Matrices, QuantizedStack
 from jaxmoe.kernels.grouped_matmul.quantized_rows import ROW_FORMATS, OnRoundedRows
+from jaxmoe.kernels.grouped_matmul.work import Work
 
 
 class Kernels(Protocol):
@@ -100,11 +101,20 @@ class Backend:
         formats: names of the formats of a `QuantizedStack` that it takes; others are refused before it is called.
         activations: names in `ROW_FORMATS` that it has products of its own for: its functions take `activations`,
             `input_scales` and `split_over`. For others it is given rounded rows in float32.
+        gradients: dtypes of rows, with plain matrices, that it has kernels of gradients for: its functions take
+            `portable_gradient`, for the gradient of the portable backend, and its module has `missing_gradient`, which says
+            where they have that one anyway.
     """
 
     module: str
     formats: frozenset[str] = frozenset()
     activations: frozenset[str] = frozenset()
+    gradients: frozenset[str] = frozenset()
+
+    def may_have_gradient(self, work: Work) -> bool:
+        """Tell whether it has kernels for the gradient of products with matrices of such a kind."""
+        packed = any(kind.is_packed for kind in work.matrices)
+        return work.rows in self.gradients and work.activations == "none" and not packed
 
     def load(self) -> Kernels:
         """Import the module."""
@@ -165,6 +175,7 @@ GPU_BACKENDS: dict[str, GPUBackend] = {
         module=f"{_HERE}.mosaic_gpu",
         formats=frozenset(FORMATS),
         activations=frozenset(name for name in ROW_FORMATS if name != "none"),
+        gradients=frozenset({"bfloat16"}),
         since=(0, 11, 2),
         capabilities=range(9, 11),
         generations="Hopper and Blackwell GPUs of data centers",
@@ -185,6 +196,7 @@ def load_backend(
     activations: str = "none",
     input_scales: jax.Array | None = None,
     split_over: tuple[str, ...] = (),
+    portable_gradient: bool = False,
 ) -> Kernels:
     """Load the backend of that name, if it takes these stacks; "auto" is "portable".
 
@@ -194,6 +206,7 @@ def load_backend(
         activations: name in `ROW_FORMATS`, of what rows are to be rounded to.
         input_scales: scales of static activations, see `OnRoundedRows`.
         split_over: mesh axes over which columns of rows are split, see `OnRoundedRows`.
+        portable_gradient: flag that its gradient is to be the portable one, where it has kernels of its own for that.
 
     Raises:
         ValueError: there is no backend of that name.
@@ -210,12 +223,16 @@ def load_backend(
             "or `dequantize` them first"
         )
     kernels = tables[name].load()
+    more: dict[str, Any] = {}
     if activations == "none":
-        return kernels
-    if activations not in tables[name].activations:
+        if not (portable_gradient and tables[name].gradients):
+            return kernels
+        more = {"portable_gradient": True}
+    elif activations not in tables[name].activations:
         return OnRoundedRows(kernels, activations, input_scales, split_over)
+    else:
+        more = {"activations": activations, "input_scales": input_scales, "split_over": split_over}
     module: Any = kernels
-    more = {"activations": activations, "input_scales": input_scales, "split_over": split_over}
     functions = {name: partial(getattr(module, name), **more) for name in ("grouped_matmul", "expert_mlp")}
     return cast("Kernels", SimpleNamespace(**functions))
 

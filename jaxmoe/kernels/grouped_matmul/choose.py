@@ -40,14 +40,35 @@ def choose_backend(work: Work, device_kind: str | None, *, rows_per_group: float
         known = {name: measured for name, measured in seconds.items() if measured is not None}
         if known:
             fastest = min(known, key=lambda name: known[name])
-            return Choice(fastest, f"{known[fastest] * 1e6:.0f} us were measured, and it is right here")
+            measured = f"{known[fastest] * 1e6:.0f} us were measured, and it is right here"
+            return Choice(fastest, "; ".join([measured, *_why_portable_gradient(fastest, work, device_kind)]))
     # A refusal says what would change it.
     passed = [
         f"{name} {outcome.verdict}{f': {outcome.detail}' if outcome.verdict == 'refused' else ''}"
         for name, outcome in outcomes.items()
         if name not in right
     ]
-    return Choice(right[0], "; ".join(["right in a trial on this GPU", *passed]))
+    why = ["right in a trial on this GPU", *passed, *_why_portable_gradient(right[0], work, device_kind)]
+    return Choice(right[0], "; ".join(why))
+
+
+def has_own_gradient(backend: str, work: Work, device_kind: str | None) -> bool:
+    """Tell whether a backend may take kernels of its own for a gradient: not where a trial here did not find them right.
+
+    Args:
+        backend: name in `BACKENDS` or `GPU_BACKENDS`. One that was asked for by name was not tried, and takes them.
+        work: products whose gradient it is.
+        device_kind: kind of the device, as JAX names it; None if it is not known.
+    """
+    outcome = known_verdicts(device_kind).get((backend, work.of_gradient))
+    return outcome is None or outcome.verdict == "right"
+
+
+def _why_portable_gradient(backend: str, work: Work, device_kind: str | None) -> list[str]:
+    if has_own_gradient(backend, work, device_kind):
+        return []
+    outcome = known_verdicts(device_kind)[backend, work.of_gradient]
+    return [f"its gradient is the portable one, for its own is {outcome.verdict}: {outcome.detail}"]
 
 
 def _why_portable(outcomes: dict[str, Outcome]) -> str:

@@ -125,15 +125,37 @@ def with_gradient_of(
         arrays: a pytree of what may be differentiated.
         group_sizes_G: int32, rows of each group.
     """
-    varying = varying_axes(*jax.tree.leaves(arrays), group_sizes_G)
-    # All of one type inside `shard_map`, as a custom rule needs it; the transpose of this sums gradients over the mesh.
-    arrays = jax.tree.map(lambda array: mark_varying(array, varying - varying_axes(array)), arrays)
 
-    def pullback(inputs: tuple[Any, jax.Array], dy: jax.Array) -> tuple[Any, None]:
-        arrays, group_sizes_G = inputs
+    def pullback(arrays: Any, group_sizes_G: jax.Array, dy: jax.Array) -> Any:
         _, pull = jax.vjp(lambda arrays: same(arrays, group_sizes_G), arrays)
-        return *pull(dy), None
+        return pull(dy)[0]
 
-    function = jax.custom_vjp(forward)
-    function.defvjp(lambda *inputs: (forward(*inputs), inputs), pullback)
-    return function(arrays, group_sizes_G)
+    return with_pullback(pullback, forward, arrays, group_sizes_G)
+
+
+def with_pullback(
+    pullback: Callable[[Any, jax.Array, jax.Array], Any],
+    forward: Callable[[Any, jax.Array], jax.Array],
+    arrays: Any,
+    group_sizes_G: jax.Array,
+) -> jax.Array:
+    """`forward(arrays, group_sizes)`, with `pullback(arrays, group_sizes, dy)` for the gradient of Σ dy · y in `arrays`.
+
+    Neither function may close over arrays that are being traced, as for `with_gradient_of`.
+    """
+    varying = varying_axes(*jax.tree.leaves(arrays), group_sizes_G)
+
+    def vary(arrays: Any) -> Any:
+        return jax.tree.map(lambda array: mark_varying(array, varying - varying_axes(array)), arrays)
+
+    # What a kernel gives has no such type; left at that, a gradient would be summed over the mesh on its way in.
+    def typed(arrays: Any, group_sizes_G: jax.Array) -> jax.Array:
+        return vary(forward(arrays, group_sizes_G))
+
+    def pull(inputs: tuple[Any, jax.Array], dy: jax.Array) -> tuple[Any, None]:
+        return vary(pullback(*inputs, dy)), None
+
+    function = jax.custom_vjp(typed)
+    function.defvjp(lambda *inputs: (typed(*inputs), inputs), pull)
+    # All of one type inside `shard_map`, as a custom rule needs it; the transpose of this sums gradients over the mesh.
+    return function(vary(arrays), group_sizes_G)

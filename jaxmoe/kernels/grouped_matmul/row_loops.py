@@ -135,6 +135,12 @@ def filled_groups(R: int, group_sizes_G: jax.Array) -> tuple[jax.Array, jax.Arra
     return start_G, end_G, group_G, jnp.sum(group_sizes_G > 0, dtype=jnp.int32)
 
 
+def owned_only(y_RN: jax.Array, group_sizes_G: jax.Array) -> jax.Array:
+    """The same rows, with zeros in those that no group owns, whatever is there."""
+    owned = jnp.sum(group_sizes_G, dtype=jnp.int32)
+    return jnp.where((jnp.arange(len(y_RN), dtype=jnp.int32) < owned)[:, None], y_RN, 0)
+
+
 def varying_axes(*arrays: jax.Array) -> frozenset[str]:
     """Mesh axes, inside `shard_map`, over which a function of these arrays varies."""
     return frozenset().union(*(jax.typeof(a).manual_axis_type.varying for a in arrays))

@@ -12,17 +12,19 @@ Letters here, beside the common ones of docs/concepts/letters.md: G groups, N an
 import dataclasses
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from jaxmoe.kernels.grouped_matmul.api import expert_mlp, grouped_matmul
-from jaxmoe.kernels.grouped_matmul.combine import combine_halves
-from jaxmoe.kernels.grouped_matmul.quantized import Matrices, QuantizedStack, dequantize
-from jaxmoe.kernels.grouped_matmul.quantized_rows import ROW_FORMATS, groups_of_rows, quantize_rows
+from jaxmoe.kernels.grouped_matmul.backends import load_backend
+from jaxmoe.kernels.grouped_matmul.quantized import Matrices, as_matrices
+from jaxmoe.kernels.grouped_matmul.quantized_rows import ROW_FORMATS
+from jaxmoe.kernels.grouped_matmul.trial_oracle import exact, exact_gradients
 from jaxmoe.kernels.grouped_matmul.work import TOLERANCES, Outcome, Work
 
 # Rows of each group, and rows in all: the last belong to no group, and hold NaN.
@@ -42,91 +44,124 @@ def try_work(
     repeats: int = REPEATS,
     groups: Sequence[tuple[Sequence[int], int]] = (FEW, MANY),
 ) -> Outcome:
-    """Hold a backend's products against float64, on the device that jax takes by default.
+    """Hold a backend's products, or the gradients of its own, against float64, on the device that jax takes by default.
 
     Args:
-        work: products to try.
+        work: products or gradients to try.
         backend: name in `BACKENDS` or `GPU_BACKENDS`.
         device_kind: kind of the device, by which tiles are chosen.
         repeats: calls of the last case whose results have to be the same bits.
         groups: cases, each the rows of its groups and rows in all.
     """
-    multiply = partial(_multiply, work, backend, device_kind)
     worst = 0.0
     for number, (sizes, R) in enumerate(groups, 1):
         calls = repeats if number == len(groups) else 1
         rng = np.random.default_rng(R)
         stacks = [kind.random(rng, len(sizes)) for kind in work.matrices]
         biases = [_biases(rng, work, stack) if work.biases else None for stack in stacks]
-        scales = _input_scales(work, len(sizes))
         rows = jnp.asarray(rng.standard_normal((R, stacks[0].shape[-1]), np.float32), work.rows)
-        owned = sum(sizes)
-        rows = rows.at[owned:].set(jnp.nan)
-        expected = exact(work, rows[:owned], stacks, biases, np.asarray(sizes), scales)
-        for out_dtype in dict.fromkeys((work.rows, "float32")):
-            try:
-                call = jax.jit(partial(multiply, out_dtype=out_dtype))
-                results = [call(rows, stacks, biases, jnp.asarray(sizes, jnp.int32), scales) for _ in range(calls)]
-                first = np.asarray(results[0].astype(jnp.float32))
-            except NotImplementedError as refusal:
-                return Outcome("refused", str(refusal))
-            case = f"{R} rows, result in {out_dtype}"
-            if np.any(first[owned:]):
-                return Outcome("wrong", f"{case}: a row that no group owns is not zeros")
-            if not np.all(np.isfinite(first[:owned])):
-                return Outcome("wrong", f"{case}: a result is not finite")
-            difference = np.abs(first[:owned] - expected)
-            if not owned:
-                continue
-            of_rows = np.linalg.norm(difference, axis=1) / np.linalg.norm(expected, axis=1)
-            of_numbers = np.max(difference, axis=1) / np.max(np.abs(expected), axis=1)
-            if np.max(of_rows) > _tolerance(work) or np.max(of_numbers) > LARGEST_TOLERANCE:
-                return Outcome(
-                    "wrong",
-                    f"{case}: a row is off by {np.max(of_rows):.2g} of its norm, a number by {np.max(of_numbers):.2g} of "
-                    f"the largest in its row, where {_tolerance(work):.2g} and {LARGEST_TOLERANCE:.2g} are allowed",
-                )
-            same = [bool(jnp.all(result == results[0])) for result in results]
-            if not all(same):
-                return Outcome("wrong", f"{case}: {same.count(False)} of {calls} calls gave other bits than the first")
-            worst = max(worst, float(np.max(of_rows)))
+        rows = rows.at[sum(sizes) :].set(jnp.nan)
+        if missing := work.gradient and _missing_gradient(backend, rows, stacks, device_kind):
+            return Outcome("refused", missing)
+        make_cases = _gradients if work.gradient else _results
+        try:
+            for case, call, expected in make_cases(work, backend, device_kind, rng, rows, stacks, biases, sizes):
+                first = jax.tree.leaves(call())
+                found = _compare(first, expected, _tolerance(work))
+                if isinstance(found, str):
+                    return Outcome("wrong", f"{case}: {found}")
+                worst = max(worst, found)
+                same = [all(map(jnp.array_equal, first, jax.tree.leaves(call()))) for _ in range(calls - 1)]
+                if not all(same):
+                    return Outcome(
+                        "wrong", f"{case}: {same.count(False)} of {calls} calls gave other bits than the first"
+                    )
+        except NotImplementedError as refusal:
+            return Outcome("refused", str(refusal))
+    parts = "gradients" if work.gradient else "rows"
     return Outcome(
-        "right", f"rows are off by {worst:.1g} of their norm at most, and {repeats} calls gave the same bits"
+        "right", f"{parts} are off by {worst:.1g} of their norm at most, and {repeats} calls gave the same bits"
     )
 
 
-def exact(
+# A case in words, a call of it, and its results in float64: arrays whose first dim is rows that are owned, or groups.
+Case = tuple[str, Callable[[], Any], list[np.ndarray]]
+
+
+def _results(
     work: Work,
+    backend: str,
+    device_kind: str | None,
+    rng: np.random.Generator,
     rows: jax.Array,
     stacks: list[Matrices],
     biases: list[jax.Array | None],
-    sizes: np.ndarray,
-    scales: jax.Array | None,
-) -> np.ndarray:
-    """Compute the result in float64, on the host; rows that are rounded first are rounded here too.
+    sizes: Sequence[int],
+) -> Iterator[Case]:
+    del rng
+    scales = _input_scales(work, len(sizes))
+    expected = exact(work, rows[: sum(sizes)], stacks, biases, np.asarray(sizes), scales)
+    for out_dtype in dict.fromkeys((work.rows, "float32")):
+        call = jax.jit(partial(_multiply, work, backend, device_kind, out_dtype=out_dtype))
+        arguments = rows, stacks, biases, jnp.asarray(sizes, jnp.int32), scales
+        yield f"{len(rows)} rows, result in {out_dtype}", partial(call, *arguments), [expected]
 
-    Args:
-        work: products.
-        rows: [R, K], each of a group.
-        stacks: matrices of the products, a stack each.
-        biases: biases of the products, None where there are none.
-        sizes: rows of each group.
-        scales: scales of static activations, as `expert_mlp` or `grouped_matmul` takes them.
-    """
-    groups = np.repeat(np.arange(len(sizes)), sizes)
-    x = np.asarray(rows.astype(jnp.float32)).astype(np.float64)
-    for number, (stack, bias) in enumerate(zip(stacks, biases, strict=True)):
-        own_scales = scales if scales is None or scales.ndim == 1 else scales[:, number]
-        x = _rounded(x, work, sizes, own_scales)
-        out = np.concatenate([x[groups == group] @ _float64(stack, group).T for group in range(len(sizes))])
-        if bias is not None:
-            out += np.asarray(bias.astype(jnp.float32)).reshape(len(sizes), -1)[groups]
-        if number == 0 and work.activation is not None:
-            combine = combine_halves(work.activation, work.limit, gated=work.matrices[0].shape[0] == 2)
-            # h is rounded to the rows' dtype, which matters where that decides between two numbers of 8 bits.
-            out = np.asarray(combine(jnp.asarray(out, jnp.float32)).astype(work.rows).astype(jnp.float32), np.float64)
-        x = out
-    return x
+
+def _gradients(
+    work: Work,
+    backend: str,
+    device_kind: str | None,
+    rng: np.random.Generator,
+    rows: jax.Array,
+    stacks: list[Any],
+    biases: list[jax.Array | None],
+    sizes: Sequence[int],
+) -> Iterator[Case]:
+    owned = sum(sizes)
+    dy = jnp.asarray(rng.standard_normal((len(rows), stacks[-1].shape[-2]), np.float32))
+    expected = exact_gradients(work, rows[:owned], stacks, biases, np.asarray(sizes), dy[:owned])
+
+    @jax.jit
+    def call(rows: jax.Array, stacks: Any, biases: Any, sizes: jax.Array, dy: jax.Array) -> Any:
+        def multiply(rows: jax.Array, stacks: Any, biases: Any) -> jax.Array:
+            return _multiply(work, backend, device_kind, rows, stacks, biases, sizes, None, out_dtype="float32")
+
+        return jax.vjp(multiply, rows, stacks, biases)[1](dy)
+
+    arguments = rows, stacks, biases, jnp.asarray(sizes, jnp.int32), dy.at[owned:].set(jnp.nan)
+    yield f"gradient of {len(rows)} rows", partial(call, *arguments), expected
+
+
+def _compare(results: list[jax.Array], expected: list[np.ndarray], tolerance: float) -> str | float:
+    """The fault of some results, or how far they are off at most."""
+    worst = 0.0
+    for result, exact_result in zip(results, expected, strict=True):
+        actual = np.asarray(result.astype(jnp.float32)).reshape(len(result), -1)
+        right = exact_result.reshape(len(exact_result), -1)
+        owned = np.flatnonzero(np.any(right, axis=1))
+        if np.any(np.delete(actual, owned, axis=0)):
+            return "a row that no group owns, or a group without rows, is not zeros"
+        if not len(owned):
+            continue
+        actual, right = actual[owned], right[owned]
+        if not np.all(np.isfinite(actual)):
+            return "a result is not finite"
+        difference = np.abs(actual - right)
+        of_rows = np.max(np.linalg.norm(difference, axis=1) / np.linalg.norm(right, axis=1))
+        of_numbers = np.max(np.max(difference, axis=1) / np.max(np.abs(right), axis=1))
+        if of_rows > tolerance or of_numbers > LARGEST_TOLERANCE:
+            return (
+                f"a row is off by {of_rows:.2g} of its norm, a number by {of_numbers:.2g} of the largest in its row, where "
+                f"{tolerance:.2g} and {LARGEST_TOLERANCE:.2g} are allowed"
+            )
+        worst = max(worst, float(of_rows))
+    return worst
+
+
+def _missing_gradient(backend: str, rows: jax.Array, stacks: list[Matrices], device_kind: str | None) -> str:
+    """The reason why a backend's gradient is not its own; empty where it is."""
+    why: Callable[..., str] | None = getattr(load_backend(backend), "missing_gradient", None)
+    return why(rows, *map(as_matrices, stacks), device_kind=device_kind) if why else ""
 
 
 def _multiply(
@@ -181,21 +216,6 @@ def _input_scales(work: Work, groups: int) -> jax.Array | None:
     return jnp.full((groups, 2) if work.activation else (groups,), 4 / form.largest, jnp.float32)
 
 
-def _rounded(x: np.ndarray, work: Work, sizes: np.ndarray, scales: jax.Array | None) -> np.ndarray:
-    if work.activations == "none":
-        return x
-    by_row = None if scales is None else scales[groups_of_rows(len(x), jnp.asarray(sizes, jnp.int32))]
-    rounded = quantize_rows(jnp.asarray(x, jnp.float32), work.activations, scales_R=by_row)
-    of_columns = np.repeat(np.asarray(rounded.scales, np.float64), rounded.block, axis=1)[:, : x.shape[1]]
-    return np.asarray(rounded.values.astype(jnp.float32)).astype(np.float64) * of_columns
-
-
-def _float64(stack: Matrices, group: int) -> np.ndarray:
-    of_group = jax.tree.map(lambda array: array[group : group + 1], stack)
-    plain = dequantize(of_group) if isinstance(of_group, QuantizedStack) else of_group.astype(jnp.float32)
-    return np.asarray(plain).astype(np.float64).reshape(-1, plain.shape[-1])
-
-
 def _tolerance(work: Work) -> float:
     return TOLERANCES[work.rows] if work.activations == "none" else ROUNDED_TOLERANCE
 
@@ -205,7 +225,10 @@ def main() -> None:
     backend, device = sys.argv[1], jax.devices()[0]
     for line in sys.stdin:
         try:
-            outcome = try_work(Work.from_json(line), backend, device_kind=device.device_kind)
+            work = Work.from_json(line)
+            # A gradient takes float64 of whole stacks, so it is tried once.
+            groups = (MANY,) if work.gradient else (FEW, MANY)
+            outcome = try_work(work, backend, device_kind=device.device_kind, groups=groups)
         except Exception as error:
             short_of_memory = "RESOURCE_EXHAUSTED" in str(error)
             first_line = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"

@@ -23,7 +23,7 @@ from jaxmoe.kernels.grouped_matmul.combine import combine_halves
 from jaxmoe.kernels.grouped_matmul.gpu_clock import kernel_times
 from jaxmoe.kernels.grouped_matmul.predict import Product, predict
 from jaxmoe.kernels.grouped_matmul.tile_table import row_class
-from jaxmoe.kernels.grouped_matmul.trial import exact
+from jaxmoe.kernels.grouped_matmul.trial_oracle import exact
 from jaxmoe.kernels.grouped_matmul.work import TOLERANCES, MatrixKind, Work
 
 MOST_CANDIDATES, THREADS, ROUNDS = 12, 8, 5

@@ -65,7 +65,8 @@ def hold_trials(mesh: Mesh | AbstractMesh, works: Iterable[Work], *, run: RunTri
     """Find out what the GPUs of a mesh can be trusted with; without GPUs of this machine there is nothing to find out.
 
     For each work the candidates are tried in order, up to the first that is right, and besides those that were tuned for
-    this kind of device. All processes call it alike: process 0 finds out for all of them.
+    this kind of device; one that has kernels for the work's gradient is tried with that, too. All processes call it alike:
+    process 0 finds out for all of them.
 
     Args:
         mesh: mesh whose devices are of one kind.
@@ -102,11 +103,13 @@ def _find_out(device: jax.Device, names: Sequence[str], works: Sequence[Work], r
     tuned = tuned_backends(device.device_kind)
     remaining = list(works)
     for name in names:
-        takes = {**BACKENDS, **GPU_BACKENDS}[name].formats
+        backend = {**BACKENDS, **GPU_BACKENDS}[name]
         missing = GPU_BACKENDS[name].missing if name in GPU_BACKENDS else ""
-        wanted = works if name in tuned else remaining
+        wanted = list(works if name in tuned else remaining)
+        # Last, so that one that hangs or crashes has kept nothing from being tried.
+        wanted += [work.of_gradient for work in wanted if backend.may_have_gradient(work)]
         for work in wanted:
-            if packed := {kind.form for kind in work.matrices if kind.is_packed} - takes:
+            if packed := {kind.form for kind in work.matrices if kind.is_packed} - backend.formats:
                 found[name, work] = Outcome("refused", f"it takes no matrices packed as {' or '.join(sorted(packed))}")
             elif missing:  # not kept in the file: it may be there next time
                 found[name, work] = Outcome("refused", missing)

@@ -107,6 +107,7 @@ class Work:
         biases: flag that both products have biases.
         activation, limit: those of `expert_mlp`; None for one product.
         activations: form that rows are rounded to, a name in `ROW_FORMATS`.
+        gradient: flag that their gradient is meant, of a backend with kernels for it.
     """
 
     rows: str
@@ -115,6 +116,12 @@ class Work:
     activation: str | None = None
     limit: float | None = None
     activations: str = "none"
+    gradient: bool = False
+
+    @property
+    def of_gradient(self) -> "Work":
+        """The gradient of the same products."""
+        return dataclasses.replace(self, gradient=True)
 
     @classmethod
     def product(cls, rows_dtype: DTypeLike, stack: Matrices, activations: str = "none") -> "Work":
@@ -154,7 +161,8 @@ class Work:
     def __str__(self) -> str:
         """Name rows and matrices in a few words."""
         rounded = "" if self.activations == "none" else f" rounded to {self.activations}"
-        return f"{self.rows} rows{rounded} by {' and '.join(map(str, self.matrices))}"
+        gradient = "gradient of " if self.gradient else ""
+        return f"{gradient}{self.rows} rows{rounded} by {' and '.join(map(str, self.matrices))}"
 
 
 @dataclasses.dataclass(frozen=True)

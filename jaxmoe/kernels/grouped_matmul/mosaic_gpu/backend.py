@@ -1,4 +1,4 @@
-"""The two public products in terms of the kernel, with the gradients of the portable backend.
+"""The two public products in terms of the kernels, with gradients by kernels or those of the portable backend.
 
 Letters here, beside the common ones of docs/concepts/letters.md: G groups, N and K of a matrix [N, K].
 """
@@ -11,18 +11,21 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jaxmoe.hardware import GPUS
+from jaxmoe.hardware import GPU, GPUS
 from jaxmoe.kernels.grouped_matmul import portable
 from jaxmoe.kernels.grouped_matmul.backends import Kernels
 from jaxmoe.kernels.grouped_matmul.combine import KERNEL_ACTIVATIONS, Combine
 from jaxmoe.kernels.grouped_matmul.gpu import multiprocessors
-from jaxmoe.kernels.grouped_matmul.gradient import with_gradient_of
+from jaxmoe.kernels.grouped_matmul.gradient import with_gradient_of, with_pullback
+from jaxmoe.kernels.grouped_matmul.gradient_products import mlp_gradients, product_gradients
 from jaxmoe.kernels.grouped_matmul.group_tiles import ALIGNMENT, tile_groups
 from jaxmoe.kernels.grouped_matmul.mosaic_gpu import blackwell, kernel
 from jaxmoe.kernels.grouped_matmul.mosaic_gpu.blackwell_tiles import BlackwellProblem, is_blackwell
+from jaxmoe.kernels.grouped_matmul.mosaic_gpu.gradient_products import HopperProducts, missing_gradient
 from jaxmoe.kernels.grouped_matmul.mosaic_gpu.tiles import WGMMA_ROWS, Problem, Tiles, choose_tiles
 from jaxmoe.kernels.grouped_matmul.quantized import FORMATS, Matrices, QuantizedStack
 from jaxmoe.kernels.grouped_matmul.quantized_rows import OnRoundedRows, QuantizedRows, quantize_rows, scales_of_rows
+from jaxmoe.kernels.grouped_matmul.row_loops import owned_only
 from jaxmoe.kernels.grouped_matmul.tile_table import measured_tiles
 
 # Blocks in the interpreter: more than one, so that tiles are shared out.
@@ -40,11 +43,13 @@ def grouped_matmul(
     activations: str = "none",
     input_scales: jax.Array | None = None,
     split_over: tuple[str, ...] = (),
+    portable_gradient: bool = False,
     interpret: bool = False,
 ) -> jax.Array:
     """out[r] = rhs[g(r)] @ lhs[r]; see `Kernels.grouped_matmul`.
 
-    `tiles` are looked up or chosen unless given. Rows are quantized first if `activations` are named.
+    `tiles` are looked up or chosen unless given. Rows are quantized first if `activations` are named. The gradient is by
+    kernels where they are made for it (`missing_gradient`) and the portable one is not asked for.
     """
     measured = measured_tiles(Tiles, device_kind, "mosaic_gpu", lhs_RK, rhs_GNK, out_dtype)
 
@@ -59,8 +64,14 @@ def grouped_matmul(
         backend = _portable(activations, scales, split_over)
         return backend.grouped_matmul(lhs_RK, rhs_GNK, group_sizes_G, out_dtype=out_dtype)
 
+    def pullback(arrays: Any, group_sizes_G: jax.Array, dy: jax.Array) -> Any:
+        lhs_RK, rhs_GNK, _ = arrays
+        return *product_gradients(_products(device_kind, interpret), lhs_RK, rhs_GNK, group_sizes_G, dy), None
+
     arrays = (lhs_RK, rhs_GNK, input_scales)
-    return _owned_only(with_gradient_of(same, forward, arrays, group_sizes_G), group_sizes_G)
+    if portable_gradient or missing_gradient(lhs_RK, rhs_GNK, device_kind=device_kind):
+        return owned_only(with_gradient_of(same, forward, arrays, group_sizes_G), group_sizes_G)
+    return owned_only(with_pullback(pullback, forward, arrays, group_sizes_G), group_sizes_G)
 
 
 def expert_mlp(
@@ -78,12 +89,13 @@ def expert_mlp(
     activations: str = "none",
     input_scales: jax.Array | None = None,
     split_over: tuple[str, ...] = (),
+    portable_gradient: bool = False,
     interpret: bool = False,
 ) -> jax.Array:
     """y = W_down[g] @ combine(W_up[g] @ x + b_up[g]) + b_down[g]; see `Kernels.expert_mlp`.
 
     `tiles` are those of the first and of the second product, looked up or chosen unless given. x and h are quantized before
-    them if `activations` are named.
+    them if `activations` are named. The gradient is as of `grouped_matmul`.
     """
     measured_up = measured_tiles(Tiles, device_kind, "mosaic_gpu.gate_up", x_RD, w_up_pND, x_RD.dtype)
     measured_down = measured_tiles(Tiles, device_kind, "mosaic_gpu", x_RD, w_down_pDF, out_dtype)
@@ -106,8 +118,22 @@ def expert_mlp(
             x_RD, w_up, w_down, group_sizes_p, b_up_pN=b_up, b_down_pD=b_down, combine=combine, out_dtype=out_dtype
         )
 
+    def pullback(arrays: Any, group_sizes_p: jax.Array, dy: jax.Array) -> Any:
+        x_RD, w_up, w_down, b_up, b_down, _ = arrays
+        products = _products(device_kind, interpret)
+        return *mlp_gradients(products, x_RD, w_up, w_down, b_up, b_down, group_sizes_p, dy, combine), None
+
     arrays = (x_RD, w_up_pND, w_down_pDF, b_up_pN, b_down_pD, input_scales)
-    return _owned_only(with_gradient_of(same, forward, arrays, group_sizes_p), group_sizes_p)
+    if portable_gradient or missing_gradient(x_RD, w_up_pND, w_down_pDF, device_kind=device_kind):
+        return owned_only(with_gradient_of(same, forward, arrays, group_sizes_p), group_sizes_p)
+    return owned_only(with_pullback(pullback, forward, arrays, group_sizes_p), group_sizes_p)
+
+
+def _products(device_kind: str | None, interpret: bool) -> HopperProducts:
+    def by_rows(x: jax.Array, w: jax.Array, b: jax.Array | None, sizes: jax.Array, out_dtype: jnp.dtype) -> jax.Array:
+        return _product(x, w, b, sizes, _identity, 1, out_dtype, (None, None), device_kind, interpret)
+
+    return HopperProducts(by_rows, _blocks(device_kind, GPUS["h100"], interpret), interpret)
 
 
 def _portable(activations: str, input_scales: jax.Array | None, split_over: tuple[str, ...]) -> Kernels:
@@ -217,10 +243,14 @@ def _product(
         tiles,
         finish,
         out_dtype,
-        blocks=INTERPRETED_BLOCKS if interpret else multiprocessors(device_kind, known),
+        blocks=_blocks(device_kind, known, interpret),
         interpret=interpret,
     )
     return out[:R]
+
+
+def _blocks(device_kind: str | None, known: GPU, interpret: bool) -> int:
+    return INTERPRETED_BLOCKS if interpret else multiprocessors(device_kind, known)
 
 
 def _scale_each_output(stack: QuantizedStack) -> QuantizedStack:
@@ -233,12 +263,6 @@ def _scale_each_output(stack: QuantizedStack) -> QuantizedStack:
         return stack
     scales, zero_points = jax.tree.map(lambda array: jnp.repeat(array, bn, axis=1), (stack.scales, stack.zero_points))
     return dataclasses.replace(stack, scales=scales, zero_points=zero_points, block=(1, bk))
-
-
-def _owned_only(out_RN: jax.Array, group_sizes_G: jax.Array) -> jax.Array:
-    return jnp.where(
-        (jnp.arange(len(out_RN), dtype=jnp.int32) < jnp.sum(group_sizes_G, dtype=jnp.int32))[:, None], out_RN, 0
-    )
 
 
 @lru_cache
