@@ -26,7 +26,7 @@ TOOLS = [
         },
     },
 ]
-ARGUMENTS = {"at": 5, "for": '12 é\n"x"', "in": ["a", {"b": None}]}
+ARGUMENTS = {"at": 5, "for": "12", "as": 'é\n"x"', "in": ["a", {"b": None}]}
 # What a template says to the model, and the two calls, of `look` and of `now`, as a model writes them.
 ASKED = {
     "JSON": (
@@ -36,14 +36,15 @@ ASKED = {
     ),
     "function tags": (
         "<tool_call>\n<function=example>\n<parameter=one>\nvalue\n</parameter>\n</function>\n</tool_call>",
-        '<tool_call>\n<function=look>\n<parameter=at>\n5\n</parameter>\n<parameter=for>\n12 é\n"x"\n</parameter>\n'
+        '<tool_call>\n<function=look>\n<parameter=at>\n5\n</parameter>\n<parameter=for>\n12\n</parameter>\n<parameter=as>\né\n"x"\n</parameter>\n'
         '<parameter=in>\n["a", {"b": null}]\n</parameter>\n</function>\n</tool_call>',
         "<tool_call>\n<function=now>\n</function>\n</tool_call>",
     ),
     "argument tags": (
         "<tool_call>{function-name}\n<arg_key>{key}</arg_key>\n<arg_value>{value}</arg_value>\n</tool_call>",
         "<tool_call>look\n<arg_key>at</arg_key>\n<arg_value>5</arg_value>\n<arg_key>for</arg_key>\n"
-        '<arg_value>12 é\n"x"</arg_value><arg_key>in</arg_key><arg_value>["a", {"b": null}]</arg_value>\n</tool_call>',
+        '<arg_value>12</arg_value><arg_key>as</arg_key><arg_value>é\n"x"</arg_value>'
+        '<arg_key>in</arg_key><arg_value>["a", {"b": null}]</arg_value>\n</tool_call>',
         "<tool_call>now</tool_call>",
     ),
 }
@@ -84,7 +85,7 @@ def test_text_of_a_value_is_told_by_the_tool(form) -> None:
     look = ASKED[form][1].replace('["a", {"b": null}]', "[a").replace("look", "other")
     (_, arguments), *none = read(form, [look])[1]
     assert not none
-    assert arguments == {"at": "5", "for": ARGUMENTS["for"], "in": "[a"}, "nobody says what other takes"
+    assert arguments == {**ARGUMENTS, "at": "5", "in": "[a"}, "nobody says what other takes"
     (_, arguments), *_ = read(form, [look.replace("other", "look")])[1]
     assert arguments["in"] == "[a", "what is no JSON is text"
 
