@@ -43,7 +43,8 @@ ASKED = {
     "argument tags": (
         "<tool_call>{function-name}\n<arg_key>{key}</arg_key>\n<arg_value>{value}</arg_value>\n</tool_call>",
         "<tool_call>look\n<arg_key>at</arg_key>\n<arg_value>5</arg_value>\n<arg_key>for</arg_key>\n"
-        '<arg_value>12</arg_value><arg_key>as</arg_key><arg_value>é\n"x"</arg_value><arg_key>in</arg_key><arg_value>["a", {"b": null}]</arg_value>\n</tool_call>',
+        '<arg_value>12</arg_value><arg_key>as</arg_key><arg_value>é\n"x"</arg_value>'
+        '<arg_key>in</arg_key><arg_value>["a", {"b": null}]</arg_value>\n</tool_call>',
         "<tool_call>now</tool_call>",
     ),
 }
