@@ -13,8 +13,9 @@ from jax.sharding import Mesh
 
 import jaxmoe
 from jaxmoe.cli import main
-from jaxmoe.config import DecoderConfig, GatedDeltaNetConfig, KDAConfig, Mamba2Config
+from jaxmoe.config import AttentionConfig, DecoderConfig, GatedDeltaNetConfig, KDAConfig, Mamba2Config, MLAConfig
 from jaxmoe.layers import param_specs
+from jaxmoe.mesh import batch_axes, named, padded_batch
 from jaxmoe.models import Decoder, find_family, get_family
 from jaxmoe.planning.memory import Plan, plan_config
 from jaxmoe.planning.steps import CompiledStep, compile_steps
@@ -318,6 +319,8 @@ def check_steps(raw, chip, count, hosts, sizes, bounds, *, kernels) -> None:
         check_arguments(step, planned, unread=states_of(config) if name == "prefill" else 0)
         check_experts_stay(step, config, mesh)
         check_collectives(step)
+        if name == "prefill" and len(config.layers) > 1:
+            check_cache_is_written(step, config, mesh)
         assert step.temp_bytes <= bounds[name] * MB
         over = (step.argument_bytes + step.temp_bytes) / (planned.held_bytes + planned.step_bytes[name]) - 1
         # The Hopper kernel copies no expert, which the estimate has room for.
@@ -354,6 +357,20 @@ def check_experts_stay(step: CompiledStep, config: DecoderConfig, mesh: Mesh) ->
     assert step.instructions_giving(*stacks) <= views
 
 
+def check_cache_is_written(step: CompiledStep, config: DecoderConfig, mesh: Mesh) -> None:
+    """The first layer's cache is written in its turn: at the end, those of all layers would be kept until then."""
+    layer = Decoder(config, mesh=mesh, dtype="bfloat16").layers[0]
+    if type(config.layers[0].attention) not in (AttentionConfig, MLAConfig):
+        return
+    rows = padded_batch(mesh, BATCH)
+    first = jax.tree.leaves(layer.cache_arrays(rows, LENGTH))[0]
+    shape = named(mesh, *first.spec(batch_axes(mesh, rows))).shard_shape(first.shape)
+    lines = step.text[step.text.index("\nENTRY ") :].splitlines()
+    made = rf" = bf16\[{','.join(map(str, shape))}\]\S* (?:fusion|async-done)\("
+    written = [number for number, line in enumerate(lines) if re.search(made, line)]
+    assert min(written) < len(lines) / 2
+
+
 def check_collectives(step: CompiledStep) -> None:
     """Nothing was left for the partitioner to reshard: it does that by permutations."""
     assert set(step.collectives) <= {"all-gather", "all-reduce", "reduce-scatter", "all-to-all"}
@@ -382,21 +399,18 @@ def test_shared_experts_are_computed_while_tokens_travel(gpu_compiler) -> None:
 
 
 def test_the_command_compares_the_plan_with_the_compiler(tmp_path, capsys, gpu_compiler) -> None:
-    """Weights and cache within 2 %, all of them within 10 %; a deep model needs no more besides than a shallow one."""
-    config = QWEN3_30B | {"num_hidden_layers": 100, "vocab_size": 1024, "torch_dtype": "bfloat16"}
+    """Weights and cache within 2 %, and within 10 % with what a step needs besides."""
+    config = QWEN3_30B | {"num_hidden_layers": 1, "vocab_size": 1024, "torch_dtype": "bfloat16"}
     (tmp_path / "config.json").write_text(json.dumps(config))
-    sizes = ["--mesh", "ep=4", "--batch-size", "8", "--max-length", "128", "--prompt-length", "96"]
+    sizes = ["--mesh", "ep=4", "--batch-size", "8", "--max-length", "128", "--prompt-length", "32"]
     assert main(["plan", str(tmp_path), "--device", "h100", "--compile", "--json", *sizes]) == 0
-    report = json.loads(capsys.readouterr().out)
-    prefill, decode = report["compiled"]
+    prefill, decode = json.loads(capsys.readouterr().out)["compiled"]
     assert (prefill["step"], decode["step"]) == ("prefill", "decode")
     for step in (prefill, decode):
-        assert (step["compiled_layers"], step["layers"]) == ([1, 2], 100)
+        assert (step["compiled_layers"], step["layers"]) == ([1], 1)
         assert abs(step["arguments_over_plan"]) < 0.02
         assert abs(step["all_over_plan"]) < 0.1
         assert step["fits"]
         assert step["wire_bytes"] > 0
         assert step["exchanges"]
-    # The keys and values of a hundred layers, kept to the end of a prefill, would be as much again.
-    assert prefill["temp_bytes"] < 1.3 * report["step_bytes"]["prefill"]
     assert decode["temp_bytes"] < prefill["temp_bytes"]

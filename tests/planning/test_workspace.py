@@ -6,10 +6,9 @@ import pytest
 
 from jaxmoe.cli import main
 from jaxmoe.models import get_family
-from jaxmoe.planning import plan, search_meshes, sweep
-from jaxmoe.planning.few_layers import count_layers, keep_layers, repetition
+from jaxmoe.planning import compile_few_layers, plan, search_meshes, sweep
+from jaxmoe.planning.few_layers import repetition
 from jaxmoe.planning.memory import DISPATCH, TEMPORARIES, plan_config
-from jaxmoe.planning.steps import compile_model, model_to_compile
 from tests.support.families import FAMILIES
 from tests.support.meshes import mesh_of
 from tests.support.published import DEEPSEEK_V3, DEEPSEEK_V3_FP8, QWEN3_30B
@@ -30,23 +29,24 @@ def config_of(family: str, layers: int):
 
 
 @pytest.fixture(scope="module")
-def programs():
-    """Compiled steps of 1, 2 and 4 layers, {layers: {step: ...}}."""
-    found = {}
-    for layers in (1, 2, 4):
-        model = model_to_compile(config_of("mixtral", 4), mesh_of(1, 2, 2), dtype="float32")
-        keep_layers(model, layers)
-        found[layers] = compile_model(model, **SIZES)
-    return found
+def steps():
+    """Both steps of four layers, of which one and two are compiled; and of all four."""
+    options = {"dtype": "float32", **SIZES}
+    return [
+        compile_few_layers(config_of("mixtral", 4), mesh_of(1, 2, 2), every_layer=every_layer, **options)
+        for every_layer in (False, True)
+    ]
 
 
 @pytest.mark.full
-def test_layers_that_are_left_out_are_counted_to_the_byte(programs) -> None:
-    for name, every in programs[4].items():
-        step = count_layers([programs[1][name], programs[2][name]], 2, compiled=(1, 2))
+def test_layers_that_are_left_out_are_counted_to_the_byte(steps) -> None:
+    few, every = steps
+    assert few.keys() == every.keys() == {"prefill", "decode"}
+    for name, step in few.items():
         assert (step.layers, step.compiled) == (4, (1, 2))
-        assert step.argument_bytes == every.argument_bytes
-        assert step.wire_bytes == sum(each.wire_bytes for each in every.exchanges)
+        assert (every[name].layers, every[name].compiled) == (4, (4,))
+        assert step.argument_bytes == every[name].argument_bytes
+        assert step.wire_bytes == every[name].wire_bytes
 
 
 def test_the_fewest_layers_that_repeat_are_found() -> None:
@@ -125,7 +125,7 @@ def test_what_contradicts_itself_is_refused(qwen, capsys) -> None:
 
 
 @pytest.mark.full
-def test_compiled_programs_need_what_is_estimated(programs) -> None:
+def test_compiled_programs_need_what_is_estimated(steps) -> None:
     """A prefill on CPUs; for GPUs, and every family, see tests/aot."""
     planned = plan_config(config_of("mixtral", 4), tp=2, ep=2, dtype="float32", **SIZES)
-    assert programs[4]["prefill"].temp_bytes == pytest.approx(planned.step_bytes["prefill"], rel=0.3)
+    assert steps[1]["prefill"].temp_bytes == pytest.approx(planned.step_bytes["prefill"], rel=0.3)
