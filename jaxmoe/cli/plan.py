@@ -152,20 +152,21 @@ def run(args: argparse.Namespace) -> None:
         trace=trace,
     )
     points = [] if args.sweep is None else _sweep(args, report, axes, trace)
+    numbers = devices if len(devices) > 1 or args.price_per_hour is not None else []
     placements = _compare_placements(args, report, axes, trace)
     compiled = _compile(args, report, axes) if args.compile else []
     if args.html is not None:
-        _write_page(args.html, report, search, points, placements, devices)
+        _write_page(args.html, report, search, points, placements, numbers)
     if args.json:
         more: dict[str, Any] = {} if search is None else {"search": search.to_dict()}
-        more |= {"devices": [each.to_dict() for each in devices]} if len(devices) > 1 else {}
+        more |= {"devices": [each.to_dict() for each in numbers]} if numbers else {}
         more |= {"sweep": [point.to_dict() for point in points]} if points else {}
         more |= {"placements": [choice.to_dict() for choice in placements]} if placements else {}
         more |= {"compiled": compiled} if compiled else {}
         print(json.dumps(report.to_dict() | more))
         return
-    if len(devices) > 1:
-        plan_tables.print_devices(devices)
+    if numbers:
+        plan_tables.print_devices(numbers)
     if search is not None:
         plan_tables.print_search(search)
     plan_tables.print_plan(report)
@@ -198,6 +199,10 @@ def _check(args: argparse.Namespace) -> None:
         )
     if args.every_layer and not args.compile:
         raise ValueError("--every-layer says what --compile compiles; give both")
+    if (args.adapter or args.activations) and any(
+        getattr(args, name) for name in timed if name not in ("devices", "compile")
+    ):
+        raise ValueError("times and comparisons are of a model's own weights; leave --adapter and --activations out")
     if args.price_per_hour is not None and args.devices is None:
         raise ValueError("--price-per-hour is for --devices; name numbers of devices, such as --devices 8,16")
     if args.placement is not None and args.compare_placements is not None:
@@ -359,8 +364,7 @@ def _write_page(
 ) -> None:
     from jaxmoe.viz import plan_page
 
-    numbers = devices if len(devices) > 1 else []
-    page = plan_page(report, search=search, sweep=points, placements=placements, devices=numbers)
+    page = plan_page(report, search=search, sweep=points, placements=placements, devices=devices)
     Path(file).write_text(page, encoding="utf-8")
 
 

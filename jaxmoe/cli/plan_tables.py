@@ -134,19 +134,20 @@ def print_devices(choices: "list[DevicesChoice]") -> None:
     """Print the best mesh of each number of devices, and what it costs."""
     from jaxmoe.planning.what_if_tables import devices_rows
 
-    _print_rows(
-        devices_rows(choices), f"Numbers of devices, the best by {choices[0].search.rank_by}; times are modeled"
-    )
+    priced = "" if choices[0].price_per_hour is None else ", and the price of a million tokens"
+    _print_rows(devices_rows(choices), f"The best of each number of devices by {choices[0].search.rank_by}{priced}")
 
 
 def _print_rows(rows: "list[tuple[str, ...]]", title: str) -> None:
-    from rich.box import SIMPLE_HEAD
     from rich.console import Console
     from rich.table import Table
 
-    table = Table(title=title, box=SIMPLE_HEAD, pad_edge=False)
-    for number, name in enumerate(rows[0]):
-        table.add_column(name, justify="right" if number else "left")
+    table = Table(title=title, box=None, padding=(0, 1, 0, 0))
+    for name in rows[0]:
+        words = name in ("placement", "best mesh")
+        # Ten columns are narrow: a heading has a word on a line.
+        heading = name if words else name.replace(" ", "\n")
+        table.add_column(heading, justify="left" if words else "right", no_wrap=not words, vertical="top")
     for row in rows[1:]:
         table.add_row(*row)
     Console().print(table)

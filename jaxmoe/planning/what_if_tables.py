@@ -39,7 +39,7 @@ def devices_rows(choices: Sequence[DevicesChoice]) -> list[Row]:
         if best is None:
             row = ["no room", *[""] * (len(heads) - 2)]
         else:
-            rate = best.decode.tokens_per_second
+            rate = getattr(best, choice.search.rank_by).tokens_per_second
             row = [
                 str(best),
                 f"{best.bytes_per_device / 1e9:.1f}",

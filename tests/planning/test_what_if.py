@@ -228,6 +228,7 @@ def test_the_command_tells_the_same(compared, small, trace, tmp_path, capsys) ->
     for wrong, message in (
         (["--trace", str(file)], "name it with --device"),
         (["--price-per-hour", "2"], "--price-per-hour is for --devices"),
+        (["--device", "h100", "--redundancy", "1", "--adapter", "sql=there"], "leave --adapter and --activations out"),
         (["--device", "h100", "--trace", "nowhere.npz"], "the trace nowhere.npz is no file"),
         (["--device", "h100", "--placement", "eplb", "--compare-placements", "linear"], "leave --placement out"),
         (["--device", "h100", "--devices", "2", "--compare-placements", "mine.json"], "give a --mesh with it"),
