@@ -176,6 +176,33 @@ def test_eight_bits_on_both_sides(
     assert compiled.memory_analysis().temp_size_in_bytes < of_rows + G * 3 * (F + D) * 2 + 2**18
 
 
+@pytest.mark.parametrize("shape", ["qwen3-30b-a3b, ep 8", "gpt-oss, tp 2 ep 4"])
+def test_gradients_at_published_shapes(shape, gpu_compiler, monkeypatch, capfd) -> None:
+    """Both products of the way back, outer products of matrices and of biases; those of one size are one kernel."""
+    G, D, F, activation, limit = SHAPES[shape]
+    rows, biased = 8192, shape.startswith("gpt-oss")
+
+    def gradients(x, up, down, biases, sizes, dy):
+        def mlp(x, up, down, biases):
+            return expert_mlp(
+                x, up, down, sizes, **biases, activation=activation, limit=limit, out_dtype=dy.dtype, backend="mosaic_gpu"
+            )
+
+        return jax.vjp(mlp, x, up, down, biases)[1](dy)
+
+    biases = {"b_gate_up_p2F": array(G, 2, F), "b_down_pD": array(G, D)} if biased else {}
+    stacks = array(G, 2, F, D), array(G, D, F)
+    arguments = (array(rows, D), *stacks, biases, array(G, dtype="int32"), array(rows, D, dtype="float32"))
+    monkeypatch.setenv("MOSAIC_GPU_DUMP_PTXAS", "1")
+    compiled = jax.jit(gradients).trace(*arguments).lower(lowering_platforms=("cuda",)).compile()
+    # The first product again, two by columns, two outer products, and one with ones for both biases: no y.
+    check_ptxas("".join(capfd.readouterr()), kernels=6 if biased else 5)
+    # As the backward pass says, columns of ones and the gradients of biases against them aside.
+    workspace = rows * (6 * 2 * F + 6 * F + 2 * D)
+    of_biases = biased * (G * (2 * F + D) * 64 * 2 + rows * 64 * 2)
+    assert compiled.memory_analysis().temp_size_in_bytes < workspace + of_biases + 2**20
+
+
 @pytest.mark.parametrize("out_dtype", ["bfloat16", "float32"])
 def test_results_are_stored_without_bank_conflicts(out_dtype, gpu_compiler, monkeypatch) -> None:
     """Mosaic falls back to slow stores without a word where it finds no order that is free of conflicts."""
