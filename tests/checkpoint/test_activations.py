@@ -47,7 +47,8 @@ def test_logits_are_those_of_plain_weights_and_rounded_inputs(case) -> None:
         assert np.median(found) < 2e-5, (shape, found)
         assert np.mean(found) < 2e-2, (shape, found)
     as_they_are = jaxmoe.load(quantized, **load)
-    assert np.median(errors(as_they_are(TOKENS), expected)) > 1e-3
+    if runs.full:
+        assert np.median(errors(as_they_are(TOKENS), expected)) > 1e-3
     assert not any(packing.activations for packing in packings_of(as_they_are).values())
 
 

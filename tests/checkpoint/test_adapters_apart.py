@@ -11,7 +11,7 @@ from jaxmoe.checkpoint import CheckpointError
 from jaxmoe.checkpoint.mapping import FamilyCheckpoint
 from jaxmoe.cli import main
 from jaxmoe.generation.programs import programs_of
-from jaxmoe.layers import adaptable_params, held_factors, param_specs
+from jaxmoe.layers import adaptable_params, held_factors, param_specs, params_by_path
 from tests.support import runs
 from tests.support.adapters import Arrays, factors, params, write_adapter
 from tests.support.goldens import GOLDENS
@@ -69,11 +69,14 @@ def adapters(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def merged(adapters):
-    """Logits of the base and of each merged model, of all rows."""
-    mesh = mesh_of(1, 1, 1)
-    models = {name: jaxmoe.load(QWEN, mesh=mesh, adapter=path) for name, path in adapters.items()}
-    models[None] = jaxmoe.load(QWEN, mesh=mesh)
-    return {name: np.asarray(model(TOKENS)) for name, model in models.items()}
+    """Logits of the base and of each merged model, of all rows, by one program."""
+    model = jaxmoe.load(QWEN, mesh=mesh_of(1, 1, 1))
+    logits, own = {None: np.asarray(model(TOKENS))}, params_by_path(model)
+    for name, path in adapters.items():
+        for param, values in params_by_path(jaxmoe.load(QWEN, mesh=model.mesh, adapter=path)).items():
+            own[param].set_value(values.get_value())
+        logits[name] = np.asarray(model(TOKENS))
+    return logits
 
 
 def check_rows(model, names, merged) -> None:
@@ -131,8 +134,9 @@ def test_adapters_come_and_go_and_move_with_the_experts(adapters, merged) -> Non
 
     first = text(None, "some", None, "some")
     assert [ids[0] for ids in first] == [int(merged[n][i, -1].argmax()) for i, n in enumerate((None, "some") * 2)]
-    plain = jaxmoe.generate(model, prompts, max_new_tokens=3, ignore_eos=True)
-    assert [plain[row].token_ids for row in (0, 2)] == [first[0], first[2]]
+    if runs.full:
+        plain = jaxmoe.generate(model, prompts, max_new_tokens=3, ignore_eos=True)
+        assert [plain[row].token_ids for row in (0, 2)] == [first[0], first[2]]
     compiled = len(programs_of(model).compiled)
 
     # A free place, and places that have been left by others: the same programs serve them all.
@@ -278,7 +282,7 @@ def test_names_and_numbers_are_checked(adapters) -> None:
 
 def test_the_command_tells_the_adapter_of_each_prompt(adapters, capsys) -> None:
     argv = ["generate", str(QWEN), "--mesh", "dp=8", "--prompt-ids", "5,6,7", "--prompt-ids", "5,6,7"]
-    argv += ["--max-new-tokens", "2", "--ignore-eos", "--json", "--no-progress"]
+    argv += ["--max-new-tokens", "1", "--ignore-eos", "--json", "--no-progress"]
     named = ["--adapter", f"a={adapters['attention']}", "--adapter", f"b={adapters['some']}"]
     assert main([*argv, *named, "--use-adapter", "a", "--use-adapter", "none"]) == 0
     records = [json.loads(line) for line in capsys.readouterr().out.splitlines()]

@@ -34,12 +34,16 @@ def checkpoints(tmp_path_factory) -> list[str]:
 @pytest.fixture(scope="module")
 def alone(checkpoints) -> list[dict]:
     """The results of this process, with its eight devices."""
-    return [results(checkpoint, full=runs.full, **MESH) for checkpoint in checkpoints]
+    return [
+        results(checkpoint, full=runs.full, programs=runs.full and checkpoint == MIXTRAL, **MESH)
+        for checkpoint in checkpoints
+    ]
 
 
 @pytest.mark.parametrize("count", [2, pytest.param(4, marks=pytest.mark.full)])
 def test_tokens_and_bytes(count, checkpoints, alone) -> None:
-    # Two processes see to every kind of program and of weights; whatever four read is half of what tp splits.
+    # Two processes see to every kind of program with plain weights, and to every kind of weights. Whatever four read is half
+    # of what tp splits.
     every = runs.full and count == 2
     if count == 4:
         checkpoints, alone = checkpoints[:1], alone[:1]

@@ -10,10 +10,10 @@ import jaxmoe.distributed
 PROMPTS = [[5, 6, 7], [8, 9], [3]]
 
 
-def results(checkpoint: str, *, full: bool, **mesh: int) -> dict:
-    """Tokens, and what was read, of one checkpoint on all devices there are; if `full`, from every kind of program.
+def results(checkpoint: str, *, full: bool, programs: bool, **mesh: int) -> dict:
+    """Tokens, and what was read, of one checkpoint on all devices there are; with logits if `full`.
 
-    Inputs of packed weights are rounded.
+    With `programs`, tokens come from every kind of program. Inputs of packed weights are rounded.
     """
     quantized = "quantization_config" in json.loads((Path(checkpoint) / "config.json").read_text())
     model = jaxmoe.load(checkpoint, mesh=jaxmoe.make_mesh(**mesh), activations="checkpoint" if quantized else None)
@@ -31,8 +31,8 @@ def results(checkpoint: str, *, full: bool, **mesh: int) -> dict:
 
     report = model.load_report
     return {
-        "greedy": tokens() if full else [],
-        "continuous": continuous() if full else [],
+        "greedy": tokens() if programs else [],
+        "continuous": continuous() if programs else [],
         "sampled": tokens(temperature=1.0, seed=7, top_k=20),
         "drawn": tokens(temperature=1.0, top_k=20),
         "rounded": quantized,
@@ -64,7 +64,10 @@ def main() -> None:
             len({device.process_index for device in row})
             for row in jaxmoe.make_mesh(**args.mesh).devices.reshape(-1, 2)
         ],
-        "results": [results(checkpoint, full=args.full, **args.mesh) for checkpoint in args.checkpoints],
+        "results": [
+            results(checkpoint, full=args.full, programs=args.full and checkpoint is args.checkpoints[0], **args.mesh)
+            for checkpoint in args.checkpoints
+        ],
     }
     print("RESULT " + json.dumps(found), flush=True)
 
