@@ -9,7 +9,7 @@ import pytest
 from jax.sharding import SingleDeviceSharding
 
 from jaxmoe.dispatch.local import weighted_sum
-from jaxmoe.kernels.grouped_matmul import QuantizedStack, expert_mlp, grouped_matmul
+from jaxmoe.kernels.grouped_matmul import QuantizedStack, expert_mlp
 from jaxmoe.kernels.grouped_matmul.quantized import FORMATS
 from jaxmoe.planning.topology import gpu_topology
 
@@ -203,10 +203,12 @@ def test_gradients_at_published_shapes(shape, gpu_compiler, monkeypatch, capfd) 
     assert compiled.memory_analysis().temp_size_in_bytes < workspace + of_biases + 2**20
 
 
-@pytest.mark.parametrize("out_dtype", ["bfloat16", "float32"])
-def test_results_are_stored_without_bank_conflicts(out_dtype, gpu_compiler, monkeypatch) -> None:
+@pytest.mark.parametrize(("out_dtype", "swapped"), [("bfloat16", False), ("float32", False), ("bfloat16", True)])
+def test_results_are_stored_without_bank_conflicts(out_dtype, swapped, gpu_compiler, monkeypatch) -> None:
     """Mosaic falls back to slow stores without a word where it finds no order that is free of conflicts."""
     from jax.experimental.mosaic.gpu.fragmented_array import FragmentedArray
+
+    from jaxmoe.kernels.grouped_matmul import mosaic_gpu
 
     stored, store = [], FragmentedArray.store_tiled
 
@@ -216,13 +218,15 @@ def test_results_are_stored_without_bank_conflicts(out_dtype, gpu_compiler, monk
 
     monkeypatch.setattr(FragmentedArray, "store_tiled", recorded)
     arguments = (array(8192, 768), array(16, 2048, 768), array(16, dtype="int32"))
+    tiles = mosaic_gpu.Tiles(m=96 if swapped else 128, n=256, k=64, stages=3, swapped=swapped)
 
     def multiply(*arguments):
-        return grouped_matmul(*arguments, out_dtype=jnp.dtype(out_dtype), backend="mosaic_gpu")
+        return mosaic_gpu.grouped_matmul(*arguments, out_dtype=jnp.dtype(out_dtype), tiles=tiles)
 
     jax.jit(multiply).trace(*arguments).lower(lowering_platforms=("cuda",)).compile()
     width = 128 // jnp.dtype(out_dtype).itemsize
-    assert stored == [(128, True, (64, width))] * (256 // width)
+    expected = [(128, True, (128, 96))] if swapped else [(128, True, (64, width))] * (256 // width)
+    assert stored == expected
 
 
 def test_nothing_but_the_kernel_writes_its_result(gpu_compiler) -> None:

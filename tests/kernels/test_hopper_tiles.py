@@ -4,7 +4,10 @@ import itertools
 
 import pytest
 
-from jaxmoe.kernels.grouped_matmul.mosaic_gpu.tiles import Problem, candidate_tiles, choose_tiles
+from jaxmoe.hardware import GPUS
+from jaxmoe.kernels.grouped_matmul.mosaic_gpu.choice import candidate_tiles, choose_tiles
+from jaxmoe.kernels.grouped_matmul.mosaic_gpu.tiles import Problem
+from jaxmoe.kernels.grouped_matmul.predict import Product, count_row_tiles, likely_sizes, predict
 
 SIZES = [(2048, 768), (4096, 14336), (2880, 2880), (1024, 64)]
 
@@ -55,12 +58,41 @@ PUBLISHED = {
 
 @pytest.mark.parametrize("out_bytes", [2, 4], ids=["16 bits", "float32"])
 @pytest.mark.parametrize(("G", "D", "F"), PUBLISHED.values(), ids=PUBLISHED)
-def test_four_stages_are_under_way_at_published_shapes(G, D, F, out_bytes):
+def test_no_stage_is_waited_for_at_published_shapes(G, D, F, out_bytes):
     """A stage lasts some 1,000 cycles and its refill 1,400: two stages leave the tensor cores waiting."""
     for rows in (1, 8, 32, 65, 128, 1024, 8192):
         up = Problem(R=rows * G, G=G, halves=2, N=F, K=D)
         down = Problem(R=rows * G, G=G, halves=1, N=D, K=F, out_bytes=out_bytes)
-        assert choose_tiles(up).stages >= 4
-        assert choose_tiles(down).stages >= 4
-        if rows > 64:
-            assert choose_tiles(down).n == 256
+        for problem in (up, down):
+            tiles = choose_tiles(problem)
+            assert tiles.stages >= 3
+            product = Product(
+                sizes=(rows,) * G, halves=problem.halves, N=problem.N, K=problem.K, out_bytes=problem.out_bytes
+            )
+            assert predict(product, tiles, GPUS["h100"]).bound != "latency"
+        if rows >= 1024:
+            # As many sums as registers hold: each number that is loaded is multiplied as often as can be.
+            assert up.halves * choose_tiles(up).m * choose_tiles(up).n >= 144 * 256
+            assert choose_tiles(down).m * choose_tiles(down).n >= 128 * 256
+
+
+@pytest.mark.parametrize(("T", "filled"), [(4096, 0.85), (16384, 0.9)])
+def test_tiles_are_filled_where_products_bound(T, filled):
+    """Rows of Qwen3-30B's gate and up by those of its tiles; of 128 rows each they were 77 % at 4096 tokens."""
+    sizes = likely_sizes(T, 8, 128)
+    m = choose_tiles(Problem(R=8 * T, G=128, halves=2, N=768, K=2048)).m
+    assert sum(sizes) / (m * count_row_tiles(sizes, m)) > filled
+
+
+def test_one_busy_group_counts():
+    """Tiles of 8 rows would be no slower if every group had its one row, but many would read the busy one's matrix."""
+    assert choose_tiles(Problem(R=256, G=128, halves=2, N=768, K=2048)).m == 16
+
+
+def test_tiles_differ_in_what_is_measured():
+    """Of each width of outputs and of inner numbers some, so that a measurement tells what the model does not know."""
+    candidates = candidate_tiles(Problem(R=32768, G=128, halves=1, N=768, K=2048))
+    assert {tiles.k for tiles in candidates} == {64, 128}
+    assert {tiles.n for tiles in candidates} == {64, 128, 192, 256}
+    assert {tiles.band for tiles in candidates} == {1, 8, 16}
+    assert len(candidates) < 60

@@ -8,6 +8,7 @@ products, which it computes at once. It is slow, so shapes are small.
 """
 
 import dataclasses
+import re
 
 import jax
 import jax.numpy as jnp
@@ -16,9 +17,10 @@ import pytest
 
 from jaxmoe.config import MoEConfig
 from jaxmoe.kernels.grouped_matmul import check_backend, expert_mlp, grouped_matmul
-from jaxmoe.kernels.grouped_matmul.combine import combine_halves
+from jaxmoe.kernels.grouped_matmul.combine import CLAMPED, KERNEL_ACTIVATIONS, OF_EXPONENTIALS, combine_halves
 from jaxmoe.kernels.grouped_matmul.quantized import as_matrices, dequantize
 from jaxmoe.layers import MoE
+from jaxmoe.numerics import ACTIVATIONS
 from tests.support.kernels import (
     FLOAT32,
     MLPS,
@@ -53,7 +55,23 @@ def test_product(sizes, R, swapped) -> None:
 
     # Outputs that are no multiple of a tile, as the 2880 of gpt-oss are none.
     N, dtype = (136, jnp.bfloat16) if swapped else (192, jnp.float16)
-    check_product(mosaic_gpu, sizes, R, N, dtype, tiles=tiles_of(swapped), interpret=True)
+    # And rows of a tile that are no power of two, in which they are copied out; an odd number of pieces of a result.
+    tiles = tiles_of(swapped, **({"m": 24} if swapped else {"n": 192}))
+    check_product(mosaic_gpu, sizes, R, N, dtype, tiles=tiles, interpret=True)
+
+
+@pytest.mark.covering(most=1)
+@needs_mosaic
+@pytest.mark.parametrize("swapped", [True, False], ids=["few rows", "many rows"])
+def test_stages_of_two_swizzles(swapped) -> None:
+    from jaxmoe.kernels.grouped_matmul import mosaic_gpu
+
+    rows, matrices = rows_and_matrices(16, (2, 128, 384), dtype=jnp.bfloat16)
+    tiles = tiles_of(swapped, k=128, **({"m": 8} if swapped else {"n": 64}))
+    sizes = [3, 10]
+    options = {"out_dtype": FLOAT32, "tiles": tiles, "interpret": True}
+    out = mosaic_gpu.grouped_matmul(rows, matrices, jnp.asarray(sizes, jnp.int32), **options)
+    np.testing.assert_allclose(out, exact(rows, matrices, sizes), atol=1e-5)
 
 
 @pytest.mark.covering(most=1)
@@ -196,6 +214,40 @@ def test_single_rows_end_with_the_matrix(swapped, N, widths, monkeypatch) -> Non
     assert widths_of_single_rows(N, tiles_of(swapped), monkeypatch) == widths
 
 
+@needs_mosaic
+@pytest.mark.parametrize(
+    ("activation", "limit", "dtype", "format", "approximate"),
+    [
+        ("silu", None, "bfloat16", None, True),
+        ("clamped_swiglu", 7.0, "float16", None, True),
+        ("silu", None, "bfloat16", "int4", True),
+        # tanh would be off by as much as a number of 16 bits is rounded, and scales of powers of two are exponentials.
+        ("gelu_tanh", None, "bfloat16", None, False),
+        ("situ", 0.5, "bfloat16", None, False),
+        ("silu", None, "bfloat16", "mxfp4", False),
+    ],
+)
+def test_exponentials_are_approximated_where_rounding_hides_it(activation, limit, dtype, format, approximate) -> None:
+    x, up, down = rows_and_matrices(8, (1, 2, 64, 64), (1, 64, 64), dtype=dtype)
+    if format:
+        up = packed_stack(format, (1, 32), "uint8" if format == "mxfp4" else "bfloat16", 2, 64, 64)
+        up = jax.tree.map(lambda array: array.reshape(1, 2, *array.shape[1:]), up)
+    options = {"activation": activation, "limit": limit, "backend": "mosaic_gpu", "out_dtype": FLOAT32}
+    program = jax.make_jaxpr(lambda *args: expert_mlp(*args, **options))(x, up, down, jnp.asarray([8], jnp.int32))
+    # The second product has no activation.
+    assert re.findall(r"approx_math=(\w+)", str(program)) == [str(approximate), "False"]
+
+
+def test_approximated_activations_have_exponentials_and_nothing_else() -> None:
+    """By what they are computed from in a kernel."""
+    for name in {*ACTIVATIONS, *CLAMPED}:
+        halves = combine_halves(name, 1.0, gated=True).halves
+        of_kernel = lambda gate, up, halves=halves: halves(gate, up, activations=KERNEL_ACTIVATIONS)  # noqa: E731
+        words = set(re.findall(r"= (\w+)", str(jax.make_jaxpr(of_kernel)(1.0, 1.0))))
+        others = {"tanh", "erf", "exp2", "log", "log1p", "sqrt", "rsqrt", "sin", "cos"}
+        assert (name in OF_EXPONENTIALS) == (bool(words & {"exp", "logistic"}) and not words & others), name
+
+
 class Rows:
     """An array in place of a reference: it shows what `copy_rows_out` asks to copy."""
 
@@ -294,7 +346,7 @@ def test_chosen_tiles_fit(rows, halves, bits, block) -> None:
         chosen = choose_tiles(problem)
         assert chosen.stages > 1
         assert problem.K % chosen.k == 0
-        assert chosen.swapped == (bits < 16 or rows <= 64 or N == 1440)
+        assert chosen.swapped or not (bits < 16 or N == 1440)
         candidates = candidate_tiles(problem)
         assert candidates[0] == chosen
         assert len(set(candidates)) == len(candidates)

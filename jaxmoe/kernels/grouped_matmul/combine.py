@@ -27,6 +27,12 @@ KERNEL_ACTIVATIONS = ACTIVATIONS | {
 }
 
 
+# Those with an exponential and nothing else that a GPU approximates. ex2.approx is off by 2 units of float32 at most and its
+# argument is rounded, so e^x is off by some |x| 2^-23: by 10^-5 where e^x is neither 0 nor infinite, while half a unit of
+# bfloat16 is 2·10^-3 and of float16 5·10^-4. An approximate tanh is off by 5·10^-4 itself.
+OF_EXPONENTIALS = frozenset({"silu", "gelu", "clamped_swiglu", "limited_swiglu", "capped_swiglu"})
+
+
 def clamped_swiglu(gate: jax.Array, up: jax.Array, limit: float) -> jax.Array:
     """(u + 1) · g · sigmoid(1.702 g), with g the gate cut off above `limit` and u the other half within ±`limit`.
 

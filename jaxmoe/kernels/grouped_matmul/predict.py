@@ -30,11 +30,11 @@ CACHE_KEPT = 0.5
 SHARED_BYTES = 128
 # Cycles from asking for a stage to having it, when all ask; and those from one tile to the next that nothing hides.
 REFILL_CYCLES, TILE_CYCLES = 1400, 300
-# Threads of a warp that meet in one bank where results lie in shared memory unswizzled, as those of swapped tiles do.
+# Threads of a warp that meet in one bank where results of 2 bytes lie in shared memory unswizzled; half as many of 4 bytes.
 UNSWIZZLED_CONFLICTS = 8
-# Instructions for each result: rounding, addresses and a store; and those of an activation with an accurate exponential
-# and a division.
-RESULT_INSTRUCTIONS, ACTIVATION_INSTRUCTIONS = 4, 24
+# Instructions for each result: rounding, addresses and a store; and those of an activation with an approximate exponential,
+# of two instructions where an accurate one has eight, and a division.
+RESULT_INSTRUCTIONS, ACTIVATION_INSTRUCTIONS = 4, 18
 # Instructions for each packed number that is expanded in registers.
 EXPAND_INSTRUCTIONS = 2
 # Seconds of starting a kernel, and of the small kernels that make its map of tiles: the program compiled for an H100 has
@@ -142,7 +142,7 @@ def predict(product: Product, tiles: TileSizes, gpu: GPU, *, store_conflicts: in
         tiles: sizes of the tiles.
         gpu: kind of GPU, in terms of its data sheet.
         store_conflicts: threads that meet in one bank of shared memory when results are stored; None for those of the
-            kernel, whose results are swizzled unless its tiles are swapped.
+            kernel, whose results are swizzled unless its tiles are swapped and they have 4 bytes.
 
     >>> from types import SimpleNamespace
     >>> from jaxmoe.hardware import GPUS
@@ -168,7 +168,8 @@ def predict(product: Product, tiles: TileSizes, gpu: GPU, *, store_conflicts: in
     packed = product.weight_bits < 8 * product.row_bytes
     expanding = EXPAND_INSTRUCTIONS * outputs * tiles.k / gpu.fp32_units * cycle if packed else 0.0
     if store_conflicts is None:
-        store_conflicts = UNSWIZZLED_CONFLICTS if tiles.swapped else 1
+        swizzled = not tiles.swapped or (product.out_bytes == 2 and product.N % 64 == 0)
+        store_conflicts = 1 if swizzled else UNSWIZZLED_CONFLICTS * 2 // product.out_bytes
     results = _result_cycles(product, tiles, gpu, store_conflicts) * cycle
     loading = steps * max(cache, latency)
     # Expanding and multiplying take turns in a warpgroup.
@@ -276,6 +277,17 @@ def likely_sizes(tokens: int, per_token: int, groups: int) -> tuple[int, ...]:
             below += chance
         sizes.append(size)
     return _with_sum(sizes, tokens * per_token)
+
+
+def skewed_sizes(rows: int, groups: int) -> tuple[int, ...]:
+    """Rows of each group where the i-th busiest has them in proportion to i^-1.2.
+
+    >>> skewed_sizes(100, 4)
+    (53, 23, 14, 10)
+    """
+    ends = list(itertools.accumulate((i + 1) ** -1.2 for i in range(groups)))
+    until = [0, *(round(rows * end / ends[-1]) for end in ends)]
+    return tuple(after - before for before, after in itertools.pairwise(until))
 
 
 def _normal_quantiles(tokens: int, share: float, groups: int) -> list[int]:

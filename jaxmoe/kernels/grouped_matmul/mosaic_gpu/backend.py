@@ -14,15 +14,16 @@ import jax.numpy as jnp
 from jaxmoe.hardware import GPU, GPUS
 from jaxmoe.kernels.grouped_matmul import portable
 from jaxmoe.kernels.grouped_matmul.backends import Kernels
-from jaxmoe.kernels.grouped_matmul.combine import KERNEL_ACTIVATIONS, Combine
+from jaxmoe.kernels.grouped_matmul.combine import KERNEL_ACTIVATIONS, OF_EXPONENTIALS, Combine
 from jaxmoe.kernels.grouped_matmul.gpu import multiprocessors
 from jaxmoe.kernels.grouped_matmul.gradient import with_gradient_of, with_pullback
 from jaxmoe.kernels.grouped_matmul.gradient_products import mlp_gradients, product_gradients
 from jaxmoe.kernels.grouped_matmul.group_tiles import ALIGNMENT, tile_groups
 from jaxmoe.kernels.grouped_matmul.mosaic_gpu import blackwell, kernel
 from jaxmoe.kernels.grouped_matmul.mosaic_gpu.blackwell_tiles import BlackwellProblem, is_blackwell
+from jaxmoe.kernels.grouped_matmul.mosaic_gpu.choice import choose_tiles
 from jaxmoe.kernels.grouped_matmul.mosaic_gpu.gradient_products import HopperProducts, missing_gradient
-from jaxmoe.kernels.grouped_matmul.mosaic_gpu.tiles import WGMMA_ROWS, Problem, Tiles, choose_tiles
+from jaxmoe.kernels.grouped_matmul.mosaic_gpu.tiles import WGMMA_ROWS, Problem, Tiles
 from jaxmoe.kernels.grouped_matmul.quantized import FORMATS, Matrices, QuantizedStack
 from jaxmoe.kernels.grouped_matmul.quantized_rows import OnRoundedRows, QuantizedRows, quantize_rows, scales_of_rows
 from jaxmoe.kernels.grouped_matmul.row_loops import owned_only
@@ -101,6 +102,7 @@ def expert_mlp(
     measured_down = measured_tiles(Tiles, device_kind, "mosaic_gpu", x_RD, w_down_pDF, out_dtype)
     halves = 2 if combine.gated else 1
     finish = _combined(combine)
+    approximate = combine.activation in OF_EXPONENTIALS and x_RD.dtype.itemsize == 2
 
     def forward(arrays: Any, group_sizes_p: jax.Array) -> jax.Array:
         x_RD, w_up, w_down, b_up, b_down, scales_p2 = arrays
@@ -108,7 +110,7 @@ def expert_mlp(
         up = (x_RD.dtype, (tiles[0], measured_up), device_kind, interpret)
         down = (out_dtype, (tiles[1], measured_down), device_kind, interpret)
         rows = _quantized(x_RD, activations, group_sizes_p, scales[0])
-        h_RF = _product(rows, w_up, b_up, group_sizes_p, finish, halves, *up)
+        h_RF = _product(rows, w_up, b_up, group_sizes_p, finish, halves, *up, approximate=approximate)
         rows = _quantized(h_RF, activations, group_sizes_p, scales[1], split_over)
         return _product(rows, w_down, b_down, group_sizes_p, _identity, 1, *down)
 
@@ -212,8 +214,14 @@ def _product(
     given_or_measured: tuple[Tiles | None, Tiles | None],
     device_kind: str | None,
     interpret: bool,
+    *,
+    approximate: bool = False,
 ) -> jax.Array:
-    """The kernel on rows [R, K] and matrices [G, halves·N, K]; anything in rows that no group owns."""
+    """The kernel on rows [R, K] and matrices [G, halves·N, K]; anything in rows that no group owns.
+
+    Exponentials may be off by some 10^-5 of themselves if `approximate`, on Hopper, except where scales are powers of two,
+    which the kernel has of the same function.
+    """
     R, (G, _, K) = jax.tree.leaves(rows_RK)[0].shape[0], matrices_GNK.shape
     N = matrices_GNK.shape[1] // halves
     if 0 in (R, G, N, K):
@@ -232,9 +240,13 @@ def _product(
         return array.reshape(G, halves, array.shape[1] // halves, *array.shape[2:])
 
     padded = jax.tree.map(lambda array: jnp.pad(array, ((0, -R % ALIGNMENT), (0, 0))), rows_RK)
-    multiply, known = (
-        (blackwell.multiply, GPUS["b200"]) if isinstance(problem, BlackwellProblem) else (kernel.multiply, GPUS["h100"])
-    )
+    multiply: Callable[..., jax.Array]
+    if isinstance(problem, BlackwellProblem):
+        multiply, known = blackwell.multiply, GPUS["b200"]
+    else:
+        of_powers = isinstance(matrices_GNK, QuantizedStack) and matrices_GNK.scales.dtype == jnp.uint8
+        multiply = partial(kernel.multiply, approximate=approximate and not of_powers)
+        known = GPUS["h100"]
     out = multiply(
         padded,
         jax.tree.map(by_half, matrices_GNK),

@@ -2,7 +2,13 @@
 
 import re
 
-from jaxmoe.kernels.grouped_matmul.mosaic_gpu.tiles import RESERVED_BYTES, SHARED_BYTES, Problem, Tiles
+from jaxmoe.kernels.grouped_matmul.mosaic_gpu.tiles import (
+    RESERVED_BYTES,
+    SHARED_BYTES,
+    Problem,
+    Tiles,
+    inner_tile,
+)
 
 # Outputs of a tile, of each half: rows of the tensor core's first operand, and lanes of tensor memory.
 OUTPUTS = 128
@@ -40,6 +46,17 @@ class BlackwellProblem(Problem):
     def row_sizes(self) -> tuple[int, ...]:
         """Rows that a tile may have, as many as the second operand takes and tensor memory gives out."""
         return (16, 32, 64, 128, 256)
+
+    @property
+    def inner_sizes(self) -> tuple[int, ...]:
+        """The widest inner tile."""
+        return (inner_tile(self),)
+
+    def cost(self, tiles: Tiles) -> tuple[float, ...]:
+        """Rank tiles, the best lowest: the more rows the better, up to twice those of a group, for want of a model."""
+        rows = self.R / self.G
+        most = next((m for m in self.row_sizes if rows <= m // 2), self.row_sizes[-1])
+        return tiles.m > most, -tiles.m
 
     def least_stages(self, tiles: Tiles) -> int:
         """Stages that are needed to go on: the tensor core gives each back by itself."""

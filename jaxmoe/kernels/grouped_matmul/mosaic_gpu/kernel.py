@@ -39,6 +39,7 @@ from jaxmoe.kernels.grouped_matmul.mosaic_gpu.tiles import (
     Tiles,
     piece_of_results,
     piece_rows_of_results,
+    results_are_swizzled,
     scales_numbers,
 )
 from jaxmoe.kernels.grouped_matmul.quantized import QuantizedStack
@@ -48,7 +49,7 @@ from jaxmoe.kernels.grouped_matmul.quantized_rows import QuantizedRows
 _LOADER_REGISTERS, _COMPUTE_REGISTERS = 40, 232
 
 
-@partial(jax.jit, static_argnames=("tiles", "finish", "out_dtype", "blocks", "interpret"))
+@partial(jax.jit, static_argnames=("tiles", "finish", "out_dtype", "approximate", "blocks", "interpret"))
 def multiply(
     rows_RK: jax.Array | QuantizedRows,
     matrices_GHNK: jax.Array | QuantizedStack,
@@ -58,13 +59,14 @@ def multiply(
     finish: Callable[..., jax.Array],
     out_dtype: jnp.dtype,
     *,
+    approximate: bool,
     blocks: int,
     interpret: bool,
 ) -> jax.Array:
     """finish(W[g, 0] x + b[g, 0], ...) of each row x, with g its group; rows that no group owns hold anything.
 
-    R is a multiple of 8 here, and `blocks` the number of multiprocessors. Products of the same sizes and `finish` are one
-    function of a program, so that its layers have the kernel made once.
+    R is a multiple of 8 here, `blocks` the number of multiprocessors, and `approximate` has exponentials approximated.
+    Products of the same sizes and `finish` are one function of a program, so that its layers have the kernel made once.
     """
     quantized = rows_RK if isinstance(rows_RK, QuantizedRows) else None
     if isinstance(rows_RK, QuantizedRows):
@@ -99,14 +101,16 @@ def multiply(
         grid_names=("multiprocessor",),
         num_threads=WARPGROUPS + 1,
         thread_name="warpgroup",
-        scratch_types=_scratch(call, H, rows.dtype, stored[0].dtype, out_dtype),
-        compiler_params=plgpu.CompilerParams(lowering_semantics=plgpu.LoweringSemantics.Warpgroup),
+        scratch_types=_scratch(call, H, N, rows.dtype, stored[0].dtype, out_dtype),
+        compiler_params=plgpu.CompilerParams(
+            lowering_semantics=plgpu.LoweringSemantics.Warpgroup, approx_math=approximate
+        ),
         **({"interpret": plgpu.InterpretGPUParams()} if interpret else {}),
     )
     return kernel(*layout, rows, *stored)
 
 
-def _scratch(call: Call, H: int, row_dtype: Any, matrix_dtype: Any, out_dtype: Any) -> dict[str, Any]:
+def _scratch(call: Call, H: int, N: int, row_dtype: Any, matrix_dtype: Any, out_dtype: Any) -> dict[str, Any]:
     tiles, parts = call.tiles, call.parts
     row_width = (call.chunk if call.format else tiles.k) // parts
     # The interpreter reads no swizzled tile into registers.
@@ -122,7 +126,7 @@ def _scratch(call: Call, H: int, row_dtype: Any, matrix_dtype: Any, out_dtype: A
         "results": plgpu.SMEM(
             (WARPGROUPS, slots, piece_rows_of_results(tiles), width),
             out_dtype,
-            transforms=() if tiles.swapped else swizzled(width, out_dtype, rows=1),
+            transforms=swizzled(width, out_dtype, rows=1) if results_are_swizzled(tiles, N, out_dtype) else (),
         ),
         "filled": plgpu.Barrier(num_arrivals=parts + H, num_barriers=tiles.stages),
         "emptied": plgpu.Barrier(num_arrivals=WARPGROUPS, num_barriers=tiles.stages),
@@ -198,7 +202,9 @@ def _store(call: Call, result: jax.Array, results: Any, out: Any, row: Any, firs
         plgpu.wait_smem_to_gmem(0, wait_read_only=True)
         # Neighbors along the rows of a tile change hands, for registers are stored in pairs.
         transposed = plgpu.layout_cast(result, plgpu.Layout.WGMMA_TRANSPOSED)
-        write(results.at[warpgroup, 0].T, transposed)
+        write(
+            results.at[warpgroup, 0].T, transposed, optimized=results_are_swizzled(call.tiles, out.shape[1], out.dtype)
+        )
         plgpu.commit_smem()
         copy_rows_out(results.at[warpgroup, 0], out, row, first, last, column + warpgroup * height)
         return

@@ -134,10 +134,10 @@ def copy_rows_out(results: Any, out: Any, row: Any, first: Any, last: Any, colum
     plgpu.commit_smem_to_gmem_group()
 
 
-def write(shared: Any, value: jax.Array) -> None:
-    """Store to shared memory that is not swizzled, so not free of bank conflicts: jax since 0.12 wants to be told."""
+def write(shared: Any, value: jax.Array, *, optimized: bool = False) -> None:
+    """Store to shared memory; jax since 0.12 wants to be told where it is not swizzled, so not free of bank conflicts."""
     if hasattr(plgpu, "store"):
-        plgpu.store(shared, value, optimized=False)
+        plgpu.store(shared, value, optimized=optimized)
     else:
         shared[...] = value
 

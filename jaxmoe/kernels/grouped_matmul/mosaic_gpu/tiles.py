@@ -1,10 +1,14 @@
-"""Sizes of the tiles that a block of a kernel works on, and the choice of them where none were measured; on Hopper."""
+"""Sizes of the tiles that a block of a kernel works on, on Hopper; `choice` has the choice of them."""
 
 import dataclasses
-import itertools
+from functools import cached_property
+from typing import Any
+
+import jax.numpy as jnp
 
 from jaxmoe.hardware import GPUS
 from jaxmoe.kernels.grouped_matmul.group_tiles import ALIGNMENT
+from jaxmoe.kernels.grouped_matmul.predict import Product, likely_sizes, predict, skewed_sizes
 
 # Shared memory that a block may have, on Hopper and on Blackwell, and what barriers and alignment may take of it.
 SHARED_BYTES, RESERVED_BYTES = GPUS["h100"].block_shared_memory, 2048
@@ -13,6 +17,10 @@ WARPGROUPS = 2
 WGMMA_ROWS = 64
 # Bytes of a row of results that are copied out at a time, where rows lead: copies begin at a multiple of so many.
 PIECE_BYTES = 128
+# The most sums of a tile that a thread has: of one matrix; of two, which an activation follows; and of packed matrices,
+# whose expanded numbers and scales are beside them. ptxas has room for them in 232 registers at every published shape
+# (tests/aot); with 192 sums of two it has not, whatever the activation.
+_THREAD_SUMS, _GATED_SUMS, _PACKED_SUMS = 192, 176, 160
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -20,10 +28,10 @@ class Tiles:
     """Sizes that one block multiplies at a time.
 
     Attributes:
-        m: rows, a multiple of 8; of 128 unless `swapped`.
+        m: rows, a multiple of 8 up to 256; of 128 unless `swapped`.
         n: outputs of each of gate and up, or of a single matrix; a multiple of 128 if `swapped`, else of 64, and 128 where
             matrices are packed.
-        k: inner size of a stage of the pipeline.
+        k: inner size of a stage of the pipeline; two swizzles of 128 bytes at most.
         stages: stages that are under way at once.
         swapped: flag that matrices are wgmma's first operand and rows its second, for it takes 64 of the first at least, but
             any multiple of 8 of the second, as few rows a group need. The two warpgroups share the outputs then, and else
@@ -84,13 +92,37 @@ class Problem:
 
     @property
     def row_sizes(self) -> tuple[int, ...]:
-        """Rows of tiles that are `swapped`: those worth trying."""
-        return (16, 32, 64, 128)
+        """Rows of tiles that are `swapped`: as many as wgmma's second operand takes."""
+        return tuple(range(ALIGNMENT, 256 + 1, ALIGNMENT))
 
     @property
     def column_sizes(self) -> tuple[int, ...]:
         """Outputs of tiles that are `swapped`: those worth trying; all that there are where matrices are packed."""
         return (128,) if self.packed else (128, 256)
+
+    @property
+    def inner_sizes(self) -> tuple[int, ...]:
+        """Inner sizes worth trying: the widest that is one swizzle wide, and twice that where it divides K."""
+        k = inner_tile(self)
+        return (k,) if self.packed or self.K % (2 * k) else (k, 2 * k)
+
+    def cost(self, tiles: Tiles) -> tuple[float, ...]:
+        """Rank tiles, the best lowest: by having too few stages, by the predicted time, by what memory may hide of it.
+
+        A stage that comes late is waited for, where two are under way; and of equally fast tiles those with the most
+        stages have most in hand when memory is slow.
+        """
+        found = [predict(product, tiles, GPUS["h100"]) for product in self._products]
+        late = tiles.stages < min(3, self.K // tiles.k)
+        return late, sum(each.seconds for each in found), -tiles.stages, sum(each.on_chip for each in found)
+
+    @cached_property
+    def _products(self) -> list[Product]:
+        """The product with even routing, and with one where few groups have most rows: tiles should suit both."""
+        names = ("halves", "N", "K", "row_bytes", "out_bytes", "weight_bits")
+        sizes = {name: getattr(self, name) for name in names}
+        routings = (likely_sizes(self.R, 1, self.G), skewed_sizes(self.R, self.G))
+        return [Product(sizes=rows, **sizes) for rows in routings]
 
     def least_stages(self, tiles: Tiles) -> int:
         """Stages that are needed to go on: where a stage is given back when the next is under way, that needs a place."""
@@ -112,7 +144,8 @@ class Problem:
             registers = sums + sums // self.halves + tiles.m // 4
         else:  # sums of a block of inputs and the sum of those, or one; and the expanded numbers
             registers = (1 if scales_numbers(self.format, self.block) else 2) * sums + tiles.k // 2
-        return self.shared_bytes(tiles) <= SHARED_BYTES and registers <= 128 + 32 * self.packed
+        most = _PACKED_SUMS if self.packed else _GATED_SUMS if self.halves == 2 else _THREAD_SUMS
+        return self.shared_bytes(tiles) <= SHARED_BYTES and registers <= most
 
     def works(self, tiles: Tiles) -> bool:
         """Tell whether tiles fit, and have the stages that are needed to go on."""
@@ -125,13 +158,13 @@ class Problem:
             ValueError: they do not divide what they must, or do not fit.
             NotImplementedError: no tiles would work, see `inner_tile`.
         """
-        widest = inner_tile(self)
+        widest = max(self.inner_sizes)
         # What is copied out begins at a multiple of 128 bytes in shared memory, so a row of it has 64 numbers.
         rows, outputs = (ALIGNMENT, WARPGROUPS * WGMMA_ROWS) if tiles.swapped else (WARPGROUPS * WGMMA_ROWS, 64)
         if widest % tiles.k or self.K % tiles.k:
-            raise ValueError(f"k must divide {self.K}; got {tiles}: use {widest}")
-        if tiles.m % rows or tiles.n % outputs:
-            raise ValueError(f"m must be a multiple of {rows} and n of {outputs}; got {tiles}")
+            raise ValueError(f"k must divide {self.K}; got {tiles}: use {inner_tile(self)}")
+        if tiles.m % rows or tiles.n % outputs or not (0 < tiles.m <= 256 and 0 < tiles.n <= 256):
+            raise ValueError(f"m must be a multiple of {rows} and n of {outputs}, up to 256; got {tiles}")
         if tiles.stages < self.least_stages(tiles) or tiles.band < 1:
             raise ValueError(f"stages must be {self.least_stages(tiles)} at least, and band 1; got {tiles}")
         if self.packed and tiles.n not in self.column_sizes:
@@ -165,55 +198,21 @@ def piece_of_results(tiles: Tiles, out_bytes: int) -> tuple[int, int]:
     return width, 1 if tiles.n // width % 2 else 2
 
 
+def results_are_swizzled(tiles: Tiles, N: int, out_dtype: Any) -> bool:
+    """Tell whether results lie in shared memory so that storing them meets no bank twice.
+
+    Of `swapped` tiles those of 2 bytes alone do, in matrices of whole swizzles: of wgmma's 64 outputs Mosaic GPU stores
+    no 32, as there are in a swizzle of 4 bytes each.
+    """
+    return not tiles.swapped or (jnp.dtype(out_dtype).itemsize == 2 and N % 64 == 0)
+
+
 def scales_numbers(format: str | None, block: tuple[int, int]) -> bool:
     """Tell whether numbers are scaled before they are multiplied, and not the sums of those that share a scale.
 
     Where it is exact, in bfloat16, and where so few share a scale that they make no product of their own.
     """
     return format in ("mxfp4", "nvfp4") or block[1] % 32 != 0
-
-
-def choose_tiles(problem: Problem) -> Tiles:
-    """Tiles by the average rows of a group; nothing of it has been measured.
-
-    Raises:
-        NotImplementedError: N or K is no multiple of what the kernel copies at a time.
-    """
-    k = inner_tile(problem)
-    rows = problem.R / problem.G
-    if rows > 64 and problem.rows_may_lead:
-        widest = 128 if problem.halves == 2 or problem.N <= 128 else 256
-        sizes = [Tiles(m=128, n=n, k=k, stages=1) for n in (256, 128, 64) if n <= widest]
-    else:
-        *smaller, largest = problem.row_sizes
-        most = next((m for m in smaller if rows <= m // 2), largest)
-        sizes = [Tiles(m=m, n=128, k=k, stages=1, swapped=True) for m in reversed(problem.row_sizes) if m <= most]
-    staged = [with_stages(problem, tiles) for tiles in sizes]
-    return next((tiles for tiles in staged if problem.works(tiles)), staged[-1])
-
-
-def candidate_tiles(problem: Problem) -> list[Tiles]:
-    """Tiles that are worth timing for a problem; `choose_tiles` is one of them.
-
-    Raises:
-        NotImplementedError: as of `choose_tiles`.
-    """
-    k = inner_tile(problem)
-    shapes = [(m, n, True) for m, n in itertools.product(problem.row_sizes, problem.column_sizes)]
-    if problem.rows_may_lead:
-        shapes += [(m, n, False) for m, n in itertools.product((128, 256), (64, 128, 256))]
-    tiles = [
-        with_stages(problem, Tiles(m=m, n=n, k=k, stages=1, swapped=swapped, band=band))
-        for (m, n, swapped), band in itertools.product(shapes, (1, 8, 16))
-    ]
-    return list(dict.fromkeys([choose_tiles(problem), *filter(problem.works, tiles)]))
-
-
-def with_stages(problem: Problem, tiles: Tiles) -> Tiles:
-    """As many stages as fit and as there is work for, up to 8."""
-    counts = (count for count in range(min(8, problem.K // tiles.k), 1, -1))
-    staged = (dataclasses.replace(tiles, stages=count) for count in counts)
-    return next((tiles for tiles in staged if problem.fits(tiles)), tiles)
 
 
 def inner_tile(problem: Problem) -> int:

@@ -1,0 +1,53 @@
+"""The choice of tiles where none were measured, by what a problem says that they cost: on Hopper, a model of their time."""
+
+import dataclasses
+import itertools
+from functools import lru_cache
+
+from jaxmoe.kernels.grouped_matmul.mosaic_gpu.tiles import Problem, Tiles
+
+# Candidates for a measurement that differ in their rows alone.
+_ROW_SIZES = 5
+
+
+@lru_cache
+def choose_tiles(problem: Problem) -> Tiles:
+    """The tiles that work and cost the least; nothing of it has been measured.
+
+    Raises:
+        NotImplementedError: N or K is no multiple of what the kernel copies at a time.
+    """
+    return min(_working_tiles(problem), key=problem.cost)
+
+
+def candidate_tiles(problem: Problem) -> list[Tiles]:
+    """Tiles that are worth timing: what `choose_tiles` gives, that in other bands, and the best of each n and k.
+
+    Raises:
+        NotImplementedError: as of `choose_tiles`.
+    """
+    chosen = choose_tiles(problem)
+    kinds: dict[tuple[int, ...], list[Tiles]] = {}
+    for tiles in sorted(_working_tiles(problem), key=problem.cost):
+        kinds.setdefault((tiles.swapped, tiles.n, tiles.k), []).append(tiles)
+    best = (tiles for kind in kinds.values() for tiles in kind[:_ROW_SIZES])
+    banded = (dataclasses.replace(chosen, band=band) for band in (1, 16))
+    return list(dict.fromkeys([chosen, *banded, *best]))
+
+
+def _working_tiles(problem: Problem) -> list[Tiles]:
+    shapes = [(m, n, True) for m, n in itertools.product(problem.row_sizes, problem.column_sizes)]
+    if problem.rows_may_lead:
+        shapes += [(m, n, False) for m, n in itertools.product((128, 256), (64, 128, 192, 256))]
+    tiles = (
+        with_stages(problem, Tiles(m=m, n=n, k=k, stages=1, swapped=swapped))
+        for k, (m, n, swapped) in itertools.product(problem.inner_sizes, shapes)
+    )
+    return [each for each in tiles if problem.works(each)]
+
+
+def with_stages(problem: Problem, tiles: Tiles) -> Tiles:
+    """As many stages as fit and as there is work for, up to 8."""
+    counts = (count for count in range(min(8, problem.K // tiles.k), 1, -1))
+    staged = (dataclasses.replace(tiles, stages=count) for count in counts)
+    return next((tiles for tiles in staged if problem.fits(tiles)), tiles)
