@@ -7,10 +7,13 @@ does not import JAX and starts no backend: a script may still choose its devices
 
 import ast
 import importlib
+import time
 from pathlib import Path
 from typing import Any
 
 __version__ = "0.1.0"
+# Seconds since the epoch: sources that are newer may not be those that run.
+__imported__ = time.time()
 
 # The stub beside this file has the names once, in the form that type checkers and editors understand.
 _STUB = ast.parse(Path(__file__).with_suffix(".pyi").read_text(encoding="utf-8"))

@@ -45,3 +45,4 @@ from jaxmoe.planning import plan as plan
 
 __all__: list[str]
 __version__: str
+__imported__: float

@@ -5,6 +5,7 @@ what it may leave out: the processor that host code was compiled for, since a ho
 
 An entry is a program that will be run, so a folder that others may write to is not used. JAX evicts what was used least
 recently, and writes an entry before its time of use: one without a time is the half of a write that was cut off.
+`read_entry` and `write_entry` keep entries of jaxmoe's own there, in the same form, so that one limit holds for all.
 """
 
 import hashlib
@@ -12,6 +13,7 @@ import os
 import platform
 import shutil
 import stat
+import time
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +25,8 @@ from jaxmoe.user_files import cache_folder
 
 MOST_BYTES = 4 * 2**30
 _LEAST_FREE_BYTES = 256 * 2**20
+_LOCK_SECONDS = 10
+_DIGEST_BYTES = hashlib.sha256().digest_size
 
 
 class CompileCacheError(OSError):
@@ -36,7 +40,9 @@ def enable_compile_cache(
 
     It sets JAX's own options (``jax_compilation_cache_dir`` and its limits) for this process, and is called before anything
     is compiled. Where a cache was chosen already, as by ``JAX_COMPILATION_CACHE_DIR``, it stays as it is.
-    The ``jaxmoe`` command calls this; the library by itself does not.
+    The ``jaxmoe`` command calls this; the library by itself does not. Programs of `jaxmoe.generate` and
+    `jaxmoe.ContinuousEngine` are kept whole there too, and found without a trace; as those are pickles, the folder must be
+    the user's own.
 
     Args:
         directory: folder of the programs; None for one in the user's cache folder.
@@ -67,6 +73,76 @@ def enable_compile_cache(
     return folder
 
 
+def own_folder() -> Path | None:
+    """The folder that `enable_compile_cache` has chosen; None where there is none, or others may write to it by now."""
+    config: Any = jax.config
+    if not config.jax_enable_compilation_cache or not config.jax_compilation_cache_dir:
+        return None
+    folder = Path(config.jax_compilation_cache_dir)
+    return folder if folder.name == _host() and folder.is_dir() and _is_own(folder.stat()) else None
+
+
+def read_entry(folder: Path, name: str) -> bytes | None:
+    """Read an entry, and note that it was used; None where there is none that is whole.
+
+    Raises:
+        OSError: the folder cannot be used, or another process has it for too long.
+    """
+    entry = folder / f"{name}-cache"
+    with filelock.FileLock(folder / ".lockfile", timeout=_LOCK_SECONDS):
+        if not entry.exists():
+            return None
+        content = entry.read_bytes()
+        _time_of_use(entry).write_bytes(_now())
+    data = content[_DIGEST_BYTES:]
+    return data if hashlib.sha256(data).digest() == content[:_DIGEST_BYTES] else None
+
+
+def write_entry(folder: Path, name: str, data: bytes) -> None:
+    """Write an entry, in place of what was used least recently where the folder would grow beyond its limit.
+
+    Raises:
+        OSError: the folder cannot be used, or another process has it for too long.
+    """
+    config: Any = jax.config
+    most = config.jax_compilation_cache_max_size
+    entry, content = folder / f"{name}-cache", hashlib.sha256(data).digest() + data
+    if len(content) > most:
+        return
+    with filelock.FileLock(folder / ".lockfile", timeout=_LOCK_SECONDS):
+        entry.unlink(missing_ok=True)
+        sizes = {each: each.stat().st_size for each in folder.glob("*-cache")}
+        total = sum(sizes.values()) + len(content)
+        for oldest in sorted(sizes, key=_last_use):
+            if total <= most:
+                break
+            oldest.unlink()
+            _time_of_use(oldest).unlink(missing_ok=True)
+            total -= sizes[oldest]
+        entry.write_bytes(content)
+        _time_of_use(entry).write_bytes(_now())
+
+
+def _time_of_use(entry: Path) -> Path:
+    return entry.with_name(f"{entry.name.removesuffix('-cache')}-atime")
+
+
+def _last_use(entry: Path) -> int:
+    time_of_use = _time_of_use(entry)
+    return int.from_bytes(time_of_use.read_bytes(), "little") if time_of_use.exists() else 0
+
+
+def _now() -> bytes:
+    return time.time_ns().to_bytes(8, "little")
+
+
+def _is_own(found: os.stat_result) -> bool:
+    # Elsewhere than on POSIX, st_mode says nothing about others.
+    return not hasattr(os, "getuid") or (
+        found.st_uid == os.getuid() and not found.st_mode & (stat.S_IWGRP | stat.S_IWOTH)
+    )
+
+
 def _prepare(folder: Path) -> None:
     """Make the folder, refuse it where it cannot be used, and remove halves of entries."""
     try:
@@ -75,8 +151,7 @@ def _prepare(folder: Path) -> None:
         free = shutil.disk_usage(folder).free
     except OSError as error:
         raise CompileCacheError(f"{folder} cannot be made: {error.strerror or error}") from error
-    # Elsewhere than on POSIX, st_mode says nothing about others.
-    if hasattr(os, "getuid") and (found.st_uid != os.getuid() or found.st_mode & (stat.S_IWGRP | stat.S_IWOTH)):
+    if not _is_own(found):
         raise CompileCacheError(
             f"{folder} belongs to another user, or others may write to it, and what is in it would be run; "
             "chmod go-w, or another folder, makes it safe"
@@ -98,7 +173,7 @@ def _remove_halves(folder: Path) -> None:
     try:
         with filelock.FileLock(folder / ".lockfile", timeout=0):
             for entry in folder.glob("*-cache"):
-                if not entry.with_name(f"{entry.name.removesuffix('-cache')}-atime").exists():
+                if not _time_of_use(entry).exists():
                     entry.unlink(missing_ok=True)
     except filelock.Timeout:
         return

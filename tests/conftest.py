@@ -5,6 +5,7 @@ import importlib.util
 import itertools
 import os
 import sys
+from collections import Counter
 from importlib.metadata import version
 from pathlib import Path
 
@@ -33,6 +34,7 @@ if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
 import hypothesis
 import jax
 import pytest
+from jax.experimental.compilation_cache import compilation_cache
 from jax.sharding import Mesh
 
 from tests.support import runs
@@ -84,6 +86,12 @@ def pytest_configure(config: pytest.Config) -> None:
 # Linux gives a process 65,530 memory maps, and a compiled program takes about a dozen: a worker that ran all of its tests
 # with all of its programs would be ended in the middle of one.
 MAPS = Path("/proc/self/maps")
+CACHE_SETTINGS = {
+    "jax_compilation_cache_dir": None,
+    "jax_compilation_cache_max_size": -1,
+    "jax_enable_compilation_cache": True,
+    "jax_persistent_cache_min_compile_time_secs": 1.0,
+}
 TESTS_BETWEEN_LOOKS, ENOUGH_MAPS = 20, 20_000
 tests_run = itertools.count(1)
 
@@ -167,3 +175,32 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: p
         terminalreporter.write_line(f"not run: {RUNS['--parity']} (scripts/test --parity)")
     for option, count in counts.items():
         terminalreporter.write_line(f"not run: {count} tests, {RUNS[option]} (scripts/test {option})")
+
+
+@pytest.fixture
+def fresh_cache(monkeypatch, tmp_path):
+    """JAX as it starts, without a cache, and a home of its own."""
+    before = {name: getattr(jax.config, name) for name in CACHE_SETTINGS}
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "home"))
+    compilation_cache.reset_cache()
+    for name, value in CACHE_SETTINGS.items():
+        jax.config.update(name, value)
+    yield
+    for name, value in before.items():
+        jax.config.update(name, value)
+    compilation_cache.reset_cache()
+
+
+@pytest.fixture
+def jax_events():
+    """Counts of what JAX says that it did."""
+    found: Counter[str] = Counter()
+
+    def listen(event, *_, **__):
+        found[event.rpartition("/")[2]] += 1
+
+    jax.monitoring.register_event_listener(listen)
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    yield found
+    jax.monitoring.unregister_event_listener(listen)
+    jax.monitoring.unregister_event_duration_listener(listen)

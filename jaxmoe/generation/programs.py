@@ -18,8 +18,10 @@ from jax.sharding import Mesh
 
 from jaxmoe.distributed import barrier
 from jaxmoe.generation import sampling
+from jaxmoe.generation.kept_programs import compile_program
 from jaxmoe.generation.model import Model
 from jaxmoe.generation.params import SamplingParams
+from jaxmoe.generation.program_key import Digests
 from jaxmoe.mesh import batch_axes, named, put
 from jaxmoe.models import Decoder, speculation
 from jaxmoe.models.belongings import Belongings
@@ -75,7 +77,8 @@ class Programs:
         self._graphdef: Any = None
         self._treedef: Any = None
         self._signature: Any = None
-        self._cache_specs: dict[tuple, Any] = {}
+        self._out: dict[tuple, Any] = {}  # by program, what it gives
+        self._digests = Digests()
 
     def bind(self, model: Model) -> Leaves:
         """Take the model's arrays as they are now, in the order in which the programs take them.
@@ -90,32 +93,21 @@ class Programs:
         if (graphdef, treedef, signature) != (self._graphdef, self._treedef, self._signature):
             self._graphdef, self._treedef, self._signature = graphdef, treedef, signature
             self.compiled.clear()
-            self._cache_specs.clear()
+            self._out.clear()
+            self._digests = Digests()
         return leaves
 
     def init_cache(self, leaves: Leaves, shape: Shape) -> Callable[[Leaves], Any]:
-        """Compile ``(leaves) -> cache``."""
+        """Compile ``(leaves) -> cache``.
+
+        Prefill and decode hand the cache on exactly as it is laid out here, so that it can be donated and the next
+        step finds what it was compiled for.
+        """
 
         def init(leaves: Leaves) -> Any:
             return self._model(leaves).init_cache(shape.rows, shape.cache)
 
-        return self._compile_cache(("init_cache", shape.rows, shape.cache), init, leaves)
-
-    def _compile_cache(self, key: tuple, init: Callable[[Leaves], Any], leaves: Leaves) -> Callable[[Leaves], Any]:
-        """Compile a function that makes a cache, and remember how what it makes is laid out."""
-        if key not in self.compiled:
-            start = time.perf_counter()
-            lowered = jax.jit(init).lower(leaves)
-            compiled = self.compiled[key] = lowered.compile()
-            # Prefill and decode hand the cache on exactly as it was laid out here, so that it can be donated
-            # and the next step finds what it was compiled for.
-            self._cache_specs[key] = jax.tree.map(
-                lambda info, sharding: jax.ShapeDtypeStruct(info.shape, info.dtype, sharding=sharding),
-                lowered.out_info,
-                compiled.output_shardings,
-            )
-            self.compile_seconds += time.perf_counter() - start
-        return self.compiled[key]
+        return self._compile(("init_cache", shape.rows, shape.cache), init, (leaves,))
 
     def prefill(
         self, leaves: Leaves, shape: Shape, record: Record, replay: Choices | None = None, adapted: bool = False
@@ -190,7 +182,7 @@ class Programs:
         def init(leaves: Leaves) -> Any:
             return speculation.init_cache(self._decoder(leaves), shape.rows, shape.cache, num_drafts)
 
-        return self._compile_cache(("init_speculation", shape.rows, shape.cache, num_drafts), init, leaves)
+        return self._compile(("init_speculation", shape.rows, shape.cache, num_drafts), init, (leaves,))
 
     def begin(self, leaves: Leaves, shape: Shape, num_drafts: int, record: Record) -> Callable[..., tuple]:
         """Compile ``(leaves, tokens_BS, lengths_B, cache) -> (Checked, Progress, cache, routing)``; the cache is donated."""
@@ -227,7 +219,7 @@ class Programs:
     def _speculate(
         self, key: tuple, step: Callable, leaves: Leaves, shape: Shape, num_drafts: int, args: tuple
     ) -> Callable[..., tuple]:
-        everywhere, cache = named(self.mesh), self._cache_specs["init_speculation", shape.rows, shape.cache, num_drafts]
+        everywhere, cache = named(self.mesh), self._out["init_speculation", shape.rows, shape.cache, num_drafts]
         state: tuple[Any, ...] = (everywhere, everywhere, everywhere, self._rows(shape.rows))
         progress, checked = speculation.Progress(*state), speculation.Checked(*state[:2])
         out = (checked, progress, jax.tree.map(lambda spec: spec.sharding, cache), None)
@@ -280,15 +272,34 @@ class Programs:
         return nnx.merge(self._graphdef, jax.tree.unflatten(self._treedef, leaves))
 
     def _model_step(self, key: tuple, step: Callable, leaves: Leaves, shape: Shape, args: tuple) -> Callable:
-        cache = self._cache_specs["init_cache", shape.rows, shape.cache]
+        cache = self._out["init_cache", shape.rows, shape.cache]
         out = (self._rows(shape.rows), jax.tree.map(lambda spec: spec.sharding, cache), None)
         return self._compile(key, step, (leaves, *args, cache), out, donate=(len(args) + 1,))
 
-    def _compile(self, key: tuple, function: Callable, args: tuple, out: Any, donate: tuple[int, ...]) -> Callable:
+    def _held(self) -> dict[str, Any]:
+        """Everything of this object that its programs depend on."""
+        return {"mesh": self.mesh, "graphdef": self._graphdef, "treedef": self._treedef}
+
+    def _holds(self) -> dict[str, Any]:
+        """Everything of this object that its programs depend on."""
+        return {"mesh": self.mesh, "graphdef": self._graphdef, "treedef": self._treedef}
+
+    def _compile(
+        self, key: tuple, function: Callable, args: tuple, out: Any = None, donate: tuple[int, ...] = ()
+    ) -> Callable[..., Any]:
+        """Compile a function, or find it compiled."""
         if key not in self.compiled:
             start = time.perf_counter()
-            jitted = jax.jit(function, donate_argnums=donate, out_shardings=out)
-            self.compiled[key] = jitted.lower(*args).compile()
+            program = compile_program(
+                self.mesh,
+                function,
+                args,
+                holds=self._holds(),
+                digests=self._digests,
+                donate_argnums=donate,
+                out_shardings=out,
+            )
+            self.compiled[key], self._out[key] = program
             self.compile_seconds += time.perf_counter() - start
             if self.mesh.is_multi_process:
                 barrier()

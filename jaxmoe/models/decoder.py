@@ -294,9 +294,10 @@ class Decoder(nnx.Module):
             del self.replay
 
     def split_network(self) -> tuple[nnx.GraphDef, nnx.State]:
-        """`nnx.split` of the model without recorder and replay, so that programs made of it know of neither."""
-        recorder, replay = self._recorder, self.replay
+        """`nnx.split` of the model without recorder, replay and origin, so that programs made of it know of none."""
+        recorder, replay, origin = self._recorder, self.replay, self.origin
         self._attach(None)
+        self.origin = None
         if replay is not None:
             del self.replay
         try:
@@ -304,6 +305,7 @@ class Decoder(nnx.Module):
         finally:
             if replay is not None:
                 self.replay = replay
+            self.origin = origin
             self._attach(recorder)
 
     def rebalance(

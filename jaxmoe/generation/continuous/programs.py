@@ -123,7 +123,7 @@ class SlotPrograms(Programs):
             del leaves
             return self.layout.empty(self.sizes)
 
-        return self._compile_cache(("empty",), empty, leaves)
+        return self._compile(("empty",), empty, (leaves,))
 
     def prefill_chunk(
         self, leaves: Leaves, rows: int, size: int, history: int, record: Record, adapted: bool
@@ -249,10 +249,13 @@ class SlotPrograms(Programs):
         )
         return self._compile(("set_row", jnp.dtype(dtype).name), set_row, args, rows, donate=(0,))
 
+    def _holds(self) -> dict[str, Any]:
+        return {**super()._holds(), "sizes": self.sizes, "layout": self.layout, "vocab_size": self.vocab_size}
+
     def _model_program(self, key: tuple, function: Callable, leaves: Leaves, args: tuple) -> Callable[..., tuple]:
         """Compile a program that takes the model's arrays first and the store last, which it hands on."""
         self.empty(leaves)
-        store = self._cache_specs["empty",]
+        store = self._out["empty",]
         out = (self._rows(self.slots), jax.tree.map(lambda spec: spec.sharding, store), None)
         return self._compile(key, function, (leaves, *args, store), out, donate=(len(args) + 1,))
 

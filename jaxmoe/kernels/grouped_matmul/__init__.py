@@ -10,7 +10,7 @@ from jaxmoe.kernels.grouped_matmul.choose import Choice, choose_backend
 from jaxmoe.kernels.grouped_matmul.combine import combine_halves
 from jaxmoe.kernels.grouped_matmul.quantized import QuantizedStack, dequantize
 from jaxmoe.kernels.grouped_matmul.quantized_rows import ROW_FORMATS, QuantizedRows, quantize_rows
-from jaxmoe.kernels.grouped_matmul.verdicts import hold_trials
+from jaxmoe.kernels.grouped_matmul.verdicts import hold_trials, known_verdicts
 from jaxmoe.kernels.grouped_matmul.work import Work, local_stack
 from jaxmoe.numerics import ACTIVATIONS
 
@@ -31,6 +31,7 @@ __all__ = [
     "expert_mlp",
     "grouped_matmul",
     "hold_trials",
+    "known_verdicts",
     "local_stack",
     "quantize_rows",
 ]
