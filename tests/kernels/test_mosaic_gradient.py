@@ -109,6 +109,16 @@ def test_which_gradients_are_the_kernels():
     assert missing_gradient(x, up[:0], down) == "there is nothing to multiply"
 
 
+def test_the_model_of_its_times_has_its_tiles():
+    from jaxmoe.kernels.grouped_matmul import predict_gradient
+    from jaxmoe.kernels.grouped_matmul.mosaic_gpu import gradient_kernel
+
+    tiles, modeled = gradient_kernel.choose_gradient_tiles(1536, 2048), predict_gradient.TILES
+    assert (tiles.n, tiles.k, tiles.stages) == (modeled.n, modeled.k, modeled.stages)
+    assert modeled.m == gradient_kernel.HEIGHT
+    assert gradient_kernel.STAGE_ROWS == predict_gradient.STAGE_ROWS
+
+
 @pytest.mark.parametrize("portable", [False, True])
 def test_the_gradient_that_is_asked_for(portable):
     """And inside of `shard_map` it has the types of what varies over the mesh."""
