@@ -2,8 +2,8 @@
 """How long should the experts of published models take on a GPU, by the model of the Hopper kernel, and what bounds them?
 
 It prints a table of the predicted microseconds of both products of a layer's experts in bfloat16, with the tiles that the
-kernel chooses and even routing, and beside them what sessions on such a GPU measured, where `results/` has any. The same
-table stands in docs/reference/kernel_times.md, where --write puts it.
+kernel chooses and even routing, and beside them what sessions on such a GPU measured, where `results/` has any; and a second
+one of their backward passes. The same tables stand in docs/reference/kernel_times.md, where --write puts them.
 
     python scripts/predict_kernels.py
     python scripts/predict_kernels.py --chip h20 --parts
@@ -22,11 +22,15 @@ sys.path.insert(0, str(ROOT))
 from jaxmoe.hardware import GPU, get_gpu
 from jaxmoe.kernels.grouped_matmul.mosaic_gpu import Problem, choose_tiles
 from jaxmoe.kernels.grouped_matmul.predict import Prediction, Product, likely_sizes, predict
+from jaxmoe.kernels.grouped_matmul.predict_gradient import predict_gradient
 from scripts._bench.cases import SHAPES, TOKENS, Case, Shape, floor_of
 from scripts._session.records import RESULTS, read_results
 
 PAGE = ROOT / "docs" / "reference" / "kernel_times.md"
 BEGIN, END = "<!-- by scripts/predict_kernels.py -->\n", "<!-- end -->\n"
+BEGIN_GRADIENTS = "<!-- gradients, by scripts/predict_kernels.py -->\n"
+# Tokens of a step of training, on the devices that share the experts.
+TRAINED_TOKENS = (4096, 16384)
 # (shape, tokens) -> seconds of both products, and the session that measured them.
 Measured = dict[tuple[str, int], tuple[float, str]]
 
@@ -44,12 +48,15 @@ def main(argv: Sequence[str] | None = None) -> None:
         parser.error(
             f"the model is one of the Hopper kernel; {gpu.name} has compute capability {gpu.compute_capability}"
         )
-    lines = table(gpu, read_measured(args.results, gpu))
+    tables = {BEGIN: table(gpu, read_measured(args.results, gpu)), BEGIN_GRADIENTS: gradient_table(gpu)}
     if args.write:
-        before, _, rest = PAGE.read_text(encoding="utf-8").partition(BEGIN)
-        PAGE.write_text(f"{before}{BEGIN}{lines}{END}{rest.partition(END)[2]}", encoding="utf-8")
+        text = PAGE.read_text(encoding="utf-8")
+        for begin, lines in tables.items():
+            before, _, rest = text.partition(begin)
+            text = f"{before}{begin}{lines}{END}{rest.partition(END)[2]}"
+        PAGE.write_text(text, encoding="utf-8")
         return
-    print(lines, end="")
+    print(*tables.values(), sep="\n", end="")
     if args.parts:
         print_parts(gpu)
 
@@ -92,6 +99,27 @@ def table(gpu: GPU, measured: Measured) -> str:
                 seconds, session = measured.get((name, tokens), (None, ""))
                 cells.append("" if seconds is None else f"{_us(seconds)} ({session})")
             lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
+def gradient_table(gpu: GPU) -> str:
+    """The table of backward passes in Markdown."""
+    lines = [
+        "| experts | tokens | first product again, µs | dh | dx | dW_up | dW_down | between | backward | floor | forward |",
+        "|---|---|---|---|---|---|---|---|---|---|---|",
+    ]
+    for name, shape in SHAPES.items():
+        for tokens in TRAINED_TOKENS:
+            sizes = likely_sizes(tokens, shape.per_token, shape.experts)
+            D, F = shape.width, shape.expert_width
+            whole, found = predict_gradient(sizes, D, F, gpu)
+            parts = [prediction.seconds for prediction in found.values()]
+            # Two products of each matrix; rows, dy and matrices read once, gradients of rows and matrices written.
+            flops = 2 * 2 * sum(sizes) * 3 * D * F
+            floor = max(flops / gpu.flops, 2 * (2 * len(sizes) * 3 * D * F + 3 * sum(sizes) * D) / gpu.memory_bandwidth)
+            forward = sum(prediction.seconds for prediction in predictions(shape, tokens, gpu))
+            cells = [*map(_us, [*parts, whole - sum(parts), whole, floor, forward])]
+            lines.append(f"| {' | '.join([name, str(tokens), *cells])} |")
     return "\n".join(lines) + "\n"
 
 

@@ -185,7 +185,15 @@ def test_gradients_at_published_shapes(shape, gpu_compiler, monkeypatch, capfd) 
     def gradients(x, up, down, biases, sizes, dy):
         def mlp(x, up, down, biases):
             return expert_mlp(
-                x, up, down, sizes, **biases, activation=activation, limit=limit, out_dtype=dy.dtype, backend="mosaic_gpu"
+                x,
+                up,
+                down,
+                sizes,
+                **biases,
+                activation=activation,
+                limit=limit,
+                out_dtype=dy.dtype,
+                backend="mosaic_gpu",
             )
 
         return jax.vjp(mlp, x, up, down, biases)[1](dy)

@@ -30,7 +30,7 @@ class Kernels(Protocol):
     * A row that no group owns gives zeros, and takes part in no gradient, whatever it holds, NaN included.
     * Groups may have no rows, and any size may be 0; the last rows may belong to no group.
     * They are differentiable, once and in reverse, in rows, matrices and biases, and keep no activation; packed matrices are
-      constants.
+      constants. A gradient by kernels may round what it multiplies to the rows' dtype: see `gradient_products`.
     * Inside ``shard_map`` they work on what the device has, without a collective.
 
     A stack may be a `QuantizedStack`, of a format that the table lists for the backend and with a block that divides its
