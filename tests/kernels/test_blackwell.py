@@ -88,6 +88,7 @@ def test_the_device_chooses_the_kernel(device_kind) -> None:
         ({"n": 256}, "on Blackwell tiles are swapped"),
         ({"m": 256}, r"m is one of \[16, 32, 64, 128\]"),
         ({"m": 24}, r"m is one of \[16, 32, 64, 128\]"),
+        ({"splits": 3}, r"splits must be one of \(1,\) here"),
         ({"stages": 0}, "stages must be 1 at least, and band 1"),
         ({"stages": 20}, "need 366592 bytes of shared memory, of 232448"),
     ],

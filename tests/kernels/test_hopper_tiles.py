@@ -21,10 +21,12 @@ def test_tiles_fit_a_block(N, K, packed):
         candidates = candidate_tiles(problem)
         assert choose_tiles(problem) in candidates
         for tiles in candidates:
-            stage = tiles.m * tiles.k * problem.row_bytes + halves * tiles.n * tiles.k * problem.weight_bits / 8
+            # Parts of the inner dimension are of gate and up as one matrix, in float32.
+            matrices, out_bytes = (halves, problem.out_bytes) if tiles.splits == 1 else (1, 4)
+            stage = tiles.m * tiles.k * problem.row_bytes + matrices * tiles.n * tiles.k * problem.weight_bits / 8
             # 227 KiB, less some for barriers.
             # Swapped tiles are written out whole, others by 128 bytes of a row, at least one piece at a time.
-            results = tiles.m * (tiles.n * problem.out_bytes if tiles.swapped else 128)
+            results = tiles.m * (tiles.n * out_bytes if tiles.swapped else 128)
             assert tiles.stages * stage + results <= 227 * 1024 - 1024
             assert K % tiles.k == 0
             problem.check(tiles)
@@ -87,6 +89,17 @@ def test_tiles_are_filled_where_products_bound(T, filled):
 def test_one_busy_group_counts():
     """Tiles of 8 rows would be no slower if every group had its one row, but many would read the busy one's matrix."""
     assert choose_tiles(Problem(R=256, G=128, halves=2, N=768, K=2048)).m == 16
+
+
+def test_the_inner_dimension_is_shared_out_where_multiprocessors_idle():
+    """One row of DeepSeek-V3's has 16 tiles of 128 gates and ups; of Mixtral's two rows there are more than enough."""
+    few, enough = (
+        choose_tiles(Problem(R=rows, G=G, halves=2, N=F, K=D))
+        for rows, G, D, F in ((1, 32, 7168, 2048), (2, 8, 4096, 14336))
+    )
+    assert few.splits > 1
+    assert enough.splits == 1
+    assert choose_tiles(Problem(R=4096, G=32, halves=2, N=2048, K=7168)).splits == 1
 
 
 def test_tiles_differ_in_what_is_measured():

@@ -60,6 +60,24 @@ def test_product(sizes, R, swapped) -> None:
     check_product(mosaic_gpu, sizes, R, N, dtype, tiles=tiles, interpret=True)
 
 
+@needs_mosaic
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, pytest.param(jnp.float16, marks=pytest.mark.full)])
+def test_parts_of_the_inner_dimension_add_up(dtype) -> None:
+    """Outputs of a tile that sticks out, in each part; an activation and biases that count once."""
+    from jaxmoe.kernels.grouped_matmul import mosaic_gpu
+
+    sizes, R = [5, 0, 18, 1], 30
+    check_product(mosaic_gpu, sizes, R, 136, dtype, tiles=tiles_of(True, splits=3), interpret=True)
+
+
+@needs_mosaic
+def test_mlp_in_parts_has_its_biases_once() -> None:
+    from jaxmoe.kernels.grouped_matmul import mosaic_gpu
+
+    tiles = (tiles_of(True, splits=2, stages=1), tiles_of(True))
+    check_mlp(mosaic_gpu, "silu", None, gated=True, tiles=tiles, interpret=True)
+
+
 @pytest.mark.covering(most=1)
 @needs_mosaic
 @pytest.mark.parametrize("swapped", [True, False], ids=["few rows", "many rows"])
@@ -313,6 +331,16 @@ def test_tiles_that_do_not_divide_the_matrices_are_refused() -> None:
     with pytest.raises(ValueError, match="tiles must be swapped where .* N, here 72, is no multiple of 64"):
         dataclasses.replace(problem, N=72).check(tiles_of(False))
     packed = dataclasses.replace(problem, K=128, block=(1, 32), weight_bits=8)
+    integers = dataclasses.replace(packed, format="int8", row_block=128, row_bytes=1)
+    with pytest.raises(
+        ValueError, match=r"m must be one of \(8, 16, 24, 32, 48, .* where rows are integers; got .*m=40"
+    ):
+        integers.check(tiles_of(True, m=40))
+    # Parts have whole stages; scales of packed matrices are not shared out.
+    with pytest.raises(ValueError, match=r"splits must be one of \(1, 3\) here; got .*splits=2"):
+        problem.check(tiles_of(True, splits=2))
+    with pytest.raises(ValueError, match=r"splits must be one of \(1,\) here; got .*splits=2"):
+        packed.check(tiles_of(True, splits=2))
     with pytest.raises(ValueError, match="n must be 128 where matrices are packed"):
         packed.check(tiles_of(True, n=256))
     # A stage is given back when the next one is under way: with room for one, both would wait for ever.

@@ -19,8 +19,8 @@ from jaxmoe.kernels.grouped_matmul.predict import (
 )
 
 H100 = GPUS["h100"]
-FEW = SimpleNamespace(m=16, n=128, k=64, stages=6, band=8, swapped=True)
-MANY = SimpleNamespace(m=128, n=128, k=64, stages=4, band=8, swapped=False)
+FEW = SimpleNamespace(m=16, n=128, k=64, stages=6, band=8, swapped=True, splits=1)
+MANY = SimpleNamespace(m=128, n=128, k=64, stages=4, band=8, swapped=False, splits=1)
 QWEN_DOWN = Product(sizes=likely_sizes(4096, 8, 128), halves=1, N=2048, K=768, out_bytes=4)
 QWEN_UP = Product(sizes=QWEN_DOWN.sizes, halves=2, N=768, K=2048)
 
@@ -95,6 +95,17 @@ def test_idle_multiprocessors_cost() -> None:
     assert (more_work.tiles, more_work.parts["cache"] < found.parts["cache"]) == (96, True)
     fewer = dataclasses.replace(H100, multiprocessors=24)
     assert predict(one_token, FEW, fewer).waves == 2
+
+
+def test_parts_of_the_inner_dimension_have_more_multiprocessors_read() -> None:
+    """One row of DeepSeek-V3: twice as many outputs of gate and up as one matrix, each in two parts."""
+    product = Product(sizes=(1,), halves=2, N=2048, K=7168)
+    whole, parts = (predict(product, changed(FEW, splits=splits), H100) for splits in (1, 2))
+    assert (whole.tiles, parts.tiles) == (16, 64)
+    assert parts.on_chip < 0.4 * whole.on_chip
+    assert parts.parts["launch"] - whole.parts["launch"] == pytest.approx(2e-6)
+    # Each part is written and read in float32.
+    assert parts.nbytes - whole.nbytes == 2 * 2 * 2 * 2048 * 4 - 2048 * 2
 
 
 def test_matrices_are_read_again_where_the_cache_has_lost_them() -> None:

@@ -40,6 +40,8 @@ EXPAND_INSTRUCTIONS = 2
 # Seconds of starting a kernel, and of the small kernels that make its map of tiles: the program compiled for an H100 has
 # two, of some two microseconds each, which products with equally many rows a tile share.
 LAUNCH_SECONDS, MAP_SECONDS = 3e-6, 2 * 2e-6
+# Seconds of the small kernel that adds up parts of the inner dimension.
+SUM_SECONDS = 2e-6
 # Rows begin at a multiple of this many, see `group_tiles`.
 _ALIGNMENT = 8
 
@@ -109,6 +111,10 @@ class TileSizes(Protocol):
     def swapped(self) -> bool:
         """Whether matrices are wgmma's first operand."""
 
+    @property
+    def splits(self) -> int:
+        """Parts of the inner dimension that are tiles of their own."""
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Prediction:
@@ -146,16 +152,18 @@ def predict(product: Product, tiles: TileSizes, gpu: GPU, *, store_conflicts: in
 
     >>> from types import SimpleNamespace
     >>> from jaxmoe.hardware import GPUS
-    >>> tiles = SimpleNamespace(m=16, n=128, k=64, stages=5, band=8, swapped=True)
+    >>> tiles = SimpleNamespace(m=16, n=128, k=64, stages=5, band=8, swapped=True, splits=1)
     >>> decode = Product(sizes=(1,) * 128, halves=2, N=768, K=2048)
     >>> predict(decode, tiles, GPUS["h100"]).bound
     'memory'
     """
+    if tiles.splits > 1:  # of one matrix, without an activation, in float32
+        product = dataclasses.replace(product, halves=1, N=product.halves * product.N, out_bytes=4)
     row_tiles = count_row_tiles(product.sizes, tiles.m)
-    count = row_tiles * math.ceil(product.N / tiles.n)
+    count = row_tiles * math.ceil(product.N / tiles.n) * tiles.splits
     waves = math.ceil(count / gpu.multiprocessors)
     cycle = 1e-9 / gpu.clock_ghz
-    steps = math.ceil(product.K / tiles.k)
+    steps = math.ceil(product.K / (tiles.k * tiles.splits))
     nbytes = memory_bytes(product, tiles, gpu)
     outputs = product.halves * tiles.n
     # Of one stage, but for the results, which are of one tile.
@@ -176,7 +184,7 @@ def predict(product: Product, tiles: TileSizes, gpu: GPU, *, store_conflicts: in
     multiplying = steps * (max(products, operands) + expanding) + results
     on_chip = waves * max(loading, multiplying) + REFILL_CYCLES * cycle
     memory = nbytes / (gpu.memory_bandwidth * MEMORY_SHARE)
-    launch = LAUNCH_SECONDS + MAP_SECONDS
+    launch = LAUNCH_SECONDS + MAP_SECONDS + (SUM_SECONDS if tiles.splits > 1 else 0)
     of_steps = {
         "cache": cache, "latency": latency, "products": products, "operands": operands, "expanding": expanding,
     }  # fmt: skip
@@ -242,6 +250,8 @@ def memory_bytes(product: Product, tiles: TileSizes, gpu: GPU) -> float:
     kept = gpu.l2_cache * CACHE_KEPT
     rows = product.rows * product.K * product.row_bytes
     results = product.rows * product.N * product.out_bytes
+    if tiles.splits > 1:  # written by part, and read to be added up
+        results *= 2 * tiles.splits
     if min(tiles.band * tiles.m, product.rows) * product.K * product.row_bytes > kept:
         together = max(1, gpu.multiprocessors // tiles.band)
         rows *= math.ceil(math.ceil(product.N / tiles.n) / together)

@@ -19,7 +19,7 @@ from jaxmoe.kernels.grouped_matmul.gpu import multiprocessors
 from jaxmoe.kernels.grouped_matmul.gradient import with_gradient_of, with_pullback
 from jaxmoe.kernels.grouped_matmul.gradient_products import mlp_gradients, product_gradients
 from jaxmoe.kernels.grouped_matmul.group_tiles import ALIGNMENT, tile_groups
-from jaxmoe.kernels.grouped_matmul.mosaic_gpu import blackwell, kernel
+from jaxmoe.kernels.grouped_matmul.mosaic_gpu import blackwell, kernel, splits
 from jaxmoe.kernels.grouped_matmul.mosaic_gpu.blackwell_tiles import BlackwellProblem, is_blackwell
 from jaxmoe.kernels.grouped_matmul.mosaic_gpu.choice import choose_tiles
 from jaxmoe.kernels.grouped_matmul.mosaic_gpu.gradient_products import HopperProducts, missing_gradient
@@ -243,6 +243,8 @@ def _product(
     multiply: Callable[..., jax.Array]
     if isinstance(problem, BlackwellProblem):
         multiply, known = blackwell.multiply, GPUS["b200"]
+    elif tiles.splits > 1:
+        multiply, known = splits.multiply, GPUS["h100"]
     else:
         of_powers = isinstance(matrices_GNK, QuantizedStack) and matrices_GNK.scales.dtype == jnp.uint8
         multiply = partial(kernel.multiply, approximate=approximate and not of_powers)

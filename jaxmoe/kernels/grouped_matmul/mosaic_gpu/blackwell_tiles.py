@@ -52,6 +52,10 @@ class BlackwellProblem(Problem):
         """The widest inner tile."""
         return (inner_tile(self),)
 
+    def split_sizes(self, k: int) -> tuple[int, ...]:
+        """One: the kernel has no parts of the inner dimension."""
+        return (1,)
+
     def cost(self, tiles: Tiles) -> tuple[float, ...]:
         """Rank tiles, the best lowest: the more rows the better, up to twice those of a group, for want of a model."""
         rows = self.R / self.G

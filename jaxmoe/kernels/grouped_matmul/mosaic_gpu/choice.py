@@ -8,6 +8,8 @@ from jaxmoe.kernels.grouped_matmul.mosaic_gpu.tiles import Problem, Tiles
 
 # Candidates for a measurement that differ in their rows alone.
 _ROW_SIZES = 5
+# Rows of a tile up to which parts of the inner dimension are tried: with more there are tiles enough.
+_MOST_ROWS_OF_PARTS = 32
 
 
 @lru_cache
@@ -29,25 +31,25 @@ def candidate_tiles(problem: Problem) -> list[Tiles]:
     chosen = choose_tiles(problem)
     kinds: dict[tuple[int, ...], list[Tiles]] = {}
     for tiles in sorted(_working_tiles(problem), key=problem.cost):
-        kinds.setdefault((tiles.swapped, tiles.n, tiles.k), []).append(tiles)
+        kinds.setdefault((tiles.swapped, tiles.n, tiles.k, tiles.splits > 1), []).append(tiles)
     best = (tiles for kind in kinds.values() for tiles in kind[:_ROW_SIZES])
     banded = (dataclasses.replace(chosen, band=band) for band in (1, 16))
     return list(dict.fromkeys([chosen, *banded, *best]))
 
 
 def _working_tiles(problem: Problem) -> list[Tiles]:
-    shapes = [(m, n, True) for m, n in itertools.product(problem.row_sizes, problem.column_sizes)]
-    if problem.rows_may_lead:
-        shapes += [(m, n, False) for m, n in itertools.product((128, 256), (64, 128, 192, 256))]
-    tiles = (
-        with_stages(problem, Tiles(m=m, n=n, k=k, stages=1, swapped=swapped))
-        for k, (m, n, swapped) in itertools.product(problem.inner_sizes, shapes)
-    )
-    return [each for each in tiles if problem.works(each)]
+    tiles: list[Tiles] = []
+    for k in problem.inner_sizes:
+        for m, n in itertools.product(problem.row_sizes, problem.column_sizes):
+            splits = problem.split_sizes(k) if m <= _MOST_ROWS_OF_PARTS else (1,)
+            tiles += [Tiles(m=m, n=n, k=k, stages=1, swapped=True, splits=parts) for parts in splits]
+        if problem.rows_may_lead:
+            tiles += [Tiles(m=m, n=n, k=k, stages=1) for m, n in itertools.product((128, 256), (64, 128, 192, 256))]
+    return [each for each in (with_stages(problem, each) for each in tiles) if problem.works(each)]
 
 
 def with_stages(problem: Problem, tiles: Tiles) -> Tiles:
     """As many stages as fit and as there is work for, up to 8."""
-    counts = (count for count in range(min(8, problem.K // tiles.k), 1, -1))
+    counts = (count for count in range(min(8, problem.steps(tiles)), 1, -1))
     staged = (dataclasses.replace(tiles, stages=count) for count in counts)
     return next((tiles for tiles in staged if problem.fits(tiles)), tiles)

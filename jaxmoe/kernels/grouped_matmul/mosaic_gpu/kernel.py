@@ -65,6 +65,7 @@ def multiply(
 ) -> jax.Array:
     """finish(W[g, 0] x + b[g, 0], ...) of each row x, with g its group; rows that no group owns hold anything.
 
+    Where the inner dimension is split there are as many results [splits · R, N], each of one part; biases are in the first.
     R is a multiple of 8 here, `blocks` the number of multiprocessors, and `approximate` has exponentials approximated.
     Products of the same sizes and `finish` are one function of a program, so that its layers have the kernel made once.
     """
@@ -96,7 +97,7 @@ def multiply(
         stored.append(jnp.pad(biases_GHN, ((0, 0), (0, 0), (0, -N % tiles.n))))
     kernel = plgpu.kernel(
         partial(_kernel, call=call),
-        out_type=jax.ShapeDtypeStruct((R, N), out_dtype),
+        out_type=jax.ShapeDtypeStruct((tiles.splits * R, N), out_dtype),
         grid=(blocks,),
         grid_names=("multiprocessor",),
         num_threads=WARPGROUPS + 1,
@@ -140,11 +141,16 @@ def _kernel(*refs: Any, call: Call, **scratch: Any) -> None:
     groups, blocks, skips, sizes, used, rows, matrices, *others, out = refs
     tiles = call.tiles
     H, N = matrices.shape[1:3]
-    steps, column_tiles = rows.shape[2] * call.parts // tiles.k, pl.cdiv(N, tiles.n)
+    steps = rows.shape[2] * call.parts // (tiles.k * tiles.splits)
+    column_tiles = pl.cdiv(N, tiles.n)
 
-    def each(body: Callable[[Any, Any, Any], None]) -> None:
-        """body(number of the first stage, row tile, first output) for this block's tiles."""
-        each_tile(used[0], column_tiles, tiles.band, lambda i, row, column: body(i * steps, row, column * tiles.n))
+    def each(body: Callable[[Any, Any, Any, Any], None]) -> None:
+        """body(number of the first stage, row tile, first output, part of the inner dimension) for this block's tiles."""
+
+        def one(i: Any, row: Any, column: Any) -> None:
+            body(i * steps, row, lax.rem(column, column_tiles) * tiles.n, lax.div(column, column_tiles))
+
+        each_tile(used[0], column_tiles * tiles.splits, tiles.band, one)
 
     warpgroup = lax.axis_index("warpgroup")
 
@@ -153,19 +159,20 @@ def _kernel(*refs: Any, call: Call, **scratch: Any) -> None:
         plgpu.set_max_registers(_LOADER_REGISTERS, action="decrease")
 
         @each
-        def _(first_stage: Any, row_tile: Any, column: Any) -> None:
+        def _(first_stage: Any, row_tile: Any, column: Any, part: Any) -> None:
             row = blocks[row_tile] * ALIGNMENT
             matrix = matrices.at[groups[row_tile]]
-            load(steps, first_stage, rows.at[:, pl.ds(row, tiles.m)], matrix, column, **scratch)
+            of_tile = rows.at[:, pl.ds(row, tiles.m)]
+            load(steps, first_stage, of_tile, matrix, column, first_step=part * steps, **scratch)
 
-        drain(count_tiles(used[0], column_tiles) * steps, tiles.stages, scratch["emptied"])
+        drain(count_tiles(used[0], column_tiles * tiles.splits) * steps, tiles.stages, scratch["emptied"])
 
     @pl.when(warpgroup < WARPGROUPS)
     def _() -> None:
         plgpu.set_max_registers(_COMPUTE_REGISTERS, action="increase")
 
         @each
-        def _(first_stage: Any, row_tile: Any, column: Any) -> None:
+        def _(first_stage: Any, row_tile: Any, column: Any, part: Any) -> None:
             group, row = groups[row_tile], blocks[row_tile] * ALIGNMENT
             first, last = skips[row_tile], skips[row_tile] + sizes[row_tile]
             if call.format:
@@ -180,17 +187,21 @@ def _kernel(*refs: Any, call: Call, **scratch: Any) -> None:
             if call.matrix_scaled:
                 sums = [y * others[1 + call.zeros][group, h, 0] for h, y in enumerate(sums)]
             if call.biased:
-                sums = [_add_bias(call, y, others[-1].at[group, h], column) for h, y in enumerate(sums)]
+                sums = [_add_bias(call, y, others[-1].at[group, h], column, part) for h, y in enumerate(sums)]
             result = call.finish(*sums).astype(out.dtype)
-            _store(call, result, scratch["results"], out, row, first, last, column)
+            # Results of parts stand one under another.
+            to_row = row + part * (out.shape[0] // tiles.splits)
+            _store(call, result, scratch["results"], out, to_row, first, last, column)
 
         plgpu.wait_smem_to_gmem(0, wait_read_only=True)
 
 
-def _add_bias(call: Call, sums: jax.Array, bias: Any, column: Any) -> jax.Array:
+def _add_bias(call: Call, sums: jax.Array, bias: Any, column: Any, part: Any) -> jax.Array:
     outputs, dim = (call.own_shape[0], 0) if call.tiles.swapped else (call.own_shape[1], 1)
     first = column + lax.axis_index("warpgroup") * outputs if call.tiles.swapped else column
     values = plgpu.load(bias.at[pl.ds(first, outputs)], optimized=False).astype(jnp.float32)
+    if call.tiles.splits > 1:
+        values *= (part == 0).astype(jnp.float32)
     return sums + lax.broadcast_in_dim(values, call.own_shape, (dim,))
 
 

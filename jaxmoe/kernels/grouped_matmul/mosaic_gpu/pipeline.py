@@ -50,6 +50,7 @@ def load(
     matrix: Any,
     column: Any,
     *,
+    first_step: Any = 0,
     row_tiles: Any,
     matrix_tiles: Any,
     filled: Any,
@@ -64,6 +65,7 @@ def load(
         rows: rows of the tile, [parts, m, inner numbers of a part]; see `packed` for more than one part.
         matrix: matrix of its group, [H, N, inner numbers of a part].
         column: first output of the tile.
+        first_step: stages of the whole inner dimension before those of the tile.
         row_tiles: place of the rows in shared memory, [stages, parts, m, k of a part].
         matrix_tiles: place of the matrices there, [stages, H, n, k of a part].
         filled: barriers of the stages, which the copies arrive at.
@@ -78,7 +80,7 @@ def load(
         del nothing
         stage = first_stage + step
         slot = lax.rem(stage, stages)
-        inner = pl.ds(step * width, width)
+        inner = pl.ds((first_step + step) * width, width)
 
         @pl.when(stage >= stages)
         def _() -> None:

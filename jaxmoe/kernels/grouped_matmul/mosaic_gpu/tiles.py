@@ -37,6 +37,8 @@ class Tiles:
             any multiple of 8 of the second, as few rows a group need. The two warpgroups share the outputs then, and else
             the rows.
         band: row tiles that run together over the same outputs, so that the second level of cache serves them.
+        splits: parts of the inner dimension that are tiles of their own, where there are fewer tiles than multiprocessors.
+            Gate and up are one matrix of twice as many outputs then; `splits` has what adds the parts up.
     """
 
     m: int
@@ -45,6 +47,7 @@ class Tiles:
     stages: int
     swapped: bool = False
     band: int = 8
+    splits: int = 1
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -92,8 +95,10 @@ class Problem:
 
     @property
     def row_sizes(self) -> tuple[int, ...]:
-        """Rows of tiles that are `swapped`: as many as wgmma's second operand takes."""
-        return tuple(range(ALIGNMENT, 256 + 1, ALIGNMENT))
+        """Rows of tiles that are `swapped`: what wgmma's second operand takes; less is possible where it is of integers."""
+        sizes = range(ALIGNMENT, 256 + 1, ALIGNMENT)
+        integers = self.row_block is not None and self.format == "int8"
+        return tuple(m for m in sizes if m <= 32 or m % 16 == 0 or not integers)
 
     @property
     def column_sizes(self) -> tuple[int, ...]:
@@ -106,6 +111,10 @@ class Problem:
         k = inner_tile(self)
         return (k,) if self.packed or self.K % (2 * k) else (k, 2 * k)
 
+    def split_sizes(self, k: int) -> tuple[int, ...]:
+        """Parts of the inner dimension worth trying, for stages of that size."""
+        return (1,) if self.packed else tuple(parts for parts in range(1, 17) if self.K // k % parts == 0)
+
     def cost(self, tiles: Tiles) -> tuple[float, ...]:
         """Rank tiles, the best lowest: by having too few stages, by the predicted time, by what memory may hide of it.
 
@@ -113,7 +122,7 @@ class Problem:
         stages have most in hand when memory is slow.
         """
         found = [predict(product, tiles, GPUS["h100"]) for product in self._products]
-        late = tiles.stages < min(3, self.K // tiles.k)
+        late = tiles.stages < min(3, self.steps(tiles))
         return late, sum(each.seconds for each in found), -tiles.stages, sum(each.on_chip for each in found)
 
     @cached_property
@@ -124,9 +133,13 @@ class Problem:
         routings = (likely_sizes(self.R, 1, self.G), skewed_sizes(self.R, self.G))
         return [Product(sizes=rows, **sizes) for rows in routings]
 
+    def steps(self, tiles: Tiles) -> int:
+        """Stages of one tile."""
+        return self.K // (tiles.k * tiles.splits)
+
     def least_stages(self, tiles: Tiles) -> int:
         """Stages that are needed to go on: where a stage is given back when the next is under way, that needs a place."""
-        return 1 if self.packed or tiles.k == self.K else 2
+        return 1 if self.packed or self.steps(tiles) == 1 else 2
 
     def shared_bytes(self, tiles: Tiles) -> int:
         """Shared memory that those tiles need."""
@@ -137,6 +150,9 @@ class Problem:
 
     def fits(self, tiles: Tiles) -> bool:
         """Tell whether a block has the shared memory, and each of its threads the registers (ptxas spills at more)."""
+        if tiles.splits > 1:
+            parts = dataclasses.replace(self, halves=1, N=self.halves * self.N, out_bytes=4)
+            return parts.fits(dataclasses.replace(tiles, splits=1))
         sums = self.halves * tiles.m * tiles.n // (WARPGROUPS * 128)
         if self.block is None:
             registers = sums
@@ -165,8 +181,12 @@ class Problem:
             raise ValueError(f"k must divide {self.K}; got {tiles}: use {inner_tile(self)}")
         if tiles.m % rows or tiles.n % outputs or not (0 < tiles.m <= 256 and 0 < tiles.n <= 256):
             raise ValueError(f"m must be a multiple of {rows} and n of {outputs}, up to 256; got {tiles}")
+        if tiles.swapped and tiles.m not in self.row_sizes:
+            raise ValueError(f"m must be one of {self.row_sizes} where rows are integers; got {tiles}")
         if tiles.stages < self.least_stages(tiles) or tiles.band < 1:
             raise ValueError(f"stages must be {self.least_stages(tiles)} at least, and band 1; got {tiles}")
+        if tiles.splits not in self.split_sizes(tiles.k):
+            raise ValueError(f"splits must be one of {self.split_sizes(tiles.k)} here; got {tiles}")
         if self.packed and tiles.n not in self.column_sizes:
             raise ValueError(f"n must be 128 where matrices are packed, for a warpgroup scales 64 outputs; got {tiles}")
         if not (tiles.swapped or self.rows_may_lead):
