@@ -1,6 +1,7 @@
 """A package imports only from those before it, and ``import jaxmoe`` is cheap."""
 
 import ast
+import gc
 import re
 import subprocess
 import sys
@@ -10,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+import jaxmoe.__main__
 from jaxmoe import _HOME as HOMES
 
 PACKAGE = Path(__file__).resolve().parent.parent / "jaxmoe"
@@ -228,6 +230,29 @@ def test_placing_needs_no_jax() -> None:
     ).split()
     assert "jaxmoe.interop.expert_maps" in loaded
     assert not {"jax", "flax"} & set(loaded)
+
+
+def test_inspecting_loads_nothing_that_runs_a_model_and_collects_no_garbage() -> None:
+    code = (
+        "import gc, sys; from jaxmoe.cli import main\n"
+        "def count(): return sum(each['collections'] for each in gc.get_stats())\n"
+        f"before = count(); main(['inspect', {str(PACKAGE.parent / 'demo')!r}]); after = count()\n"
+        "print('\\n', after - before, *sys.modules)"
+    )
+    collections, *loaded = run_python(code).splitlines()[-1].split()
+    assert int(collections) <= 1  # as the limit is taken back, behind all the work
+    assert "jaxmoe.checkpoint.inspection" in loaded
+    names = {".".join(name.split(".")[:2]) if name.startswith("jaxmoe") else name.split(".")[0] for name in loaded}
+    assert not {"orbax", "tensorstore", "tokenizers", "jinja2", "llguidance", "jaxmoe.generation"} & names
+
+
+def test_a_process_ends_with_its_status_and_without_a_last_collection(monkeypatch) -> None:
+    frozen = []
+    monkeypatch.setattr(jaxmoe.__main__, "main", lambda: 1)
+    monkeypatch.setattr(gc, "freeze", lambda: frozen.append(True))
+    with pytest.raises(SystemExit) as ended:
+        jaxmoe.__main__.run()
+    assert (ended.value.code, frozen) == (1, [True])
 
 
 def test_placement_is_imported_without_jax() -> None:

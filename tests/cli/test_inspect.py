@@ -11,6 +11,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 
+from jaxmoe.checkpoint.inspection import holding, summarize
 from jaxmoe.checkpoint.inspection.grouping import group_of, quantized_base
 from jaxmoe.cli import main
 from jaxmoe.models import get_family
@@ -164,6 +165,11 @@ def make(directory: Path, config: dict | None, tensors: dict[str, np.ndarray]) -
 
 def zeros(*shape: int, dtype=np.float32) -> np.ndarray:
     return np.zeros(shape, dtype)
+
+
+def test_a_plain_checkpoint_asks_no_second_model_what_it_would_hold_packed(monkeypatch) -> None:
+    monkeypatch.setattr(holding, "abstract_model", lambda *_, **__: pytest.fail("a model was made"))
+    assert summarize(SOURCES[0]).held == ()
 
 
 def test_a_config_without_its_sizes(tmp_path, capsys) -> None:

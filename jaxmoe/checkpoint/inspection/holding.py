@@ -1,5 +1,6 @@
 """The forms in which `jaxmoe.load` would hold the quantized weights of a checkpoint."""
 
+from jaxmoe.checkpoint.formats import DecodedTensor
 from jaxmoe.checkpoint.mapping import MappedCheckpoint, abstract_model, asked_activations, pack_model
 from jaxmoe.config import DecoderConfig
 from jaxmoe.mesh import AXES
@@ -19,6 +20,8 @@ def describe_holding(config: DecoderConfig, mapped: MappedCheckpoint) -> tuple[s
     Returns:
         Nothing for a checkpoint without quantized weights.
     """
+    if not any(isinstance(tensor, DecodedTensor) for tensor in mapped.checkpoint.tensors.values()):
+        return ()
     model = abstract_model(config, sizes=dict.fromkeys(AXES, 1), dtype=config.dtype or "bfloat16")
     choice = pack_model(model, mapped)
     packed = describe_packed(model, model.dtype)
