@@ -8,7 +8,7 @@ jax's compiler for GPUs (the extra "aot"), and half a minute to three of process
 
     JAX_PLATFORMS=cpu python scripts/compare_plans.py
     JAX_PLATFORMS=cpu python scripts/compare_plans.py gpt-oss-20b mixtral-8x7b --write
-    JAX_PLATFORMS=cpu python scripts/compare_plans.py mixtral-8x7b --every-layer
+    JAX_PLATFORMS=cpu python scripts/compare_plans.py mixtral-8x7b --layers 8 --every-layer
 """
 
 import argparse
@@ -39,6 +39,7 @@ from tests.support.published import (
     MIXTRAL_8X22B,
     QWEN3_30B,
     QWEN3_235B,
+    first_layers,
 )
 
 PAGE = ROOT / "docs" / "reference" / "plan_and_compiler.md"
@@ -80,18 +81,24 @@ def main() -> None:
     """Parse the command line, compare, print or write."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("cases", nargs="*", metavar="MODEL", help=f"some of {', '.join(CASES)} (default: all)")
+    parser.add_argument("--layers", type=int, metavar="N", help="take the first N layers of each for the model")
     parser.add_argument("--every-layer", action="store_true", help="compile all layers, which takes an hour for some")
     parser.add_argument("--write", action="store_true", help=f"put the lines into {PAGE.relative_to(ROOT)}")
     args = parser.parse_args()
     if unknown := set(args.cases) - set(CASES):
         parser.error(f"models are {', '.join(CASES)}; got {', '.join(sorted(unknown))}")
-    if args.write and args.every_layer:
-        parser.error("the page is of few layers; leave --every-layer or --write out")
+    if args.write and (args.every_layer or args.layers):
+        parser.error(
+            "the page is of whole models and few compiled layers; leave --layers and --every-layer out, or --write"
+        )
     off = []
     for name in args.cases or CASES:
         before = os.times()
-        planned, steps = compare(CASES[name], every_layer=args.every_layer)
-        line = write_line(name, CASES[name], planned, steps)
+        case = CASES[name]
+        if args.layers:
+            case = case._replace(config=first_layers(dict(case.config), args.layers))
+        planned, steps = compare(case, every_layer=args.every_layer)
+        line = write_line(name, case, planned, steps)
         seconds = sum(os.times()[:4]) - sum(before[:4])
         print(f"{line}{seconds:.0f} s of processor time; {describe(steps)}", flush=True)
         if any(abs(first) >= ARGUMENTS or abs(second) >= ALL for first, second in differences(planned, steps).values()):
