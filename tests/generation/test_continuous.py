@@ -20,7 +20,7 @@ RNG = np.random.default_rng(0)
 V, NEW = 97, 10
 BEGINNING = RNG.integers(3, V, 17).tolist()
 PROMPTS = [
-    *(RNG.integers(3, V, length).tolist() for length in (1, 5, 8, 19, 26)),
+    *(RNG.integers(3, V, length).tolist() for length in (1, 5, 8, 19, 22)),
     *([*BEGINNING, token] for token in (3, 4)),
     BEGINNING,
 ]

@@ -7,6 +7,8 @@ import nbformat
 import pytest
 from nbclient import NotebookClient
 
+from tests.support.processes import environment
+
 NOTEBOOKS = sorted((Path(__file__).resolve().parent.parent.parent / "notebooks").glob("*.ipynb"))
 
 
@@ -40,8 +42,8 @@ def test_what_they_import_is_there() -> None:
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 def test_it_runs_and_ends_in_a_picture(path, monkeypatch) -> None:
     # The kernel is a process of its own: it chooses its devices itself.
-    for name in ("XLA_FLAGS", "JAX_PLATFORMS"):
-        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("XLA_FLAGS", environment(quick=True)["XLA_FLAGS"])
+    monkeypatch.delenv("JAX_PLATFORMS", raising=False)
     notebook = nbformat.read(path, as_version=4)
     client = NotebookClient(
         notebook, timeout=300, kernel_name="python3", resources={"metadata": {"path": str(path.parent)}}
