@@ -28,6 +28,7 @@ class _Tiles:
     stages: int = 4
     band: int = 8
     swapped: bool = False
+    splits: int = 1
 
 
 TILES: TileSizes = _Tiles()
