@@ -17,7 +17,7 @@ from jax.experimental.compilation_cache import compilation_cache
 
 import jaxmoe
 from jaxmoe import compile_cache
-from jaxmoe.generation import program_key
+from jaxmoe.generation import kept_programs, program_key
 from jaxmoe.generation.program_key import Digests, Unnameable
 from jaxmoe.generation.programs import Programs, Shape
 from jaxmoe.generation.sampling import Controls, Mode
@@ -200,6 +200,24 @@ def test_models_of_every_family_have_a_name() -> None:
         graphdef, state = Decoder(family.read(text_config)[1], mesh=mesh).split_network()
         names.add(Digests().of([graphdef, jax.tree.structure(state)]))
     assert len(names) == len(FAMILIES)
+
+
+def test_models_that_differ_in_a_setting_alone_have_programs_of_their_own(monkeypatch) -> None:
+    names = []
+
+    def name(mesh, function, args, *, holds, digests, **options):
+        names.append(kept_programs._name(mesh, function, args, holds, options, digests))
+        return kept_programs.Program(None, None)
+
+    monkeypatch.setattr("jaxmoe.generation.programs.compile_program", name)
+    for choices in (2, 3, 2):
+        config = {**FAMILIES["mixtral"], "model_type": "mixtral", "num_experts_per_tok": choices}
+        family, text_config = find_family(config)
+        model = Decoder(family.read(text_config)[1], mesh=mesh_of(1, 2, 4))
+        programs = Programs(model.mesh)
+        programs.init_cache(programs.bind(model), Shape(rows=4, prompt=8, cache=16))
+    assert names[0] == names[2] != names[1]
+    assert names[0].startswith("jaxmoe_init-")
 
 
 def test_a_model_is_found_wherever_its_checkpoint_is() -> None:
