@@ -16,7 +16,8 @@ _INSTRUCTION = re.compile(r"^\s*(?:ROOT )?%?(?P<name>[\w.-]+) = (?P<shape>.*?) (
 _COLLECTIVE = re.compile(rf"(?P<op>{_OPS})(?P<part>-start|-done|)")
 _ARRAY = re.compile(r"(?P<dtype>pred|[a-z]+\d+)[a-z0-9]*\[(?P<dims>[\d,]*)\]")
 _GROUPS = re.compile(
-    r"replica_groups=(\{\{.*?\}\}|\{\}|\[[\d,]+\]<=\[[\d,]+\](?:T\([\d,]+\))?|mesh\[[^\]]*\] ?\{[^}]*\})"
+    r"replica_groups=(\{\{.*?\}\}|\{\}|\[[\d,]+\]<=\[[\d,]+\](?:T\([\d,]+\))?|"
+    r"mesh\[[^\]]*\](?:, device_ids=\(.*?\)\))? ?\{[^}]*\})"
 )
 _PAIRS = re.compile(r"source_target_pairs=(\{\{.*?\}\})")
 _CALLED = re.compile(r"(?:body|condition|calls|to_apply|true_computation|false_computation)=%?([\w.-]+)")
@@ -204,10 +205,15 @@ def read_groups(text: str, count: int) -> Groups:
         count: devices of the program; all of them meet where no group is written.
     """
     if text.startswith("mesh"):
-        match = re.fullmatch(r"mesh\[(.*)\] ?\{(.*)\}", text)
+        match = re.fullmatch(r"mesh\[(.*?)\](?:, device_ids=\((\[.*)\))? ?\{(.*)\}", text)
         assert match is not None
         sizes = [(name, int(size)) for name, size in re.findall(r"'(\w+)'=(\d+)", match[1])]
-        return groups_along(sizes, re.findall(r"'(\w+)'", match[2]))
+        along = groups_along(sizes, re.findall(r"'(\w+)'", match[3]))
+        if match[2] is None:
+            return along
+        # The devices of the mesh in its order, as a shape and a transposition of their numbers.
+        [devices] = read_groups(f"[1,{count}]<={match[2]}", count)
+        return tuple(sorted([tuple([devices[place] for place in group]) for group in along]))
     if text.startswith("{"):
         groups = [tuple(map(int, group.split(","))) for group in re.findall(r"\{([\d,]+)\}", text)]
         return tuple(sorted(groups)) or (tuple(range(count)),)

@@ -91,8 +91,13 @@ def test_lines_say_how_often_and_beside_what() -> None:
 
 def test_groups_in_every_spelling() -> None:
     tp = ((0, 4), (1, 5), (2, 6), (3, 7))
-    for text in ("{{0,4},{1,5},{2,6},{3,7}}", "[4,2]<=[2,4]T(1,0)", "mesh['dp'=1,'tp'=2,'ep'=4] {'tp'}"):
+    mesh = "mesh['dp'=1,'tp'=2,'ep'=4]"
+    other = "mesh['a'=4,'b'=1,'c'=2], device_ids=([2,4]T(1,0)) {'c'}"
+    for text in ("{{0,4},{1,5},{2,6},{3,7}}", "[4,2]<=[2,4]T(1,0)", f"{mesh} {{'tp'}}", other):
         assert read_groups(text, 8) == tp == groups_along(MESH, ["tp"])
+        line = f"  %g = f32[8] all-gather(%x), channel_id=5, replica_groups={text}, dimensions={{0}}"
+        [found] = read_exchanges(f"ENTRY %main (x: f32[4]) -> f32[8] {{\n{line}\n}}", MESH)
+        assert found.axes == ("tp",)
     assert read_groups("{}", 3) == ((0, 1, 2),)
     # The order of axes is that in which devices of a group are numbered.
     assert groups_along(MESH, ["ep", "tp"]) == ((0, 4, 1, 5, 2, 6, 3, 7),)
