@@ -87,8 +87,8 @@ def test_tiles_are_filled_where_products_bound(T, filled):
 
 
 def test_one_busy_group_counts():
-    """Tiles of 8 rows would be no slower if every group had its one row, but many would read the busy one's matrix."""
-    assert choose_tiles(Problem(R=256, G=128, halves=2, N=768, K=2048)).m == 16
+    """Tiles of 8 rows suit groups of one row each, but many of them would read the matrix of a busy one."""
+    assert choose_tiles(Problem(R=32, G=32, halves=2, N=2048, K=7168)).m == 16
 
 
 def test_the_inner_dimension_is_shared_out_where_multiprocessors_idle():

@@ -232,6 +232,7 @@ def test_single_rows_end_with_the_matrix(swapped, N, widths, monkeypatch) -> Non
     assert widths_of_single_rows(N, tiles_of(swapped), monkeypatch) == widths
 
 
+@pytest.mark.covering(most=6)
 @needs_mosaic
 @pytest.mark.parametrize(
     ("activation", "limit", "dtype", "format", "approximate"),
