@@ -31,7 +31,8 @@ def main() -> None:
     """One placement, and two pictures of it."""
     trace = synthetic_trace(num_experts=EXPERTS, experts_per_token=EXPERTS_PER_TOKEN, num_layers=1, seed=0)
     placement = jaxmoe.ExpertPlacement.from_counts(trace.total_counts[0], ep=DEVICES, num_slots=SLOTS)
-    plan = jaxmoe.plan(MODEL, ep=DEVICES, placement=placement, batch_size=256, max_length=8192, device="h100")
+    sizes = {"batch_size": 256, "prompt_length": 1024, "max_length": 8192}
+    plan = jaxmoe.plan(MODEL, ep=DEVICES, placement=placement, **sizes, device="h100")
     for name, size in plan.parts.items():
         print(f"{name:26} {size.min() / 1e9:6.2f} to {size.max() / 1e9:5.2f} GB on a device")
     print(f"{'in all':26} {max(plan.bytes_per_device.values()) / 1e9:6.2f} GB")
@@ -40,7 +41,7 @@ def main() -> None:
     ax.set_title("one MoE layer of Qwen3-30B-A3B", loc="right", fontsize="medium")
     save(ax, "ownership")
     ax = viz.device_memory(plan.parts, capacity=plan.capacity)
-    ax.set_title("256 sequences of 8,192 tokens, against an H100", fontsize="medium")
+    ax.set_title("256 sequences of 8,192 tokens, prompts of 1,024, against an H100", fontsize="medium")
     save(ax, "memory")
 
 
