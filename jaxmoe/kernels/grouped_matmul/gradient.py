@@ -146,7 +146,7 @@ def with_pullback(
     varying = varying_axes(*jax.tree.leaves(arrays), group_sizes_G)
 
     def vary(arrays: Any) -> Any:
-        return jax.tree.map(lambda array: mark_varying(array, varying - varying_axes(array)), arrays)
+        return jax.tree.map(lambda array: mark_varying(array, varying), arrays)
 
     # What a kernel gives has no such type; left at that, a gradient would be summed over the mesh on its way in.
     def typed(arrays: Any, group_sizes_G: jax.Array) -> jax.Array:

@@ -109,7 +109,7 @@ def _map_groups(
         return jnp.zeros(out.shape, out.dtype)
     varying = varying_axes(x_RK, *stacks, group_sizes_G)
     # All of one type inside `shard_map`, as a custom rule needs it; the transpose of this sums gradients over the mesh.
-    x_RK, maps = jax.tree.map(lambda array: mark_varying(array, varying - varying_axes(array)), (x_RK, maps))
+    x_RK, maps = jax.tree.map(lambda array: mark_varying(array, varying), (x_RK, maps))
     return _map_groups_vjp(fn, out, varying, x_RK, maps, group_sizes_G)
 
 

@@ -147,7 +147,8 @@ def varying_axes(*arrays: jax.Array) -> frozenset[str]:
 
 
 def mark_varying(array: jax.Array, axes: frozenset[str]) -> jax.Array:
-    """Type a constant as varying: `shard_map` wants a loop's carry to have one type from start to end."""
+    """Type an array as varying over these axes too: `shard_map` wants a loop's carry to have one type from start to end."""
+    axes -= varying_axes(array)
     return lax.pcast(array, tuple(axes), to="varying") if axes else array
 
 
