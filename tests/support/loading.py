@@ -10,6 +10,8 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxmoe.checkpoint import Block, expert_blocks, whole_tensor_blocks
 from jaxmoe.layers.param import ParamSpec
 from jaxmoe.models.family import MLP_EXPERTS
+from jaxmoe.planning import Plan
+from jaxmoe.planning.memory import CACHE
 
 BF16, F16, F32 = np.dtype(ml_dtypes.bfloat16), np.dtype(np.float16), np.dtype(np.float32)
 
@@ -98,3 +100,8 @@ def bits(array) -> np.ndarray:
 
 
 PATHS = {"direct": {"staging": False}, "staging": {"staging": True, "staging_bytes": 32 * 1024, "threads": 3}}
+
+
+def planned_weights(plan: Plan) -> list[float]:
+    """Bytes of weights alone that a plan has on each device."""
+    return [held - cache for held, cache in zip(plan.held_per_device.values(), plan.parts[CACHE], strict=True)]

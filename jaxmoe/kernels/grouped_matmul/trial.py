@@ -11,6 +11,7 @@ Letters here, beside the common ones of docs/concepts/letters.md: G groups, N an
 
 import dataclasses
 import json
+import math
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
@@ -136,8 +137,10 @@ def _compare(results: list[jax.Array], expected: list[np.ndarray], tolerance: fl
     """The fault of some results, or how far they are off at most."""
     worst = 0.0
     for result, exact_result in zip(results, expected, strict=True):
-        actual = np.asarray(result.astype(jnp.float32)).reshape(len(result), -1)
-        right = exact_result.reshape(len(exact_result), -1)
+        actual, right = (
+            array.reshape(len(array), math.prod(array.shape[1:]))  # there may be no rows
+            for array in (np.asarray(result.astype(jnp.float32)), exact_result)
+        )
         owned = np.flatnonzero(np.any(right, axis=1))
         if np.any(np.delete(actual, owned, axis=0)):
             return "a row that no group owns, or a group without rows, is not zeros"
