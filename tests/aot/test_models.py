@@ -366,7 +366,7 @@ def check_cache_is_written(step: CompiledStep, config: DecoderConfig, mesh: Mesh
     first = jax.tree.leaves(layer.cache_arrays(rows, LENGTH))[0]
     shape = named(mesh, *first.spec(batch_axes(mesh, rows))).shard_shape(first.shape)
     lines = step.text[step.text.index("\nENTRY ") :].splitlines()
-    made = rf" = bf16\[{','.join(map(str, shape))}\]\S* (?:fusion|async-done)\("
+    made = rf" = bf16\[{','.join(map(str, shape))}\]\S* (?:fusion|fusion-done|async-done)\("
     written = [number for number, line in enumerate(lines) if re.search(made, line)]
     assert min(written) < len(lines) / 2
 
