@@ -4,7 +4,7 @@ from jaxmoe.planning.exchanges import Exchange, describe_exchanges, read_exchang
 from jaxmoe.planning.few_layers import CountedStep, compile_few_layers
 from jaxmoe.planning.measured import Measured, read_measured
 from jaxmoe.planning.memory import Plan, plan
-from jaxmoe.planning.roofline import StepTime, step_time
+from jaxmoe.planning.roofline import StepTime, TimeModel, step_time
 from jaxmoe.planning.search import MeshChoice, MeshSearch, search_meshes
 from jaxmoe.planning.steps import CompiledStep, compile_steps
 from jaxmoe.planning.sweeps import SweepPoint, sweep
@@ -23,6 +23,7 @@ __all__ = [
     "Plan",
     "StepTime",
     "SweepPoint",
+    "TimeModel",
     "compare_devices",
     "compare_placements",
     "compile_few_layers",

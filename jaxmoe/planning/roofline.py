@@ -1,4 +1,4 @@
-"""`step_time`: the time of a prefill or a decode step on GPUs, modeled from what each device reads, computes and sends.
+"""`TimeModel`: the time of a prefill or a decode step on GPUs, modeled from what each device reads, computes and sends.
 
 Each part of a step takes the larger of two times, that of reading its bytes and that of its arithmetic; parts follow each
 other, and so do the exchanges between devices. Nothing overlaps, every rate is the device's highest, and tokens are routed
@@ -9,7 +9,7 @@ import dataclasses
 import math
 from collections import Counter
 from collections.abc import Iterable, Mapping
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -25,6 +25,7 @@ from jaxmoe.models import Decoder
 from jaxmoe.placement import RoutingTrace
 from jaxmoe.planning.measured import NOTHING, PARTS, Measured, Taken
 from jaxmoe.planning.routing import check_routing, slot_chances
+from jaxmoe.quant.packing import Packing
 
 Phase = Literal["prefill", "decode"]
 
@@ -84,26 +85,11 @@ class _Work(NamedTuple):
         return Taken(max(self.bytes / gpu.memory_bandwidth, self.flops / gpu.flops), modeled=True)
 
 
-def step_time(
-    model: Decoder,
-    phase: Phase,
-    *,
-    batch_size: int,
-    length: int,
-    gpu: GPU,
-    devices_per_node: int = 8,
-    dispatch: str = "auto",
-    skew: float | None = None,
-    trace: RoutingTrace | None = None,
-    measured: Measured = NOTHING,
-) -> StepTime:
-    """Model the time of one step.
+class TimeModel:
+    """The modeled times of a model's steps; what the model alone says is worked out once.
 
     Args:
         model: model without values, on an abstract mesh; its parameters packed where they are to be.
-        phase: "prefill" computes `length` tokens of each sequence, "decode" one more.
-        batch_size: number of sequences.
-        length: tokens of each in the prefill; in a decode step, tokens that the cache has room for, all of which it reads.
         gpu: kind of every device.
         devices_per_node: devices that are linked by the faster way; their numbers follow each other.
         dispatch: backend of `jaxmoe.dispatch`, or "auto".
@@ -114,70 +100,115 @@ def step_time(
     Raises:
         ValueError: skew and trace are both given, or the trace is of other layers or experts.
     """
-    check_routing(model.config, trace, skew)
-    counts = {} if trace is None else dict(zip(model.config.moe_layers, trace.total_counts, strict=True))
-    rows = padded_batch(model.mesh, batch_size)
-    per_row = length if phase == "prefill" else 1
-    here = rows // math.prod([model.mesh.shape[axis] for axis in batch_axes(model.mesh, rows)])
-    gpu, dtype, packings = measured.device(gpu), jnp.dtype(model.dtype), packings_of(model)
-    packed = {layer_index(path) for path in packings if is_expert_stack(path)}
-    dense, by_layer = _weights(model, here * per_row, here)
-    experts = exchange = Taken()
-    names: Counter[str] = Counter()
-    links = _Links(model, gpu, devices_per_node, measured)
-    for layer, stack in by_layer.items():
-        moe = model.layers[layer].moe
-        chances_np = slot_chances(moe, counts[layer]) if counts else None
-        expert_rows, work = _experts(moe, stack, batch_size * per_row, skew or 1.0, chances_np)
-        known = moe.config.gated and layer not in packed
-        timed = _measured_experts(measured, moe, expert_rows, dtype.name) if known else None
-        experts += timed or work.on(gpu)
-        name, taken = _exchange(moe, batch_size * per_row, dispatch, links)
-        exchange += taken
-        names[name] += 1
-    parts = {
-        "dense": dense.on(gpu),
-        "experts": experts,
-        "cache": _cache(model, phase, rows, here, length).on(gpu),
-        "exchange": exchange,
-        "sums": links.seconds(_sums(model, here, per_row)),
-    }
-    whole = {
-        "phase": phase,
-        "model_type": model.config.model_type,
-        "layers": model.config.num_main_layers,
-        "width": model.config.hidden_size,
-        "dtype": dtype.name,
-        "packed": bool(packings),
-        "mesh": dict(model.mesh.shape),
-        "expert_axes": list(next((model.layers[layer].moe.expert_axes for layer in by_layer), ())),
-        "length": length,
-    }
-    parts = {name: measured.seconds("part", batch_size, part=name, **whole) or taken for name, taken in parts.items()}
-    return StepTime(
-        phase=phase,
-        tokens=batch_size * per_row,
-        **{name: taken.seconds for name, taken in parts.items()},
-        dispatch=dict(names),
-        sources={name: taken.source for name, taken in parts.items()},
-    )
+
+    def __init__(
+        self,
+        model: Decoder,
+        *,
+        gpu: GPU,
+        devices_per_node: int = 8,
+        dispatch: str = "auto",
+        skew: float | None = None,
+        trace: RoutingTrace | None = None,
+        measured: Measured = NOTHING,
+    ):
+        check_routing(model.config, trace, skew)
+        counts = {} if trace is None else dict(zip(model.config.moe_layers, trace.total_counts, strict=True))
+        packings = packings_of(model)
+        self._model, self._dispatch, self._skew, self._measured = model, dispatch, skew or 1.0, measured
+        self._gpu, self._dtype = measured.device(gpu), jnp.dtype(model.dtype).name
+        self._dense, self._stacks = _weights(model, packings)
+        self._chances = {
+            layer: slot_chances(model.layers[layer].moe, counts[layer]) if counts else None for layer in self._stacks
+        }
+        self._is_packed = bool(packings)
+        self._packed = {layer_index(path) for path in packings if is_expert_stack(path)}
+        self._links = _Links(model, self._gpu, devices_per_node, measured)
+
+    def __call__(self, phase: Phase, *, batch_size: int, length: int) -> StepTime:
+        """Model the time of one step; arguments as for `step_time`."""
+        model, gpu, measured = self._model, self._gpu, self._measured
+        rows = padded_batch(model.mesh, batch_size)
+        per_row = length if phase == "prefill" else 1
+        here = rows // math.prod([model.mesh.shape[axis] for axis in batch_axes(model.mesh, rows)])
+        dense = _Work()
+        for weight in self._dense:
+            met = here if weight.last_tokens else here * per_row
+            dense = _sum(dense, _Work(weight.bytes, weight.flops * met))
+        experts = exchange = Taken()
+        names: Counter[str] = Counter()
+        for layer, stack in self._stacks.items():
+            moe = model.layers[layer].moe
+            expert_rows, work = _experts(moe, stack, batch_size * per_row, self._skew, self._chances[layer])
+            known = moe.config.gated and layer not in self._packed
+            timed = _measured_experts(measured, moe, expert_rows, self._dtype) if known else None
+            experts += timed or work.on(gpu)
+            name, taken = _exchange(moe, batch_size * per_row, self._dispatch, self._links)
+            exchange += taken
+            names[name] += 1
+        parts = {
+            "dense": dense.on(gpu),
+            "experts": experts,
+            "cache": _cache(model, phase, rows, here, length).on(gpu),
+            "exchange": exchange,
+            "sums": self._links.seconds(_sums(model, here, per_row)),
+        }
+        whole = {
+            "phase": phase,
+            "model_type": model.config.model_type,
+            "layers": model.config.num_main_layers,
+            "width": model.config.hidden_size,
+            "dtype": self._dtype,
+            "packed": self._is_packed,
+            "mesh": dict(model.mesh.shape),
+            "expert_axes": list(next((model.layers[layer].moe.expert_axes for layer in self._stacks), ())),
+            "length": length,
+        }
+        parts = {
+            name: measured.seconds("part", batch_size, part=name, **whole) or taken for name, taken in parts.items()
+        }
+        return StepTime(
+            phase=phase,
+            tokens=batch_size * per_row,
+            **{name: taken.seconds for name, taken in parts.items()},
+            dispatch=dict(names),
+            sources={name: taken.source for name, taken in parts.items()},
+        )
 
 
-def _weights(model: Decoder, tokens: int, rows: int) -> tuple[_Work, dict[int, _Work]]:
-    """Work of a device with the weights that every token meets, and of each MoE layer that with a slot and a token of it.
+def step_time(model: Decoder, phase: Phase, *, batch_size: int, length: int, **options: Any) -> StepTime:
+    """Model the time of one step.
 
     Args:
-        model: model.
-        tokens: tokens of the device.
-        rows: sequences of the device, whose last token alone meets the head.
+        model: model without values, on an abstract mesh; its parameters packed where they are to be.
+        phase: "prefill" computes `length` tokens of each sequence, "decode" one more.
+        batch_size: number of sequences.
+        length: tokens of each in the prefill; in a decode step, tokens that the cache has room for, all of which it reads.
+        **options: further arguments of `TimeModel`.
+
+    Raises:
+        ValueError: skew and trace are both given, or the trace is of other layers or experts.
     """
+    return TimeModel(model, **options)(phase, batch_size=batch_size, length=length)
+
+
+class _Weight(NamedTuple):
+    """Bytes of a weight that every token meets, on a device, and operations for each token, or each sequence's last."""
+
+    bytes: int
+    flops: int
+    last_tokens: bool
+
+
+def _weights(model: Decoder, packings: Mapping[str, Packing]) -> tuple[list[_Weight], dict[int, _Work]]:
+    """The weights that every token meets, and the work of each MoE layer with a slot and a token of it."""
     specs = list(param_specs(model))
     counts = {
         spec.path: math.prod(spec.sharding.shard_shape(spec.shape))
-        for spec in unpacked_specs(specs, packings_of(model), model.dtype)
+        for spec in unpacked_specs(specs, packings, model.dtype)
         if len(spec.shape) > 1
     }
-    dense, stacks = _Work(), dict[int, _Work]()
+    dense, stacks = list[_Weight](), dict[int, _Work]()
     head = "embed.weight" if model.config.tie_word_embeddings else "lm_head.weight"
     for spec in specs:
         layer = layer_index(spec.path)
@@ -189,10 +220,8 @@ def _weights(model: Decoder, tokens: int, rows: int) -> tuple[_Work, dict[int, _
             assert layer is not None, f"{spec.path}: experts outside a layer"
             slots = model.layers[layer].moe.placement.slots_per_device
             stacks[layer] = _sum(stacks.get(layer, _Work()), _Work(size / slots, flops / slots))
-        elif spec.path == head:
-            dense = _sum(dense, _Work(size, flops * rows))
-        elif not spec.path.startswith("embed."):  # a few rows are looked up
-            dense = _sum(dense, _Work(size, flops * tokens))
+        elif spec.path == head or not spec.path.startswith("embed."):  # of an embedding a few rows are looked up
+            dense.append(_Weight(size, flops, last_tokens=spec.path == head))
     return dense, stacks
 
 

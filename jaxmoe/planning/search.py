@@ -13,12 +13,11 @@ from jaxmoe.checks import flag, integer
 from jaxmoe.dispatch import DISPATCHES
 from jaxmoe.hardware import get_gpu
 from jaxmoe.mesh import AXES, DP, EP, TP, write_mesh
-from jaxmoe.models import Decoder
 from jaxmoe.placement import RoutingTrace
 from jaxmoe.planning.measured import read_measured
 from jaxmoe.planning.memory import checked_dtype, checked_length, checked_prompt, step_parts, weight_parts
 from jaxmoe.planning.planned import PlannedCheckpoint, keeps_packed
-from jaxmoe.planning.roofline import Phase, StepTime, step_time
+from jaxmoe.planning.roofline import Phase, StepTime, TimeModel
 from jaxmoe.planning.routing import checked_halves, resolve_placement
 from jaxmoe.planning.workspace import StepMemory
 
@@ -184,20 +183,15 @@ def search_meshes(
             left_out[describe_layout(sizes, expert_axes)] = str(error)
             continue
 
-        def time(phase: Phase, length: int, model: Decoder = model) -> StepTime:
-            return step_time(
-                model,
-                phase,
-                batch_size=batch_size,
-                length=length,
-                gpu=gpu,
-                devices_per_node=devices_per_node,
-                dispatch=dispatch,
-                skew=skew,
-                trace=future,
-                measured=found,
-            )
-
+        times = TimeModel(
+            model,
+            gpu=gpu,
+            devices_per_node=devices_per_node,
+            dispatch=dispatch,
+            skew=skew,
+            trace=future,
+            measured=found,
+        )
         beside = step_parts(model, StepMemory(model, dispatch), batch_size, prompt, max_length)
         held = np.sum([*weight_parts(model).values(), *beside.values()], axis=0)
         choices.append(
@@ -205,8 +199,8 @@ def search_meshes(
                 mesh=sizes,
                 expert_axes=expert_axes,
                 bytes_per_device=int(held.max()),
-                decode=time("decode", max_length),
-                prefill=time("prefill", prompt),
+                decode=times("decode", batch_size=batch_size, length=max_length),
+                prefill=times("prefill", batch_size=batch_size, length=prompt),
             )
         )
     fits = [choice for choice in choices if choice.bytes_per_device <= gpu.memory]

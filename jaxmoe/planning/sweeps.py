@@ -14,7 +14,7 @@ from jaxmoe.placement import RoutingTrace
 from jaxmoe.planning.measured import read_measured
 from jaxmoe.planning.memory import checked_dtype, checked_length, checked_prompt, step_parts, weight_parts
 from jaxmoe.planning.planned import PlannedCheckpoint, keeps_packed
-from jaxmoe.planning.roofline import StepTime, step_time
+from jaxmoe.planning.roofline import StepTime, TimeModel
 from jaxmoe.planning.routing import AnyPlacement, checked_halves, resolve_placement
 from jaxmoe.planning.workspace import StepMemory
 
@@ -102,27 +102,18 @@ def sweep(
         keep=keeps_packed(quantized),
     )
     weights, memory, points = np.sum(list(weight_parts(model).values()), axis=0), StepMemory(model), []
+    times = TimeModel(model, gpu=gpu, devices_per_node=devices_per_node, trace=future, measured=found)
     for batch_size in batch_sizes:
         for length in lengths:
             beside = step_parts(model, memory, batch_size, checked_prompt(prompt_length, length), length)
             held = int(np.sum([weights, *beside.values()], axis=0).max())
-            decode = step_time(
-                model,
-                "decode",
-                batch_size=batch_size,
-                length=length,
-                gpu=gpu,
-                devices_per_node=devices_per_node,
-                trace=future,
-                measured=found,
-            )
             points.append(
                 SweepPoint(
                     batch_size=batch_size,
                     length=length,
                     bytes_per_device=held,
                     fits=held <= gpu.memory,
-                    decode=decode,
+                    decode=times("decode", batch_size=batch_size, length=length),
                 )
             )
     return points

@@ -9,12 +9,11 @@ from typing import Any
 from jaxmoe.checks import flag, integer, real_number
 from jaxmoe.hardware import get_gpu
 from jaxmoe.mesh import EP
-from jaxmoe.models import Decoder
 from jaxmoe.placement import RoutingTrace
 from jaxmoe.planning.measured import read_measured
-from jaxmoe.planning.memory import plan
+from jaxmoe.planning.memory import plan_config
 from jaxmoe.planning.planned import PlannedCheckpoint, keeps_packed
-from jaxmoe.planning.roofline import Phase, StepTime, step_time
+from jaxmoe.planning.roofline import Phase, StepTime, TimeModel
 from jaxmoe.planning.routing import (
     AnyPlacement,
     checked_halves,
@@ -108,7 +107,7 @@ def compare_placements(
         True
     """
     gpu, checkpoint = get_gpu(device), PlannedCheckpoint.read(path, mtp=flag("mtp", mtp))
-    found = read_measured(measured, gpu)
+    found, keep = read_measured(measured, gpu), keeps_packed(quantized)
     past, future = checked_halves(checkpoint.config, trace)
     sizes = {name: integer(name, size, least=1) for name, size in {"dp": dp, "tp": tp, "ep": ep}.items()}
     named = placements if isinstance(placements, Mapping) else {name: name for name in placements}
@@ -116,41 +115,30 @@ def compare_placements(
     for extra in redundancy:
         for name, placement in named.items():
             placed = resolve_placement(checkpoint.config, placement, sizes, expert_axes, past=past, redundancy=extra)
-            report = plan(
-                path,
+            report = plan_config(
+                checkpoint.config,
                 dp=dp,
                 tp=tp,
                 ep=ep,
                 placement=placed,
                 expert_axes=expert_axes,
                 dtype=dtype,
-                quantized=quantized,
-                mtp=mtp,
                 batch_size=batch_size,
                 max_length=max_length,
                 prompt_length=prompt_length,
                 device=device,
+                checkpoint=checkpoint,
+                keep=keep,
             )
             model = checkpoint.model(
                 sizes=sizes,
                 placement=placed,
                 expert_axes=expert_axes,
                 dtype=report.dtype,
-                keep=keeps_packed(quantized),
+                keep=keep,
             )
 
-            def time(phase: Phase, length: int, model: Decoder = model) -> StepTime:
-                return step_time(
-                    model,
-                    phase,
-                    batch_size=batch_size,
-                    length=length,
-                    gpu=gpu,
-                    devices_per_node=devices_per_node,
-                    trace=future,
-                    measured=found,
-                )
-
+            times = TimeModel(model, gpu=gpu, devices_per_node=devices_per_node, trace=future, measured=found)
             # There is a kind of device.
             assert report.fits is not None
             assert report.largest_batch is not None
@@ -164,8 +152,8 @@ def compare_placements(
                     largest_batch=report.largest_batch,
                     skew=() if future is None else layer_skew(model, future),
                     sent_per_token=None if future is None else sent_per_token(model, future),
-                    decode=time("decode", report.max_length),
-                    prefill=time("prefill", report.prompt_length),
+                    decode=times("decode", batch_size=batch_size, length=report.max_length),
+                    prefill=times("prefill", batch_size=batch_size, length=report.prompt_length),
                 )
             )
     return choices
