@@ -23,7 +23,13 @@ from jax.experimental import pallas as pl
 
 from jaxmoe.kernels.grouped_matmul.group_tiles import ALIGNMENT, GroupTiles
 from jaxmoe.kernels.grouped_matmul.mosaic_gpu.pipeline import copy_rows_out, count_tiles, drain, place, plgpu, swizzled
-from jaxmoe.kernels.grouped_matmul.mosaic_gpu.tiles import PIECE_BYTES, WARPGROUPS, WGMMA_ROWS
+from jaxmoe.kernels.grouped_matmul.mosaic_gpu.tiles import (
+    COMPUTE_REGISTERS,
+    LOADER_REGISTERS,
+    PIECE_BYTES,
+    WARPGROUPS,
+    WGMMA_ROWS,
+)
 
 # Rows of a tile's sums.
 HEIGHT = WARPGROUPS * WGMMA_ROWS
@@ -31,8 +37,6 @@ HEIGHT = WARPGROUPS * WGMMA_ROWS
 STAGE_ROWS = 64
 # Row tiles of dx that run together over the same outputs, as in `tiles`.
 _BAND = 8
-# Registers of a thread that loads, and of one that multiplies.
-_LOADER_REGISTERS, _COMPUTE_REGISTERS = 40, 232
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -252,7 +256,7 @@ def _multiply_tiles(
 
     @pl.when(warpgroup == WARPGROUPS)
     def _() -> None:
-        plgpu.set_max_registers(_LOADER_REGISTERS, action="decrease")
+        plgpu.set_max_registers(LOADER_REGISTERS, action="decrease")
 
         def load(first_stage: Any, tile: Tile) -> None:
             def one(step: Any, nothing: Any) -> None:
@@ -269,7 +273,7 @@ def _multiply_tiles(
 
     @pl.when(warpgroup < WARPGROUPS)
     def _() -> None:
-        plgpu.set_max_registers(_COMPUTE_REGISTERS, action="increase")
+        plgpu.set_max_registers(COMPUTE_REGISTERS, action="increase")
 
         def multiply(first_stage: Any, tile: Tile) -> None:
             sums = _sum_tile(first_stage, tile, tiles, transposed, lhs_tiles, rhs_tiles, filled, emptied, masked)

@@ -34,6 +34,8 @@ from jaxmoe.kernels.grouped_matmul.mosaic_gpu.sums import (
     sum_tile,
 )
 from jaxmoe.kernels.grouped_matmul.mosaic_gpu.tiles import (
+    COMPUTE_REGISTERS,
+    LOADER_REGISTERS,
     WARPGROUPS,
     WGMMA_ROWS,
     Tiles,
@@ -44,9 +46,6 @@ from jaxmoe.kernels.grouped_matmul.mosaic_gpu.tiles import (
 )
 from jaxmoe.kernels.grouped_matmul.quantized import QuantizedStack
 from jaxmoe.kernels.grouped_matmul.quantized_rows import QuantizedRows
-
-# Registers of a thread that loads, and of one that multiplies.
-_LOADER_REGISTERS, _COMPUTE_REGISTERS = 40, 232
 
 
 @partial(jax.jit, static_argnames=("tiles", "finish", "out_dtype", "approximate", "blocks", "interpret"))
@@ -156,7 +155,7 @@ def _kernel(*refs: Any, call: Call, **scratch: Any) -> None:
 
     @pl.when(warpgroup == WARPGROUPS)
     def _() -> None:
-        plgpu.set_max_registers(_LOADER_REGISTERS, action="decrease")
+        plgpu.set_max_registers(LOADER_REGISTERS, action="decrease")
 
         @each
         def _(first_stage: Any, row_tile: Any, column: Any, part: Any) -> None:
@@ -169,7 +168,7 @@ def _kernel(*refs: Any, call: Call, **scratch: Any) -> None:
 
     @pl.when(warpgroup < WARPGROUPS)
     def _() -> None:
-        plgpu.set_max_registers(_COMPUTE_REGISTERS, action="increase")
+        plgpu.set_max_registers(COMPUTE_REGISTERS, action="increase")
 
         @each
         def _(first_stage: Any, row_tile: Any, column: Any, part: Any) -> None:

@@ -15,6 +15,8 @@ SHARED_BYTES, RESERVED_BYTES = GPUS["h100"].block_shared_memory, 2048
 WARPGROUPS = 2
 # Rows of wgmma's first operand, and so of what a warpgroup multiplies at least.
 WGMMA_ROWS = 64
+# Registers of a thread that loads, and of one that multiplies.
+LOADER_REGISTERS, COMPUTE_REGISTERS = 40, 232
 # Bytes of a row of results that are copied out at a time, where rows lead: copies begin at a multiple of so many.
 PIECE_BYTES = 128
 # The most sums of a tile that a thread has: of one matrix; of two, which an activation follows; and of packed matrices,
