@@ -36,6 +36,7 @@ from jaxmoe.config.places import (
     shard_of,
 )
 from jaxmoe.config.reading import (
+    config_parts,
     pick,
     pick_layer_flags,
     pick_layer_types,
@@ -113,6 +114,7 @@ __all__ = [
     "TopK",
     "check_agreement",
     "check_equal",
+    "config_parts",
     "directory_of",
     "find_checkpoint",
     "partial_directory",

@@ -14,13 +14,13 @@ from jaxmoe.checkpoint.formats import (
     Checkpoint,
     DecodedTensor,
     decode_checkpoint,
-    find_quantization,
     find_size,
     is_stored,
     open_checkpoint,
     read_stored,
 )
 from jaxmoe.checkpoint.inspection.config_only import facts_of_config, has_weights
+from jaxmoe.checkpoint.inspection.declared import describe_quantization
 from jaxmoe.checkpoint.inspection.grouping import GROUPS, group_of, quantized_base
 from jaxmoe.checkpoint.inspection.holding import describe_holding
 from jaxmoe.checkpoint.mapping import FamilyCheckpoint, Unused, abstract_specs, detect_expert_layout, layer_index
@@ -107,7 +107,7 @@ def summarize(path: str | os.PathLike[str], *, mtp: bool = False) -> CheckpointS
     config = read_json(directory / "config.json")
     model_type = config.get("model_type")
     family, text_config, unknown = _find_family(config)
-    quantization = find_quantization(directory, config)
+    quantization = describe_quantization(directory, config)
     if not has_weights(path):
         facts = facts_of_config(directory, config, family, text_config, mtp=mtp)
         facts["problems"] = (*([unknown] if family is None else []), *facts["problems"])
