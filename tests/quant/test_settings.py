@@ -239,7 +239,7 @@ def test_settings_of_any_type_are_read_or_refused(block: dict[str, Any]) -> None
 def test_settings_under_the_key_of_mlx_are_refused(part: dict[str, Any]) -> None:
     settings = {"quantization": {"bits": 4, "group_size": 64}}
     with pytest.raises(QuantizationError, match="'mlx'"):
-        find_quantization({name: settings for name in part} or settings)
+        find_quantization(dict.fromkeys(part, settings) or settings)
 
 
 def test_two_files_that_disagree_are_refused() -> None:

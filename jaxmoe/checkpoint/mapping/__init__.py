@@ -9,7 +9,6 @@ from jaxmoe.checkpoint.mapping.expected import expected_checkpoint
 from jaxmoe.checkpoint.mapping.experts import expert_blocks, find_expert_layout, fused_expert_blocks, per_expert_blocks
 from jaxmoe.checkpoint.mapping.ignore import IgnoreRule
 from jaxmoe.checkpoint.mapping.layouts import detect_expert_layout
-from jaxmoe.checkpoint.mapping.linear import linear_kind
 from jaxmoe.checkpoint.mapping.mapped import PREDICTING_RULE, UNREAD_RULE, FamilyCheckpoint, MappedCheckpoint, Unused
 from jaxmoe.checkpoint.mapping.names import layer_index, written_blocks, written_form
 from jaxmoe.checkpoint.mapping.own_part import REST
@@ -17,7 +16,7 @@ from jaxmoe.checkpoint.mapping.packed import PackingChoice, hold_packed, pack_ev
 from jaxmoe.checkpoint.mapping.rounding import asked_activations, read_input_scales
 from jaxmoe.checkpoint.mapping.spellings import Spellings
 from jaxmoe.checkpoint.mapping.tied import TIED_RULE
-from jaxmoe.models.parts import is_expert_stack
+from jaxmoe.models.parts import is_expert_stack, linear_kind
 
 __all__ = [
     "PREDICTING_RULE",
