@@ -10,7 +10,8 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "checkpoint",
         metavar="PATH",
-        help="a checkpoint directory, or a name in the hub's cache; its config.json is all that is read",
+        help="a checkpoint directory, or a name in the hub's cache; its config.json is enough, and of weights that are "
+        "there the headers are read",
     )
     where = parser.add_mutually_exclusive_group()
     where.add_argument(
