@@ -46,7 +46,7 @@ PART_ENDINGS = {
     "matrix_scale": "_matrix_scale",
     "input_scale": "_input_scale",
 }
-"""What follows the name of a packed parameter in the names of its arrays."""
+"""Endings that the names of its arrays have, behind the name of a packed parameter, by their role."""
 
 
 def local_matrices(weight: Weight, spec: Any, axis_sizes: Mapping[str, int]) -> tuple[jax.Array | QuantizedStack, str]:
