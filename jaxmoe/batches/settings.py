@@ -6,6 +6,7 @@ from types import MappingProxyType
 from typing import Any
 
 from jaxmoe.checks import flag, integer, real_number
+from jaxmoe.generation.json_fields import read_logit_bias, read_stop
 from jaxmoe.generation.json_schema import Schema, schema_of
 from jaxmoe.generation.params import SamplingParams
 from jaxmoe.generation.requests import MOST_LOGPROBS
@@ -130,16 +131,7 @@ def _text(name: str, value: Any) -> str:
 
 
 def _stop(name: str, value: Any) -> tuple[str, ...]:
-    texts = [value] if isinstance(value, str) else value
-    if not isinstance(texts, list) or not all(isinstance(one, str) and one for one in texts):
-        raise ValueError(f"{name} is a text or a list of them, none of them empty; got {value!r:.80}")
-    return tuple(texts)
-
-
-def _bias(name: str, value: Any) -> dict[int, float]:
-    if not isinstance(value, dict) or not all(token.isdecimal() for token in value):
-        raise ValueError(f'{name} is an object of token ids and numbers, as {{"5": -100}}; got {value!r:.80}')
-    return {int(token): real_number(name, number) for token, number in value.items()}
+    return tuple(read_stop(name, value))
 
 
 def _object(name: str, value: Any) -> dict[str, Any]:
@@ -184,7 +176,7 @@ NAMES: dict[str, tuple[str, Callable[[str, Any], Any]]] = {
     "logprobs": ("logprobs", _count_or_flag),
     "top_logprobs": ("top_logprobs", _count),
     "n": ("n", _count),
-    "logit_bias": ("logit_bias", _bias),
+    "logit_bias": ("logit_bias", read_logit_bias),
     "response_format": ("format", _object),
     "adapter": ("adapter", _text),
     "chat_template_kwargs": ("chat_template_kwargs", _variables),

@@ -104,7 +104,9 @@ def _parser() -> argparse.ArgumentParser:
     from jaxmoe import __version__
 
     parser = argparse.ArgumentParser(
-        prog="jaxmoe", description="Torch Mixture-of-Experts checkpoints on a (dp, tp, ep) mesh, with JAX."
+        prog="jaxmoe",
+        description="Torch Mixture-of-Experts checkpoints on a (dp, tp, ep) mesh, with JAX.",
+        epilog="`jaxmoe COMMAND --help` tells the options of a command.",
     )
     parser.add_argument("--version", action="version", version=f"jaxmoe {__version__}")
     subparsers = parser.add_subparsers(metavar="COMMAND", required=True)

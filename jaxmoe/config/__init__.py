@@ -26,6 +26,7 @@ from jaxmoe.config.decoder import (
     MTPConfig,
 )
 from jaxmoe.config.feed_forward import MLPConfig, MoEConfig
+from jaxmoe.config.latent_attention import IndexerConfig, MLAConfig
 from jaxmoe.config.ngrams import NGramConfig
 from jaxmoe.config.places import (
     CONVERTING,
@@ -36,6 +37,7 @@ from jaxmoe.config.places import (
     shard_of,
 )
 from jaxmoe.config.reading import (
+    config_parts,
     pick,
     pick_layer_flags,
     pick_layer_types,
@@ -44,6 +46,7 @@ from jaxmoe.config.reading import (
     read_dtype,
     read_json,
 )
+from jaxmoe.config.recurrent import GatedDeltaNetConfig, KDAConfig, Mamba2Config, MambaConfig, ShortConvConfig
 from jaxmoe.config.routers import (
     SCORES,
     ChosenByFunction,
@@ -57,16 +60,7 @@ from jaxmoe.config.routers import (
     SumNormalization,
     TopK,
 )
-from jaxmoe.config.token_mixers import (
-    GatedDeltaNetConfig,
-    IndexerConfig,
-    KDAConfig,
-    Mamba2Config,
-    MambaConfig,
-    MLAConfig,
-    ShortConvConfig,
-    TokenMixerConfig,
-)
+from jaxmoe.config.token_mixers import TokenMixerConfig
 
 __all__ = [
     "CONVERTING",
@@ -113,6 +107,7 @@ __all__ = [
     "TopK",
     "check_agreement",
     "check_equal",
+    "config_parts",
     "directory_of",
     "find_checkpoint",
     "partial_directory",

@@ -3,7 +3,8 @@
 import dataclasses
 
 from jaxmoe.checks import check_flags, check_positive
-from jaxmoe.config.token_mixers import IndexerConfig, TokenMixerConfig
+from jaxmoe.config.latent_attention import IndexerConfig
+from jaxmoe.config.token_mixers import TokenMixerConfig
 from jaxmoe.rotary import RopeConfig
 
 

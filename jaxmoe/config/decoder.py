@@ -5,9 +5,10 @@ from typing import Literal
 
 from jaxmoe.checks import check_positive
 from jaxmoe.config.feed_forward import MLPConfig, MoEConfig
+from jaxmoe.config.latent_attention import MLAConfig
 from jaxmoe.config.ngrams import NGramConfig
 from jaxmoe.config.routers import ChosenByFunction, RouterFunction
-from jaxmoe.config.token_mixers import MLAConfig, TokenMixerConfig
+from jaxmoe.config.token_mixers import TokenMixerConfig
 
 MAX_EXPERTS = 1_000_000  # each has names and blocks, before a file is asked whether it is there
 

@@ -13,6 +13,7 @@ _REQUIRED = object()
 _PERIODS = re.compile(
     r".*_(step|interval|period|freq)|.*_every_n_layers|n_heads"
 )  # what layers are counted, or widths divided, by
+_PARTS = ("text_config", "language_config", "llm_config", "thinker_config", "ffn_config")
 _MOST = {"num_hidden_layers": 10_000, "n_layers": 10_000}  # a layer is an object, before there is a tensor to ask for
 
 
@@ -47,6 +48,12 @@ def read_json(path: Path) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise ValueError(f"{path} holds one JSON object; got {type(value).__name__}")
     return value
+
+
+def config_parts(config: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    """List a config and the configs of a model's parts that are in it, in any spelling; the outermost first."""
+    nested = [config[key] for key in _PARTS if isinstance(config.get(key), dict)]
+    return [config, *nested, *[part["text_config"] for part in nested if isinstance(part.get("text_config"), dict)]]
 
 
 def _parse(path: Path) -> Any:

@@ -9,13 +9,13 @@ import jax
 import numpy as np
 from flax import nnx
 
+from jaxmoe.generation.around_steps import TakenArrays, pass_on, wanted_record
 from jaxmoe.generation.model import Model
 from jaxmoe.generation.params import SamplingParams
 from jaxmoe.generation.programs import Leaves, Record, Sampled, Shape, programs_of
 from jaxmoe.generation.sampling import Controls, Mode, seed_words
 from jaxmoe.generation.speculative import SpeculativeBatch, SpeculativeStep
 from jaxmoe.generation.stats import GenerationStats
-from jaxmoe.layers import check_usable
 from jaxmoe.models.padding import bucket_length
 from jaxmoe.models.replay import ReplayedSteps
 from jaxmoe.models.routing import Routing
@@ -52,7 +52,6 @@ class Engine:
 
     def __init__(self, model: Model):
         self._model = model
-        self._module = cast(nnx.Module, model)  # which it is too, and a Protocol cannot say
         self.programs = programs_of(model)
         self._bind()
         self._recorder, self._replay = model.recorder, model.replay
@@ -98,7 +97,7 @@ class Engine:
             ValueError: a trace that is being replayed is of another generation.
         """
         stats = GenerationStats() if stats is None else stats
-        rows = [Row() for _ in prompts]
+        rows, record = [Row() for _ in prompts], wanted_record(self._recorder, balancer)
         compiled_before = self.programs.compile_seconds
         replay = None if self._replay is None else self._replay.steps()
         if replay is not None:
@@ -106,10 +105,10 @@ class Engine:
         batch: _Batch | SpeculativeBatch
         if num_drafts:
             batch = SpeculativeBatch(
-                self.programs, self._leaves, self._model, prompts, max_new_tokens, num_drafts, self._record(balancer)
+                self.programs, self._leaves, self._model, prompts, max_new_tokens, num_drafts, record
             )
         else:
-            batch = _Batch(self, prompts, params, max_new_tokens, seeds, self._record(balancer), replay, adapter_ids)
+            batch = _Batch(self, prompts, params, max_new_tokens, seeds, record, replay, adapter_ids)
         stats.prompts += len(prompts)
         stats.prompt_tokens += sum(map(len, prompts))
         stats.compile_seconds += self.programs.compile_seconds - compiled_before
@@ -136,9 +135,10 @@ class Engine:
                 # The last token of a row is the model's own.
                 drafts = (len(tokens[index]) - 1 for index in running)
                 stats.accepted_tokens += sum(map(min, handed_out, drafts))
-            moved = arrived.routing is not None and self._watch(arrived.routing, balancer)
-            # `on_token` may have rebalanced or trained the model as well: its old arrays are let go.
-            if moved or self._has_changed():
+            if arrived.routing is not None:
+                pass_on(arrived.routing, self._model, self._recorder, balancer)
+            # The balancer or `on_token` may have moved experts or trained the model: its old arrays are let go.
+            if self._taken.replaced:
                 batch.leaves = self._bind()
             ended = [index for index in running if rows[index].finish_reason]
             if len(ended) == len(running):
@@ -155,35 +155,9 @@ class Engine:
 
     def _bind(self) -> Leaves:
         """Take the model's arrays as they are now."""
-        check_usable(self._module)
+        self._taken = TakenArrays(cast(nnx.Module, self._model))  # a model is one too, which a Protocol cannot say
         self._leaves: Leaves = self.programs.bind(self._model)
-        self._variables = [
-            (variable, variable.get_value()) for _, variable in nnx.to_flat_state(nnx.state(self._module))
-        ]
         return self._leaves
-
-    def _has_changed(self) -> bool:
-        # A deleted array would take the process down.
-        return any(variable.get_value() is not value or value.is_deleted() for variable, value in self._variables)
-
-    def _record(self, balancer: Balancer | None) -> Record:
-        """The part of their routing that the steps have to tell."""
-        if self._recorder is not None and self._recorder.token_ids:
-            return "token_ids"
-        return "nothing" if self._recorder is None and balancer is None else "counts"
-
-    def _watch(self, routing: Routing, balancer: Balancer | None) -> bool:
-        """Pass a step's routing on, and tell whether the model's experts were moved."""
-        if self._recorder is not None:
-            self._recorder.add(routing)
-        if balancer is None:
-            return False
-        balancer.observe(np.asarray(routing.counts))
-        placements = balancer.propose(self._model.placements)
-        if placements is None:
-            return False
-        self._model.rebalance(placements, num_nodes=balancer.num_nodes)
-        return True
 
 
 def _extend(

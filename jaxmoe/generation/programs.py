@@ -27,9 +27,8 @@ from jaxmoe.models import Decoder, speculation
 from jaxmoe.models.belongings import Belongings
 from jaxmoe.models.routing import Routing, routing_of
 
+# A model's arrays, in the order of its tree.
 Leaves = list[jax.Array]
-
-
 # What a step tells of its routing: nothing, counts, or the choices of every token too.
 Record = Literal["nothing", "counts", "token_ids"]
 Step = Callable[..., tuple[jax.Array, Any, Routing | None]]
@@ -86,7 +85,7 @@ class Programs:
         Weights may have been swapped since the last call (other values: nothing is compiled
         again) or reshaped and resharded (everything is).
         """
-        # Compiled ahead with or without choices to take, and told what to record, it finds the same programs either way.
+        # Without recorder and replay, which are arguments of a program: those of a model with them serve it without, too.
         graphdef, state = model.split_network()
         leaves, treedef = jax.tree.flatten(state)
         signature = tuple((leaf.shape, leaf.dtype, leaf.sharding) for leaf in leaves)
@@ -275,10 +274,6 @@ class Programs:
         cache = self._out["init_cache", shape.rows, shape.cache]
         out = (self._rows(shape.rows), jax.tree.map(lambda spec: spec.sharding, cache), None)
         return self._compile(key, step, (leaves, *args, cache), out, donate=(len(args) + 1,))
-
-    def _held(self) -> dict[str, Any]:
-        """Everything of this object that its programs depend on."""
-        return {"mesh": self.mesh, "graphdef": self._graphdef, "treedef": self._treedef}
 
     def _holds(self) -> dict[str, Any]:
         """Everything of this object that its programs depend on."""

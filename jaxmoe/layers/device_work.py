@@ -7,9 +7,9 @@ from flax import nnx
 from jax.sharding import Mesh
 from jax.typing import DTypeLike
 
-from jaxmoe.kernels.grouped_matmul import Work, local_stack
+from jaxmoe.kernels.grouped_matmul import Work
 from jaxmoe.layers.moe import MoE
-from jaxmoe.layers.weights import RoundingStack, WeightSpecs
+from jaxmoe.layers.weights import WeightSpecs, local_matrices
 
 
 def kernel_work(model: nnx.Module, dtype: DTypeLike) -> dict[str, Work]:
@@ -31,10 +31,7 @@ def kernel_work(model: nnx.Module, dtype: DTypeLike) -> dict[str, Work]:
                 if not isinstance(owner, MoE) or name not in ("w_gate_up", "w_down"):
                     mesh: Mesh = vars(owner)["mesh"]
                     sizes = dict(mesh.shape)
-                    matrix: Any = local_stack(specs.value(owner, name), specs.spec(owner, name), sizes)
-                    activations = "none"
-                    if isinstance(matrix, RoundingStack):
-                        matrix, activations = matrix.stack, matrix.activations
+                    matrix, activations = local_matrices(specs.value(owner, name), specs.spec(owner, name), sizes)
                     one = jax.tree.map(lambda array: jax.ShapeDtypeStruct((1, *array.shape), array.dtype), matrix)
                     found[_path((*steps, name))] = Work.product(dtype, one, activations)
     return found

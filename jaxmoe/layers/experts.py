@@ -9,9 +9,9 @@ from jax.typing import DTypeLike
 
 from jaxmoe.config import MoEConfig
 from jaxmoe.dispatch import Experts
-from jaxmoe.kernels.grouped_matmul import Work, combine_halves, expert_mlp, local_stack
+from jaxmoe.kernels.grouped_matmul import Work, combine_halves, expert_mlp
 from jaxmoe.layers.param import ParamFactory, zeros
-from jaxmoe.layers.weights import RoundingStack
+from jaxmoe.layers.weights import RoundingStack, local_matrices
 from jaxmoe.mesh import axes_size
 from jaxmoe.placement import ExpertPlacement
 
@@ -85,15 +85,12 @@ def expert_work(
         axis_sizes: sizes of the mesh's axes.
         dtype: dtype of the activations.
     """
-    matrices, activations = [], "none"
-    for name in ("w_gate_up", "w_down"):
-        stack: Any = local_stack(getattr(stacks, name), getattr(specs, name), axis_sizes)
-        if isinstance(stack, RoundingStack):
-            stack, activations = stack.stack, stack.activations
-        matrices.append(stack)
+    w_gate_up, _ = local_matrices(stacks.w_gate_up, specs.w_gate_up, axis_sizes)
+    w_down, activations = local_matrices(stacks.w_down, specs.w_down, axis_sizes)
     return Work.mlp(
         dtype,
-        *matrices,
+        w_gate_up,
+        w_down,
         biases=stacks.b_down is not None,
         activation=config.activation,
         limit=config.activation_limit,

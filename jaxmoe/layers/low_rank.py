@@ -14,7 +14,7 @@ from jax.sharding import PartitionSpec
 from jaxmoe.numerics import sum_dtype
 
 FACTOR_ENDINGS = ("_lora_a", "_lora_b")
-"""What follows the name of a parameter in the names of its adapters' factors."""
+"""Endings that the names of its adapters' factors have, behind the name of a parameter."""
 
 
 class AdaptedMatrix(NamedTuple):

@@ -12,7 +12,7 @@ import jax
 from flax import nnx
 from jax.sharding import PartitionSpec as P
 
-from jaxmoe.kernels.grouped_matmul import QuantizedStack
+from jaxmoe.kernels.grouped_matmul import QuantizedStack, local_stack
 from jaxmoe.layers.low_rank import FACTOR_ENDINGS, AdaptedMatrix, factor_partitions
 from jaxmoe.quant.packing import Packing
 
@@ -46,7 +46,22 @@ PART_ENDINGS = {
     "matrix_scale": "_matrix_scale",
     "input_scale": "_input_scale",
 }
-"""What follows the name of a packed parameter in the names of its arrays."""
+"""Endings that the names of its arrays have, behind the name of a packed parameter, by their role."""
+
+
+def local_matrices(weight: Weight, spec: Any, axis_sizes: Mapping[str, int]) -> tuple[jax.Array | QuantizedStack, str]:
+    """Give the matrices of a weight that one device has, as shapes, and the form that their inputs are rounded to.
+
+    Args:
+        weight: weight of the whole mesh, or what stands for it.
+        spec: its partition spec, a tree like it.
+        axis_sizes: sizes of the mesh's axes.
+
+    Returns:
+        The matrices, and a name in `jaxmoe.kernels.grouped_matmul.ROW_FORMATS`, or "none".
+    """
+    local: Any = local_stack(weight, spec, axis_sizes)
+    return (local.stack, local.activations) if isinstance(local, RoundingStack) else (local, "none")
 
 
 @dataclasses.dataclass(frozen=True)

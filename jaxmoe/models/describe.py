@@ -1,34 +1,18 @@
 """A model on its mesh, in words."""
 
-from collections.abc import Sequence
 from itertools import groupby
 
-import jax.numpy as jnp
-from jax.sharding import Mesh
-
-from jaxmoe.config import DecoderConfig
-from jaxmoe.dispatch import PhaseDispatch
 from jaxmoe.layers import MoE
 from jaxmoe.mesh import padded_batch
+from jaxmoe.models.kernels import describe_kernels
+from jaxmoe.models.network import DecoderNetwork
 from jaxmoe.models.padding import bucket_length
+from jaxmoe.models.parts import describe_packed
 
 
-def describe(
-    config: DecoderConfig,
-    mesh: Mesh,
-    dtype: jnp.dtype,
-    moe_layers: Sequence[MoE],
-    dispatch: PhaseDispatch,
-    packed: str,
-    kernels: Sequence[str],
-    *,
-    batch_size: int,
-    prompt_length: int,
-) -> str:
-    """The lines of `Decoder.describe`, from the parts of the model that they are about; `packed` names packed weights.
-
-    `kernels` are lines of their own.
-    """
+def describe(model: DecoderNetwork, *, batch_size: int, prompt_length: int) -> str:
+    """The lines of `Decoder.describe`."""
+    config, mesh, dtype, moe_layers = model.config, model.mesh, model.dtype, model.moe_layers
     sizes = ", ".join(f"{axis}={size}" for axis, size in mesh.shape.items())
     platform = mesh.devices.flat[0].platform
     predicting = "" if config.mtp is None else f", the last {config.mtp.num_layers} for multi-token prediction"
@@ -37,14 +21,14 @@ def describe(
         f"{len(moe_layers)} of them with routed experts{predicting}",
         f"mesh {sizes}: {mesh.size} {platform} device{'s' if mesh.size > 1 else ''}",
     ]
-    if packed:
+    if packed := describe_packed(model, dtype):
         lines.append(f"held packed: {packed}; other weights in {dtype.name}")
-    lines += kernels
+    lines += describe_kernels(model, mesh, dtype, model.kernels)
     lines += _runs([_experts(moe) for moe in moe_layers])
     # What is computed, padding included, is what a dispatch is chosen for.
     rows = padded_batch(mesh, batch_size)
     length = bucket_length(prompt_length, config.max_position_embeddings)
-    phases = {"prefill": (dispatch.prefill, rows * length), "decode": (dispatch.decode, rows)}
+    phases = {"prefill": (model.dispatch.prefill, rows * length), "decode": (model.dispatch.decode, rows)}
     for phase, (name, tokens) in phases.items():
         if name == "auto":
             lines += _runs([f"{phase}: {moe.explain_dispatch(tokens, dtype)}" for moe in moe_layers])

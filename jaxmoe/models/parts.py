@@ -9,6 +9,13 @@ from flax import nnx
 from jaxmoe.layers import packings_of, param_specs, unpacked_specs
 from jaxmoe.layers.weights import PART_ENDINGS
 
+# The linear layers that quantizing is about: routers, embeddings, the head and mixers with a state are none.
+_LINEAR_KINDS = (
+    ("routed experts", re.compile(r".*\.moe\.w_(gate_up|down)")),
+    ("shared experts", re.compile(r".*\.moe\.shared\.w_(gate|up|down)")),
+    ("dense MLP", re.compile(r".*\.mlp\.w_(gate|up|down)")),
+    ("attention", re.compile(r".*\.attention\.w_(q|k|v|o|q_a|q_b|kv_a|kv_b)")),
+)
 _EXPERT_STACK = re.compile(rf"\.moe\.[wb]_(gate_up|down)({'|'.join(PART_ENDINGS.values())})$")
 
 
@@ -26,6 +33,11 @@ def part_of(path: str) -> str:
     if ".attention." in path:
         return "attention"
     return "embedding and head" if path.startswith(("embed.", "lm_head.")) else "other"
+
+
+def linear_kind(path: str) -> str:
+    """The kind of linear layer that a parameter is of, as encoders name kinds; "" for one that is not quantized."""
+    return next((kind for kind, pattern in _LINEAR_KINDS if pattern.fullmatch(path)), "")
 
 
 def held_forms(model: nnx.Module, dtype: Any) -> dict[str, dict[str, int]]:

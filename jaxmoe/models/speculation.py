@@ -22,8 +22,9 @@ import jax.numpy as jnp
 
 from jaxmoe.layers import MoEStats, accepted
 from jaxmoe.mesh import batch_axes, named
-from jaxmoe.models.decoder import Cache, Decoder
+from jaxmoe.models.decoder import Decoder
 from jaxmoe.models.mtp import PredictionLayer
+from jaxmoe.models.network import Cache
 from jaxmoe.models.padding import prompt_positions
 
 

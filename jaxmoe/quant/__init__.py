@@ -5,7 +5,7 @@
 """
 
 from jaxmoe.quant.base import Part, QuantFormat
-from jaxmoe.quant.detect import SIDE_FILES, find_quantization, read_quantization
+from jaxmoe.quant.detect import SIDE_FILES, find_quantization, find_settings, read_quantization, read_side_files
 from jaxmoe.quant.errors import QuantizationError
 from jaxmoe.quant.formats import FORMATS
 from jaxmoe.quant.match import MatchedTensors, match_tensors
@@ -24,6 +24,8 @@ __all__ = [
     "QuantizedWeight",
     "Rules",
     "find_quantization",
+    "find_settings",
     "match_tensors",
     "read_quantization",
+    "read_side_files",
 ]

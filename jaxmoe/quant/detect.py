@@ -2,9 +2,9 @@
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-from jaxmoe.config import read_json
+from jaxmoe.config import config_parts, read_json
 from jaxmoe.quant.configs import READERS, Reader, settings
 from jaxmoe.quant.errors import QuantizationError
 from jaxmoe.quant.rules import Quantization
@@ -13,7 +13,7 @@ SIDE_FILES = ("hf_quant_config.json", "quantize_config.json", "quant_config.json
 """Files beside config.json that may hold a block: ModelOpt's, GPTQ's and AWQ's."""
 
 _KEYS = ("quantization_config", "compression_config")
-_NESTED = ("text_config", "language_config", "llm_config", "thinker_config")
+_MLX_KEY = "quantization"
 
 # Names of other methods, and what is to be said of each beyond that jaxmoe does not decode it.
 _OTHERS = {
@@ -21,6 +21,40 @@ _OTHERS = {
     "auto-round": "AutoRound writes GPTQ's layout too (format auto_gptq)",
     "gguf": "GGUF has a converter in llama.cpp",
 }
+
+
+class DeclaredSettings(NamedTuple):
+    """Settings of a quantization as they stand in a checkpoint's files.
+
+    Attributes:
+        block: the settings.
+        part: config of the model, or of the part of it, that they are of.
+        source: name of the file that they are in.
+        beside: settings in other files, which are not read, by the name of the file.
+    """
+
+    block: Mapping[str, Any]
+    part: Mapping[str, Any]
+    source: str
+    beside: Mapping[str, Mapping[str, Any]]
+
+    @property
+    def method(self) -> str:
+        """The method of the block, by its name or by the settings that only one method has."""
+        named = self.block.get("quant_method")
+        if isinstance(named, str) and named:
+            return named.lower()
+        for method, keys in (
+            ("modelopt", ("quant_algo",)),
+            ("compressed-tensors", ("config_groups",)),
+            ("gptq", ("desc_act",)),
+            ("awq", ("w_bit", "zero_point")),
+            ("bitsandbytes", ("load_in_4bit", "load_in_8bit")),
+            ("mlx", ("bits",)),
+        ):
+            if any(key in self.block for key in keys):
+                return method
+        return "unnamed"
 
 
 def read_quantization(directory: Path, config: Mapping[str, Any] | None = None) -> Quantization | None:
@@ -34,7 +68,12 @@ def read_quantization(directory: Path, config: Mapping[str, Any] | None = None) 
         QuantizationError: it is of a kind that jaxmoe does not decode, or its settings are wrong.
     """
     config = read_json(directory / "config.json") if config is None else config
-    return find_quantization(config, {name: read_json(directory / name) for name in SIDE_FILES})
+    return find_quantization(config, read_side_files(directory))
+
+
+def read_side_files(directory: Path) -> dict[str, dict[str, Any]]:
+    """Read the contents of `SIDE_FILES` in a directory by name; those of a file that is missing are empty."""
+    return {name: read_json(directory / name) for name in SIDE_FILES}
 
 
 def find_quantization(
@@ -54,23 +93,28 @@ def find_quantization(
     >>> found.format_of("model.layers.0.mlp.experts.3.up_proj").name, found.format_of("lm_head")
     ('fp8_block', None)
     """
-    beside = {name: _inner(document) for name, document in (side_files or {}).items() if document}
-    for part in _parts(config):
+    declared = find_settings(config, side_files or {})
+    return None if declared is None else _read(declared, config)
+
+
+def find_settings(config: Mapping[str, Any], side_files: Mapping[str, Mapping[str, Any]]) -> DeclaredSettings | None:
+    """Find the settings that `find_quantization` reads, whether or not jaxmoe decodes their method; arguments as there.
+
+    None where there are none.
+    """
+    parts = config_parts(config)
+    beside = {name: _inner(document) for name, document in side_files.items() if document}
+    for part in parts:
         for key in _KEYS:
             block = part.get(key)
             if isinstance(block, dict) and block:
-                return _read(block, part, config, "config.json", beside)
+                return DeclaredSettings(block, part, "config.json", beside)
     for name, block in beside.items():
-        return _read(block, config, config, name, {})
-    if isinstance(config.get("quantization"), dict):
-        return _read(config["quantization"], config, config, "config.json", {})
+        return DeclaredSettings(block, config, name, {})
+    for part in parts:
+        if isinstance(part.get(_MLX_KEY), dict):
+            return DeclaredSettings(part[_MLX_KEY], part, "config.json", {})
     return None
-
-
-def _parts(config: Mapping[str, Any]) -> list[Mapping[str, Any]]:
-    """A config and the configs of parts of a model in it."""
-    nested = [config[key] for key in _NESTED if isinstance(config.get(key), dict)]
-    return [config, *nested, *[part["text_config"] for part in nested if isinstance(part.get("text_config"), dict)]]
 
 
 def _inner(document: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -79,16 +123,10 @@ def _inner(document: Mapping[str, Any]) -> Mapping[str, Any]:
     return inner if isinstance(inner, dict) else document
 
 
-def _read(
-    block: Mapping[str, Any],
-    part: Mapping[str, Any],
-    config: Mapping[str, Any],
-    source: str,
-    beside: Mapping[str, Mapping[str, Any]],
-) -> Quantization:
-    method = _method(block)
+def _read(declared: DeclaredSettings, config: Mapping[str, Any]) -> Quantization:
+    block, source, method = declared.block, declared.source, declared.method
     notes: list[str] = []
-    for name, other in beside.items():
+    for name, other in declared.beside.items():
         said, also = block.get("quant_algo"), other.get("quant_algo")
         if also is not None and said is not None and also != said:
             raise QuantizationError(
@@ -106,7 +144,7 @@ def _read(
             "the model's bfloat16 release, or one of these"
         )
     try:
-        rules, told = READERS[method]({**block}, {**config, **part})
+        rules, told = READERS[method]({**block}, {**config, **declared.part})
     except QuantizationError as error:
         raise QuantizationError(f"{source}, quantization {method}: {error}") from error
     return Quantization(method, source, rules, (*told, *notes))
@@ -114,21 +152,3 @@ def _read(
 
 def _first_name(reader: Reader) -> str:
     return next(name for name, read in READERS.items() if read is reader)
-
-
-def _method(block: Mapping[str, Any]) -> str:
-    """The method of a block, by its name or by the settings that only one method has."""
-    named = block.get("quant_method")
-    if isinstance(named, str) and named:
-        return named.lower()
-    for method, keys in (
-        ("modelopt", ("quant_algo",)),
-        ("compressed-tensors", ("config_groups",)),
-        ("gptq", ("desc_act",)),
-        ("awq", ("w_bit", "zero_point")),
-        ("bitsandbytes", ("load_in_4bit", "load_in_8bit")),
-        ("mlx", ("bits",)),
-    ):
-        if any(key in block for key in keys):
-            return method
-    return "unnamed"

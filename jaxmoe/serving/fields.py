@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from jaxmoe.checks import flag, integer, real_number
+from jaxmoe.generation.json_fields import read_logit_bias, read_stop
 from jaxmoe.generation.json_schema import Schema, schema_of
 from jaxmoe.generation.params import SamplingParams
 from jaxmoe.generation.requests import MOST_LOGPROBS
@@ -109,9 +110,9 @@ def read_fields(body: Any, kind: str) -> Asked:
         max_tokens=_max_tokens(read, kind),
         min_tokens=read("min_tokens", integer, 0, least=0),
         n=read("n", integer, 1, least=1, most=MOST_CHOICES),
-        stop=read("stop", _stop, []),
+        stop=read("stop", read_stop, [], most=MOST_STOPS),
         seed=read("seed", _seed, None),
-        logit_bias=read("logit_bias", _bias, {}),
+        logit_bias=read("logit_bias", read_logit_bias, {}, least=-100, most=100),
         logprobs=_logprobs(read, kind),
         ignore_eos=read("ignore_eos", flag, False),
         stream=stream,
@@ -177,22 +178,9 @@ def _text(name: str, value: Any) -> str:
     return value
 
 
-def _stop(name: str, value: Any) -> list[str]:
-    texts = [value] if isinstance(value, str) else value
-    if not isinstance(texts, list) or len(texts) > MOST_STOPS or not all(isinstance(one, str) and one for one in texts):
-        raise ValueError(f"{name} is a text or a list of up to {MOST_STOPS}, none of them empty; got {value!r:.80}")
-    return texts
-
-
 def _seed(name: str, value: Any) -> int:
     # JSON of other languages has signed integers.
     return integer(name, value, least=-(2**63), most=2**64 - 1) % 2**64
-
-
-def _bias(name: str, value: Any) -> dict[int, float]:
-    if not isinstance(value, dict) or not all(token.isdecimal() for token in value):
-        raise ValueError(f"{name} is an object of token ids and numbers; got {value!r:.80}")
-    return {int(token): real_number(name, number, least=-100, most=100) for token, number in value.items()}
 
 
 def _include_usage(name: str, value: Any, *, stream: bool) -> bool:

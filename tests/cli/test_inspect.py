@@ -293,6 +293,10 @@ def test_quantization_that_a_side_file_or_names_tell(tmp_path, capsys) -> None:
     (tmp_path / "hf_quant_config.json").write_text(json.dumps(document))
     found = inspect(tmp_path, capsys)["quantization"]
     assert (found["method"], found["from"], found["group_size"]) == ("NVFP4", "hf_quant_config.json", 16)
+    (tmp_path / "hf_quant_config.json").unlink()
+    (tmp_path / "quant_config.json").write_text(json.dumps({"w_bit": 4, "q_group_size": 128, "zero_point": True}))
+    found = inspect(tmp_path, capsys)["quantization"]
+    assert (found["method"], found["from"], found["w_bit"]) == ("awq", "quant_config.json", 4)
 
 
 @pytest.mark.parametrize(

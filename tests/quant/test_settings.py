@@ -235,6 +235,13 @@ def test_settings_of_any_type_are_read_or_refused(block: dict[str, Any]) -> None
             assert quantization is None or quantization.format_of(EXPERT) is None or quantization.method
 
 
+@pytest.mark.parametrize("part", [{}, {"text_config": {}}], ids=["the model", "its text part"])
+def test_settings_under_the_key_of_mlx_are_refused(part: dict[str, Any]) -> None:
+    settings = {"quantization": {"bits": 4, "group_size": 64}}
+    with pytest.raises(QuantizationError, match="'mlx'"):
+        find_quantization(dict.fromkeys(part, settings) or settings)
+
+
 def test_two_files_that_disagree_are_refused() -> None:
     one, other = {"quant_method": "modelopt", "quant_algo": "FP8"}, {"quantization": {"quant_algo": "NVFP4"}}
     with pytest.raises(QuantizationError, match=r"config.json and hf_quant_config.json must agree: .*'FP8'.*'NVFP4'"):

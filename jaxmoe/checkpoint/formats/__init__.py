@@ -3,7 +3,7 @@
 Nothing here knows what a tensor is for.
 """
 
-from jaxmoe.checkpoint.formats.config_facts import find_quantization, find_size
+from jaxmoe.checkpoint.formats.config_facts import find_size
 from jaxmoe.checkpoint.formats.decoded import DecodedCheckpoint, DecodedTensor, decode_checkpoint
 from jaxmoe.checkpoint.formats.dtypes import DTYPE_NAMES, ELEMENT_TYPES, can_cast, is_float
 from jaxmoe.checkpoint.formats.files import SAFETENSORS, Checkpoint, CheckpointFile, ChunkFile, open_checkpoint
@@ -52,7 +52,6 @@ __all__ = [
     "can_cast",
     "decode_checkpoint",
     "dtype_named",
-    "find_quantization",
     "find_size",
     "is_float",
     "is_stored",

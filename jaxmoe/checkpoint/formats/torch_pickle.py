@@ -380,7 +380,7 @@ _OPCODES: dict[bytes, Callable[[_Machine], None]] = {
     b"b": lambda m: m.build(),
     b"Q": lambda m: m.persistent(),
 }
-"""What ``torch.save`` writes, and STOP, which ends `_Machine.run`."""
+"""Opcodes that ``torch.save`` writes, but for STOP, which ends `_Machine.run`."""
 
 _REFUSED_OPCODES = {
     b"i": "INST", b"o": "OBJ", b"\x81": "NEWOBJ", b"\x92": "NEWOBJ_EX", b"\x93": "STACK_GLOBAL", b"P": "PERSID",

@@ -1,33 +1,38 @@
 """The summary of a checkpoint, from its headers and its config.json alone."""
 
-import contextlib
 import dataclasses
 import math
 import os
-import re
-from collections import Counter, defaultdict
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 from jaxmoe.checkpoint.errors import CheckpointError, Problems
 from jaxmoe.checkpoint.formats import (
-    Checkpoint,
     DecodedTensor,
     decode_checkpoint,
-    find_quantization,
     find_size,
     is_stored,
     open_checkpoint,
     read_stored,
 )
 from jaxmoe.checkpoint.inspection.config_only import facts_of_config, has_weights
-from jaxmoe.checkpoint.inspection.grouping import GROUPS, group_of, quantized_base
+from jaxmoe.checkpoint.inspection.counting import (
+    MoESizes,
+    Shapes,
+    bytes_by_dtype,
+    bytes_by_format,
+    count_active,
+    find_layouts,
+    group_sizes,
+    hides_experts,
+    stored_shapes,
+)
+from jaxmoe.checkpoint.inspection.declared import describe_quantization
+from jaxmoe.checkpoint.inspection.grouping import quantized_base
 from jaxmoe.checkpoint.inspection.holding import describe_holding
-from jaxmoe.checkpoint.mapping import FamilyCheckpoint, Unused, abstract_specs, detect_expert_layout, layer_index
-from jaxmoe.config import STORED, DecoderConfig, MoEConfig, directory_of, find_checkpoint, read_json
+from jaxmoe.checkpoint.mapping import FamilyCheckpoint, Unused, abstract_specs, layer_index
+from jaxmoe.config import STORED, DecoderConfig, directory_of, find_checkpoint, read_json
 from jaxmoe.models import FAMILIES, WRAPPERS, Family, find_family
-
-Shapes = dict[str, tuple[int, ...]]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -107,7 +112,7 @@ def summarize(path: str | os.PathLike[str], *, mtp: bool = False) -> CheckpointS
     config = read_json(directory / "config.json")
     model_type = config.get("model_type")
     family, text_config, unknown = _find_family(config)
-    quantization = find_quantization(directory, config)
+    quantization = describe_quantization(directory, config)
     if not has_weights(path):
         facts = facts_of_config(directory, config, family, text_config, mtp=mtp)
         facts["problems"] = (*([unknown] if family is None else []), *facts["problems"])
@@ -147,12 +152,13 @@ def summarize(path: str | os.PathLike[str], *, mtp: bool = False) -> CheckpointS
         except ValueError as error:
             problems.append(str(error))
     ignored = {rule: list(names) for rule, names in mapped.unused.ignored.items()} if mapped else {}
-    shapes = mapped.needed if mapped else _stored_shapes(checkpoint)
+    shapes = mapped.needed if mapped else stored_shapes(checkpoint)
     met = {name: shape for name, shape in (shapes or {}).items() if not mapped or name not in mapped.predicting}
-    layouts = _layouts(checkpoint, config, {name for names in ignored.values() for name in names})
+    dropped = {name for names in ignored.values() for name in names}
+    layouts = find_layouts(checkpoint, config, dropped)
     if arrays is not None and mapped:
         layouts = {"Orbax arrays, experts in order": list(mapped.config.moe_layers)}
-    moe = _MoESizes.known(mapped.config) if mapped else _MoESizes.guessed(config)
+    moe = MoESizes.known(mapped.config) if mapped else MoESizes.guessed(config)
     return CheckpointSummary(
         path=str(path),
         weights=True,
@@ -165,15 +171,17 @@ def summarize(path: str | os.PathLike[str], *, mtp: bool = False) -> CheckpointS
         experts=moe.experts,
         experts_per_token=moe.per_token,
         layouts=layouts,
-        dtypes=_bytes_by_dtype(stored),
+        dtypes=bytes_by_dtype(stored),
         quantization=quantization,
         parameters=None if shapes is None else sum(map(math.prod, shapes.values())),
-        active_parameters=None if shapes is None or (not mapped and _hidden(shapes, moe)) else _active(met, moe),
+        active_parameters=None
+        if shapes is None or (not mapped and hides_experts(shapes, moe))
+        else count_active(met, moe),
         bytes=stored.nbytes,
-        groups=_groups(checkpoint, shapes, ignored),
+        groups=group_sizes(checkpoint, shapes, dropped),
         ignored=ignored,
         uncovered=list(mapped.unused.uncovered) if mapped else None,
-        formats=_formats(checkpoint, ignored) if mapped else {},
+        formats=bytes_by_format(checkpoint, dropped) if mapped else {},
         held=mapped.held if mapped else (),
         renamed=renamed,
     )
@@ -207,34 +215,6 @@ class _Findings:
     held: tuple[str, ...]
 
 
-@dataclasses.dataclass
-class _MoESizes:
-    """Experts E and experts per token K: the largest over the layers, and the share K/E of each."""
-
-    experts: int | None
-    per_token: int | None
-    share: Callable[[int | None], float | None]
-
-    @classmethod
-    def known(cls, config: DecoderConfig) -> "_MoESizes":
-        moes = {i: layer.feed_forward for i, layer in enumerate(config.layers)}
-        routed = {i: moe for i, moe in moes.items() if isinstance(moe, MoEConfig)}
-        experts = max((moe.num_experts for moe in routed.values()), default=None)
-        per_token = max((moe.num_experts_per_tok for moe in routed.values()), default=None)
-        shares = {i: moe.experts_met / moe.num_experts for i, moe in routed.items()}
-
-        def share(layer: int | None) -> float | None:
-            # A family may count layers otherwise in names; where all are alike, that makes no difference.
-            return next(iter(shares.values())) if len(set(shares.values())) == 1 else shares.get(layer or 0)
-
-        return cls(experts, per_token, share)
-
-    @classmethod
-    def guessed(cls, config: Mapping[str, Any]) -> "_MoESizes":
-        experts, per_token = find_size(config, "experts"), find_size(config, "experts_per_token")
-        return cls(experts, per_token, lambda _: per_token / experts if experts and per_token else None)
-
-
 def _map(found: FamilyCheckpoint) -> _Findings:
     problems, specs = Problems(str(found.checkpoint.path)), abstract_specs(found.config)
     try:
@@ -248,104 +228,3 @@ def _map(found: FamilyCheckpoint) -> _Findings:
     predicting = frozenset([name for name, block in mapped.used_blocks() if layer_index(block.param) in behind])
     held = () if problems.found else describe_holding(found.config, mapped)
     return _Findings(found.config, needed, predicting, unused, problems.found, held)
-
-
-def _stored_shapes(checkpoint: Checkpoint) -> Shapes | None:
-    """Shapes as stored, scales left out; None where values are packed, so that shapes say nothing."""
-    shapes: Shapes = {}
-    for name, tensor in checkpoint.tensors.items():
-        part = quantized_base(name)
-        if part is None:
-            shapes[name] = tensor.shape
-        elif part[1]:
-            return None
-    return shapes
-
-
-def _hidden(shapes: Shapes, moe: _MoESizes) -> bool:
-    """Whether an unknown family has routed experts, or some of them, under names that tell nothing.
-
-    Then it is not known what a token meets: experts that are taken for something else would be counted for every token.
-    """
-    groups = {name: group_of(name) for name in shapes}
-    if moe.experts is not None and moe.experts > 1 and "routed experts" not in groups.values():
-        return True
-    apart = {"routed experts", "shared experts", "router"}
-    others = [name for name, group in groups.items() if group not in apart and len(shapes[name]) > 1]
-    stacks = [name for name in others if len(shapes[name]) == 3 and shapes[name][0] == moe.experts]
-    return bool(stacks) or any(re.search(r"expert|moe", name) for name in others)
-
-
-def _formats(checkpoint: Checkpoint, ignored: Mapping[str, list[str]]) -> dict[str, dict[str, int]]:
-    dropped = {name for names in ignored.values() for name in names}
-    formats: dict[str, Counter[str]] = defaultdict(Counter)
-    for name, tensor in checkpoint.tensors.items():
-        if name not in dropped:
-            formats[group_of(name)][tensor.form] += tensor.nbytes
-    return {group: dict(sizes) for group, sizes in formats.items()}
-
-
-def _active(shapes: Shapes, moe: _MoESizes) -> int | None:
-    active = 0.0
-    for name, shape in shapes.items():
-        share = moe.share(_layer(name)) if group_of(name) == "routed experts" else 1.0
-        if share is None:
-            return None
-        active += math.prod(shape) * share
-    return round(active)
-
-
-def _groups(
-    checkpoint: Checkpoint, shapes: Shapes | None, ignored: Mapping[str, list[str]]
-) -> dict[str, dict[str, int | None]]:
-    dropped = {name for names in ignored.values() for name in names}
-    tensors: Counter[str] = Counter()
-    sizes: Counter[str] = Counter()
-    for name, tensor in checkpoint.tensors.items():
-        group = "ignored by rule" if name in dropped else group_of(name)
-        tensors[group] += 1
-        sizes[group] += tensor.nbytes
-    parameters: Counter[str] = Counter()
-    for name, shape in (shapes or {}).items():
-        parameters[group_of(name)] += math.prod(shape)
-    return {
-        group: {
-            "tensors": tensors[group],
-            "parameters": None if shapes is None or group == "ignored by rule" else parameters[group],
-            "bytes": sizes[group],
-        }
-        for group in GROUPS
-        if tensors[group]
-    }
-
-
-def _layouts(checkpoint: Checkpoint, config: Mapping[str, Any], without: set[str]) -> dict[str, list[int]]:
-    """Layout of routed experts -> layers, from names and, where they are not packed, shapes."""
-    by_prefix: dict[str, Shapes] = defaultdict(dict)
-    for name, tensor in checkpoint.tensors.items():
-        found = re.match(r"(.*\bexperts)\.", name)
-        if found and name not in without and group_of(name) == "routed experts":
-            by_prefix[found[1]][name] = tensor.shape
-    width, expert_width = find_size(config, "model_width"), find_size(config, "expert_width")
-    result: dict[str, list[int]] = defaultdict(list)
-    for prefix, shapes in by_prefix.items():
-        layout = "per_expert" if re.match(r"\d+\.", next(iter(shapes))[len(prefix) + 1 :]) else "fused"
-        if width and expert_width:
-            with contextlib.suppress(CheckpointError):
-                layout = detect_expert_layout(shapes, prefix, model_width=width, expert_width=expert_width)
-        layer = _layer(prefix)
-        if layer is not None:
-            result[layout].append(layer)
-    return {layout: sorted(layers) for layout, layers in result.items()}
-
-
-def _bytes_by_dtype(checkpoint: Checkpoint) -> dict[str, int]:
-    sizes: Counter[str] = Counter()
-    for tensor in checkpoint.tensors.values():
-        sizes[tensor.dtype_name] += tensor.nbytes
-    return dict(sizes.most_common())
-
-
-def _layer(name: str) -> int | None:
-    found = re.search(r"\.(?:layers|blocks|h)\.(\d+)\.", f".{name}.")
-    return int(found[1]) if found else None

@@ -66,14 +66,13 @@ def load(
 ) -> Decoder:
     """Load a checkpoint onto a mesh; every device reads and holds its own experts only.
 
-    Nothing is read until the whole plan holds: every tensor of the checkpoint is used or ignored
-    by a named rule, and every parameter is filled exactly once. So it is with an adapter: every tensor of it is
-    merged, or the load is refused. Parameters that do not fit in the free memory of a device are refused as well, with
-    meshes on which they would. Of a multimodal checkpoint the text
-    part is loaded; its other tensors are ignored by rules that `load_report` lists. Quantized weights stay packed on the
-    devices where a kernel multiplies with their format, scales beside their values; others are decoded as they are read,
-    in float32, and held in `dtype`.
-    `load_report` says which.
+    Nothing is read until the whole plan holds: every tensor of the checkpoint is used or ignored by a named rule, and every
+    parameter is filled exactly once. So it is with an adapter: every tensor of it is merged, or the load is refused.
+    Parameters that do not fit in the free memory of a device are refused as well, with meshes on which they would.
+
+    Of a multimodal checkpoint the text part is loaded; its other tensors are ignored by rules that `load_report` lists.
+    Quantized weights stay packed on the devices where a kernel multiplies with their format, scales beside their values;
+    others are decoded as they are read, in float32, and held in `dtype`. `load_report` says which.
 
     Args:
         path: a directory as transformers' ``save_pretrained`` writes it, a file of weights in one, or the name of a model in

@@ -1,61 +1,31 @@
 """The checkpoint tensors that a LoRA adapter changes.
 
-PEFT names the factors after the module they adapt, ``base_model.model.<module>.lora_A.weight``. A 3-D parameter of all
-experts has one pair for all of them: A [r·E, in] with the experts one after another, B [out, r·E] with the experts
-interleaved. Here each pair becomes one `LowRankUpdate` per matrix it changes, in terms of the checkpoint's own tensors,
-whichever layout those have.
+Each pair of factors becomes one `LowRankUpdate` per matrix it changes, in terms of the checkpoint's own tensors, whichever
+layout those have. A 3-D parameter of all experts has one pair for all of them: A [r·E, in] with the experts one after
+another, B [out, r·E] with the experts interleaved.
 
 A fused parameter [E, d1, d2] is read as (out, in) by current PEFT, and as (in, out) by older versions and for modules
 that say they are transposed; the shapes of A and B tell which.
 """
 
-import dataclasses
 import itertools
 import re
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
+from typing import Any
 
 from jaxmoe.checkpoint.boxes import Box, whole
 from jaxmoe.checkpoint.errors import CheckpointError, Problems
 from jaxmoe.checkpoint.lora.config import LoraConfig
+from jaxmoe.checkpoint.lora.pairs import Pair, Shape, read_pairs
+from jaxmoe.checkpoint.lora.targets import NAMINGS, TargetTensors
 from jaxmoe.checkpoint.lora.update import LowRankUpdate
 from jaxmoe.checkpoint.mapping import detect_expert_layout
-from jaxmoe.checkpoint.nearest import nearest_name
 
-Shape = tuple[int, ...]
-
-_NAME = re.compile(
-    r"(?:base_model\.model\.)?(.+?)((?:\.base_layer)*)\.lora_(embedding_)?([AB])(?:\.[^.]+)?(?:\.weight)?"
-)
 _EXPERT = re.compile(r"(.+\.experts)\.(\d+)\.(\w+)")
-# Gate, up and down of one expert.
-_NAMINGS = (("gate_proj", "up_proj", "down_proj"), ("w1", "w3", "w2"))
 # Wrappers are nested in the order in which modules declare their parameters: the first is the innermost.
 _MAX_WRAPPERS = 4
 _DECLARED = ("gate_up_proj", "gate_proj", "up_proj", "down_proj")
-
-
-@dataclasses.dataclass(frozen=True, slots=True)
-class _Pair:
-    """The factors that adapt one module or parameter."""
-
-    module: str
-    depth: int  # wrappers around it
-    a: str
-    b: str
-    shape_a: Shape
-    shape_b: Shape
-    embedding: bool
-
-
-@dataclasses.dataclass(frozen=True, slots=True)
-class _Piece:
-    """A matrix of a checkpoint tensor that is one expert's matrix of a fused parameter, or rows of it from `start`."""
-
-    target: str
-    box: Box
-    expert: int
-    start: int
 
 
 def find_updates(
@@ -80,10 +50,10 @@ def find_updates(
         CheckpointError: the adapter has other tensors than A and B, or they fit no tensor of the checkpoint. One error
             for all modules that do not fit.
     """
-    modules: dict[str, list[_Pair]] = defaultdict(list)
-    for pair in _pairs(adapter):
+    modules: dict[str, list[Pair]] = defaultdict(list)
+    for pair in read_pairs(adapter):
         modules[pair.module].append(pair)
-    target = _Checkpoint(tensors, rename)
+    target = TargetTensors(tensors, rename)
     problems = Problems("the adapter")
     updates = []
     for module, pairs in modules.items():
@@ -95,7 +65,7 @@ def find_updates(
     return updates
 
 
-def _module(config: LoraConfig, module: str, pairs: list[_Pair], target: "_Checkpoint") -> list[LowRankUpdate]:
+def _module(config: LoraConfig, module: str, pairs: list[Pair], target: TargetTensors) -> list[LowRankUpdate]:
     """The updates by all pairs of one module."""
     parameters = _target_parameters(config, module)
     expert = _EXPERT.fullmatch(module)
@@ -113,107 +83,6 @@ def _module(config: LoraConfig, module: str, pairs: list[_Pair], target: "_Check
     raise target.missing("an adapted module", weight, hint)
 
 
-def _pairs(adapter: Mapping[str, Shape]) -> list[_Pair]:
-    """The A and B tensors, two by two."""
-    found: dict[tuple[str, int, bool], dict[str, str]] = defaultdict(dict)
-    for name in adapter:
-        match = _NAME.fullmatch(name)
-        if match is None:
-            reason = " (DoRA)" if "lora_magnitude_vector" in name else ""
-            way_out = "merge it with PEFT (merge_and_unload) and load the result"
-            raise CheckpointError(
-                f"an adapter's tensors are lora_A and lora_B of its modules; {name!r} is neither{reason}; {way_out}"
-            )
-        module, wrappers, embedding, side = match.groups()
-        # Of a wrapped module inside a wrapped one the name has base_layer in the middle as well.
-        key = (module.replace(".base_layer", ""), wrappers.count("base_layer"), embedding is not None)
-        if side in found[key]:
-            raise CheckpointError(
-                f"an adapter has one pair for a module; {found[key][side]!r} and {name!r} are for the same"
-            )
-        found[key][side] = name
-    pairs = []
-    for (module, depth, embedding), sides in found.items():
-        if len(sides) != 2:
-            raise CheckpointError(
-                f"lora_A and lora_B come in pairs; of {module!r} there is {next(iter(sides.values()))!r} only"
-            )
-        shape_a, shape_b = adapter[sides["A"]], adapter[sides["B"]]
-        if len(shape_a) != 2 or len(shape_b) != 2 or shape_a[0] != shape_b[1]:
-            raise CheckpointError(
-                f"lora_A is [rank, in] and lora_B [out, rank]; those of {module!r} are {shape_a} and {shape_b}"
-            )
-        pairs.append(_Pair(module, depth, sides["A"], sides["B"], shape_a, shape_b, embedding))
-    return pairs
-
-
-class _Checkpoint:
-    """The tensors of a checkpoint, under the names that transformers has for them."""
-
-    def __init__(self, tensors: Mapping[str, Shape], rename: Callable[[str], str]) -> None:
-        self.tensors = tensors
-        self.rename = rename
-        # An adapter for another model misses thousands of names: the first tells as much as all of them.
-        self._suggest = True
-
-    def missing(self, what: str, name: str, hint: str = "is the adapter for this model?") -> CheckpointError:
-        """The error that `name` is not there."""
-        nearest = nearest_name(name, self.tensors) if self._suggest else None
-        self._suggest = False
-        suggestion = f"; the nearest is {nearest!r}" if nearest else ""
-        return CheckpointError(f"{what} must be in the checkpoint; {name!r} is not{suggestion}; {hint}")
-
-    def find(self, *names: str) -> str | None:
-        """The name on disk of the first that is there."""
-        return next((name for name in map(self.rename, names) if name in self.tensors), None)
-
-    def fused(self, module: str, parameter: str) -> tuple[Shape, list[_Piece]]:
-        """Shape [E, d1, d2] of a fused parameter, and where its matrices are: in a fused tensor or one of each expert."""
-        name = self.find(f"{module}.{parameter}", f"{module}.{parameter}.weight")
-        if name is not None:
-            shape = self.tensors[name]
-            if len(shape) != 3:
-                raise CheckpointError(f"a parameter of all experts has 3 dims; {name!r} has shape {shape}")
-            experts, rows, columns = shape
-            boxes = [((expert, expert + 1), (0, rows), (0, columns)) for expert in range(experts)]
-            return shape, [_Piece(name, box, expert, 0) for expert, box in enumerate(boxes)]
-        halves = [self.find(f"{module}.{half}_proj", f"{module}.{half}_proj.weight") for half in ("gate", "up")]
-        if parameter == "gate_up_proj" and None not in halves:
-            return self.stacked(halves)
-        for gate, up, down in _NAMINGS:
-            parts = {"gate_up_proj": (gate, up), "down_proj": (down,), "up_proj": (up,)}.get(parameter, ())
-            if parts and self.find(f"{module}.0.{parts[0]}.weight"):
-                return self.per_expert(module, parts)
-        name = self.rename(f"{module}.{parameter}")
-        raise self.missing("an adapted parameter, or its experts one by one,", name)
-
-    def stacked(self, names: Sequence[str | None]) -> tuple[Shape, list[_Piece]]:
-        """The same of experts in a tensor for each half, which follow each other in the fused parameter."""
-        pieces: list[_Piece] = []
-        start = experts = columns = 0
-        for name in filter(None, names):
-            experts, rows, columns = self.tensors[name]
-            for expert in range(experts):
-                pieces.append(_Piece(name, ((expert, expert + 1), (0, rows), (0, columns)), expert, start))
-            start += rows
-        return (experts, start, columns), pieces
-
-    def per_expert(self, module: str, parts: tuple[str, ...]) -> tuple[Shape, list[_Piece]]:
-        """The same of experts that have a tensor each, or two that follow each other in the fused parameter."""
-        pieces: list[_Piece] = []
-        start = columns = 0
-        for expert in itertools.count():
-            names = [self.find(f"{module}.{expert}.{part}.weight") for part in parts]
-            if None in names:
-                return (expert, start, columns), pieces
-            start = 0
-            for name in filter(None, names):
-                rows, columns = self.tensors[name]
-                pieces.append(_Piece(name, ((0, rows), (0, columns)), expert, start))
-                start += rows
-        raise AssertionError("counting never ends")
-
-
 def _target_parameters(config: LoraConfig, module: str) -> list[str]:
     """The parameters of `module` that the configuration targets, in the order in which modules declare them."""
     names = set()
@@ -224,7 +93,7 @@ def _target_parameters(config: LoraConfig, module: str) -> list[str]:
     return sorted(names, key=lambda name: (_DECLARED.index(name) if name in _DECLARED else len(_DECLARED), name))
 
 
-def _check_rank(config: LoraConfig, pair: _Pair, key: str, experts: int = 1) -> int:
+def _check_rank(config: LoraConfig, pair: Pair, key: str, experts: int = 1) -> int:
     rank = config.rank_of(key)
     if pair.shape_a[0] != rank * experts:
         times = f" for each of {experts} experts" if experts > 1 else ""
@@ -234,10 +103,27 @@ def _check_rank(config: LoraConfig, pair: _Pair, key: str, experts: int = 1) -> 
     return rank
 
 
-def _plain(config: LoraConfig, pair: _Pair, target: _Checkpoint, key: str) -> LowRankUpdate:
-    """The update of one whole matrix; `key` is what patterns of the configuration are matched with."""
+def _update(
+    config: LoraConfig, pair: Pair, key: str, *, target: str, box: Box, expert: int | None, **how: Any
+) -> LowRankUpdate:
+    """The update of one matrix by all of a pair; `key` is what patterns of the configuration are matched with."""
+    rank = slice(0, _check_rank(config, pair, key))
+    return LowRankUpdate(
+        target=target,
+        box=box,
+        expert=expert,
+        a=pair.a,
+        b=pair.b,
+        rank_a=rank,
+        rank_b=rank,
+        scale=config.scale_of(key),
+        **how,
+    )
+
+
+def _plain(config: LoraConfig, pair: Pair, target: TargetTensors, key: str) -> LowRankUpdate:
+    """The update of one whole matrix; `key` as for `_update`."""
     name = target.rename(f"{pair.module}.weight")
-    rank = _check_rank(config, pair, key)
     size = (pair.shape_b[0], pair.shape_a[1])
     # The factors of an embedding [vocabulary, width] are those of its transpose, which is what it multiplies with.
     transposed = pair.embedding or config.fan_in_fan_out
@@ -247,24 +133,22 @@ def _plain(config: LoraConfig, pair: _Pair, target: _Checkpoint, key: str) -> Lo
             f"{target.tensors[name]}"
         )
     matched = _EXPERT.fullmatch(pair.module)
-    return LowRankUpdate(
+    return _update(
+        config,
+        pair,
+        key,
         target=name,
         box=whole(target.tensors[name]),
         expert=int(matched[2]) if matched else None,
-        a=pair.a,
-        b=pair.b,
-        rank_a=slice(0, rank),
-        rank_b=slice(0, rank),
-        scale=config.scale_of(key),
         transposed=transposed,
     )
 
 
 def _one_expert(
-    config: LoraConfig, pair: _Pair, target: _Checkpoint, module: str, expert: int, part: str
+    config: LoraConfig, pair: Pair, target: TargetTensors, module: str, expert: int, part: str
 ) -> LowRankUpdate:
     """The update of one projection of one expert, where the checkpoint has the experts in one tensor."""
-    names = next((names for names in _NAMINGS if part in names), None)
+    names = next((names for names in NAMINGS if part in names), None)
     out, inputs = pair.shape_b[0], pair.shape_a[1]
     fused = names is not None and target.find(f"{module}.gate_up_proj", f"{module}.down_proj")
     if names is None or not fused:
@@ -277,20 +161,11 @@ def _one_expert(
     if expert >= target.tensors[name][0]:
         raise CheckpointError(f"{pair.module!r} adapts expert {expert}; {name!r} has {target.tensors[name][0]} experts")
     start = width if place == 1 else 0
-    rank = _check_rank(config, pair, pair.module)
-    return LowRankUpdate(
-        target=name,
-        box=((expert, expert + 1), (start, start + out), (0, inputs)),
-        expert=expert,
-        a=pair.a,
-        b=pair.b,
-        rank_a=slice(0, rank),
-        rank_b=slice(0, rank),
-        scale=config.scale_of(pair.module),
-    )
+    box = ((expert, expert + 1), (start, start + out), (0, inputs))
+    return _update(config, pair, pair.module, target=name, box=box, expert=expert)
 
 
-def _gate_and_up(config: LoraConfig, pair: _Pair, target: _Checkpoint) -> list[LowRankUpdate]:
+def _gate_and_up(config: LoraConfig, pair: Pair, target: TargetTensors) -> list[LowRankUpdate]:
     """The updates of a dense MLP's gate and up, one matrix in the adapter and two in the checkpoint, or the reverse.
 
     Gate's rows come before up's. There are none where the checkpoint has neither.
@@ -316,24 +191,13 @@ def _gate_and_up(config: LoraConfig, pair: _Pair, target: _Checkpoint) -> list[L
             f"B·A must have the rows of gate, of up, or of both; that of {pair.module!r} has the shape {(out, inputs)}, and "
             f"{places[0][0]!r} has {target.tensors[places[0][0]]}"
         )
-    rank = _check_rank(config, pair, pair.module) if places else 0
     return [
-        LowRankUpdate(
-            target=name,
-            box=box,
-            expert=None,
-            a=pair.a,
-            b=pair.b,
-            rank_a=slice(0, rank),
-            rank_b=slice(0, rank),
-            scale=config.scale_of(pair.module),
-            out_start=out_start,
-        )
+        _update(config, pair, pair.module, target=name, box=box, expert=None, out_start=out_start)
         for name, box, out_start in places
     ]
 
 
-def _fused(config: LoraConfig, pairs: list[_Pair], target: _Checkpoint, parameters: list[str]) -> list[LowRankUpdate]:
+def _fused(config: LoraConfig, pairs: list[Pair], target: TargetTensors, parameters: list[str]) -> list[LowRankUpdate]:
     """The updates of all experts of a module by pairs for its fused parameters."""
     module = pairs[0].module
     pairs = sorted(pairs, key=lambda pair: -pair.depth)  # innermost first
@@ -377,7 +241,7 @@ def _fused(config: LoraConfig, pairs: list[_Pair], target: _Checkpoint, paramete
     return updates
 
 
-def _fits(pairs: list[_Pair], shapes: list[Shape]) -> bool:
+def _fits(pairs: list[Pair], shapes: list[Shape]) -> bool:
     """Whether every pair has the sizes of its parameter, in one or the other direction."""
     return all(
         {(pair.shape_b[0], pair.shape_a[1]), (pair.shape_a[1], pair.shape_b[0])} & {shape[1:]}
@@ -385,7 +249,7 @@ def _fits(pairs: list[_Pair], shapes: list[Shape]) -> bool:
     )
 
 
-def _is_in_out(module: str, pairs: list[_Pair], shapes: list[Shape]) -> bool:
+def _is_in_out(module: str, pairs: list[Pair], shapes: list[Shape]) -> bool:
     """Whether the parameters of `module` were read as [E, in, out]; they all were, or none."""
     told = {
         (pair.shape_a[1], pair.shape_b[0]) == shape[1:]

@@ -5,10 +5,10 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
-from flax import nnx
 
 from jaxmoe.checks import instance_of
 from jaxmoe.distributed import check_same
+from jaxmoe.generation.around_steps import TakenArrays, pass_on, wanted_record
 from jaxmoe.generation.continuous.edits import RowSettings
 from jaxmoe.generation.continuous.inputs import decode_inputs, prefill_inputs
 from jaxmoe.generation.continuous.job import Job
@@ -214,17 +214,14 @@ class ContinuousEngine:
 
     def _bind(self) -> None:
         """Take the model's arrays as they are now."""
-        check_usable(self._model)
+        self._taken = TakenArrays(self._model)
         self._leaves: Leaves = self.programs.bind(self._model)
-        self._variables = [
-            (variable, variable.get_value()) for _, variable in nnx.to_flat_state(nnx.state(self._model))
-        ]
 
     def _see_model(self) -> None:
         """Take the model's arrays again where they have changed: what was computed with the old ones is not shared on."""
         if self._model.replay is not None:
             raise NotImplementedError("a trace is replayed by jaxmoe.generate; end replay_routing before the next step")
-        if any(variable.get_value() is not value or value.is_deleted() for variable, value in self._variables):
+        if self._taken.replaced:
             self._bind()
             self._scheduler.forget_prefixes()
 
@@ -232,10 +229,7 @@ class ContinuousEngine:
         self._steps += 1
         jobs = [chunk.job for chunk in work.chunks] if isinstance(work, Prefill) else work.jobs
         adapted = any(job.request.adapter is not None for job in jobs)
-        recorder = self._model.recorder
-        record: Record = "nothing" if recorder is None and self.balancer is None else "counts"
-        if recorder is not None and recorder.token_ids:
-            record = "token_ids"
+        record = wanted_record(self._model.recorder, self.balancer)
         if isinstance(work, Prefill):
             logits, self._store, routing = self._run_prefill(work, record, adapted)
             ending = [chunk.job for chunk in work.chunks if chunk.ends]
@@ -284,8 +278,9 @@ class ContinuousEngine:
                 if job.life == life:
                     results.append(self._result(job, int(tokens[row]), row, logprobs))
         self._generated_tokens += len(results)
-        if launch.routing is not None:
-            self._watch(launch.routing)
+        if launch.routing is not None and pass_on(launch.routing, self._model, self._model.recorder, self.balancer):
+            # The logits stay as they are within rounding, and so does what is shared.
+            self._bind()
         return results
 
     def _result(self, job: Job, token: int, row: int, logprobs: Any) -> TokenResult:
@@ -307,19 +302,6 @@ class ContinuousEngine:
             likeliest = zip(logprobs.top_ids[row].tolist(), logprobs.top[row].tolist(), strict=True)
             top = list(likeliest)[: request.logprobs]
         return TokenResult(job.id, token, chosen, top, reason)
-
-    def _watch(self, routing: Routing) -> None:
-        """Pass a step's routing on, and move the experts where the balancer wants it."""
-        if self._model.recorder is not None:
-            self._model.recorder.add(routing)
-        if self.balancer is None:
-            return
-        self.balancer.observe(np.asarray(routing.counts))
-        placements = self.balancer.propose(self._model.placements)
-        if placements is not None:
-            self._model.rebalance(placements, num_nodes=self.balancer.num_nodes)
-            # The logits stay as they are within rounding, and so does what is shared.
-            self._bind()
 
     def _adapter(self, job: Job) -> int:
         name = job.request.adapter

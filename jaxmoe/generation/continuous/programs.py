@@ -189,10 +189,10 @@ class SlotPrograms(Programs):
         return self._model_program(("decode", length, record, adapted), decode, leaves, args)
 
     def slot_sampler(self, choice: Choice) -> Callable[..., Chosen]:
-        """Compile ``(logits_BV, token_B, steps_B2, seeds_B2, controls, edits) -> Chosen``.
+        """Compile ``(logits_BV, token_B, steps_B2, seeds_B2, controls, bias_BV, seen_BV) -> Chosen``.
 
-        `steps_B2` has the number of tokens generated before, and whether a row gets a token. `edits` is None, or an `Edits`
-        of which `seen` is donated.
+        `steps_B2` has the number of tokens generated before, and whether a row gets a token. `bias_BV` and `seen_BV` are
+        those of an `Edits`, or None where no row has edits; `seen_BV` is donated.
         """
         B, V = self.slots, self.vocab_size
 

@@ -6,7 +6,7 @@ of a group always goes on, and since a request that does not fit alone is refuse
 """
 
 import bisect
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from itertools import islice
 from typing import NamedTuple
 
@@ -257,8 +257,3 @@ class Scheduler:
         self._free_slots[group].append(slot)
         del self.running[job.id]
         job.leave()
-
-
-def pages_held(jobs: Iterable[Job]) -> int:
-    """Pages that jobs hold, each counted once however many share it."""
-    return len({(job.group, page) for job in jobs for page in job.pages})
