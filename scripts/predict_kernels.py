@@ -2,8 +2,9 @@
 """How long should the experts of published models take on a GPU, by the model of the Hopper kernel, and what bounds them?
 
 It prints a table of the predicted microseconds of both products of a layer's experts in bfloat16, with the tiles that the
-kernel chooses and even routing, and beside them what sessions on such a GPU measured, where `results/` has any; and a second
-one of their backward passes. The same tables stand in docs/reference/kernel_times.md, where --write puts them.
+kernel chooses and even routing, and beside them what sessions on such a GPU measured, where `results/` has any; a second one
+of what clusters of two blocks gain; and a third of backward passes. The same tables stand in docs/reference/kernel_times.md,
+where --write puts them.
 
     python scripts/predict_kernels.py
     python scripts/predict_kernels.py --chip h20 --parts
@@ -11,6 +12,7 @@ one of their backward passes. The same tables stand in docs/reference/kernel_tim
 """
 
 import argparse
+import itertools
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -20,7 +22,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from jaxmoe.hardware import GPU, get_gpu
-from jaxmoe.kernels.grouped_matmul.mosaic_gpu import Problem, choose_tiles
+from jaxmoe.kernels.grouped_matmul.mosaic_gpu import Problem, candidate_tiles, choose_tiles
 from jaxmoe.kernels.grouped_matmul.predict import Prediction, Product, likely_sizes, predict
 from jaxmoe.kernels.grouped_matmul.predict_gradient import predict_gradient
 from scripts._bench.cases import SHAPES, TOKENS, Case, Shape, floor_of
@@ -28,6 +30,7 @@ from scripts._session.records import RESULTS, read_results
 
 PAGE = ROOT / "docs" / "reference" / "kernel_times.md"
 BEGIN, END = "<!-- by scripts/predict_kernels.py -->\n", "<!-- end -->\n"
+BEGIN_CLUSTERS = "<!-- clusters, by scripts/predict_kernels.py -->\n"
 BEGIN_GRADIENTS = "<!-- gradients, by scripts/predict_kernels.py -->\n"
 # Tokens of a step of training, on the devices that share the experts.
 TRAINED_TOKENS = (4096, 16384)
@@ -48,7 +51,11 @@ def main(argv: Sequence[str] | None = None) -> None:
         parser.error(
             f"the model is one of the Hopper kernel; {gpu.name} has compute capability {gpu.compute_capability}"
         )
-    tables = {BEGIN: table(gpu, read_measured(args.results, gpu)), BEGIN_GRADIENTS: gradient_table(gpu)}
+    tables = {
+        BEGIN: table(gpu, read_measured(args.results, gpu)),
+        BEGIN_CLUSTERS: cluster_table(gpu),
+        BEGIN_GRADIENTS: gradient_table(gpu),
+    }
     if args.write:
         text = PAGE.read_text(encoding="utf-8")
         for begin, lines in tables.items():
@@ -69,9 +76,14 @@ def products(shape: Shape, tokens: int) -> tuple[Product, Product]:
 
 
 def tiles_of(product: Product) -> Any:
-    """The tiles that the kernel chooses, which sees the number of rows alone."""
+    """The tiles that the kernel chooses."""
+    return choose_tiles(problem_of(product))
+
+
+def problem_of(product: Product) -> Problem:
+    """The product as the kernel sees it, which knows the number of rows alone."""
     sizes = {name: getattr(product, name) for name in ("halves", "N", "K", "row_bytes", "out_bytes", "weight_bits")}
-    return choose_tiles(Problem(R=product.rows, G=len(product.sizes), **sizes))
+    return Problem(R=product.rows, G=len(product.sizes), **sizes)
 
 
 def predictions(shape: Shape, tokens: int, gpu: GPU) -> tuple[Prediction, Prediction]:
@@ -99,6 +111,26 @@ def table(gpu: GPU, measured: Measured) -> str:
                 seconds, session = measured.get((name, tokens), (None, ""))
                 cells.append("" if seconds is None else f"{_us(seconds)} ({session})")
             lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
+def cluster_table(gpu: GPU) -> str:
+    """The table of products that have clusters, beside the best tiles without, in Markdown."""
+    lines = [
+        "| experts | tokens | product | blocks alone, µs | in clusters, µs | of the product | of both |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for (name, shape), tokens in itertools.product(SHAPES.items(), TOKENS):
+        both = sum(prediction.seconds for prediction in predictions(shape, tokens, gpu))
+        for what, product in zip(("gate and up", "down"), products(shape, tokens), strict=True):
+            tiles, problem = tiles_of(product), problem_of(product)
+            if tiles.cluster == 1:
+                continue
+            alone = min((each for each in candidate_tiles(problem) if each.cluster == 1), key=problem.cost)
+            before, after = (predict(product, each, gpu).seconds for each in (alone, tiles))
+            saved = before - after
+            cells = [_us(before), _us(after), f"−{saved / before:.0%}", f"−{saved / (both + saved):.0%}"]
+            lines.append(f"| {' | '.join([name, str(tokens), what, *cells])} |")
     return "\n".join(lines) + "\n"
 
 

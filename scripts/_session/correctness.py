@@ -5,14 +5,14 @@ Letters here, beside the common ones of docs/concepts/letters.md: G groups, N an
 
 import dataclasses
 from collections.abc import Callable, Iterator
-from itertools import islice
+from itertools import islice, starmap
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from jaxmoe.kernels.grouped_matmul import expert_mlp, grouped_matmul
-from jaxmoe.kernels.grouped_matmul.trial import FEW, MANY, try_work
+from jaxmoe.kernels.grouped_matmul.trial import FEW, MANY, WIDE, Rows, try_work
 from jaxmoe.kernels.grouped_matmul.work import TOLERANCES, MatrixKind, Outcome, Work
 from scripts._bench.cases import Case
 from scripts._bench.inputs import Variant, exact_sample, make_layers, make_variants
@@ -103,10 +103,10 @@ def packed_variants(kernel: str) -> None:
 
 def _try_all(kernel: str, works: Iterator[tuple[str, Work]]) -> None:
     for name, work in while_time(islice(works, 2 if TINY else None)):
-        groups = (FEW, *SIZES, MANY) if "tests" in name else (FEW, MANY)
+        cases = (FEW, *starmap(Rows, SIZES), MANY) if "tests" in name else (FEW, MANY, WIDE)
         outcome = _tried(
-            lambda work=work, groups=groups: try_work(
-                work, kernel, device_kind=device().device_kind, repeats=4, groups=groups
+            lambda work=work, cases=cases: try_work(
+                work, kernel, device_kind=device().device_kind, repeats=4, cases=cases
             )
         )
         emit("check", case=name, **dataclasses.asdict(outcome))

@@ -10,6 +10,7 @@ from jax.sharding import SingleDeviceSharding
 
 from jaxmoe.dispatch.local import weighted_sum
 from jaxmoe.kernels.grouped_matmul import QuantizedStack, expert_mlp
+from jaxmoe.kernels.grouped_matmul.mosaic_gpu import Problem, Tiles, choose_tiles, grouped_matmul
 from jaxmoe.kernels.grouped_matmul.quantized import FORMATS
 from jaxmoe.planning.topology import gpu_topology
 
@@ -142,6 +143,56 @@ def test_published_shapes(shape, rows, gpu_compiler, monkeypatch, capfd) -> None
     compiled = compile_mlp(up, down, rows, activation, limit, monkeypatch, capfd, out_dtype)
     # What stands between the products, the padded biases and the table of tiles: no copy of a row or a weight.
     assert compiled.memory_analysis().temp_size_in_bytes < rows * F * 2 + G * 3 * (F + D) * 2 + 2**18
+
+
+@pytest.mark.covering(most=2)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_published_shapes_with_clusters(shape, gpu_compiler, monkeypatch, capfd) -> None:
+    """Groups of 192 rows, where the first product has clusters, too, and results as a layer asks for them."""
+    G, D, F, activation, limit = SHAPES[shape]
+    halves = 1 if shape in UNGATED else 2
+    up = Problem(R=192 * G, G=G, halves=halves, N=F, K=D)
+    down = Problem(R=192 * G, G=G, halves=1, N=D, K=F, out_bytes=4)
+    assert 2 in {choose_tiles(problem).cluster for problem in (up, down)}
+    arrays = array(G, halves, F, D), array(G, D, F)
+    compile_mlp(*arrays, 192 * G, activation, limit, monkeypatch, capfd, jnp.float32)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "out_dtype"),
+    [
+        ({"m": 128, "n": 256, "stages": 4}, "float32"),
+        ({"m": 128, "n": 192, "stages": 4}, "float32"),
+        ({"m": 256, "n": 128, "stages": 3}, "bfloat16"),
+        ({"m": 176, "n": 128, "stages": 3, "swapped": True}, "float32"),
+    ],
+    ids=str,
+)
+def test_what_the_blocks_of_a_cluster_share(sizes, out_dtype, gpu_compiler, monkeypatch, capfd) -> None:
+    """Rows are copied to both, matrices to one; who multiplies arrives at both blocks' barriers, which expect as many."""
+    tiles = Tiles(**sizes, k=64, cluster=2)
+
+    def multiply(*arguments):
+        return grouped_matmul(*arguments, out_dtype=jnp.dtype(out_dtype), tiles=tiles)
+
+    monkeypatch.setenv("MOSAIC_GPU_DUMP_PTXAS", "1")
+    monkeypatch.setenv("MOSAIC_GPU_DUMP_PTX", "1")
+    arguments = (array(8192, 2048), array(8, 4096, 2048), array(8, dtype="int32"))
+    jax.jit(multiply).trace(*arguments).lower(lowering_platforms=("cuda",)).compile()
+    lines = "".join(capfd.readouterr()).splitlines(keepends=True)
+    of_ptxas = [line for line in lines if line.startswith("ptxas ") or "bytes stack frame" in line]
+    check_ptxas("".join(of_ptxas), kernels=1)
+    code = "".join(line for line in lines if line not in of_ptxas)
+    assert ".reqnctapercluster 2, 1, 1" in code
+    copies = re.findall(r"cp\.async\.bulk\.tensor\.\S*shared::cluster\.global\S*(?:.*\], )?", code)
+    assert [copy.count("multicast::cluster") for copy in copies] == [1, 0] * (len(copies) // 2)
+    constants = dict(re.findall(r"mov\.[bu]32 +\t?(%r\d+), (\d+);", code))
+    expected = [constants[name] for name in re.findall(r"mbarrier\.init\.\S+ \[%r\d+\], (%r\d+);", code)]
+    # Arrivals of warpgroups at the barriers of places given back, of threads at those of copies.
+    assert sorted(expected) == sorted([str(2 * 2), str(2 * 128)] * tiles.stages)
+    arrivals = re.findall(r"mbarrier\.arrive(\S*)", code)
+    assert arrivals.count(".shared::cluster.b64") == code.count("mapa.shared::cluster") > 0
+    assert set(arrivals) == {".shared::cluster.b64", ".expect_tx.shared.b64"}
 
 
 def test_parts_of_the_inner_dimension(gpu_compiler, monkeypatch, capfd) -> None:

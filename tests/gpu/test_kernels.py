@@ -1,10 +1,12 @@
 """Kernels on the GPU at hand, by the checks of scripts/gpu_session: `scripts/test --gpu`, or pytest with that option."""
 
+from itertools import starmap
+
 import jax
 import pytest
 
 from jaxmoe.kernels.grouped_matmul import check_backend
-from jaxmoe.kernels.grouped_matmul.trial import FEW, MANY, try_work
+from jaxmoe.kernels.grouped_matmul.trial import FEW, MANY, WIDE, Rows, try_work
 from scripts._bench.cases import SHAPES, Case
 from scripts._bench.inputs import make_layers, make_variants
 from scripts._session.contact import add_one
@@ -23,8 +25,8 @@ def need(kernel: str) -> jax.Device:
     return device
 
 
-def check(work, kernel, groups) -> None:
-    outcome = try_work(work, kernel, device_kind=need(kernel).device_kind, groups=groups)
+def check(work, kernel, cases) -> None:
+    outcome = try_work(work, kernel, device_kind=need(kernel).device_kind, cases=cases)
     if outcome.verdict == "refused":
         pytest.skip(outcome.detail)
     assert outcome.verdict == "right", outcome
@@ -50,10 +52,10 @@ def test_all_rows_of_four_groups(kernel, operation, tokens):
 @pytest.mark.parametrize("kernel", KERNELS)
 @pytest.mark.parametrize(("name", "work"), [pytest.param(name, work, id=name) for name, work in plain_works()])
 def test_plain_matrices(kernel, name, work):
-    check(work, kernel, (FEW, *SIZES, MANY) if "tests" in name else (FEW, MANY))
+    check(work, kernel, (FEW, *starmap(Rows, SIZES), MANY) if "tests" in name else (FEW, MANY, WIDE))
 
 
 @pytest.mark.parametrize("kernel", KERNELS)
 @pytest.mark.parametrize("work", [pytest.param(work, id=name) for name, work in packed_works()])
 def test_packed_matrices(kernel, work):
-    check(work, kernel, (FEW, MANY))
+    check(work, kernel, (FEW, MANY, WIDE))

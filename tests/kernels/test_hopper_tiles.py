@@ -1,5 +1,6 @@
 """Tiles that are chosen, or worth timing, on Hopper: what they divide, and the shared memory that they take."""
 
+import dataclasses
 import itertools
 
 import pytest
@@ -8,6 +9,7 @@ from jaxmoe.hardware import GPUS
 from jaxmoe.kernels.grouped_matmul.mosaic_gpu.choice import candidate_tiles, choose_tiles
 from jaxmoe.kernels.grouped_matmul.mosaic_gpu.tiles import Problem
 from jaxmoe.kernels.grouped_matmul.predict import Product, count_row_tiles, likely_sizes, predict
+from jaxmoe.kernels.grouped_matmul.trial import WIDE, WIDE_GRADIENT
 
 SIZES = [(2048, 768), (4096, 14336), (2880, 2880), (1024, 64)]
 
@@ -73,9 +75,11 @@ def test_no_stage_is_waited_for_at_published_shapes(G, D, F, out_bytes):
             )
             assert predict(product, tiles, GPUS["h100"]).bound != "latency"
         if rows >= 1024:
-            # As many sums as registers hold: each number that is loaded is multiplied as often as can be.
-            assert up.halves * choose_tiles(up).m * choose_tiles(up).n >= 144 * 256
-            assert choose_tiles(down).m * choose_tiles(down).n >= 128 * 256
+            # As many sums as registers hold, of both blocks where rows are loaded once for two: each number that is loaded
+            # is multiplied as often as can be.
+            for problem, least in ((up, 144 * 256), (down, 128 * 256)):
+                tiles = choose_tiles(problem)
+                assert problem.halves * tiles.m * tiles.n * tiles.cluster >= least
 
 
 @pytest.mark.parametrize(("T", "filled"), [(4096, 0.85), (16384, 0.9)])
@@ -100,6 +104,55 @@ def test_the_inner_dimension_is_shared_out_where_multiprocessors_idle():
     assert few.splits > 1
     assert enough.splits == 1
     assert choose_tiles(Problem(R=4096, G=32, halves=2, N=2048, K=7168)).splits == 1
+
+
+def test_clusters_are_chosen_where_the_cache_would_bound_and_not_for_less():
+    """Down of Mixtral; not gate and up, which products bound, nor a decode; and by 3 % of the time or more."""
+    names = {"mixtral": (8, 4096, 14336, 2), "qwen3-30b": (128, 2048, 768, 8)}
+    chosen = {}
+    for (name, (G, D, F, K)), T in itertools.product(names.items(), (32, 16384)):
+        problems = Problem(R=T * K, G=G, halves=2, N=F, K=D), Problem(R=T * K, G=G, halves=1, N=D, K=F, out_bytes=4)
+        chosen[name, T] = [choose_tiles(problem).cluster for problem in problems]
+        for problem in problems:
+            times = {size: problem.cost(best_of(problem, size))[1] for size in (1, 2)}
+            assert (choose_tiles(problem).cluster == 2) == (times[2] < 0.97 * times[1]), (name, T, times)
+    assert chosen == {
+        ("mixtral", 32): [1, 1],
+        ("mixtral", 16384): [1, 2],
+        ("qwen3-30b", 32): [1, 1],
+        ("qwen3-30b", 16384): [1, 1],
+    }
+
+
+def best_of(problem, cluster):
+    return min((tiles for tiles in candidate_tiles(problem) if tiles.cluster == cluster), key=problem.cost)
+
+
+def test_clusters_are_no_choice_for_packed_matrices():
+    problem = Problem(R=32768, G=8, halves=1, N=4096, K=14336, out_bytes=4)
+    packed = dataclasses.replace(problem, weight_bits=8, block=(128, 128), format="float8_e4m3fn")
+    assert {tiles.cluster for tiles in candidate_tiles(problem)} == {1, 2}
+    assert {tiles.cluster for tiles in candidate_tiles(packed)} == {1}
+
+
+@pytest.mark.parametrize(("D", "F"), [shape[1:] for shape in PUBLISHED.values()], ids=PUBLISHED)
+def test_a_trial_has_clusters_where_a_layer_may(D, F):
+    """What a GPU makes of them is found out before a layer depends on it, with more tiles than it has multiprocessors."""
+
+    def products(R, groups):
+        down = [Problem(R=R, G=groups, halves=1, N=D, K=F, out_bytes=size) for size in (2, 4)]
+        return [Problem(R=R, G=groups, halves=2, N=F, K=D), *down]
+
+    def clusters(R, groups):
+        return any(choose_tiles(problem).cluster == 2 for problem in products(R, groups))
+
+    for case in (WIDE, WIDE_GRADIENT):
+        assert clusters(case.total, len(case.sizes)), case
+    for problem in products(WIDE.total, len(WIDE.sizes)):
+        tiles = choose_tiles(problem)
+        rows = [size * WIDE.copies for size in WIDE.sizes]
+        found = Product(sizes=tuple(rows), halves=problem.halves, N=problem.N, K=problem.K)
+        assert tiles.cluster == 1 or predict(found, tiles, GPUS["h100"]).waves > 1
 
 
 def test_tiles_differ_in_what_is_measured():

@@ -19,8 +19,8 @@ from jaxmoe.kernels.grouped_matmul.predict import (
 )
 
 H100 = GPUS["h100"]
-FEW = SimpleNamespace(m=16, n=128, k=64, stages=6, band=8, swapped=True, splits=1)
-MANY = SimpleNamespace(m=128, n=128, k=64, stages=4, band=8, swapped=False, splits=1)
+FEW = SimpleNamespace(m=16, n=128, k=64, stages=6, band=8, swapped=True, splits=1, cluster=1)
+MANY = SimpleNamespace(m=128, n=128, k=64, stages=4, band=8, swapped=False, splits=1, cluster=1)
 QWEN_DOWN = Product(sizes=likely_sizes(4096, 8, 128), halves=1, N=2048, K=768, out_bytes=4)
 QWEN_UP = Product(sizes=QWEN_DOWN.sizes, halves=2, N=768, K=2048)
 
@@ -106,6 +106,33 @@ def test_parts_of_the_inner_dimension_have_more_multiprocessors_read() -> None:
     assert parts.parts["launch"] - whole.parts["launch"] == pytest.approx(2e-6)
     # Each part is written and read in float32.
     assert parts.nbytes - whole.nbytes == 2 * 2 * 2 * 2048 * 4 - 2048 * 2
+
+
+def test_clusters_take_their_rows_from_the_cache_once() -> None:
+    """A third of what a tile of 128 rows by 256 outputs loads are rows, so a sixth is saved; all of it passes the port."""
+    wide = changed(MANY, n=256)
+    alone, together = (predict(QWEN_DOWN, changed(wide, cluster=blocks), H100) for blocks in (1, 2))
+    assert (alone.tiles, alone.waves) == (together.tiles, together.waves)
+    assert together.parts["cache"] == pytest.approx(alone.parts["cache"] * 5 / 6)
+    fast = dataclasses.replace(QWEN_DOWN, sizes=(1,))  # so few blocks that the port bounds each
+    alone, together = (predict(fast, changed(wide, cluster=blocks), H100) for blocks in (1, 2))
+    assert alone.parts["cache"] == together.parts["cache"]
+
+
+def test_clusters_cost_what_they_wait_for() -> None:
+    """Blocks in pairs have a tile each, be it beyond the matrix, and wait for each other's stages and results."""
+    narrow = dataclasses.replace(QWEN_DOWN, N=3 * 128)
+    alone, together = (predict(narrow, changed(MANY, cluster=blocks), H100) for blocks in (1, 2))
+    assert together.tiles == 4 / 3 * alone.tiles
+    alone, together = (predict(QWEN_DOWN, changed(MANY, cluster=blocks), H100) for blocks in (1, 2))
+    assert together.parts["latency"] == pytest.approx(1600 / 1400 * alone.parts["latency"])
+    cycles = (together.parts["results"] - alone.parts["results"]) * H100.clock_ghz * 1e9
+    assert cycles == pytest.approx(200 * together.waves)
+    odd = dataclasses.replace(H100, multiprocessors=131)
+    assert (
+        predict(QWEN_DOWN, changed(MANY, cluster=2), odd).waves
+        == predict(QWEN_DOWN, MANY, dataclasses.replace(H100, multiprocessors=130)).waves
+    )
 
 
 def test_matrices_are_read_again_where_the_cache_has_lost_them() -> None:

@@ -151,7 +151,7 @@ class FaultyGradient:
 def test_a_gradient_that_is_wrong_is_found(fault, verdict, detail, monkeypatch):
     faulty = SimpleNamespace(formats=frozenset(), activations=frozenset(), load=lambda: FaultyGradient(fault))
     monkeypatch.setitem(backends.BACKENDS, "faulty", faulty)
-    outcome = try_work(PRODUCT.of_gradient, "faulty", repeats=2, groups=(MANY,))
+    outcome = try_work(PRODUCT.of_gradient, "faulty", repeats=2, cases=(MANY,))
     assert (outcome.verdict, detail in outcome.detail) == (verdict, True), outcome
 
 

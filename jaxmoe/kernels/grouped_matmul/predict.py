@@ -26,6 +26,8 @@ PRODUCT_SHARE, MEMORY_SHARE = 798 / 989, 3.0 / 3.35
 CACHE_PORT, CACHE_SHARE = 64, 31
 # The part of the second level of cache that can be counted on, for everything passes through it.
 CACHE_KEPT = 0.5
+# Cycles from one multiprocessor of a cluster to the other, as published microbenchmarks of an H100 have them, rounded up.
+NEIGHBOR_CYCLES = 200
 # Bytes a cycle from shared memory to a multiprocessor.
 SHARED_BYTES = 128
 # Cycles from asking for a stage to having it, when all ask; and those from one tile to the next that nothing hides.
@@ -115,6 +117,10 @@ class TileSizes(Protocol):
     def splits(self) -> int:
         """Parts of the inner dimension that are tiles of their own."""
 
+    @property
+    def cluster(self) -> int:
+        """Blocks that have the same rows and neighboring outputs, and read the rows once for all of them."""
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Prediction:
@@ -152,7 +158,7 @@ def predict(product: Product, tiles: TileSizes, gpu: GPU, *, store_conflicts: in
 
     >>> from types import SimpleNamespace
     >>> from jaxmoe.hardware import GPUS
-    >>> tiles = SimpleNamespace(m=16, n=128, k=64, stages=5, band=8, swapped=True, splits=1)
+    >>> tiles = SimpleNamespace(m=16, n=128, k=64, stages=5, band=8, swapped=True, splits=1, cluster=1)
     >>> decode = Product(sizes=(1,) * 128, halves=2, N=768, K=2048)
     >>> predict(decode, tiles, GPUS["h100"]).bound
     'memory'
@@ -160,17 +166,22 @@ def predict(product: Product, tiles: TileSizes, gpu: GPU, *, store_conflicts: in
     if tiles.splits > 1:  # of one matrix, without an activation, in float32
         product = dataclasses.replace(product, halves=1, N=product.halves * product.N, out_bytes=4)
     row_tiles = count_row_tiles(product.sizes, tiles.m)
-    count = row_tiles * math.ceil(product.N / tiles.n) * tiles.splits
-    waves = math.ceil(count / gpu.multiprocessors)
+    # A cluster has as many tiles at a time as blocks, which wait for each other.
+    of_clusters = row_tiles * math.ceil(product.N / (tiles.cluster * tiles.n)) * tiles.splits
+    count = of_clusters * tiles.cluster
+    waves = math.ceil(of_clusters / (gpu.multiprocessors // tiles.cluster))
+    neighbor = NEIGHBOR_CYCLES if tiles.cluster > 1 else 0
     cycle = 1e-9 / gpu.clock_ghz
     steps = math.ceil(product.K / (tiles.k * tiles.splits))
     nbytes = memory_bytes(product, tiles, gpu)
     outputs = product.halves * tiles.n
     # Of one stage, but for the results, which are of one tile.
-    stage_bytes = tiles.k * (tiles.m * product.row_bytes + outputs * product.weight_bits / 8)
+    rows, matrices = tiles.k * tiles.m * product.row_bytes, tiles.k * outputs * product.weight_bits / 8
     busy = min(count, gpu.multiprocessors)
-    cache = stage_bytes / min(CACHE_PORT, CACHE_SHARE * gpu.multiprocessors / max(busy, 1)) * cycle
-    latency = REFILL_CYCLES / max(tiles.stages - 1, 1) * cycle
+    # All that a block has comes through its port, but the cache gives the rows of a cluster once.
+    share = CACHE_SHARE * gpu.multiprocessors / max(busy, 1)
+    cache = max((rows + matrices) / CACHE_PORT, (rows / tiles.cluster + matrices) / share) * cycle
+    latency = (REFILL_CYCLES + neighbor) / max(tiles.stages - 1, 1) * cycle
     products = 2 * tiles.m * outputs * tiles.k / (gpu.flops / gpu.multiprocessors * PRODUCT_SHARE)
     operands = _operand_bytes(product, tiles) / SHARED_BYTES * cycle
     packed = product.weight_bits < 8 * product.row_bytes
@@ -178,7 +189,7 @@ def predict(product: Product, tiles: TileSizes, gpu: GPU, *, store_conflicts: in
     if store_conflicts is None:
         swizzled = not tiles.swapped or (product.out_bytes == 2 and product.N % 64 == 0)
         store_conflicts = 1 if swizzled else UNSWIZZLED_CONFLICTS * 2 // product.out_bytes
-    results = _result_cycles(product, tiles, gpu, store_conflicts) * cycle
+    results = (_result_cycles(product, tiles, gpu, store_conflicts) + neighbor) * cycle
     loading = steps * max(cache, latency)
     # Expanding and multiplying take turns in a warpgroup.
     multiplying = steps * (max(products, operands) + expanding) + results

@@ -29,6 +29,7 @@ class _Tiles:
     band: int = 8
     swapped: bool = False
     splits: int = 1
+    cluster: int = 1
 
 
 TILES: TileSizes = _Tiles()

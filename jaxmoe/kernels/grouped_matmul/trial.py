@@ -15,7 +15,7 @@ import math
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -28,8 +28,30 @@ from jaxmoe.kernels.grouped_matmul.quantized_rows import ROW_FORMATS
 from jaxmoe.kernels.grouped_matmul.trial_oracle import exact, exact_gradients
 from jaxmoe.kernels.grouped_matmul.work import TOLERANCES, Outcome, Work
 
-# Rows of each group, and rows in all: the last belong to no group, and hold NaN.
-FEW, MANY = ((1, 0, 2), 8), ((130, 0, 71), 256)
+
+class Rows(NamedTuple):
+    """Rows of a case.
+
+    Attributes:
+        sizes: different rows of each group.
+        total: rows in all; the last belong to no group, and hold NaN.
+        copies: times that each row stands there, one after the other, so that many have few results to be computed exactly.
+    """
+
+    sizes: Sequence[int]
+    total: int
+    copies: int = 1
+
+    @property
+    def owned(self) -> int:
+        """Rows that belong to groups."""
+        return sum(self.sizes) * self.copies
+
+
+FEW, MANY = Rows((1, 0, 2), 8), Rows((130, 0, 71), 256)
+# Rows enough for the widest tiles of a kernel, those that clusters of blocks share, and for more of them than a GPU has at a
+# time. Tiles are chosen by the rows that there are, so a gradient, whose exact one wants few, has those tiles too.
+WIDE, WIDE_GRADIENT = Rows((36, 0, 27), 2048, copies=31), Rows((130, 0, 71), 2048)
 REPEATS = 20
 # Numbers that are rounded to 8 bits may go to either neighbor where they are nearly halfway between two.
 ROUNDED_TOLERANCE = 2.0**-3
@@ -43,7 +65,7 @@ def try_work(
     *,
     device_kind: str | None = None,
     repeats: int = REPEATS,
-    groups: Sequence[tuple[Sequence[int], int]] = (FEW, MANY),
+    cases: Sequence[Rows] = (FEW, MANY),
 ) -> Outcome:
     """Hold a backend's products, or the gradients of its own, against float64, on the device that jax takes by default.
 
@@ -52,21 +74,22 @@ def try_work(
         backend: name in `BACKENDS` or `GPU_BACKENDS`.
         device_kind: kind of the device, by which tiles are chosen.
         repeats: calls of the last case whose results have to be the same bits.
-        groups: cases, each the rows of its groups and rows in all.
+        cases: rows, for each case; of gradients without copies.
     """
     worst = 0.0
-    for number, (sizes, R) in enumerate(groups, 1):
-        calls = repeats if number == len(groups) else 1
-        rng = np.random.default_rng(R)
-        stacks = [kind.random(rng, len(sizes)) for kind in work.matrices]
+    for number, of_case in enumerate(cases, 1):
+        calls = repeats if number == len(cases) else 1
+        rng = np.random.default_rng(of_case.total)
+        stacks = [kind.random(rng, len(of_case.sizes)) for kind in work.matrices]
         biases = [_biases(rng, work, stack) if work.biases else None for stack in stacks]
-        rows = jnp.asarray(rng.standard_normal((R, stacks[0].shape[-1]), np.float32), work.rows)
-        rows = rows.at[sum(sizes) :].set(jnp.nan)
+        drawn = rng.standard_normal((-(-of_case.total // of_case.copies), stacks[0].shape[-1]), np.float32)
+        rows = jnp.asarray(np.repeat(drawn, of_case.copies, axis=0)[: of_case.total], work.rows)
+        rows = rows.at[of_case.owned :].set(jnp.nan)
         if missing := work.gradient and _missing_gradient(backend, rows, stacks, device_kind):
             return Outcome("refused", missing)
         make_cases = _gradients if work.gradient else _results
         try:
-            for case, call, expected in make_cases(work, backend, device_kind, rng, rows, stacks, biases, sizes):
+            for case, call, expected in make_cases(work, backend, device_kind, rng, rows, stacks, biases, of_case):
                 first = jax.tree.leaves(call())
                 found = _compare(first, expected, _tolerance(work))
                 if isinstance(found, str):
@@ -97,14 +120,15 @@ def _results(
     rows: jax.Array,
     stacks: list[Matrices],
     biases: list[jax.Array | None],
-    sizes: Sequence[int],
+    of_case: Rows,
 ) -> Iterator[Case]:
     del rng
+    sizes, copies = np.asarray(of_case.sizes), of_case.copies
     scales = _input_scales(work, len(sizes))
-    expected = exact(work, rows[: sum(sizes)], stacks, biases, np.asarray(sizes), scales)
+    expected = np.repeat(exact(work, rows[: of_case.owned : copies], stacks, biases, sizes, scales), copies, axis=0)
     for out_dtype in dict.fromkeys((work.rows, "float32")):
         call = jax.jit(partial(_multiply, work, backend, device_kind, out_dtype=out_dtype))
-        arguments = rows, stacks, biases, jnp.asarray(sizes, jnp.int32), scales
+        arguments = rows, stacks, biases, jnp.asarray(sizes * copies, jnp.int32), scales
         yield f"{len(rows)} rows, result in {out_dtype}", partial(call, *arguments), [expected]
 
 
@@ -116,9 +140,10 @@ def _gradients(
     rows: jax.Array,
     stacks: list[Any],
     biases: list[jax.Array | None],
-    sizes: Sequence[int],
+    of_case: Rows,
 ) -> Iterator[Case]:
-    owned = sum(sizes)
+    assert of_case.copies == 1
+    sizes, owned = of_case.sizes, of_case.owned
     dy = jnp.asarray(rng.standard_normal((len(rows), stacks[-1].shape[-2]), np.float32))
     expected = exact_gradients(work, rows[:owned], stacks, biases, np.asarray(sizes), dy[:owned])
 
@@ -230,8 +255,8 @@ def main() -> None:
         try:
             work = Work.from_json(line)
             # A gradient takes float64 of whole stacks, so it is tried once.
-            groups = (MANY,) if work.gradient else (FEW, MANY)
-            outcome = try_work(work, backend, device_kind=device.device_kind, groups=groups)
+            cases = (WIDE_GRADIENT,) if work.gradient else (FEW, MANY, WIDE)
+            outcome = try_work(work, backend, device_kind=device.device_kind, cases=cases)
         except Exception as error:
             short_of_memory = "RESOURCE_EXHAUSTED" in str(error)
             first_line = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"

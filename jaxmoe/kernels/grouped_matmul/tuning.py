@@ -274,7 +274,7 @@ def cost(tiles: Any, case: TuningCase, gpu: GPU) -> tuple[float, float]:
     if not hasattr(tiles, "swapped"):
         # Triton's n counts gate and up together, Mosaic GPU's each of them.
         sizes = {name: getattr(tiles, name) for name in ("m", "k", "stages", "band")}
-        tiles = SimpleNamespace(**sizes, n=max(1, tiles.n // product.halves), swapped=False, splits=1)
+        tiles = SimpleNamespace(**sizes, n=max(1, tiles.n // product.halves), swapped=False, splits=1, cluster=1)
     found = predict(product, tiles, gpu)
     return found.seconds, found.on_chip
 

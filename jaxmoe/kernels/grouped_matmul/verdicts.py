@@ -30,7 +30,7 @@ from jaxmoe.mesh import is_present
 from jaxmoe.user_files import cache_folder
 
 # Seconds that a trial may take: to start, and for each work, most of it for compilers.
-START_SECONDS, WORK_SECONDS = 90, 30
+START_SECONDS, WORK_SECONDS = 90, 45
 # Backends in the order in which "auto" would have them, where none was measured; "portable" runs everywhere.
 ORDER = ("mosaic_gpu", "triton", "xla_ragged_dot")
 _FUSION = "xla_gpu_experimental_use_ragged_dot_fusion"

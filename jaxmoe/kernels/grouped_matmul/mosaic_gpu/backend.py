@@ -29,7 +29,7 @@ from jaxmoe.kernels.grouped_matmul.quantized_rows import OnRoundedRows, Quantize
 from jaxmoe.kernels.grouped_matmul.row_loops import owned_only
 from jaxmoe.kernels.grouped_matmul.tile_table import measured_tiles
 
-# Blocks in the interpreter: more than one, so that tiles are shared out.
+# Blocks, or clusters of them, in the interpreter: more than one, so that tiles are shared out.
 INTERPRETED_BLOCKS = 2
 
 
@@ -257,14 +257,14 @@ def _product(
         tiles,
         finish,
         out_dtype,
-        blocks=_blocks(device_kind, known, interpret),
+        blocks=_blocks(device_kind, known, interpret, tiles.cluster),
         interpret=interpret,
     )
     return out[:R]
 
 
-def _blocks(device_kind: str | None, known: GPU, interpret: bool) -> int:
-    return INTERPRETED_BLOCKS if interpret else multiprocessors(device_kind, known)
+def _blocks(device_kind: str | None, known: GPU, interpret: bool, cluster: int = 1) -> int:
+    return INTERPRETED_BLOCKS * cluster if interpret else multiprocessors(device_kind, known)
 
 
 def _scale_each_output(stack: QuantizedStack) -> QuantizedStack:

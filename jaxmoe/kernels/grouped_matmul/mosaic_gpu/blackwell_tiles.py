@@ -56,6 +56,10 @@ class BlackwellProblem(Problem):
         """One: the kernel has no parts of the inner dimension."""
         return (1,)
 
+    def clusters(self, tiles: Tiles) -> tuple[int, ...]:
+        """One block: the kernel has no clusters."""
+        return (1,)
+
     def cost(self, tiles: Tiles) -> tuple[float, ...]:
         """Rank tiles, the best lowest: the more rows the better, up to twice those of a group, for want of a model."""
         rows = self.R / self.G

@@ -4,6 +4,27 @@ A persistent grid over the multiprocessors, and in each block three warpgroups: 
 matrices to shared memory, by the tensor memory accelerator; two multiply them by wgmma. The loader runs ahead over the ends
 of tiles, so that the next is there when a result is written. Letters here, beside the common ones of
 docs/concepts/letters.md: G groups, H halves (gate and up, or one), N and K of a matrix [N, K], I row tiles.
+
+Where `Tiles.cluster` is 2, the two blocks of a cluster multiply the same rows, by neighboring tiles of outputs. Each reads
+its own matrices and one half of the rows, which the accelerator writes to both (multicast). No GPU has run this, and the
+interpreter has each block read all rows by itself, so here is why nobody waits for ever, or writes where somebody reads:
+
+- Both blocks go through the same stages in the same order, for their tiles differ in the outputs alone.
+- `filled` is a block's own. Its phase ends when the block's own loader has arrived with each copy, and all bytes of these
+  have come. Those of the neighbor's half may come before that arrival, but not before the phase begins, by what follows.
+- `emptied` has a phase of four arrivals: two warpgroups of each block, each of which arrives at the barriers of both
+  blocks. So a loader that has waited for its own knows that nobody in either block reads the place any more, and that both
+  have seen the end of its phase of `filled`.
+- Nobody waits in a circle. Take the earliest stage that a warpgroup has not multiplied. All stages before it are
+  multiplied, and given back but for the one before, whose place is another one, as there are two at least
+  (`least_stages`). So neither loader waits any more to load that stage, and it comes.
+- No block ends while the other may write to its memory or arrive at its barriers: its loader is the last to end, and
+  `drain` has it wait for the last phase of `emptied` of each place. By then the neighbor has read, so received, all that
+  it is sent, and has made its last arrival here. Nobody uses a barrier before it is there, for Mosaic GPU has the blocks
+  of a cluster wait for each other when they have made theirs.
+
+One thread of a warpgroup arrives for all of it at the barriers of a cluster. That is enough after `wgmma_wait`, but not
+where threads read a stage into registers, as they do of packed matrices: `Problem.clusters` has none of these.
 """
 
 from collections.abc import Callable
@@ -46,6 +67,9 @@ from jaxmoe.kernels.grouped_matmul.mosaic_gpu.tiles import (
 )
 from jaxmoe.kernels.grouped_matmul.quantized import QuantizedStack
 from jaxmoe.kernels.grouped_matmul.quantized_rows import QuantizedRows
+
+# Axis of the blocks of a cluster.
+NEIGHBORS = "neighbors"
 
 
 @partial(jax.jit, static_argnames=("tiles", "finish", "out_dtype", "approximate", "blocks", "interpret"))
@@ -93,12 +117,15 @@ def multiply(
     if quantized:
         stored.append(jnp.pad(quantized.scales.T, ((0, 0), (0, tiles.m))))
     if biases_GHN is not None:
-        stored.append(jnp.pad(biases_GHN, ((0, 0), (0, 0), (0, -N % tiles.n))))
+        stored.append(jnp.pad(biases_GHN, ((0, 0), (0, 0), (0, -N % (tiles.cluster * tiles.n)))))
+    clusters = {"cluster": (tiles.cluster,), "cluster_names": (NEIGHBORS,)} if tiles.cluster > 1 else {}
     kernel = plgpu.kernel(
         partial(_kernel, call=call),
         out_type=jax.ShapeDtypeStruct((tiles.splits * R, N), out_dtype),
-        grid=(blocks,),
+        # With clusters the axis counts these: pairs of multiprocessors.
+        grid=(blocks // tiles.cluster,),
         grid_names=("multiprocessor",),
+        **clusters,
         num_threads=WARPGROUPS + 1,
         thread_name="warpgroup",
         scratch_types=_scratch(call, H, N, rows.dtype, stored[0].dtype, out_dtype),
@@ -116,6 +143,9 @@ def _scratch(call: Call, H: int, N: int, row_dtype: Any, matrix_dtype: Any, out_
     # The interpreter reads no swizzled tile into registers.
     matrix_layout = () if call.interpret and call.expands else swizzled(tiles.k // parts, matrix_dtype)
     width, slots = piece_of_results(tiles, jnp.dtype(out_dtype).itemsize)
+    make_emptied = plgpu.Barrier
+    if tiles.cluster > 1:
+        make_emptied = partial(plgpu.ClusterBarrier, collective_axes=(NEIGHBORS,))
     scratch = {
         "row_tiles": plgpu.SMEM(
             (tiles.stages, parts, tiles.m, tiles.k // parts), row_dtype, transforms=swizzled(row_width, row_dtype)
@@ -129,7 +159,7 @@ def _scratch(call: Call, H: int, N: int, row_dtype: Any, matrix_dtype: Any, out_
             transforms=swizzled(width, out_dtype, rows=1) if results_are_swizzled(tiles, N, out_dtype) else (),
         ),
         "filled": plgpu.Barrier(num_arrivals=parts + H, num_barriers=tiles.stages),
-        "emptied": plgpu.Barrier(num_arrivals=WARPGROUPS, num_barriers=tiles.stages),
+        "emptied": make_emptied(num_arrivals=WARPGROUPS, num_barriers=tiles.stages),
     }
     if call.interpret and call.expands:
         scratch["expanded"] = plgpu.SMEM((WARPGROUPS, parts, WGMMA_ROWS, row_width), jnp.bfloat16)
@@ -141,13 +171,16 @@ def _kernel(*refs: Any, call: Call, **scratch: Any) -> None:
     tiles = call.tiles
     H, N = matrices.shape[1:3]
     steps = rows.shape[2] * call.parts // (tiles.k * tiles.splits)
-    column_tiles = pl.cdiv(N, tiles.n)
+    # Each of as many tiles as a cluster has blocks; the last may lie beyond the matrix: zeros come, and nothing is stored.
+    column_tiles = pl.cdiv(N, tiles.n * tiles.cluster)
+    neighbor = lax.axis_index(NEIGHBORS) if tiles.cluster > 1 else 0
 
     def each(body: Callable[[Any, Any, Any, Any], None]) -> None:
         """body(number of the first stage, row tile, first output, part of the inner dimension) for this block's tiles."""
 
         def one(i: Any, row: Any, column: Any) -> None:
-            body(i * steps, row, lax.rem(column, column_tiles) * tiles.n, lax.div(column, column_tiles))
+            first = (lax.rem(column, column_tiles) * tiles.cluster + neighbor) * tiles.n
+            body(i * steps, row, first, lax.div(column, column_tiles))
 
         each_tile(used[0], column_tiles * tiles.splits, tiles.band, one)
 
@@ -162,7 +195,16 @@ def _kernel(*refs: Any, call: Call, **scratch: Any) -> None:
             row = blocks[row_tile] * ALIGNMENT
             matrix = matrices.at[groups[row_tile]]
             of_tile = rows.at[:, pl.ds(row, tiles.m)]
-            load(steps, first_stage, of_tile, matrix, column, first_step=part * steps, **scratch)
+            load(
+                steps,
+                first_stage,
+                of_tile,
+                matrix,
+                column,
+                first_step=part * steps,
+                rows_shared_by=NEIGHBORS if tiles.cluster > 1 else None,
+                **scratch,
+            )
 
         drain(count_tiles(used[0], column_tiles * tiles.splits) * steps, tiles.stages, scratch["emptied"])
 

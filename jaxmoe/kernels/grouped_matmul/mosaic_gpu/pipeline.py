@@ -51,6 +51,7 @@ def load(
     column: Any,
     *,
     first_step: Any = 0,
+    rows_shared_by: str | None = None,
     row_tiles: Any,
     matrix_tiles: Any,
     filled: Any,
@@ -66,6 +67,8 @@ def load(
         matrix: matrix of its group, [H, N, inner numbers of a part].
         column: first output of the tile.
         first_step: stages of the whole inner dimension before those of the tile.
+        rows_shared_by: axis of a cluster whose blocks have the same rows at the same time, see `kernel`: each reads its part
+            of them and writes it to all of them. None where each block reads its own.
         row_tiles: place of the rows in shared memory, [stages, parts, m, k of a part].
         matrix_tiles: place of the matrices there, [stages, H, n, k of a part].
         filled: barriers of the stages, which the copies arrive at.
@@ -87,7 +90,9 @@ def load(
             plgpu.barrier_wait(emptied.at[slot])
 
         for part in range(parts):
-            plgpu.copy_gmem_to_smem(rows.at[part, :, inner], row_tiles.at[slot, part], filled.at[slot])
+            plgpu.copy_gmem_to_smem(
+                rows.at[part, :, inner], row_tiles.at[slot, part], filled.at[slot], collective_axes=rows_shared_by
+            )
         for h in range(halves):
             outputs = matrix.at[h, pl.ds(column, n), inner]
             plgpu.copy_gmem_to_smem(outputs, matrix_tiles.at[slot, h], filled.at[slot])

@@ -45,6 +45,8 @@ class Tiles:
         band: row tiles that run together over the same outputs, so that the second level of cache serves them.
         splits: parts of the inner dimension that are tiles of their own, where there are fewer tiles than multiprocessors.
             Gate and up are one matrix of twice as many outputs then; `splits` has what adds the parts up.
+        cluster: blocks, 1 or 2, that have the same rows and neighboring outputs, and read the rows once for both, see
+            `kernel`.
     """
 
     m: int
@@ -54,6 +56,7 @@ class Tiles:
     swapped: bool = False
     band: int = 8
     splits: int = 1
+    cluster: int = 1
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -120,6 +123,13 @@ class Problem:
     def split_sizes(self, k: int) -> tuple[int, ...]:
         """Parts of the inner dimension worth trying, for stages of that size."""
         return (1,) if self.packed else tuple(parts for parts in range(1, 17) if self.K // k % parts == 0)
+
+    def clusters(self, tiles: Tiles) -> tuple[int, ...]:
+        """Blocks that may share the rows of such tiles: two where each has whole swizzles, 8 rows, of them to read.
+
+        One where matrices are packed, see `kernel`, or the inner dimension is in parts, as there are too few tiles.
+        """
+        return (1, 2) if tiles.m % (2 * ALIGNMENT) == 0 and tiles.splits == 1 and not self.packed else (1,)
 
     def cost(self, tiles: Tiles) -> tuple[float, ...]:
         """Rank tiles, the best lowest: by having too few stages, by time, and of equally fast ones the most stages first.
@@ -193,6 +203,8 @@ class Problem:
             raise ValueError(f"stages must be {self.least_stages(tiles)} at least, and band 1; got {tiles}")
         if tiles.splits not in self.split_sizes(tiles.k):
             raise ValueError(f"splits must be one of {self.split_sizes(tiles.k)} here; got {tiles}")
+        if tiles.cluster not in self.clusters(tiles):
+            raise ValueError(f"cluster must be one of {self.clusters(tiles)} here; got {tiles}")
         if self.packed and tiles.n not in self.column_sizes:
             raise ValueError(f"n must be 128 where matrices are packed, for a warpgroup scales 64 outputs; got {tiles}")
         if not (tiles.swapped or self.rows_may_lead):
