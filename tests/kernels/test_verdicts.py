@@ -22,7 +22,7 @@ from jaxmoe.kernels.grouped_matmul import (
 from jaxmoe.kernels.grouped_matmul.backends import Backend
 from jaxmoe.kernels.grouped_matmul.choose import has_own_gradient
 from jaxmoe.kernels.grouped_matmul.gradient import with_pullback
-from jaxmoe.kernels.grouped_matmul.trial import MANY, try_work
+from jaxmoe.kernels.grouped_matmul.trial import MANY, WIDE, WIDE_GRADIENT, try_work
 from jaxmoe.kernels.grouped_matmul.work import MatrixKind, Outcome, Work
 
 UP, DOWN = MatrixKind((2, 24, 64), "bfloat16"), MatrixKind((64, 24), "bfloat16")
@@ -105,6 +105,18 @@ def test_what_is_wrong_is_found(fault, verdict, detail, monkeypatch):
     monkeypatch.setitem(backends.BACKENDS, "faulty", faulty)
     outcome = try_work(PRODUCT, "faulty", repeats=4)
     assert (outcome.verdict, detail in outcome.detail) == (verdict, True), outcome
+
+
+def test_rows_that_stand_many_times_are_held_to_one_result(monkeypatch):
+    """So that a trial has tiles enough for every block of a GPU, and few rows to compute in float64."""
+    for work, case in ((MLP, WIDE), (WORKS["static"], WIDE), (MLP.of_gradient, WIDE_GRADIENT)):
+        outcome = try_work(work, "portable", repeats=2, cases=(case,))
+        assert outcome.verdict == "right", outcome
+    faulty = SimpleNamespace(formats=frozenset(), activations=frozenset(), load=lambda: Faulty("one number"))
+    monkeypatch.setitem(backends.BACKENDS, "faulty", faulty)
+    outcome = try_work(PRODUCT, "faulty", repeats=2, cases=(WIDE,))
+    assert outcome.verdict == "wrong"
+    assert outcome.detail.startswith("2048 rows, result in float16: a row is off by")
 
 
 @pytest.mark.parametrize("work", [dataclasses.replace(MLP, activation="clamped_swiglu", limit=0.7), PRODUCT])
