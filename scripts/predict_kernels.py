@@ -3,8 +3,8 @@
 
 It prints a table of the predicted microseconds of both products of a layer's experts in bfloat16, with the tiles that the
 kernel chooses and even routing, and beside them what sessions on such a GPU measured, where `results/` has any; a second one
-of what clusters of two blocks gain; and a third of backward passes. The same tables stand in docs/reference/kernel_times.md,
-where --write puts them.
+of what clusters of two blocks gain; a third of what stands around the products in a layer; and a fourth of their backward
+passes. The same tables stand in docs/reference/kernel_times.md, where --write puts them.
 
     python scripts/predict_kernels.py
     python scripts/predict_kernels.py --chip h20 --parts
@@ -25,12 +25,14 @@ from jaxmoe.hardware import GPU, get_gpu
 from jaxmoe.kernels.grouped_matmul.mosaic_gpu import Problem, candidate_tiles, choose_tiles
 from jaxmoe.kernels.grouped_matmul.predict import Prediction, Product, likely_sizes, predict
 from jaxmoe.kernels.grouped_matmul.predict_gradient import predict_gradient
+from jaxmoe.kernels.grouped_matmul.predict_moves import gather_seconds, sum_seconds
 from scripts._bench.cases import SHAPES, TOKENS, Case, Shape, floor_of
 from scripts._session.records import RESULTS, read_results
 
 PAGE = ROOT / "docs" / "reference" / "kernel_times.md"
 BEGIN, END = "<!-- by scripts/predict_kernels.py -->\n", "<!-- end -->\n"
 BEGIN_CLUSTERS = "<!-- clusters, by scripts/predict_kernels.py -->\n"
+BEGIN_LAYERS = "<!-- layers, by scripts/predict_kernels.py -->\n"
 BEGIN_GRADIENTS = "<!-- gradients, by scripts/predict_kernels.py -->\n"
 # Tokens of a step of training, on the devices that share the experts.
 TRAINED_TOKENS = (4096, 16384)
@@ -51,11 +53,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         parser.error(
             f"the model is one of the Hopper kernel; {gpu.name} has compute capability {gpu.compute_capability}"
         )
-    tables = {
-        BEGIN: table(gpu, read_measured(args.results, gpu)),
-        BEGIN_CLUSTERS: cluster_table(gpu),
-        BEGIN_GRADIENTS: gradient_table(gpu),
-    }
+    tables = tables_of(gpu, args.results)
     if args.write:
         text = PAGE.read_text(encoding="utf-8")
         for begin, lines in tables.items():
@@ -68,11 +66,21 @@ def main(argv: Sequence[str] | None = None) -> None:
         print_parts(gpu)
 
 
-def products(shape: Shape, tokens: int) -> tuple[Product, Product]:
-    """Gate and up, and down with its results in float32, as a layer asks for them."""
+def tables_of(gpu: GPU, results: Path) -> dict[str, str]:
+    """The tables in Markdown, by the line that each begins behind."""
+    return {
+        BEGIN: table(gpu, read_measured(results, gpu)),
+        BEGIN_CLUSTERS: cluster_table(gpu),
+        BEGIN_LAYERS: layer_table(gpu),
+        BEGIN_GRADIENTS: gradient_table(gpu),
+    }
+
+
+def products(shape: Shape, tokens: int, result_bytes: int = 4) -> tuple[Product, Product]:
+    """Gate and up, and down with its results in float32, as a layer asks for them, or in fewer bytes."""
     sizes = likely_sizes(tokens, shape.per_token, shape.experts)
     gate_up = Product(sizes=sizes, halves=2, N=shape.expert_width, K=shape.width)
-    return gate_up, Product(sizes=sizes, halves=1, N=shape.width, K=shape.expert_width, out_bytes=4)
+    return gate_up, Product(sizes=sizes, halves=1, N=shape.width, K=shape.expert_width, out_bytes=result_bytes)
 
 
 def tiles_of(product: Product) -> Any:
@@ -81,14 +89,14 @@ def tiles_of(product: Product) -> Any:
 
 
 def problem_of(product: Product) -> Problem:
-    """The product as the kernel sees it, which knows the number of rows alone."""
+    """The product as the kernel sees it, which knows the number of rows alone, and gathers those of gate and up."""
     sizes = {name: getattr(product, name) for name in ("halves", "N", "K", "row_bytes", "out_bytes", "weight_bits")}
-    return Problem(R=product.rows, G=len(product.sizes), **sizes)
+    return Problem(R=product.rows, G=len(product.sizes), gathered=product.halves == 2, **sizes)
 
 
-def predictions(shape: Shape, tokens: int, gpu: GPU) -> tuple[Prediction, Prediction]:
+def predictions(shape: Shape, tokens: int, gpu: GPU, result_bytes: int = 4) -> tuple[Prediction, Prediction]:
     """The predicted times of both products."""
-    gate_up, down = products(shape, tokens)
+    gate_up, down = products(shape, tokens, result_bytes)
     return predict(gate_up, tiles_of(gate_up), gpu), predict(down, tiles_of(down), gpu)
 
 
@@ -131,6 +139,27 @@ def cluster_table(gpu: GPU) -> str:
             saved = before - after
             cells = [_us(before), _us(after), f"−{saved / before:.0%}", f"−{saved / (both + saved):.0%}"]
             lines.append(f"| {' | '.join([name, str(tokens), what, *cells])} |")
+
+
+def layer_table(gpu: GPU) -> str:
+    """The table in Markdown of layers: rows gathered before the products, or by them, and results in 4 bytes, or in 2."""
+    lines = [
+        "| experts | tokens | products, µs | rows gathered before | results added up | all | gathered by the kernel saves | "
+        "results in bfloat16 would save |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for name, shape in SHAPES.items():
+        for tokens in TOKENS:
+            rows = sum(likely_sizes(tokens, shape.per_token, shape.experts))
+            gathered = gather_seconds(tokens, rows, shape.width, 2, gpu)
+            both, added = {}, {}
+            for result_bytes in (4, 2):
+                both[result_bytes] = sum(each.seconds for each in predictions(shape, tokens, gpu, result_bytes))
+                added[result_bytes] = sum_seconds(tokens, rows, shape.width, result_bytes, 2, gpu)
+            whole = both[4] + gathered + added[4]
+            saved = (gathered, both[4] + added[4] - both[2] - added[2])
+            cells = [*map(_us, (both[4], gathered, added[4], whole)), *(f"{part / whole:.1%}" for part in saved)]
+            lines.append(f"| {' | '.join([name, str(tokens), *cells])} |")
     return "\n".join(lines) + "\n"
 
 

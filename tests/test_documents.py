@@ -78,10 +78,9 @@ def test_figures_are_printed_by_their_commands(command, capsys, monkeypatch) -> 
 def test_predicted_times_are_those_of_the_model() -> None:
     if jax.__version_info__ < (0, 11, 2):
         pytest.skip("the kernel, which chooses its tiles, needs jax 0.11.2")
-    from scripts.predict_kernels import BEGIN, BEGIN_GRADIENTS, END, PAGE, gradient_table, read_measured, table
+    from scripts.predict_kernels import END, PAGE, tables_of
 
-    h100 = GPUS["h100"]
-    tables = {BEGIN: table(h100, read_measured(ROOT / "results", h100)), BEGIN_GRADIENTS: gradient_table(h100)}
+    tables = tables_of(GPUS["h100"], ROOT / "results")
     text = PAGE.read_text(encoding="utf-8")
     shown = {begin: text.partition(begin)[2].partition(END)[0] for begin in tables}
     assert shown == tables, "run scripts/predict_kernels.py --write"

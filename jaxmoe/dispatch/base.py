@@ -20,12 +20,13 @@ class Experts(NamedTuple):
     """The experts of one device.
 
     Attributes:
-        apply: ``(params, rows [R, D] grouped by local slot, group sizes [p], dtype of the result) -> rows [R, D]``,
-            zeros beyond the groups. It closes over no traced value, so that a gradient rule can be made from it.
+        apply: ``(params, rows [T, D], index of a row at each place, group sizes [p], dtype of the result) -> rows [R, D]``.
+            Places are grouped by local slot; results beyond the groups are zeros. Without an index, None, rows [R, D] stand
+            at their places. It closes over no traced value, so that a gradient rule can be made from it.
         params: the arrays it needs, what a gradient is taken of.
     """
 
-    apply: Callable[[Any, jax.Array, jax.Array, DTypeLike], jax.Array]
+    apply: Callable[[Any, jax.Array, jax.Array | None, jax.Array, DTypeLike], jax.Array]
     params: Any
 
 

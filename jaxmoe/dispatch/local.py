@@ -67,13 +67,14 @@ def local_sums(
         pair_Q = jax.lax.dynamic_slice_in_dim(pairs.order, first, Q)
         ends_p = jnp.cumsum(pairs.sizes_p, dtype=jnp.int32)
         in_trip = jnp.clip(jnp.stack([ends_p - pairs.sizes_p, ends_p]), first, first + Q)
-        rows_QD = x_RD[pair_Q // K]
+        rows, index_Q = x_RD, pair_Q // K
         if weights_on_input:
             # Rows that no slot here owns may hold anything, and so may their weights.
             owned_Q1 = (jnp.arange(Q, dtype=jnp.int32) < ends_p[-1] - first)[:, None]
             weights_Q1 = jnp.where(owned_Q1, weights_RK.reshape(-1)[pair_Q][:, None], 0)
-            rows_QD = (jnp.where(owned_Q1, rows_QD, 0).astype(weights_Q1.dtype) * weights_Q1).astype(x_RD.dtype)
-        out_QD = experts.apply(params, rows_QD, in_trip[1] - in_trip[0], sum_dtype(x_RD.dtype))
+            rows_QD = jnp.where(owned_Q1, x_RD[index_Q], 0).astype(weights_Q1.dtype) * weights_Q1
+            rows, index_Q = rows_QD.astype(x_RD.dtype), None
+        out_QD = experts.apply(params, rows, index_Q, in_trip[1] - in_trip[0], sum_dtype(x_RD.dtype))
         here_RK = (pairs.places >= first) & (pairs.places < jnp.minimum(first + Q, ends_p[-1]))
         factors_RK = jnp.ones_like(weights_RK) if weights_on_input else weights_RK
         return weighted_sum(factors_RK, out_QD, jnp.where(here_RK, pairs.places - first, -1))

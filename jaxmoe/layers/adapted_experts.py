@@ -16,6 +16,7 @@ from jaxmoe.config import MoEConfig
 from jaxmoe.dispatch import Experts
 from jaxmoe.kernels.grouped_matmul import combine_halves, grouped_matmul
 from jaxmoe.kernels.grouped_matmul.quantized import as_matrices
+from jaxmoe.kernels.grouped_matmul.row_loops import take_rows
 from jaxmoe.layers.experts import expert_matrices
 from jaxmoe.numerics import sum_dtype
 
@@ -58,9 +59,12 @@ def adapted_experts(plain: Experts, factors: ExpertFactors, config: MoEConfig, *
         kernels: backend and device_kind of `grouped_matmul`.
     """
 
-    def apply(params: Any, rows_RD: jax.Array, sizes: jax.Array, dtype: DTypeLike) -> jax.Array:
+    def apply(
+        params: Any, rows_TD: jax.Array, index_R: jax.Array | None, sizes: jax.Array, dtype: DTypeLike
+    ) -> jax.Array:
         stacks, factors = params
-        return _expert_mlp(stacks, factors, rows_RD, sizes, config, kernels).astype(dtype)
+        # Several products are of the same rows.
+        return _expert_mlp(stacks, factors, take_rows(rows_TD, index_R), sizes, config, kernels).astype(dtype)
 
     return Experts(apply, (plain.params, factors))
 

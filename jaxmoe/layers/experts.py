@@ -115,13 +115,16 @@ def local_experts(
         first = jax.lax.axis_index(partial_axes) == 0
         stacks = stacks._replace(b_down=jnp.where(first, stacks.b_down, 0))
 
-    def apply(stacks: ExpertStacks, rows_RD: jax.Array, sizes_p: jax.Array, dtype: DTypeLike) -> jax.Array:
+    def apply(
+        stacks: ExpertStacks, rows_TD: jax.Array, index_R: jax.Array | None, sizes_p: jax.Array, dtype: DTypeLike
+    ) -> jax.Array:
         up, down, rounding = expert_matrices(stacks)
         return expert_mlp(
-            rows_RD,
+            rows_TD,
             up,
             down,
             sizes_p,
+            index_R=index_R,
             b_gate_up_p2F=stacks.b_gate_up,
             b_down_pD=stacks.b_down,
             activation=config.activation,

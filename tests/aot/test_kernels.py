@@ -8,8 +8,9 @@ import jax.numpy as jnp
 import pytest
 from jax.sharding import SingleDeviceSharding
 
-from jaxmoe.dispatch.local import weighted_sum
-from jaxmoe.kernels.grouped_matmul import QuantizedStack, expert_mlp
+from jaxmoe.dispatch import DispatchLayout, Experts
+from jaxmoe.dispatch.local import local_sums, weighted_sum
+from jaxmoe.kernels.grouped_matmul import ACTIVATIONS, QuantizedStack, expert_mlp
 from jaxmoe.kernels.grouped_matmul.mosaic_gpu import Problem, Tiles, choose_tiles, grouped_matmul
 from jaxmoe.kernels.grouped_matmul.quantized import FORMATS
 from jaxmoe.planning.topology import gpu_topology
@@ -82,17 +83,23 @@ def packed(shape, format, block, scale_dtype, has_zeros):
     return QuantizedStack(**arrays, format=format, block=block)
 
 
-def compile_mlp(up, down, rows, activation, limit, monkeypatch, capfd, out_dtype=jnp.bfloat16, activations="none"):
-    """The compiled experts with biases; nothing of theirs may spill registers, and no product wait for the one before."""
+def compile_mlp(
+    up, down, rows, activation, limit, monkeypatch, capfd, out_dtype=jnp.bfloat16, activations="none", gathered=False
+):
+    """The compiled experts with biases; nothing of theirs may spill registers, and no product wait for the one before.
+
+    Gathered rows are of half as many.
+    """
     p, halves, F, D = up.shape
 
-    def mlp(x, up, down, b_up, b_down, sizes):
+    def mlp(x, up, down, b_up, b_down, sizes, index):
         return expert_mlp(
-            x, up, down, sizes, b_gate_up_p2F=b_up, b_down_pD=b_down, activation=activation, limit=limit,
+            x, up, down, sizes, index_R=index, b_gate_up_p2F=b_up, b_down_pD=b_down, activation=activation, limit=limit,
             out_dtype=out_dtype, backend="mosaic_gpu", activations=activations,
         )  # fmt: skip
 
-    arguments = (array(rows, D), up, down, array(p, halves, F), array(p, D), array(p, dtype="int32"))
+    x, index = (array(-(-rows // 2), D), array(rows, dtype="int32")) if gathered else (array(rows, D), None)
+    arguments = (x, up, down, array(p, halves, F), array(p, D), array(p, dtype="int32"), index)
     monkeypatch.setenv("MOSAIC_GPU_DUMP_PTXAS", "1")
     compiled = jax.jit(mlp).trace(*arguments).lower(lowering_platforms=("cuda",)).compile()
     check_ptxas("".join(capfd.readouterr()))
@@ -133,14 +140,15 @@ def test_ptxas_is_believed_only_where_it_says_so() -> None:
             check_ptxas(ill, kernels=1)
 
 
+@pytest.mark.parametrize("gathered", [False, True])
 @pytest.mark.parametrize("rows", [64, 8192])
 @pytest.mark.parametrize("shape", SHAPES)
-def test_published_shapes(shape, rows, gpu_compiler, monkeypatch, capfd) -> None:
+def test_published_shapes(shape, rows, gathered, gpu_compiler, monkeypatch, capfd) -> None:
     G, D, F, activation, limit = SHAPES[shape]
     # The widest are partial sums where F is split over devices, in float32.
     out_dtype = jnp.float32 if shape.startswith("qwen3-30b") else jnp.bfloat16
     up, down = array(G, 1 if shape in UNGATED else 2, F, D), array(G, D, F)
-    compiled = compile_mlp(up, down, rows, activation, limit, monkeypatch, capfd, out_dtype)
+    compiled = compile_mlp(up, down, rows, activation, limit, monkeypatch, capfd, out_dtype, gathered=gathered)
     # What stands between the products, the padded biases and the table of tiles: no copy of a row or a weight.
     assert compiled.memory_analysis().temp_size_in_bytes < rows * F * 2 + G * 3 * (F + D) * 2 + 2**18
 
@@ -195,25 +203,27 @@ def test_what_the_blocks_of_a_cluster_share(sizes, out_dtype, gpu_compiler, monk
     assert set(arrivals) == {".shared::cluster.b64", ".expect_tx.shared.b64"}
 
 
-def test_parts_of_the_inner_dimension(gpu_compiler, monkeypatch, capfd) -> None:
+@pytest.mark.parametrize("gathered", [False, True])
+def test_parts_of_the_inner_dimension(gathered, gpu_compiler, monkeypatch, capfd) -> None:
     """A row or two have two kernels too, and one that adds parts up in their order: nothing adds by who comes first."""
     G, D, F, activation, limit = SHAPES["deepseek-v3, ep 8"]
     arguments = (array(G, 2, F, D), array(G, D, F), 1, activation, limit)
-    compiled = compile_mlp(*arguments, monkeypatch, capfd)
+    compiled = compile_mlp(*arguments, monkeypatch, capfd, gathered=gathered)
     text = compiled.as_text()
     assert re.search(r"= f32\[\d+,4096\]\S* custom-call", text), "no parts"
     assert not re.search(r" (scatter|reduce)\(", text[text.index("ENTRY") :])
 
 
+@pytest.mark.parametrize("gathered", [False, True])
 @pytest.mark.parametrize("rows", [64, 8192])
 @pytest.mark.parametrize(("shape", "format", "block", "scale_dtype", "has_zeros"), PACKED)
 def test_packed_at_published_shapes(
-    shape, format, block, scale_dtype, has_zeros, rows, gpu_compiler, monkeypatch, capfd
+    shape, format, block, scale_dtype, has_zeros, rows, gathered, gpu_compiler, monkeypatch, capfd
 ) -> None:
     G, D, F, activation, limit = SHAPES[shape]
     halves = 1 if shape in UNGATED else 2
     up, down = (packed(dims, format, block, scale_dtype, has_zeros) for dims in ((G, halves, F, D), (G, D, F)))
-    compiled = compile_mlp(up, down, rows, activation, limit, monkeypatch, capfd)
+    compiled = compile_mlp(up, down, rows, activation, limit, monkeypatch, capfd, gathered=gathered)
     weights = sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves((up, down)))
     memory = compiled.memory_analysis()
     assert weights < memory.argument_size_in_bytes < weights + 2 * rows * D + 2**22
@@ -224,14 +234,16 @@ def test_packed_at_published_shapes(
 
 
 @pytest.mark.covering(most=2)
+@pytest.mark.parametrize("gathered", [False, True])
 @pytest.mark.parametrize("rows", [64, 8192])
 @pytest.mark.parametrize(("shape", "format", "block", "scale_dtype", "activations"), EIGHT_BITS)
 def test_eight_bits_on_both_sides(
-    shape, format, block, scale_dtype, activations, rows, gpu_compiler, monkeypatch, capfd
+    shape, format, block, scale_dtype, activations, rows, gathered, gpu_compiler, monkeypatch, capfd
 ) -> None:
     G, D, F, activation, limit = SHAPES[shape]
     up, down = (packed(dims, format, block, scale_dtype, has_zeros=False) for dims in ((G, 2, F, D), (G, D, F)))
-    compiled = compile_mlp(up, down, rows, activation, limit, monkeypatch, capfd, activations=activations)
+    options = {"activations": activations, "gathered": gathered}
+    compiled = compile_mlp(up, down, rows, activation, limit, monkeypatch, capfd, **options)
     # Rows of 8 bits with their scales, h as it is and again in 8 bits.
     of_rows = rows * (D + 3 * F) + rows * (D + F) // 32
     assert compiled.memory_analysis().temp_size_in_bytes < of_rows + G * 3 * (F + D) * 2 + 2**18
@@ -321,3 +333,35 @@ def test_nothing_but_the_kernel_writes_its_result(gpu_compiler) -> None:
     # a comparison of places and the sum.
     launches = [line for line in program if " fusion(" in line or " custom-call(" in line]
     assert len(launches) <= 8, launches
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize("gated", [True, False])
+def test_every_activation_of_gathered_rows(activation, gated, gpu_compiler, monkeypatch, capfd) -> None:
+    """With as many sums as a thread may have: ptxas shares registers out between those who load and those who multiply."""
+    G, D, F = 8, 4096, 14336
+    up, down = array(G, 2 if gated else 1, F, D), array(G, D, F)
+    compile_mlp(up, down, 8192, activation, None, monkeypatch, capfd, gathered=True)
+
+
+@pytest.mark.parametrize("T", [1, 1024])
+def test_a_layer_stores_no_gathered_rows(T, gpu_compiler) -> None:
+    """The experts of a layer take the rows of tokens as they are: no array [pairs, D] of their dtype is written."""
+    E, K, D, F = 16, 8, 2048, 768
+
+    def apply(params, rows, index, sizes, dtype):
+        return expert_mlp(rows, *params, sizes, index_R=index, out_dtype=dtype, backend="mosaic_gpu")
+
+    def layer(x, slots, weights, up, down):
+        layout = DispatchLayout(mesh_shape=(("ep", 1),), expert_axes=("ep",), partial_axes=(), num_slots=E)
+        options = {"expected_pairs": T * K, "weights_on_input": False}
+        return local_sums(x, slots, weights, Experts(apply, (up, down)), layout, **options)
+
+    arguments = (
+        *(array(T, D), array(T, K, dtype="int32"), array(T, K, dtype="float32")),
+        *(array(E, 2, F, D), array(E, D, F)),
+    )
+    text = jax.jit(layer).trace(*arguments).lower(lowering_platforms=("cuda",)).compile().as_text()
+    program = text[text.index("ENTRY") :]
+    assert program.count("mosaic_gpu_v2") == 2
+    assert not re.search(rf"bf16\[{T * K}(,1)?,{D}\]\S* (fusion|copy|gather)\(", program)

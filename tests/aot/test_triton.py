@@ -45,15 +45,18 @@ def compile_for(chip, function, *shapes_and_dtypes):
     return lowered.compile()
 
 
-def compile_mlp(chip, G, D, F, activation, rows, dtype=jnp.bfloat16, *, biases=True, gated=True):
+def compile_mlp(chip, G, D, F, activation, rows, dtype=jnp.bfloat16, *, biases=True, gated=True, gathered=False):
     halves = 2 if gated else 1
 
-    def mlp(x, up, down, sizes, *biases):
-        more = dict(zip(("b_gate_up_p2F", "b_down_pD"), biases, strict=False))
+    def mlp(x, up, down, sizes, *others):
+        names = [*(("index_R",) if gathered else ()), "b_gate_up_p2F", "b_down_pD"]
+        more = dict(zip(names, others, strict=False))
         limit = 7.0 if activation == "clamped_swiglu" else None
         return expert_mlp(x, up, down, sizes, activation=activation, limit=limit, backend="triton", **more)
 
-    arguments = [((rows, D), dtype), ((G, halves, F, D), dtype), ((G, D, F), dtype), ((G,), jnp.int32)]
+    x = (-(-rows // 8) if gathered else rows, D)
+    arguments = [(x, dtype), ((G, halves, F, D), dtype), ((G, D, F), dtype), ((G,), jnp.int32)]
+    arguments += [((rows,), jnp.int32)] if gathered else []
     return compile_for(chip, mlp, *arguments, *([((G, halves, F), dtype), ((G, D), dtype)] if biases else []))
 
 
@@ -63,10 +66,12 @@ def count_kernels(compiled):
 
 @pytest.mark.parametrize("chip", ["a100", "h100"])
 @pytest.mark.parametrize("rows", [64, 8192])
+@pytest.mark.parametrize("gathered", [False, True])
 @pytest.mark.parametrize(("G", "D", "F", "activation"), SHAPES.values(), ids=SHAPES)
-def test_published_shapes(G, D, F, activation, rows, chip, gpu_compiler) -> None:
-    """Two kernels, and no memory beyond h: neither rows nor weights are copied."""
-    compiled = compile_mlp(chip, G, D, F, activation, rows, biases=activation == "clamped_swiglu")
+def test_published_shapes(G, D, F, activation, gathered, rows, chip, gpu_compiler) -> None:
+    """Two kernels, and no memory beyond h: neither rows nor weights are copied, nor are rows gathered before."""
+    options = {"biases": activation == "clamped_swiglu", "gathered": gathered}
+    compiled = compile_mlp(chip, G, D, F, activation, rows, **options)
     assert count_kernels(compiled) == 2
     of_h, of_maps = rows * F * 2, 2**16
     assert compiled.memory_analysis().temp_size_in_bytes <= of_h + of_maps

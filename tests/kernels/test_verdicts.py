@@ -119,6 +119,21 @@ def test_rows_that_stand_many_times_are_held_to_one_result(monkeypatch):
     assert outcome.detail.startswith("2048 rows, result in float16: a row is off by")
 
 
+def test_an_index_that_a_kernel_takes_wrongly_is_found(monkeypatch):
+    """A layer gives rows by an index, so a trial has to, where a backend gathers rows itself."""
+    oracle = backends.BACKENDS["reference"].load()
+
+    def expert_mlp(x, *arguments, index_R=None, **options):
+        return oracle.expert_mlp(x if index_R is None else x[jnp.sort(index_R)], *arguments, **options)
+
+    gathering = dataclasses.replace(backends.BACKENDS["portable"], gathers=True)
+    monkeypatch.setattr(backends.Backend, "load", lambda self: SimpleNamespace(expert_mlp=expert_mlp))
+    monkeypatch.setitem(backends.BACKENDS, "portable", gathering)
+    outcome = try_work(MLP, "portable", repeats=2)
+    assert outcome.verdict == "wrong"
+    assert "rows by an index, result in float32: a row is off" in outcome.detail
+
+
 @pytest.mark.parametrize("work", [dataclasses.replace(MLP, activation="clamped_swiglu", limit=0.7), PRODUCT])
 def test_a_gradient_that_is_right_is_found_to_be(work):
     outcome = try_work(work.of_gradient, "portable", repeats=2)

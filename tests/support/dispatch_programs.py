@@ -128,7 +128,9 @@ class Program:
         )
         def run(x_TD, slots_TK, weights_TK, w_gate_up, w_down):
             experts = Experts(
-                lambda stacks, rows, sizes, dtype: expert_mlp(rows, *stacks, sizes, out_dtype=dtype),
+                lambda stacks, rows, index, sizes, dtype: expert_mlp(
+                    rows, *stacks, sizes, index_R=index, out_dtype=dtype
+                ),
                 (w_gate_up, w_down),
             )
             y_TD, stats = self.dispatch.run(x_TD, slots_TK, weights_TK, experts, self.layout, self.weights_on_input)

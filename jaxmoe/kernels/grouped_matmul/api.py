@@ -8,11 +8,12 @@ import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
-from jaxmoe.kernels.grouped_matmul.backends import load_backend
+from jaxmoe.kernels.grouped_matmul.backends import find_backend, load_backend
 from jaxmoe.kernels.grouped_matmul.choose import choose_backend, has_own_gradient
 from jaxmoe.kernels.grouped_matmul.combine import combine_halves
 from jaxmoe.kernels.grouped_matmul.quantized import Matrices, QuantizedStack, as_matrices
 from jaxmoe.kernels.grouped_matmul.quantized_rows import check_row_format
+from jaxmoe.kernels.grouped_matmul.row_loops import take_rows
 from jaxmoe.kernels.grouped_matmul.work import Work
 
 
@@ -93,6 +94,7 @@ def expert_mlp(
     w_down_pDF: Matrices,
     group_sizes_p: jax.Array,
     *,
+    index_R: jax.Array | None = None,
     b_gate_up_p2F: jax.Array | None = None,
     b_down_pD: jax.Array | None = None,
     activation: str = "silu",
@@ -116,10 +118,12 @@ def expert_mlp(
     are as in `grouped_matmul`.
 
     Args:
-        x_RD: rows sorted by physical slot, possibly followed by unused ones.
+        x_RD: rows sorted by physical slot, possibly followed by unused ones; rows [T, D] in any order with an index.
         w_gate_up_p2FD: gate at [:, 0], up at [:, 1]; or up alone at [:, 0]. Of x_RD's dtype, or a `QuantizedStack`.
         w_down_pDF: matrices of the second product, of x_RD's dtype, or a `QuantizedStack`, whatever the first are.
         group_sizes_p: int32, rows of each slot; zeros are welcome.
+        index_R: int32, the row of x at each of R places, which are sorted by slot: as if x[index_R] were given, but a GPU
+            kernel gathers the rows itself, where it can. All of it is in range, also at places that no slot owns.
         b_gate_up_p2F: biases of the first product.
         b_down_pD: biases of the second.
         activation: name in `ACTIVATIONS` or `CLAMPED`, computed in the sums' dtype.
@@ -134,7 +138,7 @@ def expert_mlp(
             kernel of its own for Blackwell, which it takes only where this says so.
 
     Returns:
-        y_RD. Rows at or beyond sum(group_sizes) are zeros, whatever x_RD holds there.
+        y_RD. Rows at or beyond sum(group_sizes) are zeros, whatever x_RD holds there, or the rows that their index names.
 
     Raises:
         ValueError: the shapes or dtypes do not fit together, or the activation or backend is unknown.
@@ -153,6 +157,7 @@ def expert_mlp(
         group_sizes=(group_sizes_p, "p"),
     )
     _check_rows(x_RD, group_sizes_p)
+    _check_index(index_R, x_RD)
     D, F = x_RD.shape[1], w_down_pDF.shape[2]
     p, halves = w_gate_up_p2FD.shape[:2]
     if halves not in (1, 2):
@@ -172,7 +177,10 @@ def expert_mlp(
         limit=limit,
         activations=activations,
     )
-    backend = _choose(work, device_kind, x_RD, group_sizes_p) if backend == "auto" else backend
+    places = x_RD if index_R is None else index_R
+    backend = _choose(work, device_kind, places, group_sizes_p) if backend == "auto" else backend
+    if not find_backend(backend).gathers_rows(activations):
+        x_RD, index_R = take_rows(x_RD, index_R), None
     kernels = load_backend(
         backend,
         *stacks,
@@ -191,6 +199,7 @@ def expert_mlp(
         combine=combine_halves(activation, limit, gated=halves == 2),
         out_dtype=jnp.dtype(out_dtype or x_RD.dtype),
         device_kind=device_kind,
+        **({} if index_R is None else {"index_R": index_R}),
     )
 
 
@@ -212,6 +221,15 @@ def _check_rows(rows: jax.Array, group_sizes: jax.Array) -> None:
         raise ValueError(f"rows must be floating point; got {rows.dtype}. Convert them with astype.")
     if group_sizes.dtype != jnp.int32:
         raise ValueError(f"group_sizes must be int32; got {group_sizes.dtype}. Convert with astype(jnp.int32).")
+
+
+def _check_index(index: jax.Array | None, rows: jax.Array) -> None:
+    if index is None:
+        return
+    if index.ndim != 1 or index.dtype != jnp.int32:
+        raise ValueError(f"index must be int32 [R], a row of x each; got {index.dtype} {index.shape}. Convert it.")
+    if len(index) and not len(rows):
+        raise ValueError(f"index names {len(index)} rows, and x has none; got shape {rows.shape}. Give it rows.")
 
 
 def _check_activations(activations: str, scales: jax.Array | None, shape: tuple[int, ...], **stacks: Matrices) -> None:

@@ -104,12 +104,19 @@ class Backend:
         gradients: dtypes of rows, with plain matrices, that it has kernels of gradients for: its functions take
             `portable_gradient`, for the gradient of the portable backend, and its module has `missing_gradient`, which says
             where they have that one anyway.
+        gathers: flag that it gathers rows on their way in: its `expert_mlp` takes `index_R`, and rows [T, D] with it. Others
+            are given rows that were gathered.
     """
 
     module: str
     formats: frozenset[str] = frozenset()
     activations: frozenset[str] = frozenset()
     gradients: frozenset[str] = frozenset()
+    gathers: bool = False
+
+    def gathers_rows(self, activations: str) -> bool:
+        """Tell whether it gathers rows that are to be rounded to such a form."""
+        return self.gathers and (activations == "none" or activations in self.activations)
 
     def may_have_gradient(self, work: Work) -> bool:
         """Tell whether it has kernels for the gradient of products with matrices of such a kind."""
@@ -176,6 +183,7 @@ GPU_BACKENDS: dict[str, GPUBackend] = {
         formats=frozenset(FORMATS),
         activations=frozenset(name for name in ROW_FORMATS if name != "none"),
         gradients=frozenset({"bfloat16"}),
+        gathers=True,
         since=(0, 11, 2),
         capabilities=range(9, 11),
         generations="Hopper and Blackwell GPUs of data centers",
@@ -183,11 +191,25 @@ GPU_BACKENDS: dict[str, GPUBackend] = {
     ),
     "triton": GPUBackend(
         module=f"{_HERE}.triton",
+        gathers=True,
         since=(0, 10, 2),
         capabilities=range(8, 100),
         generations="NVIDIA GPUs since Ampere",
     ),
 }
+
+
+def find_backend(name: str) -> Backend:
+    """The entry of that name; "auto" is "portable".
+
+    Raises:
+        ValueError: there is no backend of that name.
+    """
+    tables: dict[str, Backend] = {**BACKENDS, **GPU_BACKENDS}
+    name = "portable" if name == "auto" else name
+    if name not in tables:
+        raise ValueError(f"backend must be 'auto' or one of {sorted(tables)}; got {name!r}. Name one of these.")
+    return tables[name]
 
 
 def load_backend(
@@ -212,23 +234,21 @@ def load_backend(
         ValueError: there is no backend of that name.
         NotImplementedError: it does not take a stack so packed, or does not run with the installed jax.
     """
-    tables: dict[str, Backend] = {**BACKENDS, **GPU_BACKENDS}
+    backend = find_backend(name)
     name = "portable" if name == "auto" else name
-    if name not in tables:
-        raise ValueError(f"backend must be 'auto' or one of {sorted(tables)}; got {name!r}. Name one of these.")
     formats = {stack.format for stack in stacks if isinstance(stack, QuantizedStack)}
-    if refused := formats - tables[name].formats:
+    if refused := formats - backend.formats:
         raise NotImplementedError(
             f"kernels {name!r} do not take matrices packed as {' or '.join(sorted(refused))}: use 'portable', which does, "
             "or `dequantize` them first"
         )
-    kernels = tables[name].load()
+    kernels = backend.load()
     more: dict[str, Any] = {}
     if activations == "none":
-        if not (portable_gradient and tables[name].gradients):
+        if not (portable_gradient and backend.gradients):
             return kernels
         more = {"portable_gradient": True}
-    elif activations not in tables[name].activations:
+    elif activations not in backend.activations:
         return OnRoundedRows(kernels, activations, input_scales, split_over)
     else:
         more = {"activations": activations, "input_scales": input_scales, "split_over": split_over}

@@ -110,12 +110,12 @@ def group_gradients(
 
 
 def with_gradient_of(
-    same: Callable[[Any, jax.Array], jax.Array],
-    forward: Callable[[Any, jax.Array], jax.Array],
+    same: Callable[[Any, Any], jax.Array],
+    forward: Callable[[Any, Any], jax.Array],
     arrays: Any,
-    group_sizes_G: jax.Array,
+    groups: Any,
 ) -> jax.Array:
-    """`forward(arrays, group_sizes)`, with the gradient of `same(arrays, group_sizes)` in `arrays`.
+    """`forward(arrays, groups)`, with the gradient of `same(arrays, groups)` in `arrays`.
 
     Neither function may close over arrays that are being traced: JAX takes gradients after they are gone.
 
@@ -123,39 +123,39 @@ def with_gradient_of(
         same: function that XLA can differentiate, and that computes what `forward` does.
         forward: function that is called.
         arrays: a pytree of what may be differentiated.
-        group_sizes_G: int32, rows of each group.
+        groups: int32, rows of each group; or a pytree of that and of other integers.
     """
 
-    def pullback(arrays: Any, group_sizes_G: jax.Array, dy: jax.Array) -> Any:
-        _, pull = jax.vjp(lambda arrays: same(arrays, group_sizes_G), arrays)
+    def pullback(arrays: Any, groups: Any, dy: jax.Array) -> Any:
+        _, pull = jax.vjp(lambda arrays: same(arrays, groups), arrays)
         return pull(dy)[0]
 
-    return with_pullback(pullback, forward, arrays, group_sizes_G)
+    return with_pullback(pullback, forward, arrays, groups)
 
 
 def with_pullback(
-    pullback: Callable[[Any, jax.Array, jax.Array], Any],
-    forward: Callable[[Any, jax.Array], jax.Array],
+    pullback: Callable[[Any, Any, jax.Array], Any],
+    forward: Callable[[Any, Any], jax.Array],
     arrays: Any,
-    group_sizes_G: jax.Array,
+    groups: Any,
 ) -> jax.Array:
-    """`forward(arrays, group_sizes)`, with `pullback(arrays, group_sizes, dy)` for the gradient of Σ dy · y in `arrays`.
+    """`forward(arrays, groups)`, with `pullback(arrays, groups, dy)` for the gradient of Σ dy · y in `arrays`.
 
-    Neither function may close over arrays that are being traced, as for `with_gradient_of`.
+    Neither function may close over arrays that are being traced; `groups` are as for `with_gradient_of`.
     """
-    varying = varying_axes(*jax.tree.leaves(arrays), group_sizes_G)
+    varying = varying_axes(*jax.tree.leaves((arrays, groups)))
 
     def vary(arrays: Any) -> Any:
         return jax.tree.map(lambda array: mark_varying(array, varying), arrays)
 
     # What a kernel gives has no such type; left at that, a gradient would be summed over the mesh on its way in.
-    def typed(arrays: Any, group_sizes_G: jax.Array) -> jax.Array:
-        return vary(forward(arrays, group_sizes_G))
+    def typed(arrays: Any, groups: Any) -> jax.Array:
+        return vary(forward(arrays, groups))
 
-    def pull(inputs: tuple[Any, jax.Array], dy: jax.Array) -> tuple[Any, None]:
+    def pull(inputs: tuple[Any, Any], dy: jax.Array) -> tuple[Any, None]:
         return vary(pullback(*inputs, dy)), None
 
     function = jax.custom_vjp(typed)
     function.defvjp(lambda *inputs: (typed(*inputs), inputs), pull)
     # All of one type inside `shard_map`, as a custom rule needs it; the transpose of this sums gradients over the mesh.
-    return function(vary(arrays), group_sizes_G)
+    return function(vary(arrays), groups)

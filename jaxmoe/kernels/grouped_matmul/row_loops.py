@@ -141,6 +141,11 @@ def owned_only(y_RN: jax.Array, group_sizes_G: jax.Array) -> jax.Array:
     return jnp.where((jnp.arange(len(y_RN), dtype=jnp.int32) < owned)[:, None], y_RN, 0)
 
 
+def take_rows(x_TK: Any, index_R: jax.Array | None) -> Any:
+    """The rows that an index names, of an array or of each of a pytree; without one, as they are."""
+    return x_TK if index_R is None else jax.tree.map(lambda array: array[index_R], x_TK)
+
+
 def varying_axes(*arrays: jax.Array) -> frozenset[str]:
     """Mesh axes, inside `shard_map`, over which a function of these arrays varies."""
     return frozenset().union(*(jax.typeof(a).manual_axis_type.varying for a in arrays))

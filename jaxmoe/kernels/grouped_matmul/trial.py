@@ -25,6 +25,7 @@ from jaxmoe.kernels.grouped_matmul.api import expert_mlp, grouped_matmul
 from jaxmoe.kernels.grouped_matmul.backends import load_backend
 from jaxmoe.kernels.grouped_matmul.quantized import Matrices, as_matrices
 from jaxmoe.kernels.grouped_matmul.quantized_rows import ROW_FORMATS
+from jaxmoe.kernels.grouped_matmul.row_loops import take_rows
 from jaxmoe.kernels.grouped_matmul.trial_oracle import exact, exact_gradients
 from jaxmoe.kernels.grouped_matmul.work import TOLERANCES, Outcome, Work
 
@@ -122,14 +123,19 @@ def _results(
     biases: list[jax.Array | None],
     of_case: Rows,
 ) -> Iterator[Case]:
-    del rng
-    sizes, copies = np.asarray(of_case.sizes), of_case.copies
-    scales = _input_scales(work, len(sizes))
-    expected = np.repeat(exact(work, rows[: of_case.owned : copies], stacks, biases, sizes, scales), copies, axis=0)
-    for out_dtype in dict.fromkeys((work.rows, "float32")):
+    scales, sizes = _input_scales(work, len(of_case.sizes)), np.asarray(of_case.sizes)
+    owned, copies = of_case.owned, of_case.copies
+    # A layer gives the rows of an MLP by an index, in any order and some several times.
+    any_of = rng.integers(0, max(sizes.sum(), 1), sizes.sum()) * copies
+    index = np.append(np.repeat(any_of, copies) + rng.integers(0, copies, owned), np.arange(owned, len(rows)))
+    for out_dtype, gathered in dict.fromkeys([(work.rows, False), ("float32", work.activation is not None)]):
+        index_R = jnp.asarray(index, jnp.int32) if gathered else None
         call = jax.jit(partial(_multiply, work, backend, device_kind, out_dtype=out_dtype))
-        arguments = rows, stacks, biases, jnp.asarray(sizes * copies, jnp.int32), scales
-        yield f"{len(rows)} rows, result in {out_dtype}", partial(call, *arguments), [expected]
+        arguments = rows, stacks, biases, jnp.asarray(sizes * copies, jnp.int32), scales, index_R
+        different = take_rows(rows, index_R)[:owned:copies]
+        expected = np.repeat(exact(work, different, stacks, biases, sizes, scales), copies, axis=0)
+        how = " by an index" if gathered else ""
+        yield f"{len(rows)} rows{how}, result in {out_dtype}", partial(call, *arguments), [expected]
 
 
 def _gradients(
@@ -150,7 +156,7 @@ def _gradients(
     @jax.jit
     def call(rows: jax.Array, stacks: Any, biases: Any, sizes: jax.Array, dy: jax.Array) -> Any:
         def multiply(rows: jax.Array, stacks: Any, biases: Any) -> jax.Array:
-            return _multiply(work, backend, device_kind, rows, stacks, biases, sizes, None, out_dtype="float32")
+            return _multiply(work, backend, device_kind, rows, stacks, biases, sizes, None, None, out_dtype="float32")
 
         return jax.vjp(multiply, rows, stacks, biases)[1](dy)
 
@@ -201,6 +207,7 @@ def _multiply(
     biases: list[jax.Array | None],
     sizes: jax.Array,
     scales: jax.Array | None,
+    index: jax.Array | None,
     *,
     out_dtype: str,
 ) -> jax.Array:
@@ -221,6 +228,7 @@ def _multiply(
         w_gate_up,
         w_down,
         sizes,
+        index_R=index,
         b_gate_up_p2F=biases[0],
         b_down_pD=biases[1],
         activation=work.activation,

@@ -1,9 +1,10 @@
 """The backend for NVIDIA GPUs since Ampere: tensor cores through Pallas Triton.
 
 A program multiplies up to `m` rows of one group by `n` rows of its matrix. Rows stay where they are: a tile begins at any
-row, and what lies beyond its group is masked, in loads and in stores. Weights stay (out, in): Triton reads a tile of them
-transposed from shared memory. The first product of an MLP keeps gate and up in accumulators of their own and stores what
-the activation makes of them, so that the wide product never reaches memory.
+row, and what lies beyond its group is masked, in loads and in stores; rows of an MLP may be gathered from where they lie, by
+an index of them. Weights stay (out, in): Triton reads a tile of them transposed from shared memory. The first product of an
+MLP keeps gate and up in accumulators of their own and stores what the activation makes of them, so that the wide product
+never reaches memory.
 
 Float32 is multiplied as `jax.default_matmul_precision` says, by default as TF32, like any other product on a GPU.
 
@@ -29,6 +30,7 @@ from jaxmoe.kernels.grouped_matmul import portable
 from jaxmoe.kernels.grouped_matmul.combine import KERNEL_ACTIVATIONS, Combine
 from jaxmoe.kernels.grouped_matmul.gpu import multiprocessors
 from jaxmoe.kernels.grouped_matmul.gradient import with_gradient_of
+from jaxmoe.kernels.grouped_matmul.row_loops import take_rows
 from jaxmoe.kernels.grouped_matmul.tile_table import measured_tiles
 
 # Rows a group on average, up to which the time is that of reading the matrices.
@@ -139,32 +141,38 @@ def expert_mlp(
     b_down_pD: jax.Array | None,
     combine: Combine,
     out_dtype: jnp.dtype,
+    index_R: jax.Array | None = None,
     tiles: tuple[Tiles | None, Tiles | None] = (None, None),
     device_kind: str | None = None,
     interpret: bool = False,
 ) -> jax.Array:
     """y = W_down[g] @ combine(W_up[g] @ x + b_up[g]) + b_down[g]; see `Kernels.expert_mlp`.
 
-    `tiles` are those of the first and of the second product, looked up or chosen unless given.
+    With an index, x are the rows x[index]. `tiles` are those of the first and of the second product, looked up or chosen
+    unless given.
     """
-    up_tiles = tiles[0] or measured_tiles(Tiles, device_kind, "triton.gate_up", x_RD, w_up_pND, x_RD.dtype)
-    down_tiles = tiles[1] or measured_tiles(Tiles, device_kind, "triton", x_RD, w_down_pDF, out_dtype)
+    places = jax.eval_shape(take_rows, x_RD, index_R)
+    up_tiles = tiles[0] or measured_tiles(Tiles, device_kind, "triton.gate_up", places, w_up_pND, x_RD.dtype)
+    down_tiles = tiles[1] or measured_tiles(Tiles, device_kind, "triton", places, w_down_pDF, out_dtype)
 
-    def forward(arrays: Any, group_sizes_p: jax.Array) -> jax.Array:
-        x_RD, w_up, w_down, b_up, b_down = arrays
-        if 0 in (*x_RD.shape, *w_up.shape, *w_down.shape):
-            return jnp.zeros(x_RD.shape, out_dtype)
+    def forward(arrays: Any, groups: Any) -> jax.Array:
+        (x_RD, w_up, w_down, b_up, b_down), (group_sizes_p, index_R) = arrays, groups
+        if 0 in (*places.shape, *w_up.shape, *w_down.shape):
+            return jnp.zeros(places.shape, out_dtype)
+        options = (device_kind, interpret)
         # Rows of h that no group owns are never written, and never read.
-        h_RF = _product(x_RD, w_up, b_up, group_sizes_p, combine, x_RD.dtype, up_tiles, device_kind, interpret)
-        return _product(h_RF, w_down, b_down, group_sizes_p, None, out_dtype, down_tiles, device_kind, interpret)
+        h_RF = _product(x_RD, w_up, b_up, group_sizes_p, combine, x_RD.dtype, up_tiles, *options, index_R=index_R)
+        return _product(h_RF, w_down, b_down, group_sizes_p, None, out_dtype, down_tiles, *options)
 
-    def same(arrays: Any, group_sizes_p: jax.Array) -> jax.Array:
-        x_RD, w_up, w_down, b_up, b_down = arrays
+    def same(arrays: Any, groups: Any) -> jax.Array:
+        (x_RD, w_up, w_down, b_up, b_down), (group_sizes_p, index_R) = arrays, groups
+        x_RD = take_rows(x_RD, index_R)
         return portable.expert_mlp(
             x_RD, w_up, w_down, group_sizes_p, b_up_pN=b_up, b_down_pD=b_down, combine=combine, out_dtype=out_dtype
         )
 
-    return with_gradient_of(same, forward, (x_RD, w_up_pND, w_down_pDF, b_up_pN, b_down_pD), group_sizes_p)
+    arrays = (x_RD, w_up_pND, w_down_pDF, b_up_pN, b_down_pD)
+    return with_gradient_of(same, forward, arrays, (group_sizes_p, index_R))
 
 
 class RowTiles(NamedTuple):
@@ -211,30 +219,36 @@ def _product(
     tiles: Tiles | None,
     device_kind: str | None,
     interpret: bool,
+    *,
+    index_R: jax.Array | None = None,
 ) -> jax.Array:
     """combine(w[g(r)] @ x[r] + b[g(r)]), with anything in rows that no group owns; without `combine` zeros there."""
     if x_RK.dtype not in (jnp.bfloat16, jnp.float16, jnp.float32):
         raise NotImplementedError(
             f"the triton kernel multiplies rows of bfloat16, float16 and float32; got {x_RK.dtype}: use the portable one"
         )
-    R, (G, N, K) = x_RK.shape[0], w_GNK.shape
+    R, (G, N, K) = len(x_RK if index_R is None else index_R), w_GNK.shape
     halves = 2 if combine is not None and combine.gated else 1
     tiles = tiles or choose_tiles(R, G, K, N, x_RK.dtype.itemsize, processors=multiprocessors(device_kind))
     rows = row_tiles(group_sizes_G, R, tiles.m)
     call = pl.pallas_call(
-        partial(_kernel, tiles=tiles, combine=combine),
+        partial(_kernel, tiles=tiles, combine=combine, gathers=index_R is not None),
         grid=(rows.groups.shape[0] * pl.cdiv(N // halves, tiles.n // halves),),
         out_shape=jax.ShapeDtypeStruct((R, N // halves), out_dtype, manual_axis_type=jax.typeof(x_RK).manual_axis_type),
         compiler_params=plgpu.CompilerParams(num_warps=tiles.warps, num_stages=tiles.stages),
         interpret=interpret,
         name="grouped_matmul" if combine is None else "grouped_matmul_combine",
     )
+    index = () if index_R is None else (jnp.clip(index_R, 0, len(x_RK) - 1),)
     biases = () if b_GN is None else (b_GN,)
-    return call(*rows, x_RK, w_GNK, *biases)
+    return call(*rows, *index, x_RK, w_GNK, *biases)
 
 
-def _kernel(group_I: Any, first_I: Any, end_I: Any, x: Any, w: Any, *rest: Any, tiles: Tiles, combine: Any) -> None:
-    *biases, out = rest
+def _kernel(
+    group_I: Any, first_I: Any, end_I: Any, *refs: Any, tiles: Tiles, combine: Combine | None, gathers: bool
+) -> None:
+    *index, x, w = refs[: 2 + gathers]
+    *biases, out = refs[2 + gathers :]
     (_, K), (G, N, _), F = x.shape, w.shape, out.shape[1]
     halves = N // F
     m, n, k = tiles.m, tiles.n // halves, tiles.k
@@ -250,10 +264,16 @@ def _kernel(group_I: Any, first_I: Any, end_I: Any, x: Any, w: Any, *rest: Any, 
 
     @pl.when((first < end) & (group < G))
     def of_a_group() -> None:
+        own_m = plgpu.load(index[0].at[pl.ds(first, m)], mask=in_rows_m, other=0) if gathers else None
+
         def multiply(step: Any, sums: Any) -> Any:
             here = pl.ds(step * k, k)
             in_k = None if K % k == 0 else step * k + jnp.arange(k, dtype=jnp.int32) < K
-            x_mk = _load(x.at[pl.ds(first, m), here], in_rows_m, in_k)
+            if own_m is None:
+                x_mk = _load(x.at[pl.ds(first, m), here], in_rows_m, in_k)
+            else:
+                in_x = jnp.broadcast_arrays(own_m[:, None], step * k + jnp.arange(k, dtype=jnp.int32)[None])
+                x_mk = _load(x.at[*in_x], in_rows_m, in_k)
             w_nk = [_load(w.at[group, pl.ds(half * F + column, n), here], in_columns_n, in_k) for half in range(halves)]
             return tuple(sum_mn + _dot(x_mk, half_nk) for sum_mn, half_nk in zip(sums, w_nk, strict=True))
 

@@ -22,6 +22,7 @@ from jaxmoe.kernels.grouped_matmul.backends import GPU_BACKENDS
 from jaxmoe.kernels.grouped_matmul.combine import combine_halves
 from jaxmoe.kernels.grouped_matmul.gpu_clock import kernel_times
 from jaxmoe.kernels.grouped_matmul.predict import Product, predict
+from jaxmoe.kernels.grouped_matmul.row_loops import take_rows
 from jaxmoe.kernels.grouped_matmul.tile_table import row_class
 from jaxmoe.kernels.grouped_matmul.trial_oracle import exact
 from jaxmoe.kernels.grouped_matmul.work import TOLERANCES, MatrixKind, Work
@@ -46,7 +47,10 @@ Clock = Callable[[Turn], float]
 # From a kernel's module, rows, matrices [G, halves·N, K], halves and kind of device to the tiles that may be good for them.
 CANDIDATES: dict[str, Callable[[Any, Any, Any, int, str], Sequence[Any]]] = {
     "mosaic_gpu": lambda kernel, rows, matrices, halves, device_kind: kernel.candidate_tiles(
-        kernel.problem_of(rows, matrices, halves, rows.dtype if halves == 2 else DOWN_DTYPE, device_kind)
+        dataclasses.replace(
+            kernel.problem_of(rows, matrices, halves, rows.dtype if halves == 2 else DOWN_DTYPE, device_kind),
+            gathered=halves == 2,
+        )
     ),
     "triton": lambda kernel, rows, matrices, halves, device_kind: kernel.candidate_tiles(
         rows.shape[0], matrices.shape[0], matrices.shape[2], matrices.shape[1], rows.dtype.itemsize
@@ -65,6 +69,7 @@ class TuningCase:
         width: D.
         expert_width: F, of the part of it that the device has.
         gate_up: flag that it is the first product, gate and up with the activation; else it is the one with down.
+        per_token: experts of a token. The first product gathers tokens' rows by an index, as in a layer.
         dtype: dtype of rows and matrices.
     """
 
@@ -74,6 +79,7 @@ class TuningCase:
     width: int
     expert_width: int
     gate_up: bool
+    per_token: int = 1
     dtype: str = "bfloat16"
 
     @property
@@ -147,7 +153,8 @@ def tune(
     stacks = _draw_stacks(case)
     inputs = [_draw_rows(case, stacks, seed) for seed in range(CALLS)]
     matrices = stacks[0].reshape(case.groups, *case.matrix)
-    every = CANDIDATES[kernel](module, inputs[0][0], matrices, case.halves, device.device_kind)
+    places = jax.eval_shape(take_rows, *inputs[0][:2])
+    every = CANDIDATES[kernel](module, places, matrices, case.halves, device.device_kind)
     candidates = cheapest(every, case, known_gpu(device.device_kind), most=most)
     compile_with = _compiler(module, case, stacks, inputs, device)
     sample = _Sample.of(case, inputs[0], stacks)
@@ -215,7 +222,14 @@ def cases_of(
     rows = {row_class(T * per_token / experts): T * per_token for T in sorted(tokens)}
     return [
         TuningCase(
-            name=name, groups=experts, rows=R, width=width, expert_width=expert_width, gate_up=gate_up, dtype=dtype
+            name=name,
+            groups=experts,
+            rows=R,
+            width=width,
+            expert_width=expert_width,
+            gate_up=gate_up,
+            per_token=per_token,
+            dtype=dtype,
         )
         for R in rows.values()
         for gate_up in (True, False)
@@ -281,8 +295,9 @@ def cost(tiles: Any, case: TuningCase, gpu: GPU) -> tuple[float, float]:
 
 # --- arrays and programs
 
-# Rows [R, K], group sizes [G], and these on the host.
-Rows = tuple[jax.Array, jax.Array, np.ndarray]
+# Rows, those of tokens [T, D] with the index [R] of each place's, or [R, K] with None; group sizes [G], and these on the
+# host.
+Rows = tuple[jax.Array, jax.Array | None, jax.Array, np.ndarray]
 
 
 def _draw_stacks(case: TuningCase) -> list[jax.Array]:
@@ -296,9 +311,12 @@ def _draw_stacks(case: TuningCase) -> list[jax.Array]:
 
 
 def _draw_rows(case: TuningCase, stacks: Sequence[jax.Array], seed: int) -> Rows:
-    sizes = np.random.default_rng([seed, case.rows]).multinomial(case.rows, [1 / case.groups] * case.groups)
-    rows = jax.random.normal(jax.random.key(seed), (case.rows, stacks[0].shape[-1]), case.dtype)
-    return rows, jnp.asarray(sizes, jnp.int32), sizes
+    rng = np.random.default_rng([seed, case.rows])
+    sizes = rng.multinomial(case.rows, [1 / case.groups] * case.groups)
+    places = rng.permutation(case.rows) // case.per_token
+    index, count = (jnp.asarray(places, jnp.int32), int(places.max()) + 1) if case.gate_up else (None, case.rows)
+    rows = jax.random.normal(jax.random.key(seed), (count, stacks[0].shape[-1]), case.dtype)
+    return rows, index, jnp.asarray(sizes, jnp.int32), sizes
 
 
 def _compiler(
@@ -307,7 +325,9 @@ def _compiler(
     """Give the function from tiles, or None for the kernel's own choice, to a compiled turn of `CALLS` calls."""
     flat = [stack.reshape(case.groups, -1, stack.shape[-1]) for stack in stacks]
 
-    def call(tiles: Any, rows: jax.Array, sizes: jax.Array, matrices: Sequence[jax.Array]) -> jax.Array:
+    def call(
+        tiles: Any, rows: jax.Array, index: jax.Array | None, sizes: jax.Array, matrices: Sequence[jax.Array]
+    ) -> jax.Array:
         if not case.gate_up:
             return module.grouped_matmul(
                 rows, matrices[0], sizes, out_dtype=DOWN_DTYPE, device_kind=device.device_kind, tiles=tiles
@@ -316,6 +336,7 @@ def _compiler(
             rows,
             *matrices,
             sizes,
+            index_R=index,
             b_up_pN=None,
             b_down_pD=None,
             combine=combine_halves("silu", None, gated=True),
@@ -325,15 +346,15 @@ def _compiler(
         )
 
     def compile_with(tiles: Any) -> Turn:
-        def chain(inputs: Sequence[tuple[jax.Array, jax.Array]], matrices: Sequence[jax.Array]) -> list[jax.Array]:
+        def chain(inputs: Sequence[tuple[Any, ...]], matrices: Sequence[jax.Array]) -> list[jax.Array]:
             outs: list[jax.Array] = []
-            for rows, sizes in inputs:
+            for rows, index, sizes in inputs:
                 if outs:  # one after the other
                     rows, outs[-1] = jax.lax.optimization_barrier((rows, outs[-1]))
-                outs.append(call(tiles, rows, sizes, matrices))
+                outs.append(call(tiles, rows, index, sizes, matrices))
             return outs
 
-        given = [(rows, sizes) for rows, sizes, _ in inputs]
+        given = [arrays for *arrays, _ in inputs]
         compiled = jax.jit(chain).lower(given, flat).compile()
         return lambda: jax.block_until_ready(compiled(given, flat))[0]
 
@@ -349,7 +370,7 @@ class _Sample:
 
     @classmethod
     def of(cls, case: TuningCase, first: Rows, stacks: Sequence[jax.Array]) -> "_Sample":
-        rows, _, sizes = first
+        rows, index, _, sizes = first
         starts, filled = np.cumsum(sizes) - sizes, np.flatnonzero(sizes)
         spread = filled[np.linspace(0, len(filled) - 1, SAMPLED_GROUPS - 1).astype(int)]
         chosen = np.unique([*spread, np.argmax(sizes)])
@@ -360,7 +381,8 @@ class _Sample:
         places = np.concatenate(own)
         own_stacks: list[Any] = [stack[chosen] for stack in stacks]
         biases: list[jax.Array | None] = [None] * len(stacks)
-        return cls(places, exact(case.work, rows[places], own_stacks, biases, np.asarray([*map(len, own)]), None))
+        own_rows = rows[places if index is None else index[places]]
+        return cls(places, exact(case.work, own_rows, own_stacks, biases, np.asarray([*map(len, own)]), None))
 
     def error(self, result: jax.Array) -> float:
         """Give the largest ‖actual − exact‖ / ‖exact‖ of a row; infinite where a number of the result is not finite."""

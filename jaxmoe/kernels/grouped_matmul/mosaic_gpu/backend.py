@@ -26,7 +26,7 @@ from jaxmoe.kernels.grouped_matmul.mosaic_gpu.gradient_products import HopperPro
 from jaxmoe.kernels.grouped_matmul.mosaic_gpu.tiles import WGMMA_ROWS, Problem, Tiles
 from jaxmoe.kernels.grouped_matmul.quantized import FORMATS, Matrices, QuantizedStack
 from jaxmoe.kernels.grouped_matmul.quantized_rows import OnRoundedRows, QuantizedRows, quantize_rows, scales_of_rows
-from jaxmoe.kernels.grouped_matmul.row_loops import owned_only
+from jaxmoe.kernels.grouped_matmul.row_loops import owned_only, take_rows
 from jaxmoe.kernels.grouped_matmul.tile_table import measured_tiles
 
 # Blocks, or clusters of them, in the interpreter: more than one, so that tiles are shared out.
@@ -85,6 +85,7 @@ def expert_mlp(
     b_down_pD: jax.Array | None,
     combine: Combine,
     out_dtype: jnp.dtype,
+    index_R: jax.Array | None = None,
     tiles: tuple[Tiles | None, Tiles | None] = (None, None),
     device_kind: str | None = None,
     activations: str = "none",
@@ -95,40 +96,50 @@ def expert_mlp(
 ) -> jax.Array:
     """y = W_down[g] @ combine(W_up[g] @ x + b_up[g]) + b_down[g]; see `Kernels.expert_mlp`.
 
-    `tiles` are those of the first and of the second product, looked up or chosen unless given. x and h are quantized before
-    them if `activations` are named. The gradient is as of `grouped_matmul`.
+    With an index, x are the rows x[index]. `tiles` are those of the first and of the second product, looked up or chosen
+    unless given. x and h are quantized before them if `activations` are named, and x before it is gathered. The gradient is
+    as of `grouped_matmul`.
     """
-    measured_up = measured_tiles(Tiles, device_kind, "mosaic_gpu.gate_up", x_RD, w_up_pND, x_RD.dtype)
-    measured_down = measured_tiles(Tiles, device_kind, "mosaic_gpu", x_RD, w_down_pDF, out_dtype)
+    places = jax.eval_shape(take_rows, x_RD, index_R)
+    measured_up = measured_tiles(Tiles, device_kind, "mosaic_gpu.gate_up", places, w_up_pND, x_RD.dtype)
+    measured_down = measured_tiles(Tiles, device_kind, "mosaic_gpu", places, w_down_pDF, out_dtype)
     halves = 2 if combine.gated else 1
     finish = _combined(combine)
-    approximate = combine.activation in OF_EXPONENTIALS and x_RD.dtype.itemsize == 2
+    of_activation = {
+        "approximate": combine.activation in OF_EXPONENTIALS and x_RD.dtype.itemsize == 2,
+        "tight": combine.activation != "silu",
+    }
 
-    def forward(arrays: Any, group_sizes_p: jax.Array) -> jax.Array:
-        x_RD, w_up, w_down, b_up, b_down, scales_p2 = arrays
+    def forward(arrays: Any, groups: Any) -> jax.Array:
+        (x_RD, w_up, w_down, b_up, b_down, scales_p2), (group_sizes_p, index_R) = arrays, groups
         scales = (None, None) if scales_p2 is None else (scales_p2[:, 0], scales_p2[:, 1])
         up = (x_RD.dtype, (tiles[0], measured_up), device_kind, interpret)
         down = (out_dtype, (tiles[1], measured_down), device_kind, interpret)
+        if scales_p2 is not None:  # of groups, so a row that several have is rounded in as many ways
+            x_RD, index_R = take_rows(x_RD, index_R), None
         rows = _quantized(x_RD, activations, group_sizes_p, scales[0])
-        h_RF = _product(rows, w_up, b_up, group_sizes_p, finish, halves, *up, approximate=approximate)
+        h_RF = _product(rows, w_up, b_up, group_sizes_p, finish, halves, *up, index_R=index_R, **of_activation)
         rows = _quantized(h_RF, activations, group_sizes_p, scales[1], split_over)
         return _product(rows, w_down, b_down, group_sizes_p, _identity, 1, *down)
 
-    def same(arrays: Any, group_sizes_p: jax.Array) -> jax.Array:
-        x_RD, w_up, w_down, b_up, b_down, scales = arrays
+    def same(arrays: Any, groups: Any) -> jax.Array:
+        (x_RD, w_up, w_down, b_up, b_down, scales), (group_sizes_p, index_R) = arrays, groups
+        x_RD = take_rows(x_RD, index_R)
         return _portable(activations, scales, split_over).expert_mlp(
             x_RD, w_up, w_down, group_sizes_p, b_up_pN=b_up, b_down_pD=b_down, combine=combine, out_dtype=out_dtype
         )
 
-    def pullback(arrays: Any, group_sizes_p: jax.Array, dy: jax.Array) -> Any:
-        x_RD, w_up, w_down, b_up, b_down, _ = arrays
+    def pullback(arrays: Any, groups: Any, dy: jax.Array) -> Any:
+        (x, w_up, w_down, b_up, b_down, _), (group_sizes_p, index_R) = arrays, groups
+        x_RD, give_back = jax.vjp(partial(take_rows, index_R=index_R), x)
         products = _products(device_kind, interpret)
-        return *mlp_gradients(products, x_RD, w_up, w_down, b_up, b_down, group_sizes_p, dy, combine), None
+        dx_RD, *others = mlp_gradients(products, x_RD, w_up, w_down, b_up, b_down, group_sizes_p, dy, combine)
+        return *give_back(dx_RD), *others, None
 
-    arrays = (x_RD, w_up_pND, w_down_pDF, b_up_pN, b_down_pD, input_scales)
-    if portable_gradient or missing_gradient(x_RD, w_up_pND, w_down_pDF, device_kind=device_kind):
-        return owned_only(with_gradient_of(same, forward, arrays, group_sizes_p), group_sizes_p)
-    return owned_only(with_pullback(pullback, forward, arrays, group_sizes_p), group_sizes_p)
+    arrays, groups = (x_RD, w_up_pND, w_down_pDF, b_up_pN, b_down_pD, input_scales), (group_sizes_p, index_R)
+    if portable_gradient or missing_gradient(places, w_up_pND, w_down_pDF, device_kind=device_kind):
+        return owned_only(with_gradient_of(same, forward, arrays, groups), group_sizes_p)
+    return owned_only(with_pullback(pullback, forward, arrays, groups), group_sizes_p)
 
 
 def _products(device_kind: str | None, interpret: bool) -> HopperProducts:
@@ -215,31 +226,39 @@ def _product(
     device_kind: str | None,
     interpret: bool,
     *,
+    index_R: jax.Array | None = None,
     approximate: bool = False,
+    tight: bool = False,
 ) -> jax.Array:
     """The kernel on rows [R, K] and matrices [G, halves·N, K]; anything in rows that no group owns.
 
-    Exponentials may be off by some 10^-5 of themselves if `approximate`, on Hopper, except where scales are powers of two,
-    which the kernel has of the same function.
+    With an index, on those of rows [T, K] that it names, which the kernel gathers, on Hopper. Exponentials may be off by
+    some 10^-5 of themselves if `approximate`, on Hopper, except where scales are powers of two, which the kernel has of the
+    same function. `tight` is as of `Problem`.
     """
-    R, (G, _, K) = jax.tree.leaves(rows_RK)[0].shape[0], matrices_GNK.shape
+    if is_blackwell(device_kind):
+        rows_RK, index_R = take_rows(rows_RK, index_R), None
+    places = jax.eval_shape(take_rows, rows_RK, index_R)
+    R, (G, _, K) = len(jax.tree.leaves(places)[0]), matrices_GNK.shape
     N = matrices_GNK.shape[1] // halves
     if 0 in (R, G, N, K):
         return jnp.zeros((R, N), out_dtype)
     if isinstance(matrices_GNK, QuantizedStack):
         matrices_GNK = _scale_each_output(matrices_GNK)
-    problem = problem_of(rows_RK, matrices_GNK, halves, out_dtype, device_kind)
+    problem = problem_of(places, matrices_GNK, halves, out_dtype, device_kind)
+    problem = dataclasses.replace(problem, gathered=index_R is not None, tight=tight)
     given, measured = given_or_measured
     if given:
         problem.check(given)
-    elif measured and not problem.fits(measured):  # of a result of fewer bytes
+    elif measured and not problem.fits(measured):  # of a result of fewer bytes, or of rows that nothing gathers
         measured = None
     tiles = given or measured or choose_tiles(problem)
 
     def by_half(array: jax.Array) -> jax.Array:
         return array.reshape(G, halves, array.shape[1] // halves, *array.shape[2:])
 
-    padded = jax.tree.map(lambda array: jnp.pad(array, ((0, -R % ALIGNMENT), (0, 0))), rows_RK)
+    if index_R is None:
+        rows_RK = jax.tree.map(lambda array: jnp.pad(array, ((0, -R % ALIGNMENT), (0, 0))), rows_RK)
     multiply: Callable[..., jax.Array]
     if isinstance(problem, BlackwellProblem):
         multiply, known = blackwell.multiply, GPUS["b200"]
@@ -250,7 +269,7 @@ def _product(
         multiply = partial(kernel.multiply, approximate=approximate and not of_powers)
         known = GPUS["h100"]
     out = multiply(
-        padded,
+        rows_RK,
         jax.tree.map(by_half, matrices_GNK),
         None if biases_GN is None else by_half(biases_GN),
         tile_groups(group_sizes_G, R, tiles.m),
@@ -259,6 +278,7 @@ def _product(
         out_dtype,
         blocks=_blocks(device_kind, known, interpret, tiles.cluster),
         interpret=interpret,
+        **({} if index_R is None else {"index_R": index_R}),
     )
     return out[:R]
 

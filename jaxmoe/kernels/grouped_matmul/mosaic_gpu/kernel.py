@@ -37,6 +37,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 
 from jaxmoe.kernels.grouped_matmul.group_tiles import ALIGNMENT, GroupTiles
+from jaxmoe.kernels.grouped_matmul.mosaic_gpu.gather import load_gathered, tell_of_last
 from jaxmoe.kernels.grouped_matmul.mosaic_gpu.pipeline import (
     copy_rows_out,
     count_tiles,
@@ -82,20 +83,23 @@ def multiply(
     finish: Callable[..., jax.Array],
     out_dtype: jnp.dtype,
     *,
+    index_R: jax.Array | None = None,
     approximate: bool,
     blocks: int,
     interpret: bool,
 ) -> jax.Array:
     """finish(W[g, 0] x + b[g, 0], ...) of each row x, with g its group; rows that no group owns hold anything.
 
-    Where the inner dimension is split there are as many results [splits · R, N], each of one part; biases are in the first.
-    R is a multiple of 8 here, `blocks` the number of multiprocessors, and `approximate` has exponentials approximated.
+    With `index_R`, int32, the rows are rows[index], which the kernel gathers. Where the inner dimension is split there are
+    as many results [splits · R, N], each of one part; biases are in the first. R is a multiple of 8, of an index the next
+    one, `blocks` the number of multiprocessors, and `approximate` has exponentials approximated.
     Products of the same sizes and `finish` are one function of a program, so that its layers have the kernel made once.
     """
     quantized = rows_RK if isinstance(rows_RK, QuantizedRows) else None
     if isinstance(rows_RK, QuantizedRows):
         rows_RK = rows_RK.values
-    R, K = rows_RK.shape
+    (T, K), R = rows_RK.shape, len(rows_RK if index_R is None else index_R)
+    R += -R % ALIGNMENT
     packed = matrices_GHNK if isinstance(matrices_GHNK, QuantizedStack) else None
     call = Call(
         tiles=tiles,
@@ -107,15 +111,18 @@ def multiply(
         scales_numbers=packed is not None and scales_numbers(packed.format, packed.block),
         row_block=quantized.block if quantized else None,
         biased=biases_GHN is not None,
+        gathers=index_R is not None,
         interpret=interpret,
     )
     _, H, N, _ = matrices_GHNK.shape
     # Values, scales, zero points and matrix scales of what is packed.
     stored: list[Any] = jax.tree.leaves(matrices_GHNK)
-    rows = jnp.moveaxis(rows_RK.reshape(R, K // call.parts, call.parts), -1, 0)
+    rows = jnp.moveaxis(rows_RK.reshape(T, K // call.parts, call.parts), -1, 0)
+    index = [] if index_R is None else [jnp.clip(index_R, 0, T - 1)]
     # Scales of rows and biases are read without bounds, unlike what the accelerator copies.
     if quantized:
-        stored.append(jnp.pad(quantized.scales.T, ((0, 0), (0, tiles.m))))
+        scales = quantized.scales if index_R is None else quantized.scales[index_R]
+        stored.append(jnp.pad(scales.T, ((0, 0), (0, tiles.m))))
     if biases_GHN is not None:
         stored.append(jnp.pad(biases_GHN, ((0, 0), (0, 0), (0, -N % (tiles.cluster * tiles.n)))))
     clusters = {"cluster": (tiles.cluster,), "cluster_names": (NEIGHBORS,)} if tiles.cluster > 1 else {}
@@ -134,12 +141,11 @@ def multiply(
         ),
         **({"interpret": plgpu.InterpretGPUParams()} if interpret else {}),
     )
-    return kernel(*layout, rows, *stored)
+    return kernel(*layout, *index, rows, *stored)
 
 
 def _scratch(call: Call, H: int, N: int, row_dtype: Any, matrix_dtype: Any, out_dtype: Any) -> dict[str, Any]:
     tiles, parts = call.tiles, call.parts
-    row_width = (call.chunk if call.format else tiles.k) // parts
     # The interpreter reads no swizzled tile into registers.
     matrix_layout = () if call.interpret and call.expands else swizzled(tiles.k // parts, matrix_dtype)
     width, slots = piece_of_results(tiles, jnp.dtype(out_dtype).itemsize)
@@ -148,7 +154,7 @@ def _scratch(call: Call, H: int, N: int, row_dtype: Any, matrix_dtype: Any, out_
         make_emptied = partial(plgpu.ClusterBarrier, collective_axes=(NEIGHBORS,))
     scratch = {
         "row_tiles": plgpu.SMEM(
-            (tiles.stages, parts, tiles.m, tiles.k // parts), row_dtype, transforms=swizzled(row_width, row_dtype)
+            (tiles.stages, parts, tiles.m, tiles.k // parts), row_dtype, transforms=swizzled(call.row_width, row_dtype)
         ),
         "matrix_tiles": plgpu.SMEM(
             (tiles.stages, H, tiles.n, tiles.k // parts), matrix_dtype, transforms=matrix_layout
@@ -158,16 +164,17 @@ def _scratch(call: Call, H: int, N: int, row_dtype: Any, matrix_dtype: Any, out_
             out_dtype,
             transforms=swizzled(width, out_dtype, rows=1) if results_are_swizzled(tiles, N, out_dtype) else (),
         ),
-        "filled": plgpu.Barrier(num_arrivals=parts + H, num_barriers=tiles.stages),
+        "filled": plgpu.Barrier(num_arrivals=(1 if call.gathers else parts) + H, num_barriers=tiles.stages),
         "emptied": make_emptied(num_arrivals=WARPGROUPS, num_barriers=tiles.stages),
     }
     if call.interpret and call.expands:
-        scratch["expanded"] = plgpu.SMEM((WARPGROUPS, parts, WGMMA_ROWS, row_width), jnp.bfloat16)
+        scratch["expanded"] = plgpu.SMEM((WARPGROUPS, parts, WGMMA_ROWS, call.row_width), jnp.bfloat16)
     return scratch
 
 
 def _kernel(*refs: Any, call: Call, **scratch: Any) -> None:
-    groups, blocks, skips, sizes, used, rows, matrices, *others, out = refs
+    groups, blocks, skips, sizes, used, *index, rows, matrices = refs[: 7 + call.gathers]
+    *others, out = refs[7 + call.gathers :]
     tiles = call.tiles
     H, N = matrices.shape[1:3]
     steps = rows.shape[2] * call.parts // (tiles.k * tiles.splits)
@@ -193,20 +200,21 @@ def _kernel(*refs: Any, call: Call, **scratch: Any) -> None:
         @each
         def _(first_stage: Any, row_tile: Any, column: Any, part: Any) -> None:
             row = blocks[row_tile] * ALIGNMENT
-            matrix = matrices.at[groups[row_tile]]
+            matrix, first_step = matrices.at[groups[row_tile]], part * steps
+            if call.gathers:
+                sources = (rows, index[0], row, matrix, column)
+                load_gathered(call, steps, first_stage, *sources, first_step=first_step, **scratch)
+                return
             of_tile = rows.at[:, pl.ds(row, tiles.m)]
+            shared_by = NEIGHBORS if tiles.cluster > 1 else None
             load(
-                steps,
-                first_stage,
-                of_tile,
-                matrix,
-                column,
-                first_step=part * steps,
-                rows_shared_by=NEIGHBORS if tiles.cluster > 1 else None,
-                **scratch,
+                steps, first_stage, of_tile, matrix, column, first_step=first_step, rows_shared_by=shared_by, **scratch
             )
 
-        drain(count_tiles(used[0], column_tiles * tiles.splits) * steps, tiles.stages, scratch["emptied"])
+        uses = count_tiles(used[0], column_tiles * tiles.splits) * steps
+        if call.gathers:
+            tell_of_last(call, uses, scratch["filled"])
+        drain(uses, tiles.stages, scratch["emptied"])
 
     @pl.when(warpgroup < WARPGROUPS)
     def _() -> None:

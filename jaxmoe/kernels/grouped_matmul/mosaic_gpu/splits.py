@@ -7,6 +7,7 @@ which sums in the order of arrival would not have. Letters: G groups, H halves, 
 
 from collections.abc import Callable
 from functools import partial, reduce
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -26,12 +27,13 @@ def multiply(
     finish: Callable[..., jax.Array],
     out_dtype: jnp.dtype,
     *,
+    index_R: jax.Array | None = None,
     blocks: int,
     interpret: bool,
 ) -> jax.Array:
     """The same as `kernel.multiply`, of rows and matrices that are not packed, exponentials as XLA has them."""
     G, H, N, K = matrices_GHNK.shape
-    options = {"approximate": False, "blocks": blocks, "interpret": interpret}
+    options: dict[str, Any] = {"index_R": index_R, "approximate": False, "blocks": blocks, "interpret": interpret}
     biases = None if biases_GHN is None else biases_GHN.reshape(G, 1, H * N)
     one_matrix = matrices_GHNK.reshape(G, 1, H * N, K)
     parts = kernel.multiply(rows_RK, one_matrix, biases, layout, tiles, _identity, jnp.dtype(jnp.float32), **options)

@@ -33,6 +33,7 @@ class Call:
         scales_numbers: flag that numbers of packed matrices are scaled before they are multiplied, and not sums of them.
         row_block: inner numbers of a row that share a scale, of quantized rows; None of others.
         biased: flag that biases are added before `finish`.
+        gathers: flag that the kernel gathers the rows, see `gather`.
         interpret: flag that it runs in the interpreter, which multiplies from shared memory only.
     """
 
@@ -45,6 +46,7 @@ class Call:
     scales_numbers: bool
     row_block: int | None
     biased: bool
+    gathers: bool
     interpret: bool
 
     @property
@@ -68,6 +70,11 @@ class Call:
         """The part of a tile's sums that one warpgroup has."""
         m, n = self.tiles.m, self.tiles.n
         return (n // WARPGROUPS, m) if self.tiles.swapped else (m // WARPGROUPS, n)
+
+    @property
+    def row_width(self) -> int:
+        """Inner numbers of a stage's rows that lie together in shared memory, see `swizzled`."""
+        return (self.chunk if self.format else self.tiles.k) // self.parts
 
     @property
     def chunk(self) -> int:

@@ -21,8 +21,9 @@ LOADER_REGISTERS, COMPUTE_REGISTERS = 40, 232
 PIECE_BYTES = 128
 # The most sums of a tile that a thread has: of one matrix; of two, which an activation follows; and of packed matrices,
 # whose expanded numbers and scales are beside them. ptxas has room for them in 232 registers at every published shape
-# (tests/aot); with 192 sums of two it has not, whatever the activation.
-_THREAD_SUMS, _GATED_SUMS, _PACKED_SUMS = 192, 176, 160
+# (tests/aot); with 192 sums of two it has not, whatever the activation, nor with more than 160 where rows are gathered and
+# an activation clamps its inputs.
+_THREAD_SUMS, _GATED_SUMS, _PACKED_SUMS, _TIGHT_SUMS = 192, 176, 160, 160
 
 
 # The part of the time on the chip that may show beside that of memory: enough to prefer what has room to spare.
@@ -75,6 +76,8 @@ class Problem:
         block: outputs and inputs that share a scale, of packed matrices.
         format: format of packed matrices.
         row_block: inner numbers of a row that share a scale, of quantized rows; None of others.
+        gathered: flag that the kernel gathers the rows.
+        tight: flag that an activation follows that takes more registers than silu does.
     """
 
     R: int
@@ -88,6 +91,8 @@ class Problem:
     block: tuple[int, int] | None = None
     format: str | None = None
     row_block: int | None = None
+    gathered: bool = False
+    tight: bool = False
 
     @property
     def packed(self) -> bool:
@@ -127,9 +132,11 @@ class Problem:
     def clusters(self, tiles: Tiles) -> tuple[int, ...]:
         """Blocks that may share the rows of such tiles: two where each has whole swizzles, 8 rows, of them to read.
 
-        One where matrices are packed, see `kernel`, or the inner dimension is in parts, as there are too few tiles.
+        One where matrices are packed, see `kernel`, where the inner dimension is in parts, as there are too few tiles, and where
+        rows are gathered, which only the accelerator could write to both.
         """
-        return (1, 2) if tiles.m % (2 * ALIGNMENT) == 0 and tiles.splits == 1 and not self.packed else (1,)
+        alone = self.packed or self.gathered or tiles.splits > 1
+        return (1,) if alone or tiles.m % (2 * ALIGNMENT) else (1, 2)
 
     def cost(self, tiles: Tiles) -> tuple[float, ...]:
         """Rank tiles, the best lowest: by having too few stages, by time, and of equally fast ones the most stages first.
@@ -165,7 +172,12 @@ class Problem:
         return tiles.stages * stage + results + RESERVED_BYTES
 
     def fits(self, tiles: Tiles) -> bool:
-        """Tell whether a block has the shared memory, and each of its threads the registers (ptxas spills at more)."""
+        """Tell whether a block has the shared memory, and each of its threads the registers (ptxas spills at more).
+
+        Tiles of a cluster do not fit where its blocks could share no rows.
+        """
+        if tiles.cluster not in self.clusters(tiles):
+            return False
         if tiles.splits > 1:
             parts = dataclasses.replace(self, halves=1, N=self.halves * self.N, out_bytes=4)
             return parts.fits(dataclasses.replace(tiles, splits=1))
@@ -177,6 +189,7 @@ class Problem:
         else:  # sums of a block of inputs and the sum of those, or one; and the expanded numbers
             registers = (1 if scales_numbers(self.format, self.block) else 2) * sums + tiles.k // 2
         most = _PACKED_SUMS if self.packed else _GATED_SUMS if self.halves == 2 else _THREAD_SUMS
+        most = min(most, _TIGHT_SUMS) if self.gathered and self.tight else most
         return self.shared_bytes(tiles) <= SHARED_BYTES and registers <= most
 
     def works(self, tiles: Tiles) -> bool:
