@@ -139,6 +139,7 @@ def cluster_table(gpu: GPU) -> str:
             saved = before - after
             cells = [_us(before), _us(after), f"−{saved / before:.0%}", f"−{saved / (both + saved):.0%}"]
             lines.append(f"| {' | '.join([name, str(tokens), what, *cells])} |")
+    return "\n".join(lines) + "\n"
 
 
 def layer_table(gpu: GPU) -> str:

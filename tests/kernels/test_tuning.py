@@ -54,7 +54,8 @@ class FakeKernel:
     def note(self, rows):
         self.last = rows
 
-    def expert_mlp(self, x_RD, up, down, sizes, *, combine, out_dtype, tiles, device_kind, b_up_pN, b_down_pD):
+    def expert_mlp(self, x_TD, up, down, sizes, *, index_R, combine, out_dtype, tiles, device_kind, b_up_pN, b_down_pD):
+        x_RD = x_TD[index_R]
         h = combine(
             self.grouped_matmul(x_RD, up, sizes, out_dtype=jnp.float32, device_kind=device_kind, tiles=tiles[0])
         )

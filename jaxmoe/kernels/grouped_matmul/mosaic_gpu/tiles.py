@@ -132,8 +132,8 @@ class Problem:
     def clusters(self, tiles: Tiles) -> tuple[int, ...]:
         """Blocks that may share the rows of such tiles: two where each has whole swizzles, 8 rows, of them to read.
 
-        One where matrices are packed, see `kernel`, where the inner dimension is in parts, as there are too few tiles, and where
-        rows are gathered, which only the accelerator could write to both.
+        One where matrices are packed, see `kernel`, where the inner dimension is in parts, as there are too few tiles, and
+        where rows are gathered, which only the accelerator could write to both.
         """
         alone = self.packed or self.gathered or tiles.splits > 1
         return (1,) if alone or tiles.m % (2 * ALIGNMENT) else (1, 2)
