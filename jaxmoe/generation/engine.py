@@ -182,7 +182,7 @@ class Engine:
         placements = balancer.propose(self._model.placements)
         if placements is None:
             return False
-        self._model.rebalance(placements, num_nodes=balancer.num_nodes)
+        self._model.rebalance(placements, num_nodes=balancer.num_nodes, optimizer=balancer.optimizer)
         return True
 
 

@@ -12,7 +12,7 @@ import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
 
-from jaxmoe.checks import instance_of, integer
+from jaxmoe.checks import instance_of
 from jaxmoe.config import DecoderConfig, MoEConfig
 from jaxmoe.dispatch import PhaseDispatch
 from jaxmoe.layers import (
@@ -26,9 +26,8 @@ from jaxmoe.layers import (
     ReplicaRule,
     VocabTable,
     check_expert_axes,
-    check_swap,
     check_usable,
-    swap_experts,
+    rebalance_layers,
 )
 from jaxmoe.mesh import EP, TP, axes_size, batch_axes, check_mesh, named, padded_batch
 from jaxmoe.models.adapters import AdapterPlaces
@@ -309,24 +308,13 @@ class Decoder(nnx.Module):
             self._attach(recorder)
 
     def rebalance(
-        self, placement: str | ExpertPlacement | Sequence[str | ExpertPlacement], *, num_nodes: int = 1
+        self,
+        placement: str | ExpertPlacement | Sequence[str | ExpertPlacement],
+        *,
+        num_nodes: int = 1,
+        optimizer: Any = None,
     ) -> MovedBytes:
-        """Swap experts on the devices until they lie as `placement` says; nothing is read from disk.
-
-        Layers are done one by one, see `jaxmoe.layers.swap_experts`. The logits stay as they are within rounding, and
-        no program is compiled again.
-
-        Args:
-            placement: a strategy's name or an `ExpertPlacement` for all MoE layers, or one for each; on as many
-                devices, with as many slots as the layers have.
-            num_nodes: nodes of equally many devices along `expert_axes`: experts come from the nearest holder.
-
-        Returns:
-            Bytes copied, by the way they took.
-
-        Raises:
-            ValueError: a placement does not fit, or the model has no MoE layer; nothing has been moved then.
-            NotImplementedError: the mesh spans several processes.
+        """Swap experts on the devices until they lie as `placement` says, see `jaxmoe.rebalance`.
 
         Example:
             >>> with model.record_routing() as routing:
@@ -335,19 +323,7 @@ class Decoder(nnx.Module):
             >>> model.rebalance(placements).total > 0
             True
         """
-        check_usable(self)
-        num_nodes = integer("num_nodes", num_nodes, least=1)
-        layers = self.moe_layers
-        if not layers:
-            raise ValueError("no layer of this model has routed experts: there is nothing to place")
-        experts = [moe.config.num_experts for moe in layers]
-        placements = make_placements(placement, experts, layers[0].placement.ep)
-        for moe, wanted in zip(layers, placements, strict=True):
-            check_swap(moe, wanted)
-        moved = MovedBytes()
-        for moe, wanted in zip(layers, placements, strict=True):
-            moved += swap_experts(moe, wanted, num_nodes=num_nodes)
-        return moved
+        return rebalance_layers(self, self.moe_layers, placement, num_nodes=num_nodes, optimizer=optimizer)
 
     def choose_replicas(
         self, choice: str, *, counts: np.ndarray | None = None, devices_per_node: int | None = None

@@ -317,7 +317,7 @@ class ContinuousEngine:
         self.balancer.observe(np.asarray(routing.counts))
         placements = self.balancer.propose(self._model.placements)
         if placements is not None:
-            self._model.rebalance(placements, num_nodes=self.balancer.num_nodes)
+            self._model.rebalance(placements, num_nodes=self.balancer.num_nodes, optimizer=self.balancer.optimizer)
             # The logits stay as they are within rounding, and so does what is shared.
             self._bind()
 
