@@ -13,7 +13,7 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from jaxmoe.checks import instance_of
-from jaxmoe.config import DecoderConfig, MoEConfig
+from jaxmoe.config import DecoderConfig, LayerConfig, MoEConfig
 from jaxmoe.dispatch import PhaseDispatch
 from jaxmoe.layers import (
     NORMS,
@@ -63,6 +63,8 @@ class Decoder(nnx.Module):
         dtype: dtype of weights and activations.
         rngs: random streams for the weights; None leaves them abstract, for a loader to fill.
         origin: the checkpoint it comes from; None for random weights.
+        one_of_alike: whether layers of the same config and placement are one object, in a model without values that is
+            looked at and not run.
 
     Raises:
         ValueError: heads or widths do not divide over tp, or a placement does not fit.
@@ -86,6 +88,7 @@ class Decoder(nnx.Module):
         dtype: Any = jnp.float32,
         rngs: nnx.Rngs | None = None,
         origin: Origin | None = None,
+        one_of_alike: bool = False,
     ):
         instance_of("config", config, DecoderConfig, "a DecoderConfig")
         check_mesh(mesh)
@@ -105,8 +108,14 @@ class Decoder(nnx.Module):
             )
         )
         self.embed = VocabTable(config.vocab_size, config.hidden_size, param=param)
-        self.layers = nnx.List(
-            (DecoderLayer if i < config.num_main_layers else PredictionLayer)(
+        made: list[tuple[Any, DecoderLayer]] = []
+
+        def make_layer(i: int, layer: LayerConfig) -> DecoderLayer:
+            kind = DecoderLayer if i < config.num_main_layers else PredictionLayer
+            alike = kind, layer, placements.get(i)
+            if one_of_alike and (found := [own for other, own in made if other == alike]):
+                return found[0]
+            own = kind(
                 layer,
                 config,
                 param=param,
@@ -115,8 +124,10 @@ class Decoder(nnx.Module):
                 dispatch=self.dispatch,
                 kernels=kernels,
             )
-            for i, layer in enumerate(config.layers)
-        )
+            made.append((alike, own))
+            return own
+
+        self.layers = nnx.List([make_layer(i, layer) for i, layer in enumerate(config.layers)])
         if config.streams is not None:
             _, one_of_all = STREAMS[type(config.streams)]
             self.hyper_head = one_of_all(config.streams, config.hidden_size, config.norm_eps, param=param)
