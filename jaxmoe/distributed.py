@@ -61,7 +61,8 @@ def initialize(
 
     Raises:
         ValueError: some of the three are given and others not, or they do not fit together.
-        RuntimeError: the others cannot be reached, or a JAX backend is already running.
+        RuntimeError: the others cannot be reached, devices are already running (`jaxmoe.simulate_devices` starts them), or
+            this process has joined before.
 
     Example:
         >>> jaxmoe.distributed.initialize("10.0.0.1:29500", num_processes=2, process_id=0)
@@ -80,6 +81,7 @@ def initialize(
         raise ValueError(f"failure_timeout is a number of seconds above 0; got {failure_timeout}")
     if process_id is not None and num_processes is not None and not 0 <= process_id < num_processes:
         raise ValueError(f"process ids run from 0 to num_processes - 1; got {process_id} of {num_processes}")
+    _check_first()
     # XLA's CPU devices have no collectives between processes of themselves; no other platform reads this.
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
     seconds = math.ceil(failure_timeout)
@@ -110,6 +112,23 @@ def initialize(
     # Registered after JAX's own, so run before it.
     atexit.register(finish)
     sys.excepthook = _fail_on_exception
+
+
+def _check_first() -> None:
+    """Refuse to join where it is too late, before anything is changed; JAX says it without naming what came first."""
+    # It has no public name, and jax.devices() would start what is asked about.
+    from jax._src import xla_bridge
+
+    if jax.distributed.is_initialized():
+        raise RuntimeError(
+            "a process joins the others once, and this one has; leave the second jaxmoe.distributed.initialize out"
+        )
+    if xla_bridge.backends_are_initialized():
+        raise RuntimeError(
+            f"processes join before their devices start: {jax.local_device_count()} {jax.default_backend()} devices are "
+            "already running in this one, from jaxmoe.simulate_devices, jax.devices() or an array; call "
+            "jaxmoe.distributed.initialize first thing in the program, and jaxmoe.simulate_devices after it"
+        )
 
 
 def finish() -> None:

@@ -145,7 +145,10 @@ def test_values_are_refused_by_name(make, message):
         (partial(jaxmoe.convert, 3, "out"), "source is a path, a text or a pathlib.Path; got int"),
         (partial(jaxmoe.plan, None), "path is a path, a text or a pathlib.Path; got NoneType"),
         (partial(jaxmoe.move, "demo", mesh=None), "model is a model from jaxmoe.load; got str"),
-        (partial(jaxmoe.rebalance, "demo", "eplb"), "model is a model from jaxmoe.load; got str"),
+        (
+            partial(jaxmoe.rebalance, "demo", "eplb"),
+            "model is a model from jaxmoe.load, or an nnx module with jaxmoe.MoE",
+        ),
         (partial(jaxmoe.MoE, SIZES, mesh=None), "config is a jaxmoe.MoEConfig; got dict"),
         (partial(jaxmoe.MoE, CONFIG, mesh="ep=2"), "mesh is a mesh, from jaxmoe.make_mesh or of your own; got str"),
         (partial(MoEConfig, **SIZES, router="softmax"), "MoEConfig.router is a RouterConfig; got str"),

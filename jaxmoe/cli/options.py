@@ -1,6 +1,7 @@
 """Options that several commands share, and the steps that they stand for."""
 
 import argparse
+import math
 import sys
 from typing import TYPE_CHECKING
 
@@ -21,7 +22,7 @@ def add_mesh_options(parser: argparse.ArgumentParser) -> None:
         "--mesh",
         type=mesh_sizes,
         metavar="dp=1,tp=2,ep=4",
-        help="mesh sizes, axes left out being 1 (default: every device on ep)",
+        help="mesh sizes, axes left out being 1; a smaller mesh is of the first devices (default: every device on ep)",
     )
     group.add_argument("--simulate", type=count, metavar="N", help="use N simulated CPU devices (in each process)")
 
@@ -106,14 +107,21 @@ def add_slots(parser: argparse._ActionsContainer, what: str) -> None:
 
 
 def make_mesh(args: argparse.Namespace) -> "Mesh":
-    """Make the mesh that ``--mesh`` and ``--simulate`` ask for."""
+    """Make the mesh that ``--mesh`` and ``--simulate`` ask for; a smaller one is of the first devices, which is told."""
     from jaxmoe.mesh import make_mesh, simulate_devices
 
     if args.simulate is not None:
         simulate_devices(args.simulate)
     import jax
 
-    return make_mesh(**(args.mesh or {"ep": jax.device_count()}))
+    devices = jax.devices()
+    sizes = args.mesh or {"ep": len(devices)}
+    needed = math.prod(sizes.values())
+    # Of several processes each has a part in the mesh.
+    if needed < len(devices) and jax.process_count() == 1:
+        print(f"the mesh is of the first {needed} of {len(devices)} devices; the others stay idle", file=sys.stderr)
+        devices = devices[:needed]
+    return make_mesh(**sizes, devices=devices)
 
 
 def read_placement(text: str) -> "str | ExpertPlacement | list[ExpertPlacement]":

@@ -51,5 +51,5 @@ def pass_on(routing: Routing, model: Model, recorder: RoutingRecorder | None, ba
     placements = balancer.propose(model.placements)
     if placements is None:
         return False
-    model.rebalance(placements, num_nodes=balancer.num_nodes)
+    model.rebalance(placements, num_nodes=balancer.num_nodes, optimizer=balancer.optimizer)
     return True

@@ -77,7 +77,7 @@ class Model(Outline, Protocol):
         """Placement of every MoE layer, for a balancer."""
         ...
 
-    def rebalance(self, placement: list[ExpertPlacement], *, num_nodes: int = 1) -> Any:
+    def rebalance(self, placement: list[ExpertPlacement], *, num_nodes: int = 1, optimizer: Any = None) -> Any:
         """Swap experts until they lie as a balancer has proposed."""
         ...
 

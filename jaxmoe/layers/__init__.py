@@ -27,7 +27,7 @@ from jaxmoe.layers.routed_experts import MoEStats
 from jaxmoe.layers.router import route
 from jaxmoe.layers.specs import param_specs, params_by_path
 from jaxmoe.layers.streams import STREAMS, append_stream, join_streams
-from jaxmoe.layers.swap import MovedBytes, check_swap, swap_experts
+from jaxmoe.layers.swap import MovedBytes, rebalance_layers, swap_experts
 from jaxmoe.layers.usable import check_usable
 
 __all__ = [
@@ -52,7 +52,6 @@ __all__ = [
     "adaptable_params",
     "append_stream",
     "check_expert_axes",
-    "check_swap",
     "check_usable",
     "dispatch_shape",
     "factor_specs",
@@ -71,6 +70,7 @@ __all__ = [
     "param_specs",
     "params_by_path",
     "part_specs",
+    "rebalance_layers",
     "route",
     "swap_experts",
     "unpacked_specs",

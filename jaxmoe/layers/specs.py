@@ -38,10 +38,16 @@ def param_specs(module: nnx.Module) -> Iterator[ParamSpec]:
 
 def layer_of_stack(module: nnx.Module, path: tuple[Any, ...]) -> MoE | None:
     """Find the layer whose expert stack the parameter at `path` is; None where it is none."""
+    owner = owner_of(module, path)
+    return owner if isinstance(owner, MoE) and isinstance(getattr(owner, path[-1]), ExpertStack) else None
+
+
+def owner_of(module: nnx.Module, path: tuple[Any, ...]) -> Any:
+    """Find what holds the Variable at `path`."""
     owner: Any = module
     for key in path[:-1]:
         owner = getattr(owner, key) if isinstance(key, str) and hasattr(owner, key) else owner[key]
-    return owner if isinstance(owner, MoE) and isinstance(getattr(owner, path[-1]), ExpertStack) else None
+    return owner
 
 
 def _rows(module: nnx.Module, path: tuple[Any, ...], param: nnx.Param) -> tuple[tuple[int, ...] | None, int | None]:

@@ -11,23 +11,29 @@ from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import nnx
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from jaxmoe.checks import integer
 from jaxmoe.layers.in_place import update_slice
 from jaxmoe.layers.moe import MoE
+from jaxmoe.layers.moments import Moment, expert_moments
 from jaxmoe.layers.usable import check_usable
-from jaxmoe.placement import ExpertPlacement
+from jaxmoe.placement import ExpertPlacement, make_placements
 from jaxmoe.placement.migration import OTHER_NODE, SAME_DEVICE, SAME_NODE, Move, plan_migration
 
 
 @dataclasses.dataclass
 class MovedBytes:
-    """Bytes of expert weights that were copied, by the way they took; copies of the experts along dp count each.
+    """Bytes of experts that were copied, by the way they took; copies of the experts along dp count each.
+
+    They are those of weights, and of what an optimizer has for each weight where it was given.
 
     Attributes:
         same_device: bytes between slots of one device.
@@ -76,7 +82,13 @@ def check_swap(moe: MoE, placement: ExpertPlacement) -> None:
         )
 
 
-def swap_experts(moe: MoE, placement: ExpertPlacement, *, num_nodes: int = 1) -> MovedBytes:
+def swap_experts(
+    moe: MoE,
+    placement: ExpertPlacement,
+    *,
+    num_nodes: int = 1,
+    moments: Sequence[Moment] = (),
+) -> MovedBytes:
     """Bring the layer from its placement to another one; see the module's description.
 
     Each slot that changes is copied from the nearest slot that holds its expert. Programs compiled for the layer
@@ -86,6 +98,7 @@ def swap_experts(moe: MoE, placement: ExpertPlacement, *, num_nodes: int = 1) ->
         moe: layer whose stacks are replaced one after the other; the old ones stay as they are for who holds them.
         placement: new placement, of as many slots on as many devices.
         num_nodes: number of nodes of equally many devices along the layer's `expert_axes`.
+        moments: arrays of an optimizer for the layer's stacks, see `expert_moments`; their slots go the same ways.
 
     Raises:
         ValueError, NotImplementedError: see `check_swap`.
@@ -97,14 +110,57 @@ def swap_experts(moe: MoE, placement: ExpertPlacement, *, num_nodes: int = 1) ->
     # Ctrl-C is raised in the main thread, and the other one finishes the layer first: stacks that lie by different
     # placements would compute something else without a word.
     with ThreadPoolExecutor(max_workers=1) as worker:
-        return worker.submit(_swap_stacks, moe, placement, num_nodes).result()
+        return worker.submit(_swap_stacks, moe, placement, num_nodes, moments).result()
 
 
-def _swap_stacks(moe: MoE, placement: ExpertPlacement, num_nodes: int) -> MovedBytes:
+def rebalance_layers(
+    module: nnx.Module,
+    layers: Sequence[MoE],
+    placement: str | ExpertPlacement | Sequence[str | ExpertPlacement],
+    *,
+    num_nodes: int = 1,
+    optimizer: Any = None,
+) -> MovedBytes:
+    """Swap the experts of a module's layers, one layer after another; where one cannot be, none is.
+
+    Args:
+        module: module that the optimizer was made for.
+        layers: MoE layers in it.
+        placement: placement of all of them, or one for each.
+        num_nodes: number of nodes, as for `swap_experts`.
+        optimizer: optimizer as for `expert_moments`; None for none.
+
+    Raises:
+        ValueError: a placement does not fit, there is no layer, or the optimizer cannot go along.
+        NotImplementedError: the mesh spans several processes.
+    """
+    check_usable(module)
+    num_nodes = integer("num_nodes", num_nodes, least=1)
+    if not layers:
+        raise ValueError(f"no layer of this {type(module).__name__} has routed experts: there is nothing to place")
+    placements = make_placements(placement, [moe.config.num_experts for moe in layers], layers[0].placement.ep)
+    for moe, wanted in zip(layers, placements, strict=True):
+        check_swap(moe, wanted)
+    moments: list[Any] = [()] * len(layers) if optimizer is None else expert_moments(module, layers, optimizer)
+    moved = MovedBytes()
+    for moe, wanted, beside in zip(layers, placements, moments, strict=True):
+        moved += swap_experts(moe, wanted, num_nodes=num_nodes, moments=beside)
+    return moved
+
+
+def _swap_stacks(
+    moe: MoE,
+    placement: ExpertPlacement,
+    num_nodes: int,
+    moments: Sequence[Moment],
+) -> MovedBytes:
     moves = plan_migration(moe.placement, placement, num_nodes=num_nodes).moves
     moved, swapped = MovedBytes(), []
     try:
-        for stack in (*moe.expert_stacks(), *moe.expert_factors()):
+        for moment, stack in moments:
+            # A state that was made under jit lies on one device; from now on it lies as its weights do.
+            moment.set_value(jax.device_put(moment.get_value(), stack.get_value().sharding))
+        for stack in (*moe.expert_stacks(), *moe.expert_factors(), *[moment for moment, _ in moments]):
             stack.set_value(_swap(stack.get_value(), moves, moe, moved))
             swapped.append(stack)
     except BaseException:

@@ -12,10 +12,9 @@ import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
 
-from jaxmoe.checks import integer
 from jaxmoe.config import DecoderConfig
 from jaxmoe.dispatch import PhaseDispatch
-from jaxmoe.layers import MovedBytes, ReplicaRule, check_swap, check_usable, swap_experts
+from jaxmoe.layers import MovedBytes, ReplicaRule, check_usable, rebalance_layers
 from jaxmoe.mesh import EP, padded_batch
 from jaxmoe.models.adapters import AdapterPlaces
 from jaxmoe.models.belongings import Belongings
@@ -46,6 +45,8 @@ class Decoder(DecoderNetwork):
         dtype: dtype of weights and activations.
         rngs: random streams for the weights; None leaves them abstract, for a loader to fill.
         origin: the checkpoint it comes from; None for random weights.
+        one_of_alike: whether layers of the same config and placement are one object, in a model without values that is
+            looked at and not run.
 
     Raises:
         ValueError: heads or widths do not divide over tp, or a placement does not fit.
@@ -69,6 +70,7 @@ class Decoder(DecoderNetwork):
         dtype: Any = jnp.float32,
         rngs: nnx.Rngs | None = None,
         origin: Origin | None = None,
+        one_of_alike: bool = False,
     ):
         super().__init__(
             config,
@@ -79,6 +81,7 @@ class Decoder(DecoderNetwork):
             kernels=kernels,
             dtype=dtype,
             rngs=rngs,
+            one_of_alike=one_of_alike,
         )
         self.origin = origin
         self._recorder: RoutingRecorder | None = None
@@ -285,24 +288,13 @@ class Decoder(DecoderNetwork):
             self._attach(recorder)
 
     def rebalance(
-        self, placement: str | ExpertPlacement | Sequence[str | ExpertPlacement], *, num_nodes: int = 1
+        self,
+        placement: str | ExpertPlacement | Sequence[str | ExpertPlacement],
+        *,
+        num_nodes: int = 1,
+        optimizer: Any = None,
     ) -> MovedBytes:
-        """Swap experts on the devices until they lie as `placement` says; nothing is read from disk.
-
-        Layers are done one by one, see `jaxmoe.layers.swap_experts`. The logits stay as they are within rounding, and
-        no program is compiled again.
-
-        Args:
-            placement: a strategy's name or an `ExpertPlacement` for all MoE layers, or one for each; on as many
-                devices, with as many slots as the layers have.
-            num_nodes: nodes of equally many devices along `expert_axes`: experts come from the nearest holder.
-
-        Returns:
-            Bytes copied, by the way they took.
-
-        Raises:
-            ValueError: a placement does not fit, or the model has no MoE layer; nothing has been moved then.
-            NotImplementedError: the mesh spans several processes.
+        """Swap experts on the devices until they lie as `placement` says, see `jaxmoe.rebalance`.
 
         Example:
             >>> with model.record_routing() as routing:
@@ -311,19 +303,7 @@ class Decoder(DecoderNetwork):
             >>> model.rebalance(placements).total > 0
             True
         """
-        check_usable(self)
-        num_nodes = integer("num_nodes", num_nodes, least=1)
-        layers = self.moe_layers
-        if not layers:
-            raise ValueError("no layer of this model has routed experts: there is nothing to place")
-        experts = [moe.config.num_experts for moe in layers]
-        placements = make_placements(placement, experts, layers[0].placement.ep)
-        for moe, wanted in zip(layers, placements, strict=True):
-            check_swap(moe, wanted)
-        moved = MovedBytes()
-        for moe, wanted in zip(layers, placements, strict=True):
-            moved += swap_experts(moe, wanted, num_nodes=num_nodes)
-        return moved
+        return rebalance_layers(self, self.moe_layers, placement, num_nodes=num_nodes, optimizer=optimizer)
 
     def choose_replicas(
         self, choice: str, *, counts: np.ndarray | None = None, devices_per_node: int | None = None

@@ -10,7 +10,7 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from jaxmoe.checks import instance_of
-from jaxmoe.config import DecoderConfig, MoEConfig
+from jaxmoe.config import DecoderConfig, LayerConfig, MoEConfig
 from jaxmoe.dispatch import PhaseDispatch
 from jaxmoe.layers import (
     NORMS,
@@ -52,6 +52,7 @@ class DecoderNetwork(nnx.Module):
         kernels: str,
         dtype: Any,
         rngs: nnx.Rngs | None,
+        one_of_alike: bool,
     ):
         instance_of("config", config, DecoderConfig, "a DecoderConfig")
         check_mesh(mesh)
@@ -69,8 +70,14 @@ class DecoderNetwork(nnx.Module):
             )
         )
         self.embed = VocabTable(config.vocab_size, config.hidden_size, param=param)
-        self.layers = nnx.List(
-            (DecoderLayer if i < config.num_main_layers else PredictionLayer)(
+        made: list[tuple[Any, DecoderLayer]] = []
+
+        def make_layer(i: int, layer: LayerConfig) -> DecoderLayer:
+            kind = DecoderLayer if i < config.num_main_layers else PredictionLayer
+            alike = kind, layer, placements.get(i)
+            if one_of_alike and (found := [own for other, own in made if other == alike]):
+                return found[0]
+            own = kind(
                 layer,
                 config,
                 param=param,
@@ -79,8 +86,10 @@ class DecoderNetwork(nnx.Module):
                 dispatch=dispatch,
                 kernels=kernels,
             )
-            for i, layer in enumerate(config.layers)
-        )
+            made.append((alike, own))
+            return own
+
+        self.layers = nnx.List([make_layer(i, layer) for i, layer in enumerate(config.layers)])
         if config.streams is not None:
             _, one_of_all = STREAMS[type(config.streams)]
             self.hyper_head = one_of_all(config.streams, config.hidden_size, config.norm_eps, param=param)

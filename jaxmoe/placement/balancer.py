@@ -3,7 +3,7 @@
 import dataclasses
 from collections import deque
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -46,6 +46,7 @@ class Balancer:
         interval: steps between two looks.
         threshold: load of the busiest device over the mean, at least 1.
         num_groups, num_nodes: groups and nodes, as `PlacementTask` has them.
+        optimizer: optimizer that the model is trained with, as for `jaxmoe.rebalance`; None where it is not.
         history: decisions, one for each look that found more than `threshold`.
 
     Raises:
@@ -66,6 +67,7 @@ class Balancer:
     threshold: float = 1.1
     num_groups: int = 1
     num_nodes: int = 1
+    optimizer: Any = dataclasses.field(default=None, repr=False, compare=False)
     history: list[Decision] = dataclasses.field(default_factory=list, init=False)
 
     def __post_init__(self) -> None:

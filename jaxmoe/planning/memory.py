@@ -21,6 +21,7 @@ from jaxmoe.models import Decoder
 from jaxmoe.models.parts import held_forms, part_of
 from jaxmoe.placement import ExpertPlacement, RoutingTrace
 from jaxmoe.planning.planned import PlannedCheckpoint, keeps_packed
+from jaxmoe.planning.planned_model import PlannedModel
 from jaxmoe.planning.routing import checked_halves, resolve_placement
 from jaxmoe.planning.stored import StoredWeights, stored_weights
 from jaxmoe.planning.workspace import StepMemory
@@ -305,14 +306,15 @@ def checked_dtype(config: DecoderConfig, dtype: str | None) -> str:
     return name
 
 
-def weight_parts(model: Decoder) -> dict[str, np.ndarray]:
+def weight_parts(model: Decoder | PlannedModel) -> dict[str, np.ndarray]:
     """Bytes of a model's parameters by part, {name: float64 [devices]}; parts of which there are none are left out."""
+    model = PlannedModel.of(model)
     parts: dict[str, np.ndarray] = {
         name: np.zeros(model.mesh.size)
         for name in (*_PART_OF_USE.values(), "shared experts", "attention", "embedding and head")
     }
     parts["other"] = np.zeros(model.mesh.size)
-    for spec in param_specs(model):
+    for spec in model.specs:
         on_device = spec.device_bytes
         if not is_expert_stack(spec.path):
             parts[part_of(spec.path)] += on_device
@@ -326,7 +328,7 @@ def weight_parts(model: Decoder) -> dict[str, np.ndarray]:
     return {name: part for name, part in parts.items() if part.any()}
 
 
-def _expert_rank(model: Decoder, expert_axes: tuple[str, ...]) -> np.ndarray:
+def _expert_rank(model: PlannedModel, expert_axes: tuple[str, ...]) -> np.ndarray:
     """int [devices], the number of each device along the expert axes."""
     places = dict(
         zip(AXES, np.unravel_index(np.arange(model.mesh.size), tuple(model.mesh.shape.values())), strict=True)
@@ -336,7 +338,7 @@ def _expert_rank(model: Decoder, expert_axes: tuple[str, ...]) -> np.ndarray:
 
 
 def step_parts(
-    model: Decoder, memory: StepMemory, batch_size: int, prompt_length: int, max_length: int
+    model: Decoder | PlannedModel, memory: StepMemory, batch_size: int, prompt_length: int, max_length: int
 ) -> dict[str, np.ndarray]:
     """Bytes beside the weights by part, {name: float64 [devices]}: the cache, and what a step needs while it runs."""
     steps = memory(batch_size=batch_size, prompt_length=prompt_length, max_length=max_length)
@@ -346,7 +348,7 @@ def step_parts(
     return {CACHE: cache_bytes(model, batch_size, max_length)} | everywhere
 
 
-def cache_bytes(model: Decoder, batch_size: int, max_length: int) -> np.ndarray:
+def cache_bytes(model: Decoder | PlannedModel, batch_size: int, max_length: int) -> np.ndarray:
     """Bytes of the cache for so many sequences of so many tokens, float64 [devices]."""
     rows = padded_batch(model.mesh, batch_size)
     batch = batch_axes(model.mesh, rows)

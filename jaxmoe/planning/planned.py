@@ -10,14 +10,15 @@ from jaxmoe.checkpoint.mapping import (
     FamilyCheckpoint,
     MappedCheckpoint,
     abstract_model,
+    choose_packings,
     expected_checkpoint,
-    pack_model,
 )
 from jaxmoe.checks import path_like
 from jaxmoe.config import DecoderConfig, directory_of, find_checkpoint
-from jaxmoe.layers import ParamSpec, param_specs
-from jaxmoe.models import Decoder, Family, read_model_config
+from jaxmoe.layers import ParamSpec, packable_params
+from jaxmoe.models import Family, read_model_config
 from jaxmoe.placement import ExpertPlacement
+from jaxmoe.planning.planned_model import PlannedModel
 from jaxmoe.quant import Quantization, read_quantization
 
 
@@ -77,8 +78,8 @@ class PlannedCheckpoint(NamedTuple):
         expert_axes: tuple[str, ...],
         dtype: str,
         keep: bool,
-    ) -> Decoder:
-        """Make the model that would be loaded, without values; its parameters are packed where they stay so, if `keep`.
+    ) -> PlannedModel:
+        """Look at the model that would be loaded; its parameters are packed where they stay so, if `keep`.
 
         Args:
             sizes: sizes of the mesh axes.
@@ -89,11 +90,18 @@ class PlannedCheckpoint(NamedTuple):
             ValueError: they do not fit together.
         """
         model = abstract_model(
-            self.config, sizes=sizes, placement=placement, expert_axes=expert_axes, dtype=jnp.dtype(dtype)
+            self.config,
+            sizes=sizes,
+            placement=placement,
+            expert_axes=expert_axes,
+            dtype=jnp.dtype(dtype),
+            one_of_alike=True,
         )
-        if keep:
-            pack_model(model, self.onto({spec.path: spec for spec in param_specs(model)}, one_expert=True))
-        return model
+        plain = PlannedModel.of(model)
+        if not keep:
+            return plain
+        mapped = self.onto({spec.path: spec for spec in plain.specs}, one_expert=True)
+        return plain.packed(choose_packings(mapped, plain.with_alike(packable_params(model)), model.dtype).packings)
 
     def onto(self, specs: Mapping[str, ParamSpec], *, one_expert: bool = False) -> MappedCheckpoint:
         """Map its tensors to parameters: those that its headers tell of, or those that its config promises.

@@ -19,13 +19,13 @@ from jaxmoe.checkpoint.mapping import is_expert_stack, layer_index
 from jaxmoe.config import AttentionConfig, MLAConfig, TokenMixerConfig
 from jaxmoe.dispatch import DISPATCHES, Collective, Dispatch, DispatchShape, dispatch_collectives, explain_dispatch
 from jaxmoe.hardware import GPU
-from jaxmoe.layers import MoE, dispatch_shape, packings_of, param_specs, unpacked_specs
+from jaxmoe.layers import MoE, dispatch_shape
 from jaxmoe.mesh import AXES, DP, TP, batch_axes, named, padded_batch
 from jaxmoe.models import Decoder
 from jaxmoe.placement import RoutingTrace
 from jaxmoe.planning.measured import NOTHING, PARTS, Measured, Taken
+from jaxmoe.planning.planned_model import PlannedModel
 from jaxmoe.planning.routing import check_routing, slot_chances
-from jaxmoe.quant.packing import Packing
 
 Phase = Literal["prefill", "decode"]
 
@@ -103,7 +103,7 @@ class TimeModel:
 
     def __init__(
         self,
-        model: Decoder,
+        model: Decoder | PlannedModel,
         *,
         gpu: GPU,
         devices_per_node: int = 8,
@@ -112,12 +112,13 @@ class TimeModel:
         trace: RoutingTrace | None = None,
         measured: Measured = NOTHING,
     ):
+        model = PlannedModel.of(model)
         check_routing(model.config, trace, skew)
         counts = {} if trace is None else dict(zip(model.config.moe_layers, trace.total_counts, strict=True))
-        packings = packings_of(model)
+        packings = model.packings
         self._model, self._dispatch, self._skew, self._measured = model, dispatch, skew or 1.0, measured
         self._gpu, self._dtype = measured.device(gpu), jnp.dtype(model.dtype).name
-        self._dense, self._stacks = _weights(model, packings)
+        self._dense, self._stacks = _weights(model)
         self._chances = {
             layer: slot_chances(model.layers[layer].moe, counts[layer]) if counts else None for layer in self._stacks
         }
@@ -137,13 +138,15 @@ class TimeModel:
             dense = _sum(dense, _Work(weight.bytes, weight.flops * met))
         experts = exchange = Taken()
         names: Counter[str] = Counter()
-        for layer, stack in self._stacks.items():
-            moe = model.layers[layer].moe
-            expert_rows, work = _experts(moe, stack, batch_size * per_row, self._skew, self._chances[layer])
-            known = moe.config.gated and layer not in self._packed
-            timed = _measured_experts(measured, moe, expert_rows, self._dtype) if known else None
-            experts += timed or work.on(gpu)
-            name, taken = _exchange(moe, batch_size * per_row, self._dispatch, self._links)
+        alike: dict[tuple[Any, ...], tuple[Taken, str, Taken]] = {}
+        for layer, slot in self._stacks.items():
+            # By a trace every layer has loads of its own.
+            loads = None if self._chances[layer] is None else layer
+            kind = id(model.layers[layer].moe), slot, layer in self._packed, loads
+            if kind not in alike:
+                alike[kind] = self._routed(layer, batch_size * per_row)
+            own, name, taken = alike[kind]
+            experts += own
             exchange += taken
             names[name] += 1
         parts = {
@@ -175,8 +178,16 @@ class TimeModel:
             sources={name: taken.source for name, taken in parts.items()},
         )
 
+    def _routed(self, layer: int, tokens: int) -> tuple[Taken, str, Taken]:
+        """Time of a layer's experts, the backend that brings tokens to them, and the time of that."""
+        moe = self._model.layers[layer].moe
+        rows, work = _experts(moe, self._stacks[layer], tokens, self._skew, self._chances[layer])
+        known = moe.config.gated and layer not in self._packed
+        timed = _measured_experts(self._measured, moe, rows, self._dtype) if known else None
+        return timed or work.on(self._gpu), *_exchange(moe, tokens, self._dispatch, self._links)
 
-def step_time(model: Decoder, phase: Phase, *, batch_size: int, length: int, **options: Any) -> StepTime:
+
+def step_time(model: Decoder | PlannedModel, phase: Phase, *, batch_size: int, length: int, **options: Any) -> StepTime:
     """Model the time of one step.
 
     Args:
@@ -200,17 +211,14 @@ class _Weight(NamedTuple):
     last_tokens: bool
 
 
-def _weights(model: Decoder, packings: Mapping[str, Packing]) -> tuple[list[_Weight], dict[int, _Work]]:
+def _weights(model: PlannedModel) -> tuple[list[_Weight], dict[int, _Work]]:
     """The weights that every token meets, and the work of each MoE layer with a slot and a token of it."""
-    specs = list(param_specs(model))
     counts = {
-        spec.path: math.prod(spec.sharding.shard_shape(spec.shape))
-        for spec in unpacked_specs(specs, packings, model.dtype)
-        if len(spec.shape) > 1
+        spec.path: math.prod(spec.sharding.shard_shape(spec.shape)) for spec in model.plain_specs if len(spec.shape) > 1
     }
     dense, stacks = list[_Weight](), dict[int, _Work]()
     head = "embed.weight" if model.config.tie_word_embeddings else "lm_head.weight"
-    for spec in specs:
+    for spec in model.specs:
         layer = layer_index(spec.path)
         if layer is not None and layer >= model.config.num_main_layers:
             continue
@@ -272,7 +280,7 @@ def chosen_dispatch(shape: DispatchShape, dispatch: str) -> Dispatch:
     return DISPATCHES[explain_dispatch(shape, "gpu").name if dispatch == "auto" else dispatch]
 
 
-def _cache(model: Decoder, phase: Phase, rows: int, here: int, length: int) -> _Work:
+def _cache(model: PlannedModel, phase: Phase, rows: int, here: int, length: int) -> _Work:
     """Work of a device with the cache of all layers, and with the scores of attention."""
     batch, work = batch_axes(model.mesh, rows), _Work()
     for config, layer in zip(model.config.layers, model.layers, strict=True):
@@ -303,7 +311,7 @@ def _of_pair(config: TokenMixerConfig, phase: Phase, itemsize: int) -> _Work:
     return _Work(2 * (4 + itemsize), 2 * widths).times(config.num_heads)
 
 
-def _sums(model: Decoder, rows: int, per_row: int) -> list[Collective]:
+def _sums(model: PlannedModel, rows: int, per_row: int) -> list[Collective]:
     """Collectives over tp of what is not routed: sums behind embedding, attention, dense and shared experts; the logits.
 
     Args:
@@ -328,17 +336,20 @@ def _sums(model: Decoder, rows: int, per_row: int) -> list[Collective]:
 class _Links:
     """Time of collectives on a mesh whose devices are numbered (dp, tp, ep), so many of them a node."""
 
-    def __init__(self, model: Decoder, gpu: GPU, devices_per_node: int, measured: Measured) -> None:
+    def __init__(self, model: PlannedModel, gpu: GPU, devices_per_node: int, measured: Measured) -> None:
         self.gpu, self._measured = gpu, measured
         self._places = np.unravel_index(np.arange(model.mesh.size), tuple(model.mesh.shape[axis] for axis in AXES))
         self._nodes = np.arange(model.mesh.size) // devices_per_node
+        self._outside: dict[tuple[str, ...], float] = {}
 
     def seconds(self, collectives: Iterable[Collective]) -> Taken:
         """Seconds of collectives that follow each other; those within a node may have been measured."""
         total = Taken()
         for each in collectives:
             if each.devices > 1:
-                outside = self._share_outside(each.axes)
+                if each.axes not in self._outside:
+                    self._outside[each.axes] = self._share_outside(each.axes)
+                outside = self._outside[each.axes]
                 seconds = self.gpu.links.seconds(each.wire_bytes * (1 - outside), each.wire_bytes * outside)
                 timed = (
                     None

@@ -12,10 +12,10 @@ import numpy as np
 from jaxmoe.checks import integer
 from jaxmoe.config import DecoderConfig, MoEConfig
 from jaxmoe.layers import MoE
-from jaxmoe.models import Decoder
 from jaxmoe.placement import ExpertPlacement, PlacementTask, RoutingTrace, get_strategy
 from jaxmoe.placement.balance import max_over_mean
 from jaxmoe.placement.traffic import route_trace
+from jaxmoe.planning.planned_model import PlannedModel
 
 # As `jaxmoe.plan` takes it.
 AnyPlacement = str | ExpertPlacement | Sequence[str | ExpertPlacement]
@@ -124,13 +124,13 @@ def slot_chances(moe: MoE, counts_E: np.ndarray) -> np.ndarray:
     return np.where(slots_P < 0, 0.0, np.minimum(share_E, 1.0)[slots_P]).reshape(moe.placement.ep, -1)
 
 
-def layer_skew(model: Decoder, trace: RoutingTrace) -> tuple[float, ...]:
+def layer_skew(model: PlannedModel, trace: RoutingTrace) -> tuple[float, ...]:
     """The most rows of a device over their mean, in every MoE layer."""
     layers = zip(model.moe_layers, trace.total_counts, strict=True)
     return tuple([float(max_over_mean(slot_chances(moe, counts_E).sum(axis=1))) for moe, counts_E in layers])
 
 
-def sent_per_token(model: Decoder, trace: RoutingTrace) -> float | None:
+def sent_per_token(model: PlannedModel, trace: RoutingTrace) -> float | None:
     """Bytes of activations that a token sends to other devices, there and back, in all layers that it goes through.
 
     None for a trace of counts, which does not know which choices are one token's.

@@ -29,10 +29,11 @@ from jaxmoe.config import AttentionConfig, LayerConfig, MLAConfig
 from jaxmoe.dispatch.local import pairs_per_trip
 from jaxmoe.kernels.grouped_matmul.one_matrix import PART_BYTES
 from jaxmoe.kernels.grouped_matmul.row_loops import rows_per_tile
-from jaxmoe.layers import dispatch_shape, packings_of, param_specs, unpacked_specs
+from jaxmoe.layers import dispatch_shape
 from jaxmoe.layers.attention import QUERY_BLOCK
 from jaxmoe.mesh import DP, TP, batch_axes, padded_batch
 from jaxmoe.models import Decoder
+from jaxmoe.planning.planned_model import PlannedModel
 from jaxmoe.planning.roofline import chosen_dispatch
 
 _FLOAT32 = 4
@@ -94,7 +95,8 @@ class StepMemory:
         dispatch: backend of `jaxmoe.dispatch`, or "auto" for what the layers would take.
     """
 
-    def __init__(self, model: Decoder, dispatch: str = "auto"):
+    def __init__(self, model: Decoder | PlannedModel, dispatch: str = "auto"):
+        model = PlannedModel.of(model)
         self.model, self.dispatch = model, dispatch
         self.tp, self.itemsize, self.width = model.mesh.shape[TP], model.dtype.itemsize, model.config.hidden_size
         self._kinds: list[tuple[_Kind, Any]] = []
@@ -184,13 +186,13 @@ class StepMemory:
         return backend.workspace(shape), besides
 
 
-def _kinds(model: Decoder) -> Iterator[tuple[Any, _Kind]]:
+def _kinds(model: PlannedModel) -> Iterator[tuple[Any, _Kind]]:
     """Every layer that a token goes through, and what it needs."""
-    packings, itemsize = packings_of(model), model.dtype.itemsize
+    packings, itemsize = model.packings, model.dtype.itemsize
     outputs: dict[int, dict[str, int]] = {}
     decoded: dict[int, int] = {}
     expert: dict[int, int] = {}
-    for spec in unpacked_specs(param_specs(model), packings, model.dtype):
+    for spec in model.plain_specs:
         index = layer_index(spec.path)
         if index is None or len(spec.shape) < 2:
             continue

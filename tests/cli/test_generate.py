@@ -6,6 +6,7 @@ import subprocess
 import sys
 from types import SimpleNamespace
 
+import jax
 import pytest
 
 import jaxmoe
@@ -69,6 +70,21 @@ def test_the_default_mesh_is_all_devices_on_ep_and_is_told(checkpoint, capsys) -
     assert result.out == ",".join(map(str, expected([1], 2))) + "\n"
     assert len(result.err.splitlines()) == 1
     assert result.err.startswith("mesh dp=1,tp=1,ep=8 on 8 cpu devices: prefill 1 tokens at ")
+
+
+def test_a_smaller_mesh_is_of_the_first_devices(checkpoint, capsys, monkeypatch) -> None:
+    argv = [checkpoint.path, "--prompt-ids", "1", "--max-new-tokens", "2", "--mesh"]
+    result = run(capsys, *argv, "tp=2")
+    assert checkpoint.loaded[0]["mesh"].devices.flatten().tolist() == jax.devices()[:2]
+    assert result.out == ",".join(map(str, expected([1], 2))) + "\n"
+    told, summary = result.err.splitlines()
+    assert told == "the mesh is of the first 2 of 8 devices; the others stay idle"
+    assert summary.startswith("mesh dp=1,tp=2,ep=1 on 2 cpu devices: ")
+    larger = run(capsys, *argv, "ep=16")
+    assert (larger.status, larger.out) == (1, "")
+    assert "dp=1 x tp=1 x ep=16 is 16 devices, but there are 8 (cpu)" in larger.err
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    assert "is 2 devices, but there are 8 (cpu)" in run(capsys, *argv, "tp=2").err
 
 
 def test_options_reach_the_loader(checkpoint, capsys, tmp_path) -> None:
@@ -178,7 +194,7 @@ ERRORS = {
     "outside vocabulary": (["--prompt-ids", "1,37"], "token ids are 0 to 36 (vocab_size 37); prompt 0 has 37"),
     "too long": (["--prompt-ids", "1", "--max-new-tokens", "512"], "ask for at most 511 new tokens"),
     "bad setting": (["--prompt-ids", "1", "--temperature", "-1"], "temperature is at least 0"),
-    "mesh size": (["--prompt-ids", "1", "--mesh", "tp=3"], "is 3 devices, but there are 8"),
+    "mesh size": (["--prompt-ids", "1", "--mesh", "tp=16"], "is 16 devices, but there are 8"),
     "simulate too late": (["--prompt-ids", "1", "--simulate", "3"], "devices are simulated before JAX starts"),
     "no placement file": (["--prompt-ids", "1", "--placement", "x.json"], "the placement file x.json does not exist"),
 }

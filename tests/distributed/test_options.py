@@ -1,7 +1,9 @@
 """What `initialize` and the command refuse before any process is reached."""
 
+import jax
 import pytest
 
+import jaxmoe
 from jaxmoe.cli import main
 from jaxmoe.distributed import initialize, is_first
 
@@ -24,6 +26,16 @@ def test_initialize_refuses(arguments, message) -> None:
 def test_a_timeout_is_positive() -> None:
     with pytest.raises(ValueError, match="a number of seconds above 0; got 0"):
         initialize("127.0.0.1:5", 2, 0, failure_timeout=0)
+
+
+def test_joining_comes_before_devices_and_once(monkeypatch) -> None:
+    jaxmoe.simulate_devices(8)
+    late = r"8 cpu devices are already running in this one, from jaxmoe.simulate_devices, .* first thing in the program"
+    with pytest.raises(RuntimeError, match=late):
+        initialize("127.0.0.1:5", 1, 0)
+    monkeypatch.setattr(jax.distributed, "is_initialized", lambda: True)
+    with pytest.raises(RuntimeError, match="this one has; leave the second jaxmoe.distributed.initialize out"):
+        initialize("127.0.0.1:5", 1, 0)
 
 
 @pytest.mark.parametrize(

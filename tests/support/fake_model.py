@@ -48,7 +48,7 @@ class FakeModel(nnx.Module):
         tokens = jnp.full((batch_size, max_length), -1, jnp.int32)
         return {"tokens": jax.lax.with_sharding_constraint(tokens, named(self.mesh, batch_axes(self.mesh, batch_size)))}
 
-    def rebalance(self, placement, *, num_nodes=1):
+    def rebalance(self, placement, *, num_nodes=1, optimizer=None):
         raise NotImplementedError("there is nothing to place")
 
     def split_network(self):

@@ -23,6 +23,7 @@ def abstract_model(
     placement: str | ExpertPlacement | Sequence[str | ExpertPlacement] = "linear",
     expert_axes: tuple[str, ...] = (EP,),
     dtype: Any = jnp.float32,
+    one_of_alike: bool = False,
 ) -> Decoder:
     """The model that this config, mesh and placement would give; its parameters have shapes and shardings, no values.
 
@@ -30,12 +31,15 @@ def abstract_model(
         config: config of the model.
         sizes: sizes of the mesh axes, as {"dp": 1, "tp": 2, "ep": 4}.
         placement, expert_axes, dtype: arguments as for `jaxmoe.load`.
+        one_of_alike: whether layers of the same config and placement are one object, see `Decoder`.
 
     Raises:
         ValueError: they do not fit together.
     """
     mesh: Any = AbstractMesh(tuple([sizes[axis] for axis in AXES]), AXES, axis_types=(AxisType.Auto,) * len(AXES))
-    return Decoder(config, mesh=mesh, placement=placement, expert_axes=expert_axes, dtype=dtype)
+    return Decoder(
+        config, mesh=mesh, placement=placement, expert_axes=expert_axes, dtype=dtype, one_of_alike=one_of_alike
+    )
 
 
 def count_parameters(config: DecoderConfig) -> tuple[int, int]:
