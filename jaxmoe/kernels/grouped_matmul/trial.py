@@ -74,12 +74,12 @@ def try_work(
         work: products or gradients to try.
         backend: name in `BACKENDS` or `GPU_BACKENDS`.
         device_kind: kind of the device, by which tiles are chosen.
-        repeats: calls of the last case whose results have to be the same bits.
+        repeats: calls of each case, but for the first of several, whose results have to be the same bits.
         cases: rows, for each case; of gradients without copies.
     """
     worst = 0.0
     for number, of_case in enumerate(cases, 1):
-        calls = repeats if number == len(cases) else 1
+        calls = 1 if number == 1 < len(cases) else repeats
         rng = np.random.default_rng(of_case.total)
         stacks = [kind.random(rng, len(of_case.sizes)) for kind in work.matrices]
         biases = [_biases(rng, work, stack) if work.biases else None for stack in stacks]

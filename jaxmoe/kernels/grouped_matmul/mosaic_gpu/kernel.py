@@ -18,8 +18,8 @@ interpreter has each block read all rows by itself, so here is why nobody waits 
 - Nobody waits in a circle. Take the earliest stage that a warpgroup has not multiplied. All stages before it are
   multiplied, and given back but for the one before, whose place is another one, as there are two at least
   (`least_stages`). So neither loader waits any more to load that stage, and it comes.
-- No block ends while the other may write to its memory or arrive at its barriers: its loader is the last to end, and
-  `drain` has it wait for the last phase of `emptied` of each place. By then the neighbor has read, so received, all that
+- No block ends while the other may write to its memory or arrive at its barriers, for it does not end before its loader,
+  which `drain` has wait for the last phase of `emptied` of each place. By then the neighbor has read, so received, all that
   it is sent, and has made its last arrival here. Nobody uses a barrier before it is there, for Mosaic GPU has the blocks
   of a cluster wait for each other when they have made theirs.
 
