@@ -25,7 +25,7 @@ from jaxmoe.models.origin import Origin
 from jaxmoe.models.padding import bucket_length
 from jaxmoe.models.replay import ReplayedRouting, RoutingReplay
 from jaxmoe.models.routing import Routing, RoutingRecorder, routing_of
-from jaxmoe.placement import ExpertPlacement, RoutingTrace, make_placements
+from jaxmoe.placement import ExpertPlacement, RoutingTrace
 from jaxmoe.placement.traffic import device_loads
 
 _LOAD_REPORTS: Belongings[Any] = Belongings()
