@@ -75,6 +75,9 @@ def pytest_configure(config: pytest.Config) -> None:
     # Tracing makes many objects that stay, over which the collector would go again and again: an eighth of the time.
     gc.freeze()
     gc.set_threshold(200_000, 50, 1000)
+    if config.getoption("--aot"):
+        # XLA would compile each product in several ways, and without a GPU has no times to choose one of them by.
+        add_xla_flag("xla_gpu_autotune_level", "0")
     if config.getoption("--aot") or config.getoption("--gpu"):
         return
     add_xla_flag("xla_backend_optimization_level", "0")

@@ -9,7 +9,6 @@ import re
 
 import jax
 import pytest
-from jax.sharding import Mesh
 
 import jaxmoe
 from jaxmoe.cli import main
@@ -279,6 +278,7 @@ FULL_RUN = {
     "hy3-preview, tp 4 ep 8 on 4 hosts",
     "step-3.7-flash, tp 4 ep 2",
     "qwen4-exp, ep 8",
+    "qwen3-30b-a3b, tp 2 ep 4",
     "ernie-4.5-vl-28b, tp 2 ep 4",
     "longcat-flash, tp 4 ep 8 on 4 hosts",
 }
@@ -301,7 +301,12 @@ def test_both_steps_compile(case, gpu_compiler) -> None:
 @pytest.mark.covering
 @pytest.mark.skipif(jax.__version_info__ < (0, 11, 2), reason="the kernel needs jax 0.11.2")
 @pytest.mark.parametrize(
-    "case", [pytest.param(case, marks=[pytest.mark.full] * case.endswith("on 4 hosts")) for case in MOSAIC]
+    "case",
+    # Mixtral's layers are Qwen's in other sizes, on the same mesh.
+    [
+        pytest.param(case, marks=[pytest.mark.full] * (case.startswith("mixtral") or case.endswith("on 4 hosts")))
+        for case in MOSAIC
+    ],
 )
 def test_both_steps_compile_with_the_hopper_kernel(case, gpu_compiler) -> None:
     check_steps(*CASES[case][:-1], MOSAIC[case], kernels="mosaic_gpu")
@@ -314,13 +319,14 @@ def check_steps(raw, chip, count, hosts, sizes, bounds, *, kernels) -> None:
     steps = compile_steps(config, mesh, kernels=kernels, batch_size=BATCH, prompt_length=PROMPT, max_length=LENGTH)
     assert steps.keys() == bounds.keys() == {"prefill", "decode"}
     planned = plan_config(config, **sizes, dtype="bfloat16", batch_size=BATCH, prompt_length=PROMPT, max_length=LENGTH)
+    model = Decoder(config, mesh=mesh, dtype="bfloat16")
     for name, step in steps.items():
         assert ("mosaic_gpu" in step.text) == (kernels == "mosaic_gpu")
         check_arguments(step, planned, unread=states_of(config) if name == "prefill" else 0)
-        check_experts_stay(step, config, mesh)
+        check_experts_stay(step, model)
         check_collectives(step)
         if name == "prefill" and len(config.layers) > 1:
-            check_cache_is_written(step, config, mesh)
+            check_cache_is_written(step, model)
         assert step.temp_bytes <= bounds[name] * MB
         over = (step.argument_bytes + step.temp_bytes) / (planned.held_bytes + planned.step_bytes[name]) - 1
         # The Hopper kernel copies no expert, which the estimate has room for.
@@ -346,10 +352,10 @@ def states_of(config: DecoderConfig) -> int:
     return sum(2**16 + 4 * size for size in sizes) + sum(kda) + 2 * taps * streams * config.hidden_size
 
 
-def check_experts_stay(step: CompiledStep, config: DecoderConfig, mesh: Mesh) -> None:
+def check_experts_stay(step: CompiledStep, model: Decoder) -> None:
     """No instruction makes an array of the size of a stack of experts, on a device or gathered."""
     stacks = set()
-    for spec in param_specs(Decoder(config, mesh=mesh, dtype="bfloat16")):
+    for spec in param_specs(model):
         if spec.path.endswith((".w_gate_up", ".moe.w_down")):
             stacks |= {spec.shape, spec.sharding.shard_shape(spec.shape)}
     # Views of the arguments cost nothing.
@@ -357,13 +363,13 @@ def check_experts_stay(step: CompiledStep, config: DecoderConfig, mesh: Mesh) ->
     assert step.instructions_giving(*stacks) <= views
 
 
-def check_cache_is_written(step: CompiledStep, config: DecoderConfig, mesh: Mesh) -> None:
+def check_cache_is_written(step: CompiledStep, model: Decoder) -> None:
     """The first layer's cache is written in its turn: at the end, those of all layers would be kept until then."""
-    layer = Decoder(config, mesh=mesh, dtype="bfloat16").layers[0]
-    if type(config.layers[0].attention) not in (AttentionConfig, MLAConfig):
+    mesh = model.mesh
+    if type(model.config.layers[0].attention) not in (AttentionConfig, MLAConfig):
         return
     rows = padded_batch(mesh, BATCH)
-    first = jax.tree.leaves(layer.cache_arrays(rows, LENGTH))[0]
+    first = jax.tree.leaves(model.layers[0].cache_arrays(rows, LENGTH))[0]
     shape = named(mesh, *first.spec(batch_axes(mesh, rows))).shard_shape(first.shape)
     lines = step.text[step.text.index("\nENTRY ") :].splitlines()
     made = rf" = bf16\[{','.join(map(str, shape))}\]\S* (?:fusion|fusion-done|async-done)\("

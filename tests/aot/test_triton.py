@@ -104,7 +104,7 @@ def test_float32_in_a_named_precision(precision, rows, gpu_compiler) -> None:
         assert count_kernels(compile_mlp("a100", 2, 512, 256, "silu", rows, jnp.float32))
 
 
-@pytest.mark.parametrize("chip", ["a100", "h100"])
+@pytest.mark.parametrize("chip", ["a100", pytest.param("h100", marks=pytest.mark.full)])
 def test_a_whole_model(chip, gpu_compiler) -> None:
     config = get_family("qwen3_moe").read_config(QWEN3_30B)
     mesh = jaxmoe.make_mesh(tp=2, ep=4, devices=list(gpu_topology(chip, 8)))

@@ -1,5 +1,7 @@
 """The backward pass in grouped products, with dense ones in place of kernels, against the gradient of the dense oracle."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -77,7 +79,11 @@ def test_of_an_mlp_with_biases(activation, limit, gated):
 
 def test_of_one_product():
     x, w, dy = arrays((R, D), (len(SIZES), F, D), (R, F))
-    expected = jax.vjp(lambda x, w: reference.grouped_matmul(x, w, int32(SIZES), out_dtype=FLOAT32), x, w)[1](dy)
-    got = product_gradients(Dense(), poison(x, SIZES), w, int32(SIZES), poison(dy, SIZES))
+
+    def product(x, w):
+        return reference.grouped_matmul(x, w, int32(SIZES), out_dtype=FLOAT32)
+
+    expected = jax.jit(lambda x, w, dy: jax.vjp(product, x, w)[1](dy))(x, w, dy)
+    got = jax.jit(partial(product_gradients, Dense()))(poison(x, SIZES), w, int32(SIZES), poison(dy, SIZES))
     assert_near(got, expected, rtol=2e-5, atol=5e-6)
     assert not np.asarray(got[0])[sum(SIZES) :].any()

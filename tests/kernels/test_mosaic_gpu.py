@@ -9,6 +9,7 @@ products, which it computes at once. It is slow, so shapes are small.
 
 import dataclasses
 import re
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -87,8 +88,8 @@ def test_stages_of_two_swizzles(swapped) -> None:
     rows, matrices = rows_and_matrices(16, (2, 128, 384), dtype=jnp.bfloat16)
     tiles = tiles_of(swapped, k=128, **({"m": 8} if swapped else {"n": 64}))
     sizes = [3, 10]
-    options = {"out_dtype": FLOAT32, "tiles": tiles, "interpret": True}
-    out = mosaic_gpu.grouped_matmul(rows, matrices, jnp.asarray(sizes, jnp.int32), **options)
+    multiply = jax.jit(partial(mosaic_gpu.grouped_matmul, out_dtype=FLOAT32, tiles=tiles, interpret=True))
+    out = multiply(rows, matrices, jnp.asarray(sizes, jnp.int32))
     np.testing.assert_allclose(out, exact(rows, matrices, sizes), atol=1e-5)
 
 
@@ -133,11 +134,10 @@ def test_packed_product(format, block, scale_dtype) -> None:
     sizes, R = [5, 0, 18, 1], 30
     stack = packed_stack(format, block, scale_dtype, 4, 192 if block[0] <= 64 else 256, 128)
     [rows] = [rows_and_matrices(R, (1, 128), dtype=jnp.bfloat16)[0]]
-    out = mosaic_gpu.grouped_matmul(
-        rows, as_matrices(stack), jnp.asarray(sizes, jnp.int32), out_dtype=FLOAT32, interpret=True
-    )
+    multiply = jax.jit(partial(mosaic_gpu.grouped_matmul, out_dtype=FLOAT32, interpret=True))
+    out = multiply(rows, as_matrices(stack), jnp.asarray(sizes, jnp.int32))
     # Nothing is rounded before the sums, so this is as near as with matrices of float32.
-    np.testing.assert_allclose(out, exact(rows, dequantize(stack), sizes), rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(out, exact(rows, jax.jit(dequantize)(stack), sizes), rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.covering(most=1)
@@ -153,10 +153,9 @@ def test_few_numbers_a_scale_are_rounded_with_it(format, block) -> None:
         zeros = np.random.default_rng(1).integers(0, 16, stack.scales.shape)
         stack = dataclasses.replace(stack, zero_points=jnp.asarray(zeros, jnp.uint8))
     [rows] = rows_and_matrices(R, (1, 128), dtype=jnp.bfloat16)[:1]
-    out = mosaic_gpu.grouped_matmul(
-        rows, as_matrices(stack), jnp.asarray(sizes, jnp.int32), out_dtype=FLOAT32, interpret=True
-    )
-    expected = exact(rows, dequantize(stack, jnp.bfloat16).astype(FLOAT32), sizes)
+    multiply = jax.jit(partial(mosaic_gpu.grouped_matmul, out_dtype=FLOAT32, interpret=True))
+    out = multiply(rows, as_matrices(stack), jnp.asarray(sizes, jnp.int32))
+    expected = exact(rows, jax.jit(partial(dequantize, dtype=jnp.bfloat16))(stack).astype(FLOAT32), sizes)
     np.testing.assert_allclose(out, expected, rtol=1e-5, atol=1e-6 * np.abs(expected).max())
 
 
@@ -172,10 +171,9 @@ def test_packed_product_with_zero_points(most, block) -> None:
     zeros = np.random.default_rng(1).integers(0, most + 1, stack.scales.shape)
     stack = dataclasses.replace(stack, zero_points=jnp.asarray(zeros, jnp.uint8))
     [rows] = rows_and_matrices(R, (1, 128), dtype=jnp.bfloat16)[:1]
-    out = mosaic_gpu.grouped_matmul(
-        rows, as_matrices(stack), jnp.asarray(sizes, jnp.int32), out_dtype=FLOAT32, interpret=True
-    )
-    expected = exact(rows, dequantize(stack), sizes)
+    multiply = jax.jit(partial(mosaic_gpu.grouped_matmul, out_dtype=FLOAT32, interpret=True))
+    out = multiply(rows, as_matrices(stack), jnp.asarray(sizes, jnp.int32))
+    expected = exact(rows, jax.jit(dequantize)(stack), sizes)
     # A difference of two codes is exact in bfloat16: again as near as with matrices of float32.
     np.testing.assert_allclose(out, expected, rtol=1e-5, atol=1e-6 * np.abs(expected).max())
 

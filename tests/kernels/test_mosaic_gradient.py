@@ -4,6 +4,7 @@ What the interpreter does not show is as for the other kernels, see test_mosaic_
 """
 
 import re
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -41,7 +42,8 @@ def float64(array):
 @pytest.mark.parametrize(("sizes", "R", "N", "K"), CASES[:2], ids=str)
 def test_rows_by_columns(sizes, R, N, K):
     dy, _, w = rows_and_matrices(R, (1, N), (len(sizes), N, K), dtype=jnp.bfloat16)
-    got = products().by_columns(poison(dy, sizes), w, int32(sizes), FLOAT32)
+    multiply = jax.jit(partial(products().by_columns, out_dtype=FLOAT32))
+    got = multiply(poison(dy, sizes), w, int32(sizes))
     group, owned = np.repeat(np.arange(len(sizes)), sizes), sum(sizes)
     np.testing.assert_allclose(got[:owned], np.einsum("rn,rnk->rk", float64(dy[:owned]), float64(w)[group]), atol=1e-4)
 
@@ -54,7 +56,8 @@ def test_outer_products(sizes, R, N, K):
     ends, bad = np.cumsum(sizes), int(np.argmax(np.asarray(sizes) > 0))
     of_bad = slice(ends[bad] - sizes[bad], ends[bad])
     poisoned = [poison(rows.at[of_bad].set(jnp.nan), sizes) for rows in (dy, x)]
-    got = np.asarray(products().outer(*poisoned, int32(sizes), FLOAT32))
+    multiply = jax.jit(partial(products().outer, out_dtype=FLOAT32))
+    got = np.asarray(multiply(*poisoned, int32(sizes)))
     for group, (size, end) in enumerate(zip(sizes, ends, strict=True)):
         own = slice(end - size, end)
         expected = float64(dy[own]).T @ float64(x[own])
@@ -64,7 +67,7 @@ def test_outer_products(sizes, R, N, K):
             np.testing.assert_allclose(got[group], expected, atol=1e-4)
     if sum(sizes) == R:
         beyond = [*sizes[:-1], sizes[-1] + 100]
-        np.testing.assert_array_equal(products().outer(*poisoned, int32(beyond), FLOAT32), got)
+        np.testing.assert_array_equal(multiply(*poisoned, int32(beyond)), got)
 
 
 @pytest.mark.full

@@ -3,6 +3,7 @@
 import dataclasses
 from types import SimpleNamespace
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -31,9 +32,9 @@ def changed(tiles, **sizes):
 
 @pytest.mark.parametrize("m", [16, 128])
 def test_tiles_are_as_many_as_the_kernel_has(m) -> None:
-    rng = np.random.default_rng(m)
+    rng, tile = np.random.default_rng(m), jax.jit(tile_groups, static_argnums=(1, 2))
     for sizes in ((0,), (8, 0, 1), *(tuple(rng.integers(0, 200, 9).tolist()) for _ in range(5))):
-        used = tile_groups(jnp.asarray(sizes, jnp.int32), max(sum(sizes), 1), m).used
+        used = tile(jnp.asarray(sizes, jnp.int32), max(sum(sizes), 1), m).used
         assert count_row_tiles(sizes, m) == int(used[0]), sizes
 
 

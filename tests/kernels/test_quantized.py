@@ -172,7 +172,7 @@ def test_each_stack_may_be_packed_its_own_way(cases, R, backend):
 def test_edge_shapes(case, sizes, R, N, K, backend):
     rhs_GNK, exact = pack(case, 0, len(sizes), N, K)
     lhs_RK = normal(9, R, K)
-    actual = grouped_matmul(poison(lhs_RK, sizes), rhs_GNK, int32(sizes), backend=backend)
+    actual = compiled(grouped_matmul, backend)(poison(lhs_RK, sizes), rhs_GNK, int32(sizes))
     assert_close(actual, product_oracle(lhs_RK, exact, sizes), sizes)
 
 

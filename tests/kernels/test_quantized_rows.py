@@ -1,6 +1,7 @@
 """Rows that are rounded to 8 bits before a product: against numpy and ml_dtypes, and products in float64."""
 
 import itertools
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -69,23 +70,25 @@ def test_rows_of_zeros_and_of_the_smallest_numbers_are_finite(format) -> None:
     assert not np.asarray(rows.values, np.float32)[0].any()
 
 
-@pytest.mark.parametrize("format", DYNAMIC)
 @pytest.mark.parametrize("K", [24, 64, 160])
-def test_scales_of_rows_that_devices_share_are_those_of_whole_rows(format, K) -> None:
+def test_scales_of_rows_that_devices_share_are_those_of_whole_rows(K) -> None:
     """Blocks of 128 that end inside of a device's columns, and that are whole there."""
     mesh, sizes = mesh_of(1, 4, 2), ("tp", "ep")
     x_RK = jnp.asarray(np.random.default_rng(0).normal(size=(5, 8 * K)) * np.arange(1, 8 * K + 1), jnp.float32)
 
+    def of_each_format(x, **options):
+        for format in DYNAMIC:
+            rows = quantize_rows(x, format, **options)
+            yield rows.values.astype(jnp.float32), jnp.repeat(rows.scales, rows.block, axis=1)[:, : x.shape[1]]
+
     def here(x):
-        rows = quantize_rows(x, format, split_over=sizes)
-        scales = jnp.repeat(rows.scales, rows.block, axis=1)[:, :K]
-        return rows.values.astype(jnp.float32), scales
+        return [*of_each_format(x, split_over=sizes)]
 
     split = P(None, sizes)
-    found = jax.jit(jax.shard_map(here, mesh=mesh, in_specs=split, out_specs=(split, split)))(x_RK)
-    whole = quantize_rows(x_RK, format)
-    np.testing.assert_array_equal(found[0], whole.values.astype(jnp.float32))
-    np.testing.assert_array_equal(found[1], jnp.repeat(whole.scales, whole.block, axis=1)[:, : 8 * K])
+    found = jax.jit(jax.shard_map(here, mesh=mesh, in_specs=split, out_specs=split))(x_RK)
+    for format, of_parts, of_whole in zip(DYNAMIC, found, of_each_format(x_RK), strict=True):
+        for part, whole in zip(of_parts, of_whole, strict=True):
+            np.testing.assert_array_equal(part, whole, err_msg=format)
 
 
 def test_ties_go_to_even() -> None:
@@ -123,9 +126,10 @@ def test_products_of_rounded_rows(format, backend) -> None:
         return None if scales is None else np.asarray(scales)[group_R, number]
 
     x_RD = rounded(x[: sum(sizes)], format, of_rows(0))
-    both = [exact(x_RD, dequantize(up)[:, half], sizes, b_up[:, half]) for half in (0, 1)]
+    w_up, w_down = jax.jit(lambda *stacks: [*map(dequantize, stacks)])(up, down)
+    both = [exact(x_RD, w_up[:, half], sizes, b_up[:, half]) for half in (0, 1)]
     h_RF = rounded((silu(both[0]) * both[1]).astype(np.float32), format, of_rows(1))
-    expected = exact(h_RF, dequantize(down), sizes, b_down)
+    expected = exact(h_RF, w_down, sizes, b_down)
     # A number of h that lies between two of its format may go either way.
     errors = np.abs(np.asarray(y)[: sum(sizes)] - expected) / np.abs(expected).max()
     assert np.median(errors) < 1e-5
@@ -200,13 +204,16 @@ def test_hopper_multiplies_them_as_they_are(format, block, activations, K) -> No
     from jaxmoe.kernels.grouped_matmul.quantized import as_matrices
 
     stack = packed_stack(format, block, "float32", 4, 256, K)
+    matrices = jax.jit(dequantize)(stack)
+    multiply = jax.jit(
+        partial(mosaic_gpu.grouped_matmul, activations=activations, out_dtype=jnp.dtype(jnp.float32), interpret=True)
+    )
     scales = jnp.asarray([0.01, 0.02, 0.03, 0.04], jnp.float32) if activations in STATIC else None
     for sizes, R in (([5, 0, 18, 1], 30), ([100, 0, 91, 40], 240)):
         x = rows_and_matrices(R, (1, K))[0]
         of_rows = None if scales is None else np.asarray(scales)[np.repeat(range(4), sizes)]
-        expected = exact(rounded(x[: sum(sizes)], activations, of_rows), dequantize(stack), sizes)
-        options = {"activations": activations, "input_scales": scales, "out_dtype": jnp.dtype(jnp.float32)}
-        y = mosaic_gpu.grouped_matmul(poison(x, sizes), as_matrices(stack), int32(sizes), **options, interpret=True)
+        expected = exact(rounded(x[: sum(sizes)], activations, of_rows), matrices, sizes)
+        y = multiply(poison(x, sizes), as_matrices(stack), int32(sizes), input_scales=scales)
         np.testing.assert_allclose(y[: sum(sizes)], expected, rtol=1e-5, atol=1e-6 * np.abs(expected).max())
         assert not np.asarray(y)[sum(sizes) :].any()
 

@@ -1,6 +1,7 @@
 """The packed representation itself: every number of every format, what goes through JAX, and what is refused."""
 
 import dataclasses
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -26,7 +27,8 @@ def test_dequantize(case):
     wide = jax.jit(dequantize)(stack)
     assert wide.dtype == jnp.float32
     np.testing.assert_allclose(wide, exact, rtol=1e-6)
-    np.testing.assert_array_equal(dequantize(stack, jnp.bfloat16), wide.astype(jnp.bfloat16))
+    narrow = jax.jit(partial(dequantize, dtype=jnp.bfloat16))(stack)
+    np.testing.assert_array_equal(narrow, wide.astype(jnp.bfloat16))
 
 
 def one_scale(values, format, scale):
@@ -83,12 +85,13 @@ def test_every_nvfp4_scale():
 def test_matrix_scales_are_applied_where_matrices_stand_in_one(shape):
     """As `as_matrices` puts them for backends, and for each half of a matrix's outputs."""
     stack, _ = pack(Case("nvfp4", (1, 16)), 0, 2, 3, 8, 32)
-    plain = dequantize(stack)
+    plain = jax.jit(dequantize)(stack)
     factors = jnp.asarray(np.random.default_rng(1).uniform(0.5, 2, shape), jnp.float32)
     scaled = dataclasses.replace(stack, matrix_scales=factors)
     expected = plain * jnp.repeat(factors.reshape(2, 3, -1), 8 // (factors.size // 6), axis=-1)[..., None]
-    np.testing.assert_allclose(dequantize(scaled), expected, rtol=1e-6)
-    np.testing.assert_allclose(dequantize(as_matrices(scaled)), expected.reshape(2, 24, 32), rtol=1e-6)
+    alone, as_one = jax.jit(lambda scaled: (dequantize(scaled), dequantize(as_matrices(scaled))))(scaled)
+    np.testing.assert_allclose(alone, expected, rtol=1e-6)
+    np.testing.assert_allclose(as_one, expected.reshape(2, 24, 32), rtol=1e-6)
 
 
 def test_every_mxfp4_scale():
