@@ -25,6 +25,7 @@ from jaxmoe.kernels.grouped_matmul import ACTIVATIONS, BACKENDS, QuantizedStack,
 from jaxmoe.kernels.grouped_matmul.quantized import FORMATS
 from jaxmoe.models import Decoder, read_model_config
 from jaxmoe.placement.replicas import REPLICA_CHOICES
+from tests.support.covering import pairs
 from tests.support.families import EVERY_KIND
 from tests.support.meshes import mesh_of
 
@@ -122,15 +123,15 @@ def test_every_kind_of_layer(config, careful):
     trace_layer(config)
 
 
-@pytest.mark.covering(most=1)
-@pytest.mark.parametrize("kernels", BACKENDS)
-@pytest.mark.parametrize("dispatch", HERE)
-def test_every_dispatch_and_kernel(dispatch, kernels, careful):
-    for tokens in (4, 2000):  # few rows and many, one round and several
-        for dtype in (jnp.float32, jnp.bfloat16):
-            config = dataclasses.replace(PLAIN, bias=True, weights_on_input=tokens == 4)
-            wire = "float8_e4m3fn" if tokens == 4 else None
-            trace_layer(config, tokens=tokens, dtype=dtype, dispatch=dispatch, kernels=kernels, wire_dtype=wire)
+# Few rows and many: one round and several.
+@pytest.mark.covering(most=4)
+@pytest.mark.parametrize(
+    ("dispatch", "kernels", "tokens", "dtype"), pairs(HERE, [*BACKENDS], [4, 2000], ["float32", "bfloat16"])
+)
+def test_every_dispatch_and_kernel(dispatch, kernels, tokens, dtype, careful):
+    config = dataclasses.replace(PLAIN, bias=True, weights_on_input=tokens == 4)
+    wire = "float8_e4m3fn" if tokens == 4 else None
+    trace_layer(config, tokens=tokens, dtype=jnp.dtype(dtype), dispatch=dispatch, kernels=kernels, wire_dtype=wire)
 
 
 @pytest.mark.parametrize("choice", REPLICA_CHOICES)

@@ -1,6 +1,8 @@
 """Choices of experts that a layer is given: the router weights them as its own, and gradients are a dense layer's."""
 
 import dataclasses
+from collections.abc import Hashable
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -12,6 +14,7 @@ import jaxmoe
 from jaxmoe.config import ChosenByFunction, MoEConfig, PNormNormalization, RouterConfig, SparseMixer
 from jaxmoe.layers.router import RouterWeights, choose_experts
 from jaxmoe.models import read_model_config
+from tests.support.covering import covering
 from tests.support.families import FAMILIES
 from tests.support.goldens import GOLDENS
 from tests.support.meshes import mesh_of
@@ -45,6 +48,23 @@ def routed_layers() -> dict[str, MoEConfig]:
 
 
 LAYERS = routed_layers()
+
+
+def what_a_layer_adds(config: MoEConfig) -> dict[str, Hashable]:
+    """What a layer's program does for a router beside weighting choices by their logits."""
+    router = config.router
+    return {
+        "weights on the input": config.weights_on_input,
+        "norm": router.input_norm_eps is not None,
+        "logit bias": router.logit_bias,
+        "correction bias": router.correction_bias,
+        "expert scale": router.expert_scale,
+        "choice": type(router.choice),
+    }
+
+
+# Routers in which each of these occurs. How they weight a choice, which is all that differs, is compared without a layer.
+WHOLE = [[*LAYERS][i] for i in covering([what_a_layer_adds(config) for config in LAYERS.values()])]
 
 
 def router_params(config: MoEConfig) -> dict[str, jax.Array]:
@@ -108,6 +128,36 @@ def dense(config: MoEConfig, x_TD, ids_TK, weights: dict) -> jax.Array:
 
 @pytest.mark.full
 @pytest.mark.parametrize("name", LAYERS)
+def test_weights_of_a_given_choice_and_their_gradients_are_the_formulas(name) -> None:
+    config = LAYERS[name]
+    logits_TE = jnp.asarray(np.random.default_rng(1).normal(0, 2, (T, config.num_experts)), jnp.float32)
+    ids_TK, scale_E = other_choices(config, seed=3), router_params(config)["expert_scale"]
+    dw_TK = np.random.default_rng(2).normal(size=ids_TK.shape).astype(np.float32)
+
+    def ours(logits_TE, scale_E):
+        weights = RouterWeights(None, **{**router_params(config), "expert_scale": scale_E})
+        return choose_experts(logits_TE, weights, config.num_experts_per_tok, config.router, ids_TK)[1]
+
+    def formula(logits_TE, scale_E):
+        weigh = partial(dense_weights, scale_E=scale_E, router=config.router)
+        return jax.vmap(weigh)(logits_TE, ids_TK)
+
+    @jax.jit
+    def program(logits_TE, scale_E):
+        results = []
+        for function in (ours, formula):
+            w_TK, pull = jax.vjp(function, logits_TE, scale_E)
+            results.append((w_TK, *pull(dw_TK)))
+        return results
+
+    found, expected = program(logits_TE, scale_E)
+    assert np.abs(expected[1]).max() > 0
+    for actual, theirs in zip(found, expected, strict=True):
+        np.testing.assert_allclose(actual, theirs, atol=1e-5 * max(1, np.abs(theirs).max()))
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("name", WHOLE)
 def test_equals_its_own_choice_and_the_dense_layer(name) -> None:
     config = LAYERS[name]
     layer = jaxmoe.MoE(config, mesh=mesh_of(1, 2, 2), placement="round_robin", rngs=nnx.Rngs(0))

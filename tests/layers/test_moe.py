@@ -13,7 +13,8 @@ import jaxmoe
 from jaxmoe.config import MoEConfig, RouterConfig
 from jaxmoe.layers.specs import param_specs
 from jaxmoe.placement import ExpertPlacement
-from tests.support.meshes import mesh_of
+from tests.support.covering import pairs
+from tests.support.meshes import MESH_SHAPES, mesh_id, mesh_of
 from tests.support.oracle import dense_moe, softmax_top_k
 
 pytestmark = pytest.mark.covering(most=3)
@@ -34,9 +35,13 @@ def expected(layer: jaxmoe.MoE, x: np.ndarray) -> np.ndarray:
 
 
 @pytest.mark.covering(most=2)
-@pytest.mark.parametrize("dispatch", ["auto", "replicated", "all_gather", "all_to_all"])
-@pytest.mark.parametrize("placement", ["linear", "round_robin"])
-def test_equals_the_dense_oracle(mesh, placement, dispatch):
+@pytest.mark.parametrize(
+    ("mesh_shape", "placement", "dispatch"),
+    pairs(MESH_SHAPES, ["linear", "round_robin"], ["auto", "replicated", "all_gather", "all_to_all"]),
+    ids=mesh_id,
+)
+def test_equals_the_dense_oracle(mesh_shape, placement, dispatch):
+    mesh = mesh_of(*mesh_shape)
     layer = jaxmoe.MoE(CONFIG, mesh=mesh, placement=placement, dispatch=dispatch, rngs=nnx.Rngs(0))
     for shape in [(16,), (0, 16), (2, 5, 16), *([(13, 16)] if dispatch == "auto" else [])]:
         x = np.random.default_rng(1).normal(size=shape).astype(np.float32)

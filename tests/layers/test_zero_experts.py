@@ -12,7 +12,8 @@ import jaxmoe
 from jaxmoe.config import MoEConfig, RouterConfig
 from jaxmoe.models.replay import check_trace
 from jaxmoe.models.routing import RoutingRecorder, routing_of
-from tests.support.meshes import mesh_of
+from tests.support.covering import pairs
+from tests.support.meshes import MESH_SHAPES, mesh_id, mesh_of
 from tests.support.oracle import dense_moe, softmax_top_k
 
 pytestmark = pytest.mark.covering(most=3)
@@ -36,10 +37,13 @@ def dense(layer: jaxmoe.MoE, ids_TK: np.ndarray, weights_TK: np.ndarray) -> np.n
 
 
 @pytest.mark.covering(most=2)
-@pytest.mark.parametrize("dispatch", ["auto", "replicated", "all_gather", "all_to_all"])
-@pytest.mark.parametrize("placement", ["linear", "round_robin"])
-def test_equals_the_dense_oracle(mesh, placement, dispatch):
-    layer = make(mesh, placement=placement, dispatch=dispatch)
+@pytest.mark.parametrize(
+    ("mesh_shape", "placement", "dispatch"),
+    pairs(MESH_SHAPES, ["linear", "round_robin"], ["auto", "replicated", "all_gather", "all_to_all"]),
+    ids=mesh_id,
+)
+def test_equals_the_dense_oracle(mesh_shape, placement, dispatch):
+    layer = make(mesh_of(*mesh_shape), placement=placement, dispatch=dispatch)
     ids_TK, weights_TK = softmax_top_k(X, np.asarray(layer.w_router[...]), K)
     y, stats = layer(jnp.asarray(X))
     np.testing.assert_allclose(y, dense(layer, ids_TK, weights_TK), atol=3e-6)

@@ -34,14 +34,15 @@ def copy_of(source: Path, directory: Path, **changes) -> Path:
     return directory
 
 
+# The text part alone is tested on more meshes. Where transformers is at hand, tests/parity compares on (2, 2, 2) with it.
 @pytest.mark.covering(most=1)
-@pytest.mark.parametrize("mesh_shape", [(1, 1, 1), (2, 2, 2), (1, 2, 4)], ids=mesh_id)
+@pytest.mark.parametrize("mesh_shape", [(1, 2, 4), *([] if runs.live else [(2, 2, 2)])], ids=mesh_id)
 @pytest.mark.parametrize("name", SIZES)
 def test_logits_and_greedy_tokens(name, mesh_shape):
     expected = read_expected(name)
     model = jaxmoe.load(GOLDENS / name / "original", mesh=mesh_of(*mesh_shape), placement="round_robin")
     check_logits(model, expected)
-    if runs.full and mesh_shape == (1, 2, 4):  # live parity generates on another
+    if runs.full and mesh_shape == (1, 2, 4):
         check_greedy(model, expected)
 
 

@@ -69,11 +69,12 @@ SIZES = {
 @pytest.mark.parametrize("name", [*WRAPPERS, *SIZES])
 def test_logits_and_greedy_tokens(name, tmp_path):
     model = make_model(name, seed=7, **SIZES.get(name, {}))
-    expected = arrays_of(model, seed=7, new_tokens=32 if runs.full else 1)
+    generates = runs.full and name in SIZES  # the others generate what is stored of transformers
+    expected = arrays_of(model, seed=7, new_tokens=32 if generates else 1)
     save_forms(model, tmp_path)
     loaded = jaxmoe.load(tmp_path / "original", mesh=mesh_of(2, 2, 2))
     check_logits(loaded, expected)
-    if runs.full:
+    if generates:
         check_greedy(loaded, expected)
     if (tmp_path / "fused").is_dir():
         check_same_parameters(jaxmoe.load(tmp_path / "fused", mesh=mesh_of(2, 2, 2)), loaded)
