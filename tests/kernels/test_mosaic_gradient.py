@@ -115,7 +115,7 @@ def test_the_model_of_its_times_has_its_tiles():
     from jaxmoe.kernels.grouped_matmul import predict_gradient
     from jaxmoe.kernels.grouped_matmul.mosaic_gpu import gradient_kernel
 
-    tiles, modeled = gradient_kernel.choose_gradient_tiles(1536, 2048), predict_gradient.TILES
+    tiles, modeled = gradient_kernel.choose_gradient_tiles(128, 1536, 2048), predict_gradient.TILES
     assert (tiles.n, tiles.k, tiles.stages) == (modeled.n, modeled.k, modeled.stages)
     assert modeled.m == gradient_kernel.HEIGHT
     assert gradient_kernel.STAGE_ROWS == predict_gradient.STAGE_ROWS

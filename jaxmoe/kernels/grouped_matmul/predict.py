@@ -30,8 +30,9 @@ CACHE_KEPT = 0.5
 NEIGHBOR_CYCLES = 200
 # Bytes a cycle from shared memory to a multiprocessor.
 SHARED_BYTES = 128
-# Cycles from asking for a stage to having it, when all ask; and those from one tile to the next that nothing hides.
-REFILL_CYCLES, TILE_CYCLES = 1400, 300
+# Cycles from asking for a stage to having it, when all ask; and those from one tile to the next that nothing hides, a
+# search for the next one's group among them, of some 45 for each halving.
+REFILL_CYCLES, TILE_CYCLES = 1400, 400
 # Threads of a warp that meet in one bank where results of 2 bytes lie in shared memory unswizzled; half as many of 4 bytes.
 UNSWIZZLED_CONFLICTS = 8
 # Instructions for each result: rounding, addresses and a store; and those of an activation with an approximate exponential,
@@ -39,9 +40,11 @@ UNSWIZZLED_CONFLICTS = 8
 RESULT_INSTRUCTIONS, ACTIVATION_INSTRUCTIONS = 4, 18
 # Instructions for each packed number that is expanded in registers.
 EXPAND_INSTRUCTIONS = 2
-# Seconds of starting a kernel, and of the small kernels that make its map of tiles: the program compiled for an H100 has
-# two, of some two microseconds each, which products with equally many rows a tile share.
-LAUNCH_SECONDS, MAP_SECONDS = 3e-6, 2 * 2e-6
+# Seconds of starting a kernel.
+LAUNCH_SECONDS = 3e-6
+# Cycles until a block has the first sizes of groups, and for each of them: 12 instructions, and what the second level of
+# cache takes longer for the next sixteen.
+SIZES_CYCLES, GROUP_CYCLES = 600, 17
 # Seconds of the small kernel that adds up parts of the inner dimension.
 SUM_SECONDS = 2e-6
 # Rows begin at a multiple of this many, see `group_tiles`.
@@ -195,7 +198,8 @@ def predict(product: Product, tiles: TileSizes, gpu: GPU, *, store_conflicts: in
     multiplying = steps * (max(products, operands) + expanding) + results
     on_chip = waves * max(loading, multiplying) + REFILL_CYCLES * cycle
     memory = nbytes / (gpu.memory_bandwidth * MEMORY_SHARE)
-    launch = LAUNCH_SECONDS + MAP_SECONDS + (SUM_SECONDS if tiles.splits > 1 else 0)
+    finding = (SIZES_CYCLES + GROUP_CYCLES * len(product.sizes)) * cycle
+    launch = LAUNCH_SECONDS + finding + (SUM_SECONDS if tiles.splits > 1 else 0)
     of_steps = {
         "cache": cache, "latency": latency, "products": products, "operands": operands, "expanding": expanding,
     }  # fmt: skip

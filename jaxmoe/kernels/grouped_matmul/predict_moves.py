@@ -6,7 +6,7 @@ Both only move bytes, so they take what the memory does; the constants are those
 from jaxmoe.hardware import GPU
 from jaxmoe.kernels.grouped_matmul.predict import CACHE_KEPT, MEMORY_SHARE
 
-# Seconds of starting a kernel of XLA's behind another, as in `predict.MAP_SECONDS`.
+# Seconds of starting a kernel of XLA's behind another, as of `predict.SUM_SECONDS`.
 _LAUNCH_SECONDS = 2e-6
 
 

@@ -18,7 +18,7 @@ from jaxmoe.kernels.grouped_matmul.combine import KERNEL_ACTIVATIONS, OF_EXPONEN
 from jaxmoe.kernels.grouped_matmul.gpu import multiprocessors
 from jaxmoe.kernels.grouped_matmul.gradient import with_gradient_of, with_pullback
 from jaxmoe.kernels.grouped_matmul.gradient_products import mlp_gradients, product_gradients
-from jaxmoe.kernels.grouped_matmul.group_tiles import ALIGNMENT, tile_groups
+from jaxmoe.kernels.grouped_matmul.group_tiles import ALIGNMENT
 from jaxmoe.kernels.grouped_matmul.mosaic_gpu import blackwell, kernel, splits
 from jaxmoe.kernels.grouped_matmul.mosaic_gpu.blackwell_tiles import BlackwellProblem, is_blackwell
 from jaxmoe.kernels.grouped_matmul.mosaic_gpu.choice import choose_tiles
@@ -272,7 +272,7 @@ def _product(
         rows_RK,
         jax.tree.map(by_half, matrices_GNK),
         None if biases_GN is None else by_half(biases_GN),
-        tile_groups(group_sizes_G, R, tiles.m),
+        group_sizes_G.astype(jnp.int32),
         tiles,
         finish,
         out_dtype,

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 
-from jaxmoe.kernels.grouped_matmul.group_tiles import ALIGNMENT, GroupTiles
+from jaxmoe.kernels.grouped_matmul.group_tiles import ALIGNMENT, map_tiles
 from jaxmoe.kernels.grouped_matmul.mosaic_gpu.blackwell_tiles import OUTPUTS, SLOTS, piece_rows
 from jaxmoe.kernels.grouped_matmul.mosaic_gpu.pipeline import (
     copy_rows_out,
@@ -56,7 +56,7 @@ def multiply(
     rows_RK: jax.Array,
     matrices_GHNK: jax.Array,
     biases_GHN: jax.Array | None,
-    layout: GroupTiles,
+    group_sizes_G: jax.Array,
     tiles: Tiles,
     finish: Callable[..., jax.Array],
     out_dtype: jnp.dtype,
@@ -86,7 +86,7 @@ def multiply(
         compiler_params=plgpu.CompilerParams(lowering_semantics=plgpu.LoweringSemantics.Warpgroup),
         **({"interpret": plgpu.InterpretGPUParams()} if interpret else {}),
     )
-    return kernel(*layout, rows_RK[None], *stored)
+    return kernel(*map_tiles(group_sizes_G, R, tiles.m), rows_RK[None], *stored)
 
 
 def _scratch(call: Call, dtype: Any, out_dtype: Any) -> dict[str, Any]:

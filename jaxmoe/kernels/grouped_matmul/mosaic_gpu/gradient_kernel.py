@@ -21,12 +21,21 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 
-from jaxmoe.kernels.grouped_matmul.group_tiles import ALIGNMENT, GroupTiles
-from jaxmoe.kernels.grouped_matmul.mosaic_gpu.pipeline import copy_rows_out, count_tiles, drain, place, plgpu, swizzled
+from jaxmoe.kernels.grouped_matmul.group_tiles import ALIGNMENT, GroupTiles, offsets_bytes, offsets_shape
+from jaxmoe.kernels.grouped_matmul.mosaic_gpu.pipeline import (
+    compiler_params,
+    copy_rows_out,
+    count_tiles,
+    drain,
+    place,
+    plgpu,
+    swizzled,
+)
 from jaxmoe.kernels.grouped_matmul.mosaic_gpu.tiles import (
     COMPUTE_REGISTERS,
     LOADER_REGISTERS,
     PIECE_BYTES,
+    SHARED_BYTES,
     WARPGROUPS,
     WGMMA_ROWS,
 )
@@ -37,6 +46,8 @@ HEIGHT = WARPGROUPS * WGMMA_ROWS
 STAGE_ROWS = 64
 # Row tiles of dx that run together over the same outputs, as in `tiles`.
 _BAND = 8
+# Shared memory that barriers and alignment take.
+_BARRIER_BYTES = 1024
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -54,8 +65,8 @@ class GradientTiles:
     stages: int
 
 
-def choose_gradient_tiles(N: int, K: int) -> GradientTiles:
-    """Tiles for matrices [N, K]; nothing of it has been measured.
+def choose_gradient_tiles(G: int, N: int, K: int) -> GradientTiles:
+    """Tiles for matrices [G, N, K]; nothing of it has been measured.
 
     Raises:
         NotImplementedError: N or K is no multiple of what the kernel copies at a time.
@@ -66,14 +77,17 @@ def choose_gradient_tiles(N: int, K: int) -> GradientTiles:
             f"the mosaic_gpu kernel of gradients multiplies matrices of multiples of 16 outputs and inputs; got N={N}, "
             f"K={K}: use the portable one"
         )
-    return GradientTiles(n=256 if K > 128 else 128, k=k, stages=4)
+    n = 256 if K > 128 else 128
+    results = WARPGROUPS * 2 * WGMMA_ROWS * PIECE_BYTES
+    room = SHARED_BYTES - _BARRIER_BYTES - results - offsets_bytes(G)
+    return GradientTiles(n=n, k=k, stages=min(4, room // (STAGE_ROWS * (HEIGHT + n) * 2)))
 
 
 @partial(jax.jit, static_argnames=("tiles", "out_dtype", "blocks", "interpret"))
 def multiply_by_columns(
     dy_RN: jax.Array,
     matrices_GNK: jax.Array,
-    layout: GroupTiles,
+    group_sizes_G: jax.Array,
     tiles: GradientTiles,
     out_dtype: jnp.dtype,
     *,
@@ -82,37 +96,40 @@ def multiply_by_columns(
 ) -> jax.Array:
     """dy[r] @ W[g(r)] of each row; rows that no group owns hold anything.
 
-    R is a multiple of 8 here, `layout` that of tiles of `HEIGHT` rows, and `blocks` the number of multiprocessors.
+    R is a multiple of 8 here, and `blocks` the number of multiprocessors.
     """
-    R, (_, N, K) = dy_RN.shape[0], matrices_GNK.shape
+    R, (G, N, K) = dy_RN.shape[0], matrices_GNK.shape
     column_tiles, steps = pl.cdiv(K, tiles.n), N // tiles.k
 
-    def kernel(*refs: Any, **scratch: Any) -> None:
-        groups, row_blocks, skips, sizes, used, dy, matrices, out = refs
+    def kernel(*refs: Any, offsets: Any, **scratch: Any) -> None:
+        group_sizes, dy, matrices, out = refs
+        layout = GroupTiles(group_sizes, offsets, R, HEIGHT)
 
         def tile_at(number: Any) -> Tile:
-            row_tile, column_tile = place(number, used[0], column_tiles, _BAND)
-            matrix, row, column = matrices.at[groups[row_tile]], row_blocks[row_tile] * ALIGNMENT, column_tile * tiles.n
+            row_tile, column_tile = place(number, layout.used, column_tiles, _BAND)
+            group = layout.group_of(row_tile)
+            (row, first, last), column = layout.place(row_tile, group), column_tile * tiles.n
+            matrix = matrices.at[group]
 
             def stage_at(step: Any) -> tuple[Any, Any]:
                 inner = pl.ds(step * tiles.k, tiles.k)
                 return dy.at[pl.ds(row, HEIGHT), inner], matrix.at[inner, pl.ds(column, tiles.n)]
 
-            first = skips[row_tile]
-            return Tile(steps, stage_at, None, out, row, first, first + sizes[row_tile], column)
+            return Tile(steps, stage_at, None, out, row, first, last, column)
 
-        _multiply_tiles(tile_at, (used[0], column_tiles), tiles, transposed=False, **scratch)
+        _multiply_tiles(layout, tile_at, lambda: (layout.used, column_tiles), tiles, transposed=False, **scratch)
 
     shapes = (HEIGHT, tiles.k), (tiles.k, tiles.n)
     out = jax.ShapeDtypeStruct((R, K), out_dtype)
-    return _call(kernel, out, shapes, dy_RN.dtype, tiles, blocks, interpret)(*layout, dy_RN, matrices_GNK)
+    call = _call(kernel, out, shapes, dy_RN.dtype, tiles, G, blocks, interpret, masks=False)
+    return call(group_sizes_G, dy_RN, matrices_GNK)
 
 
 @partial(jax.jit, static_argnames=("tiles", "out_dtype", "blocks", "interpret"))
 def sum_outer_products(
     dy_RN: jax.Array,
     x_RK: jax.Array,
-    ends_G: jax.Array,
+    group_sizes_G: jax.Array,
     tiles: GradientTiles,
     out_dtype: jnp.dtype,
     *,
@@ -121,21 +138,21 @@ def sum_outer_products(
 ) -> jax.Array:
     """Σ dy[r]ᵀ x[r] over the rows of each group [G, N, K]; zeros of a group without rows.
 
-    R is a multiple of 8 here, `ends_G` the row after the last of each group, and `blocks` the number of multiprocessors.
+    R is a multiple of 8 here, and `blocks` the number of multiprocessors.
     """
-    G, N, K = ends_G.shape[0], dy_RN.shape[1], x_RK.shape[1]
+    G, (R, N), K = group_sizes_G.shape[0], dy_RN.shape, x_RK.shape[1]
     heights, column_tiles = pl.cdiv(N, HEIGHT), pl.cdiv(K, tiles.n)
-    starts_G = jnp.concatenate([jnp.zeros(1, jnp.int32), ends_G[:-1]])
 
-    def kernel(*refs: Any, **scratch: Any) -> None:
-        starts, ends, dy, x, out = refs
+    def kernel(*refs: Any, offsets: Any, **scratch: Any) -> None:
+        group_sizes, dy, x, out = refs
+        layout = GroupTiles(group_sizes, offsets, R, HEIGHT)
 
         def tile_at(number: Any) -> Tile:
             # The tiles of a group run together, so that the second level of cache has its rows.
             tile_row, column_tile = place(number, G * heights, column_tiles, heights)
             group = lax.div(tile_row, heights)
             top, column = lax.rem(tile_row, heights) * HEIGHT, column_tile * tiles.n
-            start, end = starts[group], ends[group]
+            start, end = layout.rows_of(group)
             first_block = lax.div(start, ALIGNMENT)
 
             def stage_at(step: Any) -> tuple[Any, Any]:
@@ -150,11 +167,12 @@ def sum_outer_products(
             steps = lax.div(rows + STAGE_ROWS - 1, STAGE_ROWS)
             return Tile(steps, stage_at, own_rows, out.at[group], top, 0, N - top, column)
 
-        _multiply_tiles(tile_at, (G * heights, column_tiles), tiles, transposed=True, **scratch)
+        _multiply_tiles(layout, tile_at, lambda: (G * heights, column_tiles), tiles, transposed=True, **scratch)
 
     shapes = (STAGE_ROWS, HEIGHT), (STAGE_ROWS, tiles.n)
     out = jax.ShapeDtypeStruct((G, N, K), out_dtype)
-    return _call(kernel, out, shapes, dy_RN.dtype, tiles, blocks, interpret)(starts_G, ends_G, dy_RN, x_RK)
+    call = _call(kernel, out, shapes, dy_RN.dtype, tiles, G, blocks, interpret, masks=True)
+    return call(group_sizes_G, dy_RN, x_RK)
 
 
 class Tile(NamedTuple):
@@ -188,8 +206,11 @@ def _call(
     shapes: tuple[tuple[int, int], tuple[int, int]],
     dtype: Any,
     tiles: GradientTiles,
+    G: int,
     blocks: int,
     interpret: bool,
+    *,
+    masks: bool,
 ) -> Callable[..., jax.Array]:
     # The interpreter reads no swizzled tile into registers.
     layout = () if interpret else swizzled(tiles.k, dtype)
@@ -205,6 +226,8 @@ def _call(
         "filled": plgpu.Barrier(num_arrivals=2, num_barriers=tiles.stages),
         "emptied": plgpu.Barrier(num_arrivals=WARPGROUPS, num_barriers=tiles.stages),
         "masked": plgpu.Barrier(num_arrivals=WARPGROUPS),
+        "offsets": plgpu.SMEM(offsets_shape(G), jnp.int32),
+        "added": plgpu.Barrier(num_arrivals=1),
     }
     return plgpu.kernel(
         kernel,
@@ -214,7 +237,7 @@ def _call(
         num_threads=WARPGROUPS + 1,
         thread_name="warpgroup",
         scratch_types=scratch,
-        compiler_params=plgpu.CompilerParams(lowering_semantics=plgpu.LoweringSemantics.Warpgroup),
+        compiler_params=compiler_params(own_barriers=not masks),
         **({"interpret": plgpu.InterpretGPUParams()} if interpret else {}),
     )
 
@@ -226,8 +249,9 @@ def _piece_width(columns: int, dtype: Any) -> int:
 
 
 def _multiply_tiles(
+    layout: GroupTiles,
     tile_at: Callable[[Any], Tile],
-    counts: tuple[Any, int],
+    counts: Callable[[], tuple[Any, int]],
     tiles: GradientTiles,
     *,
     transposed: bool,
@@ -237,10 +261,10 @@ def _multiply_tiles(
     filled: Any,
     emptied: Any,
     masked: Any,
+    added: Any,
 ) -> None:
     """Work through this block's tiles, every so many-th of `counts`, as the warpgroup that it is."""
     here, everywhere = lax.axis_index("multiprocessor"), lax.axis_size("multiprocessor")
-    own_tiles = count_tiles(*counts)
 
     def each(body: Callable[[Any, Tile], None]) -> Any:
         """body(number of the first stage, tile) for this block's tiles; gives the number of all stages."""
@@ -250,12 +274,14 @@ def _multiply_tiles(
             body(first_stage, tile)
             return first_stage + tile.steps
 
-        return lax.fori_loop(0, own_tiles, one, jnp.int32(0))
+        return lax.fori_loop(0, count_tiles(*counts()), one, jnp.int32(0))
 
     warpgroup = lax.axis_index("warpgroup")
 
     @pl.when(warpgroup == WARPGROUPS)
     def _() -> None:
+        layout.fill()
+        plgpu.barrier_arrive(added)
         plgpu.set_max_registers(LOADER_REGISTERS, action="decrease")
 
         def load(first_stage: Any, tile: Tile) -> None:
@@ -274,6 +300,7 @@ def _multiply_tiles(
     @pl.when(warpgroup < WARPGROUPS)
     def _() -> None:
         plgpu.set_max_registers(COMPUTE_REGISTERS, action="increase")
+        plgpu.barrier_wait(added)
 
         def multiply(first_stage: Any, tile: Tile) -> None:
             sums = _sum_tile(first_stage, tile, tiles, transposed, lhs_tiles, rhs_tiles, filled, emptied, masked)

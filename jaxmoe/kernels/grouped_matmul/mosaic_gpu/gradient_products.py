@@ -10,10 +10,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jaxmoe.kernels.grouped_matmul.group_tiles import ALIGNMENT, tile_groups
+from jaxmoe.kernels.grouped_matmul.group_tiles import ALIGNMENT
 from jaxmoe.kernels.grouped_matmul.mosaic_gpu.blackwell_tiles import is_blackwell
 from jaxmoe.kernels.grouped_matmul.mosaic_gpu.gradient_kernel import (
-    HEIGHT,
     choose_gradient_tiles,
     multiply_by_columns,
     sum_outer_products,
@@ -40,7 +39,7 @@ def missing_gradient(rows_RK: jax.Array, *stacks: Matrices, device_kind: str | N
         return "there is nothing to multiply"
     try:
         for stack in stacks:
-            choose_gradient_tiles(*stack.shape[1:])
+            choose_gradient_tiles(*stack.shape)
     except NotImplementedError as refusal:
         return str(refusal)
     return ""
@@ -68,18 +67,18 @@ class HopperProducts:
 
     def by_columns(self, dy_RN: jax.Array, w_GNK: jax.Array, group_sizes_G: jax.Array, out_dtype: Any) -> jax.Array:
         """dy[r] W[g(r)]."""
-        R, (_, N, K) = len(dy_RN), w_GNK.shape
-        layout, tiles = tile_groups(group_sizes_G, R, HEIGHT), choose_gradient_tiles(N, K)
+        R, tiles = len(dy_RN), choose_gradient_tiles(*w_GNK.shape)
         options = {"blocks": self.blocks, "interpret": self.interpret}
-        return multiply_by_columns(_aligned(dy_RN), w_GNK, layout, tiles, jnp.dtype(out_dtype), **options)[:R]
+        return multiply_by_columns(
+            _aligned(dy_RN), w_GNK, group_sizes_G.astype(jnp.int32), tiles, jnp.dtype(out_dtype), **options
+        )[:R]
 
     def outer(self, dy_RN: jax.Array, x_RK: jax.Array, group_sizes_G: jax.Array, out_dtype: Any) -> jax.Array:
         """Σ dy[r]ᵀ x[r] over the rows of each group."""
-        # Sizes may go beyond the rows, but not into those that are put there.
-        ends_G = jnp.minimum(jnp.cumsum(group_sizes_G, dtype=jnp.int32), len(dy_RN))
-        tiles = choose_gradient_tiles(dy_RN.shape[1], x_RK.shape[1])
+        tiles = choose_gradient_tiles(len(group_sizes_G), dy_RN.shape[1], x_RK.shape[1])
         options = {"blocks": self.blocks, "interpret": self.interpret}
-        return sum_outer_products(_aligned(dy_RN), _aligned(x_RK), ends_G, tiles, jnp.dtype(out_dtype), **options)
+        arrays = (_aligned(dy_RN), _aligned(x_RK), group_sizes_G.astype(jnp.int32))
+        return sum_outer_products(*arrays, tiles, jnp.dtype(out_dtype), **options)
 
 
 def _aligned(rows_RK: jax.Array) -> jax.Array:

@@ -3,7 +3,7 @@
 A persistent grid over the multiprocessors, and in each block three warpgroups: one keeps bringing tiles of rows and of
 matrices to shared memory, by the tensor memory accelerator; two multiply them by wgmma. The loader runs ahead over the ends
 of tiles, so that the next is there when a result is written. Letters here, beside the common ones of
-docs/concepts/letters.md: G groups, H halves (gate and up, or one), N and K of a matrix [N, K], I row tiles.
+docs/concepts/letters.md: G groups, H halves (gate and up, or one), N and K of a matrix [N, K].
 
 Where `Tiles.cluster` is 2, the two blocks of a cluster multiply the same rows, by neighboring tiles of outputs. Each reads
 its own matrices and one half of the rows, which the accelerator writes to both (multicast). No GPU has run this, and the
@@ -36,9 +36,10 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 
-from jaxmoe.kernels.grouped_matmul.group_tiles import ALIGNMENT, GroupTiles
+from jaxmoe.kernels.grouped_matmul.group_tiles import GroupTiles, offsets_shape
 from jaxmoe.kernels.grouped_matmul.mosaic_gpu.gather import load_gathered, tell_of_last
 from jaxmoe.kernels.grouped_matmul.mosaic_gpu.pipeline import (
+    compiler_params,
     copy_rows_out,
     count_tiles,
     drain,
@@ -78,7 +79,7 @@ def multiply(
     rows_RK: jax.Array | QuantizedRows,
     matrices_GHNK: jax.Array | QuantizedStack,
     biases_GHN: jax.Array | None,
-    layout: GroupTiles,
+    group_sizes_G: jax.Array,
     tiles: Tiles,
     finish: Callable[..., jax.Array],
     out_dtype: jnp.dtype,
@@ -114,7 +115,7 @@ def multiply(
         gathers=index_R is not None,
         interpret=interpret,
     )
-    _, H, N, _ = matrices_GHNK.shape
+    G, H, N, _ = matrices_GHNK.shape
     # Values, scales, zero points and matrix scales of what is packed.
     stored: list[Any] = jax.tree.leaves(matrices_GHNK)
     rows = jnp.moveaxis(rows_RK.reshape(T, K // call.parts, call.parts), -1, 0)
@@ -135,16 +136,14 @@ def multiply(
         **clusters,
         num_threads=WARPGROUPS + 1,
         thread_name="warpgroup",
-        scratch_types=_scratch(call, H, N, rows.dtype, stored[0].dtype, out_dtype),
-        compiler_params=plgpu.CompilerParams(
-            lowering_semantics=plgpu.LoweringSemantics.Warpgroup, approx_math=approximate
-        ),
+        scratch_types=_scratch(call, G, H, N, rows.dtype, stored[0].dtype, out_dtype),
+        compiler_params=compiler_params(own_barriers=True, approximate=approximate),
         **({"interpret": plgpu.InterpretGPUParams()} if interpret else {}),
     )
-    return kernel(*layout, *index, rows, *stored)
+    return kernel(group_sizes_G, *index, rows, *stored)
 
 
-def _scratch(call: Call, H: int, N: int, row_dtype: Any, matrix_dtype: Any, out_dtype: Any) -> dict[str, Any]:
+def _scratch(call: Call, G: int, H: int, N: int, row_dtype: Any, matrix_dtype: Any, out_dtype: Any) -> dict[str, Any]:
     tiles, parts = call.tiles, call.parts
     # The interpreter reads no swizzled tile into registers.
     matrix_layout = () if call.interpret and call.expands else swizzled(tiles.k // parts, matrix_dtype)
@@ -166,6 +165,8 @@ def _scratch(call: Call, H: int, N: int, row_dtype: Any, matrix_dtype: Any, out_
         ),
         "filled": plgpu.Barrier(num_arrivals=(1 if call.gathers else parts) + H, num_barriers=tiles.stages),
         "emptied": make_emptied(num_arrivals=WARPGROUPS, num_barriers=tiles.stages),
+        "offsets": plgpu.SMEM(offsets_shape(G), jnp.int32),
+        "added": plgpu.Barrier(num_arrivals=1),
     }
     if call.interpret and call.expands:
         scratch["expanded"] = plgpu.SMEM((WARPGROUPS, parts, WGMMA_ROWS, call.row_width), jnp.bfloat16)
@@ -173,9 +174,10 @@ def _scratch(call: Call, H: int, N: int, row_dtype: Any, matrix_dtype: Any, out_
 
 
 def _kernel(*refs: Any, call: Call, **scratch: Any) -> None:
-    groups, blocks, skips, sizes, used, *index, rows, matrices = refs[: 7 + call.gathers]
-    *others, out = refs[7 + call.gathers :]
+    group_sizes, *index, rows, matrices = refs[: 3 + call.gathers]
+    *others, out = refs[3 + call.gathers :]
     tiles = call.tiles
+    layout = GroupTiles(group_sizes, scratch["offsets"], out.shape[0] // tiles.splits, tiles.m)
     H, N = matrices.shape[1:3]
     steps = rows.shape[2] * call.parts // (tiles.k * tiles.splits)
     # Each of as many tiles as a cluster has blocks; the last may lie beyond the matrix: zeros come, and nothing is stored.
@@ -189,18 +191,21 @@ def _kernel(*refs: Any, call: Call, **scratch: Any) -> None:
             first = (lax.rem(column, column_tiles) * tiles.cluster + neighbor) * tiles.n
             body(i * steps, row, first, lax.div(column, column_tiles))
 
-        each_tile(used[0], column_tiles * tiles.splits, tiles.band, one)
+        each_tile(layout.used, column_tiles * tiles.splits, tiles.band, one)
 
     warpgroup = lax.axis_index("warpgroup")
 
     @pl.when(warpgroup == WARPGROUPS)
     def _() -> None:
+        layout.fill()
+        plgpu.barrier_arrive(scratch["added"])
         plgpu.set_max_registers(LOADER_REGISTERS, action="decrease")
 
         @each
         def _(first_stage: Any, row_tile: Any, column: Any, part: Any) -> None:
-            row = blocks[row_tile] * ALIGNMENT
-            matrix, first_step = matrices.at[groups[row_tile]], part * steps
+            group = layout.group_of(row_tile)
+            row, _, _ = layout.place(row_tile, group)
+            matrix, first_step = matrices.at[group], part * steps
             if call.gathers:
                 sources = (rows, index[0], row, matrix, column)
                 load_gathered(call, steps, first_stage, *sources, first_step=first_step, **scratch)
@@ -211,7 +216,7 @@ def _kernel(*refs: Any, call: Call, **scratch: Any) -> None:
                 steps, first_stage, of_tile, matrix, column, first_step=first_step, rows_shared_by=shared_by, **scratch
             )
 
-        uses = count_tiles(used[0], column_tiles * tiles.splits) * steps
+        uses = count_tiles(layout.used, column_tiles * tiles.splits) * steps
         if call.gathers:
             tell_of_last(call, uses, scratch["filled"])
         drain(uses, tiles.stages, scratch["emptied"])
@@ -219,15 +224,16 @@ def _kernel(*refs: Any, call: Call, **scratch: Any) -> None:
     @pl.when(warpgroup < WARPGROUPS)
     def _() -> None:
         plgpu.set_max_registers(COMPUTE_REGISTERS, action="increase")
+        plgpu.barrier_wait(scratch["added"])
 
         @each
         def _(first_stage: Any, row_tile: Any, column: Any, part: Any) -> None:
-            group, row = groups[row_tile], blocks[row_tile] * ALIGNMENT
-            first, last = skips[row_tile], skips[row_tile] + sizes[row_tile]
+            group = layout.group_of(row_tile)
             if call.format:
                 of_blocks = [ref.at[group] for ref in others[: 1 + call.zeros]]
                 own = (call, H, steps, first_stage, of_blocks, column)
                 if call.row_block:
+                    row, _, _ = layout.place(row_tile, group)
                     sums = sum_quantized_rows(*own, others[-1 - call.biased], row, **scratch)
                 else:
                     sums = (sum_scaled_numbers if call.scales_numbers else sum_packed)(*own, **scratch)
@@ -238,6 +244,8 @@ def _kernel(*refs: Any, call: Call, **scratch: Any) -> None:
             if call.biased:
                 sums = [_add_bias(call, y, others[-1].at[group, h], column, part) for h, y in enumerate(sums)]
             result = call.finish(*sums).astype(out.dtype)
+            # Not before the sums, which leave no registers for it.
+            row, first, last = layout.place(row_tile, group)
             # Results of parts stand one under another.
             to_row = row + part * (out.shape[0] // tiles.splits)
             _store(call, result, scratch["results"], out, to_row, first, last, column)

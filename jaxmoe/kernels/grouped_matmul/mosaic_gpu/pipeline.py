@@ -18,6 +18,30 @@ from jaxmoe.kernels.grouped_matmul.group_tiles import ALIGNMENT
 plgpu: Any = mosaic_gpu
 
 
+def compiler_params(*, own_barriers: bool, approximate: bool = False) -> Any:
+    """Pallas's options for a kernel for Hopper; with `own_barriers` it puts no barriers of a warpgroup beside the kernel's.
+
+    It would put one before every copy to shared memory, and one before and one behind every store of registers to it.
+    A kernel needs none of these where each part of shared memory is one of the following.
+
+    - Stages are written by copies and read by tensor cores or to registers. Whoever issues a copy has waited for `emptied`,
+      at which every thread that reads arrives when it is through, behind a fence if it has read to registers. No thread of
+      the loader gets ahead by a whole round: all 128 arrive at `filled`, before which nobody empties. Where its threads
+      copy rows themselves, they do so behind a fence and a barrier, `commit_smem`.
+    - Results are written by threads and read by copies. `wait_smem_to_gmem` ends with a barrier, so all threads store
+      behind the copies before, and `commit_smem` is a fence and a barrier, so they are copied behind all threads' stores.
+    - Numbers alone, as offsets of groups are, are stored without barriers in any case. Every thread of the loader stores
+      all of them, and others read them behind an arrival of each of those threads.
+
+    Rows of a stage that are masked in place are none of these: they are read and written by threads.
+    """
+    return plgpu.CompilerParams(
+        lowering_semantics=plgpu.LoweringSemantics.Warpgroup,
+        approx_math=approximate,
+        unsafe_no_auto_barriers=own_barriers,
+    )
+
+
 def count_tiles(row_tiles: Any, column_tiles: int) -> Any:
     """Tiles that are this block's: every so many-th, by the number of blocks."""
     here, everywhere = lax.axis_index("multiprocessor"), lax.axis_size("multiprocessor")

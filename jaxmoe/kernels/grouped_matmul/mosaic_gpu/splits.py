@@ -12,7 +12,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jaxmoe.kernels.grouped_matmul.group_tiles import GroupTiles
 from jaxmoe.kernels.grouped_matmul.mosaic_gpu import kernel
 from jaxmoe.kernels.grouped_matmul.mosaic_gpu.tiles import Tiles
 
@@ -22,7 +21,7 @@ def multiply(
     rows_RK: jax.Array,
     matrices_GHNK: jax.Array,
     biases_GHN: jax.Array | None,
-    layout: GroupTiles,
+    group_sizes_G: jax.Array,
     tiles: Tiles,
     finish: Callable[..., jax.Array],
     out_dtype: jnp.dtype,
@@ -36,7 +35,8 @@ def multiply(
     options: dict[str, Any] = {"index_R": index_R, "approximate": False, "blocks": blocks, "interpret": interpret}
     biases = None if biases_GHN is None else biases_GHN.reshape(G, 1, H * N)
     one_matrix = matrices_GHNK.reshape(G, 1, H * N, K)
-    parts = kernel.multiply(rows_RK, one_matrix, biases, layout, tiles, _identity, jnp.dtype(jnp.float32), **options)
+    arrays = (rows_RK, one_matrix, biases, group_sizes_G)
+    parts = kernel.multiply(*arrays, tiles, _identity, jnp.dtype(jnp.float32), **options)
     parts_SRHN = parts.reshape(tiles.splits, -1, H, N)
     sums_RHN = reduce(jnp.add, [parts_SRHN[part] for part in range(tiles.splits)])
     return finish(*(sums_RHN[:, h] for h in range(H))).astype(out_dtype)

@@ -7,7 +7,7 @@ from typing import Any
 import jax.numpy as jnp
 
 from jaxmoe.hardware import GPUS
-from jaxmoe.kernels.grouped_matmul.group_tiles import ALIGNMENT
+from jaxmoe.kernels.grouped_matmul.group_tiles import ALIGNMENT, offsets_bytes
 from jaxmoe.kernels.grouped_matmul.predict import Product, likely_sizes, predict, skewed_sizes
 
 # Shared memory that a block may have, on Hopper and on Blackwell, and what barriers and alignment may take of it.
@@ -169,7 +169,7 @@ class Problem:
         stage = tiles.m * tiles.k * self.row_bytes + self.halves * tiles.n * tiles.k * self.weight_bits // 8
         width, slots = piece_of_results(tiles, self.out_bytes)
         results = WARPGROUPS * slots * piece_rows_of_results(tiles) * width * self.out_bytes
-        return tiles.stages * stage + results + RESERVED_BYTES
+        return tiles.stages * stage + results + offsets_bytes(self.G) + RESERVED_BYTES
 
     def fits(self, tiles: Tiles) -> bool:
         """Tell whether a block has the shared memory, and each of its threads the registers (ptxas spills at more).
@@ -186,8 +186,10 @@ class Problem:
             registers = sums
         elif self.row_block is not None:  # sums, those of a stage for one half, and scales of rows
             registers = sums + sums // self.halves + tiles.m // 4
-        else:  # sums of a block of inputs and the sum of those, or one; and the expanded numbers
-            registers = (1 if scales_numbers(self.format, self.block) else 2) * sums + tiles.k // 2
+        elif scales_numbers(self.format, self.block):  # sums, and the expanded numbers
+            registers = sums + tiles.k // 2
+        else:  # sums of a block of inputs and the sum of those, the expanded numbers, scales and zero points
+            registers = 2 * sums + tiles.k // 2 + 8
         most = _PACKED_SUMS if self.packed else _GATED_SUMS if self.halves == 2 else _THREAD_SUMS
         most = min(most, _TIGHT_SUMS) if self.gathered and self.tight else most
         return self.shared_bytes(tiles) <= SHARED_BYTES and registers <= most
