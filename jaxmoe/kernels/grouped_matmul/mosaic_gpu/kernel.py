@@ -36,7 +36,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 
-from jaxmoe.kernels.grouped_matmul.group_tiles import GroupTiles, offsets_shape
+from jaxmoe.kernels.grouped_matmul.group_tiles import ALIGNMENT, GroupTiles, offsets_shape
 from jaxmoe.kernels.grouped_matmul.mosaic_gpu.gather import load_gathered, tell_of_last
 from jaxmoe.kernels.grouped_matmul.mosaic_gpu.pipeline import (
     compiler_params,
