@@ -3,9 +3,9 @@
 A tile begins at a multiple of 8 rows, for the tensor memory accelerator copies rows in blocks of 8, so a group's first tile
 may begin with up to 7 rows of the group before: which of a tile's rows are its group's own is told beside where it begins.
 
-Each block of a kernel for Hopper finds its tiles itself. A map of them that XLA makes beforehand is several small kernels, six
-for 128 groups, of some two microseconds each, while a block adds up 128 sizes in one or two. Letters here, beside the common
-ones of docs/concepts/letters.md: G groups, I tiles, m rows of a tile.
+Each block of a kernel for Hopper finds its tiles itself. A map of them that XLA makes beforehand is several small kernels,
+six for 128 groups, of some two microseconds each, while a block adds up 128 sizes in one or two. Letters here, beside the
+common ones of docs/concepts/letters.md: G groups, I tiles, m rows of a tile.
 """
 
 import dataclasses
