@@ -67,7 +67,8 @@ def local_sums(
         pair_Q = jax.lax.dynamic_slice_in_dim(pairs.order, first, Q)
         ends_p = jnp.cumsum(pairs.sizes_p, dtype=jnp.int32)
         in_trip = jnp.clip(jnp.stack([ends_p - pairs.sizes_p, ends_p]), first, first + Q)
-        rows, index_Q = x_RD, pair_Q // K
+        rows: jax.Array = x_RD
+        index_Q: jax.Array | None = pair_Q // K
         if weights_on_input:
             # Rows that no slot here owns may hold anything, and so may their weights.
             owned_Q1 = (jnp.arange(Q, dtype=jnp.int32) < ends_p[-1] - first)[:, None]

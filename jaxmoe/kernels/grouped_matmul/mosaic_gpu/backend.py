@@ -105,10 +105,7 @@ def expert_mlp(
     measured_down = measured_tiles(Tiles, device_kind, "mosaic_gpu", places, w_down_pDF, out_dtype)
     halves = 2 if combine.gated else 1
     finish = _combined(combine)
-    of_activation = {
-        "approximate": combine.activation in OF_EXPONENTIALS and x_RD.dtype.itemsize == 2,
-        "tight": combine.activation != "silu",
-    }
+    approximate = combine.activation in OF_EXPONENTIALS and x_RD.dtype.itemsize == 2
 
     def forward(arrays: Any, groups: Any) -> jax.Array:
         (x_RD, w_up, w_down, b_up, b_down, scales_p2), (group_sizes_p, index_R) = arrays, groups
@@ -118,7 +115,7 @@ def expert_mlp(
         if scales_p2 is not None:  # of groups, so a row that several have is rounded in as many ways
             x_RD, index_R = take_rows(x_RD, index_R), None
         rows = _quantized(x_RD, activations, group_sizes_p, scales[0])
-        h_RF = _product(rows, w_up, b_up, group_sizes_p, finish, halves, *up, index_R=index_R, **of_activation)
+        h_RF = _product(rows, w_up, b_up, group_sizes_p, finish, halves, *up, index_R=index_R, approximate=approximate)
         rows = _quantized(h_RF, activations, group_sizes_p, scales[1], split_over)
         return _product(rows, w_down, b_down, group_sizes_p, _identity, 1, *down)
 
@@ -228,13 +225,12 @@ def _product(
     *,
     index_R: jax.Array | None = None,
     approximate: bool = False,
-    tight: bool = False,
 ) -> jax.Array:
     """The kernel on rows [R, K] and matrices [G, halves·N, K]; anything in rows that no group owns.
 
     With an index, on those of rows [T, K] that it names, which the kernel gathers, on Hopper. Exponentials may be off by
     some 10^-5 of themselves if `approximate`, on Hopper, except where scales are powers of two, which the kernel has of the
-    same function. `tight` is as of `Problem`.
+    same function.
     """
     if is_blackwell(device_kind):
         rows_RK, index_R = take_rows(rows_RK, index_R), None
@@ -246,7 +242,7 @@ def _product(
     if isinstance(matrices_GNK, QuantizedStack):
         matrices_GNK = _scale_each_output(matrices_GNK)
     problem = problem_of(places, matrices_GNK, halves, out_dtype, device_kind)
-    problem = dataclasses.replace(problem, gathered=index_R is not None, tight=tight)
+    problem = dataclasses.replace(problem, gathered=index_R is not None)
     given, measured = given_or_measured
     if given:
         problem.check(given)

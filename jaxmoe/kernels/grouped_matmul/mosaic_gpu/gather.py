@@ -14,11 +14,16 @@ from typing import Any
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
+from jax.experimental.mosaic import gpu
+from jax.experimental.mosaic.gpu import utils as gpu_utils
 
 from jaxmoe.kernels.grouped_matmul.group_tiles import ALIGNMENT
 from jaxmoe.kernels.grouped_matmul.mosaic_gpu.pipeline import plgpu, swizzled
 from jaxmoe.kernels.grouped_matmul.mosaic_gpu.sums import Call
 
+# Like Pallas's own, their types are still moving. The second has the dialects that it makes operations of.
+mgpu: Any = gpu
+utils: Any = gpu_utils
 # Bytes that a thread copies at a time, the threads of a warpgroup, and the copies whose rows are looked up together.
 _COPIED_BYTES, _THREADS, _TOGETHER = 16, 128, 4
 
@@ -52,11 +57,19 @@ def load_gathered(
 
     Args:
         call: facts of the call.
-        steps, first_stage, matrix, column, first_step, row_tiles, matrix_tiles, filled, emptied, others: as of `load`; the
-            barriers `filled` take one arrival for all parts of the rows.
+        steps: stages of the tile.
+        first_stage: first stage of the tile, counted from the block's first.
         rows: all rows, [parts, T, inner numbers of a part].
         index: int32 [R], the row at each place; a tile may go on beyond the last.
         first_place: first place of the tile.
+        matrix: matrix of its group, [H, N, inner numbers of a part].
+        column: first output of the tile.
+        first_step: stages of the whole inner dimension before those of the tile.
+        row_tiles: place of the rows in shared memory.
+        matrix_tiles: place of the matrices there.
+        filled: barriers of the stages, with one arrival for all parts of the rows.
+        emptied: barriers of the stages, which whoever multiplies arrives at.
+        others: scratch that loading has nothing to do with.
     """
     del others
     stages, parts, _, width = row_tiles.shape
@@ -157,12 +170,8 @@ def _copy(row_width: int, rows: Any, index: Any, first_place: Any, inner: Any, t
     )
     def ask(context: Any, rows: Any, index: Any, first_place: Any, inner: Any, tile: Any) -> None:
         del context
-        from jax.experimental.mosaic import gpu as mgpu
-        from jax.experimental.mosaic.gpu import utils
-        from jaxlib.mlir import ir
-        from jaxlib.mlir.dialects import arith, llvm, nvvm
-
-        i8, i32, i64 = map(ir.IntegerType.get_signless, (8, 32, 64))
+        arith, llvm, nvvm = utils.arith, utils.llvm, utils.nvvm
+        i8, i32, i64 = map(utils.ir.IntegerType.get_signless, (8, 32, 64))
         in_global = llvm.PointerType.get(address_space=1)
 
         def number(value: Any) -> Any:
@@ -220,10 +229,8 @@ def _wait_for_copies(call: Call, ahead: int, *, commit: bool) -> None:
     @plgpu.inline_mgpu()
     def wait(context: Any) -> None:
         del context
-        from jaxlib.mlir.dialects import nvvm
-
         if commit:
-            nvvm.cp_async_commit_group()
-        nvvm.cp_async_wait_group(ahead)
+            utils.nvvm.cp_async_commit_group()
+        utils.nvvm.cp_async_wait_group(ahead)
 
     wait()

@@ -58,6 +58,7 @@ from jaxmoe.kernels.grouped_matmul.mosaic_gpu.sums import (
 )
 from jaxmoe.kernels.grouped_matmul.mosaic_gpu.tiles import (
     COMPUTE_REGISTERS,
+    GATHERING_REGISTERS,
     LOADER_REGISTERS,
     WARPGROUPS,
     WGMMA_ROWS,
@@ -194,12 +195,13 @@ def _kernel(*refs: Any, call: Call, **scratch: Any) -> None:
         each_tile(layout.used, column_tiles * tiles.splits, tiles.band, one)
 
     warpgroup = lax.axis_index("warpgroup")
+    to_load, to_compute = GATHERING_REGISTERS if call.gathers else (LOADER_REGISTERS, COMPUTE_REGISTERS)
 
     @pl.when(warpgroup == WARPGROUPS)
     def _() -> None:
         layout.fill()
         plgpu.barrier_arrive(scratch["added"])
-        plgpu.set_max_registers(LOADER_REGISTERS, action="decrease")
+        plgpu.set_max_registers(to_load, action="decrease")
 
         @each
         def _(first_stage: Any, row_tile: Any, column: Any, part: Any) -> None:
@@ -223,7 +225,7 @@ def _kernel(*refs: Any, call: Call, **scratch: Any) -> None:
 
     @pl.when(warpgroup < WARPGROUPS)
     def _() -> None:
-        plgpu.set_max_registers(COMPUTE_REGISTERS, action="increase")
+        plgpu.set_max_registers(to_compute, action="increase")
         plgpu.barrier_wait(scratch["added"])
 
         @each

@@ -17,13 +17,14 @@ WARPGROUPS = 2
 WGMMA_ROWS = 64
 # Registers of a thread that loads, and of one that multiplies.
 LOADER_REGISTERS, COMPUTE_REGISTERS = 40, 232
+# The same where those that load gather rows: with 40 ptxas spills addresses.
+GATHERING_REGISTERS = 56, 224
 # Bytes of a row of results that are copied out at a time, where rows lead: copies begin at a multiple of so many.
 PIECE_BYTES = 128
 # The most sums of a tile that a thread has: of one matrix; of two, which an activation follows; and of packed matrices,
 # whose expanded numbers and scales are beside them. ptxas has room for them in 232 registers at every published shape
-# (tests/aot); with 192 sums of two it has not, whatever the activation, nor with more than 160 where rows are gathered and
-# an activation clamps its inputs.
-_THREAD_SUMS, _GATED_SUMS, _PACKED_SUMS, _TIGHT_SUMS = 192, 176, 160, 160
+# (tests/aot); with 192 sums of two it has not, whatever the activation.
+_THREAD_SUMS, _GATED_SUMS, _PACKED_SUMS = 192, 176, 160
 
 
 # The part of the time on the chip that may show beside that of memory: enough to prefer what has room to spare.
@@ -77,7 +78,6 @@ class Problem:
         format: format of packed matrices.
         row_block: inner numbers of a row that share a scale, of quantized rows; None of others.
         gathered: flag that the kernel gathers the rows.
-        tight: flag that an activation follows that takes more registers than silu does.
     """
 
     R: int
@@ -92,7 +92,6 @@ class Problem:
     format: str | None = None
     row_block: int | None = None
     gathered: bool = False
-    tight: bool = False
 
     @property
     def packed(self) -> bool:
@@ -191,7 +190,6 @@ class Problem:
         else:  # sums of a block of inputs and the sum of those, the expanded numbers, scales and zero points
             registers = 2 * sums + tiles.k // 2 + 8
         most = _PACKED_SUMS if self.packed else _GATED_SUMS if self.halves == 2 else _THREAD_SUMS
-        most = min(most, _TIGHT_SUMS) if self.gathered and self.tight else most
         return self.shared_bytes(tiles) <= SHARED_BYTES and registers <= most
 
     def works(self, tiles: Tiles) -> bool:
