@@ -199,11 +199,11 @@ def test_what_the_blocks_of_a_cluster_share(sizes, out_dtype, gpu_compiler, monk
     assert [copy.count("multicast::cluster") for copy in copies] == [1, 0] * (len(copies) // 2)
     constants = dict(re.findall(r"mov\.[bu]32 +\t?(%r\d+), (\d+);", code))
     expected = [constants[name] for name in re.findall(r"mbarrier\.init\.\S+ \[%r\d+\], (%r\d+);", code)]
-    # Arrivals of warpgroups at the barriers of places given back, of threads at those of copies.
-    assert sorted(expected) == sorted([str(2 * 2), str(2 * 128)] * tiles.stages)
+    # Arrivals of warpgroups at the barriers of places given back, of threads at those of copies and at that of the sizes.
+    assert sorted(expected) == sorted([str(2 * 2), str(2 * 128)] * tiles.stages + [str(128)])
     arrivals = re.findall(r"mbarrier\.arrive(\S*)", code)
     assert arrivals.count(".shared::cluster.b64") == code.count("mapa.shared::cluster") > 0
-    assert set(arrivals) == {".shared::cluster.b64", ".expect_tx.shared.b64"}
+    assert set(arrivals) == {".shared::cluster.b64", ".expect_tx.shared.b64", ".release.cta.shared::cta.b64"}
 
 
 @pytest.mark.parametrize("gathered", [False, True])

@@ -160,3 +160,15 @@ def test_tiles_differ_in_what_is_measured():
     assert {tiles.n for tiles in candidates} == {64, 128, 192, 256}
     assert {tiles.band for tiles in candidates} == {1, 8, 16}
     assert len(candidates) < 60
+
+
+def test_no_cluster_shares_gathered_rows():
+    """Only the accelerator could write a row to both blocks; nor is a tile of the table taken that has a cluster."""
+    problem = Problem(R=4096, G=8, halves=1, N=4096, K=14336, out_bytes=4)
+    gathered = dataclasses.replace(problem, gathered=True)
+    clustered = choose_tiles(problem)
+    assert (clustered.cluster, choose_tiles(gathered).cluster) == (2, 1)
+    assert {tiles.cluster for tiles in candidate_tiles(gathered)} == {1}
+    assert (problem.fits(clustered), gathered.fits(clustered)) == (True, False)
+    with pytest.raises(ValueError, match="cluster must be one of"):
+        gathered.check(clustered)
