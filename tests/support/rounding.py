@@ -15,6 +15,7 @@ import pytest
 from safetensors.numpy import save_file
 
 import jaxmoe
+from jaxmoe.kernels.grouped_matmul.row_loops import take_rows
 from tests.support.meshes import mesh_of
 from tests.support.quantized_checkpoints import compressed, write_pair
 from tests.support.saved import read_all
@@ -149,8 +150,9 @@ def _linear(self: Any, x: jax.Array, weight: jax.Array, out_dtype: Any = None) -
 def _expert_mlp(x: jax.Array, up: jax.Array, down: jax.Array, sizes: jax.Array, **options: Any) -> jax.Array:
     assert options["activation"] == "silu"
     assert options["b_down_pD"] is None
-    out = jax.ShapeDtypeStruct((len(x), down.shape[1]), np.float32)
-    return jax.pure_callback(PRODUCTS.mlp, out, x, up, down, sizes)
+    rows = take_rows(x, options["index_R"])
+    out = jax.ShapeDtypeStruct((len(rows), down.shape[1]), np.float32)
+    return jax.pure_callback(PRODUCTS.mlp, out, rows, up, down, sizes)
 
 
 def reference_logits(quantized: Path, plain: Path, form: str, tokens: Any) -> np.ndarray:

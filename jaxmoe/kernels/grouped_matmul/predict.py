@@ -13,7 +13,9 @@ which of them is wrong. Letters here, beside the common ones of docs/concepts/le
 import dataclasses
 import itertools
 import math
-from collections.abc import Iterable, Sequence
+from collections import Counter
+from collections.abc import Iterable
+from functools import lru_cache
 from typing import Protocol, TypeVar
 
 from jaxmoe.hardware import GPU
@@ -241,7 +243,8 @@ def _result_cycles(product: Product, tiles: TileSizes, gpu: GPU, store_conflicts
     return results * instructions / gpu.fp32_units + stores + TILE_CYCLES
 
 
-def count_row_tiles(sizes: Sequence[int], m: int) -> int:
+@lru_cache(maxsize=4096)
+def count_row_tiles(sizes: tuple[int, ...], m: int) -> int:
     """Tiles of `m` rows over groups of those sizes, each of which begins with a block of 8 rows.
 
     >>> count_row_tiles((0, 9, 16), 16)
@@ -270,11 +273,12 @@ def memory_bytes(product: Product, tiles: TileSizes, gpu: GPU) -> float:
     if min(tiles.band * tiles.m, product.rows) * product.K * product.row_bytes > kept:
         together = max(1, gpu.multiprocessors // tiles.band)
         rows *= math.ceil(math.ceil(product.N / tiles.n) / together)
-    matrices = 0.0
-    for size in product.sizes:
-        bands = math.ceil(count_row_tiles((size,), tiles.m) / tiles.band)
-        matrices += product.matrix_bytes * (min(bands, 1) if product.matrix_bytes <= kept else bands)
-    return rows + results + matrices
+    read = sum(
+        count * (min(bands, 1) if product.matrix_bytes <= kept else bands)
+        for size, count in Counter(product.sizes).items()
+        for bands in [math.ceil(count_row_tiles((size,), tiles.m) / tiles.band)]
+    )
+    return rows + results + product.matrix_bytes * read
 
 
 def likely_sizes(tokens: int, per_token: int, groups: int) -> tuple[int, ...]:

@@ -142,13 +142,8 @@ def place_of(row: Any, chunk: Any, row_bytes: int, swizzle: int) -> Any:
 
 def _copy_in_interpreter(rows: Any, index: Any, first_place: Any, inner: Any, tile: Any) -> None:
     (m, width), last = tile.shape, index.shape[0] - 1
-
-    def one(place: Any, nothing: Any) -> None:
-        del nothing
-        row = index[jnp.minimum(first_place + place, last)]
-        tile[pl.ds(place, 1)] = rows[pl.ds(row, 1), pl.ds(inner, width)]
-
-    lax.fori_loop(0, m, one, None)
+    places = jnp.minimum(first_place + jnp.arange(m, dtype=jnp.int32), last)
+    tile[...] = rows[:, pl.ds(inner, width)][index[...][places]]
 
 
 def _copy(row_width: int, rows: Any, index: Any, first_place: Any, inner: Any, tile: Any) -> None:
