@@ -18,7 +18,7 @@ from jax.experimental.mosaic import gpu
 from jax.experimental.mosaic.gpu import utils as gpu_utils
 
 from jaxmoe.kernels.grouped_matmul.group_tiles import ALIGNMENT
-from jaxmoe.kernels.grouped_matmul.mosaic_gpu.pipeline import plgpu, swizzled
+from jaxmoe.kernels.grouped_matmul.mosaic_gpu.pipeline import copy_matrices, plgpu, swizzled, wait_for_place
 from jaxmoe.kernels.grouped_matmul.mosaic_gpu.sums import Call
 
 # Like Pallas's own, their types are still moving. The second has the dialects that it makes operations of.
@@ -73,23 +73,15 @@ def load_gathered(
     """
     del others
     stages, parts, _, width = row_tiles.shape
-    _, halves, n, _ = matrix_tiles.shape
     copy = _copy_in_interpreter if call.interpret else partial(_copy, call.row_width)
     ahead = stages_ahead(stages)
 
     def one(step: Any, nothing: Any) -> None:
         del nothing
         stage = first_stage + step
-        slot = lax.rem(stage, stages)
+        slot = wait_for_place(stage, stages, emptied)
         inner = (first_step + step) * width
-
-        @pl.when(stage >= stages)
-        def _() -> None:
-            plgpu.barrier_wait(emptied.at[slot])
-
-        for h in range(halves):
-            outputs = matrix.at[h, pl.ds(column, n), pl.ds(inner, width)]
-            plgpu.copy_gmem_to_smem(outputs, matrix_tiles.at[slot, h], filled.at[slot])
+        copy_matrices(matrix, column, pl.ds(inner, width), matrix_tiles.at[slot], filled.at[slot])
         for part in range(parts):
             copy(rows.at[part], index, first_place, inner, row_tiles.at[slot, part])
         _wait_for_copies(call, ahead, commit=True)

@@ -30,6 +30,7 @@ from jaxmoe.kernels.grouped_matmul.mosaic_gpu.pipeline import (
     place,
     plgpu,
     swizzled,
+    wait_for_place,
 )
 from jaxmoe.kernels.grouped_matmul.mosaic_gpu.tiles import (
     COMPUTE_REGISTERS,
@@ -287,9 +288,7 @@ def _multiply_tiles(
         def load(first_stage: Any, tile: Tile) -> None:
             def one(step: Any, nothing: Any) -> None:
                 del nothing
-                stage = first_stage + step
-                slot = lax.rem(stage, tiles.stages)
-                pl.when(stage >= tiles.stages)(lambda: plgpu.barrier_wait(emptied.at[slot]))
+                slot = wait_for_place(first_stage + step, tiles.stages, emptied)
                 for source, place_ in zip(tile.stage_at(step), (lhs_tiles, rhs_tiles), strict=True):
                     plgpu.copy_gmem_to_smem(source, place_.at[slot], filled.at[slot])
 

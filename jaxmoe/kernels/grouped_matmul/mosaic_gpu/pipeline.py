@@ -101,27 +101,36 @@ def load(
     """
     del others
     stages, parts, _, width = row_tiles.shape
-    _, halves, n, _ = matrix_tiles.shape
 
     def one(step: Any, nothing: Any) -> None:
         del nothing
-        stage = first_stage + step
-        slot = lax.rem(stage, stages)
+        slot = wait_for_place(first_stage + step, stages, emptied)
         inner = pl.ds((first_step + step) * width, width)
-
-        @pl.when(stage >= stages)
-        def _() -> None:
-            plgpu.barrier_wait(emptied.at[slot])
-
         for part in range(parts):
             plgpu.copy_gmem_to_smem(
                 rows.at[part, :, inner], row_tiles.at[slot, part], filled.at[slot], collective_axes=rows_shared_by
             )
-        for h in range(halves):
-            outputs = matrix.at[h, pl.ds(column, n), inner]
-            plgpu.copy_gmem_to_smem(outputs, matrix_tiles.at[slot, h], filled.at[slot])
+        copy_matrices(matrix, column, inner, matrix_tiles.at[slot], filled.at[slot])
 
     lax.fori_loop(0, steps, one, None)
+
+
+def wait_for_place(stage: Any, stages: int, emptied: Any) -> Any:
+    """Give the place of a stage in shared memory, as soon as the stage that was there before it has been multiplied."""
+    slot = lax.rem(stage, stages)
+
+    @pl.when(stage >= stages)
+    def _() -> None:
+        plgpu.barrier_wait(emptied.at[slot])
+
+    return slot
+
+
+def copy_matrices(matrix: Any, column: Any, inner: Any, tile: Any, filled: Any) -> None:
+    """Ask for a stage of a matrix's halves, [H, n, k of a part] from output `column` on; `filled` is told of each."""
+    halves, n, _ = tile.shape
+    for h in range(halves):
+        plgpu.copy_gmem_to_smem(matrix.at[h, pl.ds(column, n), inner], tile.at[h], filled)
 
 
 def drain(uses: Any, slots: int, barriers: Any) -> None:
