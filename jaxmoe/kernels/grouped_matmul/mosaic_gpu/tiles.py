@@ -190,6 +190,8 @@ class Problem:
         else:  # sums of a block of inputs and the sum of those, the expanded numbers, scales and zero points
             registers = 2 * sums + tiles.k // 2 + 8
         most = _PACKED_SUMS if self.packed else _GATED_SUMS if self.halves == 2 else _THREAD_SUMS
+        if self.packed and self.gathered:  # expanded numbers leave none to spare for a loader that gathers
+            most -= COMPUTE_REGISTERS - GATHERING_REGISTERS[1]
         return self.shared_bytes(tiles) <= SHARED_BYTES and registers <= most
 
     def works(self, tiles: Tiles) -> bool:
