@@ -215,6 +215,17 @@ print("ended")
 """
 
 
+def refuses_connections(client: httpx.Client) -> bool:
+    """Whether nothing listens any more. A connection made while the server closes is reset, which does not say so yet."""
+    try:
+        client.get("/health")
+    except httpx.ConnectError:
+        return True
+    except httpx.TransportError:
+        pass
+    return False
+
+
 @pytest.mark.full
 @pytest.mark.parametrize(("drain", "tokens", "finishes"), [("30", 60, True), ("1", 10**5, False)])
 def test_sigterm_lets_requests_end_and_waits_no_longer_than_it_may(drain: str, tokens: int, finishes: bool) -> None:
@@ -233,8 +244,7 @@ def test_sigterm_lets_requests_end_and_waits_no_longer_than_it_may(drain: str, t
                     if len(lines) == 3:
                         process.send_signal(signal.SIGTERM)
             assert (lines[-1] == "data: [DONE]") == finishes
-            with pytest.raises(httpx.ConnectError):
-                wait_until(lambda: client.get("/health").status_code == 0)
+            wait_until(lambda: refuses_connections(client))
         assert process.wait(30) == 0
         assert process.stdout.read() == "ended\n"
         assert len([json.loads(line[6:]) for line in lines if line != "data: [DONE]"]) > 3
