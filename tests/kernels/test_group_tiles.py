@@ -16,8 +16,8 @@ map_of = jax.jit(map_tiles, static_argnums=(1, 2))
 
 @given(
     sizes=st.lists(st.integers(0, 40), min_size=GROUPS, max_size=GROUPS),
-    R=st.sampled_from([1, 93, 256]),
-    m=st.sampled_from([8, 16, 64]),
+    R=st.sampled_from([1, 93]),
+    m=st.sampled_from([8, 64]),
 )
 def test_every_owned_row_is_in_one_tile_of_its_group(sizes, R, m) -> None:
     check(sizes, R, m)
