@@ -20,7 +20,7 @@ from tests.support.rounding import CASES, reference_logits, write_rounding
 from tests.support.saved import read_all
 
 TOKENS = np.arange(24).reshape(6, 4) * 7 % 97
-MESHES = [((1, 1, 1), "linear"), ((2, 2, 2), "round_robin"), ((1, 4, 2), "linear")]
+MESHES = [((2, 2, 2), "round_robin"), ((1, 4, 2), "linear")]
 
 
 def errors(found, expected) -> np.ndarray:
@@ -39,7 +39,7 @@ def test_logits_are_those_of_plain_weights_and_rounded_inputs(case) -> None:
     """A scale of a row or block is that of all devices which share it, and a static one that of the weight."""
     quantized, plain, form = case
     expected = reference_logits(quantized, plain, form, TOKENS)
-    for shape, placement in MESHES if runs.full else MESHES[1:2]:
+    for shape, placement in MESHES if runs.full else MESHES[:1]:
         load = {"mesh": mesh_of(*shape), "placement": placement, "dtype": "float32"}
         model = jaxmoe.load(quantized, **load, activations="checkpoint")
         assert {packing.activations for packing in packings_of(model).values()} == {form}
