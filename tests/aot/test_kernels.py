@@ -43,7 +43,8 @@ PACKED = [
     ("minimax-m2, ep 8", "nvfp4", (1, 16), "float8_e4m3fn", False),
     ("nemotron-3-nano, ep 8", "nvfp4", (1, 16), "float8_e4m3fn", False),
     ("qwen3-30b-a3b, ep 8", "int8", (1, None), "bfloat16", False),
-    # What devices hold of blocks that are cut.
+    # What devices hold of matrices and blocks that are cut.
+    ("gpt-oss, tp 2 ep 4", "mxfp4", (1, 32), "uint8", False),
     ("minimax-m2, ep 8", "float8_e4m3fn", (64, 128), "float32", False),
     ("deepseek-v3, ep 8", "float8_e4m3fn", (128, 64), "float32", False),
     ("qwen3-235b, ep 8", "nvfp4", (1, 8), "float8_e4m3fn", False),

@@ -232,18 +232,19 @@ def _product(
     some 10^-5 of themselves if `approximate`, on Hopper, except where scales are powers of two, which the kernel has of the
     same function.
     """
-    if is_blackwell(device_kind):
+    (given, measured), (G, _, K) = given_or_measured, matrices_GNK.shape
+    # Where a last stage goes on beyond the inner dimension, the accelerator copies zeros, but threads what is there.
+    if is_blackwell(device_kind) or (isinstance(matrices_GNK, QuantizedStack) and K % 64):
         rows_RK, index_R = take_rows(rows_RK, index_R), None
     places = jax.eval_shape(take_rows, rows_RK, index_R)
-    R, (G, _, K) = len(jax.tree.leaves(places)[0]), matrices_GNK.shape
+    R = len(jax.tree.leaves(places)[0])
     N = matrices_GNK.shape[1] // halves
     if 0 in (R, G, N, K):
         return jnp.zeros((R, N), out_dtype)
     if isinstance(matrices_GNK, QuantizedStack):
-        matrices_GNK = _scale_each_output(matrices_GNK)
+        matrices_GNK = _scale_each_output(matrices_GNK, N)
     problem = problem_of(places, matrices_GNK, halves, out_dtype, device_kind)
     problem = dataclasses.replace(problem, gathered=index_R is not None)
-    given, measured = given_or_measured
     if given:
         problem.check(given)
     elif measured and not problem.fits(measured):  # of a result of fewer bytes, or of rows that nothing gathers
@@ -283,13 +284,13 @@ def _blocks(device_kind: str | None, known: GPU, interpret: bool, cluster: int =
     return INTERPRETED_BLOCKS * cluster if interpret else multiprocessors(device_kind, known)
 
 
-def _scale_each_output(stack: QuantizedStack) -> QuantizedStack:
-    """The same stack [G, N, K]; scales that the kernel cannot read one for 64 outputs are repeated, one for each.
+def _scale_each_output(stack: QuantizedStack, N: int) -> QuantizedStack:
+    """The same stack of halves of N outputs; scales that the kernel cannot read one for 64 are repeated, one for each.
 
     They are far smaller than the numbers are. Mosaic GPU reads a float8 as part of an array, but not alone.
     """
     bn, bk = stack.block
-    if bn == 1 or (bn % WGMMA_ROWS == 0 and stack.scales.dtype != jnp.float8_e4m3fn):
+    if bn == 1 or (bn % WGMMA_ROWS == 0 and N % WGMMA_ROWS == 0 and stack.scales.dtype != jnp.float8_e4m3fn):
         return stack
     scales, zero_points = jax.tree.map(lambda array: jnp.repeat(array, bn, axis=1), (stack.scales, stack.zero_points))
     return dataclasses.replace(stack, scales=scales, zero_points=zero_points, block=(1, bk))

@@ -105,6 +105,7 @@ def multiply(
     packed = matrices_GHNK if isinstance(matrices_GHNK, QuantizedStack) else None
     call = Call(
         tiles=tiles,
+        K=K,
         finish=finish,
         format=packed.format if packed else None,
         block=packed.block if packed else None,
@@ -146,8 +147,12 @@ def multiply(
 
 def _scratch(call: Call, G: int, H: int, N: int, row_dtype: Any, matrix_dtype: Any, out_dtype: Any) -> dict[str, Any]:
     tiles, parts = call.tiles, call.parts
-    # The interpreter reads no swizzled tile into registers.
-    matrix_layout = () if call.interpret and call.expands else swizzled(tiles.k // parts, matrix_dtype)
+    if call.interpret and call.expands:  # it reads no swizzled tile into registers
+        matrix_layout: tuple[Any, ...] = ()
+    elif call.K % tiles.k:  # bytes of a matrix whose rows are no whole swizzles, for registers as well
+        matrix_layout = (plgpu.TilingTransform((ALIGNMENT, 16)),)
+    else:
+        matrix_layout = swizzled(tiles.k // parts, matrix_dtype)
     width, slots = piece_of_results(tiles, jnp.dtype(out_dtype).itemsize)
     make_emptied = plgpu.Barrier
     if tiles.cluster > 1:
@@ -170,7 +175,7 @@ def _scratch(call: Call, G: int, H: int, N: int, row_dtype: Any, matrix_dtype: A
         "added": plgpu.Barrier(num_arrivals=1),
     }
     if call.interpret and call.expands:
-        scratch["expanded"] = plgpu.SMEM((WARPGROUPS, parts, WGMMA_ROWS, call.row_width), jnp.bfloat16)
+        scratch["expanded"] = plgpu.SMEM((WARPGROUPS, parts, WGMMA_ROWS, call.chunk // parts), jnp.bfloat16)
     return scratch
 
 
@@ -180,7 +185,8 @@ def _kernel(*refs: Any, call: Call, **scratch: Any) -> None:
     tiles = call.tiles
     layout = GroupTiles(group_sizes, scratch["offsets"], out.shape[0] // tiles.splits, tiles.m)
     H, N = matrices.shape[1:3]
-    steps = rows.shape[2] * call.parts // (tiles.k * tiles.splits)
+    # The last goes on beyond the inner dimension where that is no multiple of k: zeros come.
+    steps = pl.cdiv(call.K, tiles.k * tiles.splits)
     # Each of as many tiles as a cluster has blocks; the last may lie beyond the matrix: zeros come, and nothing is stored.
     column_tiles = pl.cdiv(N, tiles.n * tiles.cluster)
     neighbor = lax.axis_index(NEIGHBORS) if tiles.cluster > 1 else 0
@@ -190,6 +196,9 @@ def _kernel(*refs: Any, call: Call, **scratch: Any) -> None:
 
         def one(i: Any, row: Any, column: Any) -> None:
             first = (lax.rem(column, column_tiles) * tiles.cluster + neighbor) * tiles.n
+            if call.format and N % WGMMA_ROWS:
+                # Scales are read without bounds. What two tiles have in common they store alike.
+                first = jnp.minimum(first, N - tiles.n)
             body(i * steps, row, first, lax.div(column, column_tiles))
 
         each_tile(layout.used, column_tiles * tiles.splits, tiles.band, one)

@@ -150,7 +150,7 @@ def copy_rows_out(results: Any, out: Any, row: Any, first: Any, last: Any, colum
     A copy has a static number of rows, so the number wanted is made up of powers of two. Outputs beyond the matrix are
     left out by the accelerator, but not where it copies a single row, or rows as wide as the matrix: that is made one run
     of bytes, which would go on into the next row. `column` is a multiple of the results' width, and may be beyond the
-    matrix. All of it is one group to `wait_smem_to_gmem`.
+    matrix; or the results end within it. All of it is one group to `wait_smem_to_gmem`.
     """
     (height, width), N = results.shape, out.shape[1]
     start = jnp.clip(first, 0, height)

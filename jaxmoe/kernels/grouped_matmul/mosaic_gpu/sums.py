@@ -5,6 +5,7 @@ share a scale.
 """
 
 import dataclasses
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -25,6 +26,7 @@ class Call:
 
     Attributes:
         tiles: sizes of the tiles.
+        K: inner dimension.
         finish: function from the sums of the halves, float32, to the result; differentiable or not.
         format: format of packed matrices, see `QuantizedStack`; None of others.
         block: outputs and inputs that share a scale, of packed matrices.
@@ -38,6 +40,7 @@ class Call:
     """
 
     tiles: Tiles
+    K: int
     finish: Callable[..., jax.Array]
     format: str | None
     block: tuple[int, int] | None
@@ -73,8 +76,8 @@ class Call:
 
     @property
     def row_width(self) -> int:
-        """Inner numbers of a stage's rows that lie together in shared memory, see `swizzled`."""
-        return (self.chunk if self.format else self.tiles.k) // self.parts
+        """Inner numbers of a stage's rows that lie together in shared memory, see `swizzled`: they divide a row."""
+        return math.gcd(self.chunk if self.format else self.tiles.k, self.K) // self.parts
 
     @property
     def chunk(self) -> int:
@@ -129,7 +132,7 @@ def sum_packed(
     def one(step: Any, sums: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
         slot = lax.rem(first_stage + step, tiles.stages)
         # Read before the wait, for they come from far.
-        blocks = _blocks(call, step)
+        blocks = _blocks(call, step, of_blocks[0])
         scale_Hc = [[read_scale(h, block) for block in blocks] for h in range(H)]
         zero_Hc = [[read_zero(h, block) for block in blocks] for h in range(H) if read_zero]
         plgpu.barrier_wait(scratch["filled"].at[slot])
@@ -173,7 +176,7 @@ def sum_scaled_numbers(
         def one(step: Any, nothing: Any) -> None:
             del nothing
             slot = lax.rem(first_stage + step, tiles.stages)
-            blocks = _blocks(call, step)
+            blocks = _blocks(call, step, of_blocks[0])
             scale_Hc = [[read_scale(h, block) for block in blocks] for h in range(H)]
             zero_Hc = [[read_zero(h, block) for block in blocks] for h in range(H) if read_zero]
             plgpu.barrier_wait(scratch["filled"].at[slot])
@@ -221,7 +224,7 @@ def sum_quantized_rows(
 
     def one(step: Any, sums: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
         slot = lax.rem(first_stage + step, tiles.stages)
-        [block] = _blocks(call, step)
+        [block] = _blocks(call, step, of_blocks[0])
         scale_H = [read_scale(h, block) for h in range(H)]
         of_rows = row_scales.at[lax.div(step * tiles.k, row_block), pl.ds(row, tiles.m)]
         row_scale = lax.broadcast_in_dim(plgpu.load(of_rows, optimized=False), shape, (1,))
@@ -270,11 +273,12 @@ def _readers(
     return reader(scales, scale_number, scale_columns), read_zero
 
 
-def _blocks(call: Call, step: Any) -> list[Any]:
-    """The blocks of inputs that a step goes through."""
+def _blocks(call: Call, step: Any, scales: Any) -> list[Any]:
+    """The blocks of inputs that a step goes through; beyond the last input, whose rows are zeros there, the last one."""
     assert call.block is not None
     k, bk = call.tiles.k, call.block[1]
-    return [lax.div(step * k + first, bk) for first in range(0, k, min(k, bk))]
+    last = scales.shape[2] - 1
+    return [jnp.minimum(lax.div(step * k + first, bk), last) for first in range(0, k, min(k, bk))]
 
 
 def _side_by_side(of_blocks: list[jax.Array], width: int) -> jax.Array:

@@ -1,6 +1,7 @@
 """Sizes of the tiles that a block of a kernel works on, on Hopper; `choice` has the choice of them."""
 
 import dataclasses
+import math
 from functools import cached_property
 from typing import Any
 
@@ -107,6 +108,15 @@ class Problem:
         return not self.packed and self.N % 64 == 0
 
     @property
+    def output_unit(self) -> int:
+        """Outputs that N is a multiple of: 16 bytes of results, or as many as a warpgroup scales.
+
+        Where each output has scales of its own, and there is a tile of them, the last tile begins as early as it has to.
+        """
+        each_scaled = self.block is not None and self.block[0] == 1
+        return WGMMA_ROWS if self.packed and not (each_scaled and self.N >= WARPGROUPS * WGMMA_ROWS) else 8
+
+    @property
     def row_sizes(self) -> tuple[int, ...]:
         """Rows of tiles that are `swapped`: what wgmma's second operand takes; less is possible where it is of integers."""
         sizes = range(ALIGNMENT, 256 + 1, ALIGNMENT)
@@ -156,8 +166,8 @@ class Problem:
         return [Product(sizes=rows, **sizes) for rows in routings]
 
     def steps(self, tiles: Tiles) -> int:
-        """Stages of one tile."""
-        return self.K // (tiles.k * tiles.splits)
+        """Stages of one tile; the last may go on beyond the inner dimension, where zeros come."""
+        return math.ceil(self.K / (tiles.k * tiles.splits))
 
     def least_stages(self, tiles: Tiles) -> int:
         """Stages that are needed to go on: where a stage is given back when the next is under way, that needs a place."""
@@ -208,7 +218,7 @@ class Problem:
         widest = max(self.inner_sizes)
         # What is copied out begins at a multiple of 128 bytes in shared memory, so a row of it has 64 numbers.
         rows, outputs = (ALIGNMENT, WARPGROUPS * WGMMA_ROWS) if tiles.swapped else (WARPGROUPS * WGMMA_ROWS, 64)
-        if widest % tiles.k or self.K % tiles.k:
+        if widest % tiles.k or (self.K % tiles.k and tiles.k != widest):
             raise ValueError(f"k must divide {self.K}; got {tiles}: use {inner_tile(self)}")
         if tiles.m % rows or tiles.n % outputs or not (0 < tiles.m <= 256 and 0 < tiles.n <= 256):
             raise ValueError(f"m must be a multiple of {rows} and n of {outputs}, up to 256; got {tiles}")
@@ -269,7 +279,10 @@ def scales_numbers(format: str | None, block: tuple[int, int]) -> bool:
 
 
 def inner_tile(problem: Problem) -> int:
-    """The widest inner tile, up to 128 bytes a row of it, that divides K and the blocks that share a scale."""
+    """The widest inner tile, up to 128 bytes a row of it, that divides K and the blocks that share a scale.
+
+    Of 4-bit numbers one of 64 need not divide K, of which 32 are 16 bytes: the last goes on beyond K, where zeros come.
+    """
     if problem.block is not None and problem.row_block is not None:
         # A stage has one scale of each.
         widths = [k for k in (128, 64, 32) if problem.block[1] % k == 0 and problem.row_block % k == 0] or [32]
@@ -278,12 +291,12 @@ def inner_tile(problem: Problem) -> int:
         widths = [k for k in (128, 64, 32) if k * problem.weight_bits >= 32 * 8]
     else:
         widths = [64, 32, 16]
-    k = next((k for k in widths if problem.K % k == 0), None)
-    outputs = WGMMA_ROWS if problem.packed else 8
-    if k is None or problem.N % outputs:
+    unit = 32 if problem.weight_bits == 4 else widths[-1]
+    k = next((k for k in widths if problem.K % k == 0), widths[-1])
+    if problem.K % unit or problem.N % problem.output_unit:
         raise NotImplementedError(
-            f"the mosaic_gpu kernel multiplies matrices of a multiple of {outputs} outputs and of {widths[-1]} inputs; got "
-            f"N={problem.N}, K={problem.K}: use the portable one"
+            f"the mosaic_gpu kernel multiplies matrices of a multiple of {problem.output_unit} outputs and of {unit} inputs "
+            f"here; got N={problem.N}, K={problem.K}: use the portable one"
         )
     if problem.block is not None:
         bn, bk = problem.block
