@@ -14,7 +14,7 @@ import pytest
 from tests.support.kernels import FLOAT32, check_mlp, check_product, int32, needs_mosaic, poison, rows_and_matrices
 from tests.support.multicast import Multicast
 
-pytestmark = [needs_mosaic, pytest.mark.covering(most=3)]
+pytestmark = needs_mosaic
 
 # Groups, some empty, of less than a tile and of several, none at a multiple of 8; the last rows belong to none.
 SIZES = [([5, 0, 40, 1], 51), ([0, 0], 16), ([3, 1], 4)]
@@ -39,6 +39,7 @@ CASES = [
 ]
 
 
+@pytest.mark.covering(most=2)
 @pytest.mark.parametrize("late_block", [0, 1])
 @pytest.mark.parametrize(("swapped", "N", "groups"), CASES, ids=str)
 def test_rows_that_come_from_both_blocks(swapped, N, groups, late_block, monkeypatch) -> None:
@@ -52,6 +53,7 @@ def test_rows_that_come_from_both_blocks(swapped, N, groups, late_block, monkeyp
     assert len(multicast.halves) == (4 if sum(groups[0]) else 0)
 
 
+@pytest.mark.covering(most=1)
 @pytest.mark.parametrize("swapped", [True, False], ids=["few rows", "many rows"])
 def test_results_are_those_of_blocks_alone(swapped) -> None:
     """Bit for bit, with a band that ends amid the row tiles and more stages than a tile has."""
@@ -75,6 +77,7 @@ def test_results_are_those_of_blocks_alone(swapped) -> None:
     np.testing.assert_array_equal(together, alone)
 
 
+@pytest.mark.covering(most=1)
 @pytest.mark.parametrize("swapped", [True, False], ids=["few rows", "many rows"])
 def test_mlp_with_biases(swapped, monkeypatch) -> None:
     """64 outputs, of which the second block has none, nor biases."""

@@ -96,7 +96,7 @@ def mlp_of(backend, options):
     return mlp
 
 
-@pytest.mark.covering(most=3)
+@pytest.mark.covering(most=2)
 @pytest.mark.parametrize(("backend", "options"), KERNELS)
 def test_kernels_take_the_rows_themselves(backend, options) -> None:
     """Bit for bit: no sum has another order."""
@@ -140,7 +140,7 @@ def test_gradients_of_kernels(backend) -> None:
     jax.tree.map(np.testing.assert_array_equal, actual, expected)
 
 
-@pytest.mark.covering(most=2)
+@pytest.mark.covering(most=1)
 @needs_mosaic
 @pytest.mark.parametrize(
     ("format", "block", "scales", "activations"),

@@ -24,6 +24,7 @@ from jaxmoe.kernels.grouped_matmul.choose import has_own_gradient
 from jaxmoe.kernels.grouped_matmul.gradient import with_pullback
 from jaxmoe.kernels.grouped_matmul.trial import MANY, WIDE, WIDE_GRADIENT, try_work
 from jaxmoe.kernels.grouped_matmul.work import MatrixKind, Outcome, Work
+from tests.support import runs
 
 UP, DOWN = MatrixKind((2, 24, 64), "bfloat16"), MatrixKind((64, 24), "bfloat16")
 MLP = Work("bfloat16", (UP, DOWN), biases=True, activation="silu")
@@ -109,7 +110,8 @@ def test_what_is_wrong_is_found(fault, verdict, detail, monkeypatch):
 
 def test_rows_that_stand_many_times_are_held_to_one_result(monkeypatch):
     """So that a trial has tiles enough for every block of a GPU, and few rows to compute in float64."""
-    for work, case in ((MLP, WIDE), (WORKS["static"], WIDE), (MLP.of_gradient, WIDE_GRADIENT)):
+    works = ((MLP, WIDE), (WORKS["static"], WIDE), (MLP.of_gradient, WIDE_GRADIENT))
+    for work, case in works if runs.full else works[:1]:
         outcome = try_work(work, "portable", repeats=2, cases=(case,))
         assert outcome.verdict == "right", outcome
     faulty = SimpleNamespace(formats=frozenset(), activations=frozenset(), load=lambda: Faulty("one number"))

@@ -126,7 +126,9 @@ def check_gradient(backend, **backend_options) -> None:
     got = total(backend.grouped_matmul, **backend_options)(rows, matrices)
     expected = total(reference.grouped_matmul)(rows, matrices)
     for one, other in zip(got, expected, strict=True):
-        np.testing.assert_allclose(one.astype(jnp.float32), other.astype(jnp.float32), rtol=2e-2, atol=2e-2)
+        one, other = one.astype(jnp.float32), other.astype(jnp.float32)
+        # A kernel rounds the cotangents to bfloat16, and adds up those of sixty rows.
+        np.testing.assert_allclose(one, other, rtol=2e-2, atol=4e-3 * float(jnp.abs(other).max()))
 
 
 def widths_of_single_rows(N, tiles, monkeypatch, **options) -> set[int]:
