@@ -21,8 +21,8 @@ class Experts(NamedTuple):
 
     Attributes:
         apply: ``(params, rows [T, D], index of a row at each place, group sizes [p], dtype of the result) -> rows [R, D]``.
-            Places are grouped by local slot; results beyond the groups are zeros. Without an index, None, rows [R, D] stand
-            at their places. It closes over no traced value, so that a gradient rule can be made from it.
+            Places are grouped by local slot; results beyond the groups may be anything. Without an index, None, rows
+            [R, D] stand at their places. It closes over no traced value, so that a gradient rule can be made from it.
         params: the arrays it needs, what a gradient is taken of.
     """
 

@@ -12,6 +12,10 @@ from jaxmoe.dispatch.base import Buffers, DispatchLayout, Experts
 from jaxmoe.dispatch.rounds import Bodies, sum_rounds
 from jaxmoe.numerics import sum_dtype
 
+# Up to this many pairs are put in order by comparing each with each, in two small kernels of a GPU, where a sort has more
+# that wait for one another. More of them take a CPU longer than a sort.
+_MOST_COMPARED = 256
+
 
 class _Pairs(NamedTuple):
     """(row, choice) pairs of a device, grouped by slot.
@@ -19,11 +23,13 @@ class _Pairs(NamedTuple):
     Attributes:
         order: int32 [R·K, then 0 up to a multiple of Q], the pair at each place: first those of slot 0, and so on,
             last those whose expert is not here.
+        rows: int32, the row of each of them.
         sizes_p: int32 [p], pairs of each slot.
-        places: int32 [R, K], where each pair stands.
+        places: int32 [R, K], where each pair stands; -1 for those whose expert is not here.
     """
 
     order: jax.Array
+    rows: jax.Array
     sizes_p: jax.Array
     places: jax.Array
 
@@ -64,19 +70,18 @@ def local_sums(
     def trip(index: jax.Array, inputs: tuple[jax.Array, jax.Array, Any], pairs: _Pairs) -> jax.Array:
         x_RD, weights_RK, params = inputs
         first = index * Q
-        pair_Q = jax.lax.dynamic_slice_in_dim(pairs.order, first, Q)
-        ends_p = jnp.cumsum(pairs.sizes_p, dtype=jnp.int32)
-        in_trip = jnp.clip(jnp.stack([ends_p - pairs.sizes_p, ends_p]), first, first + Q)
+        sizes_p = pairs.sizes_p if Q == R * K else _sizes_within(pairs.sizes_p, first, first + Q)
         rows: jax.Array = x_RD
-        index_Q: jax.Array | None = pair_Q // K
+        index_Q: jax.Array | None = jax.lax.dynamic_slice_in_dim(pairs.rows, first, Q)
         if weights_on_input:
             # Rows that no slot here owns may hold anything, and so may their weights.
-            owned_Q1 = (jnp.arange(Q, dtype=jnp.int32) < ends_p[-1] - first)[:, None]
+            owned_Q1 = (jnp.arange(Q, dtype=jnp.int32) < jnp.sum(sizes_p, dtype=jnp.int32))[:, None]
+            pair_Q = jax.lax.dynamic_slice_in_dim(pairs.order, first, Q)
             weights_Q1 = jnp.where(owned_Q1, weights_RK.reshape(-1)[pair_Q][:, None], 0)
             rows_QD = jnp.where(owned_Q1, x_RD[index_Q], 0).astype(weights_Q1.dtype) * weights_Q1
             rows, index_Q = rows_QD.astype(x_RD.dtype), None
-        out_QD = experts.apply(params, rows, index_Q, in_trip[1] - in_trip[0], sum_dtype(x_RD.dtype))
-        here_RK = (pairs.places >= first) & (pairs.places < jnp.minimum(first + Q, ends_p[-1]))
+        out_QD = experts.apply(params, rows, index_Q, sizes_p, sum_dtype(x_RD.dtype))
+        here_RK = (pairs.places >= first) & (pairs.places < first + Q)
         factors_RK = jnp.ones_like(weights_RK) if weights_on_input else weights_RK
         return weighted_sum(factors_RK, out_QD, jnp.where(here_RK, pairs.places - first, -1))
 
@@ -85,14 +90,34 @@ def local_sums(
 
 
 def _group_pairs(slots_RK: jax.Array, p: int, Q: int) -> _Pairs:
-    slots_N = slots_RK.reshape(-1)
-    N = slots_N.shape[0]
-    key_N = jnp.where((slots_N >= 0) & (slots_N < p), slots_N, p).astype(jnp.int32)
-    order_N = jnp.argsort(key_N, stable=True).astype(jnp.int32)
-    place_N = jnp.zeros(N, jnp.int32).at[order_N].set(jnp.arange(N, dtype=jnp.int32), unique_indices=True)
-    # A comparison with every slot vectorizes everywhere, where a scatter-add is a serial loop on CPU.
-    sizes_p = jnp.sum(key_N[:, None] == jnp.arange(p, dtype=jnp.int32)[None], axis=0, dtype=jnp.int32)
-    return _Pairs(jnp.pad(order_N, (0, -N % Q)), sizes_p, place_N.reshape(slots_RK.shape))
+    (R, K), N = slots_RK.shape, slots_RK.size
+    here_RK = (slots_RK >= 0) & (slots_RK < p)
+    # The barrier makes an array of them: XLA would look up a choice's slot again for every comparison.
+    key_N = jax.lax.optimization_barrier(jnp.where(here_RK, slots_RK, p).astype(jnp.int32).reshape(N))
+    pair_N, slot_p = jnp.arange(N, dtype=jnp.int32), jnp.arange(p, dtype=jnp.int32)
+    # A comparison with every slot is one loop everywhere, where a scatter-add is a serial one on CPU. Sums of rows, not of
+    # columns, for which XLA may store all of the comparisons first.
+    sizes_p = jnp.sum(key_N[None] == slot_p[:, None], axis=1, dtype=jnp.int32)
+    if N <= _MOST_COMPARED:
+        number_N = key_N * N + pair_N
+        place_N = jnp.sum(number_N[None] < number_N[:, None], axis=1, dtype=jnp.int32)
+        at_NN = place_N[None] == pair_N[:, None]
+        order_N = jnp.sum(jnp.where(at_NN, pair_N[None], 0), axis=1, dtype=jnp.int32)
+        # Not the order over K, which would be a kernel of its own.
+        row_R1 = jnp.arange(R, dtype=jnp.int32)[:, None]
+        rows_N = jnp.sum(jnp.where(at_NN.reshape(N, R, K), row_R1[None], 0), axis=(1, 2), dtype=jnp.int32)
+    else:
+        order_N = jnp.argsort(key_N, stable=True).astype(jnp.int32)
+        rows_N = order_N // K
+        place_N = jnp.zeros(N, jnp.int32).at[order_N].set(pair_N, unique_indices=True)
+    order, rows = (jnp.pad(array_N, (0, -N % Q)) for array_N in (order_N, rows_N))
+    return _Pairs(order, rows, sizes_p, jnp.where(key_N < p, place_N, -1).reshape(R, K))
+
+
+def _sizes_within(sizes_p: jax.Array, first: jax.Array, end: jax.Array) -> jax.Array:
+    """Sizes of the groups' parts at the places from `first` to `end`."""
+    ends_p = jnp.cumsum(sizes_p, dtype=jnp.int32)
+    return jnp.clip(ends_p, first, end) - jnp.clip(ends_p - sizes_p, first, end)
 
 
 def weighted_sum(factors_RK: jax.Array, rows_QD: jax.Array, places_RK: jax.Array) -> jax.Array:
@@ -101,6 +126,9 @@ def weighted_sum(factors_RK: jax.Array, rows_QD: jax.Array, places_RK: jax.Array
     A sum of gathers, which XLA makes one loop of; a gather of [R, K, D] would be stored.
     """
     dtype = factors_RK.dtype
+    # The barrier makes an array of them: XLA may else compute each choice's part by a kernel of its own. They are masked
+    # before it, too, so that XLA has use for the places in that kernel.
+    factors_RK = jax.lax.optimization_barrier(jnp.where(places_RK >= 0, factors_RK, 0))
     y_RD = jnp.zeros((factors_RK.shape[0], rows_QD.shape[1]), dtype)
     for k in range(factors_RK.shape[1]):
         place_R = places_RK[:, k]

@@ -130,6 +130,7 @@ def local_experts(
             activation=config.activation,
             limit=config.activation_limit,
             out_dtype=dtype,
+            zeros_beyond=False,
             backend=kernels,
             device_kind=device_kind,
             **rounding,

@@ -54,16 +54,6 @@ class PlacementMetrics:
         """The mean of `layer_max_over_mean`."""
         return float(self.layer_max_over_mean.mean())
 
-    @property
-    def mean_over_max(self) -> float:
-        """The mean of `layer_mean_over_max`."""
-        return float(self.layer_mean_over_max.mean())
-
-    @property
-    def layer_mean_over_max(self) -> np.ndarray:
-        """float64 [L], the inverse of `layer_max_over_mean`: the part of the devices' time that is used."""
-        return 1 / self.layer_max_over_mean
-
     def to_dict(self) -> dict[str, Any]:
         """The record as JSON has it."""
         fields = dataclasses.asdict(self)

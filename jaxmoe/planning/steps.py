@@ -61,10 +61,6 @@ class CompiledStep:
         """Every collective with its bytes, the axes that it runs along, and the work that hides it."""
         return read_exchanges(self.text, self.mesh_shape)
 
-    def instructions_giving(self, *shapes: tuple[int, ...]) -> set[str]:
-        """Names of the instructions that give an array of one of these shapes."""
-        return {op for op, shape in self.arrays if shape in shapes}
-
 
 def compile_steps(
     config: DecoderConfig | str | Path,

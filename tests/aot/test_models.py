@@ -312,7 +312,9 @@ def test_both_steps_compile(case, gpu_compiler) -> None:
     ],
 )
 def test_both_steps_compile_with_the_hopper_kernel(case, gpu_compiler) -> None:
-    check_steps(*CASES[case][:-1], MOSAIC[case], kernels="mosaic_gpu")
+    steps = check_steps(*CASES[case][:-1], MOSAIC[case], kernels="mosaic_gpu")
+    if case == "qwen3-30b-a3b, tp 2 ep 4":
+        check_few_kernels_stand_around_the_experts(steps["decode"])
 
 
 def check_steps(raw, chip, count, hosts, sizes, bounds, *, kernels) -> dict[str, CompiledStep]:
@@ -364,7 +366,7 @@ def check_experts_stay(step: CompiledStep, model: Decoder) -> None:
             stacks |= {spec.shape, spec.sharding.shard_shape(spec.shape)}
     # Views of the arguments cost nothing.
     views = {"parameter", "get-tuple-element", "tuple", "bitcast", "while", "call", "conditional", "opt-barrier"}
-    assert step.instructions_giving(*stacks) <= views
+    assert {op for op, shape in step.arrays if shape in stacks} <= views
 
 
 def check_cache_is_written(step: CompiledStep, model: Decoder) -> None:
@@ -384,6 +386,15 @@ def check_cache_is_written(step: CompiledStep, model: Decoder) -> None:
 def check_collectives(step: CompiledStep) -> None:
     """Nothing was left for the partitioner to reshard: it does that by permutations."""
     assert set(step.collectives) <= {"all-gather", "all-reduce", "reduce-scatter", "all-to-all"}
+
+
+def check_few_kernels_stand_around_the_experts(step: CompiledStep) -> None:
+    """Router, choice, order of the pairs and weighted sum of a layer: each costs a decode step its start."""
+    entry = step.text[step.text.index("\nENTRY ") :].splitlines()
+    kernels = [line for line in entry if "routed_experts" in line and re.search(r" (fusion|custom-call)\(", line)]
+    layers = sum("mosaic_gpu" in line for line in kernels) // 2
+    assert layers > 0
+    assert len(kernels) <= 11 * layers, "\n".join(kernels)
 
 
 def check_shared_experts_are_computed_while_tokens_travel(step: CompiledStep, raw: dict[str, Any]) -> None:

@@ -113,5 +113,5 @@ def test_a_whole_model(chip, gpu_compiler) -> None:
         assert step.text.count(_TARGET) == 2
         # What a device holds of the experts is handed on, and never copied.
         stacks = (32, 2 * 384, 2048), (32, 2, 384, 2048), (32, 2048, 384)
-        assert "parameter" in step.instructions_giving(*stacks)
-        assert step.instructions_giving(*stacks) <= {"parameter", "get-tuple-element", "tuple", "bitcast", "while"}
+        giving = {op for op, shape in step.arrays if shape in stacks}
+        assert {"parameter"} <= giving <= {"parameter", "get-tuple-element", "tuple", "bitcast", "while"}

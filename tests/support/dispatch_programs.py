@@ -127,12 +127,12 @@ class Program:
             check_vma=False,
         )
         def run(x_TD, slots_TK, weights_TK, w_gate_up, w_down):
-            experts = Experts(
-                lambda stacks, rows, index, sizes, dtype: expert_mlp(
-                    rows, *stacks, sizes, index_R=index, out_dtype=dtype
-                ),
-                (w_gate_up, w_down),
-            )
+            def apply(stacks, rows, index, sizes, dtype):
+                y_RD = expert_mlp(rows, *stacks, sizes, index_R=index, out_dtype=dtype)
+                # A kernel leaves anything at places that no slot owns, and nothing may read it.
+                return jnp.where((jnp.arange(len(y_RD)) < jnp.sum(sizes))[:, None], y_RD, jnp.nan)
+
+            experts = Experts(apply, (w_gate_up, w_down))
             y_TD, stats = self.dispatch.run(x_TD, slots_TK, weights_TK, experts, self.layout, self.weights_on_input)
             return y_TD, stats._replace(rows_sent_n=stats.rows_sent_n[None, None, None])
 

@@ -4,6 +4,8 @@ Letters here, beside the common ones of docs/concepts/letters.md: G groups, K in
 Groups are the p physical slots of the experts here, or anything else that owns a run of consecutive rows.
 """
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
@@ -103,6 +105,7 @@ def expert_mlp(
     input_scales_p2: jax.Array | None = None,
     split_over: tuple[str, ...] = (),
     out_dtype: DTypeLike | None = None,
+    zeros_beyond: bool = True,
     backend: str = "auto",
     device_kind: str | None = None,
 ) -> jax.Array:
@@ -132,13 +135,16 @@ def expert_mlp(
         input_scales_p2: float32, the scales of static activations: of x at [:, 0], of h at [:, 1].
         split_over: axes of the `shard_map` over which F is split, for the scales of h, as in `grouped_matmul`.
         out_dtype: dtype of the result, x_RD's by default. Sums are float32 (float64 for float64 rows) whatever it is.
+        zeros_beyond: flag that rows of the result that no slot owns are zeros. Without it they may hold anything, NaN
+            included, for a caller who reads none of them: a GPU kernel need not be followed by a count of the others.
         backend: name in `BACKENDS` or `GPU_BACKENDS`; or "auto", for what `choose_backend` takes on devices of this kind.
         device_kind: `jax.Device.device_kind` of the devices that it will run on. A GPU backend takes the tiles that were
             measured to be fastest there; without it, or where nothing was measured, its own choice. "mosaic_gpu" has a
             kernel of its own for Blackwell, which it takes only where this says so.
 
     Returns:
-        y_RD. Rows at or beyond sum(group_sizes) are zeros, whatever x_RD holds there, or the rows that their index names.
+        y_RD. Rows at or beyond sum(group_sizes) are zeros, whatever x_RD holds there, or the rows that their index names;
+        see `zeros_beyond`.
 
     Raises:
         ValueError: the shapes or dtypes do not fit together, or the activation or backend is unknown.
@@ -179,8 +185,14 @@ def expert_mlp(
     )
     places = x_RD if index_R is None else index_R
     backend = _choose(work, device_kind, places, group_sizes_p) if backend == "auto" else backend
-    if not find_backend(backend).gathers_rows(activations):
-        x_RD, index_R = take_rows(x_RD, index_R), None
+    entry = find_backend(backend)
+    more: dict[str, Any] = {}
+    if index_R is not None and entry.gathers_rows(activations):
+        more["index_R"] = index_R
+    else:
+        x_RD = take_rows(x_RD, index_R)
+    if entry.adds_zeros and not zeros_beyond:
+        more["zeros_beyond"] = False
     kernels = load_backend(
         backend,
         *stacks,
@@ -199,7 +211,7 @@ def expert_mlp(
         combine=combine_halves(activation, limit, gated=halves == 2),
         out_dtype=jnp.dtype(out_dtype or x_RD.dtype),
         device_kind=device_kind,
-        **({} if index_R is None else {"index_R": index_R}),
+        **more,
     )
 
 

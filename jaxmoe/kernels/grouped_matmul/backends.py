@@ -106,6 +106,8 @@ class Backend:
             where they have that one anyway.
         gathers: flag that it gathers rows on their way in: its `expert_mlp` takes `index_R`, and rows [T, D] with it. Others
             are given rows that were gathered.
+        adds_zeros: flag that the zeros of rows that no group owns cost it something: its `expert_mlp` takes `zeros_beyond`,
+            and leaves anything there without it.
     """
 
     module: str
@@ -113,6 +115,7 @@ class Backend:
     activations: frozenset[str] = frozenset()
     gradients: frozenset[str] = frozenset()
     gathers: bool = False
+    adds_zeros: bool = False
 
     def gathers_rows(self, activations: str) -> bool:
         """Tell whether it gathers rows that are to be rounded to such a form."""
@@ -184,6 +187,7 @@ GPU_BACKENDS: dict[str, GPUBackend] = {
         activations=frozenset(name for name in ROW_FORMATS if name != "none"),
         gradients=frozenset({"bfloat16"}),
         gathers=True,
+        adds_zeros=True,
         since=(0, 11, 2),
         capabilities=range(9, 11),
         generations="Hopper and Blackwell GPUs of data centers",

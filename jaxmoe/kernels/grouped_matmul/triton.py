@@ -239,7 +239,7 @@ def _product(
         interpret=interpret,
         name="grouped_matmul" if combine is None else "grouped_matmul_combine",
     )
-    index = () if index_R is None else (jnp.clip(index_R, 0, len(x_RK) - 1),)
+    index = () if index_R is None else (index_R,)
     biases = () if b_GN is None else (b_GN,)
     return call(*rows, *index, x_RK, w_GNK, *biases)
 
@@ -264,7 +264,10 @@ def _kernel(
 
     @pl.when((first < end) & (group < G))
     def of_a_group() -> None:
-        own_m = plgpu.load(index[0].at[pl.ds(first, m)], mask=in_rows_m, other=0) if gathers else None
+        own_m = None
+        if gathers:
+            own_m = plgpu.load(index[0].at[pl.ds(first, m)], mask=in_rows_m, other=0)
+            own_m = jnp.clip(own_m, 0, x.shape[0] - 1)  # not beyond all rows, where an index is out of range
 
         def multiply(step: Any, sums: Any) -> Any:
             here = pl.ds(step * k, k)

@@ -86,6 +86,7 @@ def expert_mlp(
     combine: Combine,
     out_dtype: jnp.dtype,
     index_R: jax.Array | None = None,
+    zeros_beyond: bool = True,
     tiles: tuple[Tiles | None, Tiles | None] = (None, None),
     device_kind: str | None = None,
     activations: str = "none",
@@ -96,9 +97,9 @@ def expert_mlp(
 ) -> jax.Array:
     """y = W_down[g] @ combine(W_up[g] @ x + b_up[g]) + b_down[g]; see `Kernels.expert_mlp`.
 
-    With an index, x are the rows x[index]. `tiles` are those of the first and of the second product, looked up or chosen
-    unless given. x and h are quantized before them if `activations` are named, and x before it is gathered. The gradient is
-    as of `grouped_matmul`.
+    With an index, x are the rows x[index]. Without `zeros_beyond` results hold anything in rows that no group owns. `tiles`
+    are those of the first and of the second product, looked up or chosen unless given. x and h are quantized before them if
+    `activations` are named, and x before it is gathered. The gradient is as of `grouped_matmul`.
     """
     places = jax.eval_shape(take_rows, x_RD, index_R)
     measured_up = measured_tiles(Tiles, device_kind, "mosaic_gpu.gate_up", places, w_up_pND, x_RD.dtype)
@@ -135,8 +136,10 @@ def expert_mlp(
 
     arrays, groups = (x_RD, w_up_pND, w_down_pDF, b_up_pN, b_down_pD, input_scales), (group_sizes_p, index_R)
     if portable_gradient or missing_gradient(places, w_up_pND, w_down_pDF, device_kind=device_kind):
-        return owned_only(with_gradient_of(same, forward, arrays, groups), group_sizes_p)
-    return owned_only(with_pullback(pullback, forward, arrays, groups), group_sizes_p)
+        y_RD = with_gradient_of(same, forward, arrays, groups)
+    else:
+        y_RD = with_pullback(pullback, forward, arrays, groups)
+    return owned_only(y_RD, group_sizes_p) if zeros_beyond else y_RD
 
 
 def _products(device_kind: str | None, interpret: bool) -> HopperProducts:

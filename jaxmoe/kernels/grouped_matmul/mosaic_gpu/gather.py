@@ -140,7 +140,7 @@ def _copy_in_interpreter(rows: Any, index: Any, first_place: Any, inner: Any, ti
 
 def _copy(row_width: int, rows: Any, index: Any, first_place: Any, inner: Any, tile: Any) -> None:
     """Ask for a tile's rows, numbers from `inner` on, of its places from the first on; nothing is waited for."""
-    (m, width), (_, pitch), itemsize = tile.shape, rows.shape, jnp.dtype(tile.dtype).itemsize
+    (m, width), (T, pitch), itemsize = tile.shape, rows.shape, jnp.dtype(tile.dtype).itemsize
     last = index.shape[0] - 1
     row_bytes = width * itemsize
     chunks = row_bytes // _COPIED_BYTES
@@ -184,7 +184,9 @@ def _copy(row_width: int, rows: Any, index: Any, first_place: Any, inner: Any, t
             """Ask for rows of places that this thread has, behind the first of them."""
             for place in places:
                 known = (first_place + own + first + place).min(number(mgpu.c(last, i32))).registers.item()
-                row = llvm.load(i32, at(rows_of_places, known, i32))
+                row = number(llvm.load(i32, at(rows_of_places, known, i32)))
+                # An index that is out of range reads another row, and not what is no row at all.
+                row = row.min(number(mgpu.c(T - 1, i32))).registers.item()
                 start = arith.muli(arith.extui(i64, row), mgpu.c(pitch * itemsize, i64))
                 to = at(there, (first * row_bytes).registers.item(), i8)
                 nvvm.cp_async_shared_global(

@@ -121,7 +121,7 @@ def multiply(
     # Values, scales, zero points and matrix scales of what is packed.
     stored: list[Any] = jax.tree.leaves(matrices_GHNK)
     rows = jnp.moveaxis(rows_RK.reshape(T, K // call.parts, call.parts), -1, 0)
-    index = [] if index_R is None else [jnp.clip(index_R, 0, T - 1)]
+    index = [] if index_R is None else [index_R]
     # Scales of rows and biases are read without bounds, unlike what the accelerator copies.
     if quantized:
         scales = quantized.scales if index_R is None else quantized.scales[index_R]
