@@ -151,7 +151,8 @@ def decode_checkpoint(checkpoint: Checkpoint) -> DecodedCheckpoint:
     matched = match_tensors(tensors, read_quantization(directory))
     plain = {name: tensor for name, tensor in tensors.items() if name not in matched.parts or name in matched.unused}
     plain |= {name: _decoded(weight, tensors) for name, weight in matched.weights.items()}
-    formats = Counter(weight.format.describe() for weight in matched.weights.values())
+    counts = Counter([weight.format for weight in matched.weights.values()])
+    formats = {form.describe(): count for form, count in counts.items()}
     return DecodedCheckpoint(
         dataclasses.replace(checkpoint, tensors=plain), frozenset(matched.unused), formats, matched.notes
     )

@@ -278,6 +278,8 @@ def _copies_into(
 
 
 def _reads_of(tensor: TensorInfo, copies: Sequence[Copy]) -> list[Read]:
+    if len(copies) == 1:
+        return [Read(tensor, copies[0].tensor_box, (copies[0],))]
     boxes = disjoint_union(tuple(copy.tensor_box for copy in copies))
     return [Read(tensor, box, tuple([c for c in copies if intersect(box, c.tensor_box) is not None])) for box in boxes]
 
@@ -285,12 +287,9 @@ def _reads_of(tensor: TensorInfo, copies: Sequence[Copy]) -> list[Read]:
 def _bytes_needed(tensor: TensorInfo, copies: Sequence[Copy]) -> int:
     # Counted on its own and not from the reads, so that comparing it with what was read means something.
     if isinstance(tensor, DecodedTensor):
-        boxes: dict[str, dict[Box, None]] = defaultdict(dict)
-        for copy in copies:
-            for role, box in tensor.stored_boxes(copy.tensor_box).items():
-                boxes[role][box] = None
-        parts = ((tensor.parts[role], tuple(found)) for role, found in boxes.items())
-        return sum(union_volume(part.shape, found) * part.dtype.itemsize for part, found in parts if part.dtype)
+        stored = [tensor.stored_boxes(copy.tensor_box) for copy in copies]
+        parts = [(tensor.parts[role], tuple(dict.fromkeys([boxes[role] for boxes in stored]))) for role in stored[0]]
+        return sum([union_volume(part.shape, found) * part.dtype.itemsize for part, found in parts if part.dtype])
     assert tensor.dtype is not None
     return union_volume(tensor.shape, tuple(copy.tensor_box for copy in copies)) * tensor.dtype.itemsize
 
