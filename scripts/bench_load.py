@@ -14,6 +14,9 @@ Then it writes a checkpoint whose experts are in the format, with gpt-oss' names
 Qwen3-MoE's elsewhere, and one of the same family in bfloat16 of about as many bytes, and loads both in turns: the quantized
 one with its weights kept packed, where the format has a packed form.
 
+With --small it loads 128 experts in each of 4 layers, of width 128 in a model of width 256, onto a (1, 1, 8) mesh, in each
+format that stays packed, and tells the processor time of the load and of its steps: that of work for each tensor.
+
 With --orbax it loads a checkpoint with `jaxmoe.load`, and the same as Orbax arrays (jaxmoe convert --to orbax): with
 jaxmoe.load, and as Orbax restores it, from the arrays that jaxmoe writes and from those that Orbax does; in turns, once from
 the disk (its files are dropped from the page cache before) and once from the page cache. --format NAME with it takes a
@@ -26,6 +29,7 @@ safetensors comes with the extra "test".
     python scripts/bench_load.py
     python scripts/bench_load.py --dtype float32 --json
     python scripts/bench_load.py --format mxfp4 fp8_block
+    python scripts/bench_load.py --small --format nvfp4_pack gptq fp8_block
     python scripts/bench_load.py --orbax
     python scripts/bench_load.py --orbax --format fp8_block
 """
@@ -65,7 +69,7 @@ from jaxmoe.mesh import make_mesh, simulate_devices
 from jaxmoe.models import Decoder
 from jaxmoe.models.family import MLP_EXPERTS
 from jaxmoe.quant.formats import FORMATS
-from scripts._bench import restores
+from scripts._bench import restores, small_experts
 from scripts._bench.formats import CASES, decode_rate, make_weight
 from scripts._bench.formats import write_checkpoint as write_in_format
 
@@ -86,6 +90,7 @@ def main() -> None:
     parser.add_argument(
         "--format", nargs="*", choices=sorted(FORMATS), metavar="NAME", help="quantized formats (all that are known)"
     )
+    parser.add_argument("--small", action="store_true", help="measure the work for each of many small experts")
     parser.add_argument("--orbax", action="store_true", help="compare with the same checkpoint as Orbax arrays")
     parser.add_argument("--directory", help="where to write the checkpoint (default: the system's temporary directory)")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
@@ -95,6 +100,9 @@ def main() -> None:
     simulate_devices(8)
     if args.orbax:
         run_restores(args)
+        return
+    if args.small:
+        small_experts.run_small(args.format, args.repeats, args.threads, args.directory, as_json=args.json)
         return
     if args.format is not None:
         run_formats(args)

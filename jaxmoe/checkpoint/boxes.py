@@ -15,7 +15,7 @@ Box = tuple[tuple[int, int], ...]
 
 def whole(shape: Sequence[int]) -> Box:
     """The box of a whole array."""
-    return tuple((0, size) for size in shape)
+    return tuple([(0, size) for size in shape])
 
 
 def box_of(index: Sequence[slice], shape: Sequence[int]) -> Box:
@@ -95,9 +95,7 @@ class Cover:
     """
 
     def __init__(self, shape: Sequence[int], boxes: Sequence[Box]) -> None:
-        self.edges = [
-            sorted({0, size, *(edge for box in boxes for edge in box[dim])}) for dim, size in enumerate(shape)
-        ]
+        self.edges = [sorted({0, size}.union(*[box[dim] for box in boxes])) for dim, size in enumerate(shape)]
         places = [{edge: place for place, edge in enumerate(edges)} for edges in self.edges]
         # A zero-sized dim has one edge and no cell: nothing to cover.
         self.counts = np.zeros([len(edges) - 1 for edges in self.edges], np.int32)

@@ -6,7 +6,7 @@ from typing import ClassVar
 
 import numpy as np
 
-from jaxmoe.quant.base import Arrays, Box, QuantFormat, Shape, Shapes, ceil_div
+from jaxmoe.quant.base import Arrays, Box, QuantFormat, Shape, Shapes, ceil_div, extent
 from jaxmoe.quant.codes import apply_grid, to_float32
 
 
@@ -64,8 +64,9 @@ class GridFormat(QuantFormat):
             return self.packed_values(arrays["values"], box, shape, stored)
         grid = self.packed_grid(role, arrays[self.packed_from[role][0]])
         grid = grid.reshape(grid_shape(grid.shape, shape))
+        lead = extent(box[:-2])
         # One entry may be for a whole stack of matrices.
-        return np.broadcast_to(grid, (*(stop - start for start, stop in box[:-2]), *grid.shape[-2:]))
+        return grid if grid.shape[:-2] == lead else np.broadcast_to(grid, (*lead, *grid.shape[-2:]))
 
     def packed_values(self, array: np.ndarray, box: Box, shape: Shape, stored: Shapes) -> np.ndarray:
         """The packed numbers in `box`, of what `value_box` says; where they are others, `values_as_stored` says so."""

@@ -39,8 +39,11 @@ def infer_format(weight: str, headers: Mapping[str, Header]) -> QuantFormat | No
     """
 
     def find(*suffixes: str) -> Header | None:
-        names = Part("", suffixes, ()).names(weight)
+        names = [module + suffix for suffix in suffixes] if module else Part("", suffixes, ()).names(weight)
         return next((headers[name] for name in names if name in headers), None)
+
+    # The usual name, for which a part has the names that `Part.names` would make.
+    module = weight.removesuffix(".weight") if weight.endswith(".weight") else None
 
     packed, scale = find(".weight_packed"), find(".weight_scale")
     if packed is not None and scale is not None and len(packed.shape) > 1:

@@ -181,7 +181,7 @@ def _checked(weight: str, form: QuantFormat, stored: dict[str, Header]) -> tuple
         return whole, f"{values.name!r} has shape {values.shape}, which is none of {form.describe()}"
     told = _told(form, tuple((role, header.dtype_name, header.shape) for role, header in stored.items()))
     if told is None or not told[1]:
-        return dataclasses.replace(whole, shape=told and told[0]), None
+        return QuantizedWeight(weight, form, stored, told and told[0]), None
     return whole, whole.problems(told[0])[0]
 
 

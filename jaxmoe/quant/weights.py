@@ -3,14 +3,15 @@
 import dataclasses
 import math
 from collections.abc import Mapping
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import DTypeLike
 
-from jaxmoe.quant.base import Arrays, Box, QuantFormat, Shape, bytes_of, extent, swap_last, whole
+from jaxmoe.quant.base import Arrays, Box, QuantFormat, Shape, bytes_of, ceil_div, extent, swap_last, whole
 from jaxmoe.quant.errors import QuantizationError
+from jaxmoe.quant.layout import WeightLayout, boxes_of, layout_of, packed_boxes_of
 from jaxmoe.quant.packing import Packing
 
 
@@ -90,13 +91,13 @@ class QuantizedWeight:
         decoded = [part.role for part in self.format.parts if part.decoded and part.role in self.stored]
         return sum(bytes_of(self.stored[role].dtype_name, self.stored[role].shape) for role in decoded)
 
-    def boxes(self, box: Box) -> dict[str, Box]:
+    def boxes(self, box: Box) -> Mapping[str, Box]:
         """The box of each stored tensor to read for a box of the plain tensor, by role.
 
         Args:
             box: range of the plain tensor along each dim, none of them empty.
         """
-        return self.format.boxes(self._matrices(box), self._matrices(self._known()), self._shapes())
+        return boxes_of(self._layout, self._matrices(box))
 
     def decode(
         self, arrays: Arrays, box: Box, *, out: np.ndarray | None = None, dtype: DTypeLike = np.float32
@@ -118,7 +119,7 @@ class QuantizedWeight:
         try:
             # A product beyond float32 is infinite, which is the loader's to see.
             with np.errstate(over="ignore", invalid="ignore"):
-                self.format.decode(arrays, self._matrices(box), self._matrices(self._known()), self._shapes(), target)
+                self.format.decode(arrays, self._matrices(box), self._layout.shape, self._layout.shapes, target)
         except QuantizationError as error:
             raise QuantizationError(f"{self.name!r}: {error}") from error
         return result
@@ -126,21 +127,19 @@ class QuantizedWeight:
     @property
     def packing(self) -> Packing | None:
         """The form in which the weight can stay packed, in the order of dims of the format's matrices; None if in none."""
-        dtypes = {role: header.dtype_name for role, header in self.stored.items()}
-        return self.format.packing(dtypes, self._matrices(self._known()))
+        return self._layout.packing
 
     @property
     def values_as_stored(self) -> bool:
         """Whether the numbers of its packed form are the bytes of the stored tensor, in their order."""
-        return self.format.values_as_stored(self._matrices(self._known()))
+        return self._layout.values_as_stored
 
-    def packed_boxes(self, role: str, box: Box) -> dict[str, Box]:
+    def packed_boxes(self, role: str, box: Box) -> Mapping[str, Box]:
         """The box of each stored tensor to read for one array of the packed form, as `boxes` for values."""
         if role == "input_scale":
             shape, lead = self.stored[role].shape, self._matrices(box)[:-2]
             return {role: whole(shape) if math.prod(shape) == 1 else (*lead, *whole(shape[len(lead) :]))}
-        wanted = self.format.packed_from[role]
-        return {name: part for name, part in self.boxes(box).items() if name in wanted}
+        return packed_boxes_of(self._layout, role, self._matrices(box))
 
     def packed(self, role: str, arrays: Arrays, box: Box, block: tuple[int, int]) -> np.ndarray:
         """One array of the packed form, in a box of the plain tensor.
@@ -159,23 +158,24 @@ class QuantizedWeight:
             QuantizationError: a scale is zero or not finite, or what is stored contradicts itself.
         """
         self.check_scales({name: array for name, array in arrays.items() if name != "input_scale"})
-        packing, shape, matrices = self.packing, self._matrices(self._known()), self._matrices(box)
+        packing, shape, matrices = self._layout.packing, self._layout.shape, self._matrices(box)
         assert packing is not None, f"{self.name} does not stay packed"
         try:
             if role == "input_scale":
                 found = self._input_scales(arrays[role], extent(matrices[:-2]))
             else:
-                found = self.format.packed(role, arrays, matrices, shape, self._shapes())
+                found = self.format.packed(role, arrays, matrices, shape, self._layout.shapes)
         except QuantizationError as error:
             raise QuantizationError(f"{self.name!r}: {error}") from error
         if role != "values":
             native = packing.units(role, shape)
             for axis, unit, of, (start, stop) in zip((-2, -1), block, native, matrices[-2:], strict=True):
+                if unit == of and found.shape[axis] == ceil_div(stop - start, unit):
+                    continue  # an element is an entry
                 entries = np.arange(start, stop, unit) // of - start // of
                 if found.shape[axis] == 1:
                     entries = np.zeros_like(entries)  # a scale of the whole tensor may be held one an output
-                if not np.array_equal(entries, np.arange(found.shape[axis])):
-                    found = np.take(found, entries, axis=axis)
+                found = np.take(found, entries, axis=axis)
         return np.swapaxes(found, -1, -2) if self.format.transposed else found
 
     def input_scale_problem(self) -> str | None:
@@ -206,12 +206,12 @@ class QuantizedWeight:
         Raises:
             QuantizationError: one is zero or not finite.
         """
-        suspect = {role: _suspects(self.format, role, array) for role, array in arrays.items()}
+        suspect = {role: found for role, array in arrays.items() if (found := _suspects(self.format, role, array)).size}
         for role, scales in self.format.scales(suspect).items():
-            numbers = scales.astype(np.float32)
-            if not np.all(np.isfinite(numbers)):
+            numbers = scales.astype(np.float32, copy=False)
+            if not np.isfinite(numbers).all():
                 raise QuantizationError(f"{self.stored[role].name!r} must hold finite scales; it has NaN or infinity")
-            if not np.all(numbers):
+            if not numbers.all():
                 raise QuantizationError(f"{self.stored[role].name!r} must hold scales other than zero; it has zeros")
 
     def _known(self) -> Shape:
@@ -222,9 +222,10 @@ class QuantizedWeight:
         """A shape or box of the plain tensor as that of the format's matrices."""
         return swap_last(items) if self.format.transposed else items
 
-    def _shapes(self) -> dict[str, Shape]:
-        decoded = {part.role for part in self.format.parts if part.decoded}
-        return {role: header.shape for role, header in self.stored.items() if role in decoded}
+    @cached_property
+    def _layout(self) -> WeightLayout:
+        stored = tuple([(role, header.dtype_name, header.shape) for role, header in self.stored.items()])
+        return layout_of(self.format, stored, self._matrices(self._known()))
 
 
 def _suspects(form: QuantFormat, role: str, array: np.ndarray) -> np.ndarray:
@@ -232,7 +233,7 @@ def _suspects(form: QuantFormat, role: str, array: np.ndarray) -> np.ndarray:
     if array.dtype.itemsize > 1 or not array.size:
         return array
     codes = array.view(np.uint8)
-    wrong = [code for code in _wrong_codes(form, role, array.dtype) if np.any(codes == code)]
+    wrong = [code for code in _wrong_codes(form, role, array.dtype) if (codes == code).any()]
     return np.array(wrong, np.uint8).view(array.dtype)
 
 

@@ -193,7 +193,15 @@ class _Tensor(NamedTuple):
         return bytes_of(self.dtype_name, self.shape)
 
 
-def write_checkpoint(directory: Path, case: str, nbytes: int, *, plain: bool = False) -> int:
+def write_checkpoint(
+    directory: Path,
+    case: str,
+    nbytes: int = 0,
+    *,
+    plain: bool = False,
+    layers: int | None = None,
+    sizes: Mapping[str, Any] | None = None,
+) -> int:
     """Write a checkpoint of about so many bytes, one file a layer.
 
     Args:
@@ -201,14 +209,16 @@ def write_checkpoint(directory: Path, case: str, nbytes: int, *, plain: bool = F
         case: name in `CASES` of the format of its experts.
         nbytes: size to come near to, in whole layers.
         plain: whether the experts are in bfloat16 instead, in a model of the same family.
+        layers: number of layers, whatever its size.
+        sizes: entries of Qwen3-MoE's config.json to take instead of those in `MODELS`, of whatever format.
 
     Returns:
         Bytes of its tensors.
     """
     form, more = (None, {}) if plain else CASES[case]
-    config = dict(MODELS["gpt_oss" if case == "mxfp4" else "qwen3_moe"])
+    config = {**MODELS["gpt_oss" if case == "mxfp4" and sizes is None else "qwen3_moe"], **(sizes or {})}
     one_layer = sum(tensor.nbytes for tensor in _tensors({**config, "num_hidden_layers": 1}, form, more))
-    config["num_hidden_layers"] = max(1, round(nbytes / one_layer))
+    config["num_hidden_layers"] = layers or max(1, round(nbytes / one_layer))
     if form is not None and form.name in SETTINGS:
         config["quantization_config"] = SETTINGS[form.name]
     (directory / "config.json").write_text(json.dumps(config))

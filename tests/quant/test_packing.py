@@ -55,6 +55,18 @@ def read(one: Example, role: str, box, block) -> np.ndarray:
     return weight.packed(role, arrays, box, block)
 
 
+def test_alike_weights_share_what_follows_from_their_layout():
+    one, other = example("gptq"), example("gptq")
+    box = whole(one.values.shape)
+    shared, same = one.bound(), dataclasses.replace(other.bound(), name="another")
+    assert shared.packing is same.packing
+    assert shared.packed_boxes("scale", box) is same.packed_boxes("scale", box)
+    # Not where a part is of another type, or the format has other settings.
+    stored = {**shared.stored, "scale": dataclasses.replace(shared.stored["scale"], dtype_name="BF16")}
+    assert dataclasses.replace(shared, stored=stored).packing.scales == "bfloat16" != shared.packing.scales
+    assert dataclasses.replace(shared, format=dataclasses.replace(shared.format, act_order=True)).packing is None
+
+
 def check(one: Example, box, block: tuple[int, int]) -> None:
     weight, packing = one.bound(), one.bound().packing
     turned = weight.format.transposed

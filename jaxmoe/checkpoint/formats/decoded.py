@@ -4,6 +4,7 @@ import dataclasses
 import math
 from collections import Counter
 from collections.abc import Iterator, Mapping
+from functools import lru_cache
 from typing import NamedTuple, Self
 
 import numpy as np
@@ -70,7 +71,7 @@ class DecodedTensor(TensorInfo):
             outer.append((ranges[0][0] * inner, ranges[0][1] * inner))
         return tuple(outer)
 
-    def stored_boxes(self, box: Box) -> dict[str, Box]:
+    def stored_boxes(self, box: Box) -> Mapping[str, Box]:
         """The box of each part, by role, that the values in `box` are decoded from."""
         return self.weight.boxes(self.whole_box(box))
 
@@ -87,7 +88,7 @@ class DecodedTensor(TensorInfo):
         """
         outer = self.whole_box(box)
         if self.order is not None:
-            into = into.transpose(np.argsort(self.order))
+            into = into.transpose(inverse(self.order))
         if not self.splits:
             self.decode_into(arrays, outer, into)
             return
@@ -109,7 +110,7 @@ class DecodedTensor(TensorInfo):
 
     def _plain(self, box: Box) -> Box:
         """A box with its dims in the order of the weight's."""
-        return box if self.order is None else tuple([box[place] for place in np.argsort(self.order)])
+        return box if self.order is None else tuple([box[place] for place in inverse(self.order)])
 
     def _grouped(self, box: Box) -> Iterator[tuple[tuple[int, ...], Box]]:
         """For each dim of the weight the sizes that it is split in, and the ranges of `box` along these."""
@@ -150,10 +151,21 @@ def decode_checkpoint(checkpoint: Checkpoint) -> DecodedCheckpoint:
     matched = match_tensors(tensors, read_quantization(directory))
     plain = {name: tensor for name, tensor in tensors.items() if name not in matched.parts or name in matched.unused}
     plain |= {name: _decoded(weight, tensors) for name, weight in matched.weights.items()}
-    formats = Counter(weight.format.describe() for weight in matched.weights.values())
+    counts = Counter([weight.format for weight in matched.weights.values()])
+    formats = {form.describe(): count for form, count in counts.items()}
     return DecodedCheckpoint(
         dataclasses.replace(checkpoint, tensors=plain), frozenset(matched.unused), formats, matched.notes
     )
+
+
+@lru_cache
+def inverse(order: tuple[int, ...]) -> tuple[int, ...]:
+    """The place of each dim in an order of dims.
+
+    >>> inverse((2, 0, 1))
+    (1, 2, 0)
+    """
+    return tuple([order.index(dim) for dim in range(len(order))])
 
 
 def dim_order_of(weight: QuantizedWeight, shape: tuple[int, ...]) -> tuple[int, ...] | None:

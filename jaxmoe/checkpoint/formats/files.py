@@ -93,7 +93,7 @@ class Checkpoint:
                 problems.add(
                     f"tensor {new!r} is there twice: under this name, and behind the prefix of a multimodal model"
                 )
-            tensors[new] = dataclasses.replace(tensor, name=new)
+            tensors[new] = tensor if new == tensor.name else dataclasses.replace(tensor, name=new)
         problems.raise_if_any()
         return dataclasses.replace(self, tensors=tensors)
 

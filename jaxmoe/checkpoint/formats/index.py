@@ -33,10 +33,15 @@ def read_index(path: str | os.PathLike[str], suffix: str = ".safetensors") -> di
     weight_map = document.get("weight_map") if isinstance(document, dict) else None
     if not isinstance(weight_map, dict) or not weight_map:
         refuse("an index must have a weight_map of tensor names to file names", "it has none")
+    plain: set[str] = set()
     for tensor, file in weight_map.items():
         if not isinstance(file, str):
             refuse("a file name in the weight_map must be a string", f"that of {tensor!r} is {file!r}")
-        if not _is_plain(file, suffix):
+        if file in plain:
+            continue
+        if _is_plain(file, suffix):
+            plain.add(file)
+        else:
             refuse(
                 f"the weight_map must name {suffix} files beside the index, without any path",
                 f"tensor {tensor!r} is said to be in {file!r}",

@@ -9,6 +9,8 @@ from jaxmoe.checkpoint.boxes import Box
 from jaxmoe.checkpoint.formats.decoded import DecodedTensor
 from jaxmoe.checkpoint.formats.safetensors import TensorInfo
 
+_FIELDS = tuple(field.name for field in dataclasses.fields(DecodedTensor))
+
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class PackedTensor(DecodedTensor):
@@ -25,22 +27,21 @@ class PackedTensor(DecodedTensor):
     units: tuple[int, int]
 
     @classmethod
-    def of(cls, tensor: DecodedTensor, role: str, units: tuple[int, int]) -> "PackedTensor":
+    def of(cls, tensor: DecodedTensor, role: str, units: tuple[int, int], dtype: np.dtype) -> "PackedTensor":
         """Make the tensor of one array.
 
         Args:
             tensor: weight as the plain tensor that it stands for.
             role: name of the array.
             units: elements of the plain tensor that an element is for; they divide its last two dims.
+            dtype: dtype of the array, `Packing.dtype`.
         """
         *lead, rows, columns = tensor.shape
-        packing = tensor.weight.packing
-        assert packing is not None, f"{tensor.name} does not stay packed"
-        fields = {field.name: getattr(tensor, field.name) for field in dataclasses.fields(tensor)}
-        fields |= {"shape": (*lead, rows // units[0], columns // units[1]), "dtype": packing.dtype(role)}
+        fields = {name: getattr(tensor, name) for name in _FIELDS}
+        fields |= {"shape": (*lead, rows // units[0], columns // units[1]), "dtype": dtype}
         return cls(**fields, role=role, units=units)
 
-    def stored_boxes(self, box: Box) -> dict[str, Box]:
+    def stored_boxes(self, box: Box) -> Mapping[str, Box]:
         """The box of each part, by role, that the elements in `box` are made from."""
         return self.weight.packed_boxes(self.role, self._in_weight(self.whole_box(box)))
 

@@ -6,13 +6,14 @@ import os
 import resource
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
 
 from jaxmoe.checkpoint.boxes import Box, box_shape, contiguous_suffix
 from jaxmoe.checkpoint.errors import CheckpointError
-from jaxmoe.checkpoint.formats.decoded import DecodedTensor
+from jaxmoe.checkpoint.formats.decoded import DecodedTensor, inverse
 from jaxmoe.checkpoint.formats.files import CheckpointFile
 from jaxmoe.checkpoint.formats.safetensors import TensorInfo
 
@@ -62,11 +63,11 @@ def _make_room(count: int) -> None:
 def read_tensor(descriptors: Mapping[Path, int], tensor: TensorInfo, box: Box) -> tuple[np.ndarray, int]:
     """Read a region of a tensor, in the order of its dims however it is stored; the values, and the bytes read."""
     assert tensor.dtype is not None
-    order = range(len(box)) if tensor.dim_order is None else tensor.dim_order
-    stored = tuple([box[dim] for dim in order])
+    order = tensor.dim_order
+    stored = box if order is None else tuple([box[dim] for dim in order])
     values = np.empty(box_shape(stored), tensor.dtype)
     count = read_box(descriptors, tensor.as_stored(), stored, values)
-    return values.transpose(np.argsort(order)), count
+    return values if order is None else values.transpose(inverse(order)), count
 
 
 def read_box(descriptors: Mapping[Path, int], tensor: TensorInfo, box: Box, into: np.ndarray) -> int:
@@ -96,10 +97,12 @@ def read_box(descriptors: Mapping[Path, int], tensor: TensorInfo, box: Box, into
         return sum(count for _, count in parts.values())
     descriptor = descriptors[tensor.file]
     memory = memoryview(into.reshape(-1).view(np.uint8).data)
-    run_bytes, offsets = _runs(tensor, box)
+    assert tensor.dtype is not None
+    run_bytes, first, steps = _runs(tensor.shape, tensor.dtype.itemsize, box)
     read = 0
     try:
-        for offset in offsets:
+        for step in itertools.product(*steps):
+            offset = tensor.offset + first + sum(step)
             end = read + run_bytes
             while read < end:
                 count = os.preadv(descriptor, [memory[read:end]], offset)
@@ -115,15 +118,14 @@ def read_box(descriptors: Mapping[Path, int], tensor: TensorInfo, box: Box, into
     return read
 
 
-def _runs(tensor: TensorInfo, box: Box) -> tuple[int, Iterator[int]]:
-    """Bytes of each contiguous run of `box`, and the runs' offsets in the file."""
-    assert tensor.dtype is not None
-    itemsize = tensor.dtype.itemsize
-    strides = [math.prod(tensor.shape[dim + 1 :]) * itemsize for dim in range(len(tensor.shape))]
-    corner = tensor.offset + sum(start * stride for (start, _), stride in zip(box, strides, strict=True))
+# Alike tensors are read in alike boxes: all experts of a checkpoint in a few.
+@lru_cache(maxsize=4096)
+def _runs(shape: tuple[int, ...], itemsize: int, box: Box) -> tuple[int, int, list[range]]:
+    """Bytes of each contiguous run of `box`, the place of the first in the tensor, and steps from it to all of them."""
+    strides = [math.prod(shape[dim + 1 :]) * itemsize for dim in range(len(shape))]
+    corner = sum(start * stride for (start, _), stride in zip(box, strides, strict=True))
     # One run takes the range of the last partial dim and everything inside it.
-    outer = max(contiguous_suffix(box, tensor.shape) - 1, 0)
+    outer = max(contiguous_suffix(box, shape) - 1, 0)
     sizes = box_shape(box)
     steps = [range(0, size * stride, stride) for size, stride in zip(sizes[:outer], strides[:outer], strict=True)]
-    offsets = (corner + sum(step) for step in itertools.product(*steps))
-    return math.prod(sizes[outer:]) * itemsize, offsets
+    return math.prod(sizes[outer:]) * itemsize, corner, steps

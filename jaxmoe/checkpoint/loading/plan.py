@@ -2,11 +2,12 @@
 
 import dataclasses
 from collections import defaultdict
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 import jax
+import numpy as np
 
 from jaxmoe.checkpoint.boxes import Box, box_of, box_shape, disjoint_union, intersect, union_volume, volume
 from jaxmoe.checkpoint.errors import Problems
@@ -171,8 +172,9 @@ def plan_load(
     shards: list[Shard] = []
     copies: dict[str, list[Copy]] = defaultdict(list)
     for spec, parts in zip(specs, placed, strict=True):
-        for box, devices in parts.items():
-            filled = _copies_into(box, len(shards), mapped.blocks[spec.path], tensors, copies)
+        own = _blocks_within(parts, mapped.blocks[spec.path], len(spec.shape))
+        for (box, devices), blocks in zip(parts.items(), own, strict=True):
+            filled = _copies_into(box, len(shards), blocks, tensors, copies)
             shards.append(Shard(spec, box, devices, filled))
     reads = [read for name, targets in copies.items() for read in _reads_of(tensors[name].as_stored(), targets)]
     reads.sort(key=lambda read: (read.tensor.file, read.tensor.offset))
@@ -234,6 +236,17 @@ def _local_parts(
     return {box: tuple(devices) for box, devices in parts.items()}
 
 
+def _blocks_within(boxes: Iterable[Box], blocks: Sequence[Block], ndim: int) -> Iterator[list[Block]]:
+    """For each box of a parameter of `ndim` dims the blocks of tensors that have a part of it."""
+    filled = [block for block in blocks if block.tensor is not None]
+    starts = np.array([block.param_start for block in filled], np.int64).reshape(len(filled), ndim)
+    stops = starts + np.array([block.shape for block in filled], np.int64).reshape(len(filled), ndim)
+    for box in boxes:
+        # All blocks at once: a stack has one for each expert, and a shard is of few of them.
+        low, high = np.array(box, np.int64).reshape(ndim, 2).T
+        yield [filled[index] for index in np.flatnonzero(((starts < high) & (low < stops)).all(axis=1))]
+
+
 def _copies_into(
     shard_box: Box,
     shard: int,
@@ -244,10 +257,8 @@ def _copies_into(
     """Note the copies that fill one shard, by tensor; returns how many elements they fill."""
     filled = 0
     for block in blocks:
-        if block.tensor is None:
-            continue
         part = intersect(shard_box, block.param_box)
-        if part is None:
+        if part is None or block.tensor is None:
             continue
         filled += volume(part)
         tensor_box = []
@@ -267,6 +278,8 @@ def _copies_into(
 
 
 def _reads_of(tensor: TensorInfo, copies: Sequence[Copy]) -> list[Read]:
+    if len(copies) == 1:
+        return [Read(tensor, copies[0].tensor_box, (copies[0],))]
     boxes = disjoint_union(tuple(copy.tensor_box for copy in copies))
     return [Read(tensor, box, tuple([c for c in copies if intersect(box, c.tensor_box) is not None])) for box in boxes]
 
@@ -274,12 +287,9 @@ def _reads_of(tensor: TensorInfo, copies: Sequence[Copy]) -> list[Read]:
 def _bytes_needed(tensor: TensorInfo, copies: Sequence[Copy]) -> int:
     # Counted on its own and not from the reads, so that comparing it with what was read means something.
     if isinstance(tensor, DecodedTensor):
-        boxes: dict[str, dict[Box, None]] = defaultdict(dict)
-        for copy in copies:
-            for role, box in tensor.stored_boxes(copy.tensor_box).items():
-                boxes[role][box] = None
-        parts = ((tensor.parts[role], tuple(found)) for role, found in boxes.items())
-        return sum(union_volume(part.shape, found) * part.dtype.itemsize for part, found in parts if part.dtype)
+        stored = [tensor.stored_boxes(copy.tensor_box) for copy in copies]
+        parts = [(tensor.parts[role], tuple(dict.fromkeys([boxes[role] for boxes in stored]))) for role in stored[0]]
+        return sum([union_volume(part.shape, found) * part.dtype.itemsize for part, found in parts if part.dtype])
     assert tensor.dtype is not None
     return union_volume(tensor.shape, tuple(copy.tensor_box for copy in copies)) * tensor.dtype.itemsize
 

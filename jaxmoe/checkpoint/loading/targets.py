@@ -84,7 +84,8 @@ class HostTarget:
 
     def _hand_over(self, memory: np.ndarray) -> None:
         self._memory = None
-        self.arrays = [jax.device_put(memory, device) for device in self._shard.devices]
+        devices = list(self._shard.devices)
+        self.arrays = jax.device_put([memory] * len(devices), devices)
         # An accelerator reads `memory` until then; waiting bounds how much of it is alive.
         jax.block_until_ready(self.arrays)
 

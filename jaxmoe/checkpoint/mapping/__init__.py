@@ -13,7 +13,8 @@ from jaxmoe.checkpoint.mapping.layouts import detect_expert_layout
 from jaxmoe.checkpoint.mapping.mapped import MappedCheckpoint, Unused
 from jaxmoe.checkpoint.mapping.names import layer_index, written_blocks, written_form
 from jaxmoe.checkpoint.mapping.own_part import REST
-from jaxmoe.checkpoint.mapping.packed import PackingChoice, choose_packings, hold_packed, pack_everything, pack_model
+from jaxmoe.checkpoint.mapping.packed import PackingChoice, choose_packings, pack_everything, pack_model
+from jaxmoe.checkpoint.mapping.packed_blocks import hold_packed
 from jaxmoe.checkpoint.mapping.rounding import asked_activations, read_input_scales
 from jaxmoe.checkpoint.mapping.spellings import Spellings
 from jaxmoe.checkpoint.mapping.tied import TIED_RULE

@@ -88,8 +88,8 @@ def check_used_whole(tensor: TensorInfo, boxes: Sequence[Box], split: Split, pro
 
 def check_filled_once(spec: ParamSpec, blocks: Sequence[Block], problems: Problems) -> None:
     """Every element of the parameter is filled by exactly one block."""
-    boxes = [block.param_box for block in blocks]
-    outside = [box for box in boxes if not contains(whole(spec.shape), box)]
+    boxes, everything = [block.param_box for block in blocks], whole(spec.shape)
+    outside = [box for box in boxes if not contains(everything, box)]
     if outside:
         problems.add(f"{spec.path} {spec.shape} is to be filled at {_region(outside[0])}, outside of it")
         return

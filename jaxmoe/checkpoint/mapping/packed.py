@@ -1,7 +1,4 @@
-"""Parameters that stay packed: which of a model's can, in which blocks, and the way from tensors to their arrays.
-
-A packed parameter is several arrays (`jaxmoe.layers.packed`), and each of them is filled by blocks of its own, which are
-those of the plain parameter counted in the units of that array: bytes of two numbers, or blocks that share a scale.
+"""Parameters that stay packed: which of a model's can, and in which blocks of scales.
 
 Blocks of scales are made smaller where something cuts them: a device's part of a dim, rows of a tensor that start inside a
 block, gate and up in one dim. The scale of a block is then repeated for its parts.
@@ -11,21 +8,20 @@ import dataclasses
 import math
 import re
 from collections import Counter
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
-from jaxmoe.checkpoint.boxes import Box
-from jaxmoe.checkpoint.formats import DecodedTensor, PackedTensor, TensorInfo
-from jaxmoe.checkpoint.mapping.blocks import Block
+from jaxmoe.checkpoint.formats import DecodedTensor
 from jaxmoe.checkpoint.mapping.mapped import MappedCheckpoint
+from jaxmoe.checkpoint.mapping.packed_blocks import Cut, axes_of
 from jaxmoe.checkpoint.mapping.rounding import round_inputs
-from jaxmoe.layers.packed import pack_params, packable_params, part_specs
+from jaxmoe.layers.packed import pack_params, packable_params
 from jaxmoe.layers.param import ParamSpec
 from jaxmoe.models import Decoder
-from jaxmoe.quant.packing import OF_MATRICES, Packing
+from jaxmoe.quant.packing import Packing
 
 
 class PackingChoice(NamedTuple):
@@ -74,20 +70,6 @@ def _by_reason(what: str, reasons: Mapping[str, str]) -> list[str]:
         names = dict.fromkeys(re.sub(r"^layers\.\d+\.", "layers.*.", path) for path in paths)
         found.append(f"{count} {what} ({', '.join(names)}): {reason}")
     return found
-
-
-class _Cut(NamedTuple):
-    """The way that a dim of matrices runs from a tensor to a parameter.
-
-    Attributes:
-        tensor_dim: dim of the tensor, its dims together.
-        place: dim of the tensor, its dims split, that runs along the parameter's.
-        innermost: whether that is the innermost of the dims that `tensor_dim` is split in.
-    """
-
-    tensor_dim: int
-    place: int
-    innermost: bool
 
 
 def pack_model(model: Decoder, mapped: MappedCheckpoint, *, rounding: bool = False) -> PackingChoice:
@@ -155,7 +137,7 @@ def _packing(mapped: MappedCheckpoint, spec: ParamSpec, dtype: np.dtype) -> Pack
         packing = tensor.weight.packing
         if packing is None:
             return f"{tensor.form} does not stay packed"
-        axes = _axes(block, len(spec.shape))
+        axes = axes_of(block.tensor_shape, block.tensor_split, block.dims, len(spec.shape))
         if axes is None:
             return "their inputs and outputs are not dims of their own in the checkpoint"
         turned = _turned(axes, tensor)
@@ -196,102 +178,7 @@ def _packing(mapped: MappedCheckpoint, spec: ParamSpec, dtype: np.dtype) -> Pack
     return packing
 
 
-def _axes(block: Block, ndim: int) -> tuple[_Cut, _Cut] | None:
-    """The ways of the parameter's outputs and inputs, None where they are not two dims of the tensor."""
-    split = block.tensor_split or tuple((size,) for size in block.tensor_shape)
-    found: dict[int, _Cut] = {}
-    place = 0
-    for dim, sizes in enumerate(split):
-        for index in range(len(sizes)):
-            of = block.dims[place]
-            if of is not None and of >= ndim - 2:
-                found[of] = _Cut(dim, place, index == len(sizes) - 1)
-            place += 1
-    axes = found.get(ndim - 2), found.get(ndim - 1)
-    if axes[0] is None or axes[1] is None:
-        return None
-    matrices = {len(split) - 2, len(split) - 1}
-    return (axes[0], axes[1]) if {axes[0].tensor_dim, axes[1].tensor_dim} == matrices else None
-
-
-def _turned(axes: tuple[_Cut, _Cut], tensor: DecodedTensor) -> bool:
+def _turned(axes: tuple[Cut, Cut], tensor: DecodedTensor) -> bool:
     """Whether the parameter's outputs are what the format calls inputs."""
     outputs_first = axes[0].tensor_dim < axes[1].tensor_dim
     return outputs_first == tensor.weight.format.transposed
-
-
-def hold_packed(mapped: MappedCheckpoint, packings: Mapping[str, Packing]) -> MappedCheckpoint:
-    """Map a checkpoint to a model some of whose parameters stay packed.
-
-    Args:
-        mapped: checkpoint mapped to the parameters as plain arrays, and checked to fill them.
-        packings: form of those that stay packed, from `choose_packings`.
-
-    Returns:
-        The blocks of every array, those of packed parameters from tensors that `PackedTensor` describes, or from the stored
-        ones where these hold the very bytes. What the checkpoint has besides is not looked at.
-    """
-    tensors = dict(mapped.checkpoint.tensors)
-    specs: dict[str, ParamSpec] = {}
-    blocks: dict[str, Sequence[Block]] = {}
-    for path, spec in mapped.specs.items():
-        if path not in packings:
-            specs[path], blocks[path] = spec, mapped.blocks[path]
-            continue
-        for role, part in part_specs(spec, packings[path]).items():
-            specs[part.path] = part
-            own: dict[Box, Block] = {}
-            for block in mapped.blocks[path]:
-                found = _part_block(block, part, role, packings[path], spec, tensors)
-                # Rows that are there twice, or padded, have one scale where it is that of a whole tensor.
-                if found.tensor is not None or found.param_box not in own:
-                    own[found.param_box] = found
-            blocks[part.path] = list(own.values())
-    return dataclasses.replace(
-        mapped,
-        checkpoint=dataclasses.replace(mapped.checkpoint, tensors=tensors),
-        specs=specs,
-        blocks=blocks,
-        complete=False,
-    )
-
-
-def _part_block(
-    block: Block, part: ParamSpec, role: str, packing: Packing, spec: ParamSpec, tensors: dict[str, TensorInfo]
-) -> Block:
-    """A block of a parameter as one of an array of its packed form; its tensor is put among `tensors`."""
-    ndim, kept, units = len(spec.shape), len(part.shape), packing.units(role, spec.shape)
-    start, shape = list(block.param_start), list(block.shape)
-    for dim, unit in zip((ndim - 2, ndim - 1), units, strict=True):
-        start[dim], shape[dim] = start[dim] // unit, max(shape[dim] // unit, 1)
-    region = Block(param=part.path, param_start=tuple(start[:kept]), shape=tuple(shape[:kept]))
-    if block.tensor is None:
-        return region
-    tensor, axes = tensors[block.tensor], _axes(block, ndim)
-    assert isinstance(tensor, DecodedTensor), f"{spec.path}: {block.tensor} is not quantized"
-    assert axes is not None, f"{spec.path}: {block.tensor} has no matrices"
-    tensor_start, dims = list(block.tensor_start), list(block.dims)
-    split = [list(sizes) for sizes in block.tensor_split or [(size,) for size in block.tensor_shape]]
-    tensor_units = [1, 1]
-    for side, (unit, cut) in enumerate(zip(units, axes, strict=True)):
-        sizes, inner = split[cut.tensor_dim], cut.place - sum(map(len, split[: cut.tensor_dim]))
-        if role in OF_MATRICES or (role != "values" and packing.block[side] is None):
-            # One entry for the whole tensor, of which the parameter may be a part.
-            unit = sizes[inner] if cut.innermost else 1
-            tensor_start[cut.place] = 0
-        if ndim - 2 + side >= kept:
-            dims[cut.place] = None
-        tensor_units[cut.tensor_dim - len(split)] = unit
-        sizes[inner] //= unit
-        tensor_start[cut.place] //= unit
-    name = f"{block.tensor}, {role} of {tensor_units[0]} x {tensor_units[1]}"
-    if name not in tensors:
-        tensors[name] = PackedTensor.of(tensor, role, (tensor_units[0], tensor_units[1])).as_it_is()
-    return dataclasses.replace(
-        region,
-        tensor=name,
-        tensor_shape=tuple([math.prod(sizes) for sizes in split]),
-        tensor_start=tuple(tensor_start),
-        dims=tuple(dims),
-        tensor_split=tuple(map(tuple, split)) if block.tensor_split else (),
-    )
