@@ -3,7 +3,6 @@
 import itertools
 import json
 import threading
-import time
 
 import jax
 import jax.numpy as jnp
@@ -197,29 +196,6 @@ def test_only_needed_bytes_are_asked_for(tmp_path, monkeypatch):
     load_shards(make_load_plan(checkpoint, case.specs, case.blocks, local_devices=local))
     start = checkpoint.tensors["w.weight"].offset
     assert sorted(asked) == [(start + row * 64 + 16, 32) for row in range(6)]
-
-
-@pytest.mark.parametrize(("rows", "together"), [(8, 1), (2**16, 2)])
-def test_small_tensors_are_read_by_one_thread_at_a_time(rows, together, tmp_path, monkeypatch):
-    """Threads that took turns at each of many small reads would wait for one another; large ones are read at once."""
-    mesh, case, rng = mesh_of(1, 1, 1), Case(), np.random.default_rng(0)
-    for number in range(4):
-        add_tensor(case, mesh, rng, f"w{number}", (rows, 8))
-    reading, most, preadv = set(), 0, __import__("os").preadv
-
-    def spy(descriptor, buffers, offset):
-        nonlocal most
-        reading.add(threading.get_ident())
-        most = max(most, len(reading))
-        time.sleep(0.02)
-        reading.discard(threading.get_ident())
-        return preadv(descriptor, buffers, offset)
-
-    directory = write_checkpoint(tmp_path, case.tensors)
-    monkeypatch.setattr("os.preadv", spy)
-    monkeypatch.setattr("jaxmoe.checkpoint.loading.execute._BATCH_BYTES", 2 * 8 * 8 * 4)
-    check_arrays(case, load(case, directory, threads=2)[0])
-    assert most == together
 
 
 def test_cpu_arrays_are_the_memory_that_was_read_into(tmp_path):

@@ -5,7 +5,6 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import nullcontext
 from pathlib import Path
 
 import jax
@@ -24,7 +23,6 @@ from jaxmoe.checkpoint.lora import TensorDelta
 
 STAGING_BYTES = 256 * 2**20
 _MAX_CHUNK_BYTES = 4 * 2**20
-_BATCH_BYTES = 256 * 2**10  # of small chunks, which one thread reads one after another
 # A thread holds what it read, the same cast (twice the bytes at worst), and as much again inside a transfer; shards
 # that are put whole take another chunk per thread. Adding an adapter's update takes as much, before there is a cast.
 _CHUNKS_PER_THREAD = 8
@@ -117,9 +115,7 @@ def load_shards(
     with open_files(plan.files) as descriptors:
         tally = _Tally(plan, progress, placed)
         worker = _Worker(descriptors, targets, plan.deltas, tally, check_finite)
-        chunks = _chunks(_reading_order(plan, staging), chunk_bytes)
-        # Under staging a thread waits for its device after every chunk, and others go on meanwhile.
-        run_in_threads(worker, _batches(chunks, 0 if staging else _BATCH_BYTES), threads)
+        run_in_threads(worker, _chunks(_reading_order(plan, staging), chunk_bytes), threads)
     arrays = []
     for target in targets:
         assert target.arrays is not None, "a shard is incomplete though every read of the plan was done"
@@ -158,22 +154,6 @@ def _chunks(reads: Iterable[Read], chunk_bytes: int) -> Iterator[tuple[Read, Box
             yield read, box
 
 
-def _batches(chunks: Iterable[tuple[Read, Box]], most: int) -> Iterator[list[tuple[Read, Box]]]:
-    """Neighboring chunks of up to `most` bytes together; a larger one alone."""
-    batch: list[tuple[Read, Box]] = []
-    size = 0
-    for read, box in chunks:
-        assert read.tensor.dtype is not None
-        nbytes = volume(box) * read.tensor.dtype.itemsize
-        if batch and size + nbytes > most:
-            yield batch
-            batch, size = [], 0
-        batch.append((read, box))
-        size += nbytes
-    if batch:
-        yield batch
-
-
 class _Tally:
     """Counts bytes for all threads and tells the caller."""
 
@@ -210,7 +190,7 @@ def _place(placed: Callable[[int, int], None], shard: Shard, elements: int) -> N
 
 
 class _Worker:
-    """Reads chunks and delivers each to every shard that wants some of it."""
+    """Reads one chunk and delivers it to every shard that wants some of it."""
 
     def __init__(
         self,
@@ -226,16 +206,9 @@ class _Worker:
         self._tally = tally
         self._check_finite = check_finite
         self._own = threading.local()
-        self._small = threading.Lock()
 
-    def __call__(self, batch: Sequence[tuple[Read, Box]]) -> None:
-        # Small chunks are work for Python, which one thread does at a time: threads that all had some would only wait for
-        # one another at every read, at twice the cost.
-        with self._small if len(batch) > 1 else nullcontext():
-            for read, box in batch:
-                self._read(read, box)
-
-    def _read(self, read: Read, box: Box) -> None:
+    def __call__(self, chunk: tuple[Read, Box]) -> None:
+        read, box = chunk
         tensor, dtype = read.tensor, read.tensor.dtype
         assert dtype is not None
         if not hasattr(self._own, "read"):
