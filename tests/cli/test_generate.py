@@ -194,6 +194,12 @@ ERRORS = {
     "outside vocabulary": (["--prompt-ids", "1,37"], "token ids are 0 to 36 (vocab_size 37); prompt 0 has 37"),
     "too long": (["--prompt-ids", "1", "--max-new-tokens", "512"], "ask for at most 511 new tokens"),
     "bad setting": (["--prompt-ids", "1", "--temperature", "-1"], "temperature is at least 0"),
+    "bad seed": (["--prompt-ids", "1", "--seed", "-1"], "seed is an integer from 0"),
+    "empty stop": (["--prompt-ids", "1", "--stop", ""], "a stop string is a text of at least one character"),
+    "no folder for routing": (
+        ["--prompt-ids", "1", "--record-routing", "nowhere/r.npz"],
+        "the directory of --record-routing nowhere/r.npz does not exist",
+    ),
     "mesh size": (["--prompt-ids", "1", "--mesh", "tp=16"], "is 16 devices, but there are 8"),
     "simulate too late": (["--prompt-ids", "1", "--simulate", "3"], "devices are simulated before JAX starts"),
     "no placement file": (["--prompt-ids", "1", "--placement", "x.json"], "the placement file x.json does not exist"),
@@ -217,6 +223,7 @@ def test_an_error_in_the_input_is_one_line_and_status_1(checkpoint, capsys, case
     assert line.startswith("jaxmoe: error: ")
     assert message.replace("{dir}", str(directory)) in line
     assert sorted(directory.iterdir()) == before
+    assert not checkpoint.loaded  # which may take minutes
 
 
 def test_a_message_of_several_lines_becomes_one(checkpoint, capsys, monkeypatch) -> None:
