@@ -141,6 +141,10 @@ def test_values_are_refused_by_name(make, message):
         (partial(generate, balancer="eplb"), "balancer is a jaxmoe.Balancer; got str"),
         (partial(jaxmoe.load, None, mesh=None), "path is a path, a text or a pathlib.Path; got NoneType"),
         (partial(jaxmoe.load, "demo", mesh="ep=2"), "mesh is a mesh, from jaxmoe.make_mesh; got str"),
+        (
+            lambda: jaxmoe.load("demo", mesh=mesh_of(1, 1, 8), placement=np.arange(16)),
+            "placement is a strategy's name, a jaxmoe.ExpertPlacement, or a list of one for each MoE layer; got ndarray",
+        ),
         (partial(jaxmoe.save, "demo", "out"), "model is a model from jaxmoe.load; got str"),
         (partial(jaxmoe.convert, 3, "out"), "source is a path, a text or a pathlib.Path; got int"),
         (partial(jaxmoe.plan, None), "path is a path, a text or a pathlib.Path; got NoneType"),
