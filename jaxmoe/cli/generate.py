@@ -119,6 +119,8 @@ def _generate_together(args: argparse.Namespace) -> None:
     adapters = _adapter_of_each(args, len(prompts))
     # Prompts and settings are checked before the weights are read, which may take minutes.
     params = SamplingParams(**{name: getattr(args, name) for name in options.SAMPLING})
+    if params.without_effect:
+        print(params.without_effect, file=sys.stderr)
     seeds_for(args.seed, len(prompts))
     outline = loading.outline(args)
     token_ids = encode(outline, _conversations(prompts, args), max_new_tokens=args.max_new_tokens)

@@ -177,6 +177,12 @@ def test_seed_and_stop(with_tokenizer, capsys) -> None:
     assert (stopped["text"], stopped["finish_reason"]) == (first["text"].split(letter)[0], "stop")
 
 
+def test_settings_without_effect_are_told(checkpoint, capsys) -> None:
+    argv = ["--prompt-ids", "1", "--max-new-tokens", "1", "--top-p", "0.9"]
+    assert "without effect: top_p; the likeliest token is taken" in run(capsys, checkpoint.path, *argv).err
+    assert "without effect" not in run(capsys, checkpoint.path, *argv, "--temperature", "1").err
+
+
 def test_verbose_shows_what_each_device_holds(checkpoint, capsys) -> None:
     result = run(capsys, checkpoint.path, "--prompt-ids", "1", "--max-new-tokens", "1", "-v")
     assert "Expert weights per device" in result.err
