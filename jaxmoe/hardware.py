@@ -151,6 +151,10 @@ _PCIE_4 = Links(within=32e9, between=25e9, latency=_LATENCY)
 # PCIe 5.0 x16 by H100 PCIe's data sheet, half of the 128 GB/s of both directions: its bridges join no more than two cards.
 _PCIE_5 = Links(within=64e9, between=50e9, latency=_LATENCY)
 
+# https://docs.jax.dev/en/latest/201/gpu-memory.html
+JAX_TAKES = 0.75
+"""Part of a GPU's memory that JAX takes for its arrays where XLA_CLIENT_MEM_FRACTION says nothing."""
+
 # Words in a device's name that tell no two of these apart. A card for PCIe is another one, and so is an NVL.
 _SAID_BESIDE = r"nvidia|tensor|core|gpu|sxm\d?|hbm\d?e?|gddr\d"
 _MEMORY_TOLERANCE = 0.09

@@ -29,6 +29,16 @@ def generate(**settings):
     return jaxmoe.generate(model, [[1, 2]], **settings)
 
 
+def test_settings_without_effect_are_told():
+    with pytest.warns(
+        UserWarning, match="without effect: top_k, min_p; .* at temperature 0, and sampling wants"
+    ) as told:
+        generate(top_k=3, min_p=0.1, max_new_tokens=1)
+    assert told[0].filename == __file__
+    for settings in ({"top_k": 1}, {"top_p": 0.9, "temperature": 0.0}, {"top_p": 0.9, "temperature": 1.0, "seed": 0}):
+        generate(**settings, max_new_tokens=1)  # and a warning is an error in the tests
+
+
 @given(st.integers(-(2**31), 2**31 - 1))
 def test_every_spelling_of_an_integer(value):
     for kind in (int, np.int32, np.int64, np.array):
@@ -141,6 +151,10 @@ def test_values_are_refused_by_name(make, message):
         (partial(generate, balancer="eplb"), "balancer is a jaxmoe.Balancer; got str"),
         (partial(jaxmoe.load, None, mesh=None), "path is a path, a text or a pathlib.Path; got NoneType"),
         (partial(jaxmoe.load, "demo", mesh="ep=2"), "mesh is a mesh, from jaxmoe.make_mesh; got str"),
+        (
+            lambda: jaxmoe.load("demo", mesh=mesh_of(1, 1, 8), placement=np.arange(16)),
+            "placement is a strategy's name, a jaxmoe.ExpertPlacement, or a list of one for each MoE layer; got ndarray",
+        ),
         (partial(jaxmoe.save, "demo", "out"), "model is a model from jaxmoe.load; got str"),
         (partial(jaxmoe.convert, 3, "out"), "source is a path, a text or a pathlib.Path; got int"),
         (partial(jaxmoe.plan, None), "path is a path, a text or a pathlib.Path; got NoneType"),

@@ -4,7 +4,6 @@ import argparse
 import json
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 from jaxmoe.cli import loading, options
@@ -58,12 +57,10 @@ def run(args: argparse.Namespace) -> None:
         options.use_compile_cache(args)
 
     from jaxmoe.batches import Batch, run_batch
-    from jaxmoe.config import directory_of, find_checkpoint
-    from jaxmoe.models import read_model_config
 
     settings = _settings(args)
-    source = directory_of(find_checkpoint(args.checkpoint))
-    outline: Any = SimpleNamespace(config=read_model_config(source)[1], source=source)
+    outline = loading.outline(args)
+    options.check_max_length(args, outline.config)
     with Batch(
         outline,
         Path(args.input),
@@ -108,9 +105,8 @@ def _settings(args: argparse.Namespace) -> "LineSettings":
         args.usage_error(
             f"--use-adapter names one of --adapter NAME=DIR; {adapter} is none of {', '.join(named) or 'none'}"
         )
-    params = {name: getattr(args, name) for name in ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")}
     return LineSettings(
-        params=SamplingParams(**params),
+        params=SamplingParams(**{name: getattr(args, name) for name in options.SAMPLING}),
         max_new_tokens=args.max_new_tokens,
         min_new_tokens=args.min_new_tokens or 0,
         seed=args.seed,

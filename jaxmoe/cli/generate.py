@@ -6,7 +6,6 @@ import sys
 from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
-from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 from jaxmoe.cli import batch_file, loading, options, processes
@@ -106,22 +105,26 @@ def _generate_together(args: argparse.Namespace) -> None:
     """Do the work of `run`, the same in each of several processes."""
     prompts = _read_prompts(args)
     batch_size = args.batch_size or 32
+    options.check_folders(args, "record_routing")
     mesh = options.make_mesh(args)
     # Where one process finds a program and another compiles it, they may wait for each other: a folder that all of them
     # see has to be named.
     if args.compile_cache is not None or not processes.is_one_of_several(args):
         options.use_compile_cache(args)
 
-    from jaxmoe.config import directory_of, find_checkpoint
     from jaxmoe.distributed import is_first
-    from jaxmoe.generation import GenerationStats, encode, generate
-    from jaxmoe.models import read_model_config
+    from jaxmoe.generation import GenerationStats, SamplingParams, encode, generate
+    from jaxmoe.generation.arguments import seeds_for, stop_strings, text_streams
 
     adapters = _adapter_of_each(args, len(prompts))
-    # All prompts are checked before the weights are read, which may take minutes.
-    source = directory_of(find_checkpoint(args.checkpoint))
-    outline: Any = SimpleNamespace(config=read_model_config(source)[1], source=source)
+    # Prompts and settings are checked before the weights are read, which may take minutes.
+    params = SamplingParams(**{name: getattr(args, name) for name in options.SAMPLING})
+    if params.without_effect:
+        print(params.without_effect, file=sys.stderr)
+    seeds_for(args.seed, len(prompts))
+    outline = loading.outline(args)
     token_ids = encode(outline, _conversations(prompts, args), max_new_tokens=args.max_new_tokens)
+    text_streams(len(token_ids), outline, None, stop_strings(args.stop))
     model = loading.load(args, mesh, mtp=args.speculate == "mtp")
     if args.verbose:
         _print_expert_bytes(model)
@@ -139,11 +142,7 @@ def _generate_together(args: argparse.Namespace) -> None:
                 model,
                 token_ids[batch],
                 max_new_tokens=args.max_new_tokens,
-                temperature=args.temperature,
-                top_k=args.top_k,
-                top_p=args.top_p,
-                min_p=args.min_p,
-                repetition_penalty=args.repetition_penalty,
+                sampling_params=params,
                 seed=args.seed,
                 adapters=adapters[batch] if any(adapters) else None,
                 stop=args.stop,

@@ -3,6 +3,7 @@
 import argparse
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 from jaxmoe.cli import options
@@ -50,6 +51,15 @@ def adapters(args: argparse.Namespace) -> tuple[str | None, dict[str, str]]:
 
 def _is_named(text: str) -> bool:
     return "=" in text and not Path(text).is_dir()
+
+
+def outline(args: argparse.Namespace) -> Any:
+    """Read the config of a model and find its files, as a `jaxmoe.generation.model.Outline`; no weight is read."""
+    from jaxmoe.config import directory_of, find_checkpoint
+    from jaxmoe.models import read_model_config
+
+    source = directory_of(find_checkpoint(args.checkpoint))
+    return SimpleNamespace(config=read_model_config(source)[1], source=source)
 
 
 def load(args: argparse.Namespace, mesh: "Mesh", *, mtp: bool = False) -> Any:

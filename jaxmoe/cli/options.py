@@ -12,7 +12,11 @@ if TYPE_CHECKING:
 
     from jax.sharding import Mesh
 
+    from jaxmoe.generation.model import Limits
     from jaxmoe.placement import ExpertPlacement, RoutingTrace
+
+SAMPLING = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
+"""Options of `jaxmoe.SamplingParams`, by its names."""
 
 
 def add_mesh_options(parser: argparse.ArgumentParser) -> None:
@@ -104,6 +108,32 @@ def add_slots(parser: argparse._ActionsContainer, what: str) -> None:
         metavar="N",
         help="tokens of a prompt and its text together (the model's most)",
     )
+
+
+def check_max_length(args: argparse.Namespace, limits: "Limits") -> None:
+    """Refuse a ``--max-length`` that an engine would, before the weights are read.
+
+    Raises:
+        ValueError: it is below 2, or above the model's number of positions.
+    """
+    from jaxmoe.checks import integer
+
+    if args.max_length is not None:
+        integer("max_length", args.max_length, least=2, most=limits.max_position_embeddings)
+
+
+def check_folders(args: argparse.Namespace, *names: str) -> None:
+    """Refuse files to be written in folders that are not there, before the work that they are of.
+
+    Raises:
+        FileNotFoundError: one of the options `names` names such a file.
+    """
+    from pathlib import Path
+
+    for name in names:
+        file = getattr(args, name)
+        if file is not None and not Path(file).absolute().parent.is_dir():
+            raise FileNotFoundError(f"the directory of --{name.replace('_', '-')} {file} does not exist")
 
 
 def make_mesh(args: argparse.Namespace) -> "Mesh":

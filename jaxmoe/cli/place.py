@@ -98,10 +98,7 @@ def run(args: argparse.Namespace) -> None:
             f"trace and model have the same experts: the trace has {trace.num_experts}, and --config or --num-experts "
             f"says {sizes.num_experts}"
         )
-    for option in ("output", "expert_location"):
-        file = getattr(args, option)
-        if file is not None and not Path(file).absolute().parent.is_dir():
-            raise FileNotFoundError(f"the directory of --{option.replace('_', '-')} {file} does not exist")
+    options.check_folders(args, "output", "expert_location")
     if not args.json:
         print(_describe(trace), file=sys.stderr)
     result = compare(

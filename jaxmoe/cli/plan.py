@@ -22,6 +22,7 @@ def run(args: argparse.Namespace) -> None:
     from jaxmoe.planning import plan
 
     check_options(args)
+    options.check_folders(args, "html")
     trace = None if args.trace is None else _read_trace(args)
     devices = [] if args.devices is None else _compare_devices(args, trace)
     # The plan is of the first number of devices on which the model fits.

@@ -16,6 +16,7 @@ def print_plan(report: "Plan") -> None:
     from rich.console import Console
     from rich.table import Table
 
+    from jaxmoe.hardware import JAX_TAKES
     from jaxmoe.mesh import write_mesh
 
     console = Console()
@@ -41,6 +42,12 @@ def print_plan(report: "Plan") -> None:
         verdict = "fits" if report.fits else "does not fit"
         console.print(f"{verdict} in the {show_bytes(report.capacity)} of {report.device}")
         if report.fits:
+            if max(total) > JAX_TAKES * report.capacity:
+                console.print(
+                    f"it is more than the {show_bytes(JAX_TAKES * report.capacity)} that JAX takes of it by itself: start "
+                    "with XLA_CLIENT_MEM_FRACTION=0.95",
+                    highlight=False,
+                )
             console.print(
                 f"{show_bytes(report.headroom or 0)} are left: there is room for {report.largest_batch:,} sequences of "
                 f"{report.max_length:,} tokens, or {report.batch_size:,} of {report.largest_length:,}",

@@ -1,6 +1,7 @@
 """``jaxmoe serve``: a model behind OpenAI's completions and chat completions."""
 
 import argparse
+import math
 import os
 import sys
 from pathlib import Path
@@ -34,7 +35,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         "--max-body", type=options.count, default=4 * 2**20, metavar="BYTES", help="largest request (4194304)"
     )
     group.add_argument(
-        "--drain", type=float, default=30.0, metavar="SECONDS", help="time for requests to end after SIGTERM (30)"
+        "--drain", type=_seconds, default=30.0, metavar="SECONDS", help="time for requests to end after SIGTERM (30)"
     )
     group = parser.add_argument_group("generation")
     options.add_slots(group, "requests")
@@ -50,6 +51,7 @@ def run(args: argparse.Namespace) -> None:
     """Load and serve."""
     keys = _keys(args.api_key_file)
     try:
+        from jaxmoe.generation.tokenizer import tokenizer_of
         from jaxmoe.serving import listen, serve
     except ModuleNotFoundError as error:
         raise ImportError(
@@ -59,6 +61,9 @@ def run(args: argparse.Namespace) -> None:
     bound = listen(args.host, args.port, keys=keys)
     try:
         loading.adapters(args)
+        outline = loading.outline(args)
+        options.check_max_length(args, outline.config)
+        tokenizer_of(outline.source)
         mesh = options.make_mesh(args)
         options.use_compile_cache(args)
         model: Decoder = loading.load(args, mesh)
@@ -98,3 +103,13 @@ def _number(text: str) -> int:
     if not text.isdecimal():
         raise argparse.ArgumentTypeError(f"an integer of at least 0; got {text!r}")
     return int(text)
+
+
+def _seconds(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not 0 <= value < math.inf:
+        raise argparse.ArgumentTypeError(f"a finite number of at least 0; got {text!r}")
+    return value

@@ -45,6 +45,7 @@ from jaxmoe.config.reading import (
     read_config_json,
     read_dtype,
     read_json,
+    way_to_file,
 )
 from jaxmoe.config.recurrent import GatedDeltaNetConfig, KDAConfig, Mamba2Config, MambaConfig, ShortConvConfig
 from jaxmoe.config.routers import (
@@ -119,4 +120,5 @@ __all__ = [
     "read_dtype",
     "read_json",
     "shard_of",
+    "way_to_file",
 ]

@@ -32,8 +32,26 @@ def read_config_json(directory: str | Path) -> dict[str, Any]:
         )
     config = _parse(path)
     if not isinstance(config, dict) or not isinstance(config.get("model_type"), str):
-        raise ValueError(f'{path} names no model family: "model_type" is missing')
+        raise ValueError(
+            f'{path} names no model family: "model_type" is missing'
+            f"{way_to_file(path.read_bytes(), ': take the config.json that transformers wrote')}"
+        )
     return config
+
+
+def way_to_file(start: bytes, otherwise: str = "; download it again") -> str:
+    """Say how to get a file in whose place something else was downloaded: ``"; it is a pointer of git-lfs: ..."``.
+
+    Args:
+        start: first bytes of what is there, 16 or more.
+        otherwise: text for bytes that do not tell what they are.
+    """
+    if start.startswith(b"version https://"):
+        return "; it is a pointer of git-lfs: fetch the file itself with git lfs pull"
+    text = start.lstrip()
+    if text.startswith((b"<", b"Access to ", b"Invalid ", b"Entry not found")) or re.match(rb'\{\s*"error"', text):
+        return "; it is a server's answer and not the file: log in, ask for access where it is gated, and download it again"
+    return otherwise
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -60,7 +78,7 @@ def _parse(path: Path) -> Any:
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:  # no JSON, no UTF-8, a number of thousands of digits, deep nesting
-        raise ValueError(f"{path} is not readable as JSON: {error}") from error
+        raise ValueError(f"{path} is not readable as JSON: {error}{way_to_file(path.read_bytes())}") from error
 
 
 def pick(config: Mapping[str, Any], *names: str, default: Any = _REQUIRED) -> Any:

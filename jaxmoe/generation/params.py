@@ -1,6 +1,7 @@
 """`SamplingParams`: the settings by which a token is chosen."""
 
 import dataclasses
+import warnings
 from typing import Any
 
 from jaxmoe.checks import instance_of, integer, real_number
@@ -58,6 +59,15 @@ class SamplingParams:
         return bool(self.top_k) or self.top_p < 1.0
 
     @property
+    def without_effect(self) -> str:
+        """Sentence on settings that say which tokens to choose among where the likeliest is taken; empty where none does."""
+        idle = {"top_k": (self.top_k or 1) > 1, "top_p": self.top_p < 1.0, "min_p": self.min_p > 0.0}
+        names = ", ".join(name for name, given in idle.items() if given)
+        if not names or not self.greedy:
+            return ""
+        return f"without effect: {names}; the likeliest token is taken at temperature 0, and sampling wants one above, as 1"
+
+    @property
     def penalizes(self) -> bool:
         """Whether tokens seen before count less (or more)."""
         return self.repetition_penalty != 1.0
@@ -66,6 +76,8 @@ class SamplingParams:
 def sampling_params_of(params: SamplingParams | None, **settings: Any) -> SamplingParams:
     """Settings given as one object, one by one, or both ways alike; a setting that is None is not given.
 
+    The caller's caller is warned of settings that have no effect at a temperature that nobody gave.
+
     Raises:
         TypeError: `params` is something else.
         ValueError: a setting is outside its range, or differs from that in `params`.
@@ -73,6 +85,8 @@ def sampling_params_of(params: SamplingParams | None, **settings: Any) -> Sampli
     given = {name: value for name, value in settings.items() if value is not None}
     one_by_one = SamplingParams(**given)
     if params is None:
+        if "temperature" not in given and one_by_one.without_effect:
+            warnings.warn(one_by_one.without_effect, stacklevel=3)
         return one_by_one
     instance_of("sampling_params", params, SamplingParams, "a jaxmoe.SamplingParams")
     for name in given:

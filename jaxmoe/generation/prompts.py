@@ -32,6 +32,8 @@ def encode_prompts(
         ValueError: no prompt, an empty one, one of none of the three kinds, or prompts of different kinds.
         FileNotFoundError: text without a tokenizer.
     """
+    if isinstance(prompts, Mapping):  # a list of it would be its keys
+        raise ValueError(f"prompts is a list; got a dictionary: for one conversation write [[{_brief(prompts)}]]")
     given: list[Any] = [prompts] if isinstance(prompts, str) else list(prompts)
     if not given:
         raise ValueError("prompts has at least one prompt; got an empty list")

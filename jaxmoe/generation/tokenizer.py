@@ -7,7 +7,7 @@ from typing import Any
 
 from tokenizers import Tokenizer as RustTokenizer
 
-from jaxmoe.config import read_json
+from jaxmoe.config import read_json, way_to_file
 from jaxmoe.generation.chat import ChatTemplates, Message
 
 
@@ -55,7 +55,8 @@ class Tokenizer:
         try:
             rust = RustTokenizer.from_file(str(path))
         except Exception as error:  # the library raises bare Exception
-            raise ValueError(f"{path} is not readable as a tokenizer: {error}") from error
+            way_out = way_to_file(path.read_bytes())
+            raise ValueError(f"{path} is not readable as a tokenizer: {error}{way_out}") from error
         config = read_json(directory / "tokenizer_config.json")
         return cls(rust, ChatTemplates.from_directory(directory, config))
 

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from jaxmoe.checks import instance_of
 from jaxmoe.placement.affinity import AFFINITY
 from jaxmoe.placement.base import ExpertPlacement, placements_from_json, placements_to_json
 from jaxmoe.placement.eplb import EPLB, EPLB_GLOBAL
@@ -132,9 +133,12 @@ def make_placements(
 
     Raises:
         ValueError: the sequence has another length than there are MoE layers, or one does not fit.
+        TypeError: `placement` is nothing of the kind.
     """
     if isinstance(placement, str | ExpertPlacement):
         placement = [placement] * len(experts_per_layer)
+    what = "a strategy's name, a jaxmoe.ExpertPlacement, or a list of one for each MoE layer"
+    instance_of("placement", placement, Sequence, what)
     if len(placement) != len(experts_per_layer):
         raise ValueError(
             f"placements are one for all MoE layers or one for each: got {len(placement)} for "

@@ -294,4 +294,5 @@ def _parse(text: str) -> Any:
     try:
         return json.loads(text)
     except json.JSONDecodeError as error:
-        raise ValueError(f"a placement file is JSON, as ExpertPlacement.to_json writes it: {error}") from error
+        name = "" if text.lstrip().startswith(("{", "[")) else "; give the text that is in the file, and not its name"
+        raise ValueError(f"a placement file is JSON, as ExpertPlacement.to_json writes it: {error}{name}") from error

@@ -32,10 +32,14 @@ def listen(host: str = "127.0.0.1", port: int = 8000, *, keys: Collection[str] =
         keys: keys of which clients need one.
 
     Raises:
-        ValueError: keys are missing, or too short.
+        ValueError: keys are missing, or too short, or the port is none.
         OSError: the address is not this machine's, or somebody listens there.
     """
-    found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+    port = integer("port", port, least=0, most=65535)
+    try:
+        found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+    except OSError as error:
+        raise OSError(f"cannot listen at {host} port {port}: {error.strerror or error}") from error
     family, _, _, _, address = found[0]
     _check_keys(str(address[0]), keys)
     bound = socket.socket(family, socket.SOCK_STREAM)
@@ -109,6 +113,7 @@ def serve(
             raise ValueError(
                 f"the model and its adapters have names of their own; {name!r} is an adapter's: give --name"
             )
+        drain_seconds = real_number("drain_seconds", drain_seconds, least=0)  # before programs are compiled
         tokenizer, ends = tokenizer_of(model.source), eos_token_ids(model.source)
         watched = (record or rebalance) and bool(model.moe_layers)
         loads = ExpertLoads(lambda: model.placements, rebalance=rebalance) if watched else None
@@ -124,7 +129,6 @@ def serve(
             body_bytes=integer("body_bytes", body_bytes, least=1),
             max_length=made.sizes.max_length,
         )
-        drain_seconds = real_number("drain_seconds", drain_seconds, least=0)
 
         async def run() -> None:
             async with AsyncEngine(made) as engine:

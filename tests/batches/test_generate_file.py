@@ -125,6 +125,8 @@ def test_what_can_be_refused_is_refused_before_weights_are_read(tmp_path, capsys
     input = write(tmp_path / "in.jsonl", [{"prompt": "a"}])
     assert generate(input, tmp_path / "none" / "out.jsonl") == 1
     assert "cannot be written: No such file" in capsys.readouterr().err
+    assert generate(input, tmp_path / "out.jsonl", "--max-length", "2049") == 1
+    assert "max_length is an integer from 2 to 2048; got 2049" in capsys.readouterr().err
     (tmp_path / "schema.json").write_text("{")
     assert generate(input, tmp_path / "out.jsonl", "--json-schema", str(tmp_path / "schema.json")) == 1
     assert "a JSON schema is JSON" in capsys.readouterr().err

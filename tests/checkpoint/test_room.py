@@ -72,6 +72,8 @@ def test_the_fullest_device_of_the_mesh_decides(free) -> None:
     message = refused(QWEN, mesh_of(2, 2, 2))
     assert f"{jax.devices()[-1]} has 1e-07 GB free" in message
     assert "they fit on no mesh of up to 64 times as many devices" in message
+    assert "XLA_CLIENT_MEM_FRACTION" not in message
+    assert "JAX takes 75% unless XLA_CLIENT_MEM_FRACTION says more" in room._jax_takes("gpu")
 
 
 @pytest.mark.usefixtures("unread")

@@ -40,6 +40,8 @@ MALFORMED = {
     "cut length": (b"\x01\0\0", "starts with the 8-byte length of its header", "the file has 3 bytes"),
     "header beyond the file": (struct.pack("<Q", 99) + b"{}", "must end inside the file", "claims 99 bytes"),
     "huge header": (b"\x3c\0\0\0\0\xff\xff\xff", "at most 100000000 bytes", "this one claims"),
+    "pointer": (b"version https://git-lfs.github.com/spec/v1\n", "at most 100000000 bytes", "git lfs pull"),
+    "server's answer": (b"<!doctype html><html>", "at most 100000000 bytes", "a server's answer and not the file"),
     "not UTF-8": (raw(b"\xff"), "must be UTF-8", "byte 0"),
     "byte order mark": (raw("\ufeff{}"), "must start with '{'", "\\ufeff"),
     "leading space": (raw(" {}"), "must start with '{'", "' {}'"),

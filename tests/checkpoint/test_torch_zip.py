@@ -593,7 +593,7 @@ def test_what_is_no_archive(tmp_path: Path) -> None:
     path = tmp_path / "a.bin"
     for data, message in [
         (b"", "this one of 0 bytes"),
-        (b"<html>", "starts with b'<html>'"),
+        (b"<html>", "starts with b'<html>'; it is a server's answer"),
         (b"version https://git-lfs.github.com/spec/v1\noid sha256:0", "git lfs pull"),
         (pickle.dumps({"w": 1}), r"rewrite it: torch.save\(torch.load"),
         (b"PK\x03\x04", "the file has 4 bytes"),

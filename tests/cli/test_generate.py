@@ -177,6 +177,12 @@ def test_seed_and_stop(with_tokenizer, capsys) -> None:
     assert (stopped["text"], stopped["finish_reason"]) == (first["text"].split(letter)[0], "stop")
 
 
+def test_settings_without_effect_are_told(checkpoint, capsys) -> None:
+    argv = ["--prompt-ids", "1", "--max-new-tokens", "1", "--top-p", "0.9"]
+    assert "without effect: top_p; the likeliest token is taken" in run(capsys, checkpoint.path, *argv).err
+    assert "without effect" not in run(capsys, checkpoint.path, *argv, "--temperature", "1").err
+
+
 def test_verbose_shows_what_each_device_holds(checkpoint, capsys) -> None:
     result = run(capsys, checkpoint.path, "--prompt-ids", "1", "--max-new-tokens", "1", "-v")
     assert "Expert weights per device" in result.err
@@ -194,6 +200,12 @@ ERRORS = {
     "outside vocabulary": (["--prompt-ids", "1,37"], "token ids are 0 to 36 (vocab_size 37); prompt 0 has 37"),
     "too long": (["--prompt-ids", "1", "--max-new-tokens", "512"], "ask for at most 511 new tokens"),
     "bad setting": (["--prompt-ids", "1", "--temperature", "-1"], "temperature is at least 0"),
+    "bad seed": (["--prompt-ids", "1", "--seed", "-1"], "seed is an integer from 0"),
+    "empty stop": (["--prompt-ids", "1", "--stop", ""], "a stop string is a text of at least one character"),
+    "no folder for routing": (
+        ["--prompt-ids", "1", "--record-routing", "nowhere/r.npz"],
+        "the directory of --record-routing nowhere/r.npz does not exist",
+    ),
     "mesh size": (["--prompt-ids", "1", "--mesh", "tp=16"], "is 16 devices, but there are 8"),
     "simulate too late": (["--prompt-ids", "1", "--simulate", "3"], "devices are simulated before JAX starts"),
     "no placement file": (["--prompt-ids", "1", "--placement", "x.json"], "the placement file x.json does not exist"),
@@ -217,6 +229,7 @@ def test_an_error_in_the_input_is_one_line_and_status_1(checkpoint, capsys, case
     assert line.startswith("jaxmoe: error: ")
     assert message.replace("{dir}", str(directory)) in line
     assert sorted(directory.iterdir()) == before
+    assert not checkpoint.loaded  # which may take minutes
 
 
 def test_a_message_of_several_lines_becomes_one(checkpoint, capsys, monkeypatch) -> None:

@@ -173,6 +173,11 @@ def test_stats_are_filled(model) -> None:
 
 
 ERRORS = {
+    "a message": (
+        {"role": "user", "content": "hi"},
+        {},
+        r"prompts is a list; .* for one conversation write \[\[\{'role'",
+    ),
     "no prompt": ([], {}, r"at least one prompt; got an empty list"),
     "empty text": (["a", ""], {}, r"at least one character; prompt 1 is empty"),
     "empty ids": ([[1], []], {}, r"at least one token; prompt 1 is empty"),

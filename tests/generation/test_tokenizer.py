@@ -78,6 +78,9 @@ def test_missing_and_broken_files(tmp_path) -> None:
     (tmp_path / "tokenizer.json").write_text("{")
     with pytest.raises(ValueError, match=r"tokenizer.json is not readable as a tokenizer"):
         tokenizer_of(tmp_path)
+    (tmp_path / "tokenizer.json").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0")
+    with pytest.raises(ValueError, match=r"tokenizer.json is not readable as a tokenizer: .*git lfs pull"):
+        tokenizer_of(tmp_path)
     save(byte_level(), tmp_path)
     (tmp_path / "tokenizer_config.json").write_text("[1]")
     with pytest.raises(ValueError, match=r"tokenizer_config.json holds one JSON object; got list"):

@@ -134,6 +134,22 @@ def test_messages_name_the_setting(name, changes, message, tmp_path):
         read_model_config(tmp_path)
 
 
+@pytest.mark.parametrize(
+    ("text", "way_out"),
+    [
+        ("", "download it again"),
+        ("version https://git-lfs.github.com/spec/v1\noid sha256:0", "git lfs pull"),
+        ("Access to model a/b is restricted.", "a server's answer and not the file"),
+        ('{"error":"Access to model a/b is restricted."}', "a server's answer and not the file"),
+        ('{"vocab_size": 8}', "take the config.json that transformers wrote"),
+    ],
+)
+def test_what_was_downloaded_in_place_of_a_config_is_told(text, way_out, tmp_path):
+    (tmp_path / "config.json").write_text(text)
+    with pytest.raises(ValueError, match=f"config.json .*{way_out}"):
+        read_model_config(tmp_path)
+
+
 @pytest.mark.parametrize("text", ["{", "[" * 100_000, '{"a": ' + "1" * 10_000 + "}", "\udcff"])
 def test_what_is_no_json_is_told_so(text, tmp_path):
     (tmp_path / "config.json").write_bytes(text.encode("utf-8", "surrogateescape"))

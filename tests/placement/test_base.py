@@ -150,6 +150,7 @@ def test_tables_agree(placement) -> None:
     ("text", "message"),
     [
         ("{", "a placement file is JSON"),
+        ("best.json", "the text that is in the file, and not its name"),
         ("[1]", '"format": "jaxmoe.expert_placement"'),
         ("{}", '"format": "jaxmoe.expert_placement"'),
         (json.dumps({"format": "jaxmoe.expert_placement", "version": 2}), "version 1 .* got 2; upgrade"),
@@ -190,3 +191,5 @@ def test_a_placement_for_other_sizes_is_refused() -> None:
         make_placements(["linear"], [4, 4], 2)
     with pytest.raises(TypeError, match="got int"):
         make_placement(3, 4, 2)
+    with pytest.raises(TypeError, match=r"placement is a strategy's name, .*ExpertPlacement.*; got ndarray"):
+        make_placements(np.arange(4), [4, 4], 2)

@@ -29,9 +29,14 @@ def test_the_fullest_device_decides(capacity, fits):
     assert plan.fits is fits
 
 
-@pytest.mark.parametrize(("layers", "verdict"), [(2, "fits in the 42.3 GB"), (200, "does not fit in the 42.3 GB")])
-def test_the_command_says_whether_it_fits(layers, verdict, tmp_path, capsys):
+@pytest.mark.parametrize(
+    ("layers", "verdict", "asks_more_of_jax"),
+    [(2, "fits in the 42.3 GB", False), (65, "fits in the 42.3 GB", True), (200, "does not fit in the 42.3 GB", False)],
+)
+def test_the_command_says_whether_it_fits(layers, verdict, asks_more_of_jax, tmp_path, capsys):
     sizes = {"hidden_size": 2048, "intermediate_size": 4096, "num_hidden_layers": layers}
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "mixtral", **FAMILIES["mixtral"], **sizes}))
     assert main(["plan", str(tmp_path), "--device", "a100-40gb"]) == 0
-    assert f"\n{verdict}" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert f"\n{verdict}" in out
+    assert ("the 31.7 GB that JAX takes of it by itself" in " ".join(out.split())) is asks_more_of_jax

@@ -128,6 +128,8 @@ def test_the_command(qwen, capsys, tmp_path) -> None:
     assert text.count("<svg") == 2
     assert "Every mesh of 8 devices" in text
     assert "<summary>10 more</summary>" in text, "the table shows 12 of 22 meshes at once"
+    assert main(["plan", "nowhere", "--html", str(tmp_path / "absent" / "plan.html")]) == 1
+    assert "the directory of --html" in capsys.readouterr().err, "before anything else, which may take an hour"
     assert not re.search(r'(src|href)="https?:', text), "the page needs another file"
     assert main(["plan", str(qwen), "--devices", "8", *options, "--json"]) == 0
     report = json.loads(capsys.readouterr().out)

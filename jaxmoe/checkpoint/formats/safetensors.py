@@ -23,6 +23,7 @@ import numpy as np
 
 from jaxmoe.checkpoint.errors import CheckpointError
 from jaxmoe.checkpoint.formats.dtypes import ELEMENT_TYPES
+from jaxmoe.config import way_to_file
 
 Split = tuple[tuple[int, ...], ...]
 """For each dim of a tensor the dims that it is split in, outermost first; () where none is split."""
@@ -141,7 +142,8 @@ def _read_header(path: Path, file: Any, size: int) -> tuple[bytes, int]:
     """The header's bytes and the offset at which the data starts."""
 
     def refuse(rule: str, value: str, way_out: str) -> NoReturn:
-        raise CheckpointError(f"{path}: {rule}; {value}; {way_out}")
+        way_out = way_to_file(prefix + file.read(64), f"; {way_out}")
+        raise CheckpointError(f"{path}: {rule}; {value}{way_out}")
 
     prefix = file.read(_LENGTH_BYTES)
     if len(prefix) < _LENGTH_BYTES:

@@ -19,6 +19,7 @@ from jaxmoe.checkpoint.formats.dtypes import ELEMENT_TYPES
 from jaxmoe.checkpoint.formats.safetensors import MAX_NAME_BYTES, TensorInfo
 from jaxmoe.checkpoint.formats.torch_pickle import MAX_PICKLE_BYTES, StorageRef, TensorRef, read_torch_pickle
 from jaxmoe.checkpoint.formats.torch_zip import ZipEntry, read_stored_zip
+from jaxmoe.config import way_to_file
 
 MAX_SHARING = 64
 """A file may hold tensors of this many times its own size, by sharing storages, and no more."""
@@ -135,13 +136,13 @@ def _check_start(path: Path, start: bytes, size: int) -> None:
             f"{path}: a torch file must be in the zip format of torch 1.6 and newer; this one is in the format before "
             "that; rewrite it: torch.save(torch.load(path, weights_only=True), path)"
         )
-    if start.startswith(b"version https://git-lfs"):
-        raise CheckpointError(
-            f"{path}: a torch file is a zip archive; this is a pointer of git-lfs to one; fetch it with git lfs pull"
-        )
+    rewritten = (
+        "; if torch.load reads it, rewrite it: torch.save(torch.load(path, weights_only=True), path), else download it "
+        "again"
+    )
     raise CheckpointError(
-        f"{path}: a torch file is a zip archive; this one of {size} bytes starts with {start[:8]!r}; if torch.load reads "
-        "it, rewrite it: torch.save(torch.load(path, weights_only=True), path), else download it again"
+        f"{path}: a torch file is a zip archive; this one of {size} bytes starts with {start[:8]!r}"
+        f"{way_to_file(start, rewritten)}"
     )
 
 

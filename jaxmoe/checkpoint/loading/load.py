@@ -133,7 +133,7 @@ def load(
     found = FamilyCheckpoint.open(path, mtp=mtp)
     if found.stored is not None and (adapter is not None or adapters):
         refuse_stored(path)
-    if placement == "checkpoint":
+    if isinstance(placement, str) and placement == "checkpoint":
         placement = _kept_placement(found)
     opened = None if adapter is None else open_adapter(adapter)
     if opened is not None:

@@ -10,6 +10,7 @@ import jax
 from jaxmoe.checkpoint.errors import CheckpointError
 from jaxmoe.checkpoint.loading.apart import plan_factors
 from jaxmoe.checkpoint.mapping import FamilyCheckpoint, MappedCheckpoint, abstract_model
+from jaxmoe.hardware import JAX_TAKES
 from jaxmoe.layers import ParamSpec, param_specs
 from jaxmoe.mesh import AXES, bytes_left, write_mesh
 from jaxmoe.models import Decoder
@@ -76,8 +77,16 @@ def check_room(
             way_out
             or "they fit on no mesh of up to 64 times as many devices like it: free its memory, or take larger ones"
         )
+        + _jax_takes(device.platform)
         + ". `jaxmoe plan` counts a cache too, for any mesh and kind of device"
     )
+
+
+def _jax_takes(platform: str) -> str:
+    """Say that memory which seems to be missing may be what JAX leaves."""
+    if platform != "gpu":
+        return ""
+    return f"; of a GPU's memory JAX takes {JAX_TAKES:.0%} unless XLA_CLIENT_MEM_FRACTION says more, as 0.95"
 
 
 def _meshes_with_room(
