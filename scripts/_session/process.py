@@ -10,7 +10,7 @@ import signal
 import subprocess
 import tempfile
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -67,17 +67,16 @@ def run_process(
         on_result: receiver of each result, as soon as it is printed.
     """
     with tempfile.TemporaryDirectory(prefix="gpu_session", ignore_cleanup_errors=True) as scratch:
-        process = subprocess.Popen(
-            command,
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            cwd=folder,
-            env={**os.environ, **environment, "TMPDIR": scratch, "TRITON_CACHE_DIR": f"{scratch}/triton"},
-            start_new_session=True,
-        )
-        with contextlib.suppress(ProcessLookupError):
-            resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (limits.file, limits.file))
+        with _largest_file(limits.file):
+            process = subprocess.Popen(
+                command,
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                cwd=folder,
+                env={**os.environ, **environment, "TMPDIR": scratch, "TRITON_CACHE_DIR": f"{scratch}/triton"},
+                start_new_session=True,
+            )
         reader = _Reader(process, on_result)
         try:
             failure = _watch(reader, limits, Path(scratch))
@@ -92,6 +91,17 @@ def run_process(
     elif failure is None and not reader.results:
         failure = "garbled", "it printed no result"
     return End(*(failure or ("done", "")), reader.results, reader.said)
+
+
+@contextlib.contextmanager
+def _largest_file(nbytes: int) -> Iterator[None]:
+    """Bound the files of processes that are started inside; a limit that is set once they run may come too late."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (nbytes if hard == resource.RLIM_INFINITY else min(nbytes, hard), hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
 class _Reader:
