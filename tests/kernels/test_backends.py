@@ -99,7 +99,8 @@ def test_mlp_with_biases(module, options, activation, limit, gated) -> None:
 @pytest.mark.full
 @backends("reference")
 def test_gradient(module, options) -> None:
-    check_gradient(backend_of(module), **options)
+    hopper = module == "mosaic_gpu" and "device_kind" not in options  # the only one whose gradient is a kernel
+    check_gradient(backend_of(module), rounds_cotangents=hopper, **options)
 
 
 @pytest.mark.full

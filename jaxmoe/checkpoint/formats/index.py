@@ -1,6 +1,7 @@
 """Strict reader of ``model.safetensors.index.json``, the list of the tensors with the file of each."""
 
 import os
+from functools import lru_cache
 from pathlib import Path
 from typing import NoReturn
 
@@ -33,15 +34,10 @@ def read_index(path: str | os.PathLike[str], suffix: str = ".safetensors") -> di
     weight_map = document.get("weight_map") if isinstance(document, dict) else None
     if not isinstance(weight_map, dict) or not weight_map:
         refuse("an index must have a weight_map of tensor names to file names", "it has none")
-    plain: set[str] = set()
     for tensor, file in weight_map.items():
         if not isinstance(file, str):
             refuse("a file name in the weight_map must be a string", f"that of {tensor!r} is {file!r}")
-        if file in plain:
-            continue
-        if _is_plain(file, suffix):
-            plain.add(file)
-        else:
+        if not _is_plain(file, suffix):
             refuse(
                 f"the weight_map must name {suffix} files beside the index, without any path",
                 f"tensor {tensor!r} is said to be in {file!r}",
@@ -49,6 +45,7 @@ def read_index(path: str | os.PathLike[str], suffix: str = ".safetensors") -> di
     return weight_map
 
 
+@lru_cache  # thousands of tensors are in a few files
 def _is_plain(name: str, suffix: str) -> bool:
     """Whether `name` is that of a file of weights in the same directory, whatever the system's path rules."""
     return name.endswith(suffix) and not name.startswith(".") and not any(bad in name for bad in "/\\:\0")

@@ -23,7 +23,7 @@ from jaxmoe.kernels.grouped_matmul.mosaic_gpu import blackwell, kernel, splits
 from jaxmoe.kernels.grouped_matmul.mosaic_gpu.blackwell_tiles import BlackwellProblem, is_blackwell
 from jaxmoe.kernels.grouped_matmul.mosaic_gpu.choice import choose_tiles
 from jaxmoe.kernels.grouped_matmul.mosaic_gpu.gradient_products import HopperProducts, missing_gradient
-from jaxmoe.kernels.grouped_matmul.mosaic_gpu.tiles import WGMMA_ROWS, Problem, Tiles
+from jaxmoe.kernels.grouped_matmul.mosaic_gpu.tiles import WGMMA_ROWS, Problem, Tiles, inner_tile
 from jaxmoe.kernels.grouped_matmul.quantized import FORMATS, Matrices, QuantizedStack
 from jaxmoe.kernels.grouped_matmul.quantized_rows import OnRoundedRows, QuantizedRows, quantize_rows, scales_of_rows
 from jaxmoe.kernels.grouped_matmul.row_loops import owned_only, take_rows
@@ -235,19 +235,19 @@ def _product(
     some 10^-5 of themselves if `approximate`, on Hopper, except where scales are powers of two, which the kernel has of the
     same function.
     """
-    (given, measured), (G, _, K) = given_or_measured, matrices_GNK.shape
-    # Where a last stage goes on beyond the inner dimension, the accelerator copies zeros, but threads what is there.
-    if is_blackwell(device_kind) or (isinstance(matrices_GNK, QuantizedStack) and K % 64):
-        rows_RK, index_R = take_rows(rows_RK, index_R), None
     places = jax.eval_shape(take_rows, rows_RK, index_R)
-    R = len(jax.tree.leaves(places)[0])
+    R, (G, _, K) = len(jax.tree.leaves(places)[0]), matrices_GNK.shape
     N = matrices_GNK.shape[1] // halves
     if 0 in (R, G, N, K):
         return jnp.zeros((R, N), out_dtype)
     if isinstance(matrices_GNK, QuantizedStack):
         matrices_GNK = _scale_each_output(matrices_GNK, N)
     problem = problem_of(places, matrices_GNK, halves, out_dtype, device_kind)
+    # Where a last stage goes on beyond the inner dimension, the accelerator copies zeros, but threads what is there.
+    if isinstance(problem, BlackwellProblem) or K % inner_tile(problem):
+        rows_RK, index_R = take_rows(rows_RK, index_R), None
     problem = dataclasses.replace(problem, gathered=index_R is not None)
+    given, measured = given_or_measured
     if given:
         problem.check(given)
     elif measured and not problem.fits(measured):  # of a result of fewer bytes, or of rows that nothing gathers

@@ -132,7 +132,7 @@ def sum_packed(
     def one(step: Any, sums: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
         slot = lax.rem(first_stage + step, tiles.stages)
         # Read before the wait, for they come from far.
-        blocks = _blocks(call, step, of_blocks[0])
+        blocks = _blocks(call, step)
         scale_Hc = [[read_scale(h, block) for block in blocks] for h in range(H)]
         zero_Hc = [[read_zero(h, block) for block in blocks] for h in range(H) if read_zero]
         plgpu.barrier_wait(scratch["filled"].at[slot])
@@ -176,7 +176,7 @@ def sum_scaled_numbers(
         def one(step: Any, nothing: Any) -> None:
             del nothing
             slot = lax.rem(first_stage + step, tiles.stages)
-            blocks = _blocks(call, step, of_blocks[0])
+            blocks = _blocks(call, step)
             scale_Hc = [[read_scale(h, block) for block in blocks] for h in range(H)]
             zero_Hc = [[read_zero(h, block) for block in blocks] for h in range(H) if read_zero]
             plgpu.barrier_wait(scratch["filled"].at[slot])
@@ -224,7 +224,7 @@ def sum_quantized_rows(
 
     def one(step: Any, sums: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
         slot = lax.rem(first_stage + step, tiles.stages)
-        [block] = _blocks(call, step, of_blocks[0])
+        [block] = _blocks(call, step)
         scale_H = [read_scale(h, block) for h in range(H)]
         of_rows = row_scales.at[lax.div(step * tiles.k, row_block), pl.ds(row, tiles.m)]
         row_scale = lax.broadcast_in_dim(plgpu.load(of_rows, optimized=False), shape, (1,))
@@ -273,12 +273,12 @@ def _readers(
     return reader(scales, scale_number, scale_columns), read_zero
 
 
-def _blocks(call: Call, step: Any, scales: Any) -> list[Any]:
+def _blocks(call: Call, step: Any) -> list[Any]:
     """The blocks of inputs that a step goes through; beyond the last input, whose rows are zeros there, the last one."""
     assert call.block is not None
     k, bk = call.tiles.k, call.block[1]
-    last = scales.shape[2] - 1
-    return [jnp.minimum(lax.div(step * k + first, bk), last) for first in range(0, k, min(k, bk))]
+    blocks = [lax.div(step * k + first, bk) for first in range(0, k, min(k, bk))]
+    return [jnp.minimum(block, call.K // bk - 1) for block in blocks] if call.K % k else blocks
 
 
 def _side_by_side(of_blocks: list[jax.Array], width: int) -> jax.Array:
