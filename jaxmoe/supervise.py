@@ -11,7 +11,6 @@ import signal
 import sys
 import threading
 from collections.abc import Callable
-from types import FrameType
 from typing import NoReturn
 
 # Given the reason that stands for an abort from now on; "" where nothing is left to say.
@@ -39,14 +38,14 @@ def supervise(name: str, *, show_native: bool = False) -> ExplainAbort:
     life_read, life_write = os.pipe()  # closed by the system when the parent ends, however it ends
     sys.stdout.flush()
     sys.stderr.flush()
-    # Held back until the parent can pass them on.
+    # Held back for the parent to wait for; the child takes them again.
     mask = signal.pthread_sigmask(signal.SIG_BLOCK, _PASSED_ON)
     child = os.fork()
     if child:
         os.close(native_write)
         os.close(reason_write)
         os.close(life_read)
-        _parent(child, native_read, reason_read, name, show_native, mask)
+        _parent(child, native_read, reason_read, name, show_native)
     os.close(native_read)
     os.close(reason_read)
     os.close(life_write)
@@ -72,16 +71,18 @@ def _tell(pipe: int, reason: str) -> None:
         os.write(pipe, (" ".join(reason.split()) + "\n").encode())
 
 
-def _parent(
-    child: int, native: int, reasons: int, name: str, show_native: bool, mask: set[int | signal.Signals]
-) -> NoReturn:
-    def pass_on(signum: int, frame: FrameType | None) -> None:
-        del frame
-        os.kill(child, signum)
+def _pass_on(child: int) -> None:
+    """Wait for the blocked signals: a handler would leave one until the next byte that comes before a read begins."""
+    while True:
+        signum = signal.sigwait(_PASSED_ON)
+        with contextlib.suppress(ProcessLookupError):  # the child has ended, and the parent is about to
+            os.kill(child, signum)
 
+
+def _parent(child: int, native: int, reasons: int, name: str, show_native: bool) -> NoReturn:
     for signum in _PASSED_ON:
-        signal.signal(signum, pass_on)
-    signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+        signal.signal(signum, signal.SIG_DFL)  # one that is ignored would not be waited for
+    threading.Thread(target=_pass_on, args=(child,), daemon=True).start()
     while piece := os.read(native, 65536):
         if show_native:
             os.write(2, piece)
