@@ -173,6 +173,11 @@ def _generate_together(args: argparse.Namespace) -> None:
 def _adapter_of_each(args: argparse.Namespace, count: int) -> list[str | None]:
     """Give the adapter's name for each prompt."""
     _, named = loading.adapters(args)
+    if named and not args.use_adapter:
+        args.usage_error(
+            f"--adapter NAME=DIR is used where --use-adapter names it; say --use-adapter {next(iter(named))}, none for the "
+            "model without it, or --adapter DIR to merge it into the weights"
+        )
     chosen = args.use_adapter or ["none"]
     if len(chosen) not in (1, count):
         args.usage_error(f"--use-adapter is given once, or for each of the {count} prompts; got {len(chosen)}")

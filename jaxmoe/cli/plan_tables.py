@@ -81,10 +81,10 @@ def print_search(search: "MeshSearch") -> None:
 
     console = Console()
     table = Table(
-        title=f"{search.batch_size} sequences; decode with a cache of {search.max_length:,} tokens, prefill of "
+        title=f"batch size {search.batch_size}; decode with a cache of {search.max_length:,} tokens, prefill of "
         f"{search.prompt_length:,} each; times are modeled"
     )
-    for name in ("mesh", "experts over"):
+    for name in ("mesh", "experts\nover"):
         table.add_column(name, no_wrap=True)
     for name in ("GB", "decode", "tokens/s", "prefill", "most in"):
         table.add_column(name, justify="right")
@@ -151,10 +151,12 @@ def _print_rows(rows: "list[tuple[str, ...]]", title: str) -> None:
 
     table = Table(title=title, box=None, padding=(0, 1, 0, 0))
     for name in rows[0]:
-        words = name in ("placement", "best mesh")
+        words = name in ("placement", "best mesh", "experts over")
         # Ten columns are narrow: a heading has a word on a line.
-        heading = name if words else name.replace(" ", "\n")
-        table.add_column(heading, justify="left" if words else "right", no_wrap=not words, vertical="top")
+        heading = name if name == "best mesh" else name.replace(" ", "\n")
+        table.add_column(
+            heading, justify="left" if words else "right", no_wrap=not words, overflow="fold", vertical="top"
+        )
     for row in rows[1:]:
         table.add_row(*row)
     Console().print(table)

@@ -238,11 +238,10 @@ def _experts(moe: MoE, slot: _Work, tokens: int, skew: float, chances_np: np.nda
 
     A slot is met by none of T tokens with the probability (1 - K/E) ** T, or with its own chance by a trace.
     """
-    layout, K, E = dispatch_shape(moe, tokens).layout, moe.config.num_experts_per_tok, moe.config.num_experts
-    # Every dp rank has the experts once more where they are not shared over it.
-    served = tokens / math.prod(
-        [size for axis, size in layout.mesh_shape if axis == DP and axis not in layout.expert_axes]
-    )
+    shape, K, E = dispatch_shape(moe, tokens), moe.config.num_experts_per_tok, moe.config.num_experts
+    layout = shape.layout
+    # Every dp rank has the experts once more where they are not shared over it, and serves its own tokens, whole ones.
+    served = shape.tokens_per_device(() if DP in layout.expert_axes else (DP,))
     if chances_np is not None:
         met = float((1 - (1 - chances_np) ** served).sum(axis=1).max())
         rows = float(served * chances_np.sum(axis=1).max())

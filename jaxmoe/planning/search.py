@@ -90,7 +90,7 @@ class MeshSearch:
             if seconds
         )
         lines = [
-            f"{best}: a {self.rank_by} step of {self.batch_size} sequences takes {step.seconds * 1e3:.2f} ms by the model, "
+            f"{best}: a {self.rank_by} step at batch size {self.batch_size} takes {step.seconds * 1e3:.2f} ms by the model, "
             f"{step.tokens_per_second:,.0f} tokens/s; each device holds {best.bytes_per_device / 1e9:.1f} of "
             f"{self.capacity / 1e9:.1f} GB",
             f"its time is {parts}",
@@ -100,9 +100,12 @@ class MeshSearch:
             theirs: StepTime = getattr(other, self.rank_by)
             part = max(step.terms(), key=lambda name: theirs.terms()[name] - step.terms()[name])
             more = theirs.terms()[part] - step.terms()[part]
+            times = f"{theirs.seconds / step.seconds:.2f}"
             lines.append(
-                f"the next, {other}, takes {theirs.seconds / step.seconds:.2f} times as long: its {part} "
+                f"the next, {other}, takes {times} times as long: its {part} "
                 f"take{'s' if part in ('cache', 'exchange') else ''} {more * 1e3:.2f} ms more"
+                if times != "1.00"
+                else f"the next, {other}, takes as long by the model"
             )
         return (*lines, *self.measured)
 

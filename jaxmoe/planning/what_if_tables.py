@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 
+from jaxmoe.mesh import write_mesh
 from jaxmoe.planning.what_if import DevicesChoice, PlacementChoice
 
 Row = tuple[str, ...]
@@ -32,7 +33,7 @@ def placement_rows(choices: Sequence[PlacementChoice]) -> list[Row]:
 def devices_rows(choices: Sequence[DevicesChoice]) -> list[Row]:
     """A row for each number of devices; costs are left out where there is no price."""
     priced = any(choice.price_per_hour is not None for choice in choices)
-    heads = ["devices", "best mesh", "GB", "decode ms", "prefill ms", "tokens/s", "a device", "gain"]
+    heads = ["devices", "best mesh", "experts over", "GB", "decode ms", "prefill ms", "tokens/s", "a device", "gain"]
     rows = [(*heads, *(["1M out", "1M in"] if priced else []))]
     for choice in choices:
         best = choice.best
@@ -41,7 +42,8 @@ def devices_rows(choices: Sequence[DevicesChoice]) -> list[Row]:
         else:
             rate = getattr(best, choice.search.rank_by).tokens_per_second
             row = [
-                str(best),
+                write_mesh(best.mesh),
+                "·".join(best.expert_axes),
                 f"{best.bytes_per_device / 1e9:.1f}",
                 f"{best.decode.seconds * 1e3:.2f}",
                 f"{best.prefill.seconds * 1e3:,.1f}",

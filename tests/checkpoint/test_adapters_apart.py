@@ -291,6 +291,7 @@ def test_the_command_tells_the_adapter_of_each_prompt(adapters, capsys) -> None:
     for wrong, message in (
         ([*named, "--use-adapter", "c"], "c is none of a, b"),
         ([*named, *["--use-adapter", "a"] * 3], "for each of the 2 prompts; got 3"),
+        (named, "say --use-adapter a, none for the model without it, or --adapter DIR"),
         (["--adapter", "x", "--adapter", "y"], "one DIR to merge"),
     ):
         with pytest.raises(SystemExit) as exit_:

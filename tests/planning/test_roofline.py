@@ -42,6 +42,12 @@ def test_experts_of_one_device_are_read_where_they_are_met() -> None:
     assert time_on("prefill", batch_size=8).experts == pytest.approx(2 * rows * 6 * 2048 * 768 / H100.flops)
 
 
+def test_a_token_is_one_replica_of_the_models_whole() -> None:
+    """Eight replicas leave seven of them idle at batch size 1; the eighth reads what a single one reads."""
+    assert time_on(batch_size=1, dp=8).experts == pytest.approx(time_on(batch_size=1).experts)
+    assert time_on(batch_size=9, dp=8).experts == pytest.approx(time_on(batch_size=2).experts)
+
+
 def test_every_way_of_sharing_the_experts_gives_a_device_the_same_share_of_their_work() -> None:
     alike = [
         time_on("prefill", ep=8),

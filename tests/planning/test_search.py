@@ -1,5 +1,6 @@
 """Every mesh of so many devices is tried, and the fastest of those that fit comes first."""
 
+import dataclasses
 import json
 import re
 
@@ -53,6 +54,8 @@ def test_it_explains_the_first(found) -> None:
     assert str(found.choices[0]) in first
     assert re.search(r"experts \d+%", parts)
     assert str(found.choices[1]) in next_one
+    twins = dataclasses.replace(found, choices=(found.choices[0], found.choices[0]))
+    assert twins.explain()[2].endswith("takes as long by the model")
 
 
 def test_what_does_not_fit_is_dropped_and_what_does_not_divide_is_named(qwen, tmp_path) -> None:
