@@ -91,9 +91,9 @@ open({str(tmp_path / "child")!r}, "w").write(str(child.pid))
     began = time.monotonic()
     end, _ = run_code(code)
     assert end.status == "done"
-    assert time.monotonic() - began < 15
+    assert time.monotonic() - began < 50
     state = Path(f"/proc/{(tmp_path / 'child').read_text()}/stat")
-    deadline = time.monotonic() + 10
+    deadline = time.monotonic() + 50
     while state.exists() and state.read_text().rsplit(")", 1)[1].split()[0] != "Z":
         assert time.monotonic() < deadline
         time.sleep(0.05)

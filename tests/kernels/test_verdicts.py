@@ -226,7 +226,7 @@ DEVICE = SimpleNamespace(
 def run_child(kind, works, tmp_path, monkeypatch):
     script = tmp_path / "child.py"
     script.write_text(CHILD)
-    monkeypatch.setattr(verdicts, "START_SECONDS", 6)
+    monkeypatch.setattr(verdicts, "START_SECONDS", 12 if kind == "hangs" else 60)
     monkeypatch.setattr(verdicts, "WORK_SECONDS", 0)
     return verdicts.run_in_processes(kind, works, DEVICE, command=[sys.executable, str(script)])
 
@@ -242,7 +242,7 @@ def test_trials_run_on_the_device_that_is_meant(tmp_path, monkeypatch):
     ("kind", "verdict", "detail"),
     [
         ("crashes", "crashed", "exit status -6: CUDA error: an illegal instruction"),
-        ("hangs", "hung", "no result after 6 s"),
+        ("hangs", "hung", "no result after 12 s"),
         ("prints garbage", "crashed", "exit status 3: nothing on stderr"),
     ],
 )

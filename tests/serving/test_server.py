@@ -117,13 +117,19 @@ def test_a_client_that_goes_away_ends_its_request(tokenizer, streams: bool) -> N
     engine = FakeEngine(vocab_size=90, num_slots=1, pace=0.01)
     with running(engine, tokenizer, max_length=10**6) as server:
         body = {"model": "base", "prompt": [[5], [6]], "max_tokens": 10**5, "stream": streams}
-        with httpx.Client(base_url=server.url, timeout=0.3) as client:
-            if streams:
-                with client.stream("POST", "/v1/completions", json=body) as response:
-                    assert next(response.iter_lines()).startswith("data: ")
-            else:
-                with pytest.raises(httpx.ReadTimeout):
-                    client.post("/v1/completions", json=body)
+
+        async def ask_and_leave() -> None:
+            async with httpx.AsyncClient(base_url=server.url, timeout=60) as client:
+                if streams:
+                    async with client.stream("POST", "/v1/completions", json=body) as response:
+                        assert (await anext(response.aiter_lines())).startswith("data: ")
+                    return
+                post = asyncio.create_task(client.post("/v1/completions", json=body))
+                await asyncio.to_thread(wait_until, lambda: server.service.engine.unfinished == 2)
+                post.cancel()
+                await asyncio.gather(post, return_exceptions=True)
+
+        asyncio.run(ask_and_leave())
         # The second has waited for the slot all the time.
         wait_until(lambda: sorted(engine.canceled) == [0, 1])
         wait_until(lambda: server.service.engine.unfinished == 0)
