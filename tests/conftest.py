@@ -82,6 +82,7 @@ def pytest_configure(config: pytest.Config) -> None:
         return
     add_xla_flag("xla_backend_optimization_level", "0")
     add_xla_flag("xla_llvm_disable_expensive_passes", "true")
+    add_xla_flag("xla_cpu_parallel_codegen_split_count", "1")  # workers fill the cores; parts of a program cost a tenth
     if version("jaxlib").startswith("0.10."):  # jaxlib 0.12 has the slower emitters only
         add_xla_flag("xla_cpu_use_fusion_emitters", "false")
 

@@ -13,13 +13,22 @@ from hypothesis import strategies as st
 from jax.sharding import PartitionSpec as P
 
 from jaxmoe.kernels.grouped_matmul import ACTIVATIONS, BACKENDS, expert_mlp, grouped_matmul
+from tests.support.covering import pairs
 from tests.support.kernels import REGIMES, D, F, G, arrays, each_regime, int32, mlp_arrays, poison
 from tests.support.meshes import mesh_of
 
 pytestmark = pytest.mark.covering(most=4)
 
 # "reference" is what the others are compared with.
-each_backend = pytest.mark.parametrize("backend", sorted(BACKENDS.keys() - {"reference"}))
+BACKEND_NAMES = sorted(BACKENDS.keys() - {"reference"})
+each_backend = pytest.mark.parametrize("backend", BACKEND_NAMES)
+# Activation, limit, and whether there is a gate.
+FUNCTIONS = [
+    *product(ACTIVATIONS, [None], [True, False]),
+    ("clamped_swiglu", 0.7, True),
+    ("limited_swiglu", 0.7, True),
+    ("capped_swiglu", 0.3, True),
+]
 
 
 @partial(jax.jit, static_argnames=("backend", "activation", "limit"))
@@ -53,19 +62,9 @@ def check_mlp_gradients(backend, R, sizes):
 
 
 @pytest.mark.covering(most=1)
-@each_backend
-@each_regime
-@pytest.mark.parametrize(
-    ("activation", "limit", "gated"),
-    [
-        *product(ACTIVATIONS, [None], [True, False]),
-        ("clamped_swiglu", 0.7, True),
-        ("limited_swiglu", 0.7, True),
-        ("capped_swiglu", 0.3, True),
-    ],
-    ids=str,
-)
-def test_every_expert_function(backend, R, activation, limit, gated):
+@pytest.mark.parametrize(("function", "backend", "R"), pairs(FUNCTIONS, BACKEND_NAMES, [*REGIMES.values()]), ids=str)
+def test_every_expert_function(function, backend, R):
+    activation, limit, gated = function
     sizes, halves = [R // 3, 0, 4, 1, 0, 3], 2 if gated else 1
     x_RD, w_up, w_down, b_up, b_down, dy_RD = arrays(
         (R, D), (G, halves, F, D), (G, D, F), (G, halves, F), (G, D), (R, D), seed=5

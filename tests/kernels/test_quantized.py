@@ -193,9 +193,7 @@ def test_bfloat16_rows_meet_decoded_float32(case, R, backend):
 
 
 @pytest.mark.covering(most=1)
-@each_regime
-@pytest.mark.parametrize("check_vma", [True, False])
-@each_case
+@pytest.mark.parametrize(("case", "check_vma", "R"), pairs(CASES, [True, False], [*REGIMES.values()]), ids=str)
 def test_inside_shard_map(case, check_vma, R):
     """Experts over ep, F over tp: a device has whole blocks with their scales, or a part of one with its scale."""
     tp, ep = 2, 4
