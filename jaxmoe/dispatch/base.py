@@ -46,7 +46,7 @@ class Buffers:
     row_deviations: float = 4
     min_rows: int = 8
     pair_headroom: float = 1.5
-    min_pairs: int = 256
+    min_pairs: int = 2048
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

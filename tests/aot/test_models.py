@@ -16,7 +16,7 @@ from jaxmoe.cli import main
 from jaxmoe.config import AttentionConfig, DecoderConfig, GatedDeltaNetConfig, KDAConfig, Mamba2Config, MLAConfig
 from jaxmoe.layers import param_specs
 from jaxmoe.mesh import batch_axes, named, padded_batch
-from jaxmoe.models import Decoder, find_family
+from jaxmoe.models import Decoder, find_family, get_family
 from jaxmoe.planning.memory import Plan, plan_config
 from jaxmoe.planning.steps import CompiledStep, compile_steps
 from jaxmoe.planning.topology import gpu_topology
@@ -412,6 +412,15 @@ def check_shared_experts_are_computed_while_tokens_travel(step: CompiledStep, ra
         elif traveling and " fusion(" in line:
             seen |= weights & set(re.findall(r"%([\w.-]+)", line))
     assert seen == weights
+
+
+def test_a_decode_step_of_a_node_has_no_loop(gpu_compiler) -> None:
+    """The end of a loop is a number that the host waits for, in every layer: the pairs of 256 sequences fit one trip."""
+    config = get_family("qwen3_moe").read_config(QWEN3_30B | {"num_hidden_layers": 1, "vocab_size": 1024})
+    mesh = jaxmoe.make_mesh(ep=8, devices=list(gpu_topology("h100", 8)))
+    sizes = {"batch_size": 256, "prompt_length": 1, "max_length": 16}
+    step = compile_steps(config, mesh, kernels="mosaic_gpu", **sizes)["decode"]
+    assert " while(" not in step.text
 
 
 def test_the_command_compares_the_plan_with_the_compiler(tmp_path, capsys, gpu_compiler) -> None:
