@@ -123,6 +123,12 @@ class DispatchShape:
         """Rows of tokens on each device, padding included, where tokens are split over `token_axes`."""
         return self.layout.tokens_per_device(self.tokens, token_axes)
 
+    @property
+    def tokens_served(self) -> int:
+        """Tokens of the devices that together hold every expert once: a dp rank's, or all where dp shares the experts."""
+        alone = tuple([axis for axis in self.layout.axes.dp if axis not in self.layout.expert_axes])
+        return self.tokens_per_device(alone)
+
     def fill(self, token_axes: tuple[str, ...]) -> float:
         """The share of those rows that are tokens."""
         return self.tokens / self.layout.size(token_axes) / self.tokens_per_device(token_axes)

@@ -20,7 +20,7 @@ from jaxmoe.config import AttentionConfig, MLAConfig, TokenMixerConfig
 from jaxmoe.dispatch import DISPATCHES, Collective, Dispatch, DispatchShape, dispatch_collectives, explain_dispatch
 from jaxmoe.hardware import GPU
 from jaxmoe.layers import MoE, dispatch_shape
-from jaxmoe.mesh import AXES, DP, TP, batch_axes, named, padded_batch
+from jaxmoe.mesh import AXES, TP, batch_axes, named, padded_batch
 from jaxmoe.models import Decoder
 from jaxmoe.placement import RoutingTrace
 from jaxmoe.planning.measured import NOTHING, PARTS, Measured, Taken
@@ -239,14 +239,12 @@ def _experts(moe: MoE, slot: _Work, tokens: int, skew: float, chances_np: np.nda
     A slot is met by none of T tokens with the probability (1 - K/E) ** T, or with its own chance by a trace.
     """
     shape, K, E = dispatch_shape(moe, tokens), moe.config.num_experts_per_tok, moe.config.num_experts
-    layout = shape.layout
-    # Every dp rank has the experts once more where they are not shared over it, and serves its own tokens, whole ones.
-    served = shape.tokens_per_device(() if DP in layout.expert_axes else (DP,))
+    served = shape.tokens_served
     if chances_np is not None:
         met = float((1 - (1 - chances_np) ** served).sum(axis=1).max())
         rows = float(served * chances_np.sum(axis=1).max())
         return rows, _Work(met * slot.bytes, rows * slot.flops)
-    rows = served * K / layout.num_devices * skew
+    rows = served * K / shape.layout.num_devices * skew
     uses = moe.placement.slot_uses
     held = int((uses["experts"] + uses["replicas"]).max())
     met = min(held * (1 - (1 - K / E) ** served), rows)

@@ -100,13 +100,11 @@ class MeshSearch:
             theirs: StepTime = getattr(other, self.rank_by)
             part = max(step.terms(), key=lambda name: theirs.terms()[name] - step.terms()[name])
             more = theirs.terms()[part] - step.terms()[part]
-            times = f"{theirs.seconds / step.seconds:.2f}"
-            lines.append(
-                f"the next, {other}, takes {times} times as long: its {part} "
-                f"take{'s' if part in ('cache', 'exchange') else ''} {more * 1e3:.2f} ms more"
-                if times != "1.00"
-                else f"the next, {other}, takes as long by the model"
-            )
+            longer = "as long by the model"
+            if (times := f"{theirs.seconds / step.seconds:.2f}") != "1.00":
+                takes = "takes" if part in ("cache", "exchange") else "take"
+                longer = f"{times} times as long: its {part} {takes} {more * 1e3:.2f} ms more"
+            lines.append(f"the next, {other}, takes {longer}")
         return (*lines, *self.measured)
 
     def to_dict(self) -> dict[str, Any]:

@@ -31,7 +31,7 @@ from jaxmoe.kernels.grouped_matmul.one_matrix import PART_BYTES
 from jaxmoe.kernels.grouped_matmul.row_loops import rows_per_tile
 from jaxmoe.layers import dispatch_shape
 from jaxmoe.layers.attention import QUERY_BLOCK
-from jaxmoe.mesh import DP, TP, batch_axes, padded_batch
+from jaxmoe.mesh import TP, batch_axes, padded_batch
 from jaxmoe.models import Decoder
 from jaxmoe.planning.planned_model import PlannedModel
 from jaxmoe.planning.roofline import chosen_dispatch
@@ -175,8 +175,7 @@ class StepMemory:
         shape = dispatch_shape(moe, phase.everywhere)
         layout, K = shape.layout, moe.config.num_experts_per_tok
         backend = chosen_dispatch(shape, self.dispatch)
-        alone = [size for axis, size in layout.mesh_shape if axis == DP and axis not in layout.expert_axes]
-        served = -(-phase.everywhere // math.prod(alone))
+        served = shape.tokens_served
         pairs = pairs_per_trip(served, K, served * K / layout.num_devices, layout.buffers)
         copied = kind.expert if rows_per_tile(pairs, kind.slots) > 1 else 0
         between = pairs * moe.config.moe_intermediate_size / layout.num_partial * self.itemsize
